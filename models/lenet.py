@@ -1,0 +1,47 @@
+"""LeNet-5 with 6 and 16 channels and 120 and 84 units on images padded to 32×32: `--model lenet`, or `--model lenet:18-48-360-256` for other sizes.
+
+Valid 5×5 convolutions, average pooling, tanh. Run it by itself: python models/lenet.py
+"""
+
+import torch
+from torch import nn
+
+import pyro_bmr as bmr
+
+
+def network(shape: tuple[int, int, int], sizes: tuple[int, int, int, int], outputs: int) -> nn.Sequential:
+    """For images of `shape` (channels, height, width), at most 32×32."""
+    channels, height, width = shape
+    first, second, third, fourth = sizes
+    top, left = (32 - height) // 2, (32 - width) // 2
+    return nn.Sequential(
+        nn.ZeroPad2d((left, 32 - width - left, top, 32 - height - top)),
+        nn.Conv2d(channels, first, 5), nn.Tanh(), nn.AvgPool2d(2),
+        nn.Conv2d(first, second, 5), nn.Tanh(), nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(second * 25, third), nn.Tanh(),
+        nn.Linear(third, fourth), nn.Tanh(),
+        nn.Linear(fourth, outputs),
+    )  # fmt: skip
+
+
+def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "6-16-120-84") -> bmr.BayesianNetwork:
+    shape = tuple(data.x_train.shape[1:])
+    numbers = tuple(int(size) for size in sizes.split("-"))
+    if len(shape) != 3 or shape[1] > 32 or shape[2] > 32:
+        raise bmr.DataError(f"lenet wants images (channels, height, width) of at most 32×32, got rows of shape {shape}")
+    if len(numbers) != 4:
+        raise bmr.ModelError(f"lenet:{sizes}: four sizes are wanted, such as lenet:6-16-120-84")
+    return bmr.BayesianNetwork(network(shape, numbers, data.outputs), prior, data.likelihood())
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    data = bmr.load("digits")
+    fit = bmr.fit(build(data, bmr.Gaussian()), data, epochs=30, reduce=bmr.Every(to=bmr.Gaussian(scale=0)))
+    prediction = bmr.predict(fit.program, fit.posterior, data.x_test)
+    print(f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with {fit.history['kept'].iloc[-1]:.1%} of the weights")
+
+
+if __name__ == "__main__":
+    main()

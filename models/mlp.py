@@ -1,0 +1,35 @@
+"""A multilayer perceptron of any sizes on flattened inputs: `--model mlp` (300-100 hidden units) or `--model mlp:500-500`.
+
+Run it by itself: python models/mlp.py
+"""
+
+import torch
+from torch import nn
+
+import pyro_bmr as bmr
+
+
+def network(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
+    """Flatten, then Linear and ReLU per hidden layer, then Linear."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for size in hidden:
+        layers += [nn.Linear(inputs, size), nn.ReLU()]
+        inputs = size
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "300-100") -> bmr.BayesianNetwork:
+    hidden = tuple(int(size) for size in sizes.split("-"))
+    return bmr.BayesianNetwork(network(data.x_train[0].numel(), hidden, data.outputs), prior, data.likelihood())
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    data = bmr.load("digits")
+    fit = bmr.fit(build(data, bmr.Gaussian()), data, epochs=60, reduce=bmr.Every(to=bmr.Gaussian(scale=0)))
+    prediction = bmr.predict(fit.program, fit.posterior, data.x_test)
+    print(f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with {fit.history['kept'].iloc[-1]:.1%} of the weights")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The errors that users can cause. Each says what was asked, which rule it broke, what was got, and how to mend it.
+
+The command line prints them in one line and exits with status 2; everything else is a bug and keeps its traceback.
+"""
+
+
+class PyroBMRError(Exception):
+    """Base of every error that pyro_bmr raises on purpose."""
+
+
+class DataError(PyroBMRError):
+    """The data are missing, malformed, or do not fit the likelihood."""
+
+
+class ModelError(PyroBMRError):
+    """A program, prior, likelihood or guide is declared in a way that cannot be fitted."""
+
+
+class FitError(PyroBMRError):
+    """A fit cannot start or has left the finite numbers."""
+
+
+class ReductionError(PyroBMRError):
+    """A reduction has no answer for the posterior and prior it was given."""

@@ -1,0 +1,93 @@
+"""From a posterior to plain torch: a network with exact zeros, and files that load where Pyro is not installed.
+
+Owns `export` (an `nn.Module`), `point_weights` (tensors of any program) and `save` (safetensors + report.json).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pyro_bmr.elbo import Values
+from pyro_bmr.errors import ModelError, PyroBMRError
+from pyro_bmr.networks import BayesianNetwork
+from pyro_bmr.posterior import Posterior
+
+
+@torch.no_grad()
+def export(program: BayesianNetwork, posterior: Posterior) -> nn.Module:
+    """The plain network at the posterior's point: a copy of `program.net` whose lifted parameters are their posterior means, pruned ones exactly 0.
+
+    A weight that is a scale times a standardised site is taken at the scale's median. No hooks, no Pyro: the copy can be deep-copied, pickled and
+    trained on. It has the size of the original; parameters that were not lifted are those of `program.net`, so pass `fit.program`.
+
+    Raises:
+        ModelError: the program is not a network, or the posterior is not one of its own.
+    """
+    if not isinstance(program, BayesianNetwork):
+        raise ModelError(f"export wants a BayesianNetwork, got {type(program).__name__}; for another program take its weights from posterior.point()")
+    missing = [name for name in program.priors if name not in posterior.sites]
+    if missing:
+        raise ModelError(f"the posterior has no site '{missing[0]}' of the network; its sites are: {', '.join(posterior)}")
+    with Values(posterior.point()):
+        weights = program.weights()
+    net = copy.deepcopy(program.net).eval()
+    for name, parameter in net.named_parameters():
+        parameter.grad = None
+        if name in weights:
+            parameter.copy_(weights[name])
+    return net
+
+
+def point_weights(program: Any, posterior: Posterior) -> dict[str, Tensor]:
+    """Name → tensor at the posterior's point: the exported network's parameters and buffers, or any other program's sites."""
+    return dict(export(program, posterior).state_dict()) if isinstance(program, BayesianNetwork) else posterior.point()
+
+
+def save(weights: nn.Module | Mapping[str, Tensor], folder: str | Path, report: Mapping[str, Any] | None = None) -> None:
+    """Writes `model.safetensors` (a state_dict) and `report.json` to `folder`, each through a temporary file, so that none is ever half there.
+
+    `report` is kept as it is, beside the parameter names, shapes and numbers of non-zeros. Load with `net.load_state_dict(safetensors.torch.load_file(path))`.
+
+    Raises:
+        PyroBMRError: the folder cannot be written.
+    """
+    tensors = dict(weights.state_dict()) if isinstance(weights, nn.Module) else dict(weights)
+    folder = Path(folder)
+    about = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "nonzero": int(t.count_nonzero())} for name, t in tensors.items()}
+    make_folder(folder)
+    # .clone(): tied parameters are stored once each, which safetensors wants
+    write_atomically(folder / "model.safetensors", lambda path: save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path))
+    content = json.dumps({"format": "pyro_bmr report 1", **(report or {}), "tensors": about}, indent=1, allow_nan=False, default=str)
+    write_atomically(folder / "report.json", lambda path: path.write_text(content))
+
+
+def make_folder(folder: Path) -> None:
+    """Creates `folder`, or raises a PyroBMRError that says why it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PyroBMRError(f"cannot write to '{folder}': {error.strerror or error}; choose another folder") from None
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Calls `write(temporary path)` and renames the result to `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise PyroBMRError(f"cannot write '{path}': {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,348 @@
+"""`fit`: the one training loop. Any Pyro program, any guide, any torch optimiser; reductions during the fit if asked.
+
+Owns `fit` and its result `Fit`. Next: `exporting.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import pandas as pd
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from tqdm import tqdm
+
+from pyro_bmr.elbo import ELBOTerms, Values, elbo_terms
+from pyro_bmr.errors import DataError, FitError
+from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.posterior import Posterior
+from pyro_bmr.prediction import predict
+from pyro_bmr.priors.empirical_bayes import EmpiricalScales
+from pyro_bmr.priors.gaussian import Gaussian
+from pyro_bmr.pruning import Every, Masked
+
+Program = Callable[..., Any]
+
+
+class HasTrainingData(Protocol):
+    """Anything with `x_train` and `y_train`, such as a `data.Data`."""
+
+    @property
+    def x_train(self) -> Tensor: ...
+    @property
+    def y_train(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit leaves behind.
+
+    `posterior`: the moments, masks in force. `program`: the fitted program (a trained copy if it is a module; the argument is never changed).
+    `guide`: the trained guide. `masks`: site → bool tensor, empty without reductions. `scales`: site → empirical prior scale. `history`: one row per epoch — epoch, step,
+    expected_log_likelihood, kl, elbo (nats per data set, the likelihood divided by the temperature in elbo), kept (of the reduced sites' entries), delta_f (predicted
+    gain in evidence of all that was pruned so far, nats), learning_rate and, with a
+    validation split, validation_nll (nats per row, at the posterior's point). `reduction_seconds` are part of `seconds`.
+    """
+
+    posterior: Posterior
+    program: Program
+    guide: Program
+    masks: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    history: pd.DataFrame
+    seconds: float
+    reduction_seconds: float
+    seed: int
+    temperature: float
+
+
+def adam(learning_rate: float = 3e-3) -> Callable[[Any], Optimizer]:
+    """The default optimiser: Adam, fused."""
+    return partial(torch.optim.Adam, lr=learning_rate, fused=True)
+
+
+def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """The default schedule: the learning rate falls to 0 on half a cosine over the fit."""
+    return CosineAnnealingLR(optimizer, T_max=steps)
+
+
+def fit(
+    program: Program,
+    data: tuple[Tensor, Tensor] | HasTrainingData,
+    *,
+    guide: Program = MeanField,
+    epochs: int = 20,
+    batch_size: int = 128,
+    optimizer: Callable[[Any], Optimizer] | None = None,
+    scheduler: Callable[[Optimizer, int], LRScheduler] | None = cosine,
+    seed: int = 0,
+    temperature: float = 1.0,
+    reduce: Every | None = None,
+    validation: float | tuple[Tensor, Tensor] | None = None,
+    progress: bool = True,
+) -> Fit:
+    r"""Fits `guide` to the posterior of `program` given the data by stochastic variational inference, and returns a `Fit`.
+
+    Minimised is the mean over mini-batches of −(E_q[log p(y|θ)] − T·KL(q‖p))/N, which has the optimum of the negative ELBO of the posterior
+    ∝ p(y|θ)^{1/T} p(θ) and the step size of ordinary training. N comes from the data, through the plate; KL is never weighted by hand.
+
+    Args:
+        program: called as `program(x, y)`. Its observed site may stand in a plate of the batch's rows, or of N rows subsampled, or in none.
+        data: (x, y), or anything with `x_train` and `y_train`. Sets device and, with the program, dtype.
+        guide: `MeanField`, `Point` (maximum a posteriori), any function of the program that makes a guide module, such as Pyro's `AutoNormal`, or
+            such a module, which is copied. A hand-written guide function with `pyro.param` is trained by Pyro's SVI; see `Posterior.from_guide`.
+        optimizer: parameters → torch optimiser. Default: Adam at 3e-3, fused.
+        scheduler: (optimiser, number of steps) → schedule, stepped after each step; None for a constant rate. Default: `cosine`.
+        seed: of everything random: order of the data and draws are functions of (seed, epoch) and (seed, step).
+        temperature: T above; 1 is Bayes, less is "cold": data counted N/T times.
+        reduce: reductions during the fit.
+        validation: the fraction of the rows to hold out, or (x, y), scored after each epoch.
+        progress: show a bar with both terms of the ELBO.
+
+    Raises:
+        DataError: rows disagree, values are not finite or outside the observed site's support.
+        FitError: an argument is out of range, or a loss or gradient is no longer finite (with the step and the sites).
+    """
+    x, y = data if isinstance(data, tuple) else (data.x_train, data.y_train)
+    _check_arguments(epochs, batch_size, temperature)
+    check_rows(x, y)
+    (x, y), held_out = _split(x, y, validation, seed)
+    program = copy.deepcopy(program) if isinstance(program, nn.Module) else program
+    start = time.perf_counter()
+    with torch.random.fork_rng(), pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
+        _seed(x.device, seed)
+        run = _Run(program, guide, x, y, batch_size, temperature)
+        optimizer_ = (optimizer or adam())(run.parameters())
+        per_epoch = math.ceil(len(x) / run.batch_size)
+        total = epochs * per_epoch
+        scheduler_ = scheduler(optimizer_, total) if scheduler else None
+        due = reduce.steps(total, per_epoch) if reduce else set()
+        rows, step, delta_f, reduction_seconds = [], 0, 0.0, 0.0
+        with tqdm(total=total, disable=not progress, unit="step", leave=False) as bar:
+            for epoch in range(1, epochs + 1):
+                likelihood_sum = kl_sum = 0.0
+                for batch in run.batches(seed, epoch):
+                    step += 1
+                    _seed(x.device, seed * 1_000_003 + step)
+                    terms = run.step(optimizer_, batch, step)
+                    if scheduler_:
+                        scheduler_.step()
+                    likelihood_sum, kl_sum = likelihood_sum + terms[0], kl_sum + terms[1]
+                    if step in due or step % per_epoch == 0:
+                        began = time.perf_counter()
+                        run.update_scales()
+                        if reduce and step in due:
+                            delta_f += run.prune(reduce, step / total)
+                        reduction_seconds += time.perf_counter() - began
+                    bar.update()
+                likelihood, kl = likelihood_sum / per_epoch, kl_sum / per_epoch
+                row = {
+                    "epoch": epoch,
+                    "step": step,
+                    "expected_log_likelihood": likelihood,
+                    "kl": kl,
+                    "elbo": likelihood / temperature - kl,
+                    "kept": run.kept(),
+                    "delta_f": delta_f,
+                    "learning_rate": optimizer_.param_groups[0]["lr"],
+                }
+                if held_out is not None:
+                    prediction = predict(run.program, run.posterior(), held_out[0], draws=0)
+                    row["validation_nll"] = -float(prediction.log_prob(held_out[1]).mean())
+                rows.append(row)
+                bar.set_postfix(ell=f"{likelihood:.4g}", kl=f"{kl:.4g}", kept=f"{row['kept']:.3g}")
+        posterior = run.posterior()
+    if isinstance(program, nn.Module):
+        program.eval()
+    return Fit(
+        posterior, program, run.guide, run.masks, run.empirical.scales, pd.DataFrame(rows), time.perf_counter() - start, reduction_seconds, seed, temperature
+    )
+
+
+class _Run:
+    """The state of a fit: program, guide, handlers, masks."""
+
+    def __init__(self, program: Program, guide: Program, x: Tensor, y: Tensor, batch_size: int, temperature: float) -> None:
+        self.program, self.x, self.y, self.temperature = program, x, y, temperature
+        self.batch_size = min(batch_size, len(x))
+        self.masks: dict[str, Tensor] = {}
+        self.empirical = EmpiricalScales()
+        self.scaled = self.empirical(_WholeData(len(x), lambda: self.rows)(program))
+        self.few = (x[: min(len(x), 8)], y[: min(len(x), 8)])
+        self.rows = len(self.few[0])
+        _set_training(program, False)
+        _check_support(program, self.few, y)
+        self.guide = _make_guide(guide, program, self.few)
+        self.guide(*self.few)  # autoguides make their parameters at the first call
+        self.masked = Masked({})
+        _set_training(program, True)
+
+    def parameters(self) -> list[Tensor]:
+        modules = [m for m in (self.guide, self.program) if isinstance(m, nn.Module)]
+        return [p for m in modules for p in m.parameters() if p.requires_grad]
+
+    def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(self.x.device)
+        for index in order.split(self.batch_size):
+            yield self.x[index], self.y[index]
+
+    def step(self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float]:
+        self.rows = len(batch[0])
+        terms = self.terms(batch)
+        loss = (self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)
+        optimizer.zero_grad()
+        loss.backward()
+        grads = sum(float(p.grad.sum()) for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+        likelihood, kl = float(terms.expected_log_likelihood.detach()), float(terms.kl.detach())
+        if not math.isfinite(likelihood + kl + grads):
+            raise FitError(self.diagnosis(step, likelihood, kl))
+        optimizer.step()
+        return likelihood, kl
+
+    def terms(self, batch: tuple[Tensor, Tensor]) -> ELBOTerms:
+        if not self.masks or isinstance(self.guide, MeanField):
+            return elbo_terms(self.scaled, self.guide, *batch, masks=self.masks)
+        self.masked.masks = self.masks
+        return elbo_terms(self.masked(self.scaled), self.masked(self.guide), *batch)
+
+    def posterior(self) -> Posterior:
+        _set_training(self.program, False)
+        posterior = Posterior.from_guide(self.guide, self.empirical(self.program), *self.few, masks=self.masks, temperature=self.temperature)
+        _set_training(self.program, True)
+        return posterior
+
+    def prune(self, schedule: Every, done: float) -> float:
+        """Reduces, puts the masks in force, and returns the predicted gain in evidence of what went, nats."""
+        reduction = schedule.reduce(self.posterior(), done)
+        gain = 0.0
+        for name, site in reduction.sites.items():
+            mask = reduction.masks[name]
+            went = ~mask if name not in self.masks else self.masks[name] & ~mask
+            gain += float(site.spike_delta_f[went].sum())
+        self.masks = {**self.masks, **reduction.masks}
+        return gain
+
+    def update_scales(self) -> None:
+        for name, site in self.posterior().sites.items():
+            if isinstance(site.declared, Gaussian) and site.declared.scale == "empirical" and bool(site.var.any()):
+                self.empirical.update(name, site.declared, site.mean, site.var, site.mask)
+
+    def kept(self) -> float:
+        return sum(int(m.sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values()) if self.masks else 1.0
+
+    def diagnosis(self, step: int, likelihood: float, kl: float) -> str:
+        bad = set()
+        if isinstance(self.guide, (MeanField, Point)):
+            for parameter in self.guide.parameters():
+                for flat in (parameter.detach(), parameter.grad):
+                    if flat is not None:
+                        parts = flat.split(self.guide.sizes)
+                        bad |= {site.name for site, part in zip(self.guide.latents, parts, strict=True) if not bool(part.isfinite().all())}
+        else:
+            named = self.guide.named_parameters() if isinstance(self.guide, nn.Module) else ()
+            bad |= {name for name, p in named if not bool(p.isfinite().all()) or (p.grad is not None and not bool(p.grad.isfinite().all()))}
+        where = ", ".join(sorted(bad)) or "the observed site"
+        return (
+            f"step {step}: the loss or its gradient is not finite at {where} (expected log likelihood {likelihood:.6g}, KL {kl:.6g}); "
+            "lower the learning rate, or check the scale of the data and of the priors"
+        )
+
+
+class _WholeData(Messenger):
+    """Scales the observed sites of a batch up to the N rows of the data, unless their plate already does."""
+
+    def __init__(self, size: int, rows: Callable[[], int]) -> None:
+        super().__init__()
+        self.size, self.batch_rows = size, rows
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] or msg["infer"].get("_deterministic"):
+            return
+        rows = self.batch_rows()
+        frames = [f for f in msg["cond_indep_stack"] if f.vectorized]
+        plate = next((f for f in frames if f.size == rows), None)
+        if plate is None and frames:
+            sizes = ", ".join(f"'{f.name}' of {f.size}" for f in frames)
+            raise FitError(
+                f"observed site '{msg['name']}': it stands in plate {sizes}, none with the {rows} rows of the batch; put it in pyro.plate(\"data\", len(x))"
+            )
+        counted = rows if plate is None or plate.full_size is None else plate.full_size
+        if counted not in (rows, self.size):
+            raise FitError(
+                f"observed site '{msg['name']}': its plate '{plate.name if plate else ''}' has {counted} rows, the data have {self.size}; give the plate the size of the data"
+            )
+        if counted != self.size:
+            msg["scale"] = msg["scale"] * (self.size / rows)
+
+
+def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
+    """Raises DataError unless x and y have the same number of rows, at least one, all finite."""
+    if x.ndim < 1 or y.ndim < 1 or len(x) != len(y) or len(x) == 0:
+        raise DataError(f"{where}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; the same number of rows, at least one, is wanted")
+    for name, value in (("x", x), ("y", y)):
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            row = int((~value.reshape(len(value), -1).isfinite().all(1)).nonzero()[0])
+            raise DataError(f"{where}: {name} is NaN or infinite, first in row {row}; drop or impute such rows")
+
+
+def _check_arguments(epochs: int, batch_size: int, temperature: float) -> None:
+    if epochs < 1:
+        raise FitError(f"epochs={epochs}: at least 1 is wanted")
+    if batch_size < 1:
+        raise FitError(f"batch_size={batch_size}: at least 1 row is wanted")
+    if not 0 < temperature < math.inf:
+        raise FitError(f"temperature={temperature}: a finite number > 0 is wanted (1 is Bayes)")
+
+
+def _check_support(program: Program, few: tuple[Tensor, Tensor], y: Tensor) -> None:
+    """Every y must be in the support of the observed site, such as 0 … classes − 1."""
+    with torch.no_grad(), Values({}) as run:
+        program(*few)
+    for name, msg in run.observed.items():
+        if msg["value"] is few[1]:
+            support = msg["fn"].support
+            good = support.check(y) if hasattr(support, "lower_bound") else torch.ones(len(y), dtype=torch.bool)
+            if not bool(good.all()):
+                row = int((~good).nonzero()[0][0])
+                raise DataError(
+                    f"y is outside the support of observed site '{name}' ({support}): got {y[row].item()} in row {row}; "
+                    "number the classes from 0, or give the network more outputs"
+                )
+
+
+def _make_guide(guide: Program, program: Program, few: tuple[Tensor, Tensor]) -> Program:
+    if isinstance(guide, nn.Module):
+        return copy.deepcopy(guide)
+    maker = guide.func if isinstance(guide, partial) else guide
+    return guide(program, *few) if maker in (MeanField, Point) else guide(program)
+
+
+def _split(x: Tensor, y: Tensor, validation: float | tuple[Tensor, Tensor] | None, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    if validation is None or isinstance(validation, tuple):
+        return (x, y), validation
+    rows = round(validation * len(x))
+    if not 0 < rows < len(x):
+        raise FitError(f"validation={validation}: a fraction that leaves rows on both sides is wanted; the data have {len(x)}")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    return (x[order[rows:]], y[order[rows:]]), (x[order[:rows]], y[order[:rows]])
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seeds the default generator of `device` (torch.manual_seed also records a stack trace per call for devices that are not there)."""
+    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    generator.manual_seed(seed)
+
+
+def _set_training(program: Program, on: bool) -> None:
+    if isinstance(program, nn.Module):
+        program.train(on)

@@ -1,0 +1,152 @@
+"""The mean-field guide: independent Gaussians over the unconstrained latent sites of any Pyro program.
+
+Owns `MeanField`. The objective that uses its flat parameters directly is in `elbo.py`. Next: `point.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+from torch.distributions.transforms import ExpTransform, SigmoidTransform
+
+from pyro_bmr.errors import ModelError
+
+SUPPORTS: dict[str, Transform | None] = {"real": None, "positive": ExpTransform(), "unit_interval": SigmoidTransform()}
+"""The supports with a Gaussian posterior, and the transform from the real line to each."""
+
+
+class Latent(NamedTuple):
+    """A latent site as its program declared it."""
+
+    name: str
+    shape: torch.Size
+    event_dim: int
+    transform: Transform | None  # from the real line to the site's support; None for real sites
+    plates: tuple[Any, ...]
+    start: Tensor  # on the unconstrained scale
+    spread: Tensor  # a scale for the start's standard deviation, 0-d
+
+
+def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Latent]:
+    """The latent sites of `program(*args, **kwargs)` in order, with start values; leaves the random state as it was.
+
+    Starts: the site's `infer["init"]` where given (a lifted parameter's own value), else the prior's mean for Normal sites, its median for the others
+    (a half-Cauchy has no mean).
+
+    Raises:
+        ModelError: a site is discrete, has a support other than the reals, the positives or the unit interval, or stands in a subsampled plate.
+    """
+    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+        trace = prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
+    latents = [_latent(name, site) for name, site in trace.iter_stochastic_nodes()]
+    if not latents:
+        raise ModelError("the program has no latent site: give it at least one pyro.sample statement without obs")
+    return latents
+
+
+def _latent(name: str, site: Any) -> Latent:
+    fn = site["fn"]
+    base = base_distribution(fn)
+    transform = SUPPORTS[support_name(name, base.support)]
+    for frame in site["cond_indep_stack"]:
+        if frame.full_size not in (None, frame.size):
+            raise ModelError(
+                f"site '{name}': it stands in the subsampled plate '{frame.name}', so each batch has latents of its own; MeanField takes global latents only"
+            )
+    init = site["infer"].get("init")
+    normal = isinstance(base, torch.distributions.Normal)
+    if init is not None:
+        start = init
+    elif normal:
+        start = base.mean
+    elif transform is None:
+        start = torch.zeros_like(site["value"])
+    else:
+        start = transform.inv(_median(base))
+    start = start.detach().expand(site["value"].shape).clone()
+    rms = start.square().mean().sqrt()
+    if init is None or not bool(rms > 0):
+        rms = base.stddev.mean() if normal else torch.ones_like(rms)
+    return Latent(name, start.shape, fn.event_dim, transform, tuple(f for f in site["cond_indep_stack"] if f.vectorized), start, rms)
+
+
+def base_distribution(fn: Any) -> Any:
+    """The distribution under any `Independent` wrappers."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def support_name(name: str, support: Any) -> str:
+    """The key of `SUPPORTS` for a site's support.
+
+    Raises:
+        ModelError: it is none of them.
+    """
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    known = {constraints.real: "real", constraints.positive: "positive", constraints.nonnegative: "positive", constraints.unit_interval: "unit_interval"}
+    if support not in known:
+        raise ModelError(
+            f"site '{name}': its support {support} is not the reals, the positives or the unit interval, where a Gaussian posterior can be had (on the log and "
+            "logit scale); use one of Pyro's autoguides, or reparametrise the site"
+        )
+    return known[support]
+
+
+def _median(base: Any) -> Tensor:
+    try:
+        return base.icdf(torch.full_like(base.sample(), 0.5))
+    except NotImplementedError:
+        return base.sample((1001,)).median(0).values
+
+
+class MeanField(nn.Module):
+    r"""q(θ) = ∏ᵢ N(θᵢ; μᵢ, σᵢ²) on the unconstrained scale: a Normal per real site, a log-normal per positive site, a logit-normal on (0, 1).
+
+    A Pyro guide: call it inside any SVI loop. Its parameters are two flat vectors, `loc` and `log_scale`, created here, on the program's device
+    and dtype, so that any `torch.optim` optimiser takes `guide.parameters()`.
+
+    Args:
+        program: any Pyro program with global continuous latents.
+        args, kwargs: one batch, to find the sites.
+        init_scale: the standard deviations at the start, relative to the root mean square of the site's start values (to the prior's scale where the
+            start is zero). Small, so that the network first learns as a plain one would.
+
+    Raises:
+        ModelError: as `latent_sites`.
+    """
+
+    def __init__(self, program: Callable[..., Any], *args: Any, init_scale: float = 0.3, **kwargs: Any) -> None:
+        super().__init__()
+        self.latents = latent_sites(program, *args, **kwargs)
+        self.sizes = [latent.start.numel() for latent in self.latents]
+        self.loc = nn.Parameter(torch.cat([latent.start.flatten() for latent in self.latents]))
+        self.log_scale = nn.Parameter(torch.cat([(latent.spread * init_scale).log().expand(latent.start.numel()) for latent in self.latents]))
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Site name → its part of a flat vector, in the site's shape; no copy."""
+        return {latent.name: part.view(latent.shape) for latent, part in zip(self.latents, flat.split(self.sizes), strict=True)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """One draw: site name → value."""
+        locs, scales = self.views(self.loc), self.views(self.log_scale.exp())
+        values = {}
+        for latent in self.latents:
+            fn = dist.Normal(locs[latent.name], scales[latent.name])
+            if latent.transform is not None:
+                fn = dist.TransformedDistribution(fn, [latent.transform])
+            with ExitStack() as stack:
+                for frame in latent.plates:
+                    stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+                values[latent.name] = pyro.sample(latent.name, fn.to_event(latent.event_dim))
+        return values

@@ -1,0 +1,73 @@
+"""How a network's output meets the data: `Categorical` for classes, `Normal` for real targets with a learned noise.
+
+A likelihood owns the plate over the data, and with it the number of rows N. Inside `fit` the N of the data set is supplied; a
+hand-written SVI loop over mini-batches gives it as `size`, so that nobody ever scales a KL term. Next: `networks.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_bmr.errors import DataError
+
+OBSERVED = "y"  # the name of the observed site
+
+
+class Likelihood(Protocol):
+    """What `BayesianNetwork` asks of a likelihood."""
+
+    @property
+    def task(self) -> Literal["classification", "regression"]:
+        """What kind of y it takes."""
+        ...
+
+    def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
+        """The observed site `y`, of one row per row of `output`; with y None, a draw."""
+        ...
+
+
+def data_plate(rows: int, size: int | None, device: torch.device) -> pyro.plate:
+    """The plate "data" over a batch of `rows`; with `size` given, log densities are scaled by size/rows."""
+    if size is None:
+        return pyro.plate("data", rows, dim=-1)
+    return pyro.plate("data", size, subsample=torch.arange(rows, device=device), dim=-1)
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """y ~ Categorical(softmax(output)): `output` is (rows, classes), `y` integers in 0 … classes − 1."""
+
+    size: int | None = None
+    task: Literal["classification"] = "classification"
+
+    def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
+        if output.ndim != 2:
+            raise DataError(f"Categorical: the network must return (rows, classes), got shape {tuple(output.shape)}")
+        with data_plate(output.shape[0], self.size, output.device):
+            return pyro.sample(OBSERVED, dist.Categorical(logits=output, validate_args=False), obs=y)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """y ~ N(output, noise²) with one noise scale for all rows, the site `noise` ~ HalfNormal(`noise_scale`), inferred with the weights.
+
+    `output` is (rows,) or (rows, 1), `y` is (rows,). `noise_scale` is in the units of y: the default 1 suits a standardised target."""
+
+    noise_scale: float = 1.0
+    size: int | None = None
+    task: Literal["regression"] = "regression"
+
+    def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
+        if output.ndim == 2 and output.shape[1] == 1:
+            output = output[:, 0]
+        if output.ndim != 1:
+            raise DataError(f"Normal: the network must return (rows,) or (rows, 1), got shape {tuple(output.shape)}")
+        noise = pyro.sample("noise", dist.HalfNormal(output.new_tensor(self.noise_scale)))
+        with data_plate(output.shape[0], self.size, output.device):
+            return pyro.sample(OBSERVED, dist.Normal(output, noise), obs=y)

@@ -1,0 +1,48 @@
+"""What a prediction is worth: accuracy, negative log likelihood, Brier score, calibration error, RMSE. Tensors in, numbers out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def accuracy(probs: Tensor, y: Tensor) -> float:
+    """The fraction of rows whose most probable class is y."""
+    return float((probs.argmax(1) == y).double().mean())
+
+
+def brier(probs: Tensor, y: Tensor) -> float:
+    r"""Mean over rows of :math:`\sum_c (p_c - [y = c])^2`, between 0 and 2 (Brier 1950)."""
+    return float((probs - torch.nn.functional.one_hot(y.long(), probs.shape[1])).square().sum(1).double().mean())
+
+
+def ece(probs: Tensor, y: Tensor, bins: int = 15, binning: Literal["width", "mass"] = "width") -> float:
+    r"""Expected calibration error :math:`\sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|` of the top class, over bins of equal width or equal mass.
+
+    Source: Naeini, Cooper & Hauskrecht 2015; Guo et al. 2017 (15 bins of equal width).
+    """
+    table = calibration(probs, y, bins, binning)
+    return float((table[:, 2] * (table[:, 0] - table[:, 1]).abs()).sum())
+
+
+def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Literal["width", "mass"] = "width") -> Tensor:
+    """One row per non-empty bin: mean confidence, accuracy, fraction of the rows; float64."""
+    confidence, top = probs.double().max(1)
+    correct = (top == y).double()
+    if binning == "width":
+        index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    else:
+        index = (confidence.argsort().argsort() * bins) // len(y)
+    rows = []
+    for b in range(bins):
+        inside = index == b
+        if bool(inside.any()):
+            rows.append(torch.stack([confidence[inside].mean(), correct[inside].mean(), inside.double().mean()]))
+    return torch.stack(rows)
+
+
+def rmse(mean: Tensor, y: Tensor) -> float:
+    """Root mean squared error, in the units of y."""
+    return float((mean - y).double().square().mean().sqrt())

@@ -1,0 +1,100 @@
+"""`BayesianNetwork`: an `nn.Module` lifted to a Pyro program, with one site per parameter, named by its module path.
+
+It lifts by parameter, not by layer class, and says what it lifted, what it left, and why (`table`). Next: `guides/mean_field.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pandas as pd
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+
+from pyro_bmr.errors import ModelError
+from pyro_bmr.likelihoods import Likelihood
+from pyro_bmr.priors import Prior
+
+_NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+class BayesianNetwork(nn.Module):
+    """A Pyro program `model(x, y=None)` whose sites are the parameters of `net`.
+
+    Args:
+        net: any module; it is used as it is, not copied, and its values are where guides start.
+        prior: one prior for every parameter, or a mapping from patterns of parameter names (``"*.weight"``, shell style, the first match counts) to
+            priors, where None leaves the parameter a point estimate. Parameters that no pattern names are left too. Gains and offsets of norm layers are left as
+            point estimates unless a mapping has their exact name.
+        likelihood: `Categorical()`, `Normal()` or anything with their `observe`.
+
+    Attributes:
+        priors: parameter name → prior, for the lifted ones, in the order of the program's sites.
+        left: parameter name → why it was left.
+
+    Raises:
+        ModelError: a pattern matches no parameter, nothing is lifted, or a value is not a prior.
+
+    Example:
+        >>> BayesianNetwork(net, prior={"head.*": Gaussian(1.0), "*": Horseshoe()}, likelihood=Categorical())
+    """
+
+    def __init__(self, net: nn.Module, prior: Prior | Mapping[str, Prior | None], likelihood: Likelihood) -> None:
+        super().__init__()
+        self.net = net
+        self.likelihood = likelihood
+        self.priors: dict[str, Prior] = {}
+        self.left: dict[str, str] = {}
+        patterns = prior if isinstance(prior, Mapping) else None
+        self._check(prior, patterns)
+        norms = {
+            f"{path}.{name}" if path else name: type(module).__name__
+            for path, module in net.named_modules()
+            if isinstance(module, _NORM_LAYERS)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        for name, parameter in net.named_parameters():
+            pattern = next((p for p in patterns if fnmatchcase(name, p)), None) if patterns is not None else None
+            chosen = patterns[pattern] if patterns is not None and pattern is not None else None if patterns is not None else prior
+            if not parameter.is_floating_point():
+                self.left[name] = f"not a floating-point parameter ({parameter.dtype})"
+            elif not parameter.requires_grad:
+                self.left[name] = "frozen (requires_grad=False)"
+            elif patterns is not None and pattern is None:
+                self.left[name] = "no pattern names it"
+            elif chosen is None:
+                self.left[name] = f"pattern '{pattern}' leaves it"
+            elif name in norms and pattern != name:
+                self.left[name] = f"gain or offset of a norm layer ({norms[name]}); give its exact name to lift it"
+            else:
+                assert not isinstance(chosen, Mapping)
+                self.priors[name] = chosen
+        if not self.priors:
+            raise ModelError(f"no parameter of {type(net).__name__} is lifted: {self.left or 'it has none'}; name one in `prior`")
+
+    def _check(self, prior: Any, patterns: Mapping[str, Prior | None] | None) -> None:
+        names = [name for name, _ in self.net.named_parameters()]
+        for pattern, value in (patterns or {"*": prior}).items():
+            if not (value is None and patterns is not None) and not isinstance(value, Prior):
+                raise ModelError(f"prior for '{pattern}': expected a prior such as Gaussian() or Horseshoe(), got {value!r}")
+            if names and not any(fnmatchcase(name, pattern) for name in names):
+                raise ModelError(f"prior pattern '{pattern}' matches no parameter; the parameters are: {', '.join(names)}")
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameter name → drawn weight: the `pyro.sample` statements of the program, without the network and the data."""
+        parameters = dict(self.net.named_parameters())
+        return {name: prior.sample(name, tuple(parameters[name].shape), parameters[name].detach()) for name, prior in self.priors.items()}
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.likelihood.observe(functional_call(self.net, self.weights(), (x,)), y)
+
+    def table(self) -> pd.DataFrame:
+        """One row per parameter of the net: name, shape, size, prior (or None) and, if it was left, why."""
+        rows = [
+            (name, tuple(p.shape), p.numel(), repr(self.priors[name]) if name in self.priors else None, self.left.get(name, ""))
+            for name, p in self.net.named_parameters()
+        ]
+        return pd.DataFrame(rows, columns=["parameter", "shape", "size", "prior", "why left"])

@@ -1,0 +1,278 @@
+"""`Posterior`: a fit as data — Gaussian moments per site and the prior each was fitted under; no Pyro program, no training.
+
+Owns reading a posterior out of a guide or a param store, drawing from it, saving and loading it. Next: `reduction/sites.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pyro_bmr import priors
+from pyro_bmr.elbo import Values, collapsed
+from pyro_bmr.errors import ModelError, ReductionError
+from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
+from pyro_bmr.priors import Prior
+from pyro_bmr.reduction.gaussian import Diagonal
+
+_FORMAT = "pyro_bmr posterior 1"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One latent site: q = N(`mean`, `var`) entry by entry, on the unconstrained scale (log for positive sites, logit on (0, 1)).
+
+    `prior`: the Gaussian prior of the fit, its moments expanded lazily from numbers; None for a prior that is not Gaussian.
+    `declared`: the prior object that declared the site, if one did. `mask`: the entries that live; None for all.
+    Pruned entries have mean and variance 0.
+    `given`: the latent sites on which the prior's moments depend; they stand at their posterior point (their median).
+    """
+
+    mean: Tensor
+    var: Tensor
+    prior: Diagonal | None = None
+    declared: Prior | None = None
+    support: str = "real"
+    mask: Tensor | None = None
+    given: tuple[str, ...] = ()
+
+    def value(self, unconstrained: Tensor) -> Tensor:
+        """The constrained value, exactly 0 where the mask says so."""
+        transform = SUPPORTS[self.support]
+        value = unconstrained if transform is None else transform(unconstrained)
+        return value if self.mask is None else value.where(self.mask, 0)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Site name → `Site`, in the order of the program, and the temperature of the fit (1 is Bayes).
+
+    `posterior["fc1.weight"].mean` and `.var` are the moments. Iterating gives the names.
+    """
+
+    sites: Mapping[str, Site]
+    temperature: float = 1.0
+    masks: dict[str, Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "masks", {name: site.mask for name, site in self.sites.items() if site.mask is not None})
+
+    def __getitem__(self, name: str) -> Site:
+        if name not in self.sites:
+            raise ModelError(f"the posterior has no site '{name}'; its sites are: {', '.join(self.sites)}")
+        return self.sites[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def point(self) -> dict[str, Tensor]:
+        """Site → the mean of real sites, the median of the others; pruned entries 0."""
+        return {name: site.value(site.mean) for name, site in self.sites.items()}
+
+    def draw(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Site → one draw from q; pruned entries 0."""
+        values = {}
+        for name, site in self.sites.items():
+            noise = torch.randn(site.mean.shape, generator=generator, dtype=site.mean.dtype, device=site.mean.device)
+            values[name] = site.value(site.mean + site.var.sqrt() * noise)
+        return values
+
+    def masked(self, masks: Mapping[str, Tensor]) -> Posterior:
+        """The same posterior with `masks` (site → bool tensor) in force."""
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool or mask.shape != self[name].mean.shape:
+                raise ReductionError(
+                    f"mask of site '{name}': expected a bool tensor of shape {tuple(self[name].mean.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}"
+                )
+        pruned = {
+            name: replace(site, mean=site.mean.where(masks[name], 0), var=site.var.where(masks[name], 0), mask=masks[name])
+            for name, site in self.sites.items()
+            if name in masks
+        }
+        return replace(self, sites={**self.sites, **pruned})
+
+    @classmethod
+    def from_guide(
+        cls,
+        guide: Callable[..., Any],
+        program: Callable[..., Any],
+        *args: Any,
+        masks: Mapping[str, Tensor] | None = None,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> Posterior:
+        """The posterior that `guide` holds for `program(*args, **kwargs)`, with the priors that the program declares.
+
+        Read are guides whose trace has a Normal per site (`MeanField`, hand-written guides), a Normal on the unconstrained scale (`AutoNormal`), a log-normal, or
+        a point (`Point`, `AutoDelta`: variance 0). Random state and param store stay as they were. `args` is one batch; a handful of rows is enough.
+
+        Raises:
+            ModelError: a site's posterior cannot be read as Gaussian moments.
+        """
+        with torch.no_grad(), torch.random.fork_rng():
+            trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+        moments = {name: _guide_moments(name, trace) for name, site in trace.iter_stochastic_nodes() if not (site["infer"] or {}).get("is_auxiliary")}
+        return cls._with_priors(moments, program, args, kwargs, masks or {}, temperature)
+
+    @classmethod
+    def from_param_store(
+        cls, store: Any, program: Callable[..., Any], *args: Any, names: Mapping[str, tuple[str, str]] | None = None, temperature: float = 1.0, **kwargs: Any
+    ) -> Posterior:
+        """The posterior whose locations and scales (on the unconstrained scale) are in a Pyro param store, after any SVI script.
+
+        Args:
+            store: `pyro.get_param_store()` or any mapping from names to tensors.
+            names: site → (name of its location, name of its scale) in the store. By default those that `AutoNormal` writes are looked for:
+                names that end in ``locs.<site>`` and ``scales.<site>``.
+
+        Raises:
+            ModelError: a site of the program is not found in the store.
+        """
+        with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+            trace = prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
+        keys = list(store.keys())
+        moments = {}
+        for name, site in trace.iter_stochastic_nodes():
+            if names is not None:
+                pair = names.get(name, (None, None))
+            else:
+                pair = tuple(next((k for k in keys if k == f"{kind}.{name}" or k.endswith(f".{kind}.{name}")), None) for kind in ("locs", "scales"))  # type: ignore[assignment]
+            if pair[0] not in keys or pair[1] not in keys:
+                raise ModelError(
+                    f"site '{name}': no location and scale in the param store ({', '.join(keys) or 'it is empty'}); "
+                    f"pass names={{'{name}': ('<loc>', '<scale>'), ...}}"
+                )
+            support = support_name(name, base_distribution(site["fn"]).support)
+            loc, scale = (store[key].detach().clone() for key in pair)
+            moments[name] = (loc, scale.square().expand(loc.shape), support)
+        return cls._with_priors(moments, program, args, kwargs, {}, temperature)
+
+    @classmethod
+    def _with_priors(
+        cls,
+        moments: Mapping[str, tuple[Tensor, Tensor, str]],
+        program: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        masks: Mapping[str, Tensor],
+        temperature: float,
+    ) -> Posterior:
+        bare = {}
+        for name, (mean, var, support) in moments.items():
+            mask = masks.get(name)
+            bare[name] = Site(mean, var, support=support) if mask is None else Site(mean.where(mask, 0), var.where(mask, 0), support=support, mask=mask)
+        values = {name: site.value(site.mean).detach().requires_grad_() for name, site in bare.items()}
+        with torch.enable_grad(), torch.random.fork_rng(), Values(values) as run:
+            program(*args, **kwargs)
+        sites = {}
+        for name, msg in run.latent.items():
+            base = base_distribution(msg["fn"])
+            prior = None
+            given: tuple[str, ...] = ()
+            if isinstance(base, torch.distributions.Normal):
+                loc, scale = collapsed(base.loc), collapsed(base.scale)
+                given = _dependencies(loc, scale, {k: v for k, v in values.items() if k != name})
+                prior = Diagonal(loc.detach(), scale.detach().square())
+            sites[name] = replace(bare[name], prior=prior, declared=msg["infer"].get("prior"), given=given)
+        missing = set(bare) - set(sites)
+        if missing:
+            raise ModelError(f"the guide has sites that the program has not: {', '.join(sorted(missing))}; use the program that the guide was fitted to")
+        return cls(sites, temperature)
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file; the description of the sites is in its metadata as JSON. Priors of the user's own are kept as moments only."""
+        tensors: dict[str, Tensor] = {}
+        about = {}
+        for name, site in self.sites.items():
+            parts = {
+                "mean": site.mean,
+                "var": site.var,
+                "mask": site.mask,
+                "prior_mean": site.prior.mean if site.prior else None,
+                "prior_var": site.prior.var if site.prior else None,
+            }
+            tensors |= {f"{name}/{part}": t.contiguous().clone() for part, t in parts.items() if t is not None}
+            known = type(site.declared).__name__ in priors.__all__
+            declared = {"type": type(site.declared).__name__, **asdict(site.declared)} if known else None  # type: ignore[call-overload]
+            about[name] = {"support": site.support, "given": site.given, "declared": declared}
+        metadata = {"format": _FORMAT, "posterior": json.dumps({"sites": about, "temperature": self.temperature})}
+        save_file(tensors, Path(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Posterior:
+        """A posterior saved by `save`; nothing is unpickled.
+
+        Raises:
+            ModelError: the file is not one, or is damaged.
+        """
+        try:
+            opened: AbstractContextManager[Any] = safe_open(Path(path), framework="pt")
+            with opened as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: not a readable safetensors file ({error})") from None
+        if metadata.get("format") != _FORMAT:
+            raise ModelError(f"{path}: not a saved posterior (format {metadata.get('format')!r}, expected {_FORMAT!r})")
+        about = json.loads(metadata["posterior"])
+        sites = {}
+        for name, entry in about["sites"].items():
+            part: dict[str, Any] = {key: tensors.get(f"{name}/{key}") for key in ("mean", "var", "mask", "prior_mean", "prior_var")}
+            declared = entry["declared"] and getattr(priors, entry["declared"].pop("type"))(**entry["declared"])
+            prior = Diagonal(part["prior_mean"], part["prior_var"]) if part["prior_var"] is not None else None
+            sites[name] = Site(part["mean"], part["var"], prior, declared, entry["support"], part["mask"], tuple(entry["given"]))
+        return cls(sites, about["temperature"])
+
+
+def _guide_moments(name: str, trace: Any) -> tuple[Tensor, Tensor, str]:
+    """(mean, variance, support) of one site of a guide's trace, on the unconstrained scale."""
+    unconstrained = trace.nodes.get(f"{name}_unconstrained")
+    fn = base_distribution(trace.nodes[name]["fn"])
+    if unconstrained is not None:
+        base = base_distribution(unconstrained["fn"])
+        if isinstance(base, torch.distributions.Normal):
+            return base.loc.detach(), base.variance.detach(), _autoguide_support(trace.nodes, name)
+    if isinstance(fn, torch.distributions.Normal):
+        return fn.loc.detach(), fn.variance.detach(), "real"
+    if isinstance(fn, torch.distributions.TransformedDistribution) and len(fn.transforms) == 1:
+        base = base_distribution(fn.base_dist)
+        if isinstance(base, torch.distributions.Normal):
+            return base.loc.detach(), base.variance.detach(), support_name(name, fn.support)
+    if isinstance(fn, dist.Delta) and not any(site["infer"].get("is_auxiliary") for site in trace.nodes.values() if site["type"] == "sample"):
+        return fn.v.detach(), torch.zeros_like(fn.v), "real"
+    raise ModelError(
+        f"site '{name}': the guide's {type(fn).__name__} cannot be read as independent Gaussian moments; use MeanField or AutoNormal, or a guide "
+        "with a Normal or log-normal per site"
+    )
+
+
+def _autoguide_support(nodes: Mapping[str, Any], name: str) -> str:
+    """AutoNormal's value site is a Delta, which knows no support: the transform it applied tells."""
+    value, raw = nodes[name]["value"], nodes[f"{name}_unconstrained"]["value"]
+    for support, transform in SUPPORTS.items():
+        if torch.allclose(raw if transform is None else transform(raw), value, rtol=1e-5, atol=1e-8):
+            return support
+    raise ModelError(f"site '{name}': its support is not the reals, the positives or the unit interval, so its posterior cannot be read as Gaussian moments")
+
+
+def _dependencies(loc: Tensor, scale: Tensor, values: Mapping[str, Tensor]) -> tuple[str, ...]:
+    if not (loc.requires_grad or scale.requires_grad) or not values:
+        return ()
+    grads = torch.autograd.grad(loc.sum() + scale.sum(), list(values.values()), allow_unused=True, retain_graph=True)
+    return tuple(name for name, grad in zip(values, grads, strict=True) if grad is not None and math.isfinite(float(grad.abs().sum())))

@@ -1,0 +1,93 @@
+"""The spike-and-slab prior.
+
+Owns `SpikeAndSlab` and the mixture distribution of its fitted form. Its reduction is in `reduction/spike_and_slab.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_bmr.errors import ModelError
+from pyro_bmr.priors.gaussian import fan_in, sample_scale
+
+
+@dataclass(frozen=True)
+class SpikeAndSlab:
+    r"""Each weight is in a slab with probability π, in a spike at zero otherwise; π ~ Beta(α, β), one per tensor.
+
+    As the target of a reduction (Ishwaran & Rao 2005; Marković, Friston & Kiebel 2024) the slab is the prior of the fit, the spike is the point
+    zero unless `spike_scale` is given, and π is inferred from the weights themselves.
+
+    Fitted, SVI needs a density: the site is w̄ ~ π N(0, 1) + (1 − π) N(0, r²) with the indicator summed out, and w = s w̄ with the
+    layer scale s = c/√fan_in, c⁻² ~ Gamma(2, 2), as in `Gaussian("layer")`; π is the site `<name>_inclusion`.
+
+    Args:
+        spike_scale: the spike's standard deviation in units of the site. None (default): 0 in a reduction, r = 0.05 when fitted.
+        alpha, beta: of the Beta prior on π; the default Beta(1, 1) leaves the sparsity to the data.
+    """
+
+    spike_scale: float | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+    shrinkage: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.spike_scale is not None and not 0 <= self.spike_scale < math.inf:
+            raise ModelError(f"SpikeAndSlab(spike_scale={self.spike_scale}): the spike's scale is a finite number >= 0, or None")
+        if not (self.alpha > 0 and self.beta > 0):
+            raise ModelError(f"SpikeAndSlab(alpha={self.alpha}, beta={self.beta}): both must be > 0")
+
+    @property
+    def fitted_spike_scale(self) -> float:
+        return 0.05 if self.spike_scale is None else self.spike_scale
+
+    def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
+        if not 0 < self.fitted_spike_scale < 1:
+            raise ModelError(
+                f"site '{name}': SpikeAndSlab(spike_scale={self.spike_scale}) cannot be fitted; the spike must be narrower than the slab (1) "
+                "and have a width, or be left to the default"
+            )
+        like = torch.zeros(shape) if init is None else init
+        unit = 1 / math.sqrt(fan_in(shape))
+        precision = sample_scale(f"{name}_precision", dist.Gamma(like.new_tensor(2.0), like.new_tensor(2.0)))
+        inclusion = sample_scale(f"{name}_inclusion", dist.Beta(like.new_tensor(self.alpha), like.new_tensor(self.beta)))
+        fn = SpikeSlabMixture(inclusion, like.new_tensor(self.fitted_spike_scale)).expand(shape).to_event(len(shape))
+        start = None if init is None else init / unit
+        return unit * precision.rsqrt() * pyro.sample(name, fn, infer={"prior": self, "init": start})  # type: ignore[arg-type]
+
+
+class SpikeSlabMixture(dist.TorchDistribution):
+    r"""π N(0, 1) + (1 − π) N(0, r²): the indicator summed out, so that the density is smooth. Reparametrised draws are not defined."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {"inclusion": constraints.unit_interval, "spike_scale": constraints.positive}
+    support = constraints.real
+
+    def __init__(self, inclusion: Tensor, spike_scale: Tensor, validate_args: Any = None) -> None:
+        self.inclusion, self.spike_scale = torch.broadcast_tensors(inclusion, spike_scale)
+        super().__init__(self.inclusion.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SpikeSlabMixture:
+        return SpikeSlabMixture(self.inclusion.expand(batch_shape), self.spike_scale.expand(batch_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            slab = torch.rand(shape, dtype=self.inclusion.dtype, device=self.inclusion.device) < self.inclusion
+            return torch.randn_like(slab, dtype=self.inclusion.dtype) * torch.where(slab, torch.ones_like(self.inclusion), self.spike_scale)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        slab = self.inclusion.log() - 0.5 * value.square()
+        spike = (-self.inclusion).log1p() - self.spike_scale.log() - 0.5 * (value / self.spike_scale).square()
+        return torch.logaddexp(slab, spike) - 0.5 * math.log(2 * math.pi)
+
+    def inclusion_log_odds(self, mean: Tensor, var: Tensor) -> Tensor:
+        r"""Log odds of the slab under w ~ N(mean, var): logit π + E[log N(w; 0, 1) − log N(w; 0, r²)], the mean-field update of the indicator."""
+        return torch.logit(self.inclusion) + self.spike_scale.log() - 0.5 * (mean.square() + var) * (1 - self.spike_scale**-2)

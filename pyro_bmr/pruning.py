@@ -1,0 +1,147 @@
+"""Pruned means zero and gone: masks applied to any Pyro program, and the schedule of reductions during a fit.
+
+Owns the effect handler `Masked` and the schedule `Every`. A mask is a bool tensor in the shape of its site, True where the weight lives. Next: `fitting.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_bmr.errors import FitError, ReductionError
+from pyro_bmr.guides.mean_field import base_distribution
+from pyro_bmr.posterior import Posterior
+from pyro_bmr.priors import Gaussian, Prior
+from pyro_bmr.reduction.sites import Reduction, reduce
+
+
+class Masked(Messenger):
+    """Prunes the sites of a program, a guide, or anything else that calls `pyro.sample`: `Masked(masks)(program)`.
+
+    The program sees exactly 0 at every masked entry, and the entry's log density and KL divergence are exactly 0 there, so SVI, NUTS and
+    Predictive all respect the mask. A guide in Pyro's auto style (`<site>_unconstrained`) is masked on both of its sites. Masks may be
+    replaced between calls (`handler.masks = ...`).
+
+    Raises:
+        ReductionError: a mask is not bool, does not have its site's shape, or the site's density does not split over entries.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.masks = dict(masks)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        mask = self.masks.get(name, self.masks.get(name.removesuffix("_unconstrained")) if msg["infer"].get("is_auxiliary") else None)
+        if mask is None or msg["is_observed"]:
+            return
+        fn = msg["fn"]
+        if mask.dtype != torch.bool or mask.shape != fn.shape():
+            raise ReductionError(f"mask of site '{name}': expected a bool tensor of shape {tuple(fn.shape())}, got {mask.dtype} of shape {tuple(mask.shape)}")
+        if isinstance(fn, dist.Delta):
+            msg["fn"] = dist.Delta(fn.v.where(mask, 0), fn.log_density, event_dim=fn.event_dim)
+        elif base_distribution(fn).event_shape:
+            raise ReductionError(
+                f"site '{name}': the density of a {type(base_distribution(fn)).__name__} does not split over its entries, so they cannot be pruned one by one"
+            )
+        else:
+            msg["fn"] = PrunedDistribution(base_distribution(fn).expand(fn.shape()), mask).to_event(fn.event_dim)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        mask = self.masks.get(msg["name"])
+        if mask is not None and not msg["is_observed"]:
+            msg["value"] = msg["value"].where(mask, 0)
+
+
+class PrunedDistribution(dist.TorchDistribution):
+    r"""`base` where `alive` is True; the point 0 elsewhere.
+
+    The log density of a masked entry is −½ v², which is 0 at its only admissible value v = 0. The quadratic matters for samplers that
+    walk in every coordinate: a dead one stays near 0 and never drifts.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, base: Any, alive: Tensor, validate_args: Any = None) -> None:
+        self.base_dist, self.alive = base, alive
+        self.has_rsample = bool(base.has_rsample)
+        super().__init__(base.batch_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:  # type: ignore[override]
+        return self.base_dist.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PrunedDistribution:
+        return PrunedDistribution(self.base_dist.expand(batch_shape), self.alive.expand(batch_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return self.base_dist.sample(sample_shape).where(self.alive, 0)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return self.base_dist.rsample(sample_shape).where(self.alive, 0)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        living = value.where(self.alive, self.base_dist.sample())  # any admissible value: its density is not used
+        return self.base_dist.log_prob(living).where(self.alive, -0.5 * value.square())
+
+
+@torch.distributions.kl.register_kl(PrunedDistribution, PrunedDistribution)  # type: ignore[untyped-decorator]
+def _kl_pruned(q: PrunedDistribution, p: PrunedDistribution) -> Tensor:
+    return torch.distributions.kl_divergence(q.base_dist, p.base_dist).where(p.alive, 0)
+
+
+@dataclass(frozen=True)
+class Every:
+    """The reductions of a fit: after every `epochs` epochs, from the fraction `start` of the fit on.
+
+    Args:
+        epochs: between reductions; may be a fraction, such as 0.25.
+        to: the prior to reduce to, as in `reduce`. Default: the point spike, a weight goes when the evidence rises without it.
+        start: the fraction of the fit's epochs before the first reduction, so that the data can speak first.
+        threshold: nats, as in `reduce`.
+        kept: instead of the evidence, a target: the kept fraction falls on the cubic schedule of Zhu & Gupta 2017 (arXiv 1710.01878) from 1 at `start`
+            to `kept` at `stop`, the weights with the largest spike ΔF going first.
+        stop: the fraction of the epochs at which the target is reached, or after which evidence prunes no more; the rest is for the
+            survivors to settle.
+    """
+
+    epochs: float = 1.0
+    to: Prior | Mapping[str, Prior | None] = Gaussian(scale=0.0)
+    start: float = 0.1
+    threshold: float = 0.0
+    kept: float | None = None
+    stop: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not self.epochs > 0:
+            raise FitError(f"Every(epochs={self.epochs}): the interval must be > 0 epochs")
+        if not 0 <= self.start <= self.stop <= 1:
+            raise FitError(f"Every(start={self.start}, stop={self.stop}): 0 <= start <= stop <= 1 is wanted, as fractions of the fit")
+        if self.kept is not None and not 0 <= self.kept <= 1:
+            raise FitError(f"Every(kept={self.kept}): a fraction between 0 and 1 is wanted")
+
+    def steps(self, total: int, steps_per_epoch: int) -> set[int]:
+        """The steps (1 … total) after which a reduction is due."""
+        interval = self.epochs * steps_per_epoch
+        marks = {round(k * interval) for k in range(1, math.floor(total / interval + 1e-9) + 1)} | (
+            {round(self.stop * total)} if self.kept is not None else set()
+        )
+        return {step for step in marks if step >= 1 and self.start * total <= step <= self.stop * total + 0.5}
+
+    def target(self, done: float) -> float | None:
+        """The kept fraction wanted when the fraction `done` of the fit is over; None when evidence decides."""
+        if self.kept is None:
+            return None
+        progress = min(max((done - self.start) / max(self.stop - self.start, 1e-12), 0.0), 1.0)
+        return self.kept + (1 - self.kept) * (1 - progress) ** 3
+
+    def reduce(self, posterior: Posterior, done: float) -> Reduction:
+        """The reduction of the fit's posterior at that point."""
+        return reduce(posterior, self.to, threshold=self.threshold, kept=self.target(done))
