@@ -10,12 +10,17 @@ import pyro_bmr as bmr
 
 
 def network(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Flatten, then Linear and ReLU per hidden layer, then Linear."""
+    """Flatten, then Linear and ReLU per hidden layer, then Linear; weights start by He et al. 2015 (arXiv 1502.01852), biases at 0."""
     layers: list[nn.Module] = [nn.Flatten()]
     for size in hidden:
         layers += [nn.Linear(inputs, size), nn.ReLU()]
         inputs = size
-    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+    net = nn.Sequential(*layers, nn.Linear(inputs, outputs))
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return net
 
 
 def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "300-100") -> bmr.BayesianNetwork:

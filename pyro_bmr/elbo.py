@@ -99,8 +99,9 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
         name, msg = site.name, run.latent[site.name]
         mask = masks.get(name)
         base = base_distribution(msg["fn"])
-        if site.transform is None and isinstance(base, torch.distributions.Normal):
-            kl_site = _GaussianKL.apply(locs[name], log_scales[name], stds[name], collapsed(base.loc), collapsed(base.scale), mask)
+        gaussian = _gaussian_on_the_line(base, site.transform)
+        if gaussian is not None:
+            kl_site = _GaussianKL.apply(locs[name], log_scales[name], stds[name], collapsed(gaussian.loc), collapsed(gaussian.scale), mask)
         else:
             log_q = -log_scales[name] - 0.5 * noises[name].square() - 0.9189385332046727  # ½ log 2π
             if site.transform is not None:
@@ -109,6 +110,13 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
             kl_site = (difference if mask is None else difference.where(mask, 0)).sum()
         kl = kl + kl_site * msg["scale"]
     return ELBOTerms(likelihood, kl)
+
+
+def _gaussian_on_the_line(prior: Any, transform: Any) -> Any:
+    """The Normal that `prior` is on the unconstrained scale (itself, or the base of a log-normal), if it is one."""
+    if transform is not None and isinstance(prior, torch.distributions.TransformedDistribution) and prior.transforms == [transform]:
+        prior, transform = prior.base_dist, None
+    return prior if transform is None and isinstance(prior, torch.distributions.Normal) else None
 
 
 def collapsed(parameter: Tensor) -> Tensor:

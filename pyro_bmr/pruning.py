@@ -55,9 +55,8 @@ class Masked(Messenger):
             msg["fn"] = PrunedDistribution(base_distribution(fn).expand(fn.shape()), mask).to_event(fn.event_dim)
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        mask = self.masks.get(msg["name"])
-        if mask is not None and not msg["is_observed"]:
-            msg["value"] = msg["value"].where(mask, 0)
+        if isinstance(base_distribution(msg["fn"]), PrunedDistribution):  # also where the value came from outside, as in Predictive
+            msg["value"] = msg["value"].where(base_distribution(msg["fn"]).alive, 0)
 
 
 class PrunedDistribution(dist.TorchDistribution):

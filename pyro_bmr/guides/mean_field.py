@@ -33,7 +33,8 @@ class Latent(NamedTuple):
     transform: Transform | None  # from the real line to the site's support; None for real sites
     plates: tuple[Any, ...]
     start: Tensor  # on the unconstrained scale
-    spread: Tensor  # a scale for the start's standard deviation, 0-d
+    rms: Tensor  # the root mean square of `start` where the program gave it, else 0; 0-d
+    prior_scale: Tensor  # the prior's standard deviation where it is Normal, else 1; 0-d
 
 
 def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Latent]:
@@ -47,7 +48,7 @@ def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list
     """
     with torch.no_grad(), torch.random.fork_rng(), poutine.block():
         trace = prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
-    latents = [_latent(name, site) for name, site in trace.iter_stochastic_nodes()]
+        latents = [_latent(name, site) for name, site in trace.iter_stochastic_nodes()]
     if not latents:
         raise ModelError("the program has no latent site: give it at least one pyro.sample statement without obs")
     return latents
@@ -73,10 +74,10 @@ def _latent(name: str, site: Any) -> Latent:
     else:
         start = transform.inv(_median(base))
     start = start.detach().expand(site["value"].shape).clone()
-    rms = start.square().mean().sqrt()
-    if init is None or not bool(rms > 0):
-        rms = base.stddev.mean() if normal else torch.ones_like(rms)
-    return Latent(name, start.shape, fn.event_dim, transform, tuple(f for f in site["cond_indep_stack"] if f.vectorized), start, rms)
+    plates = tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized)
+    rms = start.square().mean().sqrt() if init is not None else start.new_zeros(())
+    prior_scale = base.stddev.mean() if normal else start.new_ones(())
+    return Latent(name, start.shape, fn.event_dim, transform, plates, start, rms, prior_scale)
 
 
 def base_distribution(fn: Any) -> Any:
@@ -119,8 +120,8 @@ class MeanField(nn.Module):
     Args:
         program: any Pyro program with global continuous latents.
         args, kwargs: one batch, to find the sites.
-        init_scale: the standard deviations at the start, relative to the root mean square of the site's start values (to the prior's scale where the
-            start is zero). Small, so that the network first learns as a plain one would.
+        init_scale: the standard deviations at the start, relative to the root mean square of the start values that the program gives (a network's own
+            weights); sites without such values start at a tenth of the prior's scale. Small, so that a network first learns as a plain one would.
 
     Raises:
         ModelError: as `latent_sites`.
@@ -131,7 +132,8 @@ class MeanField(nn.Module):
         self.latents = latent_sites(program, *args, **kwargs)
         self.sizes = [latent.start.numel() for latent in self.latents]
         self.loc = nn.Parameter(torch.cat([latent.start.flatten() for latent in self.latents]))
-        self.log_scale = nn.Parameter(torch.cat([(latent.spread * init_scale).log().expand(latent.start.numel()) for latent in self.latents]))
+        scales = [init_scale * latent.rms if latent.rms > 0 else 0.1 * latent.prior_scale for latent in self.latents]
+        self.log_scale = nn.Parameter(torch.cat([scale.log().expand(size) for scale, size in zip(scales, self.sizes, strict=True)]))
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Site name → its part of a flat vector, in the site's shape; no copy."""

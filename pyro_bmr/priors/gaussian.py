@@ -37,8 +37,8 @@ class Gaussian:
         scale: where s comes from.
 
             - a number: s itself. As the target of a reduction, 0 is the point spike at `mean`.
-            - ``"empirical"`` (default): one s per tensor, started at the fan-in scale 1/√fan_in and set during the fit to the value that maximises
-              the evidence bound, s² ← mean of μ² + σ² over the surviving weights (the closed-form M-step of empirical Bayes).
+            - ``"empirical"`` (default): one s per tensor. It starts at 1, so that the data speak first, and after each epoch of the fit is set to
+              the value that maximises the evidence bound, s² ← mean of μ² + σ² over the surviving weights (the M-step of empirical Bayes).
             - ``"layer"``: one s = c/√fan_in per tensor, inferred, with c⁻² ~ Gamma(`concentration`, `rate`). The site is then the standardised weight
               w̄ ~ N(0, 1) and the weight is s·w̄, so that the site's prior does not depend on s and w̄ = 0 means w = 0.
         mean: the prior mean; for ``"layer"`` it must be 0.
@@ -76,8 +76,7 @@ class Gaussian:
             return fan_in_scale * precision.rsqrt() * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
         if self.scale == 0:
             raise ModelError(f"site '{name}': Gaussian(scale=0) is a point and cannot be declared; it is only the target of a reduction")
-        start_scale = 1 / math.sqrt(fan_in(shape)) if isinstance(self.scale, str) else self.scale
-        return sample_normal(name, shape, like.new_tensor(self.mean), like.new_tensor(start_scale), init, self)
+        return sample_normal(name, shape, like.new_tensor(self.mean), like.new_tensor(1.0 if isinstance(self.scale, str) else self.scale), init, self)
 
 
 def fan_in(shape: tuple[int, ...]) -> int:

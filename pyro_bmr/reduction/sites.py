@@ -156,8 +156,7 @@ def _reduce_site(posterior: Posterior, name: str, to: Prior | None) -> SiteReduc
             f"its prior in the fit ({site.declared!r}) is not Gaussian; reduce a posterior fitted under Gaussian(), or pass to=None for its own decision"
         )
     alive = _alive(site)
-    q = Diagonal(site.mean[alive], site.var[alive])
-    p = Diagonal(*(t.expand(site.mean.shape)[alive] for t in (site.prior.mean, site.prior.var)))
+    q, p = _living_moments(site)
     wider = int((q.var > p.var).sum())
     spike = delta_f(q, p, Gaussian(0.0))
     total, scale, drop, reduced = 0.0, None, spike, q
@@ -212,8 +211,17 @@ def _own_decision(posterior: Posterior, name: str) -> SiteReduction:
         drop = -mixture.inclusion_log_odds(site.mean, site.var)
     spike = torch.full_like(drop, torch.nan)
     if site.prior is not None:
-        spike = delta_f(site, site.prior, Gaussian(0.0))
+        q, p = _living_moments(site)
+        spike = spike.masked_scatter(_alive(site), delta_f(q, p, Gaussian(0.0)))
     return SiteReduction(0.0, spike, drop.masked_fill(~_alive(site), torch.inf), site, 0)
+
+
+def _living_moments(site: Site) -> tuple[Diagonal, Diagonal]:
+    """Posterior and prior of the entries that live, as vectors."""
+    assert site.prior is not None
+    alive = _alive(site)
+    prior_mean, prior_var = (t.expand(site.mean.shape)[alive] for t in (site.prior.mean, site.prior.var))
+    return Diagonal(site.mean[alive], site.var[alive]), Diagonal(prior_mean, prior_var)
 
 
 def best_scale(q: Diagonal, p: Diagonal, mean: float = 0.0, iterations: int = 100) -> float:

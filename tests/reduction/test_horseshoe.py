@@ -1,0 +1,75 @@
+"""The one-weight horseshoe, against scipy's adaptive quadrature over the local scale."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, optimize, stats
+
+from pyro_bmr.reduction.gaussian import Diagonal, message
+from pyro_bmr.reduction.horseshoe import best_tau, horseshoe_reduction
+
+PRIOR_VAR = 1.5
+
+
+def one_weight(mean, var):
+    q = Diagonal(*(torch.tensor([v], dtype=torch.float64) for v in (mean, var)))
+    p = Diagonal(torch.zeros(1, dtype=torch.float64), torch.full((1,), PRIOR_VAR, dtype=torch.float64))
+    return message(q, p), p.var
+
+
+def brute_force(mean, var, tau, slab):
+    """ΔF, κ, reduced mean and variance by integrating over λ = tan u."""
+    precision = 1 / var - 1 / PRIOR_VAR
+    m = mean / var / precision
+
+    def slab_var(u):
+        psi = tau**2 * np.tan(u) ** 2
+        return psi if slab is None else psi * slab**2 / (psi + slab**2)
+
+    def integral(f):
+        peak = [np.arctan(abs(m) / tau)] if 0 < np.arctan(abs(m) / tau) < np.pi / 2 else None
+        return integrate.quad(lambda u: f(slab_var(u)) * stats.norm(0, np.sqrt(slab_var(u) + 1 / precision)).pdf(m) * 2 / np.pi, 0, np.pi / 2 - 1e-12,
+                              points=peak, limit=800, epsabs=1e-15, epsrel=1e-11)[0]  # fmt: skip
+
+    evidence = integral(lambda v: 1.0)
+    kappa = integral(lambda v: 1 / (1 + precision * v)) / evidence
+    reduced = (1 - kappa) * m
+    second = integral(lambda v: v / (1 + precision * v) + (precision * v / (1 + precision * v) * m) ** 2) / evidence
+    return np.log(evidence) - stats.norm(0, np.sqrt(PRIOR_VAR + 1 / precision)).logpdf(m), kappa, reduced, second - reduced**2
+
+
+@pytest.mark.parametrize("slab", [None, 0.8])
+@pytest.mark.parametrize("mean, var, tau", [(0.35, 0.04, 0.2), (-1.9, 0.1, 0.2), (0.02, 0.3, 0.05), (0.9, 0.02, 1.3)])
+def test_one_weight_is_brute_force_quadrature(mean, var, tau, slab):  # (i)
+    got = horseshoe_reduction(*one_weight(mean, var), tau, slab)
+    expected = brute_force(mean, var, tau, slab)
+    for value, reference, name in zip(got, expected, ("ΔF", "κ", "mean", "var"), strict=True):
+        assert value.item() == pytest.approx(reference, rel=1e-6, abs=1e-9), name
+
+
+def test_a_published_value():
+    got = horseshoe_reduction(*one_weight(0.35, 0.04), 0.2)
+    assert got.delta_f.item() == pytest.approx(0.4726937093190939, abs=1e-10)
+    assert got.kappa.item() == pytest.approx(0.5149433036244783, abs=1e-10)
+    assert got.mean.item() == pytest.approx(0.1744210723268143, abs=1e-10)
+
+
+def test_tau_is_the_optimum_of_its_evidence():
+    rng = np.random.default_rng(1)
+    mean = np.where(rng.random(200) < 0.1, rng.normal(0, 1.2, 200), rng.normal(0, 0.1, 200))
+    q = Diagonal(torch.tensor(mean), torch.full((200,), 0.01, dtype=torch.float64))
+    p = Diagonal(torch.zeros(200, dtype=torch.float64), torch.full((200,), PRIOR_VAR, dtype=torch.float64))
+    data = message(q, p)
+
+    def loss(log_tau):
+        tau = np.exp(log_tau)
+        return -horseshoe_reduction(data, p.var, tau).delta_f.sum().item() + np.log1p((tau / 0.5) ** 2)
+
+    best = optimize.minimize_scalar(loss, bounds=(-9, 2), method="bounded", options={"xatol": 1e-5}).x
+    assert np.log(best_tau(data, p.var, 0.5)) == pytest.approx(best, abs=2e-3)
+
+
+def test_a_weight_without_information_keeps_the_prior():
+    got = horseshoe_reduction(*one_weight(0.4, 1.9), 0.3, 0.8)
+    assert got.delta_f.item() == pytest.approx(0, abs=1e-12)
+    assert got.kappa.item() == 1.0 and got.mean.item() == 0.0

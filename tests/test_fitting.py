@@ -1,0 +1,219 @@
+"""The training loop: what it accepts, repeats, stops at, and leaves alone."""
+
+import math
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+
+import pyro_bmr as bmr
+
+
+def regression(n=64, d=6, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator, dtype=dtype)
+    w = torch.tensor([2.0, 0, 0, -1.5, 0, 0], dtype=dtype)
+    return x, x @ w + 0.3 * torch.randn(n, generator=generator, dtype=dtype)
+
+
+def linear(x, y=None):
+    w = bmr.Gaussian().sample("w", (6,), x.new_zeros(6))
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", dist.Normal(x @ w, 0.3), obs=y)
+
+
+def classifier(prior=None, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    return bmr.BayesianNetwork(net, prior or bmr.Gaussian(0.5), bmr.Categorical())
+
+
+def blobs(n=90, dtype=torch.float32):
+    y = torch.arange(n) % 3
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(1), dtype=dtype) + 2.0 * nn.functional.one_hot(y, 4).to(dtype), y
+
+
+quick = partial(bmr.fit, epochs=3, batch_size=32, progress=False)
+
+
+def test_one_seed_fixes_everything_and_another_changes_it():
+    x, y = blobs()
+    torch.manual_seed(5)
+    first = quick(classifier(), (x, y), seed=3)
+    torch.rand(7)
+    again = quick(classifier(), (x, y), seed=3)
+    other = quick(classifier(), (x, y), seed=4)
+    for name in first.posterior:
+        assert torch.equal(first.posterior[name].mean, again.posterior[name].mean)
+    assert not torch.equal(first.posterior["0.weight"].mean, other.posterior["0.weight"].mean)
+
+
+def test_nothing_of_the_callers_changes():
+    x, y = blobs()
+    model = classifier({"0.*": bmr.Gaussian(0.5), "2.*": None})
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    fit = quick(model, (x, y))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(state, torch.random.get_rng_state()) and len(pyro.get_param_store()) == 0
+    assert not torch.equal(fit.program.net[2].weight, model.net[2].weight)  # a parameter that was not lifted is trained, in the copy
+    assert torch.equal(fit.program.net[0].weight, model.net[0].weight)
+
+
+def test_dtype_follows_the_model():
+    fit = quick(classifier(dtype=torch.float64), blobs(dtype=torch.float64))
+    assert all(site.mean.dtype == torch.float64 for site in fit.posterior.sites.values())
+
+
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim.RMSprop, lr=1e-3), partial(torch.optim.AdamW, lr=0.01)])
+@pytest.mark.parametrize("scheduler", [None, lambda o, steps: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.005, total_steps=steps)])
+def test_any_optimiser_and_schedule(optimizer, scheduler):
+    fit = quick(classifier(), blobs(), optimizer=optimizer, scheduler=scheduler, epochs=20)
+    assert fit.history["elbo"].iloc[-1] > fit.history["elbo"].iloc[0]
+
+
+def test_history_and_validation():
+    x, y = blobs()
+    fit = quick(classifier(), (x, y), validation=0.2, epochs=6)
+    history = fit.history
+    assert history["epoch"].tolist() == [1, 2, 3, 4, 5, 6] and history["step"].iloc[-1] == 6 * math.ceil(72 / 32)
+    torch.testing.assert_close(torch.tensor((history["expected_log_likelihood"] - history["kl"]).to_numpy()), torch.tensor(history["elbo"].to_numpy()))
+    assert history["validation_nll"].iloc[-1] < history["validation_nll"].iloc[0] < 5
+    direct = -bmr.predict(fit.program, fit.posterior, x, draws=0).log_prob(y).mean().item()
+    outside = quick(classifier(), (x, y), validation=(x, y), epochs=6)
+    assert outside.history["validation_nll"].iloc[-1] == pytest.approx(direct, rel=0.25)
+
+
+def test_the_defaults_learn_a_curve():
+    """One-dimensional regression with the default guide, optimiser and prior: not a constant, and the noise is found."""
+    x = torch.linspace(-2, 2, 200)[:, None]
+    y = torch.sin(2 * x[:, 0]) + 0.1 * torch.randn(200, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 50), nn.Tanh(), nn.Linear(50, 1))
+    fit = bmr.fit(bmr.BayesianNetwork(net, bmr.Gaussian(), bmr.Normal()), (x, y), epochs=1500, batch_size=200, optimizer=bmr.adam(1e-2), progress=False)
+    prediction = bmr.predict(fit.program, fit.posterior, x)
+    assert bmr.metrics.rmse(prediction.mean, torch.sin(2 * x[:, 0])) < 0.35  # a constant has 0.70
+    assert 0.07 < fit.posterior.point()["noise"].item() < 0.5
+
+
+def test_the_defaults_learn_digits():
+    data = bmr.load("digits")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 10))
+    fit = bmr.fit(bmr.BayesianNetwork(net, bmr.Gaussian(), data.likelihood()), data, epochs=60, progress=False)
+    assert bmr.metrics.accuracy(bmr.predict(fit.program, fit.posterior, data.x_test).probs, data.y_test) > 0.88
+
+
+@pytest.mark.parametrize("prior", [bmr.Gaussian(0.5), bmr.Gaussian("layer"), bmr.Horseshoe(), bmr.Horseshoe(per="unit"), bmr.SpikeAndSlab()])
+@pytest.mark.parametrize("guide", [bmr.MeanField, bmr.Point, AutoNormal, partial(bmr.MeanField, init_scale=0.1)])
+def test_every_prior_fits_with_every_guide(prior, guide):
+    x, y = blobs()
+    fit = quick(classifier(prior), (x, y), guide=guide, epochs=25, optimizer=bmr.adam(0.02), temperature=0.1)
+    assert bmr.metrics.accuracy(bmr.predict(fit.program, fit.posterior, x, draws=0).probs, y) > 0.8
+    assert fit.history[["expected_log_likelihood", "kl"]].notna().all().all()
+
+
+@pytest.mark.parametrize("guide", [bmr.MeanField, AutoNormal])
+def test_reduction_during_the_fit_finds_the_zeros(guide):
+    fit = bmr.fit(linear, regression(), guide=guide, epochs=300, batch_size=64, optimizer=bmr.adam(0.02), reduce=bmr.Every(epochs=20, start=0.4, stop=0.9), progress=False)
+    assert fit.masks["w"].tolist() == [True, False, False, True, False, False]
+    site = fit.posterior["w"]
+    assert not site.mean[~fit.masks["w"]].any() and not site.var[~fit.masks["w"]].any()
+    assert site.mean[fit.masks["w"]].tolist() == pytest.approx([2.0, -1.5], abs=0.2)
+    assert fit.history["kept"].iloc[-1] == pytest.approx(1 / 3) and fit.history["delta_f"].iloc[-1] > 2
+    survivors = (site.mean.square() + site.var)[fit.masks["w"]].mean().sqrt()
+    assert fit.scales["w"].item() == pytest.approx(survivors.item(), rel=0.02)  # the layer's scale counts survivors only
+    assert 0 < fit.reduction_seconds < fit.seconds
+
+
+def test_pruned_weights_leave_the_kl():
+    """At equal moments of the survivors the KL of the last epoch is that of two coefficients, not of six."""
+    fit = bmr.fit(linear, regression(), epochs=300, batch_size=64, optimizer=bmr.adam(0.02), reduce=bmr.Every(epochs=20, start=0.4, stop=0.9), progress=False)
+    site, mask = fit.posterior["w"], fit.masks["w"]
+    q = dist.Normal(site.mean[mask], site.var[mask].sqrt())
+    by_hand = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(2), fit.scales["w"])).sum()
+    assert fit.history["kl"].iloc[-1] == pytest.approx(by_hand.item(), rel=0.02)
+
+
+def test_target_sparsity_during_the_fit():
+    fit = quick(classifier(), blobs(), epochs=10, reduce=bmr.Every(kept=0.2, stop=0.6))
+    assert fit.history["kept"].iloc[-1] == pytest.approx(0.2, abs=0.02)
+    assert fit.history["kept"].is_monotonic_decreasing
+
+
+def test_a_plate_of_the_whole_data_is_not_scaled_twice():
+    """The same model with the plate of the batch, of N subsampled, and without one: equal losses."""
+    x, y = regression()
+
+    def subsampled(x, y=None):
+        w = bmr.Gaussian().sample("w", (6,), x.new_zeros(6))
+        with pyro.plate("data", 64, subsample=torch.arange(len(x))):
+            return pyro.sample("y", dist.Normal(x @ w, 0.3), obs=y)
+
+    def bare(x, y=None):
+        w = bmr.Gaussian().sample("w", (6,), x.new_zeros(6))
+        return pyro.sample("y", dist.Normal(x @ w, 0.3).to_event(1), obs=y)
+
+    histories = [quick(p, (x, y), batch_size=16).history["elbo"].tolist() for p in (linear, subsampled, bare)]
+    assert histories[1] == pytest.approx(histories[0], rel=1e-5) and histories[2] == pytest.approx(histories[0], rel=1e-5)
+
+
+def test_wrong_plates_are_named():
+    def wrong_size(x, y=None):
+        w = bmr.Gaussian().sample("w", (6,), x.new_zeros(6))
+        with pyro.plate("rows", 1000, subsample=torch.arange(len(x))):
+            return pyro.sample("y", dist.Normal(x @ w, 0.3), obs=y)
+
+    with pytest.raises(bmr.FitError, match="plate 'rows' has 1000 rows, the data have 64"):
+        quick(wrong_size, regression())
+
+
+class Exploding(nn.Module):
+    """Fine for a while, then not finite."""
+
+    def __init__(self, good_calls):
+        super().__init__()
+        self.calls, self.good_calls = 0, good_calls
+
+    def forward(self, x, y=None):
+        w = bmr.Gaussian(1.0).sample("w", (6,), x.new_zeros(6))
+        if y is not None and y.requires_grad is False and len(y) == 32:
+            self.calls += 1
+        w = w * (math.inf if self.calls > self.good_calls else 1.0)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(x @ w, 0.3), obs=y)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_site():
+    with pytest.raises(bmr.FitError, match=r"step 4: .*not finite at w .*learning rate"):
+        quick(Exploding(3), regression())
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"batch_size": 0}, bmr.FitError, "batch_size=0"),
+        ({"epochs": 0}, bmr.FitError, "epochs=0"),
+        ({"temperature": 0.0}, bmr.FitError, "temperature=0"),
+        ({"validation": 1.0}, bmr.FitError, "validation=1.0"),
+    ],
+)
+def test_arguments_out_of_range(change, error, words):
+    with pytest.raises(error, match=words):
+        quick(classifier(), blobs(), **change)
+
+
+def test_bad_rows_are_named_before_any_work():
+    x, y = blobs()
+    with pytest.raises(bmr.DataError, match="x is NaN or infinite, first in row 7"):
+        quick(classifier(), (x.index_fill(0, torch.tensor([7]), math.nan), y))
+    with pytest.raises(bmr.DataError, match=r"outside the support of observed site 'y'.*got 3 in row 5"):
+        quick(classifier(), (x, y.index_fill(0, torch.tensor([5]), 3)))
+    with pytest.raises(bmr.DataError, match=r"x has shape \(90, 4\) and y \(80,\)"):
+        quick(classifier(), (x, y[:80]))
+    with pytest.raises(bmr.DataError, match="at least one"):
+        quick(classifier(), (x[:0], y[:0]))

@@ -1,0 +1,116 @@
+"""The mask handler under SVI, NUTS and Predictive; the schedule of reductions."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+import pyro_bmr as bmr
+
+TRUE = torch.tensor([1.5, 0.0, -1.0, 0.0])
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(3))
+Y = X @ TRUE + 0.5 * torch.randn(60, generator=torch.Generator().manual_seed(4))
+MASKS = {"w": torch.tensor([True, False, True, False])}
+
+
+def program(x, y=None):
+    w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.3).to_event(1))
+    pyro.deterministic("used", w)
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def test_value_density_and_kl_of_masked_entries_are_exactly_zero():
+    trace = poutine.trace(bmr.Masked(MASKS)(program)).get_trace(X, Y)
+    site = trace.nodes["w"]
+    used = trace.nodes["used"]["value"]
+    assert used[1] == used[3] == 0 and used[0] != 0
+    expected = dist.Normal(0.0, 1.3).log_prob(used[[0, 2]]).sum()
+    assert site["fn"].log_prob(used).item() == pytest.approx(expected.item(), abs=1e-6)
+    guide = bmr.MeanField(program, X, Y)
+    guide_site = poutine.trace(bmr.Masked(MASKS)(guide)).get_trace(X, Y).nodes["w"]
+    kl = torch.distributions.kl_divergence(guide_site["fn"], site["fn"])
+    scales = guide.log_scale.detach().exp()[[0, 2]]
+    by_hand = torch.distributions.kl_divergence(dist.Normal(torch.zeros(2), scales), dist.Normal(0.0, 1.3)).sum()
+    assert kl.item() == pytest.approx(by_hand.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+def test_plain_svi_under_a_mask(elbo):
+    """MeanField in Pyro's own loop: pruned coefficients get no gradient, the others their posterior."""
+    guide = bmr.MeanField(program, X, Y)
+    before = guide.log_scale.detach().clone()
+    handler = bmr.Masked(MASKS)
+    optimiser = torch.optim.Adam(guide.parameters(), lr=0.02)
+    for _ in range(400):
+        optimiser.zero_grad()
+        elbo().differentiable_loss(handler(program), handler(guide), X, Y).backward()
+        optimiser.step()
+    moved = (guide.log_scale.detach() - before).abs() > 0.1
+    assert moved.tolist() == MASKS["w"].tolist()
+    kept = X[:, MASKS["w"]]
+    precision = kept.T @ kept / 0.25 + torch.eye(2) / 1.69
+    torch.testing.assert_close(guide.loc.detach()[MASKS["w"]], torch.linalg.solve(precision, kept.T @ Y / 0.25), atol=0.04, rtol=0)
+
+
+def test_autonormal_under_a_mask_converges():
+    handler = bmr.Masked(MASKS)
+    guide = AutoNormal(program)
+    svi = SVI(handler(program), handler(guide), pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+    for _ in range(400):
+        svi.step(X, Y)
+    median = guide.median()["w"]
+    assert median[0].item() == pytest.approx(1.5, abs=0.25) and median[2].item() == pytest.approx(-1.0, abs=0.25)
+    trace = poutine.trace(handler(guide)).get_trace(X, Y)
+    assert not trace.nodes["w"]["value"][~MASKS["w"]].any()
+
+
+def test_nuts_respects_the_mask_and_stays_put():
+    handled = bmr.Masked(MASKS)(program)
+    sampler = MCMC(NUTS(handled), num_samples=150, warmup_steps=100, disable_progbar=True)
+    sampler.run(X, Y)
+    samples = sampler.get_samples()["w"]
+    assert samples[:, 0].mean().item() == pytest.approx(1.5, abs=0.25)
+    assert samples[:, [1, 3]].abs().max() < 6  # dead coordinates are held by a quadratic, they do not drift
+    used = Predictive(handled, {"w": samples}, return_sites=["used"])(X)["used"]
+    assert not used[..., [1, 3]].any() and torch.equal(used[..., 0].flatten(), samples[:, 0])
+
+
+def test_predictive_from_the_prior():
+    used = Predictive(bmr.Masked(MASKS)(program), num_samples=50, return_sites=["w"])(X)["w"]
+    assert not used[..., [1, 3]].any() and used[..., 0].std() > 0.5
+
+
+def test_masks_that_do_not_fit_are_named():
+    for bad in (torch.ones(3, dtype=torch.bool), torch.ones(4)):
+        with pytest.raises(bmr.ReductionError, match=r"mask of site 'w'.*shape \(4,\)"):
+            bmr.Masked({"w": bad})(program)(X, Y)
+
+    def joint():
+        pyro.sample("w", dist.MultivariateNormal(torch.zeros(4), torch.eye(4)))
+
+    with pytest.raises(bmr.ReductionError, match="site 'w'.*MultivariateNormal does not split"):
+        bmr.Masked(MASKS)(joint)()
+
+
+def test_schedule_steps():
+    schedule = bmr.Every(epochs=2, start=0.2, stop=0.8)
+    assert schedule.steps(total=100, steps_per_epoch=10) == {20, 40, 60, 80}
+    assert bmr.Every(epochs=0.25, start=0, stop=0.1).steps(100, 10) == {2, 5, 8, 10}
+    assert 75 in bmr.Every(epochs=40, kept=0.1).steps(100, 10)  # the target is reached even between two marks
+
+
+def test_cubic_schedule():
+    schedule = bmr.Every(kept=0.05, start=0.1, stop=0.7)
+    assert schedule.target(0.05) == 1.0 and schedule.target(0.7) == pytest.approx(0.05) == schedule.target(0.9)
+    assert schedule.target(0.4) == pytest.approx(0.05 + 0.95 * 0.125)
+    assert bmr.Every().target(0.5) is None
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"start": 0.8, "stop": 0.2}, {"kept": -0.1}, {"kept": 1.1}])
+def test_schedules_out_of_range(wrong):
+    with pytest.raises(bmr.FitError, match="Every"):
+        bmr.Every(**wrong)
