@@ -33,6 +33,10 @@ from pyro_bmr.pruning import Every, Masked
 
 Program = Callable[..., Any]
 
+# The data speak first: no empirical scale is set and no weight pruned before this many steps, or this part of a shorter fit. Earlier, on
+# small data, scales follow weights that have learned nothing yet down to zero, and such weights look superfluous.
+_WARM_UP_STEPS, _WARM_UP_FRACTION = 300, 0.3
+
 
 class HasTrainingData(Protocol):
     """Anything with `x_train` and `y_train`, such as a `data.Data`."""
@@ -105,7 +109,7 @@ def fit(
         scheduler: (optimiser, number of steps) → schedule, stepped after each step; None for a constant rate. Default: `cosine`.
         seed: of everything random: order of the data and draws are functions of (seed, epoch) and (seed, step).
         temperature: T above; 1 is Bayes, less is "cold": data counted N/T times.
-        reduce: reductions during the fit.
+        reduce: reductions during the fit; none before the first 300 steps (or 0.3 of a shorter fit), in which empirical scales stay at their start too.
         validation: the fraction of the rows to hold out, or (x, y), scored after each epoch.
         progress: show a bar with both terms of the ELBO.
 
@@ -126,6 +130,7 @@ def fit(
         per_epoch = math.ceil(len(x) / run.batch_size)
         total = epochs * per_epoch
         scheduler_ = scheduler(optimizer_, total) if scheduler else None
+        warm_up = min(_WARM_UP_STEPS, _WARM_UP_FRACTION * total)
         due = reduce.steps(total, per_epoch) if reduce else set()
         rows, step, delta_f, reduction_seconds = [], 0, 0.0, 0.0
         with tqdm(total=total, disable=not progress, unit="step", leave=False) as bar:
@@ -140,8 +145,9 @@ def fit(
                     likelihood_sum, kl_sum = likelihood_sum + terms[0], kl_sum + terms[1]
                     if step in due or step % per_epoch == 0:
                         began = time.perf_counter()
-                        run.update_scales()
-                        if reduce and step in due:
+                        if step >= warm_up:
+                            run.update_scales()
+                        if reduce and step in due and step >= warm_up:
                             delta_f += run.prune(reduce, step / total)
                         reduction_seconds += time.perf_counter() - began
                     bar.update()
@@ -185,7 +191,7 @@ class _Run:
         self.guide = _make_guide(guide, program, self.few)
         self.guide(*self.few)  # autoguides make their parameters at the first call
         self.masked = Masked({})
-        _set_training(program, True)
+        self.posterior()  # a guide that cannot be read as moments is refused here, not after the first epoch
 
     def parameters(self) -> list[Tensor]:
         modules = [m for m in (self.guide, self.program) if isinstance(m, nn.Module)]

@@ -103,7 +103,7 @@ class Every:
     Args:
         epochs: between reductions; may be a fraction, such as 0.25.
         to: the prior to reduce to, as in `reduce`. Default: the point spike, a weight goes when the evidence rises without it.
-        start: the fraction of the fit's epochs before the first reduction, so that the data can speak first.
+        start: the fraction of the fit's epochs before the first reduction, so that the data can speak first (`fit` has a warm-up of its own, too).
         threshold: nats, as in `reduce`.
         kept: instead of the evidence, a target: the kept fraction falls on the cubic schedule of Zhu & Gupta 2017 (arXiv 1710.01878) from 1 at `start`
             to `kept` at `stop`, the weights with the largest spike ΔF going first.

@@ -69,7 +69,9 @@ def test_dtype_follows_the_model():
     assert all(site.mean.dtype == torch.float64 for site in fit.posterior.sites.values())
 
 
-@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim.RMSprop, lr=1e-3), partial(torch.optim.AdamW, lr=0.01)])
+@pytest.mark.parametrize(
+    "optimizer", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim.RMSprop, lr=1e-3), partial(torch.optim.AdamW, lr=0.01)]
+)
 @pytest.mark.parametrize("scheduler", [None, lambda o, steps: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.005, total_steps=steps)])
 def test_any_optimiser_and_schedule(optimizer, scheduler):
     fit = quick(classifier(), blobs(), optimizer=optimizer, scheduler=scheduler, epochs=20)
@@ -119,7 +121,9 @@ def test_every_prior_fits_with_every_guide(prior, guide):
 
 @pytest.mark.parametrize("guide", [bmr.MeanField, AutoNormal])
 def test_reduction_during_the_fit_finds_the_zeros(guide):
-    fit = bmr.fit(linear, regression(), guide=guide, epochs=300, batch_size=64, optimizer=bmr.adam(0.02), reduce=bmr.Every(epochs=20, start=0.4, stop=0.9), progress=False)
+    fit = bmr.fit(
+        linear, regression(), guide=guide, epochs=300, batch_size=64, optimizer=bmr.adam(0.02), reduce=bmr.Every(epochs=20, start=0.4, stop=0.9), progress=False
+    )
     assert fit.masks["w"].tolist() == [True, False, False, True, False, False]
     site = fit.posterior["w"]
     assert not site.mean[~fit.masks["w"]].any() and not site.var[~fit.masks["w"]].any()
@@ -217,3 +221,18 @@ def test_bad_rows_are_named_before_any_work():
         quick(classifier(), (x, y[:80]))
     with pytest.raises(bmr.DataError, match="at least one"):
         quick(classifier(), (x[:0], y[:0]))
+
+
+def test_guides_that_cannot_be_read_are_refused_before_the_first_step():
+    from pyro.infer.autoguide import AutoDiagonalNormal
+
+    program = Exploding(0)  # a first step would end in a FitError
+    with pytest.raises(bmr.ModelError, match="site 'w'.*MeanField or AutoNormal"):
+        quick(program, regression(), guide=AutoDiagonalNormal)
+
+
+def test_the_data_speak_before_anything_is_pruned_or_rescaled():
+    fit = bmr.fit(linear, regression(), epochs=40, batch_size=64, reduce=bmr.Every(epochs=1, start=0.0, stop=1.0), progress=False)
+    first_change = fit.history.loc[fit.history["kept"] < 1, "step"].min()
+    assert first_change >= 0.3 * 40
+    assert quick(linear, regression(), batch_size=64, epochs=3).scales.keys() == {"w"}

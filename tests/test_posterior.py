@@ -77,7 +77,14 @@ def test_a_param_store_written_by_a_plain_script_and_a_second_fit_in_the_same_pr
 
 
 def test_other_names_in_the_store_and_a_missing_one():
-    store = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor(0.2), "c": torch.zeros(2), "d": torch.ones(2), "e": torch.tensor(0.1), "f": torch.tensor(0.3)}
+    store = {
+        "a": torch.tensor([1.0, 2.0, 3.0]),
+        "b": torch.tensor(0.2),
+        "c": torch.zeros(2),
+        "d": torch.ones(2),
+        "e": torch.tensor(0.1),
+        "f": torch.tensor(0.3),
+    }
     names = {"w": ("a", "b"), "v": ("c", "d"), "scale": ("e", "f")}
     posterior = bmr.Posterior.from_param_store(store, program, X, Y, names=names)
     torch.testing.assert_close(posterior["w"].var, torch.full((3,), 0.04))

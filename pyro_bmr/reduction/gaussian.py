@@ -54,7 +54,8 @@ def delta_f(posterior: Any, prior: Any, reduced_prior: Any) -> Tensor:
         posterior: anything with `mean` and `var` (or `variance`) of one shape — `Diagonal`, a site of a `Posterior`, a torch `Normal` —
             or one of the structures `Dense`, `LowRank`, `MatrixNormal`.
         prior, reduced_prior: the same kind of thing, or for the diagonal form anything that broadcasts to the posterior's shape,
-            `Gaussian(scale=0.3)` included. A reduced prior of variance 0 is the point spike at its mean.
+            `Gaussian(scale=0.3)` included. In the diagonal form a reduced prior of variance 0 is the point spike at its mean; for the other
+            structures that question is `prune_subset`'s.
 
     Returns:
         In nats. Diagonal: one value per element, whose sum is that of the block. Other structures: one value for the whole block.

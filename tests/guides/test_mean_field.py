@@ -79,7 +79,10 @@ def nothing(x, y=None):
     pyro.sample("y", dist.Normal(torch.tensor(0.0), 1.0), obs=x[0, 0])
 
 
-@pytest.mark.parametrize("bad, words", [(discrete, "site 'k'.*support"), (simplex, "site 'p'.*autoguides"), (local, "site 'z'.*subsampled plate 'data'"), (nothing, "no latent site")])
+@pytest.mark.parametrize(
+    "bad, words",
+    [(discrete, "site 'k'.*support"), (simplex, "site 'p'.*autoguides"), (local, "site 'z'.*subsampled plate 'data'"), (nothing, "no latent site")],
+)
 def test_sites_it_cannot_take_are_named(bad, words):
     with pytest.raises(bmr.ModelError, match=words):
         latent_sites(bad, X, X[:, 0])

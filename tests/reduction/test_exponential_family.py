@@ -54,7 +54,9 @@ def test_dirichlet_counts():
 
 def test_gamma_by_quadrature():
     q, p, r = (4.0, 3.0), (2.2, 1.3), (3.5, 2.1)
-    ratio, _ = integrate.quad(lambda x: stats.gamma(q[0], scale=1 / q[1]).pdf(x) * stats.gamma(r[0], scale=1 / r[1]).pdf(x) / stats.gamma(p[0], scale=1 / p[1]).pdf(x), 0, 60)
+    ratio, _ = integrate.quad(
+        lambda x: stats.gamma(q[0], scale=1 / q[1]).pdf(x) * stats.gamma(r[0], scale=1 / r[1]).pdf(x) / stats.gamma(p[0], scale=1 / p[1]).pdf(x), 0, 60
+    )
     gain = natural_delta_f(*(Gamma(*float64(*g)) for g in (q, p, r)))
     assert gain.exp().item() == pytest.approx(ratio, rel=1e-8)
 

@@ -129,7 +129,9 @@ def test_low_rank_is_dense():  # (g)
 @pytest.mark.parametrize("shape", [(3, 1), (1, 4), ()], ids=["per row", "per column", "one"])
 def test_matrix_normal_is_dense(shape):  # (g)
     rng = np.random.default_rng(10)
-    mean, rows, cols, eta, eta_ = tensors(rng.normal(size=(3, 4)), random_spd(rng, 3, 0.4), random_spd(rng, 4, 0.5), rng.normal(size=(3, 4)), rng.normal(size=(3, 4)))
+    mean, rows, cols, eta, eta_ = tensors(
+        rng.normal(size=(3, 4)), random_spd(rng, 3, 0.4), random_spd(rng, 4, 0.5), rng.normal(size=(3, 4)), rng.normal(size=(3, 4))
+    )
     p, p_ = (Diagonal(m, torch.as_tensor(rng.uniform(lo, lo + 1, shape))) for m, lo in ((eta, 2.0), (eta_, 0.6)))
     full = [Dense(mean.flatten(), torch.kron(rows, cols))]
     full += [Dense(g.mean.flatten(), g.var.expand(3, 4).flatten().diag()) for g in (p, p_)]

@@ -114,7 +114,10 @@ def test_own_decision_of_fitted_priors():
     mean, var = torch.tensor([0.1, 1.4, -0.02], dtype=torch.float64), torch.tensor([0.9, 0.3, 0.002], dtype=torch.float64)
     horseshoe = bmr.Posterior({"w": Site(mean, var, unit, bmr.Horseshoe())})
     assert bmr.reduce(horseshoe, to=None).masks["w"].tolist() == [False, True, True]  # κ = var on the standardised site
-    sites = {"w": Site(mean, var, None, bmr.SpikeAndSlab(0.1)), "w_inclusion": Site(torch.tensor(-1.0, dtype=torch.float64), torch.tensor(0.01, dtype=torch.float64), support="unit_interval")}
+    sites = {
+        "w": Site(mean, var, None, bmr.SpikeAndSlab(0.1)),
+        "w_inclusion": Site(torch.tensor(-1.0, dtype=torch.float64), torch.tensor(0.01, dtype=torch.float64), support="unit_interval"),
+    }
     odds = -1.0 + math.log(0.1) - 0.5 * (mean**2 + var) * (1 - 100)
     assert bmr.reduce(bmr.Posterior(sites), to=None).masks["w"].tolist() == (odds >= 0).tolist() == [True, True, False]
     gaussian = bmr.Posterior({"w": Site(mean, var, unit, bmr.Gaussian(1.0))})
