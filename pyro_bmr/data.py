@@ -218,7 +218,8 @@ def _npz(path: Path) -> Data:
             missing = [key for key in _FILES if key not in file.files]
             if missing:
                 raise DataError(
-                    f"'{path}': it has no {' and no '.join(missing)} (found: {', '.join(file.files) or 'nothing'}); x_train, y_train, x_test and y_test are wanted"
+                    f"'{path}': it has no {' and no '.join(missing)} (found: {', '.join(file.files) or 'nothing'}); "
+                    "x_train, y_train, x_test and y_test are wanted"
                 )
             return standardised(path.stem, *(file[key] for key in _FILES))
     except (ValueError, OSError, zipfile.BadZipFile, EOFError, struct.error) as error:

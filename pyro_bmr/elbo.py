@@ -148,29 +148,40 @@ class _Draw(torch.autograd.Function):
 
 
 class _GaussianKL(torch.autograd.Function):
-    """KL(N(μ, σ²) ‖ N(m, s²)) = Σ log(s/σ) + ((μ − m)² + σ²)/(2s²) − ½ over the entries that live, with its gradient by hand."""
+    """KL(N(μ, σ²) ‖ N(m, s²)) = Σ log(s/σ) + ((μ − m)² + σ²)/(2s²) − ½ over the entries that live, with its gradient by hand.
+
+    A prior of one scale for the whole site needs three sums and no temporary of the site's size.
+    """
 
     @staticmethod
     def forward(ctx, loc, log_scale, std, prior_loc, prior_scale, mask):  # type: ignore[no-untyped-def]
-        deviation = loc - prior_loc
-        ratio = (deviation.square() + std.square()) / prior_scale.square()
-        each = prior_scale.log() - log_scale + 0.5 * ratio - 0.5
+        deviation = loc if prior_loc.ndim == 0 and not prior_loc.requires_grad and prior_loc == 0 else loc - prior_loc
+        count = loc.numel()
+        if mask is not None:
+            deviation, std, log_scale, count = deviation * mask, std * mask, log_scale * mask, mask.sum()
+        if prior_scale.ndim == 0:
+            ratio = (torch.dot(deviation.flatten(), deviation.flatten()) + torch.dot(std.flatten(), std.flatten())) / prior_scale.square()
+            kl = count * (prior_scale.log() - 0.5) - log_scale.sum() + 0.5 * ratio
+        else:
+            alive = 1.0 if mask is None else mask
+            ratio = (deviation.square() + std.square()) / prior_scale.square()
+            kl = (alive * prior_scale.log() - log_scale + 0.5 * ratio).sum() - 0.5 * count
         ctx.save_for_backward(deviation, ratio, std, prior_loc, prior_scale, mask)
-        return (each if mask is None else each.where(mask, 0)).sum()
+        ctx.count = count
+        return kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         deviation, ratio, std, prior_loc, prior_scale, mask = ctx.saved_tensors
-        per_var = prior_scale.square().reciprocal() * grad
+        per_var = grad / prior_scale.square()
+        alive = grad if mask is None else grad * mask
         grad_loc = deviation * per_var
-        grad_log_scale = std.square() * per_var - grad
-        if mask is not None:
-            grad_loc, grad_log_scale = grad_loc.where(mask, 0), grad_log_scale.where(mask, 0)
+        grad_log_scale = std.square().mul_(per_var).sub_(alive)
         grad_prior_loc = grad_prior_scale = None
         if ctx.needs_input_grad[3]:
             grad_prior_loc = (-grad_loc).sum_to_size(prior_loc.shape)
         if ctx.needs_input_grad[4]:
-            each = (1 - ratio) / prior_scale * grad
-            grad_prior_scale = (each if mask is None else each.where(mask, 0)).sum_to_size(prior_scale.shape)
+            grad_prior_scale = grad * (ctx.count - ratio) / prior_scale if prior_scale.ndim == 0 else ((alive - grad * ratio) / prior_scale)
+            grad_prior_scale = grad_prior_scale.sum_to_size(prior_scale.shape)
         return grad_loc, grad_log_scale, None, grad_prior_loc, grad_prior_scale, None

@@ -51,11 +51,11 @@ class HasTrainingData(Protocol):
 class Fit:
     """What a fit leaves behind.
 
-    `posterior`: the moments, masks in force. `program`: the fitted program (a trained copy if it is a module; the argument is never changed).
-    `guide`: the trained guide. `masks`: site → bool tensor, empty without reductions. `scales`: site → empirical prior scale. `history`: one row per epoch — epoch, step,
-    expected_log_likelihood, kl, elbo (nats per data set, the likelihood divided by the temperature in elbo), kept (of the reduced sites' entries), delta_f (predicted
-    gain in evidence of all that was pruned so far, nats), learning_rate and, with a
-    validation split, validation_nll (nats per row, at the posterior's point). `reduction_seconds` are part of `seconds`.
+    `posterior`: the moments, masks in force. `program`: the fitted program (a trained copy if it is a module; the argument is never
+    changed). `guide`: the trained guide. `masks`: site → bool tensor, empty without reductions. `scales`: site → empirical prior scale.
+    `history`: one row per epoch — epoch, step, expected_log_likelihood, kl, elbo (nats per data set, the likelihood divided by the
+    temperature in elbo), kept (of the reduced sites' entries), delta_f (predicted gain in evidence of all that was pruned so far, nats),
+    learning_rate and, with a validation split, validation_nll (nats per row, at the posterior's point). `reduction_seconds` are part of `seconds`.
     """
 
     posterior: Posterior
@@ -102,7 +102,7 @@ def fit(
 
     Args:
         program: called as `program(x, y)`. Its observed site may stand in a plate of the batch's rows, or of N rows subsampled, or in none.
-        data: (x, y), or anything with `x_train` and `y_train`. Sets device and, with the program, dtype.
+        data: (x, y), or anything with `x_train` and `y_train`. They follow the parameters of a program that is a module in device and dtype.
         guide: `MeanField`, `Point` (maximum a posteriori), any function of the program that makes a guide module, such as Pyro's `AutoNormal`, or
             such a module, which is copied. A hand-written guide function with `pyro.param` is trained by Pyro's SVI; see `Posterior.from_guide`.
         optimizer: parameters → torch optimiser. Default: Adam at 3e-3, fused.
@@ -120,6 +120,7 @@ def fit(
     x, y = data if isinstance(data, tuple) else (data.x_train, data.y_train)
     _check_arguments(epochs, batch_size, temperature)
     check_rows(x, y)
+    x, y = (_like_program(program, t) for t in (x, y))
     (x, y), held_out = _split(x, y, validation, seed)
     program = copy.deepcopy(program) if isinstance(program, nn.Module) else program
     start = time.perf_counter()
@@ -284,9 +285,8 @@ class _WholeData(Messenger):
             )
         counted = rows if plate is None or plate.full_size is None else plate.full_size
         if counted not in (rows, self.size):
-            raise FitError(
-                f"observed site '{msg['name']}': its plate '{plate.name if plate else ''}' has {counted} rows, the data have {self.size}; give the plate the size of the data"
-            )
+            name = plate.name if plate else ""
+            raise FitError(f"observed site '{msg['name']}': its plate '{name}' has {counted} rows, the data have {self.size}; give it the size of the data")
         if counted != self.size:
             msg["scale"] = msg["scale"] * (self.size / rows)
 
@@ -299,6 +299,14 @@ def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
         if value.is_floating_point() and not bool(value.isfinite().all()):
             row = int((~value.reshape(len(value), -1).isfinite().all(1)).nonzero()[0])
             raise DataError(f"{where}: {name} is NaN or infinite, first in row {row}; drop or impute such rows")
+
+
+def _like_program(program: Program, values: Tensor) -> Tensor:
+    """`values` on the device and, if floating, in the dtype of a module's parameters; other programs take them as they are."""
+    parameter = next((p for p in program.parameters() if p.is_floating_point()), None) if isinstance(program, nn.Module) else None
+    if parameter is None:
+        return values
+    return values.to(parameter.device, parameter.dtype if values.is_floating_point() else values.dtype)
 
 
 def _check_arguments(epochs: int, batch_size: int, temperature: float) -> None:

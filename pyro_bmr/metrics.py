@@ -31,10 +31,8 @@ def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Literal["widt
     """One row per non-empty bin: mean confidence, accuracy, fraction of the rows; float64."""
     confidence, top = probs.double().max(1)
     correct = (top == y).double()
-    if binning == "width":
-        index = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    else:
-        index = (confidence.argsort().argsort() * bins) // len(y)
+    by_width = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    index = by_width if binning == "width" else confidence.argsort().argsort() * bins // len(y)
     rows = []
     for b in range(bins):
         inside = index == b

@@ -27,8 +27,8 @@ class BayesianNetwork(nn.Module):
     Args:
         net: any module; it is used as it is, not copied, and its values are where guides start.
         prior: one prior for every parameter, or a mapping from patterns of parameter names (``"*.weight"``, shell style, the first match counts) to
-            priors, where None leaves the parameter a point estimate. Parameters that no pattern names are left too. Gains and offsets of norm layers are left as
-            point estimates unless a mapping has their exact name.
+            priors, where None leaves the parameter a point estimate. Parameters that no pattern names are left too. Gains and offsets of
+            norm layers are left as point estimates unless a mapping has their exact name.
         likelihood: `Categorical()`, `Normal()` or anything with their `observe`.
 
     Attributes:

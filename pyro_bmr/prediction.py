@@ -74,7 +74,9 @@ def predict(program: Callable[..., Any], posterior: Posterior, x: Tensor, *, dra
     """
     if draws < 0 or batch_size < 1:
         raise ModelError(f"predict(draws={draws}, batch_size={batch_size}): draws >= 0 and batch_size >= 1 are wanted")
-    generator = torch.Generator(device=next(iter(posterior.sites.values())).mean.device).manual_seed(seed)
+    like = next(iter(posterior.sites.values())).mean
+    x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+    generator = torch.Generator(device=like.device).manual_seed(seed)
     was_training = isinstance(program, nn.Module) and program.training
     if isinstance(program, nn.Module):
         program.eval()

@@ -356,3 +356,10 @@ def test_the_histogram_of_a_site_with_nothing_left(tmp_path):
     assert heights == [0, 3] and [axes.get_title() for axes in figure.axes] == ["gone", "there"]
     plots.save_figure(figure, tmp_path / "delta_f.png")
     assert (tmp_path / "delta_f.png").stat().st_size > 1000
+
+
+def test_the_histogram_of_values_that_hardly_differ():
+    value = torch.tensor(-0.0014921059)
+    figure = plots.delta_f_histogram({"same": torch.stack([value, value.nextafter(torch.tensor(0.0)), value])})
+    assert sum(patch.get_height() for patch in figure.axes[0].patches) == 3
+    plt.close(figure)

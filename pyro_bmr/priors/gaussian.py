@@ -38,7 +38,8 @@ class Gaussian:
 
             - a number: s itself. As the target of a reduction, 0 is the point spike at `mean`.
             - ``"empirical"`` (default): one s per tensor. It starts at 1, so that the data speak first, and after some hundred steps of the fit
-              is set, after each epoch, to the value that maximises the evidence bound, s² ← mean of μ² + σ² over the surviving weights (the M-step of empirical Bayes).
+              is set, after each epoch, to the value that maximises the evidence bound, s² ← mean of μ² + σ² over the surviving weights
+              (the M-step of empirical Bayes).
             - ``"layer"``: one s = c/√fan_in per tensor, inferred, with c⁻² ~ Gamma(`concentration`, `rate`). The site is then the standardised weight
               w̄ ~ N(0, 1) and the weight is s·w̄, so that the site's prior does not depend on s and w̄ = 0 means w = 0.
         mean: the prior mean; for ``"layer"`` it must be 0.
