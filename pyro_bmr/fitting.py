@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import pandas as pd
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from pyro_bmr.elbo import ELBOTerms, Values, elbo_terms
 from pyro_bmr.errors import DataError, FitError
 from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.likelihoods import WholeData
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import predict
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
@@ -184,9 +184,9 @@ class _Run:
         self.batch_size = min(batch_size, len(x))
         self.masks: dict[str, Tensor] = {}
         self.empirical = EmpiricalScales()
-        self.scaled = self.empirical(_WholeData(len(x), lambda: self.rows)(program))
         self.few = (x[: min(len(x), 8)], y[: min(len(x), 8)])
-        self.rows = len(self.few[0])
+        self.whole = WholeData(len(x), len(self.few[0]))
+        self.scaled = self.empirical(self.whole(program))
         _set_training(program, False)
         _check_support(program, self.few, y)
         self.guide = _make_guide(guide, program, self.few)
@@ -204,7 +204,7 @@ class _Run:
             yield self.x[index], self.y[index]
 
     def step(self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float]:
-        self.rows = len(batch[0])
+        self.whole.rows = len(batch[0])
         terms = self.terms(batch)
         loss = (self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)
         optimizer.zero_grad()
@@ -263,32 +263,6 @@ class _Run:
             f"step {step}: the loss or its gradient is not finite at {where} (expected log likelihood {likelihood:.6g}, KL {kl:.6g}); "
             "lower the learning rate, or check the scale of the data and of the priors"
         )
-
-
-class _WholeData(Messenger):
-    """Scales the observed sites of a batch up to the N rows of the data, unless their plate already does."""
-
-    def __init__(self, size: int, rows: Callable[[], int]) -> None:
-        super().__init__()
-        self.size, self.batch_rows = size, rows
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] or msg["infer"].get("_deterministic"):
-            return
-        rows = self.batch_rows()
-        frames = [f for f in msg["cond_indep_stack"] if f.vectorized]
-        plate = next((f for f in frames if f.size == rows), None)
-        if plate is None and frames:
-            sizes = ", ".join(f"'{f.name}' of {f.size}" for f in frames)
-            raise FitError(
-                f"observed site '{msg['name']}': it stands in plate {sizes}, none with the {rows} rows of the batch; put it in pyro.plate(\"data\", len(x))"
-            )
-        counted = rows if plate is None or plate.full_size is None else plate.full_size
-        if counted not in (rows, self.size):
-            name = plate.name if plate else ""
-            raise FitError(f"observed site '{msg['name']}': its plate '{name}' has {counted} rows, the data have {self.size}; give it the size of the data")
-        if counted != self.size:
-            msg["scale"] = msg["scale"] * (self.size / rows)
 
 
 def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:

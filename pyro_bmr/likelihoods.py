@@ -7,14 +7,15 @@ hand-written SVI loop over mini-batches gives it as `size`, so that nobody ever 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_bmr.errors import DataError
+from pyro_bmr.errors import DataError, ModelError
 
 OBSERVED = "y"  # the name of the observed site
 
@@ -71,3 +72,29 @@ class Normal:
         noise = pyro.sample("noise", dist.HalfNormal(output.new_tensor(self.noise_scale)))
         with data_plate(output.shape[0], self.size, output.device):
             return pyro.sample(OBSERVED, dist.Normal(output, noise), obs=y)
+
+
+class WholeData(Messenger):
+    """Scales the observed sites of a batch of `rows` rows up to the N = `size` rows of the data, unless their plate already does."""
+
+    def __init__(self, size: int, rows: int) -> None:
+        super().__init__()
+        self.size, self.rows = size, rows
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] or msg["infer"].get("_deterministic"):
+            return
+        rows = self.rows
+        frames = [f for f in msg["cond_indep_stack"] if f.vectorized]
+        plate = next((f for f in frames if f.size == rows), None)
+        if plate is None and frames:
+            sizes = ", ".join(f"'{f.name}' of {f.size}" for f in frames)
+            raise ModelError(
+                f"observed site '{msg['name']}': it stands in plate {sizes}, none with the {rows} rows of the batch; put it in pyro.plate(\"data\", len(x))"
+            )
+        counted = rows if plate is None or plate.full_size is None else plate.full_size
+        if counted not in (rows, self.size):
+            name = plate.name if plate else ""
+            raise ModelError(f"observed site '{msg['name']}': its plate '{name}' has {counted} rows, the data have {self.size}; give it the size of the data")
+        if counted != self.size:
+            msg["scale"] = msg["scale"] * (self.size / rows)

@@ -120,7 +120,8 @@ class Posterior:
         """The posterior that `guide` holds for `program(*args, **kwargs)`, with the priors that the program declares.
 
         Read are guides whose trace has a Normal per site (`MeanField`, hand-written guides), a Normal on the unconstrained scale
-        (`AutoNormal`), a log-normal, or a point (`Point`, `AutoDelta`: variance 0). Random state and param store stay as they were. `args` is one batch; a handful of rows is enough.
+        (`AutoNormal`), a log-normal, or a point (`Point`, `AutoDelta`: variance 0).
+        Random state and param store stay as they were. `args` is one batch; a handful of rows is enough.
 
         Raises:
             ModelError: a site's posterior cannot be read as Gaussian moments.

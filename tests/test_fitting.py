@@ -172,7 +172,7 @@ def test_wrong_plates_are_named():
         with pyro.plate("rows", 1000, subsample=torch.arange(len(x))):
             return pyro.sample("y", dist.Normal(x @ w, 0.3), obs=y)
 
-    with pytest.raises(bmr.FitError, match="plate 'rows' has 1000 rows, the data have 64"):
+    with pytest.raises(bmr.ModelError, match="plate 'rows' has 1000 rows, the data have 64"):
         quick(wrong_size, regression())
 
 

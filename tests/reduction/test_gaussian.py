@@ -142,14 +142,14 @@ def test_matrix_normal_is_dense(shape):  # (g)
 
 def test_pruning_a_subset_is_the_refit_without_it(problem):
     """The evidence of the model without the columns, and the posterior of the others, exactly."""
-    model, (_, (_, cov), _) = problem
+    model, (_, (eta, cov), _) = problem
     cov = np.diag(cov.diagonal())
-    full = (np.zeros(D), cov)
+    full = (eta, cov)
     pruned = torch.tensor([False, True, False, True, False])
     keep = ~pruned.numpy()
     gain, rest = prune_subset(dense(*model.posterior(*full)), dense(*full), pruned)
     smaller = type(model)(model.x[:, keep], model.y, model.noise)
-    part = (np.zeros(keep.sum()), cov[keep][:, keep])
+    part = (eta[keep], cov[keep][:, keep])
     assert gain.item() == pytest.approx(smaller.log_evidence(*part) - model.log_evidence(*full), abs=1e-9)
     mean, covariance = smaller.posterior(*part)
     np.testing.assert_allclose(rest.mean, mean, atol=1e-9)

@@ -1,0 +1,153 @@
+"""The order of the modules, the names that are public, and what no file may hold."""
+
+import ast
+import inspect
+import sys
+from fnmatch import fnmatchcase
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import pyro_bmr as bmr
+
+ROOT = Path(__file__).parents[1]
+LIBRARY, MODELS = ROOT / "pyro_bmr", ROOT / "models"
+FORMULAS = ("gaussian", "low_rank", "matrix_normal", "exponential_family", "spike_and_slab", "horseshoe")
+ORDER = [
+    "errors", *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "posterior", "reduction.sites", "pruning",
+    "prediction", "metrics", "fitting", "exporting", "data", "plots", "comparison", "cli",
+]  # fmt: skip
+
+
+def module_name(path):
+    parts = path.relative_to(LIBRARY.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(LIBRARY.rglob("*.py")) if "models" not in path.relative_to(LIBRARY).parts}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+CODE = [path for folder in ("pyro_bmr", "models", "tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(tree, known=()):
+    """Every module that is imported anywhere in the file; `from package import module` counts as that module."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in known else node.module)
+    return found
+
+
+def rank(module):
+    short = module.removeprefix("pyro_bmr.")
+    return next((k for k, pattern in enumerate(ORDER) if fnmatchcase(short, pattern)), None)
+
+
+def is_under(module, package):
+    return module == package or module.startswith(f"{package}.")
+
+
+INNER = {name: {m for m in imports(tree, FILES) if is_under(m, "pyro_bmr")} for name, tree in TREES.items()}
+
+
+@pytest.mark.parametrize("module", sorted(set(FILES) - {"pyro_bmr", "pyro_bmr.reduction"}))
+def test_a_module_imports_only_modules_above_it(module):
+    assert rank(module) is not None, f"{module} has no place in the order"
+    package = module.split(".")[1]
+    for other in INNER[module]:
+        assert other in FILES and rank(other) is not None, f"{module} imports {other}, which has no place in the order"
+        inside = is_under(other, f"pyro_bmr.{package}") and rank(other) == rank(module)
+        assert inside or rank(other) < rank(module), f"{module} imports {other}, which stands below it"
+
+
+def test_there_is_no_cycle():
+    graph = {name: others - {name} for name, others in INNER.items() if name != "pyro_bmr"}
+    order = list(TopologicalSorter(graph).static_order())
+    assert set(order) >= set(graph) and order.index("pyro_bmr.errors") < order.index("pyro_bmr.fitting") < order.index("pyro_bmr.cli")
+
+
+def test_the_packages_with_an_order_of_their_own_have_bare_roots():
+    assert INNER["pyro_bmr.reduction"] == set()
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_know_only_torch_and_numpy(name):
+    allowed = {f"pyro_bmr.reduction.{other}" for other in FORMULAS} | {"pyro_bmr.errors"}
+    for module in imports(TREES[f"pyro_bmr.reduction.{name}"], FILES):
+        root = module.split(".")[0]
+        assert root in {"torch", "numpy"} or root in sys.stdlib_module_names or module in allowed, f"reduction/{name}.py imports {module}"
+
+
+def test_models_use_the_public_names_only():
+    for path in sorted(MODELS.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert {m for m in imports(tree, FILES) if is_under(m, "pyro_bmr")} <= {"pyro_bmr"}, path.name
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bmr"}
+        assert used <= set(bmr.__all__), f"{path.name}: {sorted(used - set(bmr.__all__))}"
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    functions = {name for name in bmr.__all__ if inspect.isroutine(getattr(bmr, name))}
+    top = {name.split(".")[1] for name in FILES if name.count(".") >= 1}
+    assert {"fit", "reduce", "compare", "load"} <= functions and not functions & top
+
+
+def test_the_public_names_are_there():
+    assert len(set(bmr.__all__)) == len(bmr.__all__) and sorted(bmr.__all__) == list(bmr.__all__)
+    imported = {alias.asname or alias.name for node in TREES["pyro_bmr"].body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported == set(bmr.__all__)
+
+
+@pytest.mark.parametrize("name", bmr.__all__)
+def test_a_public_name_has_a_docstring_of_its_own(name):
+    thing = getattr(bmr, name)
+    text = thing.__doc__ or ""
+    assert len(text.split()) >= 3
+    if inspect.isclass(thing):
+        assert not text.startswith(f"{name}("), "the signature that dataclasses write is no docstring"
+        assert all(text != base.__doc__ for base in thing.__mro__[1:])
+
+
+@pytest.mark.parametrize("path", [p for p in CODE if p.is_relative_to(LIBRARY) or p.is_relative_to(MODELS)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_library_has_module_docstrings_and_no_pickle(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    names = {m.split(".")[0] for m in imports(tree)}
+    assert not names & {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def loads(tree, owner):
+    return [
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "load" and ast.unparse(n.func.value) in owner
+    ]
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_no_file_may_hold(path):
+    text = path.read_text(encoding="utf-8")
+    for folder in ("root", "work", "home"):
+        assert f"/{folder}/" not in text, f"{path.name} has a path of one machine"
+    tree = ast.parse(text)
+    for call in loads(tree, {"torch"}):
+        assert any(k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True for k in call.keywords), f"line {call.lineno}"
+    if not path.is_relative_to(ROOT / "tests"):
+        for call in loads(tree, {"np", "numpy"}):
+            assert any(k.arg == "allow_pickle" and isinstance(k.value, ast.Constant) and k.value.value is False for k in call.keywords), f"line {call.lineno}"
+
+
+def test_the_checks_see_what_they_look_for():
+    tree = ast.parse(
+        "import os.path, pyro_bmr.cli\nfrom pyro_bmr import metrics, compare\nimport torch\ndef f():\n    from pickle import loads\n    torch.load('x')\n"
+    )
+    assert imports(tree, FILES) == {"os.path", "pyro_bmr.cli", "pyro_bmr.metrics", "pyro_bmr", "torch", "pickle"}
+    assert [call.lineno for call in loads(tree, {"torch"})] == [6]
+    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 7 and rank("pyro_bmr.reduction.sites") == 13 and rank("pyro_bmr.new") is None
+    assert len(FILES) > 25 and {"pyro_bmr", "pyro_bmr.guides.point"} <= set(FILES)
