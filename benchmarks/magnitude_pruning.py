@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from pyro_bmr.models.mlp import network
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import pyro_bmr as bmr
+from pyro_bmr.models.mlp import network
 
 
 def train(x: Tensor, y: Tensor, hidden: tuple[int, ...], classes: int, kept: float, seed: int, settings: argparse.Namespace) -> nn.Module:

@@ -27,10 +27,10 @@ def network(shape: tuple[int, int, int], sizes: tuple[int, int, int, int], outpu
 
 def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "6-16-120-84") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
-    numbers = tuple(int(size) for size in sizes.split("-"))
+    numbers = tuple(int(size) if size.isdecimal() else 0 for size in sizes.split("-"))
     if len(shape) != 3 or shape[1] > 32 or shape[2] > 32:
         raise bmr.DataError(f"lenet wants images (channels, height, width) of at most 32×32, got rows of shape {shape}")
-    if len(numbers) != 4:
+    if len(numbers) != 4 or min(numbers) < 1:
         raise bmr.ModelError(f"lenet:{sizes}: four sizes are wanted, such as lenet:6-16-120-84")
     return bmr.BayesianNetwork(network(shape, numbers, data.outputs), prior, data.likelihood())
 

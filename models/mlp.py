@@ -24,7 +24,9 @@ def network(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential
 
 
 def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "300-100") -> bmr.BayesianNetwork:
-    hidden = tuple(int(size) for size in sizes.split("-"))
+    hidden = tuple(int(size) if size.isdecimal() else 0 for size in sizes.split("-"))
+    if min(hidden) < 1:
+        raise bmr.ModelError(f"mlp:{sizes}: the sizes of hidden layers are wanted, such as mlp:300-100")
     return bmr.BayesianNetwork(network(data.x_train[0].numel(), hidden, data.outputs), prior, data.likelihood())
 
 

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except PyroBMRError as error:
-        print(f"pyro-bmr: {error}", file=sys.stderr)
+        print(f"pyro-bmr: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -56,11 +56,20 @@ def _compare(arguments: argparse.Namespace) -> int:
     priors = {name: prior_from_name(name) for name in arguments.priors}
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     data = load(arguments.data, arguments.target)
-    if arguments.threads:
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ModelError(f"--threads {arguments.threads}: at least 1 is wanted")
         torch.set_num_threads(arguments.threads)
     model = arguments.model or ("mlp" if data.task == "classification" else "linear_regression")
     table = compare(
-        model, data, priors=priors, routes=arguments.routes, seeds=arguments.seeds, settings=settings, out=arguments.out, progress=not arguments.quiet
+        model,
+        data,
+        priors=priors,
+        routes=arguments.routes,
+        seeds=arguments.seeds,
+        settings=settings,
+        out=arguments.out,
+        progress=not arguments.quiet and sys.stderr.isatty(),
     )
     print(summary(table).to_string(index=False))
     print(f"\nresults.csv, report.md, pictures and {len(table)} exported networks are in {arguments.out}")

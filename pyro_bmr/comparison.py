@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +35,8 @@ from pyro_bmr.pruning import Every
 from pyro_bmr.reduction.sites import Reduction, reduce
 
 ROUTES = ("point", "fitted", "reduced")
+_TEXT = ("model", "data", "prior", "route")
+_REAL = ("temperature", "accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
 Build = Callable[[Data, Prior], Callable[..., Any]]
 
 
@@ -53,6 +57,26 @@ class Settings:
     stop: float = 0.75
     draws: int = 32
     validation: float | None = None
+
+    def __post_init__(self) -> None:
+        rules = {
+            "epochs": self.epochs >= 1,
+            "batch_size": self.batch_size >= 1,
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "temperature": 0 < self.temperature < math.inf,
+            "kept": self.kept is None or 0 <= self.kept <= 1,
+            "reduce_every": 0 < self.reduce_every < math.inf,
+            "start": 0 <= self.start <= self.stop,
+            "stop": self.start <= self.stop <= 1,
+            "draws": self.draws >= 0,
+            "validation": self.validation is None or 0 < self.validation < 1,
+        }
+        broken = [f"{name}={getattr(self, name)}" for name, good in rules.items() if not good]
+        if broken:
+            raise ModelError(
+                f"{', '.join(broken)}: wanted are epochs, batch_size >= 1, learning_rate, temperature, reduce_every > 0, 0 <= start <= stop <= 1, "
+                "0 <= kept <= 1, draws >= 0, 0 < validation < 1"
+            )
 
 
 def compare(
@@ -95,7 +119,7 @@ def compare(
         raise ModelError(f"routes={list(routes)}, seeds={seeds}: routes are {', '.join(ROUTES)}; at least one of each is wanted")
     if settings.validation is not None:
         data = _validation_data(data, settings.validation)
-    folder = _Folder(Path(out), model_name, data.name, settings) if out is not None else None
+    folder = _Folder(Path(out), model_name, data.name, settings, priors) if out is not None else None
     cells = [(prior, route, seed) for prior in priors for route in routes for seed in range(seeds)]
     rows = []
     for prior, route, seed in tqdm(cells, disable=not progress, unit="fit", desc=f"{model_name} on {data.name}"):
@@ -144,10 +168,11 @@ def load_model(name: str | Path) -> Build:
     stem, _, argument = str(name).partition(":")
     if stem.endswith(".py"):
         path = Path(stem)
-        spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+        spec = importlib.util.spec_from_file_location(f"pyro_bmr_model_{path.stem}", path) if path.is_file() else None
         if spec is None or spec.loader is None:
             raise ModelError(f"no model file '{stem}'; give a .py file with a function build(data, prior)")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
     elif stem in model_names():
         module = importlib.import_module(f"pyro_bmr.models.{stem}")
@@ -156,6 +181,8 @@ def load_model(name: str | Path) -> Build:
     build = getattr(module, "build", None)
     if not callable(build):
         raise ModelError(f"'{stem}' has no function build(data, prior) that returns a Pyro program")
+    if argument and len(inspect.signature(build).parameters) < 3:
+        raise ModelError(f"'{name}': the model '{stem}' takes no argument after a colon")
     return (lambda data, prior: build(data, prior, argument)) if argument else build
 
 
@@ -221,7 +248,11 @@ def _scores(prediction: Prediction, data: Data) -> dict[str, float]:
 
 def _sizes(cell: _Cell) -> dict[str, float]:
     program = cell.fit.program
-    names = [name for name, _ in program.net.named_parameters()] if isinstance(program, BayesianNetwork) else list(cell.weights)
+    names = (
+        [name for name, _ in program.net.named_parameters()]
+        if isinstance(program, BayesianNetwork)
+        else [name for name in cell.weights if cell.posterior[name].support == "real"]
+    )
     total = sum(cell.weights[name].numel() for name in names)
     nonzero = sum(int(cell.weights[name].count_nonzero()) for name in names)
     return {"parameters": total, "kept_parameters": nonzero, "kept": nonzero / total}
@@ -242,18 +273,24 @@ def _validation_data(data: Data, fraction: float) -> Data:
 class _Folder:
     """The results on disk: settings.json, results.csv (one row per finished cell), networks/, pictures/, report.md."""
 
-    def __init__(self, path: Path, model: str, data: str, settings: Settings) -> None:
+    def __init__(self, path: Path, model: str, data: str, settings: Settings, priors: Mapping[str, Prior]) -> None:
         self.path = path
         make_folder(path)
         self.settings = {"model": model, "data": data, **settings.__dict__}
+        self.table = pd.DataFrame()
+        if (path / "results.csv").exists():  # text stays text, whatever it looks like, and numbers are read back exactly
+            self.table = pd.read_csv(path / "results.csv", dtype=dict.fromkeys(_TEXT, str), converters=dict.fromkeys(_REAL, float), keep_default_na=False)
         kept = path / "settings.json"
-        if kept.exists():
+        described = {name: repr(prior) for name, prior in priors.items() if type(prior).__repr__ is not object.__repr__}
+        if kept.exists() and not self.table.empty:
             old = json.loads(kept.read_text())
+            old_priors = old.get("priors", {})
             differences = [f"{key} was {old.get(key)!r}, is {value!r}" for key, value in self.settings.items() if old.get(key) != value]
+            differences += [f"prior '{name}' was {old_priors[name]}, is {text}" for name, text in described.items() if old_priors.get(name, text) != text]
+            described = {**old_priors, **described}
             if differences:
                 raise PyroBMRError(f"'{path}' holds results of other settings ({'; '.join(differences)}); choose another folder, or remove it")
-        write_atomically(kept, lambda p: p.write_text(json.dumps(self.settings, indent=1)))
-        self.table = pd.read_csv(path / "results.csv", float_precision="round_trip") if (path / "results.csv").exists() else pd.DataFrame()
+        write_atomically(kept, lambda p: p.write_text(json.dumps({**self.settings, "priors": described}, indent=1)))
 
     def finished(self, prior: str, route: str, seed: int) -> dict[str, Any] | None:
         if self.table.empty:
@@ -263,7 +300,7 @@ class _Folder:
 
     def keep(self, row: dict[str, Any], cell: _Cell, data: Data) -> None:
         """Weights and pictures first, the row last: a row in results.csv is a finished cell."""
-        name = f"{row['prior']}-{row['route']}-{row['seed']}".replace(":", "-").replace("/", "-")
+        name = f"{_file_name(row['prior'])}-{row['route']}-{row['seed']}"
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         sites = cell.reduction.table().to_dict("records") if cell.reduction else []
         sites = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in site.items()} for site in sites]
@@ -275,16 +312,16 @@ class _Folder:
             before = reduce(cell.fit.posterior, to=Gaussian(scale=0.0))
             plots.save_figure(
                 plots.delta_f_histogram({k: s.spike_delta_f for k, s in before.sites.items()}),
-                self.path / "pictures" / f"delta_f-{row['prior'].replace(':', '-')}.png",
+                self.path / "pictures" / f"delta_f-{_file_name(row['prior'])}.png",
             )
         self.table = pd.concat([self.table, pd.DataFrame([row])], ignore_index=True)
-        write_atomically(self.path / "results.csv", lambda p: self.table.to_csv(p, index=False))
+        write_atomically(self.path / "results.csv", lambda p: self.table.to_csv(p, index=False, na_rep="nan"))
 
     def report(self, table: pd.DataFrame) -> None:
         make_folder(self.path / "pictures")
         calibration = {}
         for row in table[table["seed"] == 0].to_dict("records"):
-            name = f"{row['prior']}-{row['route']}-0".replace(":", "-").replace("/", "-")
+            name = f"{_file_name(row['prior'])}-{row['route']}-0"
             rows = json.loads((self.path / "networks" / name / "report.json").read_text())["calibration"]
             if rows:
                 calibration[f"{row['prior']}, {row['route']}"] = torch.tensor(rows)
@@ -303,6 +340,10 @@ class _Folder:
             "",
         ]
         write_atomically(self.path / "report.md", lambda p: p.write_text("\n".join(lines), encoding="utf-8"))
+
+
+def _file_name(prior: str) -> str:
+    return prior.replace(":", "-").replace("/", "-")
 
 
 def markdown(table: pd.DataFrame) -> str:

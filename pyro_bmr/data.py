@@ -12,6 +12,7 @@ import os
 import random
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def load(name: str | Path, target: str | None = None) -> Data:
     if not path.exists():
         raise DataError(f"no data set or file '{name}'; the data sets are: {', '.join(sources())}; files are .npz, .csv or a folder of IDX files")
     if path.is_dir():
-        return _idx_folder(path, path.name)
+        return _idx_folder(path, path.name, {})
     if path.suffix == ".npz":
         return _npz(path)
     if path.suffix == ".csv":
@@ -143,9 +144,10 @@ def standardised(name: str, x_train: np.ndarray, y_train: np.ndarray, x_test: np
             raise DataError(f"{name}: {key} has type {array.dtype}; numbers are wanted")
     if x_train.ndim < 2 or x_train.shape[1:] != x_test.shape[1:]:
         raise DataError(f"{name}: x_train has shape {x_train.shape} and x_test {x_test.shape}; (rows, ...) with equal rest is wanted")
-    xs = [torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)) for a in (x_train, x_test)]
+    xs = [_tensor(a) for a in (x_train, x_test)]
     integer = all(a.dtype.kind in "iub" for a in (y_train, y_test))
-    ys = [torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64 if integer else np.float32)).squeeze() for a in (y_train, y_test)]
+    ys = [_tensor(a, integer) for a in (y_train, y_test)]
+    ys = [y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y for y in ys]
     for split, x, y in zip(("training rows", "test rows"), xs, ys, strict=True):
         check_rows(x, y, f"{name}, {split}")
         if y.ndim != 1:
@@ -154,8 +156,8 @@ def standardised(name: str, x_train: np.ndarray, y_train: np.ndarray, x_test: np
         xs = [x[:, None] for x in xs]
     dims = tuple(range(xs[0].ndim)) if xs[0].ndim > 2 else (0,)
     mean, scale = xs[0].mean(dims, keepdim=True), xs[0].std(dims, keepdim=True, correction=0)
-    scale = torch.where(scale > 0, scale, 1.0)
-    xs = [(x - mean) / scale for x in xs]
+    scale = torch.where(xs[0].amax(dims, keepdim=True) > xs[0].amin(dims, keepdim=True), scale, 1.0)
+    xs = [((x - mean) / scale).float() for x in xs]
     if integer:
         classes = int(ys[0].max()) + 1
         for split, y in zip(("training", "test"), ys, strict=True):
@@ -166,10 +168,16 @@ def standardised(name: str, x_train: np.ndarray, y_train: np.ndarray, x_test: np
             raise DataError(f"{name}: the training labels have one class only; two at least are wanted")
         return Data(name, xs[0], ys[0], xs[1], ys[1], classes)
     y_mean, y_scale = float(ys[0].mean()), float(ys[0].std(correction=0))
-    if not y_scale > 0:
+    if bool((ys[0] == ys[0][0]).all()):
         raise DataError(f"{name}: the target is constant ({y_mean:g}) in the training rows; there is nothing to predict")
-    ys = [(y - y_mean) / y_scale for y in ys]
+    ys = [((y - y_mean) / y_scale).float() for y in ys]
     return Data(name, xs[0], ys[0], xs[1], ys[1], None, y_mean, y_scale)
+
+
+def _tensor(array: np.ndarray, integer: bool = False) -> Tensor:
+    """int64, or a float type that holds the array's numbers: an offset must not cost the digits before it is taken off."""
+    real = np.float32 if np.can_cast(array.dtype, np.float32) else np.float64
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64 if integer else real))
 
 
 def _split(name: str, x: np.ndarray, y: np.ndarray) -> Data:
@@ -214,33 +222,39 @@ def _mnist_1d() -> Data:
 
 def _npz(path: Path) -> Data:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise DataError(f"'{path}': not a readable .npz file (it holds one array without a name); write it with numpy.savez")
             missing = [key for key in _FILES if key not in file.files]
             if missing:
                 raise DataError(
                     f"'{path}': it has no {' and no '.join(missing)} (found: {', '.join(file.files) or 'nothing'}); "
                     "x_train, y_train, x_test and y_test are wanted"
                 )
-            return standardised(path.stem, *(file[key] for key in _FILES))
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, struct.error) as error:
+            arrays = [file[key] for key in _FILES]
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, struct.error, zlib.error) as error:
         raise DataError(f"'{path}': not a readable .npz file without pickles ({error})") from None
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        raise DataError(f"'{path}': not a readable .npz file (its members are no arrays); write it with numpy.savez")
+    return standardised(path.stem, *arrays)
 
 
 def _csv(path: Path, target: str | None) -> Data:
     try:
         table = pd.read_csv(path)
     except (ValueError, OSError) as error:
-        raise DataError(f"'{path}': not a readable .csv file ({error})") from None
+        raise DataError(f"'{path}': not a readable .csv file ({str(error).strip()})") from None
     if target is None or target not in table.columns:
         raise DataError(
             f"'{path}': name the column to predict with --target; its columns are: {', '.join(map(str, table.columns))}"
             + ("" if target is None else f"; got '{target}'")
         )
+    if len(table) < 5 or table.shape[1] < 2:
+        raise DataError(f"'{path}': {table.shape[0]} rows and {table.shape[1]} columns; at least 5 rows and one feature are wanted")
     text = [str(c) for c in table.columns if table[c].dtype.kind not in "iufb"]
     if text:
         raise DataError(f"'{path}': columns {', '.join(text)} are not numbers; encode or drop them")
-    if len(table) < 5 or table.shape[1] < 2:
-        raise DataError(f"'{path}': {table.shape[0]} rows and {table.shape[1]} columns; at least 5 rows and one feature are wanted")
     return _split(path.stem, table.drop(columns=target).to_numpy(dtype=np.float64), table[target].to_numpy())
 
 
@@ -259,16 +273,16 @@ def _named_idx(name: str) -> Data:
     folder = _folder(name)
     if folder is None:
         raise _not_installed(name)
-    return _idx_folder(folder, name)
+    return _idx_folder(folder, name, _SHA256[name])
 
 
-def _idx_folder(folder: Path, name: str) -> Data:
+def _idx_folder(folder: Path, name: str, sha256: dict[str, str]) -> Data:
     arrays = []
     for key, stem in _FILES.items():
         path = _find(folder, stem)
         if path is None:
             raise DataError(f"'{folder}': no file {stem} (or {stem}.gz); a folder of data has {', '.join(_FILES.values())}")
-        arrays.append(read_idx(path, _SHA256.get(name, {}).get(key)))
+        arrays.append(read_idx(path, sha256.get(key)))
     return standardised(name, arrays[0], arrays[1].astype(np.int64), arrays[2], arrays[3].astype(np.int64))
 
 
@@ -282,7 +296,7 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
-    except (OSError, EOFError, ValueError, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"'{path}': not readable ({error}); install it again") from None
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
         raise DataError(f"'{path}': not an IDX file of unsigned bytes (it begins with {raw[:4].hex() or 'nothing'}); install it again")

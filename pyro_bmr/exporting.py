@@ -38,6 +38,13 @@ def export(program: BayesianNetwork, posterior: Posterior) -> nn.Module:
     missing = [name for name in program.priors if name not in posterior.sites]
     if missing:
         raise ModelError(f"the posterior has no site '{missing[0]}' of the network; its sites are: {', '.join(posterior)}")
+    shapes = {name: p.shape for name, p in program.net.named_parameters()}
+    for name in program.priors:
+        if posterior[name].mean.shape != shapes[name]:
+            raise ModelError(
+                f"site '{name}' has shape {tuple(posterior[name].mean.shape)} in the posterior, {tuple(shapes[name])} in the network; "
+                "pass the program and the posterior of the same fit"
+            )
     with Values(posterior.point()):
         weights = program.weights()
     net = copy.deepcopy(program.net).eval()
@@ -48,9 +55,21 @@ def export(program: BayesianNetwork, posterior: Posterior) -> nn.Module:
     return net
 
 
+@torch.no_grad()
 def point_weights(program: Any, posterior: Posterior) -> dict[str, Tensor]:
-    """Name → tensor at the posterior's point: the exported network's parameters and buffers, or any other program's sites."""
-    return dict(export(program, posterior).state_dict()) if isinstance(program, BayesianNetwork) else posterior.point()
+    """Name → tensor at the posterior's point: the exported network's parameters and buffers, or any other program's weights and sites.
+
+    A site that a prior declared is given as the weight it stands for (w, not the standardised w̄), without the hyper-parameters of that prior.
+    """
+    if isinstance(program, BayesianNetwork):
+        return dict(export(program, posterior).state_dict())
+    values, hyper = posterior.point(), set()
+    for name, site in posterior.sites.items():
+        if site.declared is not None:
+            with Values(posterior.point()) as run:
+                values[name] = site.declared.sample(name, tuple(site.mean.shape), site.mean)
+            hyper |= run.latent.keys() - {name}
+    return {name: value for name, value in values.items() if name not in hyper}
 
 
 def save(weights: nn.Module | Mapping[str, Tensor], folder: str | Path, report: Mapping[str, Any] | None = None) -> None:

@@ -298,6 +298,12 @@ def _check_support(program: Program, few: tuple[Tensor, Tensor], y: Tensor) -> N
         program(*few)
     for name, msg in run.observed.items():
         if msg["value"] is few[1]:
+            density = torch.broadcast_shapes(msg["fn"].shape(), few[1].shape)
+            if density != few[1].shape:
+                raise DataError(
+                    f"y of shape {tuple(y.shape)} does not fit observed site '{name}': for {len(few[1])} rows the site has shape "
+                    f"{tuple(msg['fn'].shape())}, y {tuple(few[1].shape)}; give y that shape"
+                )
             support = msg["fn"].support
             good = support.check(y) if hasattr(support, "lower_bound") else torch.ones(len(y), dtype=torch.bool)
             if not bool(good.all()):

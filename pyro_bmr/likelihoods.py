@@ -40,6 +40,11 @@ def data_plate(rows: int, size: int | None, device: torch.device) -> pyro.plate:
     return pyro.plate("data", size, subsample=torch.arange(rows, device=device), dim=-1)
 
 
+def _check_target(output: Tensor, y: Tensor | None) -> None:
+    if y is not None and y.shape != output.shape[:1]:
+        raise DataError(f"y has shape {tuple(y.shape)}, the network returned {output.shape[0]} rows; y must have shape ({output.shape[0]},)")
+
+
 @dataclass(frozen=True)
 class Categorical:
     """y ~ Categorical(softmax(output)): `output` is (rows, classes), `y` integers in 0 … classes − 1."""
@@ -50,6 +55,7 @@ class Categorical:
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
         if output.ndim != 2:
             raise DataError(f"Categorical: the network must return (rows, classes), got shape {tuple(output.shape)}")
+        _check_target(output, y)
         with data_plate(output.shape[0], self.size, output.device):
             return pyro.sample(OBSERVED, dist.Categorical(logits=output, validate_args=False), obs=y)
 
@@ -69,6 +75,7 @@ class Normal:
             output = output[:, 0]
         if output.ndim != 1:
             raise DataError(f"Normal: the network must return (rows,) or (rows, 1), got shape {tuple(output.shape)}")
+        _check_target(output, y)
         noise = pyro.sample("noise", dist.HalfNormal(output.new_tensor(self.noise_scale)))
         with data_plate(output.shape[0], self.size, output.device):
             return pyro.sample(OBSERVED, dist.Normal(output, noise), obs=y)

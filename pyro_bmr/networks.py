@@ -26,9 +26,9 @@ class BayesianNetwork(nn.Module):
 
     Args:
         net: any module; it is used as it is, not copied, and its values are where guides start.
-        prior: one prior for every parameter, or a mapping from patterns of parameter names (``"*.weight"``, shell style, the first match counts) to
-            priors, where None leaves the parameter a point estimate. Parameters that no pattern names are left too. Gains and offsets of
-            norm layers are left as point estimates unless a mapping has their exact name.
+        prior: one prior for every parameter, or a mapping from patterns of parameter names (``"*.weight"``, shell style; an exact name
+            counts first, then the first match) to priors, where None leaves the parameter a point estimate. Parameters that no pattern
+            names are left too. Gains and offsets of norm layers are left as point estimates unless a mapping has their exact name.
         likelihood: `Categorical()`, `Normal()` or anything with their `observe`.
 
     Attributes:
@@ -57,7 +57,7 @@ class BayesianNetwork(nn.Module):
             for name, _ in module.named_parameters(recurse=False)
         }
         for name, parameter in net.named_parameters():
-            pattern = next((p for p in patterns if fnmatchcase(name, p)), None) if patterns is not None else None
+            pattern = next((p for p in (name, *patterns) if p in patterns and fnmatchcase(name, p)), None) if patterns is not None else None
             chosen = patterns[pattern] if patterns is not None and pattern is not None else None if patterns is not None else prior
             if not parameter.is_floating_point():
                 self.left[name] = f"not a floating-point parameter ({parameter.dtype})"

@@ -43,10 +43,10 @@ def delta_f_histogram(delta_f: Mapping[str, Tensor]) -> Figure:
     """One panel per site: the evidence for setting each weight to zero, in nats; right of 0 it goes. Values below −20 are counted at −20."""
     figure, panels = plt.subplots(1, len(delta_f), figsize=(2.6 * len(delta_f), 2.6), squeeze=False)
     for axes, (name, values) in zip(panels[0], delta_f.items(), strict=True):
-        finite = values[values.isfinite()].cpu().numpy()
+        finite = values[values.isfinite()].double().cpu().numpy()  # double: 50 bins fit between any two float32 numbers
         axes.hist(np.clip(finite, -20, None), bins=50, color="C0")
         axes.axvline(0, color="0.3", linewidth=1)
-        axes.set(title=name, xlabel="ΔF of w = 0 (nats)", yscale="log")
+        axes.set(title=name, xlabel="ΔF of w = 0 (nats)", yscale="log" if finite.size else "linear")
         axes.title.set_fontsize(9)
     figure.tight_layout()
     return figure

@@ -5,6 +5,7 @@ Owns `predict`. Next: `metrics.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ class RealPrediction:
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log p(y | x, data), (n,), nats."""
-        return torch.distributions.Normal(self.locs, self.scales).log_prob(y).logsumexp(0) - torch.tensor(float(len(self.locs))).log()
+        return torch.distributions.Normal(self.locs, self.scales).log_prob(y).logsumexp(0) - math.log(len(self.locs))
 
 
 Prediction = ClassPrediction | RealPrediction

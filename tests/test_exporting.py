@@ -7,15 +7,17 @@ import pickle
 import subprocess
 import sys
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from pyro_bmr.models import lenet
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 
 import pyro_bmr as bmr
 from pyro_bmr.exporting import point_weights
+from pyro_bmr.models import lenet
 
 X, Y = torch.randn(40, 5, generator=torch.Generator().manual_seed(3)), torch.arange(40) % 3
 SHAPE, SIZES = (1, 8, 8), (6, 16, 120, 84)
@@ -263,3 +265,20 @@ def test_a_pruned_lenet_predicts_the_same_without_pyro(tmp_path):
     by_hand = functional_call(lenet.network(SHAPE, SIZES, 10), fit.posterior.point(), (x,))
     assert torch.allclose(got, by_hand, rtol=0, atol=1e-6)
     assert int(sum((t == 0).sum() for t in load_file(paths[0]).values())) == zeros
+
+
+def test_a_hand_written_program_exports_its_weights_not_their_standardised_sites():
+    def program(x, y=None):
+        w = bmr.Horseshoe(per="unit").sample("w", (4, 3), x.new_zeros(4, 3))
+        b = pyro.sample("b", dist.Normal(x.new_zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal((x @ w.T + b).sum(1), 1.0), obs=y)
+
+    x = torch.randn(20, 3)
+    fit = bmr.fit(program, (x, x.sum(1)), epochs=5, progress=False)
+    weights = point_weights(program, fit.posterior)
+    values = fit.posterior.point()
+    psi = values["w_tau"] * values["w_lambda"]
+    gamma = psi / (1 + (psi / 2) ** 2).sqrt() / 3**0.5
+    assert list(weights) == ["w", "b"]
+    torch.testing.assert_close(weights["w"], gamma * values["w"])
