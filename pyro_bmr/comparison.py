@@ -5,6 +5,7 @@ Owns `compare`, `summary` and the folder of results, which is also how an interr
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -24,7 +25,8 @@ from tqdm import tqdm
 from pyro_bmr import metrics, plots
 from pyro_bmr.data import Data
 from pyro_bmr.errors import ModelError, PyroBMRError
-from pyro_bmr.exporting import make_folder, point_weights, save, write_atomically
+from pyro_bmr.exporting import point_weights, save
+from pyro_bmr.files import make_folder, write_atomically
 from pyro_bmr.fitting import Fit, adam, fit
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.networks import BayesianNetwork
@@ -95,7 +97,7 @@ def compare(
     Columns: model, data, prior, route, seed, temperature, accuracy or rmse, nll, brier, ece, parameters, kept_parameters, kept, delta_f, seconds.
 
     Routes, for a prior p:
-        point: maximum a posteriori under p; nothing is pruned.
+        point: maximum a posteriori under p, an empirical scale staying at its start, 1; nothing is pruned.
         fitted: mean field under p; a shrinkage prior then says which weights are zero (`reduce(..., to=None)`), a Gaussian keeps all.
         reduced: mean field under a Gaussian — p itself if it is one, else `Gaussian()` — reduced during and after the fit to p; a Gaussian p reduces to
             the point spike, which removes a weight when the evidence rises without it.
@@ -113,13 +115,18 @@ def compare(
     """
     settings = settings or Settings()
     priors = priors or {"gaussian": Gaussian(), "horseshoe": Horseshoe(), "spike-and-slab": SpikeAndSlab()}
-    build, model_name = (model, getattr(model, "__module__", "model")) if callable(model) else (load_model(model), str(model))
+    if callable(model):
+        build, model_name = model, f"{getattr(model, '__module__', '')}.{getattr(model, '__qualname__', repr(model))}"
+    else:
+        build, model_name = load_model(model), str(model)
     unknown = [route for route in routes if route not in ROUTES]
     if unknown or not routes or seeds < 1:
         raise ModelError(f"routes={list(routes)}, seeds={seeds}: routes are {', '.join(ROUTES)}; at least one of each is wanted")
     if settings.validation is not None:
         data = _validation_data(data, settings.validation)
-    folder = _Folder(Path(out), model_name, data.name, settings, priors) if out is not None else None
+    if len({_file_name(prior) for prior in priors}) < len(priors):
+        raise ModelError(f"priors {', '.join(priors)}: two of the names give one folder; rename one")
+    folder = _Folder(Path(out), model_name, data, settings, priors) if out is not None else None
     cells = [(prior, route, seed) for prior in priors for route in routes for seed in range(seeds)]
     rows = []
     for prior, route, seed in tqdm(cells, disable=not progress, unit="fit", desc=f"{model_name} on {data.name}"):
@@ -259,7 +266,9 @@ def _sizes(cell: _Cell) -> dict[str, float]:
 
 
 def _validation_data(data: Data, fraction: float) -> Data:
-    """The training rows split in two; the test rows are out of sight."""
+    """The training rows, and the validation rows in place of the test rows, which are out of sight; without any, a part of the training rows."""
+    if data.x_val is not None and data.y_val is not None:
+        return replace(data, name=f"{data.name} (validation)", x_test=data.x_val, y_test=data.y_val)
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
     rows = round(fraction * len(order))
     if not 0 < rows < len(order):
@@ -273,10 +282,10 @@ def _validation_data(data: Data, fraction: float) -> Data:
 class _Folder:
     """The results on disk: settings.json, results.csv (one row per finished cell), networks/, pictures/, report.md."""
 
-    def __init__(self, path: Path, model: str, data: str, settings: Settings, priors: Mapping[str, Prior]) -> None:
+    def __init__(self, path: Path, model: str, data: Data, settings: Settings, priors: Mapping[str, Prior]) -> None:
         self.path = path
         make_folder(path)
-        self.settings = {"model": model, "data": data, **settings.__dict__}
+        self.settings = {"model": model, "data": data.name, "fingerprint": _fingerprint(model, data), **settings.__dict__}
         self.table = pd.DataFrame()
         if (path / "results.csv").exists():  # text stays text, whatever it looks like, and numbers are read back exactly
             self.table = pd.read_csv(path / "results.csv", dtype=dict.fromkeys(_TEXT, str), converters=dict.fromkeys(_REAL, float), keep_default_na=False)
@@ -309,7 +318,7 @@ class _Folder:
         cell.fit.history.to_csv(self.path / "networks" / name / "history.csv", index=False)
         if cell.reduction is not None and row["route"] == "reduced" and row["seed"] == 0:
             make_folder(self.path / "pictures")
-            before = reduce(cell.fit.posterior, to=Gaussian(scale=0.0))
+            before = reduce(cell.fit.posterior, to=Gaussian(scale=0.0))  # of the weights that survived the fit
             plots.save_figure(
                 plots.delta_f_histogram({k: s.spike_delta_f for k, s in before.sites.items()}),
                 self.path / "pictures" / f"delta_f-{_file_name(row['prior'])}.png",
@@ -332,7 +341,7 @@ class _Folder:
             f"# {first['model']} on {first['data']}",
             "",
             f"{table['seed'].nunique()} seeds, mean ± standard deviation; {int(first['parameters']):,} parameters.",
-            "Settings: " + ", ".join(f"{key} {value}" for key, value in self.settings.items() if key not in ("model", "data")) + ".",
+            "Settings: " + ", ".join(f"{key} {value}" for key, value in self.settings.items() if key not in ("model", "data", "fingerprint")) + ".",
             "",
             markdown(summary(table)),
             "",
@@ -340,6 +349,17 @@ class _Folder:
             "",
         ]
         write_atomically(self.path / "report.md", lambda p: p.write_text("\n".join(lines), encoding="utf-8"))
+
+
+def _fingerprint(model: str, data: Data) -> str:
+    """A hash of the data, and of the model if it is a file: results of others are never taken for these."""
+    content = hashlib.sha256()
+    for tensor in (data.x_train, data.y_train, data.x_test, data.y_test):
+        content.update(tensor.cpu().contiguous().numpy().tobytes())
+    path = Path(model.partition(":")[0])
+    if path.suffix == ".py" and path.is_file():
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
 
 
 def _file_name(prior: str) -> str:

@@ -51,7 +51,7 @@ class Data:
     """A data set split into training and test rows.
 
     x: float32, (n, features), (n, channels, height, width) or (n, length); standardised. y: int64 classes from 0, or float32 standardised targets, whose
-    `target_mean` and `target_scale` are in the original units.
+    `target_mean` and `target_scale` are in the original units. `x_val` and `y_val`: validation rows, if the data came with some.
     """
 
     name: str
@@ -60,6 +60,8 @@ class Data:
     x_test: Tensor
     y_test: Tensor
     classes: int | None = None
+    x_val: Tensor | None = None
+    y_val: Tensor | None = None
     target_mean: float = 0.0
     target_scale: float = 1.0
 
@@ -90,7 +92,8 @@ class Source:
 def load(name: str | Path, target: str | None = None) -> Data:
     """The data set called `name` (see `sources`), or that of a file or folder.
 
-    - ``FILE.npz``: arrays x_train, y_train, x_test, y_test; integer y is classification, float y regression. Images keep their shape.
+    - ``FILE.npz``: arrays x_train, y_train, x_test, y_test, and x_val, y_val if there are; integer y is classification, float y regression.
+      Images keep their shape.
     - ``FILE.csv``: a header, numbers, and `target`, the column to predict; a fifth of the rows, drawn once and for all, is the test split.
     - a folder with the four IDX files of MNIST's format, gzipped or not.
 
@@ -132,46 +135,60 @@ def sources() -> dict[str, Source]:
     }
 
 
-def standardised(name: str, x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Data:
+def standardised(
+    name: str,
+    x_train: np.ndarray,
+    y_train: np.ndarray,
+    x_test: np.ndarray,
+    y_test: np.ndarray,
+    x_val: np.ndarray | None = None,
+    y_val: np.ndarray | None = None,
+) -> Data:
     """`Data` from raw arrays: images by one mean and scale, columns each by its own (constant ones are only centred); real targets standardised.
 
     Raises:
-        DataError: shapes or types do not fit together, values are not finite, or a test label was never seen in training.
+        DataError: shapes or types do not fit together, values are not finite, or a label is out of the range of the training labels.
     """
-    arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
-    for key, array in arrays.items():
-        if array.dtype.kind not in "iufb":
-            raise DataError(f"{name}: {key} has type {array.dtype}; numbers are wanted")
-    if x_train.ndim < 2 or x_train.shape[1:] != x_test.shape[1:]:
-        raise DataError(f"{name}: x_train has shape {x_train.shape} and x_test {x_test.shape}; (rows, ...) with equal rest is wanted")
-    xs = [_tensor(a) for a in (x_train, x_test)]
-    integer = all(a.dtype.kind in "iub" for a in (y_train, y_test))
-    ys = [_tensor(a, integer) for a in (y_train, y_test)]
-    ys = [y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y for y in ys]
-    for split, x, y in zip(("training rows", "test rows"), xs, ys, strict=True):
-        check_rows(x, y, f"{name}, {split}")
+    parts = {"train": (x_train, y_train), "test": (x_test, y_test)}
+    if x_val is not None and y_val is not None:
+        parts["val"] = (x_val, y_val)
+    for split, raw in parts.items():
+        for key, array in zip((f"x_{split}", f"y_{split}"), raw, strict=True):
+            if array.dtype.kind not in "iufb":
+                raise DataError(f"{name}: {key} has type {array.dtype}; numbers are wanted")
+        if raw[0].ndim < 2 or raw[0].shape[1:] != x_train.shape[1:]:
+            raise DataError(f"{name}: x_train has shape {x_train.shape} and x_{split} {raw[0].shape}; (rows, ...) with equal rest is wanted")
+    integer = all(raw[1].dtype.kind in "iub" for raw in parts.values())
+    xs = {split: _tensor(raw[0]) for split, raw in parts.items()}
+    ys = {split: _tensor(raw[1], integer) for split, raw in parts.items()}
+    ys = {split: y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y for split, y in ys.items()}
+    words = {"train": "training", "test": "test", "val": "validation"}
+    for split, y in ys.items():
+        check_rows(xs[split], y, f"{name}, {words[split]} rows")
         if y.ndim != 1:
             raise DataError(f"{name}: y has shape {tuple(y.shape)}; one number per row is wanted")
     if x_train.ndim == 3:  # (n, height, width)
-        xs = [x[:, None] for x in xs]
-    dims = tuple(range(xs[0].ndim)) if xs[0].ndim > 2 else (0,)
-    mean, scale = xs[0].mean(dims, keepdim=True), xs[0].std(dims, keepdim=True, correction=0)
-    scale = torch.where(xs[0].amax(dims, keepdim=True) > xs[0].amin(dims, keepdim=True), scale, 1.0)
-    xs = [((x - mean) / scale).float() for x in xs]
+        xs = {split: x[:, None] for split, x in xs.items()}
+    train = xs["train"]
+    dims = tuple(range(train.ndim)) if train.ndim > 2 else (0,)
+    mean, scale = train.mean(dims, keepdim=True), train.std(dims, keepdim=True, correction=0)
+    scale = torch.where(train.amax(dims, keepdim=True) > train.amin(dims, keepdim=True), scale, 1.0)
+    xs = {split: ((x - mean) / scale).float() for split, x in xs.items()}
+    classes, y_mean, y_scale = None, 0.0, 1.0
     if integer:
-        classes = int(ys[0].max()) + 1
-        for split, y in zip(("training", "test"), ys, strict=True):
+        classes = int(ys["train"].max()) + 1
+        for split, y in ys.items():
             if int(y.min()) < 0 or int(y.max()) >= classes:
                 bad = int(y.min()) if int(y.min()) < 0 else int(y.max())
-                raise DataError(f"{name}: {split} label {bad} is out of range; labels run from 0 to the largest training label, {classes - 1}")
+                raise DataError(f"{name}: {words[split]} label {bad} is out of range; labels run from 0 to the largest training label, {classes - 1}")
         if classes < 2:
             raise DataError(f"{name}: the training labels have one class only; two at least are wanted")
-        return Data(name, xs[0], ys[0], xs[1], ys[1], classes)
-    y_mean, y_scale = float(ys[0].mean()), float(ys[0].std(correction=0))
-    if bool((ys[0] == ys[0][0]).all()):
-        raise DataError(f"{name}: the target is constant ({y_mean:g}) in the training rows; there is nothing to predict")
-    ys = [((y - y_mean) / y_scale).float() for y in ys]
-    return Data(name, xs[0], ys[0], xs[1], ys[1], None, y_mean, y_scale)
+    else:
+        y_mean, y_scale = float(ys["train"].mean()), float(ys["train"].std(correction=0))
+        if bool((ys["train"] == ys["train"][0]).all()):
+            raise DataError(f"{name}: the target is constant ({y_mean:g}) in the training rows; there is nothing to predict")
+        ys = {split: ((y - y_mean) / y_scale).float() for split, y in ys.items()}
+    return Data(name, xs["train"], ys["train"], xs["test"], ys["test"], classes, xs.get("val"), ys.get("val"), y_mean, y_scale)
 
 
 def _tensor(array: np.ndarray, integer: bool = False) -> Tensor:
@@ -232,7 +249,8 @@ def _npz(path: Path) -> Data:
                     f"'{path}': it has no {' and no '.join(missing)} (found: {', '.join(file.files) or 'nothing'}); "
                     "x_train, y_train, x_test and y_test are wanted"
                 )
-            arrays = [file[key] for key in _FILES]
+            keys = [*_FILES, *(("x_val", "y_val") if "x_val" in file.files and "y_val" in file.files else ())]
+            arrays = [file[key] for key in keys]
     except (ValueError, OSError, zipfile.BadZipFile, EOFError, struct.error, zlib.error) as error:
         raise DataError(f"'{path}': not a readable .npz file without pickles ({error})") from None
     if not all(isinstance(array, np.ndarray) for array in arrays):

@@ -1,7 +1,8 @@
 """The evidence lower bound of one batch, its two terms apart: expected log likelihood and KL divergence.
 
 Owns `elbo_terms`. For `MeanField` it takes the fast path: one noise vector for all sites, views instead of copies, the KL of Gaussian sites in closed
-form. Every other guide goes through Pyro's traces. At a fixed draw both give the value and gradient of Pyro's `TraceMeanField_ELBO`.
+form. At a fixed draw it gives the value and gradient of Pyro's `TraceMeanField_ELBO`. Every other guide goes through
+Pyro's traces, with the value of `Trace_ELBO`.
 Next: `posterior.py`.
 """
 
@@ -19,6 +20,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_bmr.errors import ModelError
 from pyro_bmr.guides import MeanField
 from pyro_bmr.guides.mean_field import base_distribution
 
@@ -92,13 +94,17 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
     with Values(values) as run:
         program(*args)
     likelihood = torch.zeros((), dtype=z.dtype, device=z.device)
-    for msg in run.observed.values():
+    for name, msg in run.observed.items():
+        if not msg["is_observed"]:
+            raise ModelError(f"site '{name}' of the program is not in the guide; make the guide from this program and batch")
         likelihood = likelihood + scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"]).sum()
     kl = torch.zeros((), dtype=z.dtype, device=z.device)
     for site in guide.latents:
         name, msg = site.name, run.latent[site.name]
         mask = masks.get(name)
         base = base_distribution(msg["fn"])
+        if hasattr(base, "alive"):  # a program under `pruning.Masked`
+            mask, base = (base.alive if mask is None else mask & base.alive), base.base_dist
         gaussian = _gaussian_on_the_line(base, site.transform)
         if gaussian is not None:
             kl_site = _GaussianKL.apply(locs[name], log_scales[name], stds[name], collapsed(gaussian.loc), collapsed(gaussian.scale), mask)
@@ -106,7 +112,12 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
             log_q = -log_scales[name] - 0.5 * noises[name].square() - 0.9189385332046727  # ½ log 2π
             if site.transform is not None:
                 log_q = log_q - site.transform.log_abs_det_jacobian(draws[name], values[name])
-            difference = log_q - base.log_prob(values[name])
+            log_p = base.log_prob(values[name])
+            if base.event_shape:
+                if mask is not None:
+                    raise ModelError(f"site '{name}': the density of a {type(base).__name__} does not split over its entries, so they cannot be pruned")
+                log_q = log_q.flatten(-len(base.event_shape)).sum(-1)
+            difference = log_q - log_p
             kl_site = (difference if mask is None else difference.where(mask, 0)).sum()
         kl = kl + kl_site * msg["scale"]
     return ELBOTerms(likelihood, kl)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyro_bmr.elbo import Values
-from pyro_bmr.errors import ModelError, PyroBMRError
+from pyro_bmr.errors import ModelError
+from pyro_bmr.files import make_folder, write_atomically
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
 
@@ -88,25 +87,3 @@ def save(weights: nn.Module | Mapping[str, Tensor], folder: str | Path, report: 
     write_atomically(folder / "model.safetensors", lambda path: save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path))
     content = json.dumps({"format": "pyro_bmr report 1", **(report or {}), "tensors": about}, indent=1, allow_nan=False, default=str)
     write_atomically(folder / "report.json", lambda path: path.write_text(content))
-
-
-def make_folder(folder: Path) -> None:
-    """Creates `folder`, or raises a PyroBMRError that says why it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PyroBMRError(f"cannot write to '{folder}': {error.strerror or error}; choose another folder") from None
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls `write(temporary path)` and renames the result to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise PyroBMRError(f"cannot write '{path}': {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

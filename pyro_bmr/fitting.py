@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import pandas as pd
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
@@ -26,7 +27,7 @@ from pyro_bmr.errors import DataError, FitError
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.likelihoods import WholeData
 from pyro_bmr.posterior import Posterior
-from pyro_bmr.prediction import predict
+from pyro_bmr.prediction import check_callable_without_y, predict
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
 from pyro_bmr.priors.gaussian import Gaussian
 from pyro_bmr.pruning import Every, Masked
@@ -122,17 +123,23 @@ def fit(
     check_rows(x, y)
     x, y = (_like_program(program, t) for t in (x, y))
     (x, y), held_out = _split(x, y, validation, seed)
+    if held_out is not None:
+        held_out = (_like_program(program, held_out[0]), _like_program(program, held_out[1]))
+        check_callable_without_y(program, x)
     program = copy.deepcopy(program) if isinstance(program, nn.Module) else program
     start = time.perf_counter()
     with torch.random.fork_rng(), pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         _seed(x.device, seed)
         run = _Run(program, guide, x, y, batch_size, temperature)
         optimizer_ = (optimizer or adam())(run.parameters())
-        per_epoch = math.ceil(len(x) / run.batch_size)
+        per_epoch = len(run.sizes())
         total = epochs * per_epoch
         scheduler_ = scheduler(optimizer_, total) if scheduler else None
         warm_up = min(_WARM_UP_STEPS, _WARM_UP_FRACTION * total)
-        due = reduce.steps(total, per_epoch) if reduce else set()
+        due = {step for step in reduce.steps(total, per_epoch) if step >= warm_up} if reduce else set()
+        if reduce and not (due and run.has_variance):
+            why = f"none falls between the warm-up ({math.ceil(warm_up)} steps) and the end ({total} steps)" if not due else "a point estimate has no variance"
+            raise FitError(f"{reduce}: no reduction can be made, {why}; fit longer, raise stop, reduce more often, or use MeanField")
         rows, step, delta_f, reduction_seconds = [], 0, 0.0, 0.0
         with tqdm(total=total, disable=not progress, unit="step", leave=False) as bar:
             for epoch in range(1, epochs + 1):
@@ -148,7 +155,7 @@ def fit(
                         began = time.perf_counter()
                         if step >= warm_up:
                             run.update_scales()
-                        if reduce and step in due and step >= warm_up:
+                        if reduce and step in due:
                             delta_f += run.prune(reduce, step / total)
                         reduction_seconds += time.perf_counter() - began
                     bar.update()
@@ -188,11 +195,11 @@ class _Run:
         self.whole = WholeData(len(x), len(self.few[0]))
         self.scaled = self.empirical(self.whole(program))
         _set_training(program, False)
-        _check_support(program, self.few, y)
+        _check_program(program, self.few, y)
         self.guide = _make_guide(guide, program, self.few)
         self.guide(*self.few)  # autoguides make their parameters at the first call
         self.masked = Masked({})
-        self.posterior()  # a guide that cannot be read as moments is refused here, not after the first epoch
+        self.has_variance = any(bool(site.var.any()) for site in self.posterior().sites.values())  # also refuses guides that cannot be read
 
     def parameters(self) -> list[Tensor]:
         modules = [m for m in (self.guide, self.program) if isinstance(m, nn.Module)]
@@ -200,8 +207,18 @@ class _Run:
 
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(self.x.device)
-        for index in order.split(self.batch_size):
+        for index in order.split(self.sizes()):
             yield self.x[index], self.y[index]
+
+    def sizes(self) -> list[int]:
+        """Of the batches of an epoch; a single row left over joins the batch before (batch norm cannot take it alone)."""
+        full, left = divmod(len(self.x), self.batch_size)
+        sizes = [self.batch_size] * full
+        if left == 1 and full:
+            sizes[-1] += 1
+        elif left:
+            sizes.append(left)
+        return sizes
 
     def step(self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float]:
         self.whole.rows = len(batch[0])
@@ -241,7 +258,7 @@ class _Run:
 
     def update_scales(self) -> None:
         for name, site in self.posterior().sites.items():
-            if isinstance(site.declared, Gaussian) and site.declared.scale == "empirical" and bool(site.var.any()):
+            if self.has_variance and isinstance(site.declared, Gaussian) and site.declared.scale == "empirical":
                 self.empirical.update(name, site.declared, site.mean, site.var, site.mask)
 
     def kept(self) -> float:
@@ -292,17 +309,23 @@ def _check_arguments(epochs: int, batch_size: int, temperature: float) -> None:
         raise FitError(f"temperature={temperature}: a finite number > 0 is wanted (1 is Bayes)")
 
 
-def _check_support(program: Program, few: tuple[Tensor, Tensor], y: Tensor) -> None:
-    """Every y must be in the support of the observed site, such as 0 … classes − 1."""
-    with torch.no_grad(), Values({}) as run:
-        program(*few)
+def _check_program(program: Program, few: tuple[Tensor, Tensor], y: Tensor) -> None:
+    """No pyro.param, y in the shape of the observed site, and every y in its support, such as 0 … classes − 1."""
+    with torch.no_grad(), pyro.get_param_store().scope(), Values({}) as run:
+        trace = poutine.trace(program).get_trace(*few)
+    params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
+    if params and not isinstance(program, nn.Module):
+        raise FitError(
+            f"pyro.param '{params[0]}' would not be trained; make it a pyro.sample site or an nn.Parameter of a module, "
+            "or fit with Pyro's SVI and use Posterior.from_param_store"
+        )
     for name, msg in run.observed.items():
         if msg["value"] is few[1]:
-            density = torch.broadcast_shapes(msg["fn"].shape(), few[1].shape)
-            if density != few[1].shape:
+            shape = tuple(msg["fn"].shape())
+            if shape and shape != tuple(few[1].shape):
                 raise DataError(
                     f"y of shape {tuple(y.shape)} does not fit observed site '{name}': for {len(few[1])} rows the site has shape "
-                    f"{tuple(msg['fn'].shape())}, y {tuple(few[1].shape)}; give y that shape"
+                    f"{shape}, y {tuple(few[1].shape)}; give y that shape"
                 )
             support = msg["fn"].support
             good = support.check(y) if hasattr(support, "lower_bound") else torch.ones(len(y), dtype=torch.bool)
@@ -322,7 +345,10 @@ def _make_guide(guide: Program, program: Program, few: tuple[Tensor, Tensor]) ->
 
 
 def _split(x: Tensor, y: Tensor, validation: float | tuple[Tensor, Tensor] | None, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    if validation is None or isinstance(validation, tuple):
+    if validation is None:
+        return (x, y), None
+    if isinstance(validation, tuple):
+        check_rows(*validation, "the validation rows")
         return (x, y), validation
     rows = round(validation * len(x))
     if not 0 < rows < len(x):

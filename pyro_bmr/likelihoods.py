@@ -7,7 +7,7 @@ hand-written SVI loop over mini-batches gives it as `size`, so that nobody ever 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import pyro
 import pyro.distributions as dist
@@ -22,11 +22,6 @@ OBSERVED = "y"  # the name of the observed site
 
 class Likelihood(Protocol):
     """What `BayesianNetwork` asks of a likelihood."""
-
-    @property
-    def task(self) -> Literal["classification", "regression"]:
-        """What kind of y it takes."""
-        ...
 
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
         """The observed site `y`, of one row per row of `output`; with y None, a draw."""
@@ -50,7 +45,6 @@ class Categorical:
     """y ~ Categorical(softmax(output)): `output` is (rows, classes), `y` integers in 0 … classes − 1."""
 
     size: int | None = None
-    task: Literal["classification"] = "classification"
 
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
         if output.ndim != 2:
@@ -68,7 +62,6 @@ class Normal:
 
     noise_scale: float = 1.0
     size: int | None = None
-    task: Literal["regression"] = "regression"
 
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
         if output.ndim == 2 and output.shape[1] == 1:

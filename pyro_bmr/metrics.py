@@ -10,12 +10,12 @@ from torch import Tensor
 
 def accuracy(probs: Tensor, y: Tensor) -> float:
     """The fraction of rows whose most probable class is y."""
-    return float((probs.argmax(1) == y).double().mean())
+    return float((probs.argmax(1) == y.to(probs.device)).double().mean())
 
 
 def brier(probs: Tensor, y: Tensor) -> float:
     r"""Mean over rows of :math:`\sum_c (p_c - [y = c])^2`, between 0 and 2 (Brier 1950)."""
-    return float((probs - torch.nn.functional.one_hot(y.long(), probs.shape[1])).square().sum(1).double().mean())
+    return float((probs - torch.nn.functional.one_hot(y.to(probs.device).long(), probs.shape[1])).square().sum(1).double().mean())
 
 
 def ece(probs: Tensor, y: Tensor, bins: int = 15, binning: Literal["width", "mass"] = "width") -> float:
@@ -30,7 +30,7 @@ def ece(probs: Tensor, y: Tensor, bins: int = 15, binning: Literal["width", "mas
 def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Literal["width", "mass"] = "width") -> Tensor:
     """One row per non-empty bin: mean confidence, accuracy, fraction of the rows; float64."""
     confidence, top = probs.double().max(1)
-    correct = (top == y).double()
+    correct = (top == y.to(probs.device)).double()
     by_width = (confidence * bins).ceil().long().clamp(1, bins) - 1
     index = by_width if binning == "width" else confidence.argsort().argsort() * bins // len(y)
     rows = []
@@ -43,4 +43,4 @@ def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Literal["widt
 
 def rmse(mean: Tensor, y: Tensor) -> float:
     """Root mean squared error, in the units of y."""
-    return float((mean - y).double().square().mean().sqrt())
+    return float((mean - y.to(mean.device)).double().square().mean().sqrt())

@@ -48,8 +48,8 @@ class BayesianNetwork(nn.Module):
         self.likelihood = likelihood
         self.priors: dict[str, Prior] = {}
         self.left: dict[str, str] = {}
-        patterns = prior if isinstance(prior, Mapping) else None
-        self._check(prior, patterns)
+        patterns: Mapping[str, Prior | None] = prior if isinstance(prior, Mapping) else {"*": prior}
+        self._check(patterns, may_leave=isinstance(prior, Mapping))
         norms = {
             f"{path}.{name}" if path else name: type(module).__name__
             for path, module in net.named_modules()
@@ -57,28 +57,27 @@ class BayesianNetwork(nn.Module):
             for name, _ in module.named_parameters(recurse=False)
         }
         for name, parameter in net.named_parameters():
-            pattern = next((p for p in (name, *patterns) if p in patterns and fnmatchcase(name, p)), None) if patterns is not None else None
-            chosen = patterns[pattern] if patterns is not None and pattern is not None else None if patterns is not None else prior
+            pattern = next((p for p in (name, *patterns) if p in patterns and fnmatchcase(name, p)), None)
+            chosen = None if pattern is None else patterns[pattern]
             if not parameter.is_floating_point():
                 self.left[name] = f"not a floating-point parameter ({parameter.dtype})"
             elif not parameter.requires_grad:
                 self.left[name] = "frozen (requires_grad=False)"
-            elif patterns is not None and pattern is None:
+            elif pattern is None:
                 self.left[name] = "no pattern names it"
             elif chosen is None:
                 self.left[name] = f"pattern '{pattern}' leaves it"
             elif name in norms and pattern != name:
                 self.left[name] = f"gain or offset of a norm layer ({norms[name]}); give its exact name to lift it"
             else:
-                assert not isinstance(chosen, Mapping)
                 self.priors[name] = chosen
         if not self.priors:
             raise ModelError(f"no parameter of {type(net).__name__} is lifted: {self.left or 'it has none'}; name one in `prior`")
 
-    def _check(self, prior: Any, patterns: Mapping[str, Prior | None] | None) -> None:
+    def _check(self, patterns: Mapping[str, Any], may_leave: bool) -> None:
         names = [name for name, _ in self.net.named_parameters()]
-        for pattern, value in (patterns or {"*": prior}).items():
-            if not (value is None and patterns is not None) and not isinstance(value, Prior):
+        for pattern, value in patterns.items():
+            if not (value is None and may_leave) and (isinstance(value, type) or not isinstance(value, Prior)):
                 raise ModelError(f"prior for '{pattern}': expected a prior such as Gaussian() or Horseshoe(), got {value!r}")
             if names and not any(fnmatchcase(name, pattern) for name in names):
                 raise ModelError(f"prior pattern '{pattern}' matches no parameter; the parameters are: {', '.join(names)}")

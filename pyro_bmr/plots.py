@@ -1,4 +1,4 @@
-"""Pictures: calibration, size against quality, and the evidence of each weight. Each function draws into an axes and returns it."""
+"""Pictures: calibration, size against quality, and the evidence of each weight. Functions draw into an axes, or return a figure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def reliability(tables: Mapping[str, Tensor], axes: Axes) -> Axes:
 
 
 def delta_f_histogram(delta_f: Mapping[str, Tensor]) -> Figure:
-    """One panel per site: the evidence for setting each weight to zero, in nats; right of 0 it goes. Values below −20 are counted at −20."""
+    """One panel per site: the evidence for setting each living weight to zero, in nats; right of 0 it goes. Values below −20 are counted at −20."""
     figure, panels = plt.subplots(1, len(delta_f), figsize=(2.6 * len(delta_f), 2.6), squeeze=False)
     for axes, (name, values) in zip(panels[0], delta_f.items(), strict=True):
         finite = values[values.isfinite()].double().cpu().numpy()  # double: 50 bins fit between any two float32 numbers

@@ -24,6 +24,7 @@ from torch import Tensor
 from pyro_bmr import priors
 from pyro_bmr.elbo import Values, collapsed
 from pyro_bmr.errors import ModelError, ReductionError
+from pyro_bmr.files import write_atomically
 from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
 from pyro_bmr.priors import Prior
 from pyro_bmr.reduction.gaussian import Diagonal
@@ -184,6 +185,10 @@ class Posterior:
         sites = {}
         for name, msg in run.latent.items():
             base = base_distribution(msg["fn"])
+            if bare[name].support == "real" and not bool(bare[name].var.any()):  # a point guide gives the value itself
+                support = support_name(name, base.support)
+                transform = SUPPORTS[support]
+                bare[name] = replace(bare[name], mean=bare[name].mean if transform is None else transform.inv(bare[name].mean), support=support)
             prior = None
             given: tuple[str, ...] = ()
             if isinstance(base, torch.distributions.Normal):
@@ -213,7 +218,7 @@ class Posterior:
             declared = {"type": type(site.declared).__name__, **asdict(site.declared)} if known else None  # type: ignore[call-overload]
             about[name] = {"support": site.support, "given": site.given, "declared": declared}
         metadata = {"format": _FORMAT, "posterior": json.dumps({"sites": about, "temperature": self.temperature})}
-        save_file(tensors, Path(path), metadata=metadata)
+        write_atomically(Path(path), lambda p: save_file(tensors, p, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Posterior:
@@ -248,15 +253,15 @@ def _guide_moments(name: str, trace: Any) -> tuple[Tensor, Tensor, str]:
     if unconstrained is not None:
         base = base_distribution(unconstrained["fn"])
         if isinstance(base, torch.distributions.Normal):
-            return base.loc.detach(), base.variance.detach(), _autoguide_support(trace.nodes, name)
+            return base.loc.detach().clone(), base.variance.detach(), _autoguide_support(trace.nodes, name)
     if isinstance(fn, torch.distributions.Normal):
-        return fn.loc.detach(), fn.variance.detach(), "real"
+        return fn.loc.detach().clone(), fn.variance.detach(), "real"
     if isinstance(fn, torch.distributions.TransformedDistribution) and len(fn.transforms) == 1:
         base = base_distribution(fn.base_dist)
         if isinstance(base, torch.distributions.Normal):
-            return base.loc.detach(), base.variance.detach(), support_name(name, fn.support)
+            return base.loc.detach().clone(), base.variance.detach(), support_name(name, fn.support)
     if isinstance(fn, dist.Delta) and not any(site["infer"].get("is_auxiliary") for site in trace.nodes.values() if site["type"] == "sample"):
-        return fn.v.detach(), torch.zeros_like(fn.v), "real"
+        return fn.v.detach().clone(), torch.zeros_like(fn.v), "real"
     raise ModelError(
         f"site '{name}': the guide's {type(fn).__name__} cannot be read as independent Gaussian moments; use MeanField or AutoNormal, or a guide "
         "with a Normal or log-normal per site"

@@ -5,6 +5,7 @@ Owns `predict`. Next: `metrics.py`.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class ClassPrediction:
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log p(y | x, data), (n,), nats."""
-        return self.probs.gather(1, y.long()[:, None])[:, 0].clamp_min(torch.finfo(self.probs.dtype).tiny).log()
+        return self.probs.gather(1, y.to(self.probs.device).long()[:, None])[:, 0].clamp_min(torch.finfo(self.probs.dtype).tiny).log()
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class RealPrediction:
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log p(y | x, data), (n,), nats."""
-        return torch.distributions.Normal(self.locs, self.scales).log_prob(y).logsumexp(0) - math.log(len(self.locs))
+        return torch.distributions.Normal(self.locs, self.scales).log_prob(y.to(self.locs.device)).logsumexp(0) - math.log(len(self.locs))
 
 
 Prediction = ClassPrediction | RealPrediction
@@ -75,6 +76,7 @@ def predict(program: Callable[..., Any], posterior: Posterior, x: Tensor, *, dra
     """
     if draws < 0 or batch_size < 1:
         raise ModelError(f"predict(draws={draws}, batch_size={batch_size}): draws >= 0 and batch_size >= 1 are wanted")
+    check_callable_without_y(program, x)
     like = next(iter(posterior.sites.values())).mean
     x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
     generator = torch.Generator(device=like.device).manual_seed(seed)
@@ -93,6 +95,14 @@ def predict(program: Callable[..., Any], posterior: Posterior, x: Tensor, *, dra
         aleatoric = _entropy(probs).mean(0)
         return ClassPrediction(mean, aleatoric, (_entropy(mean) - aleatoric).clamp_min(0))
     return RealPrediction(*(torch.stack([torch.cat([getattr(fn, part) for fn in run]) for run in runs]) for part in ("loc", "scale")))
+
+
+def check_callable_without_y(program: Callable[..., Any], x: Tensor) -> None:
+    """Raises a ModelError unless `program(x)` can be called: its targets need a default."""
+    try:
+        inspect.signature(program).bind(x)
+    except TypeError:
+        raise ModelError("prediction calls program(x); give the targets a default: def program(x, y=None)") from None
 
 
 def _observed(program: Callable[..., Any], values: dict[str, Tensor], x: Tensor, batch_size: int) -> list[Any]:

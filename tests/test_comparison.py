@@ -363,3 +363,17 @@ def test_the_histogram_of_values_that_hardly_differ():
     figure = plots.delta_f_histogram({"same": torch.stack([value, value.nextafter(torch.tensor(0.0)), value])})
     assert sum(patch.get_height() for patch in figure.axes[0].patches) == 3
     plt.close(figure)
+
+
+def test_results_of_other_data_are_not_taken(tmp_path):
+    from dataclasses import replace
+
+    data = bmr.load("diabetes")
+    settings = Settings(epochs=1)
+    arguments = {"priors": {"gaussian": bmr.Gaussian()}, "routes": ["point"], "seeds": 1, "settings": settings, "out": tmp_path, "progress": False}
+    bmr.compare("linear_regression", data, **arguments)
+    with pytest.raises(bmr.PyroBMRError, match="fingerprint"):
+        bmr.compare("linear_regression", replace(data, y_test=data.y_test + 1), **arguments)
+    twins = {"a:b": bmr.Gaussian(), "a-b": bmr.Gaussian()}
+    with pytest.raises(bmr.ModelError, match="two of the names give one folder"):
+        bmr.compare("linear_regression", data, **{**arguments, "priors": twins, "out": tmp_path / "x"})

@@ -458,3 +458,13 @@ def test_csv_that_is_not_text(tmp_path):
 def test_sources_begin_with_the_default():
     assert list(sources()) == ["digits", "diabetes", "fashion-mnist", "mnist", "mnist-1d"]
     assert all(source.about and bool(source.install) == (name not in ("digits", "diabetes")) for name, source in sources().items())
+
+
+def test_validation_rows_of_an_npz(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {f"{v}_{s}": (rng.normal(3, 2, (n, 4)) if v == "x" else rng.integers(0, 3, n)) for s, n in (("train", 30), ("test", 9), ("val", 7)) for v in "xy"}
+    np.savez(tmp_path / "d.npz", **arrays)
+    data = bmr.load(tmp_path / "d.npz")
+    x = arrays["x_train"]
+    np.testing.assert_allclose(data.x_val, (arrays["x_val"] - x.mean(0)) / x.std(0), rtol=1e-4, atol=1e-5)
+    assert data.y_val.tolist() == arrays["y_val"].tolist() and len(data.x_train) == 30

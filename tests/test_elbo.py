@@ -117,3 +117,43 @@ def test_autonormal_goes_through_pyro_and_agrees_in_the_mean():
         totals = [torch.stack([t.expected_log_likelihood - t.kl for t in (bmr.elbo_terms(program, g, X, Y) for _ in range(400))]) for g in (fast, auto)]
     error = sum(float(t.var() / len(t)) for t in totals) ** 0.5
     assert abs(float(totals[0].mean() - totals[1].mean())) < 4 * error
+
+
+def test_priors_with_an_event_dimension():
+    """The density of a joint prior counts once."""
+    cov = torch.tensor([[1.3, 0.4], [0.4, 0.8]], dtype=torch.float64)
+
+    def joint(x, y=None):
+        w = pyro.sample("w", dist.MultivariateNormal(torch.tensor([0.2, -0.1], dtype=torch.float64), cov))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x[:, :2] @ w, 0.9), obs=y)
+
+    guide = bmr.MeanField(joint, X, X[:, 1])
+    noise = torch.tensor([0.3, -1.1], dtype=torch.float64)
+    w = guide.loc + guide.log_scale.exp() * noise
+    log_q = dist.Normal(guide.loc, guide.log_scale.exp()).log_prob(w).sum()
+    expected = log_q - dist.MultivariateNormal(torch.tensor([0.2, -0.1], dtype=torch.float64), cov).log_prob(w)
+    assert bmr.elbo_terms(joint, guide, X, X[:, 1], noise=noise).kl.item() == pytest.approx(expected.item(), rel=1e-10)
+    with pytest.raises(bmr.ModelError, match="site 'w'.*does not split"):
+        bmr.elbo_terms(joint, guide, X, X[:, 1], masks={"w": torch.tensor([True, False])})
+
+
+def test_a_masked_program_has_the_kl_of_its_living_entries():
+    program = network(bmr.Gaussian(0.6))
+    guide = bmr.MeanField(program, X, Y)
+    masks, noise = masks_for(guide), torch.randn_like(guide.loc)
+    inside = bmr.elbo_terms(Masked(masks)(program), bmr.MeanField(Masked(masks)(program), X, Y), X, Y, noise=noise)
+    outside = bmr.elbo_terms(program, guide, X, Y, noise=noise, masks=masks)
+    assert inside.kl.item() == pytest.approx(outside.kl.item(), rel=1e-10)
+    assert inside.expected_log_likelihood.item() == pytest.approx(outside.expected_log_likelihood.item(), rel=1e-10)
+
+
+def test_a_site_that_the_guide_has_not_is_no_likelihood():
+    guide = bmr.MeanField(hand_written, X, X[:, 1])
+
+    def larger(x, y=None):
+        pyro.sample("extra", dist.Normal(torch.tensor(0.0), 1.0))
+        hand_written(x, y)
+
+    with pytest.raises(bmr.ModelError, match="site 'extra' of the program is not in the guide"):
+        bmr.elbo_terms(larger, guide, X, X[:, 1])

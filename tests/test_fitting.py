@@ -236,3 +236,37 @@ def test_the_data_speak_before_anything_is_pruned_or_rescaled():
     first_change = fit.history.loc[fit.history["kept"] < 1, "step"].min()
     assert first_change >= 0.3 * 40
     assert quick(linear, regression(), batch_size=64, epochs=3).scales.keys() == {"w"}
+
+
+def test_params_of_a_hand_written_program_are_refused():
+    def with_param(x, y=None):
+        scale = pyro.param("scale", torch.tensor(1.0))
+        w = bmr.Gaussian().sample("w", (6,), x.new_zeros(6))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(x @ w, scale), obs=y)
+
+    with pytest.raises(bmr.FitError, match=r"pyro.param 'scale' would not be trained.*from_param_store"):
+        quick(with_param, regression())
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_prediction_needs_targets_with_a_default():
+    def strict(x, y):
+        return linear(x, y)
+
+    with pytest.raises(bmr.ModelError, match="y=None"):
+        quick(strict, regression(), validation=0.2)
+
+
+@pytest.mark.parametrize("change", [{"reduce": bmr.Every(epochs=30)}, {"reduce": bmr.Every(start=0, stop=0.1)}, {"reduce": bmr.Every(), "guide": bmr.Point}])
+def test_schedules_that_never_act_are_refused(change):
+    with pytest.raises(bmr.FitError, match=r"Every\(.*no reduction can be made"):
+        quick(linear, regression(), **change)
+
+
+def test_a_single_row_left_over_joins_its_neighbours():
+    x, y = blobs(33)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    fit = quick(bmr.BayesianNetwork(net, bmr.Gaussian(0.5), bmr.Categorical()), (x, y), batch_size=32)
+    assert fit.history["step"].tolist() == [1, 2, 3]

@@ -217,8 +217,8 @@ def test_an_output_without_a_column_is_taken_too():
 
 @pytest.mark.parametrize("likelihood", [bmr.Categorical(size=240), bmr.Normal(size=240)], ids=["classes", "reals"])
 def test_the_size_scales_the_likelihood(likelihood):
-    y = Y if likelihood.task == "classification" else torch.randn(24)
-    trace = poutine.trace(lift(nn.Linear(4, 3 if likelihood.task == "classification" else 1), likelihood=likelihood)).get_trace(X, y)
+    y = Y if isinstance(likelihood, bmr.Categorical) else torch.randn(24)
+    trace = poutine.trace(lift(nn.Linear(4, 3 if isinstance(likelihood, bmr.Categorical) else 1), likelihood=likelihood)).get_trace(X, y)
     trace.compute_log_prob()
     site = trace.nodes["y"]
     assert float(site["log_prob_sum"]) == pytest.approx(10 * float(site["fn"].log_prob(y).sum()), rel=1e-5)
@@ -260,7 +260,7 @@ def test_a_frozen_parameter_is_not_trained():
     ],
 )
 def test_an_output_of_the_wrong_shape(net, likelihood, message):
-    y = Y if likelihood.task == "classification" else torch.randn(24)
+    y = Y if isinstance(likelihood, bmr.Categorical) else torch.randn(24)
     with pytest.raises(bmr.DataError, match=message):
         lift(net, likelihood=likelihood)(X, y)
     with pytest.raises(bmr.DataError, match=likelihood.__class__.__name__):
@@ -276,3 +276,8 @@ def test_targets_in_a_column_are_not_broadcast_to_all_pairs_of_rows(net, likelih
 def test_the_param_store_stays_empty():
     bmr.fit(lift(plain()), (X, Y), epochs=1, batch_size=8, progress=False)
     assert len(pyro.get_param_store()) == 0
+
+
+def test_a_prior_class_is_no_prior():
+    with pytest.raises(bmr.ModelError, match="expected a prior such as Gaussian"):
+        bmr.BayesianNetwork(nn.Linear(2, 2), bmr.Gaussian, bmr.Categorical())

@@ -151,3 +151,24 @@ def test_unknown_site_and_bad_mask():
         posterior["u"]
     with pytest.raises(bmr.ReductionError, match=r"mask of site 'w'.*shape \(3,\)"):
         posterior.masked({"w": torch.ones(2, dtype=torch.bool)})
+
+
+def test_a_posterior_does_not_follow_the_guide():
+    guide = bmr.MeanField(program, X, Y)
+    posterior = bmr.Posterior.from_guide(guide, program, X, Y)
+    before = posterior["w"].mean.clone()
+    with torch.no_grad():
+        guide.loc.add_(1.0)
+    assert torch.equal(posterior["w"].mean, before)
+
+
+def test_point_guides_have_the_supports_of_the_program():
+    posterior = bmr.Posterior.from_guide(bmr.Point(program, X, Y), program, X, Y)
+    assert posterior["scale"].support == "positive" and posterior["scale"].mean.item() == pytest.approx(0.2, abs=1e-5)  # log of the median
+    assert posterior.point()["scale"].item() == pytest.approx(1.2214, abs=1e-4)
+
+
+def test_saving_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(bmr.PyroBMRError, match="cannot write"):
+        bmr.Posterior.from_guide(hand_guide, program, X, Y).save(tmp_path / "file" / "posterior.safetensors")

@@ -57,6 +57,7 @@ def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list
 def _latent(name: str, site: Any) -> Latent:
     fn = site["fn"]
     base = base_distribution(fn)
+    base = base.base_dist if hasattr(base, "alive") else base  # a program under `pruning.Masked`
     transform = SUPPORTS[support_name(name, base.support)]
     for frame in site["cond_indep_stack"]:
         if frame.full_size not in (None, frame.size):

@@ -72,7 +72,7 @@ class Gaussian:
         like = torch.zeros(shape) if init is None else init
         if self.scale == "layer":
             fan_in_scale = 1 / math.sqrt(fan_in(shape))
-            precision = sample_scale(f"{name}_precision", dist.Gamma(like.new_tensor(self.concentration), like.new_tensor(self.rate)))
+            precision = pyro.sample(f"{name}_precision", dist.Gamma(like.new_tensor(self.concentration), like.new_tensor(self.rate)))
             start = None if init is None else init / fan_in_scale
             return fan_in_scale * precision.rsqrt() * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
         if self.scale == 0:
@@ -89,8 +89,3 @@ def sample_normal(name: str, shape: tuple[int, ...], loc: Tensor, scale: Tensor,
     """The site `name` of independent Normals; `init` and `prior` travel in its `infer` dictionary to guides and posteriors."""
     infer: dict[str, Any] = {"prior": prior, "init": init}
     return pyro.sample(name, dist.Normal(loc, scale).expand(shape).to_event(len(shape)), infer=infer)  # type: ignore[arg-type]
-
-
-def sample_scale(name: str, fn: Any) -> Tensor:
-    """A hyper-parameter's site; positive ones get log-normal posteriors that start at the prior's median."""
-    return pyro.sample(name, fn)

@@ -9,12 +9,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.priors.gaussian import fan_in, sample_normal, sample_scale
+from pyro_bmr.priors.gaussian import fan_in, sample_normal
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Horseshoe:
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
         like = torch.zeros(shape) if init is None else init
         rows = shape[:1] + (1,) * (len(shape) - 1) if self.per == "unit" else shape
-        tau = sample_scale(f"{name}_tau", dist.HalfCauchy(like.new_tensor(self.tau0)))
-        lam = sample_scale(f"{name}_lambda", dist.HalfCauchy(like.new_ones(())).expand(rows).to_event(len(rows)))
+        tau = pyro.sample(f"{name}_tau", dist.HalfCauchy(like.new_tensor(self.tau0)))
+        lam = pyro.sample(f"{name}_lambda", dist.HalfCauchy(like.new_ones(())).expand(rows).to_event(len(rows)))
         unit = 1 / math.sqrt(fan_in(shape))
         psi = tau * lam
         gamma = psi if self.slab_scale is None else psi / (1 + (psi / self.slab_scale).square()).sqrt()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.priors.gaussian import fan_in, sample_scale
+from pyro_bmr.priors.gaussian import fan_in
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class SpikeAndSlab:
             )
         like = torch.zeros(shape) if init is None else init
         unit = 1 / math.sqrt(fan_in(shape))
-        precision = sample_scale(f"{name}_precision", dist.Gamma(like.new_tensor(2.0), like.new_tensor(2.0)))
-        inclusion = sample_scale(f"{name}_inclusion", dist.Beta(like.new_tensor(self.alpha), like.new_tensor(self.beta)))
+        precision = pyro.sample(f"{name}_precision", dist.Gamma(like.new_tensor(2.0), like.new_tensor(2.0)))
+        inclusion = pyro.sample(f"{name}_inclusion", dist.Beta(like.new_tensor(self.alpha), like.new_tensor(self.beta)))
         fn = SpikeSlabMixture(inclusion, like.new_tensor(self.fitted_spike_scale)).expand(shape).to_event(len(shape))
         start = None if init is None else init / unit
         return unit * precision.rsqrt() * pyro.sample(name, fn, infer={"prior": self, "init": start})  # type: ignore[arg-type]

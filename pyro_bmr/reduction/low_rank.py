@@ -27,8 +27,8 @@ class LowRank:
 @delta_f.register
 def _(posterior: LowRank, prior: Any, reduced_prior: Any) -> Tensor:
     r"""The dense form with every determinant and inverse taken through k×k matrices (Woodbury; matrix determinant lemma)."""
-    p, p_ = moments(prior, posterior.mean), moments(reduced_prior, posterior.mean)
     reduced = reduced_posterior(posterior, prior, reduced_prior)
+    p, p_ = moments(prior, posterior.mean), moments(reduced_prior, posterior.mean)
     half_log_dets = 0.5 * (_log_det(reduced) + p.var.log().sum() - _log_det(posterior) - p_.var.log().sum())
     quadratic = (
         posterior.mean @ _solve(posterior, posterior.mean)
@@ -43,6 +43,8 @@ def _(posterior: LowRank, prior: Any, reduced_prior: Any) -> Tensor:
 def _(posterior: LowRank, prior: Any, reduced_prior: Any) -> LowRank:
     r"""Σ̃ = E⁻¹ + E⁻¹U (C − UᵀE⁻¹U)⁻¹ UᵀE⁻¹ with U = D⁻¹W, C = I + WᵀD⁻¹W, E = D⁻¹ + Π̃ − Π: again low rank plus diagonal."""
     p, p_ = moments(prior, posterior.mean), moments(reduced_prior, posterior.mean)
+    if not bool((p_.var > 0).all()):
+        raise ReductionError("the reduced prior must have variance > 0 here; for a point spike take the Dense form and prune_subset")
     u = posterior.factor / posterior.var[:, None]
     e = 1 / posterior.var + 1 / p_.var - 1 / p.var
     inner, info = torch.linalg.cholesky_ex(_capacitance(posterior) - u.mT @ (u / e[:, None]))
@@ -53,8 +55,7 @@ def _(posterior: LowRank, prior: Any, reduced_prior: Any) -> LowRank:
         )
     factor = torch.linalg.solve_triangular(inner, (u / e[:, None]).mT, upper=False).mT
     weighted = _solve(posterior, posterior.mean) + p_.mean / p_.var - p.mean / p.var
-    result = LowRank(torch.zeros_like(posterior.mean), 1 / e, factor)
-    return LowRank(result.var * weighted + factor @ (factor.mT @ weighted), result.var, factor)
+    return LowRank(weighted / e + factor @ (factor.mT @ weighted), 1 / e, factor)
 
 
 def _capacitance(g: LowRank) -> Tensor:

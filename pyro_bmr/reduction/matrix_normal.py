@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.reduction.gaussian import delta_f
+from pyro_bmr.reduction.gaussian import delta_f, reduced_posterior
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ def _(posterior: MatrixNormal, prior: Any, reduced_prior: Any) -> Tensor:
     return half_log_dets - 0.5 * quadratic
 
 
+@reduced_posterior.register
+def _(posterior: MatrixNormal, prior: Any, reduced_prior: Any) -> Any:
+    raise ReductionError("the reduced posterior of a matrix normal is in general none; matrix_normal.reduced_mean gives its mean, the Dense form all of it")
+
+
 def reduced_mean(posterior: MatrixNormal, prior: Any, reduced_prior: Any) -> Tensor:
     r"""μ̃ = P̃⁻¹(Pμ + Π̃η̃ − Πη), of shape (n, m). Arguments and errors as for ΔF."""
     b = _blocks(posterior, prior, reduced_prior)
@@ -68,6 +73,8 @@ def _blocks(posterior: MatrixNormal, prior: Any, reduced_prior: Any) -> _Blocks:
     if _by_column(prior, reduced_prior):
         means, row_cov, col_cov = [mean.mT for mean in means], col_cov, row_cov
     prec, reduced_prec = (1 / torch.as_tensor(g.var).to(row_cov).flatten().expand(row_cov.shape[0]) for g in (prior, reduced_prior))
+    if not bool(reduced_prec.isfinite().all()):
+        raise ReductionError("the reduced prior must have variance > 0 here; for a point spike take the Dense form and prune_subset")
     gamma, basis = torch.linalg.eigh(col_cov)
     mean, eta, eta_ = ((m @ basis).mT for m in means)
     p = torch.cholesky_inverse(torch.linalg.cholesky(row_cov)) / gamma[:, None, None]

@@ -132,7 +132,8 @@ def _targets(posterior: Posterior, to: Prior | Mapping[str, Prior | None] | None
                 raise ReductionError(f"pattern '{pattern}' matches no site; the sites are: {', '.join(posterior)}")
         for name in posterior:
             found = next((p for p in to if fnmatchcase(name, p)), None)
-            if found is not None and to[found] is not None:
+            reducible = posterior[name].support == "real" and posterior[name].prior is not None
+            if found is not None and to[found] is not None and (reducible or found == name):  # an exact name that cannot be reduced is refused by name
                 chosen[name] = to[found]
     else:
         chosen = {name: to for name, site in posterior.sites.items() if site.support == "real" and site.prior is not None}
@@ -160,6 +161,7 @@ def _reduce_site(posterior: Posterior, name: str, to: Prior | None) -> SiteReduc
     wider = int((q.var > p.var).sum())
     spike = delta_f(q, p, Gaussian(0.0))
     total, scale, drop, reduced = 0.0, None, spike, q
+    prior: Diagonal | None = site.prior
     if isinstance(to, Gaussian) and to.scale == 0:
         if to.mean != 0:
             raise ReductionError(f"{to!r}: a pruned weight is zero; for the evidence of another point use delta_f itself")
@@ -172,6 +174,7 @@ def _reduce_site(posterior: Posterior, name: str, to: Prior | None) -> SiteReduc
             target = Diagonal(target.mean, q.mean.new_tensor(scale).square())
         total = float(delta_f(q, p, target).sum())
         reduced, drop = reduced_posterior(q, p, target), torch.full_like(spike, -torch.inf)
+        prior = target
     elif isinstance(to, SpikeAndSlab):
         odds_against = spike if not to.spike_scale else delta_f(q, p, Gaussian(to.spike_scale))
         rule = exact_inclusion if spike.numel() <= _EXACT_INCLUSION_UP_TO else mean_field_inclusion
@@ -185,7 +188,7 @@ def _reduce_site(posterior: Posterior, name: str, to: Prior | None) -> SiteReduc
         scale = best_tau(data, p.var, to.tau0, to.slab_scale)
         result = horseshoe_reduction(data, p.var, scale, to.slab_scale)
         total, drop = float(result.delta_f.sum()), torch.logit(result.kappa)
-        reduced = Diagonal(result.mean, result.var)
+        reduced, prior = Diagonal(result.mean, result.var), None  # not Gaussian any more: a further reduction starts from the fit
     else:
         raise ReductionError(f"{to!r} is no target of a reduction here; use Gaussian, SpikeAndSlab or Horseshoe")
     mean, var = (full.masked_scatter(alive, part) for full, part in ((site.mean, reduced.mean), (site.var, reduced.var)))
@@ -194,7 +197,7 @@ def _reduce_site(posterior: Posterior, name: str, to: Prior | None) -> SiteReduc
         total,
         torch.full_like(everywhere, torch.nan).masked_scatter(alive, spike),
         everywhere.masked_scatter(alive, drop),
-        replace(site, mean=mean, var=var),
+        replace(site, mean=mean, var=var, prior=prior),
         wider,
         scale,
     )
@@ -240,6 +243,8 @@ def best_scale(q: Diagonal, p: Diagonal, mean: float = 0.0, iterations: int = 10
 def _by_size(results: Mapping[str, SiteReduction], kept: float) -> dict[str, Tensor]:
     ranks = {name: result.spike_delta_f.masked_fill(~_alive(result.site), torch.inf) for name, result in results.items()}
     pooled = torch.cat([rank.flatten() for rank in ranks.values()])
+    if bool(pooled.isnan().any()):
+        raise ReductionError("kept= ranks by the point spike's ΔF, which sites without a Gaussian prior do not have; use threshold=")
     count = round(kept * pooled.numel())
     if count == 0:
         return {name: torch.zeros_like(rank, dtype=torch.bool) for name, rank in ranks.items()}

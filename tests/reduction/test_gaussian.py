@@ -194,3 +194,14 @@ def test_bad_moments_are_named():
         delta_f(Diagonal(one * torch.nan, one), bmr.Gaussian(1.0), bmr.Gaussian(0.5))
     with pytest.raises(bmr.ReductionError, match=r"shape \(2,\) does not fit a posterior of shape \(3,\)"):
         delta_f(Diagonal(one, one), Diagonal(torch.zeros(2), torch.ones(2)), bmr.Gaussian(0.5))
+
+
+def test_point_spikes_on_other_structures_are_sent_to_prune_subset():
+    one = torch.ones(2, dtype=torch.float64)
+    prior, spike = Diagonal(0 * one, one), Diagonal(0 * one, 0 * one)
+    for q, p, p_ in (
+        (LowRank(one, 0.1 * one, 0.1 * one[:, None]), prior, spike),
+        (MatrixNormal(one[None], 0.3 * torch.eye(1).double(), 0.2 * torch.eye(2).double()), bmr.Gaussian(1.0), bmr.Gaussian(0.0)),
+    ):
+        with pytest.raises(bmr.ReductionError, match="prune_subset"):
+            delta_f(q, p, p_)

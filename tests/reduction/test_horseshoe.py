@@ -1,4 +1,4 @@
-"""The one-weight horseshoe, against scipy's adaptive quadrature over the local scale."""
+"""The one-weight horseshoe, against Simpson's rule over the local scale."""
 
 import numpy as np
 import pytest
@@ -18,20 +18,19 @@ def one_weight(mean, var):
 
 
 def brute_force(mean, var, tau, slab):
-    """ΔF, κ, reduced mean and variance by integrating over λ = tan u."""
+    """ΔF, κ, reduced mean and variance by Simpson's rule on a grid far finer than any peak."""
     precision = 1 / var - 1 / PRIOR_VAR
     m = mean / var / precision
 
-    def slab_var(u):
-        psi = tau**2 * np.tan(u) ** 2
-        return psi if slab is None else psi * slab**2 / (psi + slab**2)
+    t = np.linspace(-45, 45, 900_001)  # log λ
+    psi = tau**2 * np.exp(2 * t)
+    v = psi if slab is None else psi * slab**2 / (psi + slab**2)
+    density = stats.norm(0, np.sqrt(v + 1 / precision)).pdf(m) / (np.pi * np.cosh(t))
 
     def integral(f):
-        peak = [np.arctan(abs(m) / tau)] if 0 < np.arctan(abs(m) / tau) < np.pi / 2 else None
-        return integrate.quad(lambda u: f(slab_var(u)) * stats.norm(0, np.sqrt(slab_var(u) + 1 / precision)).pdf(m) * 2 / np.pi, 0, np.pi / 2 - 1e-12,
-                              points=peak, limit=800, epsabs=1e-15, epsrel=1e-11)[0]  # fmt: skip
+        return integrate.simpson(f(v) * density, x=t)
 
-    evidence = integral(lambda v: 1.0)
+    evidence = integral(np.ones_like)
     kappa = integral(lambda v: 1 / (1 + precision * v)) / evidence
     reduced = (1 - kappa) * m
     second = integral(lambda v: v / (1 + precision * v) + (precision * v / (1 + precision * v) * m) ** 2) / evidence
@@ -39,7 +38,7 @@ def brute_force(mean, var, tau, slab):
 
 
 @pytest.mark.parametrize("slab", [None, 0.8])
-@pytest.mark.parametrize("mean, var, tau", [(0.35, 0.04, 0.2), (-1.9, 0.1, 0.2), (0.02, 0.3, 0.05), (0.9, 0.02, 1.3)])
+@pytest.mark.parametrize("mean, var, tau", [(0.35, 0.04, 0.2), (-1.9, 0.1, 0.2), (0.02, 0.3, 0.05), (0.9, 0.02, 1.3), (1.0, 0.0099, 1e-3), (0.3, 1e-3, 1e-4)])
 def test_one_weight_is_brute_force_quadrature(mean, var, tau, slab):  # (i)
     got = horseshoe_reduction(*one_weight(mean, var), tau, slab)
     expected = brute_force(mean, var, tau, slab)
@@ -72,4 +71,4 @@ def test_tau_is_the_optimum_of_its_evidence():
 def test_a_weight_without_information_keeps_the_prior():
     got = horseshoe_reduction(*one_weight(0.4, 1.9), 0.3, 0.8)
     assert got.delta_f.item() == pytest.approx(0, abs=1e-12)
-    assert got.kappa.item() == 1.0 and got.mean.item() == 0.0
+    assert got.kappa.item() == pytest.approx(1, abs=1e-12) and got.mean.item() == 0.0

@@ -169,3 +169,25 @@ def test_kappa_is_the_expected_sigmoid():
     """logit κ > 0 is κ > ½."""
     drop = bmr.reduce(posterior(), to=bmr.Horseshoe()).sites["w"].drop
     assert torch.equal(torch.special.expit(drop) > 0.5, drop > 0)
+
+
+def test_reductions_do_not_compound():
+    """A reduced posterior carries the prior it was reduced to, so that a chain of reductions is the direct one."""
+    first = bmr.reduce(posterior(), to=bmr.Gaussian(0.5))
+    chained = bmr.reduce(first.posterior, to=bmr.Gaussian(1.1))
+    direct = bmr.reduce(posterior(), to=bmr.Gaussian(1.1))
+    assert first.delta_f + chained.delta_f == pytest.approx(direct.delta_f, abs=1e-9)
+    torch.testing.assert_close(chained.posterior["w"].mean, direct.posterior["w"].mean)
+    torch.testing.assert_close(chained.posterior["w"].var, direct.posterior["w"].var)
+    with pytest.raises(bmr.ReductionError, match="site 'w'|no site to reduce"):
+        bmr.reduce(bmr.reduce(posterior(), to=bmr.Horseshoe()).posterior, to={"w": bmr.Gaussian(0)})
+
+
+def test_a_pattern_takes_what_can_be_reduced():
+    assert list(bmr.reduce(posterior(), to={"*": bmr.Gaussian(0)}).sites) == ["w"]
+
+
+def test_ranking_needs_a_spike_delta_f():
+    sites = {"w": Site(MEAN[0], VAR[0], None, bmr.SpikeAndSlab()), "w_inclusion": Site(torch.tensor(0.0), torch.tensor(0.1), support="unit_interval")}
+    with pytest.raises(bmr.ReductionError, match="use threshold="):
+        bmr.reduce(bmr.Posterior(sites), to=None, kept=0.5)
