@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--stop", type=float, default=defaults.stop, help="fraction of the fit after which nothing more is pruned")
     c.add_argument("--draws", type=int, default=defaults.draws, help="posterior draws for predictions")
     c.add_argument("--validation", type=float, default=None, metavar="FRACTION", help="score a held-out part of the training rows instead of the test rows")
-    c.add_argument("--threads", type=int, default=None, help="threads of torch")
+    c.add_argument("--threads", type=int, default=1, help="threads of torch; small networks are fastest with one")
     c.add_argument("--out", default="results/compare", help="folder of the results; finished rows in it are kept")
     c.add_argument("--quiet", action="store_true", help="no progress bars")
     c.set_defaults(run=_compare)

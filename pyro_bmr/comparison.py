@@ -49,12 +49,12 @@ class Settings:
     `kept`: target fraction for the reduced route, None for the evidence to decide. `reduce_every`, `start`, `stop`: as in `Every`. `draws`: of the predictive.
     """
 
-    epochs: int = 60
+    epochs: int = 40
     batch_size: int = 128
     learning_rate: float = 3e-3
     temperature: float = 1.0
     kept: float | None = None
-    reduce_every: float = 1.0
+    reduce_every: float = 5.0
     start: float = 0.1
     stop: float = 0.75
     draws: int = 32

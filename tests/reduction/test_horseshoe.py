@@ -72,3 +72,14 @@ def test_a_weight_without_information_keeps_the_prior():
     got = horseshoe_reduction(*one_weight(0.4, 1.9), 0.3, 0.8)
     assert got.delta_f.item() == pytest.approx(0, abs=1e-12)
     assert got.kappa.item() == pytest.approx(1, abs=1e-12) and got.mean.item() == 0.0
+
+
+def test_tau_of_a_large_layer_is_that_of_its_sample():
+    generator = torch.Generator().manual_seed(0)
+    n = 40_000
+    mean = torch.where(torch.rand(n, generator=generator) < 0.1, 1.2, 0.1).double() * torch.randn(n, generator=generator, dtype=torch.float64)
+    p = Diagonal(torch.zeros(n, dtype=torch.float64), torch.full((n,), PRIOR_VAR, dtype=torch.float64))
+    data = message(Diagonal(mean, torch.full((n,), 0.01, dtype=torch.float64)), p)
+    tau = best_tau(data, p.var)
+    gain = [horseshoe_reduction(data, p.var, tau * factor).delta_f.sum().item() for factor in (0.9, 1.0, 1.1)]
+    assert gain[1] > max(gain[0], gain[2])
