@@ -107,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     c.add_argument("--temperature", type=float, default=defaults.temperature, help="1 is Bayes; less counts the data more often")
     c.add_argument("--kept", type=float, default=defaults.kept, help="target fraction of weights for the reduced route; by default the evidence decides")
-    c.add_argument("--reduce-every", type=float, default=defaults.reduce_every, metavar="EPOCHS", help="interval of reductions during the fit")
+    c.add_argument(
+        "--reduce-every", type=float, default=defaults.reduce_every, metavar="EPOCHS", help="interval of reductions during the fit; by default a tenth of it"
+    )
     c.add_argument("--start", type=float, default=defaults.start, help="fraction of the fit before the first reduction")
     c.add_argument("--stop", type=float, default=defaults.stop, help="fraction of the fit after which nothing more is pruned")
     c.add_argument("--draws", type=int, default=defaults.draws, help="posterior draws for predictions")

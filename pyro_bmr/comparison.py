@@ -46,7 +46,8 @@ Build = Callable[[Data, Prior], Callable[..., Any]]
 class Settings:
     """What every cell of a comparison shares; kept beside its results.
 
-    `kept`: target fraction for the reduced route, None for the evidence to decide. `reduce_every`, `start`, `stop`: as in `Every`. `draws`: of the predictive.
+    `kept`: target fraction for the reduced route, None for the evidence to decide. `reduce_every`: epochs, by default a tenth of the fit;
+    `start`, `stop`: as in `Every`. `draws`: of the predictive.
     """
 
     epochs: int = 40
@@ -54,7 +55,7 @@ class Settings:
     learning_rate: float = 3e-3
     temperature: float = 1.0
     kept: float | None = None
-    reduce_every: float = 5.0
+    reduce_every: float | None = None
     start: float = 0.1
     stop: float = 0.75
     draws: int = 32
@@ -67,7 +68,7 @@ class Settings:
             "learning_rate": 0 < self.learning_rate < math.inf,
             "temperature": 0 < self.temperature < math.inf,
             "kept": self.kept is None or 0 <= self.kept <= 1,
-            "reduce_every": 0 < self.reduce_every < math.inf,
+            "reduce_every": self.reduce_every is None or 0 < self.reduce_every < math.inf,
             "start": 0 <= self.start <= self.stop,
             "stop": self.start <= self.stop <= 1,
             "draws": self.draws >= 0,
@@ -215,7 +216,9 @@ def _run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, set
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         program = build(data, fitted_under)
-    schedule = Every(settings.reduce_every, target, settings.start, kept=settings.kept, stop=settings.stop) if route == "reduced" else None
+    schedule = (
+        Every(settings.reduce_every or settings.epochs / 10, target, settings.start, kept=settings.kept, stop=settings.stop) if route == "reduced" else None
+    )
     result = fit(
         program,
         data,
