@@ -27,7 +27,7 @@ class Inclusion(NamedTuple):
 
 
 def mean_field_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0, tolerance: float = 1e-6, max_iterations: int = 500) -> Inclusion:
-    r"""The fixed point of the mean-field update over inclusion and π, from ρ = ½ + ½ sign; the gain is its lower bound.
+    r"""The fixed point of the mean-field update over inclusion and π, started at even odds (ζ = 0); the gain is its lower bound.
 
     .. math:: \rho_i = \sigma(\zeta - \Delta F_i), \quad \zeta = \psi(\alpha_0 + \textstyle\sum\rho) - \psi(\beta_0 + \sum(1 - \rho))
 
