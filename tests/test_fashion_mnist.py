@@ -22,5 +22,5 @@ def test_four_epochs(temperature, kept, accuracy, nll):
     prediction = bmr.predict(fit.program, fit.posterior, data.x_test)
     assert bmr.metrics.accuracy(prediction.probs, data.y_test) > accuracy
     assert -prediction.log_prob(data.y_test).mean() < nll
-    assert fit.history["kept"].iloc[-1] == pytest.approx(0.055, abs=0.001) if kept else fit.history["kept"].iloc[-1] < 0.15
+    assert fit.history["kept"].iloc[-1] == pytest.approx(0.055, abs=0.001) if kept else fit.history["kept"].iloc[-1] < 0.25
     assert fit.reduction_seconds < 0.05 * fit.seconds
