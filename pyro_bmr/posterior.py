@@ -27,7 +27,9 @@ from pyro_bmr.errors import ModelError, ReductionError
 from pyro_bmr.files import write_atomically
 from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
 from pyro_bmr.priors import Prior
-from pyro_bmr.reduction.gaussian import Diagonal
+from pyro_bmr.reduction.gaussian import Dense, Diagonal
+from pyro_bmr.reduction.low_rank import LowRank
+from pyro_bmr.reduction.matrix_normal import MatrixNormal
 
 _FORMAT = "pyro_bmr posterior 1"
 
@@ -40,6 +42,8 @@ class Site:
     `declared`: the prior object that declared the site, if one did. `mask`: the entries that live; None for all.
     Pruned entries have mean and variance 0.
     `given`: the latent sites on which the prior's moments depend; they stand at their posterior point (their median).
+    `joint`: the correlations of the entries where q has them, over the flattened site (`MatrixNormal`: over its rows and the rest); `mean` and
+    `var` are its marginals. None for independent entries.
     """
 
     mean: Tensor
@@ -49,6 +53,12 @@ class Site:
     support: str = "real"
     mask: Tensor | None = None
     given: tuple[str, ...] = ()
+    joint: Dense | LowRank | MatrixNormal | None = None
+
+    @property
+    def alive(self) -> Tensor:
+        """The entries that live, as a bool tensor in the site's shape."""
+        return torch.ones_like(self.mean, dtype=torch.bool) if self.mask is None else self.mask
 
     def value(self, unconstrained: Tensor) -> Tensor:
         """The constrained value, exactly 0 where the mask says so."""
