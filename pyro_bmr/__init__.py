@@ -12,7 +12,7 @@ from pyro_bmr.likelihoods import Categorical, Normal
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import predict
-from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
+from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, SpikeAndSlab, StudentT
 from pyro_bmr.pruning import Every, Masked
 from pyro_bmr.reduction.exponential_family import natural_delta_f
 from pyro_bmr.reduction.gaussian import Dense, Diagonal, delta_f, prune_subset, reduced_posterior
@@ -34,6 +34,7 @@ __all__ = [
     "FitError",
     "Gaussian",
     "Horseshoe",
+    "Laplace",
     "LowRank",
     "Masked",
     "MatrixNormal",
@@ -47,6 +48,7 @@ __all__ = [
     "Reduction",
     "ReductionError",
     "SpikeAndSlab",
+    "StudentT",
     "adam",
     "compare",
     "cosine",

@@ -13,14 +13,24 @@ from pyro_bmr import plots
 from pyro_bmr.comparison import ROUTES, Settings, compare, model_names, summary
 from pyro_bmr.data import load, sources
 from pyro_bmr.errors import ModelError, PyroBMRError
-from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
+from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, SpikeAndSlab, StudentT
 
 PRIORS: dict[str, Prior] = {
     "gaussian": Gaussian(),
     "gaussian:layer": Gaussian("layer"),
+    "gaussian:unit": Gaussian("layer", per="unit"),
+    "gaussian:input": Gaussian("layer", per="input"),
+    "gaussian:weight": Gaussian("layer", per="weight"),
+    "gaussian:pretrained": Gaussian(mean="init"),
+    "laplace": Laplace(),
+    "student-t": StudentT(),
     "horseshoe": Horseshoe(),
-    "horseshoe:unit": Horseshoe(per="unit"),
+    "horseshoe:unit": Horseshoe(tiers=("layer", "unit")),
+    "horseshoe:input": Horseshoe(tiers=("layer", "input")),
+    "horseshoe:tiered": Horseshoe.tiered(),
     "spike-and-slab": SpikeAndSlab(),
+    "spike-and-slab:relaxed": SpikeAndSlab(temperature=0.5),
+    "spike-and-slab:unit": SpikeAndSlab(temperature=0.5, per="unit"),
 }
 
 

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +224,10 @@ class Posterior:
                 "prior_var": site.prior.var if site.prior else None,
             }
             tensors |= {f"{name}/{part}": t.contiguous().clone() for part, t in parts.items() if t is not None}
-            known = type(site.declared).__name__ in priors.__all__
-            declared = {"type": type(site.declared).__name__, **asdict(site.declared)} if known else None  # type: ignore[call-overload]
+            known = type(site.declared) in vars(priors).values()
+            fields = dict(vars(site.declared)) if known else {}
+            tensors |= {f"{name}/declared_{key}": t.contiguous().clone() for key, t in fields.items() if isinstance(t, Tensor)}
+            declared = {"type": type(site.declared).__name__, **{k: v for k, v in fields.items() if not isinstance(v, Tensor)}} if known else None
             about[name] = {"support": site.support, "given": site.given, "declared": declared}
         metadata = {"format": _FORMAT, "posterior": json.dumps({"sites": about, "temperature": self.temperature})}
         write_atomically(Path(path), lambda p: save_file(tensors, p, metadata=metadata))
@@ -250,7 +252,8 @@ class Posterior:
         sites = {}
         for name, entry in about["sites"].items():
             part: dict[str, Any] = {key: tensors.get(f"{name}/{key}") for key in ("mean", "var", "mask", "prior_mean", "prior_var")}
-            declared = entry["declared"] and getattr(priors, entry["declared"].pop("type"))(**entry["declared"])
+            fields = (entry["declared"] or {}) | {k.removeprefix(f"{name}/declared_"): t for k, t in tensors.items() if k.startswith(f"{name}/declared_")}
+            declared = getattr(priors, fields.pop("type"))(**fields) if fields else None
             prior = Diagonal(part["prior_mean"], part["prior_var"]) if part["prior_var"] is not None else None
             sites[name] = Site(part["mean"], part["var"], prior, declared, entry["support"], part["mask"], tuple(entry["given"]))
         return cls(sites, about["temperature"])

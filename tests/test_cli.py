@@ -110,7 +110,7 @@ def test_options_reach_the_settings(files, blank, capsys):
 
 
 def test_prior_names():
-    assert prior_from_name("gaussian:0.1") == bmr.Gaussian(0.1) and prior_from_name("horseshoe:unit") == bmr.Horseshoe(per="unit")
+    assert prior_from_name("gaussian:0.1") == bmr.Gaussian(0.1) and prior_from_name("horseshoe:unit") == bmr.Horseshoe(tiers=("layer", "unit"))
     assert all(prior_from_name(name) == prior for name, prior in PRIORS.items()) and prior_from_name("gaussian:layer") == bmr.Gaussian("layer")
 
 

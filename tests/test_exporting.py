@@ -269,7 +269,7 @@ def test_a_pruned_lenet_predicts_the_same_without_pyro(tmp_path):
 
 def test_a_hand_written_program_exports_its_weights_not_their_standardised_sites():
     def program(x, y=None):
-        w = bmr.Horseshoe(per="unit").sample("w", (4, 3), x.new_zeros(4, 3))
+        w = bmr.Horseshoe(tiers=("layer", "unit")).sample("w", (4, 3), x.new_zeros(4, 3))
         b = pyro.sample("b", dist.Normal(x.new_zeros(4), 1.0).to_event(1))
         with pyro.plate("data", len(x)):
             return pyro.sample("y", dist.Normal((x @ w.T + b).sum(1), 1.0), obs=y)
@@ -278,7 +278,7 @@ def test_a_hand_written_program_exports_its_weights_not_their_standardised_sites
     fit = bmr.fit(program, (x, x.sum(1)), epochs=5, progress=False)
     weights = point_weights(program, fit.posterior)
     values = fit.posterior.point()
-    psi = values["w_tau"] * values["w_lambda"]
+    psi = values["w_tau"] * values["w_unit"]
     gamma = psi / (1 + (psi / 2) ** 2).sqrt() / 3**0.5
     assert list(weights) == ["w", "b"]
     torch.testing.assert_close(weights["w"], gamma * values["w"])

@@ -110,7 +110,7 @@ def test_the_defaults_learn_digits():
     assert bmr.metrics.accuracy(bmr.predict(fit.program, fit.posterior, data.x_test).probs, data.y_test) > 0.88
 
 
-@pytest.mark.parametrize("prior", [bmr.Gaussian(0.5), bmr.Gaussian("layer"), bmr.Horseshoe(), bmr.Horseshoe(per="unit"), bmr.SpikeAndSlab()])
+@pytest.mark.parametrize("prior", [bmr.Gaussian(0.5), bmr.Gaussian("layer"), bmr.Horseshoe(), bmr.Horseshoe(tiers=("layer", "unit")), bmr.SpikeAndSlab()])
 @pytest.mark.parametrize("guide", [bmr.MeanField, bmr.Point, AutoNormal, partial(bmr.MeanField, init_scale=0.1)])
 def test_every_prior_fits_with_every_guide(prior, guide):
     x, y = blobs()

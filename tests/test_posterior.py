@@ -119,7 +119,7 @@ def test_draws_have_the_moments_and_the_zeros():
 
 def test_save_and_load(tmp_path):
     net = nn.Linear(3, 2)
-    model = bmr.BayesianNetwork(net, {"weight": bmr.Horseshoe(0.3, None, "unit"), "bias": bmr.Gaussian()}, bmr.Categorical())
+    model = bmr.BayesianNetwork(net, {"weight": bmr.Horseshoe(0.3, None, ("layer", "unit")), "bias": bmr.Gaussian()}, bmr.Categorical())
     guide = bmr.MeanField(model, X, torch.zeros(30).long())
     masks = {"weight": torch.rand(2, 3) < 0.5}
     posterior = bmr.Posterior.from_guide(guide, model, X, torch.zeros(30).long(), masks=masks, temperature=0.3)

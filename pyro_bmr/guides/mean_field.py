@@ -109,7 +109,8 @@ def _median(base: Any) -> Tensor:
     try:
         return base.icdf(torch.full_like(base.sample(), 0.5))
     except NotImplementedError:
-        return base.sample((1001,)).median(0).values
+        entries = base.batch_shape.numel() * base.event_shape.numel()
+        return base.sample((min(1001, 1 + 10_000_000 // entries),)).median(0).values  # of a large site fewer draws, for the memory
 
 
 class MeanField(nn.Module):

@@ -2,6 +2,8 @@
 
 from pyro_bmr.priors.gaussian import Gaussian, Prior
 from pyro_bmr.priors.horseshoe import Horseshoe
+from pyro_bmr.priors.laplace import Laplace
 from pyro_bmr.priors.spike_and_slab import SpikeAndSlab
+from pyro_bmr.priors.student_t import StudentT
 
-__all__ = ["Gaussian", "Horseshoe", "Prior", "SpikeAndSlab"]
+__all__ = ["Gaussian", "Horseshoe", "Laplace", "Prior", "SpikeAndSlab", "StudentT"]

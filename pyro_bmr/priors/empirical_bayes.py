@@ -14,29 +14,44 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_bmr.priors.gaussian import Gaussian
+from pyro_bmr.priors.tiers import spread, tier_parts
 
 
 class EmpiricalScales(Messenger):
-    """Gives each site declared `Gaussian(scale="empirical")` the scale held in `scales` (site → 0-d tensor); a site with none keeps its start.
+    """Gives each site declared `Gaussian(scale="empirical")` the scales held in `scales`; a site with none keeps its start.
 
+    `scales`: site → a number (0-d), or one per unit, input or weight, in the shape that `tiers.tier_shape` says.
     Use as a decorator of a program: `EmpiricalScales()(program)`.
     """
 
     def __init__(self, scales: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.scales: dict[str, Tensor] = dict(scales or {})
+        self.means: dict[str, Tensor] = {}  # site → prior mean, as the program last declared it
 
     def _pyro_sample(self, msg: Any) -> None:
         prior = msg["infer"].get("prior")
-        if msg["name"] in self.scales and isinstance(prior, Gaussian):
+        if not (isinstance(prior, Gaussian) and prior.scale == "empirical"):
+            return
+        loc = msg["fn"]
+        while isinstance(loc, torch.distributions.Independent):
+            loc = loc.base_dist
+        loc = self.means[msg["name"]] = loc.loc
+        if msg["name"] in self.scales:
             shape = msg["fn"].shape()
-            scale = self.scales[msg["name"]]
-            msg["fn"] = dist.Normal(torch.full_like(scale, prior.mean), scale).expand(shape).to_event(len(shape))
+            scale = spread(self.scales[msg["name"]], prior.per, prior.block)
+            msg["fn"] = dist.Normal(loc, scale).expand(shape).to_event(len(shape))
 
     @torch.no_grad()
     def update(self, name: str, prior: Gaussian, mean: Tensor, var: Tensor, mask: Tensor | None) -> None:
-        """The M-step s² ← mean of (μ − mean)² + σ² over the entries that survive `mask`; it never lowers the evidence bound."""
-        second_moment = (mean - prior.mean).square() + var
-        kept = second_moment if mask is None else second_moment[mask]
-        if kept.numel():
-            self.scales[name] = kept.mean().sqrt()
+        """The M-step s² ← mean of (μ − mean)² + σ² over the entries that share s and survive `mask`; it never lowers the evidence bound.
+
+        Scales without a surviving entry stay as they are.
+        """
+        prior_mean = self.means.get(name, prior.mean)
+        assert not isinstance(prior_mean, str), "the program has run"
+        second_moment = (mean - prior_mean).square() + var
+        alive = torch.ones_like(mean) if mask is None else mask.to(mean.dtype)
+        total, count = (tier_parts(t, prior.per, prior.block).sum(-1) for t in (second_moment * alive, alive))
+        updated = (total / count.clamp_min(1)).sqrt()
+        self.scales[name] = updated.where(count > 0, self.scales.get(name, torch.ones_like(updated)))

@@ -1,4 +1,4 @@
-"""Gaussian priors over the weights of a site, with a fixed, an inferred or an empirical scale.
+"""Gaussian priors over the weights of a site, with a fixed, an inferred or an empirical scale, shared as wanted.
 
 Owns `Gaussian` and the two things that every prior shares: the protocol `Prior` and the start value of a weight. Next: `horseshoe.py`.
 """
@@ -6,7 +6,7 @@ Owns `Gaussian` and the two things that every prior shares: the protocol `Prior`
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import pyro
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.priors.tiers import Tier, check_tier, sample_scales, tier_shape
 
 
 @runtime_checkable
@@ -37,29 +38,57 @@ class Gaussian:
         scale: where s comes from.
 
             - a number: s itself. As the target of a reduction, 0 is the point spike at `mean`.
-            - ``"empirical"`` (default): one s per tensor. It starts at 1, so that the data speak first, and after some hundred steps of the fit
-              is set, after each epoch, to the value that maximises the evidence bound, s² ← mean of μ² + σ² over the surviving weights
+            - ``"empirical"`` (default): s starts at 1, so that the data speak first, and after some hundred steps of the fit is set, after each
+              epoch, to the value that maximises the evidence bound, s² ← mean of (μ − mean)² + σ² over the surviving weights that share it
               (the M-step of empirical Bayes).
-            - ``"layer"``: one s = c/√fan_in per tensor, inferred, with c⁻² ~ Gamma(`concentration`, `rate`). The site is then the standardised weight
-              w̄ ~ N(0, 1) and the weight is s·w̄, so that the site's prior does not depend on s and w̄ = 0 means w = 0.
-        mean: the prior mean; for ``"layer"`` it must be 0.
+            - ``"layer"``: s = c/√fan_in, inferred, with c⁻² ~ Gamma(`concentration`, `rate`) at the site `<name>_precision`. The site of the weights is
+              the standardised w̄ ~ N(0, 1) and the weight is s·w̄, so that the site's prior does not depend on s and w̄ = 0 means w = 0.
+        mean: the prior mean: a number (default 0), a tensor that broadcasts to the weight, or ``"init"``, the weight's own start value. With a
+            pretrained network ``"init"`` is the prior of MOPED: weights stay near the pretrained ones unless the data disagree (Krishnan, Subedar
+            & Tickoo 2020, AAAI, arXiv 1906.05323). For an inferred scale it must be 0.
         concentration, rate: of the Gamma hyper-prior of ``"layer"``; the default Gamma(2, 2) has mean 1. Source: Marković, Friston & Kiebel 2024.
+        per: which weights share an inferred or empirical scale: the whole ``"layer"`` (default), each output ``"unit"`` or each ``"input"`` (automatic
+            relevance determination; MacKay 1994, Neal 1996), or each ``"weight"`` alone. Inferred per weight, the prior of w is a Student-t
+            with 2·`concentration` degrees of freedom. Empirical per weight has nothing to pool: the best scale of a weight without evidence
+            is as small as its posterior, and both shrink together to zero; take an inferred scale there.
+        block: how many neighbouring units or inputs share a scale; the head dimension makes groups of attention heads.
+
+    Example:
+        >>> BayesianNetwork(net, prior=Gaussian("layer", per="input"), likelihood=Categorical())
     """
 
     scale: float | Literal["layer", "empirical"] = "empirical"
-    mean: float = 0.0
+    mean: float | Tensor | Literal["init"] = field(default=0.0, hash=False)
     concentration: float = 2.0
     rate: float = 2.0
+    per: Tier = "layer"
+    block: int = 1
     shrinkage: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_tier(self.per, self.block, f"Gaussian(per={self.per!r})")
+        if isinstance(self.mean, str) and self.mean != "init":
+            raise ModelError(f'Gaussian(mean={self.mean!r}): the mean is a number, a tensor, or "init" for the start value of the weight')
         if isinstance(self.scale, str):
             if self.scale not in ("layer", "empirical"):
                 raise ModelError(f'Gaussian(scale={self.scale!r}): the scale is a number >= 0, "layer" or "empirical"')
-            if self.scale == "layer" and self.mean != 0:
-                raise ModelError(f'Gaussian(scale="layer", mean={self.mean}): an inferred layer scale needs mean 0; give a number or "empirical"')
+            if self.scale == "layer" and not (isinstance(self.mean, (int, float)) and self.mean == 0):
+                raise ModelError(f'{self!r}: an inferred scale needs mean 0; give a number or "empirical"')
+            if not (0 < self.concentration < math.inf and 0 < self.rate < math.inf):
+                raise ModelError(f"Gaussian(concentration={self.concentration}, rate={self.rate}): both must be finite numbers > 0")
         elif not 0 <= self.scale < math.inf:
             raise ModelError(f'Gaussian(scale={self.scale}): the scale is a finite number >= 0, "layer" or "empirical"')
+        elif self.per != "layer":
+            raise ModelError(f'Gaussian(scale={self.scale}, per={self.per!r}): a given scale is shared by all; per is for "layer" and "empirical"')
+
+    def __eq__(self, other: object) -> bool:
+        """Equal fields; means that are tensors by their values."""
+        if not isinstance(other, Gaussian):
+            return NotImplemented
+        a, b = self.mean, other.mean
+        tensors = isinstance(a, Tensor), isinstance(b, Tensor)
+        same = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else not any(tensors) and a == b
+        return bool(same) and all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.name != "mean")
 
     @property
     def var(self) -> float:
@@ -71,13 +100,27 @@ class Gaussian:
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
         like = torch.zeros(shape) if init is None else init
         if self.scale == "layer":
-            fan_in_scale = 1 / math.sqrt(fan_in(shape))
-            precision = pyro.sample(f"{name}_precision", dist.Gamma(like.new_tensor(self.concentration), like.new_tensor(self.rate)))
-            start = None if init is None else init / fan_in_scale
-            return fan_in_scale * precision.rsqrt() * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+            unit = 1 / math.sqrt(fan_in(shape))
+            hyper = dist.Gamma(like.new_tensor(self.concentration), like.new_tensor(self.rate))
+            precision = sample_scales(f"{name}_precision", hyper, shape, self.per, self.block)
+            start = None if init is None else init / unit
+            return unit * precision.rsqrt() * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
         if self.scale == 0:
             raise ModelError(f"site '{name}': Gaussian(scale=0) is a point and cannot be declared; it is only the target of a reduction")
-        return sample_normal(name, shape, like.new_tensor(self.mean), like.new_tensor(1.0 if isinstance(self.scale, str) else self.scale), init, self)
+        tier_shape(shape, self.per, self.block)  # refuses a block that does not fit
+        scale = like.new_tensor(1.0 if isinstance(self.scale, str) else self.scale)
+        return sample_normal(name, shape, self._mean(name, shape, init, like), scale, init, self)
+
+    def _mean(self, name: str, shape: tuple[int, ...], init: Tensor | None, like: Tensor) -> Tensor:
+        if isinstance(self.mean, str):
+            if init is None:
+                raise ModelError(f"site '{name}': Gaussian(mean=\"init\") is centred at the start value; pass it, sample(name, shape, init)")
+            return init.detach()
+        mean = torch.as_tensor(self.mean, dtype=like.dtype, device=like.device)
+        try:
+            return mean if mean.ndim == 0 else mean.expand(shape)
+        except RuntimeError:
+            raise ModelError(f"site '{name}': the prior mean of shape {tuple(mean.shape)} does not fit a weight of shape {tuple(shape)}") from None
 
 
 def fan_in(shape: tuple[int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""The (regularised) horseshoe prior.
+"""The (regularised) horseshoe prior, over tiers of scales.
 
 Owns `Horseshoe`. Its exact reduction is in `reduction/horseshoe.py`. Next: `spike_and_slab.py`.
 """
@@ -6,8 +6,9 @@ Owns `Horseshoe`. Its exact reduction is in `reduction/horseshoe.py`. Next: `spi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -16,30 +17,48 @@ from torch import Tensor
 
 from pyro_bmr.errors import ModelError
 from pyro_bmr.priors.gaussian import fan_in, sample_normal
+from pyro_bmr.priors.half_cauchy import Parametrization, sample_half_cauchy
+from pyro_bmr.priors.tiers import TIERS, Tier, check_tier, spread, tier_parts
+
+SITES: dict[Tier, str] = {"layer": "tau", "unit": "unit", "input": "input", "weight": "lambda"}
+"""Tier → the site of its scales, `<name>_tau` and so on."""
 
 
 @dataclass(frozen=True)
 class Horseshoe:
     r"""w = γ w̄, w̄ ~ N(0, 1): a few weights free, all others pulled to zero.
 
-    .. math:: \psi = \tau\lambda/\sqrt{\text{fan in}}, \quad \gamma^2 = \frac{c^2\psi^2}{c^2 + \psi^2}, \quad
-        \tau \sim C^+(0, \tau_0), \; \lambda \sim C^+(0, 1)
+    .. math:: \psi = \tau \prod_t \lambda^{(t)} / \sqrt{\text{fan in}}, \quad \gamma^2 = \frac{c^2\psi^2}{c^2 + \psi^2}, \quad
+        \tau \sim C^+(0, \tau_0), \; \lambda^{(t)} \sim C^+(0, 1)
 
-    The site is w̄, so pruning w̄ prunes w; τ and λ are the sites `<name>_tau` and `<name>_lambda`. Sources: Carvalho, Polson & Scott 2010,
-    Biometrika 97(2); Piironen & Vehtari 2017, EJS 11(2) (the slab).
+    with c counted in 1/√fan_in too, and one λ⁽ᵗ⁾ for each unit, input or weight of the tiers t. The site is w̄, so pruning w̄ prunes w; the
+    scales are the sites `<name>_tau`, `<name>_unit`, `<name>_input` and `<name>_lambda`. Sources: Carvalho, Polson & Scott 2010, Biometrika 97(2);
+    Piironen & Vehtari 2017, EJS 11(2) (the slab); Louizos, Ullrich & Welling 2017, arXiv 1705.08665, and Ghosh, Yao & Doshi-Velez 2019, JMLR 20 (units).
 
     As the target of a reduction, scales are counted in the units of the site: v = c²τ²λ²/(c² + τ²λ²) with τ found by its evidence.
 
+    A group prior is a horseshoe without the tier ``"weight"``: ``tiers=("layer", "unit")`` lets whole units or output channels go, ``"input"`` whole
+    inputs or input channels; `block` makes the groups wider, such as the rows of an attention head.
+
     Args:
-        tau0: the scale of τ: small when few weights are expected to matter. Default 1, which leaves τ to the data.
-        slab_scale: c, how large a weight that escapes the shrinkage may become, in units of the site; None for no slab. Default 2.
-        per: what has a λ of its own: each ``"weight"`` (default) or each output ``"unit"`` (row), which shrinks rows together; a reduction
-            treats each weight.
+        tau0: the scale of τ, and τ itself without the tier ``"layer"``: small when few weights are expected to matter (`from_active` computes it).
+            Default 1, which leaves τ to the data.
+        slab_scale: c, how large a weight that escapes the shrinkage may become; None for no slab. Default 2.
+        tiers: any of ``"layer"``, ``"unit"``, ``"input"``, ``"weight"``: what has a scale of its own. Default: layer and weight.
+        slab_df: None (default) for c = `slab_scale`; a number ν to infer one c per tensor, c⁻² ~ Gamma(ν/2, ν·slab_scale²/2) at the site
+            `<name>_slab_precision`, which makes the slab a Student-t with ν degrees of freedom.
+        block: how many neighbouring units or inputs share the scale of their tier.
+        parametrization: of the half-Cauchys: ``"half-cauchy"`` (default), or ``"gamma"``, two sites each, `half_cauchy.py`.
+        by_fan_in: count τ and c in units of 1/√fan_in (default), so that one setting does for layers of any width; False for those of the weight.
     """
 
     tau0: float = 1.0
     slab_scale: float | None = 2.0
-    per: Literal["weight", "unit"] = "weight"
+    tiers: tuple[Tier, ...] = ("layer", "weight")
+    slab_df: float | None = None
+    block: int = 1
+    parametrization: Parametrization = "half-cauchy"
+    by_fan_in: bool = True
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -47,16 +66,84 @@ class Horseshoe:
             raise ModelError(f"Horseshoe(tau0={self.tau0}): tau0 is a finite number > 0")
         if self.slab_scale is not None and not 0 < self.slab_scale < math.inf:
             raise ModelError(f"Horseshoe(slab_scale={self.slab_scale}): slab_scale is a finite number > 0, or None for no slab")
-        if self.per not in ("weight", "unit"):
-            raise ModelError(f'Horseshoe(per={self.per!r}): per is "weight" or "unit"')
+        if self.slab_df is not None and (self.slab_scale is None or not 0 < self.slab_df < math.inf):
+            raise ModelError(f"Horseshoe(slab_scale={self.slab_scale}, slab_df={self.slab_df}): slab_df is a finite number > 0 and needs a slab_scale")
+        if self.parametrization not in ("half-cauchy", "gamma"):
+            raise ModelError(f'Horseshoe(parametrization={self.parametrization!r}): it is "half-cauchy" or "gamma"')
+        if isinstance(self.tiers, str) or not self.tiers or len(set(self.tiers)) < len(self.tiers):
+            raise ModelError(f"Horseshoe(tiers={self.tiers!r}): a tuple of different tiers is wanted, from {', '.join(TIERS)}")
+        grouped = [tier for tier in self.tiers if tier in ("unit", "input")]
+        for tier in self.tiers:
+            check_tier(tier, self.block if tier in grouped or not grouped else 1, f"Horseshoe(tiers={self.tiers!r})")
+        object.__setattr__(self, "tiers", tuple(tier for tier in TIERS if tier in self.tiers))  # in order, and no list, as a saved posterior gives
+
+    @classmethod
+    def from_active(cls, active: float, of: int, rows: int, noise: float = 1.0, **options: Any) -> Horseshoe:
+        r"""The horseshoe that expects `active` of `of` weights (or units, or inputs) to matter in data of `rows` rows.
+
+        .. math:: \tau_0 = \frac{p_0}{p - p_0} \cdot \frac{s}{\sqrt n}
+
+        in units of the weight (`by_fan_in` is False), for inputs of variance 1. Source: Piironen & Vehtari 2017, EJS 11(2).
+
+        Args:
+            active, of: p₀ and p, 0 < p₀ < p.
+            rows: n.
+            noise: s, the standard deviation of the noise; for two balanced classes 2.
+            options: other arguments of `Horseshoe`.
+
+        Raises:
+            ModelError: a number is out of range.
+
+        Example:
+            >>> Horseshoe.from_active(5, of=50, rows=100, noise=0.5).tau0
+            0.00555...
+        """
+        if not (0 < active < of and rows >= 1 and 0 < noise < math.inf):
+            raise ModelError(f"Horseshoe.from_active({active}, of={of}, rows={rows}, noise={noise}): wanted are 0 < active < of, rows >= 1, noise > 0")
+        return cls(tau0=active / (of - active) * noise / math.sqrt(rows), by_fan_in=False, **options)
+
+    @classmethod
+    def tiered(cls, weights: bool = False) -> Horseshoe:
+        r"""The hierarchical prior of Marković, Friston & Kiebel 2024 (IEEE Access 12, arXiv 2309.12095): layer, unit, slab, and with `weights` each weight.
+
+        .. math:: c^{-2} \sim \mathrm{Gamma}(2, 6), \quad \psi_i = 0.01\, \epsilon\, \tau_i, \quad \epsilon, \tau_i \sim C^+(0, 1), \quad
+            W_{ij} = \frac{c\,\psi_i}{\sqrt{c^2 + \psi_i^2}}\, \bar w_{ij}
+
+        in units of the weight; ψ carries a factor λᵢⱼ ~ C⁺(0, 1) with `weights`, which the published runs left out. Their last layer
+        has one half-Cauchy scale: ``Horseshoe(tiers=("layer",), slab_scale=None, by_fan_in=False)``.
+        """
+        tiers: tuple[Tier, ...] = ("layer", "unit", "weight") if weights else ("layer", "unit")
+        return cls(tau0=0.01, slab_scale=math.sqrt(3.0), slab_df=4.0, tiers=tiers, by_fan_in=False)
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
         like = torch.zeros(shape) if init is None else init
-        rows = shape[:1] + (1,) * (len(shape) - 1) if self.per == "unit" else shape
-        tau = pyro.sample(f"{name}_tau", dist.HalfCauchy(like.new_tensor(self.tau0)))
-        lam = pyro.sample(f"{name}_lambda", dist.HalfCauchy(like.new_ones(())).expand(rows).to_event(len(rows)))
-        unit = 1 / math.sqrt(fan_in(shape))
-        psi = tau * lam
-        gamma = psi if self.slab_scale is None else psi / (1 + (psi / self.slab_scale).square()).sqrt()
+        psi = like.new_tensor(self.tau0)
+        for tier in self.tiers:
+            block = self.block if tier in ("unit", "input") else 1
+            scale = psi if tier == "layer" else like.new_ones(())
+            lam = sample_half_cauchy(f"{name}_{SITES[tier]}", scale, shape, tier, block, self.parametrization)
+            psi = lam if tier == "layer" else psi * lam
+        unit = 1 / math.sqrt(fan_in(shape)) if self.by_fan_in else 1.0
+        gamma = psi if self.slab_scale is None else psi / (1 + (psi / self._slab(name, like)).square()).sqrt()
         start = None if init is None else init / unit
         return unit * gamma * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+
+    def _slab(self, name: str, like: Tensor) -> Tensor:
+        assert self.slab_scale is not None
+        if self.slab_df is None:
+            return like.new_tensor(self.slab_scale)
+        half = self.slab_df / 2
+        precision: Tensor = pyro.sample(f"{name}_slab_precision", dist.Gamma(like.new_tensor(half), like.new_tensor(half * self.slab_scale**2)))
+        return precision.rsqrt()
+
+    def drop(self, name: str, mean: Tensor, var: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Log odds by which each weight goes, the prior's own decision after a fit: logit κ, where κ = 1/(1 + L) is the posterior variance of w̄ ~ N(0, 1).
+
+        Without the tier ``"weight"`` a unit or input goes as a whole, when κ > ½ for each of its weights that lives.
+        """
+        log_odds = torch.logit(var.clamp(max=1.0)).where(var > 0, torch.inf)  # pruned entries have variance 0
+        groups: list[Tier] = [tier for tier in self.tiers if tier in ("unit", "input")]
+        if "weight" in self.tiers or not groups:
+            return log_odds
+        by_group = [spread(tier_parts(log_odds, tier, self.block).amin(-1), tier, self.block).expand(var.shape) for tier in groups]
+        return torch.stack(by_group).amax(0)

@@ -6,6 +6,7 @@ Owns `SpikeAndSlab` and the mixture distribution of its fitted form. Its reducti
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,27 +17,49 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.priors.gaussian import fan_in
+from pyro_bmr.priors.gaussian import fan_in, sample_normal
+from pyro_bmr.priors.tiers import Tier, check_tier, sample_scales, spread
+
+_START = 2.0  # of the logit of a relaxed indicator: in, with room for doubt
 
 
 @dataclass(frozen=True)
 class SpikeAndSlab:
-    r"""Each weight is in a slab with probability π, in a spike at zero otherwise; π ~ Beta(α, β), one per tensor.
+    r"""Each weight, or each group of weights, is in a slab with probability π, in a spike at zero otherwise; π ~ Beta(α, β), one per tensor.
 
-    As the target of a reduction (Ishwaran & Rao 2005; Marković, Friston & Kiebel 2024) the slab is the prior of the fit, the spike is the point
-    zero unless `spike_scale` is given, and π is inferred from the weights themselves.
+    As the target of a reduction (Mitchell & Beauchamp 1988, JASA 83(404); Marković, Friston & Kiebel 2024) the slab is the prior of the fit, the spike
+    is the point zero unless `spike_scale` is given, and π is inferred from the weights themselves.
 
-    Fitted, SVI needs a density: the site is w̄ ~ π N(0, 1) + (1 − π) N(0, r²) with the indicator summed out, and w = s w̄ with the
-    layer scale s = c/√fan_in, c⁻² ~ Gamma(2, 2), as in `Gaussian("layer")`; π is the site `<name>_inclusion`.
+    Fitted, SVI needs a density, and there are two:
+
+    - the indicator summed out, with a spike of finite width r (George & McCulloch 1993, JASA 88(423); Ishwaran & Rao 2005, Annals of Statistics
+      33(2)), the default: the site is w̄ ~ π N(0, 1) + (1 − π) N(0, r²) and w = s w̄;
+    - with a `temperature` t, the indicator relaxed to z in (0, 1), binary concrete (Maddison, Mnih & Teh 2017, arXiv 1611.00712), the site `<name>_slab`:
+
+      .. math:: z = \sigma\big((\operatorname{logit} \pi + \epsilon)/t\big), \quad \epsilon \sim \mathrm{Logistic}(0, 1), \quad
+          w = s\,z\,\bar w, \quad \bar w \sim N(0, 1)
+
+      so that the spike is near the point zero; one z per weight, unit or input.
+
+    Both have the layer scale s = c/√fan_in, c⁻² ~ Gamma(2, 2), of `Gaussian("layer")`; π is the site `<name>_inclusion`.
 
     Args:
-        spike_scale: the spike's standard deviation in units of the site. None (default): 0 in a reduction, r = 0.05 when fitted.
-        alpha, beta: of the Beta prior on π; the default Beta(1, 1) leaves the sparsity to the data.
+        spike_scale: the spike's standard deviation in units of the site. None (default): 0 in a reduction, r = 0.05 when fitted. It has no place
+            beside a temperature.
+        alpha, beta: of the Beta prior on π, as if `alpha` weights had been seen in the slab and `beta` in the spike; the default Beta(1, 1) leaves the
+            sparsity to the data.
+        temperature: None (default) sums the indicator out; a number t > 0 relaxes it: near 0 the prior of z is close to 0 or 1, and the
+            gradients are large. 0.5 is a fair start.
+        per: what has an indicator of its own when relaxed: each ``"weight"`` (default), each output ``"unit"``, or each ``"input"``.
+        block: how many neighbouring units or inputs share an indicator, such as the rows of an attention head.
     """
 
     spike_scale: float | None = None
     alpha: float = 1.0
     beta: float = 1.0
+    temperature: float | None = None
+    per: Tier = "weight"
+    block: int = 1
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -44,6 +67,13 @@ class SpikeAndSlab:
             raise ModelError(f"SpikeAndSlab(spike_scale={self.spike_scale}): the spike's scale is a finite number >= 0, or None")
         if not (self.alpha > 0 and self.beta > 0):
             raise ModelError(f"SpikeAndSlab(alpha={self.alpha}, beta={self.beta}): both must be > 0")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise ModelError(f"SpikeAndSlab(temperature={self.temperature}): the temperature is a finite number > 0, or None")
+        check_tier(self.per, self.block, f"SpikeAndSlab(per={self.per!r})")
+        if self.temperature is None and self.per != "weight":
+            raise ModelError(f"SpikeAndSlab(per={self.per!r}): a group has a relaxed indicator; give a temperature, such as 0.5")
+        if self.temperature is not None and self.spike_scale is not None:
+            raise ModelError(f"{self!r}: with a relaxed indicator the spike has no width of its own; leave spike_scale out")
 
     @property
     def fitted_spike_scale(self) -> float:
@@ -59,9 +89,20 @@ class SpikeAndSlab:
         unit = 1 / math.sqrt(fan_in(shape))
         precision = pyro.sample(f"{name}_precision", dist.Gamma(like.new_tensor(2.0), like.new_tensor(2.0)))
         inclusion = pyro.sample(f"{name}_inclusion", dist.Beta(like.new_tensor(self.alpha), like.new_tensor(self.beta)))
-        fn = SpikeSlabMixture(inclusion, like.new_tensor(self.fitted_spike_scale)).expand(shape).to_event(len(shape))
         start = None if init is None else init / unit
-        return unit * precision.rsqrt() * pyro.sample(name, fn, infer={"prior": self, "init": start})  # type: ignore[arg-type]
+        scale = unit * precision.rsqrt()
+        if self.temperature is None:
+            fn = SpikeSlabMixture(inclusion, like.new_tensor(self.fitted_spike_scale)).expand(shape).to_event(len(shape))
+            return scale * pyro.sample(name, fn, infer={"prior": self, "init": start})  # type: ignore[arg-type]
+        concrete = dist.RelaxedBernoulli(like.new_tensor(self.temperature), logits=torch.logit(inclusion))
+        slab = sample_scales(f"{name}_slab", concrete, shape, self.per, self.block, init=like.new_tensor(_START))
+        return scale * slab * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+
+    def drop(self, name: str, mean: Tensor, var: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Log odds by which each weight goes, by the prior's own decision after a fit: those of its indicator, at the posterior point of the other sites."""
+        if self.temperature is not None:
+            return -spread(torch.logit(values[f"{name}_slab"]), self.per, self.block).expand(mean.shape)
+        return -SpikeSlabMixture(values[f"{name}_inclusion"], mean.new_tensor(self.fitted_spike_scale)).inclusion_log_odds(mean, var)
 
 
 class SpikeSlabMixture(dist.TorchDistribution):

@@ -14,7 +14,6 @@ from torch import Tensor
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.posterior import Posterior, Site
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
-from pyro_bmr.priors.spike_and_slab import SpikeSlabMixture
 from pyro_bmr.reduction.gaussian import Diagonal, delta_f, message, reduced_posterior
 from pyro_bmr.reduction.horseshoe import best_tau, horseshoe_reduction
 from pyro_bmr.reduction.spike_and_slab import exact_inclusion, mean_field_inclusion
@@ -56,6 +55,8 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None) -> SiteRed
     wider = int((q.var > p.var).sum())
     spike = delta_f(q, p, Gaussian(0.0))
     total, scale, drop, reduced = 0.0, None, spike, q
+    if isinstance(to, Gaussian) and not isinstance(to.mean, (int, float)):
+        raise ReductionError(f"{to!r}: the mean of a reduced prior is a number here; for other points use delta_f itself")
     prior: Diagonal | None = site.prior
     if isinstance(to, Gaussian) and to.scale == 0:
         if to.mean != 0:
@@ -65,7 +66,7 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None) -> SiteRed
             raise ReductionError(f"{to!r} has hyper-parameters of its own; reduce to Gaussian(<number>), or to Gaussian() for the scale with the best evidence")
         target = Diagonal(q.mean.new_tensor(to.mean), q.mean.new_tensor(to.scale if not isinstance(to.scale, str) else 1.0).square())
         if to.scale == "empirical":
-            scale = best_scale(q, p, to.mean)
+            scale = best_scale(q, p, float(to.mean))
             target = Diagonal(target.mean, q.mean.new_tensor(scale).square())
         total = float(delta_f(q, p, target).sum())
         reduced, drop = reduced_posterior(q, p, target), torch.full_like(spike, -torch.inf)
@@ -101,12 +102,9 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None) -> SiteRed
 def _own_decision(posterior: Posterior, name: str) -> SiteReduction:
     site = posterior[name]
     drop = torch.full_like(site.mean, -torch.inf)
-    if isinstance(site.declared, Horseshoe):
-        drop = torch.logit(site.var.clamp(max=1.0))  # κ = 1/(1 + L), which under w̄ ~ N(0, 1) is the posterior variance
-    elif isinstance(site.declared, SpikeAndSlab):
-        inclusion = posterior[f"{name}_inclusion"]
-        mixture = SpikeSlabMixture(inclusion.value(inclusion.mean), site.mean.new_tensor(site.declared.fitted_spike_scale))
-        drop = -mixture.inclusion_log_odds(site.mean, site.var)
+    decide = getattr(site.declared, "drop", None)
+    if decide is not None:
+        drop = decide(name, site.mean, site.var, posterior.point())
     spike = torch.full_like(drop, torch.nan)
     if site.prior is not None:
         q, p = _living_moments(site)

@@ -1,0 +1,57 @@
+"""The Laplace prior, of the Bayesian lasso.
+
+Owns `Laplace`. Next: `student_t.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import pyro.distributions as dist
+from torch import Tensor
+
+from pyro_bmr.priors.layer_scale import check_scale, log_half_cauchy, number, sample_scaled
+from pyro_bmr.priors.mixing import mixing_grid
+
+
+@dataclass(frozen=True)
+class Laplace:
+    r"""w ~ Laplace(0, b), independently for each weight: all weights pulled to zero by the same force, whatever their size.
+
+    .. math:: p(w) = \frac{1}{2b} e^{-|w|/b}, \qquad \mathrm{Var}(w) = 2b^2
+
+    The most probable weights are those of the lasso (Tibshirani 1996, JRSS B 58(1)), many of them zero. A posterior is no such point: it takes a constant
+    off large weights and leaves small ones more than a horseshoe does, so a fit says of no weight that it is zero. Source: Park & Casella 2008,
+    JASA 103(482), whose mixture over variances, v ~ Exponential with mean 2b², is `mixture`. A fit uses the density above, in which nothing couples a
+    weight with a variance of its own.
+
+    Args:
+        scale: b, the mean of |w|; or ``"layer"`` (default) for b = c/√fan_in, c ~ C⁺(0, 1) inferred at the site `<name>_scale`. The site of the weights
+            is then the standardised w̄ ~ Laplace(0, 1). As the target of a reduction b counts in units of the site, and ``"layer"`` has it found by its
+            evidence.
+    """
+
+    scale: float | Literal["layer"] = "layer"
+    shrinkage: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_scale("Laplace", self.scale)
+
+    def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
+        return sample_scaled(self, name, shape, init, self.scale, lambda scale: dist.Laplace(scale.new_zeros(()), scale))
+
+    def log_prob(self, w: Tensor) -> Tensor:
+        """The log density of each weight, nats. Raises a ModelError if the scale is not a number."""
+        scale = w.new_tensor(number(self))
+        return dist.Laplace(scale.new_zeros(()), scale).log_prob(w)
+
+    def mixture(self, scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Variances 2b²E with E ~ Exponential(1), and their log weights; b = `scale`, or the prior's own number."""
+        nodes, log_weights = mixing_grid(lambda u: u - np.exp(u), -45.0, 6.4, 0.2)
+        return 2 * number(self, scale) ** 2 * np.exp(nodes), log_weights
+
+    def log_hyper(self, scale: float) -> float:
+        """The log density of the half-Cauchy hyper-prior on the scale, up to a constant."""
+        return log_half_cauchy(scale)
