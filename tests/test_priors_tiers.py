@@ -161,11 +161,11 @@ def test_large_sites_start_near_the_median_without_the_memory_of_a_thousand_draw
     prior = bmr.Gaussian("layer", per="weight")
 
     def program(x, y=None):
-        w = prior.sample("w", (400, 500), x.new_zeros(400, 500))
+        w = prior.sample("w", (200, 300), x.new_zeros(200, 300))
         with pyro.plate("data", len(x)):
             return pyro.sample("y", dist.Normal((x @ w.T).sum(1), 1.0), obs=y)
 
-    x = torch.randn(2, 500)
+    x = torch.randn(2, 300)
     guide = bmr.MeanField(program, x, x[:, 0])
     starts = guide.views(guide.loc.detach())["w_precision"]
     assert starts.mean().item() == pytest.approx(math.log(stats.gamma(2, scale=0.5).median()), abs=0.02)
