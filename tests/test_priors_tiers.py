@@ -123,6 +123,15 @@ def test_a_group_goes_when_every_weight_in_it_would():
     assert bmr.reduce(posterior_of(in_pairs, mean=columns, var=columns), to=None).masks["w"].tolist() == [[True, True, False, False]] * 2
 
 
+def test_a_weight_that_is_little_informed_and_matters_stays():
+    """κ > ½ for all; the evidence, given the scales, is that of the point spike under N(0, 1)."""
+    mean, var = torch.tensor([0.05, 0.4, 1.2, -0.9]), torch.tensor([0.9, 0.7, 0.8, 1.1])
+    drop = bmr.reduce(posterior_of(bmr.Horseshoe(), mean=mean, var=var), to=None).sites["w"].drop
+    gain = bmr.delta_f(bmr.Diagonal(mean, var), bmr.Gaussian(1.0), bmr.Gaussian(0.0))
+    torch.testing.assert_close(drop[:3], gain[:3] + 0.02)
+    assert (drop > 0).tolist() == [True, True, False, False]
+
+
 def test_a_relaxed_indicator_decides_for_its_group():
     slab = Site(torch.tensor([[1.2], [-0.4]]), torch.tensor(0.3).expand(2, 1), support="unit_interval")
     prior = bmr.SpikeAndSlab(temperature=0.5, per="unit", block=2)
