@@ -1,5 +1,6 @@
 """Densities of the priors against scipy and quadrature, and what they refuse."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -124,6 +125,7 @@ def test_an_inferred_scale(prior, density):
     got, weight = log_prob(prior, {"w": value, "w_scale": torch.tensor(1.9, dtype=torch.float64)})
     assert got == pytest.approx(density.logpdf(value.numpy()).sum() + stats.halfcauchy.logpdf(1.9), abs=1e-10)
     torch.testing.assert_close(weight, value * 1.9 / 2)
+    assert not hasattr(dataclasses.replace(prior, scale=0.7), "log_hyper")  # a known scale is not looked for
     assert prior.log_hyper(0.3) - prior.log_hyper(2.1) == pytest.approx(stats.halfcauchy.logpdf(0.3) - stats.halfcauchy.logpdf(2.1), abs=1e-12)
 
 

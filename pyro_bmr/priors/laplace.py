@@ -5,6 +5,7 @@ Owns `Laplace`. Next: `student_t.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -52,6 +53,9 @@ class Laplace:
         nodes, log_weights = mixing_grid(lambda u: u - np.exp(u), -45.0, 6.4, 0.2)
         return 2 * number(self, scale) ** 2 * np.exp(nodes), log_weights
 
-    def log_hyper(self, scale: float) -> float:
-        """The log density of the half-Cauchy hyper-prior on the scale, up to a constant."""
-        return log_half_cauchy(scale)
+    @property
+    def log_hyper(self) -> Callable[[float], float]:
+        """The log density of the half-Cauchy hyper-prior on the scale, up to a constant; an AttributeError where the scale is a number and not to be found."""
+        if not isinstance(self.scale, str):
+            raise AttributeError(f"{self!r} has a known scale, and no hyper-prior on it")
+        return log_half_cauchy
