@@ -108,6 +108,9 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
         gaussian = _gaussian_on_the_line(base, site.transform)
         if gaussian is not None:
             kl_site = _GaussianKL.apply(locs[name], log_scales[name], stds[name], collapsed(gaussian.loc), collapsed(gaussian.scale), mask)
+        elif site.transform is None and isinstance(base, torch.distributions.Laplace):
+            entries = torch.distributions.kl_divergence(torch.distributions.Normal(locs[name], log_scales[name].exp()), base)
+            kl_site = (entries if mask is None else entries.where(mask, 0)).sum()
         else:
             log_q = -log_scales[name] - 0.5 * noises[name].square() - 0.9189385332046727  # ½ log 2π
             if site.transform is not None:
