@@ -13,7 +13,7 @@ import pyro_bmr as bmr
 
 ROOT = Path(__file__).parents[1]
 LIBRARY, MODELS = ROOT / "pyro_bmr", ROOT / "models"
-FORMULAS = ("gaussian", "low_rank", "matrix_normal", "exponential_family", "spike_and_slab", "horseshoe")
+FORMULAS = ("gaussian", "low_rank", "matrix_normal", "exponential_family", "spike_and_slab", "scale_mixture", "line_search", "relevance", "monte_carlo")
 ORDER = [
     "errors", "files",
     *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "posterior", "reduction.targets", "reduction.sites",

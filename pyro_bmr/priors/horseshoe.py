@@ -1,6 +1,6 @@
 """The (regularised) horseshoe prior.
 
-Owns `Horseshoe`. Its exact reduction is in `reduction/horseshoe.py`. Next: `spike_and_slab.py`.
+Owns `Horseshoe`. Its exact reduction is in `reduction/scale_mixture.py`. Next: `spike_and_slab.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -60,3 +61,18 @@ class Horseshoe:
         gamma = psi if self.slab_scale is None else psi / (1 + (psi / self.slab_scale).square()).sqrt()
         start = None if init is None else init / unit
         return unit * gamma * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+
+    def mixture(self, scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        r"""Variances and log weights of p(w) ≈ Σ_k w_k N(w; 0, v_k) at the global scale τ = `scale` (default `tau0`).
+
+        With t = log λ the half-Cauchy has the density sech(t)/π, smooth and with exponential tails, so the trapezoid rule over |t| ≤ 24 converges
+        exponentially, down to τ far below the weights it has to let escape.
+        """
+        t = np.linspace(-24.0, 24.0, 208)
+        psi = (self.tau0 if scale is None else scale) ** 2 * np.exp(2 * t)
+        log_weights = -np.logaddexp(t, -t)
+        return psi if self.slab_scale is None else psi / (1 + psi / self.slab_scale**2), log_weights - np.logaddexp.reduce(log_weights)
+
+    def log_hyper(self, scale: float) -> float:
+        """log C⁺(τ; 0, τ₀) up to a constant."""
+        return -math.log1p((scale / self.tau0) ** 2)
