@@ -34,13 +34,14 @@ class Horseshoe:
     Args:
         tau0: the scale of τ: small when few weights are expected to matter. Default 1, which leaves τ to the data.
         slab_scale: c, how large a weight that escapes the shrinkage may become, in units of the site; None for no slab. Default 2.
-        per: what has a λ of its own: each ``"weight"`` (default) or each output ``"unit"`` (row), which shrinks rows together; a reduction
-            treats each weight.
+        per: what has a λ of its own: each ``"weight"`` (default) or each output ``"unit"`` (row), which shrinks rows together.
+        tau_per: what has a τ of its own: the ``"layer"`` (default) or each output ``"unit"``; with λ per weight.
     """
 
     tau0: float = 1.0
     slab_scale: float | None = 2.0
     per: Literal["weight", "unit"] = "weight"
+    tau_per: Literal["layer", "unit"] = "layer"
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -50,11 +51,14 @@ class Horseshoe:
             raise ModelError(f"Horseshoe(slab_scale={self.slab_scale}): slab_scale is a finite number > 0, or None for no slab")
         if self.per not in ("weight", "unit"):
             raise ModelError(f'Horseshoe(per={self.per!r}): per is "weight" or "unit"')
+        if self.tau_per not in ("layer", "unit") or (self.tau_per == self.per):
+            raise ModelError(f'Horseshoe(per={self.per!r}, tau_per={self.tau_per!r}): tau_per is "layer", or "unit" with per="weight"')
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
         like = torch.zeros(shape) if init is None else init
         rows = shape[:1] + (1,) * (len(shape) - 1) if self.per == "unit" else shape
-        tau = pyro.sample(f"{name}_tau", dist.HalfCauchy(like.new_tensor(self.tau0)))
+        units = shape[:1] + (1,) * (len(shape) - 1) if self.tau_per == "unit" else ()
+        tau = pyro.sample(f"{name}_tau", dist.HalfCauchy(like.new_tensor(self.tau0)).expand(units).to_event(len(units)))
         lam = pyro.sample(f"{name}_lambda", dist.HalfCauchy(like.new_ones(())).expand(rows).to_event(len(rows)))
         unit = 1 / math.sqrt(fan_in(shape))
         psi = tau * lam

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -31,12 +31,19 @@ class SpikeAndSlab:
 
     Args:
         spike_scale: the spike's standard deviation in units of the site. None (default): 0 in a reduction, r = 0.05 when fitted.
-        alpha, beta: of the Beta prior on π; the default Beta(1, 1) leaves the sparsity to the data.
+        alpha, beta: of the Beta prior on π; the default Beta(1, 1) leaves the sparsity to the data. Beta(1, n) with n the number of weights expects
+            few of them (Castillo, Schmidt-Hieber & van der Vaart 2015, Annals of Statistics 43(5)).
+        slab_scale: of a reduction. None (default): the slab is the prior of the fit. A number: N(0, slab_scale²), in units of the site.
+            ``"empirical"``: the width that has, together with π, the best evidence; ask for it when the prior's scale was fitted to all weights of a
+            layer, of which most are not needed, and is too narrow to tell slab from spike.
+        inclusion: of a reduction. A known π, instead of one that is learned.
     """
 
     spike_scale: float | None = None
     alpha: float = 1.0
     beta: float = 1.0
+    slab_scale: float | Literal["empirical"] | None = None
+    inclusion: float | None = None
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -44,6 +51,14 @@ class SpikeAndSlab:
             raise ModelError(f"SpikeAndSlab(spike_scale={self.spike_scale}): the spike's scale is a finite number >= 0, or None")
         if not (self.alpha > 0 and self.beta > 0):
             raise ModelError(f"SpikeAndSlab(alpha={self.alpha}, beta={self.beta}): both must be > 0")
+
+        if isinstance(self.slab_scale, str):
+            if self.slab_scale != "empirical":
+                raise ModelError(f'SpikeAndSlab(slab_scale={self.slab_scale!r}): the slab\'s scale is a number > 0, "empirical", or None')
+        elif self.slab_scale is not None and not (self.spike_scale or 0) < self.slab_scale < math.inf:
+            raise ModelError(f"SpikeAndSlab(slab_scale={self.slab_scale}): the slab's scale is finite and wider than the spike's ({self.spike_scale or 0})")
+        if self.inclusion is not None and not 0 < self.inclusion < 1:
+            raise ModelError(f"SpikeAndSlab(inclusion={self.inclusion}): a probability between 0 and 1 is wanted, neither of which")
 
     @property
     def fitted_spike_scale(self) -> float:
