@@ -25,6 +25,7 @@ from pyro_bmr.reduction.gaussian import Message
 from pyro_bmr.reduction.line_search import line_maximum
 
 _CHUNK = 1 << 15  # weights at once: the arrays of one pass over the nodes stay in a core's cache
+_FEW = 1 << 10  # weights for which one array of all nodes is faster than a pass over them
 _MERGE = 1e-6  # nodes that no weight can tell apart better than this are one node: the error in ΔF is its square
 _WEIGHTS_FOR_SCALE = 8192
 _WEIGHTS_PER_GROUP_FOR_SCALE = 512
@@ -167,6 +168,8 @@ def _chunk(h: Tensor, precision: Tensor, prior_var: Tensor, nodes: tuple[Tensor,
     The exponent of a node, ½h²(v − σ₀²)/((1 + vL)(1 + σ₀²L)), grows with v, so that of the widest node is taken off all.
     """
     h, precision = _informed(h, precision)
+    if len(h) <= _FEW:
+        return _by_logarithms(h, precision, prior_var, nodes, row)
     variances, log_weights = nodes
     full = torch.log1p(prior_var * precision).mul_(0.5)
     a = 0.5 * h * (h / (1 + prior_var * precision))
@@ -202,24 +205,33 @@ def _chunk(h: Tensor, precision: Tensor, prior_var: Tensor, nodes: tuple[Tensor,
                 v = 1.0
             v1.add_(e, alpha=w * v)
             v2.addcmul_(e, s, value=w * v * v)
+    single = h.dtype == torch.float32
+    lost = ~((s0 > (1e-30 if single else 1e-290)) & s0.isfinite() & (peak < (1e3 if single else 1e9)))
     delta_f = s0.log().add_(full).add_(peak)
     if not moments:
-        return (_mend(delta_f, s0, h, precision, prior_var, nodes, row)[0],)
+        return (_mend(delta_f, lost, h, precision, prior_var, nodes, row)[0],)
     kappa, share, square, square_share = s1 / s0, v1 / s0, s2 / s0, v2 / s0
     taken = precision * share  # 1 − κ without the loss of digits near κ = 1
     # the same variance twice: of 1/(1 + vL), good where the data speak, and of v/(1 + vL), good where they do not
     spread = torch.where(kappa < 0.5, (square - kappa.square()).div_(precision.square()), square_share - share.square()).clamp_(min=0)
     values = (delta_f, kappa.log() - taken.log(), h * share, share + h * (h * spread.masked_fill_(h == 0, 0.0)))
-    return _mend(values[0], s0, h, precision, prior_var, nodes, row, values[1:])
+    return _mend(values[0], lost, h, precision, prior_var, nodes, row, values[1:])
 
 
-def _mend(delta_f: Tensor, mass: Tensor, h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Any, row: Tensor | None, rest: Any = ()) -> tuple[Tensor, ...]:
-    """Weights so far out that the sum has left the floats (their narrow node counts e⁸⁰ times more than the widest) get theirs from logarithms."""
-    lost = ~(mass > (1e-30 if h.dtype == torch.float32 else 1e-290))
-    if not bool(lost.any()):
-        return (delta_f, *rest)
-    h, precision, prior_var = (t.expand(mass.shape)[lost][:, None].double() for t in (h, precision, prior_var))
-    variances, log_weights = (t[None] if row is None else t.mT[row[lost]] for t in nodes)
+def _mend(delta_f: Tensor, lost: Tensor, h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Any, row: Tensor | None, rest: Any = ()) -> tuple[Tensor, ...]:
+    """Weights so far out that the sum has left the floats, or the exponent its digits, get theirs from logarithms."""
+    if bool(lost.any()):
+        exact = _by_logarithms(h[lost], precision[lost], prior_var.expand(lost.shape)[lost], nodes, None if row is None else row[lost])
+        for value, better in zip((delta_f, *rest), exact, strict=False):
+            value[lost] = better
+    return (delta_f, *rest)
+
+
+def _by_logarithms(h: Tensor, precision: Tensor, prior_var: Tensor, nodes: tuple[Tensor, Tensor], row: Tensor | None) -> tuple[Tensor, ...]:
+    """What `_chunk` gives, as a [weights × nodes] array of logarithms in double precision: for few weights, and for any signal."""
+    dtype = h.dtype
+    h, precision, prior_var = (t.double()[:, None] for t in (h, precision, prior_var))
+    variances, log_weights = (t.double()[None] if row is None else t.double().mT[row] for t in nodes)
     growth = 1 + variances * precision
     terms = log_weights - 0.5 * growth.log() + _exponent(h, precision, prior_var, variances)
     total = terms.logsumexp(1)
@@ -227,10 +239,8 @@ def _mend(delta_f: Tensor, mass: Tensor, h: Tensor, precision: Tensor, prior_var
     share = (p * variances / growth).sum(1)
     kappa, taken = (p / growth).sum(1), precision[:, 0] * share
     var = share + h[:, 0].square() * (p * (variances / growth - share[:, None]).square()).sum(1)
-    exact = (total + 0.5 * torch.log1p(prior_var * precision)[:, 0], kappa.log() - taken.log(), h[:, 0] * share, var)
-    for value, better in zip((delta_f, *rest), exact, strict=False):
-        value[lost] = better.to(value.dtype)
-    return (delta_f, *rest)
+    delta_f = total + 0.5 * torch.log1p(prior_var * precision)[:, 0]
+    return tuple(t.to(dtype) for t in (delta_f, kappa.log() - taken.log(), h[:, 0] * share, var))
 
 
 def _exponent(h: Tensor, precision: Tensor, prior_var: Tensor, variance: Tensor | float) -> Tensor:

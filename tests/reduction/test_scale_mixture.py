@@ -1,12 +1,14 @@
-"""The one-weight horseshoe, against Simpson's rule over the local scale."""
+"""Scale mixtures: the one-weight horseshoe against Simpson's rule over the local scale, others against quadrature over the weight, groups, extremes."""
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
 import pyro_bmr as bmr
-from pyro_bmr.reduction.gaussian import Diagonal, message
+from pyro_bmr.reduction.gaussian import Diagonal, Message, message
 from pyro_bmr.reduction.scale_mixture import best_scale, grouped_reduction, scale_mixture_reduction
 
 PRIOR_VAR = 1.5
@@ -85,3 +87,139 @@ def test_tau_of_a_large_layer_is_that_of_its_sample():
     tau = best_scale(data, p.var, HORSESHOE.mixture, HORSESHOE.log_hyper).item()
     gain = [scale_mixture_reduction(data, p.var, *HORSESHOE.mixture(tau * factor)).delta_f.sum().item() for factor in (0.9, 1.0, 1.1)]
     assert gain[1] > max(gain[0], gain[2])
+
+
+def numbers(*values):
+    return [torch.tensor(v, dtype=torch.float64) for v in values]
+
+
+def weights(n, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.where(torch.rand(n, generator=generator) < 0.3, 1.1, 0.1).to(dtype) * torch.randn(n, generator=generator, dtype=dtype)
+    var = 0.01 + 0.2 * torch.rand(n, generator=generator, dtype=dtype)
+    return Diagonal(mean, var), Diagonal(torch.zeros((), dtype=dtype), torch.tensor(PRIOR_VAR, dtype=dtype))
+
+
+def laplace_nodes(b):
+    """v ~ Exp(mean 2b²): the density of a Laplace of scale b."""
+    t = np.linspace(-40, 6, 700)
+    log_w = t - np.exp(t)
+    return 2 * b**2 * np.exp(t), log_w - np.logaddexp.reduce(log_w)
+
+
+def student_nodes(df, scale):
+    """1/v ~ Gamma(df/2, df scale²/2)."""
+    t = np.linspace(-30, 30, 900)
+    log_w = stats.gamma(df / 2, scale=2 / df).logpdf(np.exp(t)) + t
+    return scale**2 * np.exp(-t), log_w - np.logaddexp.reduce(log_w)
+
+
+@pytest.mark.parametrize(
+    "nodes, density", [(laplace_nodes(0.4), stats.laplace(0, 0.4)), (student_nodes(3.5, 0.6), stats.t(3.5, 0, 0.6))], ids=["Laplace", "Student-t"]
+)
+def test_any_mixture_is_quadrature_over_the_weight(nodes, density):
+    """The same ΔF and moments from the marginal density of the weight, by Simpson's rule from the kink outwards, without the mixture."""
+    q, p = weights(5, seed=4)
+    got = scale_mixture_reduction(message(q, p), p.var.expand(5), *nodes)
+    half = np.linspace(0, 8, 40_001)
+    m, s = q.mean.numpy()[:, None], q.var.numpy()[:, None] ** 0.5
+
+    def integral(k):
+        total = 0.0
+        for w in (half, -half):
+            ratio = np.exp(-0.5 * ((w - m) / s) ** 2 + 0.5 * w**2 / PRIOR_VAR) * PRIOR_VAR**0.5 / s
+            total += integrate.simpson(w**k * ratio * density.pdf(w), x=half)
+        return total
+
+    evidence = integral(0)
+    np.testing.assert_allclose(got.delta_f, np.log(evidence), atol=1e-7)
+    np.testing.assert_allclose(got.mean, integral(1) / evidence, atol=1e-7)
+    np.testing.assert_allclose(got.var, integral(2) / evidence - (integral(1) / evidence) ** 2, atol=1e-7)
+
+
+def test_a_mixture_of_one_gaussian_is_the_gaussian_form():
+    q, p = weights(40)
+    target = Diagonal(*numbers(0.0, 0.37))
+    got = scale_mixture_reduction(message(q, p), p.var.expand(40), [0.37], [0.0])
+    torch.testing.assert_close(got.delta_f, bmr.delta_f(q, p, target), rtol=0, atol=1e-12)
+    reduced = bmr.reduced_posterior(q, p, target)
+    torch.testing.assert_close(got.mean, reduced.mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.var, reduced.var, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.kappa, 1 / (1 + 0.37 * message(q, p).precision), rtol=0, atol=1e-12)
+
+
+def test_a_group_of_one_is_a_weight_and_a_group_of_two_is_joint():
+    q, p = weights(6, seed=2)
+    data, var = message(q, p), p.var.expand(6)
+    nodes = HORSESHOE.mixture(0.3)
+    alone, single = scale_mixture_reduction(data, var, *nodes), grouped_reduction(data, var, *nodes, torch.arange(6))
+    for name in ("delta_f", "log_odds", "mean", "var"):
+        torch.testing.assert_close(getattr(single, name), getattr(alone, name), rtol=1e-8, atol=1e-9)
+    paired = grouped_reduction(data, var, *nodes, torch.tensor([0, 1, 0, 2, 1, 2]))
+    t = np.linspace(-30, 30, 60_001)
+    precision, h = data.precision.numpy(), data.h.numpy()
+    v = 0.09 * np.exp(2 * t)[:, None]
+    pair = [0, 2]
+    log_ratio = stats.norm(0, np.sqrt(v + 1 / precision)).logpdf(h / precision) - stats.norm(0, np.sqrt(PRIOR_VAR + 1 / precision)).logpdf(h / precision)
+    density = np.exp(log_ratio[:, pair].sum(1)) / (np.pi * np.cosh(t))
+    evidence = integrate.simpson(density, x=t)
+    assert paired.delta_f[0].item() == pytest.approx(np.log(evidence), abs=1e-8)
+    share = [integrate.simpson(density * v[:, 0] / (1 + v[:, 0] * precision[i]), x=t) / evidence for i in pair]
+    np.testing.assert_allclose(paired.mean[pair], h[pair] * share, rtol=1e-7)
+    kappa = np.mean([1 - s * precision[i] for s, i in zip(share, pair, strict=True)])
+    assert paired.kappa[0].item() == pytest.approx(kappa, abs=1e-8) and paired.kappa[2] == paired.kappa[0]
+
+
+def test_tau_of_each_unit_is_that_of_the_unit_alone():
+    q, p = weights(300, seed=5)
+    q = Diagonal(q.mean * torch.tensor([0.2, 1.0, 3.0]).repeat_interleave(100), q.var)
+    data, var, rows = message(q, p), p.var.expand(300), torch.arange(3).repeat_interleave(100)
+    prior = bmr.Horseshoe(0.7)
+    scales = best_scale(data, var, prior.mixture, prior.log_hyper, scale_groups=rows)
+    for k in range(3):
+        part = Message(data.h[rows == k], data.precision[rows == k])
+        assert scales[k].item() == pytest.approx(best_scale(part, var[rows == k], prior.mixture, prior.log_hyper).item(), rel=2e-3)
+    nodes = [prior.mixture(s) for s in scales.tolist()]
+    got = scale_mixture_reduction(data, var, [v for v, _ in nodes], [w for _, w in nodes], rows)
+    alone = scale_mixture_reduction(Message(data.h[100:200], data.precision[100:200]), var[100:200], *nodes[1])
+    for name in ("delta_f", "log_odds", "mean", "var"):
+        torch.testing.assert_close(getattr(got, name)[100:200], getattr(alone, name), rtol=1e-7, atol=1e-9)
+
+
+def test_single_precision_is_double_precision():
+    """Over signals from none to overwhelming, at τ from tiny to wide, with and without a slab."""
+    z, precision = torch.meshgrid(torch.logspace(-2, 2.5, 40, dtype=torch.float64), torch.logspace(-4, 5, 40, dtype=torch.float64), indexing="ij")
+    data = Message((z * precision.sqrt()).flatten(), precision.flatten())
+    for tau in (1e-4, 0.3):
+        for prior in (bmr.Horseshoe(), HORSESHOE):
+            double = scale_mixture_reduction(data, torch.full((1600,), PRIOR_VAR).double(), *prior.mixture(tau))
+            single = scale_mixture_reduction(Message(data.h.float(), data.precision.float()), torch.full((1600,), PRIOR_VAR), *prior.mixture(tau))
+            assert torch.allclose(single.delta_f.double(), double.delta_f, rtol=2e-5, atol=2e-5)
+            assert torch.allclose(single.kappa.double(), double.kappa, rtol=1e-4, atol=1e-6)
+            assert torch.allclose(single.mean.double(), double.mean, rtol=1e-3, atol=1e-6)
+            assert torch.allclose(single.var.double(), double.var, rtol=1e-2, atol=1e-9)
+
+
+extreme = st.floats(-15, 15).map(lambda x: 10.0**x)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from([torch.float32, torch.float64]), st.lists(st.tuples(extreme, extreme, st.booleans()), min_size=1, max_size=5), extreme, extreme, st.booleans())
+def test_no_weight_is_nan(dtype, cases, prior_var, tau, slab):
+    """Posteriors, priors and scales over thirty orders of magnitude: κ in [0, 1], variances not negative, nothing NaN."""
+    mean = torch.tensor([m if sign else -m for m, _, sign in cases], dtype=dtype)
+    var = torch.tensor([v for _, v, _ in cases], dtype=dtype)
+    data = message(Diagonal(mean, var), Diagonal(torch.zeros_like(mean), torch.full_like(mean, prior_var)))
+    got = scale_mixture_reduction(data, torch.full_like(mean, prior_var), *bmr.Horseshoe(slab_scale=2.0 if slab else None).mixture(tau))
+    assert not any(t.isnan().any() for t in got) and ((got.kappa >= 0) & (got.kappa <= 1) & (got.var >= 0)).all()
+    assert all(t.dtype == dtype and t.shape == mean.shape for t in got)
+
+
+def test_what_a_mixture_must_be():
+    data, var = one_weight(0.3, 0.1)
+    with pytest.raises(bmr.ReductionError, match=r"variances >= 0.*shapes \(2,\) and \(1,\)"):
+        scale_mixture_reduction(data, var, [1.0, 2.0], [0.0])
+    with pytest.raises(bmr.ReductionError, match="variances from -1.0"):
+        scale_mixture_reduction(data, var, [-1.0], [0.0])
+    with pytest.raises(bmr.ReductionError, match="at once"):
+        best_scale(data, var, HORSESHOE.mixture, HORSESHOE.log_hyper, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
