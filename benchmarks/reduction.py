@@ -72,7 +72,6 @@ def spike_and_slab(n: int, repeats: int) -> list[dict[str, Any]]:
     target = (torch.empty_like(site.mean), torch.empty_like(site.var))
     fresh = measured(lambda: (site.mean.clone(), site.var.clone()), repeats + 1)
     there = measured(lambda: (target[0].copy_(site.mean), target[1].copy_(site.var)), repeats + 1)
-    del target
 
     def decision() -> Any:
         result = site_reduction(q, "w", bmr.SpikeAndSlab())

@@ -13,11 +13,13 @@ import pyro_bmr as bmr
 
 ROOT = Path(__file__).parents[1]
 LIBRARY, MODELS = ROOT / "pyro_bmr", ROOT / "models"
-FORMULAS = ("gaussian", "low_rank", "matrix_normal", "exponential_family", "spike_and_slab", "line_search", "scale_mixture", "relevance", "quadrature", "monte_carlo")
+FORMULAS = (
+    "gaussian", "low_rank", "matrix_normal", "exponential_family", "spike_and_slab", "line_search", "scale_mixture", "relevance", "quadrature", "monte_carlo",
+)  # fmt: skip
 ORDER = [
     "errors", "files",
-    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "posterior", "reduction.programs", "reduction.targets",
-    "reduction.sites",
+    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "posterior",
+    "reduction.programs", "reduction.targets", "reduction.sites",
     "pruning", "prediction", "metrics", "fitting", "exporting", "data", "plots", "comparison", "cli",
 ]  # fmt: skip
 

@@ -4,4 +4,4 @@ from pyro_bmr.priors.gaussian import Gaussian, Prior, ScaleMixture
 from pyro_bmr.priors.horseshoe import Horseshoe
 from pyro_bmr.priors.spike_and_slab import SpikeAndSlab
 
-__all__ = ["Gaussian", "Horseshoe", "Prior", "SpikeAndSlab"]
+__all__ = ["Gaussian", "Horseshoe", "Prior", "ScaleMixture", "SpikeAndSlab"]

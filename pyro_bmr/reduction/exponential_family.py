@@ -124,7 +124,9 @@ def natural_form(distribution: Any) -> NaturalForm:
     Raises:
         ReductionError: the family is not known.
     """
-    raise ReductionError(f"{type(distribution).__name__} is not known as a member of one exponential family; use monte_carlo_delta_f with draws of the posterior")
+    raise ReductionError(
+        f"{type(distribution).__name__} is not known as a member of one exponential family; use monte_carlo_delta_f with draws of the posterior"
+    )
 
 
 def _positive(*lam: Tensor) -> Tensor:
@@ -187,9 +189,7 @@ def _(d: td.Exponential) -> NaturalForm:
 
 @natural_form.register
 def _(d: td.Beta) -> NaturalForm:
-    return NaturalForm(
-        "Beta", (d.concentration1, d.concentration0), lambda a, b: torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b), _positive, td.Beta
-    )
+    return NaturalForm("Beta", (d.concentration1, d.concentration0), lambda a, b: torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b), _positive, td.Beta)
 
 
 @natural_form.register
@@ -242,9 +242,7 @@ def _(d: td.Multinomial) -> NaturalForm:
 
 @natural_form.register
 def _(d: td.Geometric) -> NaturalForm:  # (1 − p)^x p: λ = log(1 − p)
-    return NaturalForm(
-        "Geometric", (_two_states(d)[..., 0],), lambda x: -(-x.expm1()).log(), lambda x: _positive(-x), lambda x: td.Geometric(-x.expm1())
-    )
+    return NaturalForm("Geometric", (_two_states(d)[..., 0],), lambda x: -(-x.expm1()).log(), lambda x: _positive(-x), lambda x: td.Geometric(-x.expm1()))
 
 
 @natural_form.register

@@ -106,7 +106,7 @@ def log_evidence_ratio(data: Message, prior_var: Tensor, reduced_var: Tensor, sh
     """
     h, precision = _informative(data, reduced_var)
     full, reduced = 1 + prior_var * precision, 1 + reduced_var * precision
-    scale_part = 0.5 * (full.log() - reduced.log()) + 0.5 * (h / full) * (h * (reduced_var - prior_var) / reduced)  # h² would leave the floats
+    scale_part = 0.5 * (full.log() - reduced.log()) + 0.5 * (h / full) * (h * ((reduced_var - prior_var) / reduced))  # h² would leave the floats
     return scale_part + (2 * h * shift - precision * shift**2) / (2 * reduced)
 
 
@@ -124,7 +124,7 @@ def point_spike_delta_f(posterior: Diagonal, prior: Diagonal, mask: Tensor | Non
     mean, var = posterior.mean, posterior.var
     out = torch.empty_like(mean, memory_format=torch.contiguous_format)
     zero = mean.new_zeros(())
-    numbers = prior.mean.numel() == prior.var.numel() == 1
+    numbers = prior.mean.numel() == prior.var.numel() == 1 and mean.numel() > 0
     parts = (_pieces(t.expand(mean.shape)) for t in (mean, var, prior.mean, prior.var))
     masks: Iterable[Tensor | None] = repeat(None) if mask is None else mask.reshape(-1).split(_PIECE)
     for piece, alive, m, v, pm, pv in zip(out.view(-1).split(_PIECE), masks, *parts, strict=False):

@@ -1,7 +1,7 @@
 r"""Reduction between any two priors from draws of the posterior, Pareto-smoothed, with the diagnostic k̂ of its own reliability.
 
-Owns `monte_carlo_delta_f`, `pareto_smoothed` and `log_density`. Imports torch and numpy only. The draws may come from a guide, from NUTS, or from elsewhere: the law
-ΔF = log E_q[p̃/p] asks for nothing but an expectation. It fails where q hardly ever visits what p̃ favours, and k̂ says so.
+Owns `monte_carlo_delta_f`, `pareto_smoothed` and `log_density`. Imports torch and numpy only. The draws may come from a guide, from NUTS, or from
+elsewhere: the law ΔF = log E_q[p̃/p] asks for nothing but an expectation. It fails where q hardly ever visits what p̃ favours, and k̂ says so.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 r"""Reductions that are Pyro programs: hierarchies of scales with no quadrature, fitted by SVI on ΔF, and ratios of whole priors.
 
-Owns `HorseshoeTiers`, `reduction_program`, the guide `ScaleFlow`, and `log_prior_ratio`. Given all scales z a hierarchical prior of a weight is N(0, γ²(z)), so that ΔF is the
-Gaussian form; a program that draws z and has ΔF(γ²(z)) as its only factor has the posterior of z given the data, without the data. Where the tiers are
+Owns `HorseshoeTiers`, `reduction_program`, the guide `ScaleFlow`, and `log_prior_ratio`. Given all scales z a hierarchical prior of a weight is
+N(0, γ²(z)), so that ΔF is the Gaussian form; a program that draws z and has ΔF(γ²(z)) as its only factor has the posterior of z given
+the data, without the data. Where the tiers are
 one global and one local scale per weight, `scale_mixture.py` is exact and some hundred times as fast.
 """
 
@@ -67,8 +68,9 @@ class HorseshoeTiers:
 def reduction_program(posterior: Posterior, name: str, tiers: Any) -> Callable[[], Tensor]:
     r"""A Pyro program without arguments whose latents are the scales of `tiers`, whose factor is Σ ΔF(γ²(z)), and which returns γ².
 
-    Fit it with `ScaleFlow` or any other guide; the negative loss is a lower bound on the gain in evidence. The site's prior is that of the fit, always: fitting the program again after
-    a reduction does not shrink twice. To reduce by the scales found, condition the program on a point of them and hand the variance to `reduce`:
+    Fit it with `ScaleFlow` or any other guide; the negative loss is a lower bound on the gain in evidence.
+    The site's prior is that of the fit, always: fitting the program again after a reduction does not shrink twice.
+    To reduce by the scales found, condition the program on a point of them and hand the variance to `reduce`:
 
     >>> var = poutine.condition(program, data=guide.median())()
     >>> reduce(posterior, to={"fc1.weight": Diagonal(torch.zeros(()), var)})
@@ -96,8 +98,8 @@ def reduction_program(posterior: Posterior, name: str, tiers: Any) -> Callable[[
 class ScaleFlow(nn.Module):
     """A guide for a `reduction_program`: independent scales, each with a density of its own on the log scale, by a monotone spline of eight pieces.
 
-    The posterior of a local scale is far from a log-normal: below what the data can tell it falls as the half-Cauchy does, above it is cut off. With log-normals
-    (`MeanField`) the bound is loose by a fraction of a nat for each scale, enough to move τ by a factor of two; with splines it is tight.
+    The posterior of a local scale is far from a log-normal: below what the data can tell it falls as the half-Cauchy does, above it is cut off.
+    With log-normals (`MeanField`) the bound is loose by a fraction of a nat for each scale, enough to move τ by a factor of two; with splines it is tight.
     Source of the splines: Durkan, Bekasov, Murray & Papamakarios 2019, Neural Spline Flows, NeurIPS.
 
     Raises:
@@ -113,10 +115,8 @@ class ScaleFlow(nn.Module):
         self.loc = nn.ParameterList([nn.Parameter(latent.start.flatten().clone()) for latent in self.latents])
         self.log_width = nn.ParameterList([nn.Parameter(torch.full_like(loc, 0.4)) for loc in self.loc])
         self.splines = nn.ModuleList([dist.transforms.spline(loc.numel(), count_bins=8, bound=4.0).to(loc) for loc in self.loc])
-        for spline in self.splines:
-            for parameter in (spline.unnormalized_widths, spline.unnormalized_heights):
-                nn.init.zeros_(parameter)
-            nn.init.constant_(spline.unnormalized_derivatives, math.log(math.e - 1))  # softplus of it is 1: all start as the identity
+        for name, parameter in self.splines.named_parameters():
+            nn.init.constant_(parameter, math.log(math.e - 1) if "derivatives" in name else 0.0)  # slopes of softplus(·) = 1: all start as the identity
 
     def forward(self) -> dict[str, Tensor]:
         """One draw: site name → value."""
@@ -155,7 +155,7 @@ def log_prior_ratio(draws: Mapping[str, Tensor], program: Callable[..., Any], re
         with torch.no_grad(), torch.random.fork_rng():
             trace = prune_subsample_sites(poutine.trace(poutine.condition(model, data=draw)).get_trace(*args, **kwargs))
         for name, site in trace.iter_stochastic_nodes():  # what the draws did not fix
-            if not site["infer"].get("is_auxiliary"):
+            if not (site["infer"] or {}).get("is_auxiliary"):
                 raise ReductionError(f"site '{name}': no draws of it; there are draws of: {', '.join(draws)}")
         trace.compute_log_prob(lambda name, site: name in draw)
         return torch.stack([trace.nodes[name]["log_prob_sum"] for name in draw if name in trace.nodes]).sum()

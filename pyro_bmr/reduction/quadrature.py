@@ -43,7 +43,7 @@ def density_reduction(posterior: Diagonal, prior: Diagonal, log_prob: Callable[[
     """
     shape = posterior.mean.shape
     columns = [t.expand(shape).reshape(-1).split(_CHUNK) for t in (posterior.mean, posterior.var, prior.mean, prior.var)]
-    parts = [_chunk(*part, log_prob) for part in zip(*columns, strict=True)] or [(posterior.mean.reshape(-1),) * 3]
+    parts = [_chunk(m, s2, eta, v0, log_prob) for m, s2, eta, v0 in zip(*columns, strict=True)] or [(posterior.mean.reshape(-1),) * 3]
     return DensityReduction(*(torch.cat(column).view(shape).to(posterior.mean.dtype) for column in zip(*parts, strict=True)))
 
 

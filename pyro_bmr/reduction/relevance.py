@@ -24,7 +24,7 @@ class BestVariance(NamedTuple):
     delta_f: Tensor
 
 
-def best_var(data: Message, prior_var: Tensor, groups: Tensor | None = None, shift: float = 0.0) -> BestVariance:
+def best_var(data: Message, prior_var: Tensor, groups: Tensor | None = None, shift: Tensor | float = 0.0) -> BestVariance:
     r"""The v ≥ 0 that maximises the evidence of priors N(e, v), e = `shift` from the prior mean of the fit.
 
     .. math:: v = \max(0,\; (m - e)^2 - 1/L) \quad\text{for one weight}, \qquad

@@ -50,9 +50,7 @@ class ScaleMixtureReduction(NamedTuple):
         return torch.sigmoid(self.log_odds)
 
 
-def scale_mixture_reduction(
-    data: Message, prior_var: Tensor, variances: Any, log_weights: Any, scale_groups: Tensor | None = None
-) -> ScaleMixtureReduction:
+def scale_mixture_reduction(data: Message, prior_var: Tensor, variances: Any, log_weights: Any, scale_groups: Tensor | None = None) -> ScaleMixtureReduction:
     r"""ΔF, logit κ and reduced moments of weights with prior N(0, σ₀²) when that prior becomes the mixture Σ_k w_k N(0, v_k).
 
     .. math:: \Delta F = \log \sum_k w_k N(m; 0, v_k + 1/L) - \log N(m; 0, \sigma_0^2 + 1/L), \qquad
@@ -74,7 +72,7 @@ def scale_mixture_reduction(
     out = [torch.empty(shape, dtype=data.h.dtype, device=data.h.device) for _ in range(4)]
 
     def fill(k: int) -> None:
-        for whole, value in zip(out, _chunk(*(c[k] for c in columns), nodes, rows[k]), strict=True):
+        for whole, value in zip(out, _chunk(columns[0][k], columns[1][k], columns[2][k], nodes, rows[k]), strict=True):
             whole.view(-1)[k * _CHUNK : (k + 1) * _CHUNK] = value
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # torch's own threads gain nothing on arrays that fit a cache
@@ -150,8 +148,8 @@ def best_scale(
             by_row = [mixture(s) for s in scales]
             nodes = _nodes([v for v, _ in by_row], [w for _, w in by_row], Message(h, precision), index)
         gains = [
-            _chunk(*part, nodes, None if rows is None else r, moments=False)[0].double()
-            for *part, r in zip(h.split(_CHUNK), precision.split(_CHUNK), var.split(_CHUNK), index.split(_CHUNK), strict=True)
+            _chunk(hc, lc, vc, nodes, None if rows is None else r, moments=False)[0].double()
+            for hc, lc, vc, r in zip(h.split(_CHUNK), precision.split(_CHUNK), var.split(_CHUNK), index.split(_CHUNK), strict=True)
         ]
         return factor * torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(0, index, torch.cat(gains)) + hyper
 
@@ -258,7 +256,8 @@ def _nodes(variances: Any, log_weights: Any, data: Message, scale_groups: Tensor
     v, log_w = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (variances, log_weights))
     if v.shape != log_w.shape or v.ndim != (1 if scale_groups is None else 2) or not bool((v >= 0).all() & v.isfinite().all() & ~log_w.isnan().any()):
         raise ReductionError(
-            f"a mixture is variances >= 0 and as many log weights; got shapes {tuple(v.shape)} and {tuple(log_w.shape)}, variances from {float(v.min())} to {float(v.max())}"
+            f"a mixture is variances >= 0 and as many log weights; got shapes {tuple(v.shape)} and {tuple(log_w.shape)}, "
+            f"variances from {float(v.min())} to {float(v.max())}"
         )
     sharpest = max(float(data.precision.max()), float(data.h.abs().max()) ** 2, 1e-30) if data.h.numel() else 1.0
     v = v.clamp(max=(1e18 if data.h.dtype == torch.float32 else 1e100) / max(1e-12 * sharpest, 1.0))  # wider is flat to every weight, and v² leaves the floats

@@ -117,7 +117,9 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None, groups: Te
     site = posterior[name]
     _not_a_point(site)
     if groups is not None and (groups.shape != site.mean.shape or groups.is_floating_point() or groups.dtype == torch.bool):
-        raise ReductionError(f"groups must be an integer tensor of the site's shape {tuple(site.mean.shape)}; got {groups.dtype} of shape {tuple(groups.shape)}")
+        raise ReductionError(
+            f"groups must be an integer tensor of the site's shape {tuple(site.mean.shape)}; got {groups.dtype} of shape {tuple(groups.shape)}"
+        )
     if to is None:
         return _own_decision(posterior, name)
     if site.prior is None:
@@ -238,7 +240,9 @@ def _slab_width(to: SpikeAndSlab, living: Living) -> float:
 
     def gain(log_scale: Tensor) -> Tensor:
         odds, base = _spike_odds(to, math.exp(float(log_scale)), part)
-        return torch.tensor(base + (fixed_inclusion(odds, math.log(to.inclusion / (1 - to.inclusion))) if to.inclusion else mean_field_log_odds(odds, to.alpha, to.beta)[1]))
+        return torch.tensor(
+            base + (fixed_inclusion(odds, math.log(to.inclusion / (1 - to.inclusion))) if to.inclusion else mean_field_log_odds(odds, to.alpha, to.beta)[1])
+        )
 
     if not len(living.spike):
         return 1.0
@@ -283,7 +287,7 @@ def _scale_mixture(to: ScaleMixture, living: Living) -> Reduced:
     groups = living.rows if living.groups is None and getattr(to, "per", "weight") == "unit" else living.groups
     scale, scales, rows = None, None, None
     if hasattr(to, "log_hyper") and len(q.mean):
-        rows = living.rows if getattr(to, "tau_per", "layer") == "unit" else None
+        rows = living.rows if groups is None and getattr(to, "tau_per", "layer") == "unit" else None
         found = best_scale(data, p.var, to.mixture, to.log_hyper, rows, groups)
         scale, scales = float(found.median()), None if rows is None else found
     if groups is not None:

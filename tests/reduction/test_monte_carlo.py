@@ -40,7 +40,10 @@ def test_sites_of_any_shape_and_priors_of_any_kind():
     old = {"a": bmr.Gaussian(1.4), "b": normal(0.2, 1.1)}
     new = {"a": StudentT(torch.tensor(3.0).double(), 0.0, 0.6), "b": Laplace(torch.tensor(0.0).double(), 0.8)}
     got = monte_carlo_delta_f(draws, old, new)
-    exact = sum(density_reduction(q[n], bmr.Diagonal(*(torch.tensor(v).double() for v in m)), new[n].log_prob).delta_f.sum().item() for n, m in (("a", (0.0, 1.96)), ("b", (0.2, 1.21))))
+    exact = sum(
+        density_reduction(q[n], bmr.Diagonal(*(torch.tensor(v).double() for v in m)), new[n].log_prob).delta_f.sum().item()
+        for n, m in (("a", (0.0, 1.96)), ("b", (0.2, 1.21)))
+    )
     assert got.trusted and abs(got.delta_f - exact) < 4 * got.standard_error and got.standard_error < 0.01
 
 

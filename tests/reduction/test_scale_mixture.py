@@ -188,12 +188,12 @@ def test_tau_of_each_unit_is_that_of_the_unit_alone():
 
 def test_single_precision_is_double_precision():
     """Over signals from none to overwhelming, at τ from tiny to wide, with and without a slab."""
-    z, precision = torch.meshgrid(torch.logspace(-2, 2.5, 40, dtype=torch.float64), torch.logspace(-4, 5, 40, dtype=torch.float64), indexing="ij")
+    z, precision = torch.meshgrid(torch.logspace(-2, 2.5, 34, dtype=torch.float64), torch.logspace(-4, 5, 34, dtype=torch.float64), indexing="ij")
     data = Message((z * precision.sqrt()).flatten(), precision.flatten())
     for tau in (1e-4, 0.3):
         for prior in (bmr.Horseshoe(), HORSESHOE):
-            double = scale_mixture_reduction(data, torch.full((1600,), PRIOR_VAR).double(), *prior.mixture(tau))
-            single = scale_mixture_reduction(Message(data.h.float(), data.precision.float()), torch.full((1600,), PRIOR_VAR), *prior.mixture(tau))
+            double = scale_mixture_reduction(data, torch.full((1156,), PRIOR_VAR).double(), *prior.mixture(tau))
+            single = scale_mixture_reduction(Message(data.h.float(), data.precision.float()), torch.full((1156,), PRIOR_VAR), *prior.mixture(tau))
             assert torch.allclose(single.delta_f.double(), double.delta_f, rtol=2e-5, atol=2e-5)
             assert torch.allclose(single.kappa.double(), double.kappa, rtol=1e-4, atol=1e-6)
             assert torch.allclose(single.mean.double(), double.mean, rtol=1e-3, atol=1e-6)
@@ -204,7 +204,13 @@ extreme = st.floats(-15, 15).map(lambda x: 10.0**x)
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from([torch.float32, torch.float64]), st.lists(st.tuples(extreme, extreme, st.booleans()), min_size=1, max_size=5), extreme, extreme, st.booleans())
+@given(
+    st.sampled_from([torch.float32, torch.float64]),
+    st.lists(st.tuples(extreme, extreme, st.booleans()), min_size=1, max_size=5),
+    extreme,
+    extreme,
+    st.booleans(),
+)
 def test_no_weight_is_nan(dtype, cases, prior_var, tau, slab):
     """Posteriors, priors and scales over thirty orders of magnitude: κ in [0, 1], variances not negative, nothing NaN."""
     mean = torch.tensor([m if sign else -m for m, _, sign in cases], dtype=dtype)
