@@ -126,21 +126,23 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None, groups: Te
         raise ReductionError(
             f"its prior in the fit ({site.declared!r}) is not Gaussian; reduce a posterior fitted under Gaussian(), or pass to=None for its own decision"
         )
-    wider = int((site.var > site.prior.var).sum())
+    wider = int(torch.count_nonzero(site.var > site.prior.var))
     spike = point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask)
     living = _living(site, spike, groups)
     answer = reduced(to, living)
     whole = site.mask is None
 
-    def back(part: Tensor, elsewhere: Tensor) -> Tensor:
-        return part.view(site.mean.shape) if whole else elsewhere.masked_scatter(site.alive, part)
+    def back(part: Tensor, elsewhere: Tensor | float) -> Tensor:
+        if whole:
+            return part.view(site.mean.shape)
+        return (torch.full_like(site.mean, elsewhere) if isinstance(elsewhere, float) else elsewhere).masked_scatter(site.alive, part)
 
     kept = answer.moments is living.q
     mean, var = (site.mean, site.var) if kept else (back(answer.moments.mean, site.mean), back(answer.moments.var, site.var))
-    drop = spike.masked_fill(~site.alive, torch.inf) if answer.drop is living.spike and not whole else back(answer.drop, torch.full_like(spike, torch.inf))
+    drop = spike.masked_fill(~site.alive, torch.inf) if answer.drop is living.spike and not whole else back(answer.drop, torch.inf)
     prior = site.prior if answer.prior is living.p else None
     if answer.prior is not None and answer.prior is not living.p:
-        prior = Diagonal(*(t if t.ndim == 0 else back(t, torch.ones_like(site.mean)) for t in map(_number, (answer.prior.mean, answer.prior.var))))
+        prior = Diagonal(*(t if t.ndim == 0 else back(t, 1.0) for t in map(_number, (answer.prior.mean, answer.prior.var))))
     return SiteReduction(answer.delta_f, spike, drop, replace(site, mean=mean, var=var, prior=prior), wider, answer.scale, answer.scales)
 
 
