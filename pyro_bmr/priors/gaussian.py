@@ -1,6 +1,6 @@
 """Gaussian priors over the weights of a site, with a fixed, an inferred or an empirical scale, shared as wanted.
 
-Owns `Gaussian` and the two things that every prior shares: the protocol `Prior` and the start value of a weight. Next: `horseshoe.py`.
+Owns `Gaussian` and what every prior shares: the protocols `Prior` and `ScaleMixture`, and the start value of a weight. Next: `horseshoe.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -27,6 +28,19 @@ class Prior(Protocol):
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
         """The weight tensor of `shape`, drawn by `pyro.sample` statements of which the one called `name` holds the entries that a mask
         can prune. `init` is where a guide should start, and fixes dtype and device."""
+        ...
+
+
+@runtime_checkable
+class ScaleMixture(Protocol):
+    """A prior that is a scale mixture of zero-mean Gaussians, so that a reduction to it is exact by quadrature over the scale.
+
+    Where the global scale is to be found by its evidence the prior also has `log_hyper(scale)`, the log density of its hyper-prior up to a constant.
+    """
+
+    def mixture(self, scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Variances v_k and log weights log w_k of p(w) ≈ Σ_k w_k N(w; 0, v_k), Σ w_k = 1, for weights in units of the site. `scale`: the global
+        scale; None for the prior's own value."""
         ...
 
 

@@ -1,15 +1,16 @@
 """The (regularised) horseshoe prior, over tiers of scales.
 
-Owns `Horseshoe`. Its exact reduction is in `reduction/horseshoe.py`. Next: `spike_and_slab.py`.
+Owns `Horseshoe`. Its exact reduction is in `reduction/scale_mixture.py`. Next: `spike_and_slab.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -36,7 +37,9 @@ class Horseshoe:
     scales are the sites `<name>_tau`, `<name>_unit`, `<name>_input` and `<name>_lambda`. Sources: Carvalho, Polson & Scott 2010, Biometrika 97(2);
     Piironen & Vehtari 2017, EJS 11(2) (the slab); Louizos, Ullrich & Welling 2017, arXiv 1705.08665, and Ghosh, Yao & Doshi-Velez 2019, JMLR 20 (units).
 
-    As the target of a reduction, scales are counted in the units of the site: v = c²τ²λ²/(c² + τ²λ²) with τ found by its evidence.
+    As the target of a reduction, scales are counted in the units of the site: v = c²τ²λ²/(c² + τ²λ²), exact by quadrature over one λ, with τ found by
+    its evidence: λ per weight with τ per layer (the default) or per unit (tiers ``("unit", "weight")``), or λ per unit. For other tiers, and an
+    inferred slab, there is `reduction_program`.
 
     A group prior is a horseshoe without the tier ``"weight"``: ``tiers=("layer", "unit")`` lets whole units or output channels go, ``"input"`` whole
     inputs or input channels; `block` makes the groups wider, such as the rows of an attention head.
@@ -118,16 +121,20 @@ class Horseshoe:
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
         like = torch.zeros(shape) if init is None else init
+        unit = 1 / math.sqrt(fan_in(shape)) if self.by_fan_in else 1.0
+        gamma = self.sample_scale(name, shape, like)
+        start = None if init is None else init / unit
+        return unit * gamma * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+
+    def sample_scale(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """γ, broadcasting to `shape`, from the `pyro.sample` statements of its tiers and slab; dtype and device are those of `like`."""
         psi = like.new_tensor(self.tau0)
         for tier in self.tiers:
             block = self.block if tier in ("unit", "input") else 1
             scale = psi if tier == "layer" else like.new_ones(())
             lam = sample_half_cauchy(f"{name}_{SITES[tier]}", scale, shape, tier, block, self.parametrization)
             psi = lam if tier == "layer" else psi * lam
-        unit = 1 / math.sqrt(fan_in(shape)) if self.by_fan_in else 1.0
-        gamma = psi if self.slab_scale is None else psi / (1 + (psi / self._slab(name, like)).square()).sqrt()
-        start = None if init is None else init / unit
-        return unit * gamma * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+        return psi if self.slab_scale is None else psi / (1 + (psi / self._slab(name, like)).square()).sqrt()
 
     def _slab(self, name: str, like: Tensor) -> Tensor:
         assert self.slab_scale is not None
@@ -155,3 +162,21 @@ class Horseshoe:
             return torch.minimum(kappa, gain + _NOISE).where(alive, torch.inf)
         by_group = [spread(tier_parts(kappa, tier, self.block).amin(-1), tier, self.block).expand(var.shape) for tier in groups]
         return torch.stack(by_group).amax(0)
+
+    def mixture(self, scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        r"""Variances and log weights of p(w) ≈ Σ_k w_k N(w; 0, v_k) given the product `scale` of all scales but one half-Cauchy λ (default `tau0`).
+
+        With t = log λ the half-Cauchy has the density sech(t)/π, smooth and with exponential tails, so the trapezoid rule over |t| ≤ 24 converges
+        exponentially, down to τ far below the weights it has to let escape.
+        """
+        t = np.linspace(-24.0, 24.0, 208)
+        psi = (self.tau0 if scale is None else scale) ** 2 * np.exp(2 * t)
+        log_weights = -np.logaddexp(t, -t)
+        return psi if self.slab_scale is None else psi / (1 + psi / self.slab_scale**2), log_weights - np.logaddexp.reduce(log_weights)
+
+    @property
+    def log_hyper(self) -> Callable[[float], float]:
+        """log C⁺(τ; 0, τ₀) up to a constant; an AttributeError where a single tier is all there is, and τ = τ₀ is known."""
+        if len(self.tiers) == 1:
+            raise AttributeError(f"{self!r} has a known global scale, and no hyper-prior on it")
+        return lambda scale: -math.log1p((scale / self.tau0) ** 2)

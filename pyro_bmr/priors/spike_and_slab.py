@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -47,11 +47,16 @@ class SpikeAndSlab:
         spike_scale: the spike's standard deviation in units of the site. None (default): 0 in a reduction, r = 0.05 when fitted. It has no place
             beside a temperature.
         alpha, beta: of the Beta prior on π, as if `alpha` weights had been seen in the slab and `beta` in the spike; the default Beta(1, 1) leaves the
-            sparsity to the data.
+            sparsity to the data. Beta(1, n) with n the number of weights expects few of them (Castillo, Schmidt-Hieber & van der Vaart 2015, Annals of
+            Statistics 43(5)).
         temperature: None (default) sums the indicator out; a number t > 0 relaxes it: near 0 the prior of z is close to 0 or 1, and the
             gradients are large. 0.5 is a fair start.
         per: what has an indicator of its own when relaxed: each ``"weight"`` (default), each output ``"unit"``, or each ``"input"``.
         block: how many neighbouring units or inputs share an indicator, such as the rows of an attention head.
+        slab_scale: of a reduction. None (default): the slab is the prior of the fit. A number: N(0, slab_scale²), in units of the site.
+            ``"empirical"``: the width that has, together with π, the best evidence; ask for it when the prior's scale was fitted to all weights of a
+            layer, of which most are not needed, and is too narrow to tell slab from spike.
+        inclusion: of a reduction. A known π, instead of one that is learned.
     """
 
     spike_scale: float | None = None
@@ -60,6 +65,8 @@ class SpikeAndSlab:
     temperature: float | None = None
     per: Tier = "weight"
     block: int = 1
+    slab_scale: float | Literal["empirical"] | None = None
+    inclusion: float | None = None
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -74,6 +81,13 @@ class SpikeAndSlab:
             raise ModelError(f"SpikeAndSlab(per={self.per!r}): a group has a relaxed indicator; give a temperature, such as 0.5")
         if self.temperature is not None and self.spike_scale is not None:
             raise ModelError(f"{self!r}: with a relaxed indicator the spike has no width of its own; leave spike_scale out")
+        if isinstance(self.slab_scale, str):
+            if self.slab_scale != "empirical":
+                raise ModelError(f'SpikeAndSlab(slab_scale={self.slab_scale!r}): the slab\'s scale is a number > 0, "empirical", or None')
+        elif self.slab_scale is not None and not (self.spike_scale or 0) < self.slab_scale < math.inf:
+            raise ModelError(f"SpikeAndSlab(slab_scale={self.slab_scale}): the slab's scale is finite and wider than the spike's ({self.spike_scale or 0})")
+        if self.inclusion is not None and not 0 < self.inclusion < 1:
+            raise ModelError(f"SpikeAndSlab(inclusion={self.inclusion}): a probability between 0 and 1 is wanted, neither of which")
 
     @property
     def fitted_spike_scale(self) -> float:

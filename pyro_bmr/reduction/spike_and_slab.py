@@ -8,54 +8,126 @@ Given is each weight's ΔF_i, the log of r_i = p(y | w_i = 0) / p(y | w_i in the
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _QUADRATURE_NODES = 257
+_SAMPLE = 1 << 16  # weights on which the fixed point is first sought
+_PIECE = 1 << 16  # weights at once, where a whole site would leave the cache
+_PASSES = 100
 _TAIL_NATS = 40.0  # the integrand is followed on each side until it has fallen by this much
 
 
 class Inclusion(NamedTuple):
-    """`probability`: of each weight being in the slab, the shape of ΔF. `log_evidence_gain`: of the whole layer over all slab, nats.
+    """`drop`: the log odds of each weight being in the spike, the shape of ΔF. `log_evidence_gain`: of the whole layer over all slab, nats.
     `log_odds`: ζ, the ΔF above which a weight goes; for the exact answer, that of a weight whose probability is ½ given the posterior mean of π."""
 
-    probability: Tensor
+    drop: Tensor
     log_evidence_gain: Tensor
     log_odds: Tensor
 
+    @property
+    def probability(self) -> Tensor:
+        """The probability of each weight being in the slab."""
+        return torch.sigmoid(-self.drop)
 
-def mean_field_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0, tolerance: float = 1e-6, max_iterations: int = 500) -> Inclusion:
+
+def mean_field_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Inclusion:
     r"""The fixed point of the mean-field update over inclusion and π, started at even odds (ζ = 0); the gain is its lower bound.
 
     .. math:: \rho_i = \sigma(\zeta - \Delta F_i), \quad \zeta = \psi(\alpha_0 + \textstyle\sum\rho) - \psi(\beta_0 + \sum(1 - \rho))
 
     Source: Marković, Friston & Kiebel 2024, IEEE Access 12 (arXiv 2309.12095), there with four rounds instead of convergence.
     """
-    d = delta_f.flatten()
-    zeta = d.new_zeros(())
-    for _ in range(max_iterations):
-        included = torch.sigmoid(zeta - d).sum()
-        a, b = alpha + included, beta + d.numel() - included
-        updated = torch.digamma(a) - torch.digamma(b)
-        done = bool((updated - zeta).abs() <= tolerance * (1 + updated.abs()))
+    zeta, gain = mean_field_log_odds(delta_f, alpha, beta)
+    return Inclusion(delta_f - zeta, delta_f.new_tensor(gain), delta_f.new_tensor(zeta))
+
+
+def mean_field_log_odds(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> tuple[float, float]:
+    r"""ζ and the evidence gain of `mean_field_inclusion`, without a tensor of the probabilities: for any number of weights in a few passes.
+
+    The update is iterated on at most 65,536 weights at equal distances. From there a pass over all of them gives the sums of σ(ζ − ΔF_i) and of its
+    first three derivatives in ζ, and with these the fixed point, by Newton's rule. Since the fourth derivative of σ is at most 1/7, a step δ is
+    exact to n δ⁴/168 in Σρ; passes go on until |δ| ≤ 0.03, when that is below 5·10⁻⁹ n.
+    """
+    d = delta_f.reshape(-1)
+    n = d.numel()
+    if n == 0:
+        return _digamma(alpha) - _digamma(beta), 0.0
+    zeta = _iterated(d[:: max(math.ceil(n / _SAMPLE), 1)].double(), n, alpha, beta)
+    for _ in range(_PASSES):
+        sums = _sums(d, zeta)
+        step = _newton_step(sums, zeta, alpha, beta)
+        zeta += step
+        if abs(step) <= 0.03:
+            break
+    included, excluded, slope, bend, third, softplus = sums
+    moved = slope * step + bend * step**2 / 2 + third * step**3 / 6
+    a, b = alpha + included + moved, beta + excluded - moved
+    fit = softplus - excluded * step + slope * step**2 / 2 + bend * step**3 / 6 + third * step**4 / 24  # Σ log(1 + exp(ΔF − ζ))
+    log_slab, log_spike = _digamma(a) - _digamma(a + b), _digamma(b) - _digamma(a + b)
+    kl = _log_beta(alpha, beta) - _log_beta(a, b) + (a - alpha) * log_slab + (b - beta) * log_spike
+    return zeta, n * log_slab + fit - kl
+
+
+def fixed_inclusion(delta_f: Tensor, log_odds: float) -> float:
+    r"""The evidence gain Σ log(π + (1 − π) rᵢ) for a known inclusion probability π, given as its log odds ζ."""
+    log_pi = -float(torch.nn.functional.softplus(torch.tensor(-log_odds, dtype=torch.float64)))
+    return delta_f.numel() * log_pi + _sums(delta_f.reshape(-1), log_odds)[5]
+
+
+def _iterated(d: Tensor, n: int, alpha: float, beta: float) -> float:
+    zeta, each = 0.0, n / d.numel()
+    for _ in range(500):
+        updated = _digamma(alpha + each * float(torch.sigmoid(zeta - d).sum())) - _digamma(beta + each * float(torch.sigmoid(d - zeta).sum()))
+        done = abs(updated - zeta) <= 1e-6 * (1 + abs(updated))
         zeta = updated
         if done:
             break
-    total = torch.digamma(a + b)
-    log_slab, log_spike = torch.digamma(a) - total, torch.digamma(b) - total
-    fit = torch.logaddexp(log_slab.expand_as(d), log_spike + d).sum()
-    a0, b0 = d.new_tensor(alpha), d.new_tensor(beta)
-    kl = _log_beta(a0, b0) - _log_beta(a, b) + (a - a0) * log_slab + (b - b0) * log_spike
-    return Inclusion(torch.sigmoid(zeta - delta_f), fit - kl, zeta)
+    return zeta
+
+
+def _sums(d: Tensor, zeta: float) -> tuple[float, ...]:
+    """Sums of ρ = σ(ζ − ΔF), of 1 − ρ (apart: a sum of ones hides what is left of n), of the first three derivatives of ρ, and of log(1 + exp(ΔF − ζ))."""
+    totals = [0.0] * 6
+    for piece in d.split(_PIECE):
+        x = piece - zeta
+        outside, inside = torch.sigmoid(x), torch.sigmoid(-x)
+        softplus = -inside.log().sum() if float(x.max()) < 80 else torch.nn.functional.softplus(x).sum()  # log σ is ten times as fast while σ > 0
+        slope = inside * outside
+        bend = torch.dot(slope, outside) - torch.dot(slope, inside)
+        third = slope.sum() - 6 * torch.dot(slope, slope)
+        parts = torch.stack([inside.sum(), outside.sum(), slope.sum(), bend, third, softplus])
+        totals = [total + part for total, part in zip(totals, parts.tolist(), strict=True)]
+    return tuple(totals)
+
+
+def _newton_step(sums: tuple[float, ...], zeta: float, alpha: float, beta: float) -> float:
+    """The root of ψ(α₀ + Σρ) − ψ(β₀ + Σ(1 − ρ)) − ζ near `zeta`, with Σρ by its Taylor polynomial; a plain update where the root is not near."""
+    included, excluded, slope, bend, third, _ = sums
+    step = 0.0
+    for _ in range(50):
+        moved = slope * step + bend * step**2 / 2 + third * step**3 / 6
+        a, b = max(alpha + included + moved, alpha), max(beta + excluded - moved, beta)
+        residual = _digamma(a) - _digamma(b) - zeta - step
+        rate = (_trigamma(a) + _trigamma(b)) * (slope + bend * step + third * step**2 / 2)
+        if rate >= 1 or abs(step) > 0.5:  # no stable root here
+            return _digamma(alpha + included) - _digamma(beta + excluded) - zeta
+        step += residual / (1 - rate)
+        if abs(residual) <= 1e-12 * (1 + abs(zeta)):
+            break
+    return step
 
 
 def exact_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Inclusion:
     r"""Inclusion probabilities E[π / (π + (1 − π) rᵢ) | y] and log evidence gain by quadrature over logit π.
 
     The integrand in t = logit π is analytic and falls at least as fast as exp(−min(α, β)|t|), so the trapezoid rule converges
-    exponentially; against enumeration over all 2ⁿ subsets the error is below 1e-10. Cost: 257 passes over the weights.
+    exponentially; against enumeration over all 2ⁿ subsets the error is below 1e-10. Cost: 257 passes over the weights,
+    more for α or β far below 1, whose tails are long.
     """
     d = delta_f.flatten().double()
 
@@ -64,22 +136,23 @@ def exact_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> I
         terms = torch.stack([torch.logaddexp(lp.expand_as(d), ln + d).sum() for lp, ln in zip(log_pi, log_not, strict=True)])
         return terms + alpha * log_pi + beta * log_not  # the Jacobian π(1 − π) is in the exponents
 
-    nodes = _support(log_integrand, d)
+    nodes = _support(log_integrand, d, 200 + _TAIL_NATS / min(alpha, beta))
     log_weights = log_integrand(nodes)
     log_mass = log_weights.logsumexp(0)
     step = (nodes[1] - nodes[0]).log()
-    gain = log_mass + step - _log_beta(d.new_tensor(alpha), d.new_tensor(beta))
+    gain = log_mass + step - _log_beta(alpha, beta)
     weights = (log_weights - log_mass).exp()
-    probability = torch.zeros_like(d)
+    inside, outside = torch.zeros_like(d), torch.zeros_like(d)
     for t, weight in zip(nodes, weights, strict=True):
-        probability += weight * torch.sigmoid(t - d)
+        inside += weight * torch.sigmoid(t - d)
+        outside += weight * torch.sigmoid(d - t)
     mean_pi = (weights * torch.sigmoid(nodes)).sum()
-    return Inclusion(probability.view_as(delta_f).to(delta_f.dtype), gain.to(delta_f.dtype), torch.logit(mean_pi).to(delta_f.dtype))
+    return Inclusion((outside.log() - inside.log()).view_as(delta_f).to(delta_f.dtype), gain.to(delta_f.dtype), torch.logit(mean_pi).to(delta_f.dtype))
 
 
-def _support(log_integrand, d: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _support(log_integrand, d: Tensor, bound: float) -> Tensor:  # type: ignore[no-untyped-def]
     """Equidistant nodes over the part of the line where the integrand is within exp(−40) of its peak, however narrow that is."""
-    low, high = -200.0, 200.0
+    low, high = -bound, bound
     for _ in range(12):
         nodes = torch.linspace(low, high, 65, dtype=d.dtype, device=d.device)
         values = log_integrand(nodes)
@@ -88,8 +161,16 @@ def _support(log_integrand, d: Tensor) -> Tensor:  # type: ignore[no-untyped-def
         low, high = float(nodes[first]), float(nodes[last])
         if last - first > 32:
             break
-    return torch.linspace(low, high, _QUADRATURE_NODES, dtype=d.dtype, device=d.device)
+    return torch.linspace(low, high, max(_QUADRATURE_NODES, math.ceil(2 * (high - low))), dtype=d.dtype, device=d.device)  # at most ½ apart
 
 
-def _log_beta(a: Tensor, b: Tensor) -> Tensor:
-    return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+
+def _digamma(x: float) -> float:
+    return float(torch.digamma(torch.tensor(x, dtype=torch.float64)))
+
+
+def _trigamma(x: float) -> float:
+    return float(torch.polygamma(1, torch.tensor(x, dtype=torch.float64)))

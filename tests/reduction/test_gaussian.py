@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 import pyro_bmr as bmr
-from pyro_bmr.reduction.gaussian import Dense, Diagonal, delta_f, prune_subset, reduced_posterior
+from pyro_bmr.reduction.gaussian import Dense, Diagonal, delta_f, point_spike_delta_f, prune_subset, reduced_posterior
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal, reduced_mean
 from tests.exact import linear_gaussian, random_spd
@@ -205,3 +207,56 @@ def test_point_spikes_on_other_structures_are_sent_to_prune_subset():
     ):
         with pytest.raises(bmr.ReductionError, match="prune_subset"):
             delta_f(q, p, p_)
+
+
+def test_the_point_spike_in_pieces(monkeypatch):
+    """Against densities by scipy: priors that are numbers and that are not, with a mask, in pieces of every size."""
+    rng = np.random.default_rng(9)
+    mean, var, eta, prior_var = tensors(rng.normal(size=(5, 7)), rng.uniform(0.01, 0.5, (5, 7)), rng.normal(size=(5, 7)), rng.uniform(0.6, 2, (5, 7)))
+    mask = torch.rand(5, 7) < 0.6
+    expected = stats.norm(mean, var**0.5).logpdf(0) - stats.norm(eta, prior_var**0.5).logpdf(0)
+    dead = Diagonal(mean.where(mask, 0), var.where(mask, 0))
+    for size in (1, 6, 64):
+        monkeypatch.setattr("pyro_bmr.reduction.gaussian._PIECE", size)
+        np.testing.assert_allclose(point_spike_delta_f(Diagonal(mean, var), Diagonal(eta, prior_var)), expected, atol=1e-12)
+        got = point_spike_delta_f(dead, Diagonal(eta, prior_var), mask)
+        assert got[~mask].isnan().all()
+        np.testing.assert_allclose(got[mask], expected[mask], atol=1e-12)
+        number = point_spike_delta_f(Diagonal(mean.mT, var.mT), Diagonal(*tensors(0.4, 1.3)))
+        np.testing.assert_allclose(number, stats.norm(mean.mT, var.mT**0.5).logpdf(0) - stats.norm(0.4, 1.3**0.5).logpdf(0), atol=1e-12)
+    with pytest.raises(bmr.ReductionError, match="posterior must have finite moments and variance > 0; got 1 of"):
+        point_spike_delta_f(Diagonal(mean, var.clone().index_put_((torch.tensor(2), torch.tensor(3)), torch.tensor(-0.1).double())), Diagonal(eta, prior_var))
+    assert point_spike_delta_f(Diagonal(*tensors([], [])), Diagonal(*tensors(0.0, 1.0))).shape == (0,)
+
+
+magnitude = st.floats(-15, 15).map(lambda x: 10.0**x)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([(), (1,), (3,), (2, 3), (0, 2)]),
+    st.tuples(magnitude, magnitude, magnitude),
+    st.one_of(st.just(0.0), magnitude),
+)
+def test_no_diagonal_reduction_is_nan(dtype, shape, values, reduced_var):
+    """Means, variances and priors over thirty orders of magnitude, the point spike among the targets: shapes and dtypes stay, nothing is NaN."""
+    mean, var, prior_var = (torch.full(shape, v, dtype=dtype) for v in values)
+    q, p, r = Diagonal(mean, var), Diagonal(torch.zeros((), dtype=dtype), prior_var), Diagonal(torch.zeros(()), torch.tensor(reduced_var))
+    gain, reduced = delta_f(q, p, r), reduced_posterior(q, p, r)
+    for t in (gain, reduced.mean, reduced.var, point_spike_delta_f(q, p)):
+        assert t.shape == shape and t.dtype == dtype and not t.isnan().any()
+    assert (reduced.var >= 0).all()
+    if reduced_var == 0 and values[1] <= values[2] and gain.isfinite().all():  # for a wider posterior 1 + σ₀²L has no digits left
+        torch.testing.assert_close(gain, point_spike_delta_f(q, p), rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from([(3,), (2, 4), (5, 1)]), st.sampled_from([(4,), (3, 2), (2, 3, 4), (7,)]))
+def test_a_prior_of_another_shape_is_no_silent_broadcast(shape, other):
+    q = Diagonal(torch.zeros(shape), torch.ones(shape))
+    p = Diagonal(torch.zeros(other), torch.full(other, 2.0))
+    fits = len(other) <= len(shape) and all(a in (1, b) for a, b in zip(other[::-1], shape[::-1], strict=False))
+    if not fits:
+        with pytest.raises(bmr.ReductionError, match="does not fit a posterior of shape"):
+            delta_f(q, p, bmr.Gaussian(0.0))

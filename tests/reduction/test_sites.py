@@ -10,7 +10,7 @@ from scipy import stats
 import pyro_bmr as bmr
 from pyro_bmr.posterior import Site
 from pyro_bmr.reduction.gaussian import Message
-from pyro_bmr.reduction.horseshoe import horseshoe_reduction
+from pyro_bmr.reduction.scale_mixture import scale_mixture_reduction
 from pyro_bmr.reduction.spike_and_slab import exact_inclusion
 
 RNG = np.random.default_rng(7)
@@ -95,7 +95,7 @@ def test_horseshoe():
     result = bmr.reduce(posterior(), to=bmr.Horseshoe(tau0=0.5))
     tau = result.table()["scale"].iloc[0]
     data = (MEAN / VAR, 1 / VAR - 1 / 1.7)
-    direct = horseshoe_reduction(Message(*data), torch.full((4, 6), 1.7, dtype=torch.float64), tau, 2.0)
+    direct = scale_mixture_reduction(Message(*data), torch.full((4, 6), 1.7, dtype=torch.float64), *bmr.Horseshoe().mixture(tau))
     assert torch.equal(result.masks["w"], direct.kappa <= 0.5)
     assert result.delta_f == pytest.approx(direct.delta_f.sum().item(), abs=1e-9)
     alive = result.masks["w"]

@@ -1,0 +1,284 @@
+r"""Reduction of Gaussian weights to a scale mixture of zero-mean Gaussians (horseshoe, Student-t, Laplace), exact per weight by quadrature.
+
+Owns `scale_mixture_reduction` (given the mixture), `grouped_reduction` (one local scale shared by a group) and `best_scale` (the global scale
+by its evidence). Imports torch only. The mixture comes as nodes, variances v_k and log weights log w_k with Σ w_k = 1:
+
+    p̃(w) = Σ_k w_k N(w; 0, v_k).
+
+A prior says its nodes by its method `mixture`. Sources: Carvalho, Polson & Scott 2010, Biometrika 97(2) (κ and the ½ rule); Piironen & Vehtari
+2017, EJS 11(2) (the slab, which only changes the v_k).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_bmr.errors import ReductionError
+from pyro_bmr.reduction.gaussian import Message
+from pyro_bmr.reduction.line_search import line_maximum
+
+_CHUNK = 1 << 15  # weights at once: the arrays of one pass over the nodes stay in a core's cache
+_FEW = 1 << 10  # weights for which one array of all nodes is faster than a pass over them
+_MERGE = 1e-6  # nodes that no weight can tell apart better than this are one node: the error in ΔF is its square
+_WEIGHTS_FOR_SCALE = 8192
+_WEIGHTS_PER_GROUP_FOR_SCALE = 512
+
+Mixture = Callable[[float], tuple[Any, Any]]  # global scale → (variances, log weights)
+
+
+class ScaleMixtureReduction(NamedTuple):
+    """Per weight: `delta_f` in nats (`grouped_reduction`: per group); `log_odds` = logit κ; reduced `mean` and `var`.
+
+    κ = E[1/(1 + L v) | y] is the share of the estimate taken by the prior; a weight goes when it is above ½, that is, when the log odds are positive.
+    """
+
+    delta_f: Tensor
+    log_odds: Tensor
+    mean: Tensor
+    var: Tensor
+
+    @property
+    def kappa(self) -> Tensor:
+        """κ itself, between 0 and 1."""
+        return torch.sigmoid(self.log_odds)
+
+
+def scale_mixture_reduction(data: Message, prior_var: Tensor, variances: Any, log_weights: Any, scale_groups: Tensor | None = None) -> ScaleMixtureReduction:
+    r"""ΔF, logit κ and reduced moments of weights with prior N(0, σ₀²) when that prior becomes the mixture Σ_k w_k N(0, v_k).
+
+    .. math:: \Delta F = \log \sum_k w_k N(m; 0, v_k + 1/L) - \log N(m; 0, \sigma_0^2 + 1/L), \qquad
+        \tilde\mu = h\,E\Big[\frac{v}{1 + Lv}\Big], \quad
+        \tilde\sigma^2 = E\Big[\frac{v}{1 + Lv}\Big] + h^2\,\mathrm{Var}\Big[\frac{v}{1 + Lv}\Big]
+
+    Exact given the nodes, in one pass over them; no [weights × nodes] array is made. A weight whose posterior is wider than its prior (L ≤ 0) has
+    ΔF = 0, κ = 1 and the moments of the mixture itself.
+
+    Args:
+        data, prior_var: message and prior variance of each weight, of one shape.
+        variances, log_weights: arrays of K nodes; with `scale_groups`, of shape (groups, K).
+        scale_groups: which row of the nodes is that of each weight (an integer per weight), where global scales differ between groups.
+    """
+    nodes = _nodes(variances, log_weights, data, scale_groups)
+    shape = data.h.shape
+    columns = [t.expand(shape).reshape(-1).split(_CHUNK) for t in (data.h, data.precision, prior_var)]
+    rows = [None] * len(columns[0]) if scale_groups is None else scale_groups.reshape(-1).split(_CHUNK)
+    out = [torch.empty(shape, dtype=data.h.dtype, device=data.h.device) for _ in range(4)]
+
+    def fill(k: int) -> None:
+        for whole, value in zip(out, _chunk(columns[0][k], columns[1][k], columns[2][k], nodes, rows[k]), strict=True):
+            whole.view(-1)[k * _CHUNK : (k + 1) * _CHUNK] = value
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # torch's own threads gain nothing on arrays that fit a cache
+        list(pool.map(fill, range(len(rows))))
+    return ScaleMixtureReduction(*out)
+
+
+def grouped_reduction(data: Message, prior_var: Tensor, variances: Any, log_weights: Any, groups: Tensor) -> ScaleMixtureReduction:
+    r"""The same when all weights of a group share one local scale: the nodes stand for the group's scale, given which its weights are independent.
+
+    .. math:: \Delta F_g = \log \sum_k w_k \prod_{i \in g} \frac{N(m_i; 0, v_k + 1/L_i)}{N(m_i; 0, \sigma_{0i}^2 + 1/L_i)}
+
+    `groups`: an integer from 0 for each weight. `delta_f` has one entry per group; κ is the mean over a group's weights, and each weight has its
+    group's log odds.
+    """
+    v, log_w = _nodes(variances, log_weights, data, None)
+    h, precision = _informed(data.h.reshape(-1), data.precision.reshape(-1))
+    index, prior_var = groups.reshape(-1), prior_var.expand(data.h.shape).reshape(-1)
+    count = int(index.max()) + 1 if index.numel() else 0
+    evidence = torch.empty(len(v), count, dtype=torch.float64, device=h.device)
+    half_full = 0.5 * torch.log1p(prior_var * precision)
+    for k, variance in enumerate(v.tolist()):
+        each = half_full - 0.5 * torch.log1p(variance * precision) + _exponent(h, precision, prior_var, variance)
+        evidence[k] = torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(0, index, each.double()) + log_w[k]
+    delta_f = evidence.logsumexp(0)
+    weights = (evidence - delta_f).exp().to(h.dtype)
+    kept, mean_share, square_share = (torch.zeros_like(h) for _ in range(3))
+    for k, variance in enumerate(v.tolist()):
+        p = weights[k][index]
+        shrunk = 1 / (1 + variance * precision)
+        share = variance * shrunk
+        kept += p * shrunk
+        mean_share += p * share
+        square_share += p * share.square()
+    size = torch.bincount(index, minlength=count).to(h.dtype)
+    kappa, taken = (torch.zeros(count, dtype=h.dtype, device=h.device).index_add_(0, index, x) / size for x in (kept, precision * mean_share))
+    var = mean_share + h.square() * (square_share - mean_share.square()).clamp(min=0)
+    log_odds = (kappa.log() - taken.log())[index]
+    return ScaleMixtureReduction(delta_f.to(h.dtype), *(x.view(data.h.shape) for x in (log_odds, h * mean_share, var)))
+
+
+def best_scale(
+    data: Message,
+    prior_var: Tensor,
+    mixture: Mixture,
+    log_hyper: Callable[[float], float],
+    scale_groups: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> Tensor:
+    r"""The global scale τ that maximises Σ ΔF(τ) + log p(τ), to 1e-3 in log τ: one number, or one for each of `scale_groups`.
+
+    Searched from e⁻¹² to e³ times the root mean square of the priors' scales. Of a layer with more than 8,192 weights that many at equal distances
+    stand for all, of a group 512: one number needs no more. With `groups`, weights that share a local scale, all count.
+    """
+    h, precision, var = (t.expand(data.h.shape).reshape(-1) for t in (data.h, data.precision, prior_var))
+    n, rows = h.numel(), None if scale_groups is None else scale_groups.reshape(-1)
+    count = 1 if rows is None else int(rows.max()) + 1
+    index = torch.zeros(n, dtype=torch.long, device=h.device) if rows is None else rows
+    if groups is None:
+        taken = _sample(rows, n, h.device)
+        h, precision, var, index = h[taken], precision[taken], var[taken], index[taken]
+    sizes = torch.bincount(torch.zeros(n, dtype=torch.long, device=h.device) if rows is None else rows, minlength=count).double()
+    factor = sizes / torch.bincount(index, minlength=count)  # each sampled weight stands for so many
+
+    def objective(log_scale: Tensor) -> Tensor:
+        scales = log_scale.exp().tolist()
+        hyper = torch.tensor([log_hyper(s) for s in scales], dtype=torch.float64, device=h.device)
+        if groups is not None:
+            return grouped_reduction(Message(h, precision), var, *mixture(scales[0]), groups).delta_f.double().sum()[None] + hyper
+        if rows is None:
+            nodes = _nodes(*mixture(scales[0]), Message(h, precision), None)
+        else:
+            by_row = [mixture(s) for s in scales]
+            nodes = _nodes([v for v, _ in by_row], [w for _, w in by_row], Message(h, precision), index)
+        gains = [
+            _chunk(hc, lc, vc, nodes, None if rows is None else r, moments=False)[0].double()
+            for hc, lc, vc, r in zip(h.split(_CHUNK), precision.split(_CHUNK), var.split(_CHUNK), index.split(_CHUNK), strict=True)
+        ]
+        return factor * torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(0, index, torch.cat(gains)) + hyper
+
+    if groups is not None and rows is not None:
+        raise ReductionError("a global scale per group and a local scale per group cannot be had at once; give one of the two")
+    unit = torch.full((count,), math.log(float(var.double().mean().sqrt())), dtype=torch.float64, device=h.device)
+    scale = line_maximum(objective, unit - 12, unit + 3).exp()
+    return scale if rows is not None else scale[0]
+
+
+def _chunk(h: Tensor, precision: Tensor, prior_var: Tensor, nodes: tuple[Tensor, Tensor], row: Tensor | None, moments: bool = True) -> tuple[Tensor, ...]:
+    """ΔF, logit κ, mean and variance of up to `_CHUNK` weights (`moments=False`: ΔF alone), summed node by node.
+
+    The exponent of a node, ½h²(v − σ₀²)/((1 + vL)(1 + σ₀²L)), grows with v, so that of the widest node is taken off all.
+    """
+    h, precision = _informed(h, precision)
+    if len(h) <= _FEW:
+        return _by_logarithms(h, precision, prior_var, nodes, row)
+    variances, log_weights = nodes
+    full = torch.log1p(prior_var * precision).mul_(0.5)
+    a = 0.5 * h * (h / (1 + prior_var * precision))
+    b = a * prior_var
+    widest = float(variances[-1]) if row is None else variances[-1][row]
+    peak = (a * widest).sub_(b).div_(1 + widest * precision)
+    one, negative_b = torch.ones_like(h), b.neg_()
+    x, s, e = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
+    s0, s1, s2, v1, v2 = (torch.zeros_like(h) for _ in range(5))
+    pairs = zip(variances.tolist(), log_weights.exp().tolist(), strict=True) if row is None else zip(variances, log_weights.exp(), strict=True)
+    for v, w in pairs:
+        if row is None:
+            torch.add(one, precision, alpha=v, out=x)
+            torch.add(negative_b, a, alpha=v, out=e)
+        else:
+            v, w = v[row], w[row]
+            torch.addcmul(one, precision, v, out=x)
+            torch.addcmul(negative_b, a, v, out=e)
+        x.rsqrt_()  # (1 + vL)^−½
+        torch.mul(x, x, out=s)
+        e.mul_(s).sub_(peak).exp_().mul_(x)
+        if row is not None:
+            e.mul_(w)
+            w = 1.0
+        s0.add_(e, alpha=w)
+        if moments:
+            e.mul_(s)
+            s1.add_(e, alpha=w)
+            s2.addcmul_(e, s, value=w)
+            if row is not None:
+                e.mul_(v)
+                s.mul_(v)
+                v = 1.0
+            v1.add_(e, alpha=w * v)
+            v2.addcmul_(e, s, value=w * v * v)
+    single = h.dtype == torch.float32
+    lost = ~((s0 > (1e-30 if single else 1e-290)) & s0.isfinite() & (peak < (1e3 if single else 1e9)))
+    delta_f = s0.log().add_(full).add_(peak)
+    if not moments:
+        return (_mend(delta_f, lost, h, precision, prior_var, nodes, row)[0],)
+    kappa, share, square, square_share = s1 / s0, v1 / s0, s2 / s0, v2 / s0
+    taken = precision * share  # 1 − κ without the loss of digits near κ = 1
+    # the same variance twice: of 1/(1 + vL), good where the data speak, and of v/(1 + vL), good where they do not
+    spread = torch.where(kappa < 0.5, (square - kappa.square()).div_(precision.square()), square_share - share.square()).clamp_(min=0)
+    values = (delta_f, kappa.log() - taken.log(), h * share, share + h * (h * spread.masked_fill_(h == 0, 0.0)))
+    return _mend(values[0], lost, h, precision, prior_var, nodes, row, values[1:])
+
+
+def _mend(delta_f: Tensor, lost: Tensor, h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Any, row: Tensor | None, rest: Any = ()) -> tuple[Tensor, ...]:
+    """Weights so far out that the sum has left the floats, or the exponent its digits, get theirs from logarithms."""
+    if bool(lost.any()):
+        exact = _by_logarithms(h[lost], precision[lost], prior_var.expand(lost.shape)[lost], nodes, None if row is None else row[lost])
+        for value, better in zip((delta_f, *rest), exact, strict=False):
+            value[lost] = better
+    return (delta_f, *rest)
+
+
+def _by_logarithms(h: Tensor, precision: Tensor, prior_var: Tensor, nodes: tuple[Tensor, Tensor], row: Tensor | None) -> tuple[Tensor, ...]:
+    """What `_chunk` gives, as a [weights × nodes] array of logarithms in double precision: for few weights, and for any signal."""
+    dtype = h.dtype
+    h, precision, prior_var = (t.double()[:, None] for t in (h, precision, prior_var))
+    variances, log_weights = (t.double()[None] if row is None else t.double().mT[row] for t in nodes)
+    growth = 1 + variances * precision
+    terms = log_weights - 0.5 * growth.log() + _exponent(h, precision, prior_var, variances)
+    total = terms.logsumexp(1)
+    p = (terms - total[:, None]).exp()
+    share = (p * variances / growth).sum(1)
+    kappa, taken = (p / growth).sum(1), precision[:, 0] * share
+    var = share + h[:, 0].square() * (p * (variances / growth - share[:, None]).square()).sum(1)
+    delta_f = total + 0.5 * torch.log1p(prior_var * precision)[:, 0]
+    return tuple(t.to(dtype) for t in (delta_f, kappa.log() - taken.log(), h[:, 0] * share, var))
+
+
+def _exponent(h: Tensor, precision: Tensor, prior_var: Tensor, variance: Tensor | float) -> Tensor:
+    """½h²(v − σ₀²)/((1 + vL)(1 + σ₀²L))."""
+    return 0.5 * (h / (1 + prior_var * precision)) * (h * (variance - prior_var) / (1 + variance * precision))
+
+
+def _informed(h: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+    silent = precision <= 0
+    return h.masked_fill(silent, 0.0), precision.masked_fill(silent, 0.0)
+
+
+def _nodes(variances: Any, log_weights: Any, data: Message, scale_groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(K,) or (K, groups) tensors, by growing variance; nodes that the data cannot tell apart are merged at their mean variance."""
+    v, log_w = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (variances, log_weights))
+    if v.shape != log_w.shape or v.ndim != (1 if scale_groups is None else 2) or not bool((v >= 0).all() & v.isfinite().all() & ~log_w.isnan().any()):
+        raise ReductionError(
+            f"a mixture is variances >= 0 and as many log weights; got shapes {tuple(v.shape)} and {tuple(log_w.shape)}, "
+            f"variances from {float(v.min())} to {float(v.max())}"
+        )
+    sharpest = max(float(data.precision.max()), float(data.h.abs().max()) ** 2, 1e-30) if data.h.numel() else 1.0
+    v = v.clamp(max=(1e18 if data.h.dtype == torch.float32 else 1e100) / max(1e-12 * sharpest, 1.0))  # wider is flat to every weight, and v² leaves the floats
+    order = v.argsort(-1)
+    v, log_w = v.gather(-1, order), log_w.gather(-1, order)
+    if scale_groups is None:
+        low, high = int((v * sharpest <= _MERGE).sum()), int((v < v[-1] * (1 - _MERGE)).sum())
+        parts = [(v[:low], log_w[:low]), (v[high:], log_w[high:])] if low < high else []
+        for_merging = [((log_p := w.logsumexp(0)), ((w - log_p).exp() * x).sum()) for x, w in parts if len(x)]
+        if for_merging:
+            v = torch.cat([*(mean[None] for _, mean in for_merging[: 1 if low else 0]), v[low:high], for_merging[-1][1][None]])
+            log_w = torch.cat([*(p[None] for p, _ in for_merging[: 1 if low else 0]), log_w[low:high], for_merging[-1][0][None]])
+        return v.to(data.h.device), log_w.to(data.h.device)
+    return tuple(t.to(data.h).mT.contiguous() for t in (v, log_w))  # type: ignore[return-value]
+
+
+def _sample(groups: Tensor | None, n: int, device: Any) -> Tensor:
+    """Indices of weights at equal distances in the layer, or in each group."""
+    if groups is None:
+        return torch.arange(0, n, max(math.ceil(n / _WEIGHTS_FOR_SCALE), 1), device=device)
+    order = groups.argsort(stable=True)
+    sizes = torch.bincount(groups)
+    rank = torch.arange(n, device=device) - (sizes.cumsum(0) - sizes)[groups[order]]
+    return order[rank % (sizes / _WEIGHTS_PER_GROUP_FOR_SCALE).ceil().long()[groups[order]] == 0]
