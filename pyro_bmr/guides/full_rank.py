@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError
@@ -62,13 +61,18 @@ class FullSite(nn.Module):
         self.tril = nn.Parameter(latent.start.new_zeros(size, size))
 
     def forward(self, values: Mapping[str, Tensor], mask: Tensor | None) -> Full:
-        unit = self.tril.tril(-1)
-        unit.diagonal().fill_(1)
-        tril = self.log_scale.exp()[:, None] * unit
+        tril = self.log_scale.exp()[:, None] * unit_lower(self.tril)
         if mask is not None:
             flat = mask.flatten()
             tril = tril * (flat[:, None] & flat)
         return Full(living(self.loc, mask), tril, self.log_scale, mask)
+
+
+def unit_lower(values: Tensor) -> Tensor:
+    """The strictly lower part of a square matrix, with ones on the diagonal."""
+    unit = values.tril(-1)
+    unit.diagonal().fill_(1)
+    return unit
 
 
 class Full(NamedTuple):

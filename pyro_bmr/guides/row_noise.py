@@ -39,17 +39,25 @@ class RowNoise(Tensor):
     A use that is neither gets one ordinary draw for all rows.
     """
 
+    q_mean: Tensor  # M and S before the factor
+    q_std: Tensor
+    rows: int
+    estimator: str
+    factor: Any  # a number or 0-d tensor that multiplies M and S, kept apart so that no step takes a product of the weight's size; or None
+    source: RowNoise | None  # the weight it is a multiple or transpose of
+    map_noise: Any
+    own_noise: Tensor | None
+    row_uses: int
+    row_draws: tuple[Tensor, ...]  # flipout's signs, or the noise of a bias
+
     @staticmethod
     def __new__(
         cls, mean: Tensor, std: Tensor, rows: int, estimator: str, factor: Any = None, source: RowNoise | None = None, map_noise: Any = None
     ) -> RowNoise:
         self: RowNoise = torch.Tensor._make_subclass(cls, mean.detach())  # the shape, dtype and device; its values are never read
         self.q_mean, self.q_std, self.rows, self.estimator = mean, std, rows, estimator
-        self.factor = factor  # a number or 0-d tensor that multiplies M and S, kept apart so that no step takes a product of the weight's size; or None
-        self.source, self.map_noise = source, map_noise
-        self.own_noise: Tensor | None = None
-        self.row_uses: int = 0
-        self.row_draws: tuple[Tensor, ...] = ()  # flipout's signs, or the noise of a bias
+        self.factor, self.source, self.map_noise = factor, source, map_noise
+        self.own_noise, self.row_uses, self.row_draws = None, 0, ()
         return self
 
     def noise(self) -> Tensor:
@@ -74,7 +82,7 @@ class RowNoise(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA or getattr(func, "__name__", "") == "__get__" and getattr(func, "__self__", None) in _ATTRIBUTES:
+        if func in _METADATA or (getattr(func, "__name__", "") == "__get__" and getattr(func, "__self__", None) in _ATTRIBUTES):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         rule = _RULES.get(func)

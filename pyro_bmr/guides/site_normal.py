@@ -53,6 +53,7 @@ def living(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def count_living(q: SiteNormal) -> Tensor | int:
+    """How many entries live."""
     return q.mean.numel() if q.mask is None else q.mask.sum()
 
 

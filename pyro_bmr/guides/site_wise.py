@@ -72,6 +72,17 @@ class SiteWise(nn.Module):
         """The Gaussian of a site given the (constrained) values of the sites before it, with the entries that `mask` leaves."""
         return self.parts[_key(name)](values, mask)
 
+    @torch.no_grad()
+    def at_point(self, masks: Mapping[str, Tensor]) -> dict[str, SiteNormal]:
+        """Site → its Gaussian; one that depends on the values of other sites is given at their point (their medians)."""
+        gaussians: dict[str, SiteNormal] = {}
+        values: dict[str, Tensor] = {}
+        for latent in self.latents:
+            q = self.conditional(latent.name, values, masks.get(latent.name))
+            gaussians[latent.name] = q
+            values[latent.name] = q.mean if latent.transform is None else latent.transform(q.mean)
+        return gaussians
+
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """One draw: site name → value. Each site has an auxiliary site `<name>_unconstrained` that carries its log density."""
         values: dict[str, Tensor] = {}
@@ -92,7 +103,7 @@ class SiteWise(nn.Module):
 
     def table(self) -> pd.DataFrame:
         """One row per site: name, size, structure of its Gaussian, parameters, and whether its KL is in closed form or sampled."""
-        return site_table(self.latents, [(part.structure, sum(p.numel() for p in part.parameters())) for part in self.parts.values()])
+        return site_table(self.latents, [(str(part.structure), sum(p.numel() for p in part.parameters())) for part in self.parts.values()])
 
 
 class IndependentSite(nn.Module):

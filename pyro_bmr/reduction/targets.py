@@ -92,7 +92,7 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None) -> SiteRed
         total,
         torch.full_like(everywhere, torch.nan).masked_scatter(alive, spike),
         everywhere.masked_scatter(alive, drop),
-        replace(site, mean=mean, var=var, prior=prior),
+        replace(site, mean=mean, var=var, prior=prior, **({} if reduced is q else {"joint": None, "message": None})),
         wider,
         scale,
     )
