@@ -1,7 +1,7 @@
 """Sparse linear regression, prior × guide, with NUTS as the reference: `python benchmarks/sparse_regression.py`.
 
-Fills the tables of docs/results/sparse_regression.md. Each finished cell is a line of results/sparse-regression/cells.jsonl and is not run again; delete the file to
-start anew. `--priors` takes any prior of the library by name, with its first argument after a colon: `--priors Gaussian:layer Horseshoe`.
+Fills the tables of docs/results/sparse_regression.md. Each finished cell is a line of results/sparse-regression/cells.jsonl and is not run again;
+delete the file to start anew. `--priors` takes any prior of the library by name, with its first argument after a colon: `--priors Gaussian:layer Horseshoe`.
 """
 
 from __future__ import annotations

@@ -161,13 +161,7 @@ class Posterior:
         """
         masks = masks or {}
         if isinstance(guide, SiteWise):
-            bare = {}
-            for latent, q in zip(guide.latents, guide.at_point(masks).values(), strict=True):
-                part = guide.parts[latent.name.replace(".", "/")]
-                message = Message(*(t.detach().clone() for t in part.message())) if isinstance(part, CoupledSite) else None
-                support = next(key for key, transform in SUPPORTS.items() if transform is latent.transform)
-                bare[latent.name] = Site(q.mean.clone(), q.var.clone(), support=support, joint=q.joint(), message=message)
-            return cls._with_priors(bare, program, args, kwargs, masks, temperature)
+            return cls._with_priors(_site_wise(guide, masks), program, args, kwargs, masks, temperature)
         with torch.no_grad(), torch.random.fork_rng():
             trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
             moments = autoguide_moments(guide, *args, **kwargs)
@@ -210,6 +204,7 @@ class Posterior:
         return cls._with_priors(bare, program, args, kwargs, {}, temperature)
 
     @classmethod
+    @torch.enable_grad()
     def _with_priors(
         cls,
         read: Mapping[str, Site],
@@ -221,7 +216,7 @@ class Posterior:
     ) -> Posterior:
         bare = {name: site.masked(masks[name]) if name in masks else site for name, site in read.items()}
         values = {name: site.value(site.mean).detach().requires_grad_() for name, site in bare.items()}
-        with torch.enable_grad(), torch.random.fork_rng(), Values(values) as run:
+        with torch.random.fork_rng(), Values(values) as run:
             program(*args, **kwargs)
         sites = {}
         for name, msg in run.latent.items():
@@ -291,6 +286,16 @@ class Posterior:
             message = Message(*(tensors[f"{name}/message_{field}"] for field in Message._fields)) if f"{name}/message_h" in tensors else None
             sites[name] = Site(part["mean"], part["var"], prior, declared, entry["support"], part["mask"], tuple(entry["given"]), joint, message)
         return cls(sites, about["temperature"])
+
+
+@torch.no_grad()
+def _site_wise(guide: SiteWise, masks: Mapping[str, Tensor]) -> dict[str, Site]:
+    sites = {}
+    for latent, part, q in zip(guide.latents, guide.parts.values(), guide.at_point(masks).values(), strict=True):
+        message = Message(*(t.clone() for t in part.message())) if isinstance(part, CoupledSite) else None
+        support = next(key for key, transform in SUPPORTS.items() if transform is latent.transform)
+        sites[latent.name] = Site(q.mean.clone(), q.var.clone(), support=support, joint=q.joint(), message=message)
+    return sites
 
 
 def _masked_joint(joint: Dense | LowRank | MatrixNormal | None, mask: Tensor) -> Dense | LowRank | MatrixNormal | None:

@@ -70,6 +70,7 @@ def _continuous(guide: AutoContinuous, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _structured(guide: AutoStructured) -> dict[str, Moments]:
     """z_d = loc_d + T_d ε_d + Σ_u A_du (z_u − loc_u) over upstream sites u: `roots[d]` maps each site's ε to z_d."""
+    dependencies: Any = guide.dependencies
     roots: dict[str, dict[str, Tensor]] = {}
     moments = {}
     for name, site in guide._sorted_sites:
@@ -80,7 +81,7 @@ def _structured(guide: AutoStructured) -> dict[str, Moments]:
             linear[name] = attrgetter(name)(guide.scales).diag_embed()
         elif kind == "mvn":
             linear[name] = attrgetter(name)(guide.scales)[:, None] * attrgetter(name)(guide.scale_trils)
-        for upstream in guide.dependencies.get(name, {}):
+        for upstream in dependencies.get(name, {}):
             dependency = attrgetter(upstream)(attrgetter(name)(guide.deps))
             if not isinstance(dependency, torch.nn.Linear):
                 raise _unreadable(guide, name, f"its dependency on '{upstream}' is not linear")

@@ -42,9 +42,10 @@ class MatrixVariate(SiteWise):
         rows, columns = latent.shape[0], latent.start.numel() // latent.shape[0]
         if max(rows, columns) > self.limit:
             gigabytes = 4 * max(rows, columns) ** 2 * latent.start.element_size() / 1e9
+            which, most = ("rows", rows) if rows > columns else ("columns", columns)
             raise ModelError(
-                f"site '{latent.name}': a covariance over its {max(rows, columns)} {'rows' if rows > columns else 'columns'} takes {gigabytes:.3g} GB with its "
-                f"gradient and Adam's moments, more than the limit of {self.limit} allows; use LowRankPlusDiagonal, name smaller sites in `sites`, or raise `limit`"
+                f"site '{latent.name}': a covariance over its {most} {which} takes {gigabytes:.3g} GB with its gradient and Adam's moments, more than the "
+                f"limit of {self.limit} allows; use LowRankPlusDiagonal, name smaller sites in `sites`, or raise `limit`"
             )
         return MatrixSite(latent, scale, rows, columns) if min(rows, columns) > 1 else None
 

@@ -30,8 +30,8 @@ from pyro_bmr.guides.site_wise import SiteWise
 class ScaleCoupled(SiteWise):
     r"""q = q(scales) ∏ᵢ N(w̄ᵢ; sᵢLᵢmᵢκᵢ, κᵢ), κᵢ = 1/(1 + sᵢ²Lᵢ), for each site w̄ that its prior multiplies by inferred scales s; all else as `MeanField`.
 
-    Coupled are the sites whose prior object (any with a `sample` in which the weight is a multiple of the site called `name`) declares further sites: `Horseshoe`,
-    `SpikeAndSlab`, `Gaussian("layer")`. `table()` shows which. The scales themselves are independent log-normals.
+    Coupled are the sites whose prior object declares further sites and makes a weight that is a multiple of the site called `name`: `Horseshoe`,
+    `SpikeAndSlab`, `Gaussian("layer")`, or one of your own. `table()` shows which. The scales themselves are independent log-normals.
 
     Args: as `SiteWise`.
     """

@@ -54,7 +54,7 @@ def living(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def count_living(q: SiteNormal) -> Tensor | int:
     """How many entries live."""
-    return q.mean.numel() if q.mask is None else q.mask.sum()
+    return q.mean.numel() if q.mask is None else q.mask.sum().to(q.mean.dtype)
 
 
 def log_density(q: SiteNormal, z: Tensor, noise: Tensor) -> Tensor:

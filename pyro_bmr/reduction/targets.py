@@ -92,7 +92,7 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None) -> SiteRed
         total,
         torch.full_like(everywhere, torch.nan).masked_scatter(alive, spike),
         everywhere.masked_scatter(alive, drop),
-        replace(site, mean=mean, var=var, prior=prior, **({} if reduced is q else {"joint": None, "message": None})),
+        replace(site, mean=mean, var=var, prior=prior, joint=site.joint if reduced is q else None, message=site.message if reduced is q else None),
         wider,
         scale,
     )
