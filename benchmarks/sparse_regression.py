@@ -27,7 +27,7 @@ from pyro_bmr.guides.scale_coupled import weight_at
 
 CELLS, PAGE = Path("results/sparse-regression/cells.jsonl"), Path("docs/results/sparse_regression.md")
 ROWS, ACTIVE, NOISE, CORRELATION = 100, 5, 1.0, 0.5
-STEPS, LEARNING_RATE, DRAWS = 1500, 0.05, 400
+STEPS, LEARNING_RATE, DRAWS = 3000, 0.05, 400
 GUIDES: dict[str, Callable[..., Any]] = {
     "MeanField": bmr.MeanField,
     "LowRankPlusDiagonal": partial(bmr.LowRankPlusDiagonal, rank=8),
