@@ -18,7 +18,7 @@ from pyro_bmr.reduction.gaussian import Dense
 
 
 class FullRank(SiteWise):
-    r"""q(zₛ) = N(μₛ, LₛLₛᵀ) for each site s, L lower triangular of size d × d for a site of d entries (Kucukelbir et al. 2017, JMLR 18(14)).
+    r"""q(zₛ) = N(μₛ, AₛAₛᵀ) for each site s, A lower triangular of size d × d for a site of d entries (Kucukelbir et al. 2017, JMLR 18(14)).
 
     Memory and time per step grow with d²: with its gradient and Adam's two moments a site takes 4d² numbers.
 
@@ -49,7 +49,7 @@ class FullRank(SiteWise):
 
 
 class FullSite(nn.Module):
-    """L = diag(exp(log_scale)) (I + strictly lower part of `tril`)."""
+    """A = diag(exp(log_scale)) (I + strictly lower part of `tril`)."""
 
     structure = "full"
 
@@ -76,11 +76,11 @@ def unit_lower(values: Tensor) -> Tensor:
 
 
 class Full(NamedTuple):
-    """T = L, rows and columns of masked entries zero."""
+    """The root A, rows and columns of masked entries zero."""
 
     mean: Tensor
-    tril: Tensor  # L
-    log_scale: Tensor  # log of the diagonal of L before the mask
+    tril: Tensor  # A
+    log_scale: Tensor  # log of the diagonal of A before the mask
     mask: Tensor | None
 
     @property

@@ -64,7 +64,7 @@ class LowRankSite(nn.Module):
 
 
 class LowRankNormal(NamedTuple):
-    """T = (D^½, W), W = D^½ `relative`; rows of masked entries zero."""
+    """The root (D^½, W), W = D^½ `relative`; rows of masked entries zero."""
 
     mean: Tensor
     log_scale: Tensor  # ½ log D before the mask, flat

@@ -70,7 +70,7 @@ class MatrixSite(nn.Module):
 
 
 class Matrix(NamedTuple):
-    """T = A ⊗ B, rows and columns of masked entries zero. It is lower triangular, so the log determinant stays the sum of its diagonal under any mask."""
+    """The root A ⊗ B, rows and columns of masked entries zero. It is lower triangular, so the log determinant stays the sum of its diagonal under any mask."""
 
     mean: Tensor
     row: Tensor  # A

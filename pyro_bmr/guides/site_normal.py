@@ -1,9 +1,9 @@
-r"""The Gaussian that a guide has for one site, q(z) = N(μ, TTᵀ) with z = μ + Tε: what the evidence bound and a posterior ask of it.
+r"""The Gaussian that a guide has for one site, q(z) = N(μ, AAᵀ) with z = μ + Aε: what the evidence bound and a posterior ask of it.
 
 Owns the protocol `SiteNormal`, its independent form `Independent`, entropy, density and the closed-form KL. The correlated forms are beside
 their guides: `full_rank.py`, `low_rank_plus_diagonal.py`, `matrix_variate.py`. Next: `mean_field.py`.
 
-Masks. A masked entry has the value 0 and takes no part: its row of T is dropped, and the noise that is its own with it. What is left is a Gaussian of the
+Masks. A masked entry has the value 0 and takes no part: its row of A is dropped, and the noise that is its own with it. What is left is a Gaussian of the
 living entries, of the same form.
 """
 
@@ -19,7 +19,7 @@ from pyro_bmr.reduction.matrix_normal import MatrixNormal
 
 
 class SiteNormal(Protocol):
-    """`mean`, `var`: the marginals, in the site's shape, 0 where masked. `log_det`: log |TTᵀ| of the living entries. `mask`: None for all alive."""
+    """`mean`, `var`: the marginals, in the site's shape, 0 where masked. `log_det`: log |AAᵀ| of the living entries. `mask`: None for all alive."""
 
     @property
     def mean(self) -> Tensor: ...
@@ -35,11 +35,11 @@ class SiteNormal(Protocol):
         ...
 
     def draw(self, noise: Tensor) -> Tensor:
-        """z = μ + Tε in the site's shape, 0 where masked; `noise` is flat."""
+        """z = μ + Aε in the site's shape, 0 where masked; `noise` is flat."""
         ...
 
     def squared_distance(self, z: Tensor, noise: Tensor) -> Tensor:
-        """(z − μ)ᵀ(TTᵀ)⁻¹(z − μ) over the living entries, at the draw z of `noise`."""
+        """(z − μ)ᵀ(AAᵀ)⁻¹(z − μ) over the living entries, at the draw z of `noise`."""
         ...
 
     def joint(self) -> Dense | LowRank | MatrixNormal | None:
@@ -63,7 +63,7 @@ def log_density(q: SiteNormal, z: Tensor, noise: Tensor) -> Tensor:
 
 
 def entropy(q: SiteNormal) -> Tensor:
-    """H(q) = ½ log |2πe TTᵀ| of the living entries; nats."""
+    """H(q) = ½ log |2πe AAᵀ| of the living entries; nats."""
     return 0.5 * (q.log_det + 2.8378770664093453 * count_living(q))  # 1 + log 2π
 
 
@@ -77,7 +77,7 @@ def gaussian_kl(q: SiteNormal, prior_loc: Tensor, prior_scale: Tensor) -> Tensor
 
 
 class Independent(NamedTuple):
-    """T is diagonal: `std` on it, 0 where masked."""
+    """A is diagonal: `std` on it, 0 where masked."""
 
     mean: Tensor
     std: Tensor

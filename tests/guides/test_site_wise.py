@@ -115,7 +115,7 @@ def random_guide(name, seed=2):
 @pytest.mark.parametrize("name", GUIDES)
 @torch.no_grad()
 def test_every_structure_is_the_dense_gaussian_of_its_draws(name, mask):
-    """Σ = TTᵀ with T read off draws of unit noise: marginals, determinant, entropy, density and KL against torch's own."""
+    """Σ = AAᵀ with A read off draws of unit noise: marginals, determinant, entropy, density and KL against torch's own."""
     q = random_guide(name).conditional("w", {}, mask)
     alive = (torch.ones(ROWS, COLUMNS, dtype=torch.bool) if mask is None else mask).flatten()
     root = torch.stack([(q.draw(e) - q.draw(torch.zeros_like(e))).flatten() for e in torch.eye(q.noise_size, dtype=torch.float64)], 1).detach()
