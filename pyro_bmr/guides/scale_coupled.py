@@ -37,14 +37,17 @@ class ScaleCoupled(SiteWise):
     """
 
     def site(self, latent: Latent, scale: Tensor) -> nn.Module | None:
-        starts = {other.name: other.start if other.transform is None else other.transform(other.start) for other in self.latents}
-        own = {name for name in starts if name.startswith(f"{latent.name}_")}
-        if latent.transform is not None or latent.prior is None or not own:
+        at, beside = (
+            {other.name: z if other.transform is None else other.transform(z) for other, z in ((o, o.start + shift) for o in self.latents)}
+            for shift in (0, 0.3)
+        )
+        if latent.transform is not None or latent.prior is None or not any(name.startswith(f"{latent.name}_") for name in at):
             return None
         start = torch.ones_like(latent.start)
-        at_zero, factor, at_two = (weight_at(latent.prior, latent.name, k * start, starts) for k in (0, 1, 2))
-        multiple = not bool(at_zero.any()) and torch.allclose(at_two, 2 * factor)
-        return CoupledSite(latent, scale, factor) if multiple else None
+        at_zero, factor, at_two = (weight_at(latent.prior, latent.name, k * start, at) for k in (0, 1, 2))
+        is_multiple = not bool(at_zero.any()) and torch.allclose(at_two, 2 * factor)
+        depends = not torch.allclose(multiplier(latent.prior, latent.name, latent.start, beside), factor)
+        return CoupledSite(latent, scale, factor) if is_multiple and depends else None
 
 
 class CoupledSite(nn.Module):

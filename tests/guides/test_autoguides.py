@@ -73,7 +73,7 @@ def test_the_moments_are_those_of_the_guides_draws(name):
 
 
 def test_a_laplace_approximation_is_a_point_in_the_fit_and_the_exact_posterior_after_its_second_stage():
-    fit = bmr.fit(conjugate, (X, Y), guide=AutoLaplaceApproximation, epochs=200, batch_size=30, optimizer=bmr.adam(0.1), progress=False)
+    fit = bmr.fit(conjugate, (X, Y), guide=AutoLaplaceApproximation, epochs=120, batch_size=30, optimizer=bmr.adam(0.2), progress=False)
     mean, cov = MODEL.posterior(np.full(3, 0.4), 1.3**2 * np.eye(3))
     assert not fit.posterior["w"].var.any()
     site = bmr.Posterior.from_guide(fit.guide.laplace_approximation(X, Y), conjugate, X, Y)["w"]
