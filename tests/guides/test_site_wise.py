@@ -62,8 +62,7 @@ def optimum(name, precision):
     return np.kron(row, column)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name, masked", [*((name, False) for name in GUIDES), ("FullRank", True), ("MatrixVariate", True)])
 def test_conjugate_model(name, masked):
     """Mean, covariance and bound at the optimum: exact posterior and log evidence where the structure has them, else its known optimum."""
     masks = {"w": COLUMN_MASK} if masked else {}
@@ -156,10 +155,10 @@ def test_pyros_own_elbo_has_the_same_value_at_the_same_draws(name):
             parameter += 0.3 * torch.randn_like(parameter)
     masks = {"w": torch.tensor([True, False, True, True])}
     with torch.no_grad():
-        ours = torch.stack([t.expected_log_likelihood - t.kl for t in (bmr.elbo_terms(scales_and_weights, guide, X, Y, masks=masks) for _ in range(120))])
+        ours = torch.stack([t.expected_log_likelihood - t.kl for t in (bmr.elbo_terms(scales_and_weights, guide, X, Y, masks=masks) for _ in range(70))])
         svi = SVI(Masked(masks)(scales_and_weights), Masked(masks)(guide), pyro.optim.Adam({"lr": 0.0}), Trace_ELBO())
-        pyros = -torch.tensor([svi.evaluate_loss(X, Y) for _ in range(120)])
-    error = float(ours.var() / 120 + pyros.var() / 120) ** 0.5
+        pyros = -torch.tensor([svi.evaluate_loss(X, Y) for _ in range(70)])
+    error = float(ours.var() / 70 + pyros.var() / 70) ** 0.5
     assert abs(float(ours.mean() - pyros.mean())) < 4 * error < 0.2 * abs(float(ours.mean()))
     values = Masked(masks)(guide)(X, Y)
     assert not values["w"][~masks["w"]].any() and values["w"][masks["w"]].all() and values["tau"] > 0
@@ -233,8 +232,8 @@ def test_a_posterior_draws_saves_and_loads_its_covariance(name, tmp_path):
     np.testing.assert_allclose(dense(masked["w"].joint), cov, atol=1e-12)
     np.testing.assert_allclose(masked["w"].var.flatten(), np.diag(cov), rtol=1e-9)
     generator = torch.Generator().manual_seed(4)
-    draws = torch.stack([masked.draw(generator)["w"].flatten() for _ in range(900)])
+    draws = torch.stack([masked.draw(generator)["w"].flatten() for _ in range(400)])
     deviation = draws - masked["w"].mean.flatten()
     products = torch.einsum("ni,nj->nij", deviation, deviation)
-    assert ((products.mean(0) - torch.tensor(cov)).abs() <= 5 * products.std(0) / 30 + 1e-12).all()
+    assert ((products.mean(0) - torch.tensor(cov)).abs() <= 5 * products.std(0) / 20 + 1e-12).all()
     assert masked.masked({"w": torch.tensor([[True, False], [False, True]])})["w"].joint is None or name != "MatrixVariate"
