@@ -107,7 +107,7 @@ def random_guide(name, seed=2):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in guide.parameters():
-            parameter += 0.6 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += 0.6 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) + 0.5
     return guide
 
 
