@@ -7,7 +7,7 @@ from pyro_bmr.elbo import elbo_terms
 from pyro_bmr.errors import DataError, FitError, ModelError, PyroBMRError, ReductionError
 from pyro_bmr.exporting import export, save
 from pyro_bmr.fitting import Fit, adam, cosine, fit
-from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.guides import FullRank, LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
 from pyro_bmr.likelihoods import Categorical, Normal
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
@@ -32,12 +32,15 @@ __all__ = [
     "Every",
     "Fit",
     "FitError",
+    "FullRank",
     "Gaussian",
     "Horseshoe",
     "Laplace",
     "LowRank",
+    "LowRankPlusDiagonal",
     "Masked",
     "MatrixNormal",
+    "MatrixVariate",
     "MeanField",
     "ModelError",
     "Normal",
@@ -47,6 +50,7 @@ __all__ = [
     "PyroBMRError",
     "Reduction",
     "ReductionError",
+    "ScaleCoupled",
     "SpikeAndSlab",
     "StudentT",
     "adam",

@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.guides import MeanField
-from pyro_bmr.guides.mean_field import base_distribution
+from pyro_bmr.guides import MeanField, SiteWise
+from pyro_bmr.guides.mean_field import Latent, base_distribution, gaussian_on_the_line
+from pyro_bmr.guides.row_noise import RowNoise
+from pyro_bmr.guides.site_normal import Independent, SiteNormal, entropy, gaussian_kl
 
 
 class ELBOTerms(NamedTuple):
@@ -40,9 +42,12 @@ def elbo_terms(
     .. math:: \mathrm{ELBO} = \mathbb{E}_q[\log p(y \mid \theta)] - \mathrm{KL}(q(\theta) \,\|\, p(\theta))
 
     Args:
-        masks: site → bool tensor of the entries that live, for the fast path; other guides are wrapped in `pruning.Masked` by the caller.
-        noise: the standard-normal draw of the fast path, of the size of `guide.loc`; by default a new one.
+        masks: site → bool tensor of the entries that live, for `MeanField` and the guides with a Gaussian per site; others are wrapped in
+            `pruning.Masked` by the caller.
+        noise: the standard-normal draw of those guides, flat; by default a new one.
     """
+    if isinstance(guide, SiteWise) or (isinstance(guide, MeanField) and guide.estimator != "weight"):
+        return _site_wise_terms(program, guide, args, masks or {}, noise)
     if isinstance(guide, MeanField):
         return _mean_field_terms(program, guide, args, masks or {}, noise)
     guide_trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args))
@@ -53,6 +58,62 @@ def elbo_terms(
     prior = sum(site["log_prob_sum"] for _, site in model_trace.iter_stochastic_nodes())
     entropy = -sum(site["log_prob_sum"] for _, site in guide_trace.iter_stochastic_nodes())
     return ELBOTerms(torch.as_tensor(likelihood), torch.as_tensor(-prior - entropy))
+
+
+def _site_wise_terms(
+    program: Callable[..., Any], guide: SiteWise | MeanField, args: tuple[Any, ...], masks: Mapping[str, Tensor], noise: Tensor | None
+) -> ELBOTerms:
+    """Guides with a Gaussian per site: noise where the guide's estimator wants it, the KL in closed form where the prior is Gaussian on the line, else −H(q) −
+    log p at the draw."""
+    gaussians: dict[str, SiteNormal] = {}
+    draws: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    used = 0
+    for site in guide.latents:
+        mask = masks.get(site.name, site.alive)
+        mask = mask if mask is None or site.alive is None else mask & site.alive
+        q = guide.conditional(site.name, values, mask)
+        if guide.estimator != "weight" and isinstance(q, Independent) and site.transform is None and noise is None:
+            z: Tensor = RowNoise(q.mean, q.std, len(args[0]), guide.estimator)
+        else:
+            z = q.draw(torch.randn(q.noise_size, dtype=q.mean.dtype, device=q.mean.device) if noise is None else noise[used : used + q.noise_size])
+            used += q.noise_size
+        gaussians[site.name], draws[site.name] = q, z
+        values[site.name] = z if site.transform is None else site.transform(z)
+    with Values(values) as run:
+        program(*args)
+    like = gaussians[guide.latents[0].name].mean
+    likelihood, kl = torch.zeros((), dtype=like.dtype, device=like.device), torch.zeros((), dtype=like.dtype, device=like.device)
+    for name, msg in run.observed.items():
+        if not msg["is_observed"]:
+            raise ModelError(f"site '{name}' of the program is not in the guide; make the guide from this program and batch")
+        likelihood = likelihood + scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"]).sum()
+    for site in guide.latents:
+        q, msg = gaussians[site.name], run.latent[site.name]
+        base = base_distribution(msg["fn"])
+        base = base.base_dist if hasattr(base, "alive") else base
+        prior = gaussian_on_the_line(base, site.transform)
+        if prior is None:
+            kl_site = _sampled_kl(site, q, draws[site.name], base)
+        elif isinstance(q, Independent):
+            kl_site = _GaussianKL.apply(q.mean, q.log_std, q.std.detach(), collapsed(prior.loc), collapsed(prior.scale), q.mask)
+        else:
+            kl_site = gaussian_kl(q, prior.loc, prior.scale)
+        kl = kl + kl_site * msg["scale"]
+    return ELBOTerms(likelihood, kl)
+
+
+def _sampled_kl(site: Latent, q: SiteNormal, z: Tensor, prior: Any) -> Tensor:
+    """−H(q) − log p(z), the prior's density counted on the unconstrained scale."""
+    z = z.draw() if isinstance(z, RowNoise) else z
+    value = z if site.transform is None else site.transform(z)
+    log_p = prior.log_prob(value)
+    if prior.event_shape and q.mask is not None:
+        raise ModelError(f"site '{site.name}': the density of a {type(prior).__name__} does not split over its entries, so they cannot be pruned")
+    if site.transform is not None:
+        log_jacobian = site.transform.log_abs_det_jacobian(z, value)
+        log_p = log_p + (log_jacobian.flatten(-len(prior.event_shape)).sum(-1) if prior.event_shape else log_jacobian)
+    return -entropy(q) - (log_p if q.mask is None else log_p.where(q.mask, 0)).sum()
 
 
 class Values(Messenger):
@@ -105,7 +166,7 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
         base = base_distribution(msg["fn"])
         if hasattr(base, "alive"):  # a program under `pruning.Masked`
             mask, base = (base.alive if mask is None else mask & base.alive), base.base_dist
-        gaussian = _gaussian_on_the_line(base, site.transform)
+        gaussian = gaussian_on_the_line(base, site.transform)
         if gaussian is not None:
             kl_site = _GaussianKL.apply(locs[name], log_scales[name], stds[name], collapsed(gaussian.loc), collapsed(gaussian.scale), mask)
         elif site.transform is None and isinstance(base, torch.distributions.Laplace):
@@ -124,13 +185,6 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
             kl_site = (difference if mask is None else difference.where(mask, 0)).sum()
         kl = kl + kl_site * msg["scale"]
     return ELBOTerms(likelihood, kl)
-
-
-def _gaussian_on_the_line(prior: Any, transform: Any) -> Any:
-    """The Normal that `prior` is on the unconstrained scale (itself, or the base of a log-normal), if it is one."""
-    if transform is not None and isinstance(prior, torch.distributions.TransformedDistribution) and prior.transforms == [transform]:
-        prior, transform = prior.base_dist, None
-    return prior if transform is None and isinstance(prior, torch.distributions.Normal) else None
 
 
 def collapsed(parameter: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Owns `fit` and its result `Fit`. Next: `exporting.py`.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from pyro_bmr.elbo import ELBOTerms, Values, elbo_terms
 from pyro_bmr.errors import DataError, FitError
-from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.guides import MeanField, Point, SiteWise
 from pyro_bmr.likelihoods import WholeData
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import check_callable_without_y, predict
@@ -234,7 +235,7 @@ class _Run:
         return likelihood, kl
 
     def terms(self, batch: tuple[Tensor, Tensor]) -> ELBOTerms:
-        if not self.masks or isinstance(self.guide, MeanField):
+        if not self.masks or isinstance(self.guide, (MeanField, SiteWise)):
             return elbo_terms(self.scaled, self.guide, *batch, masks=self.masks)
         self.masked.masks = self.masks
         return elbo_terms(self.masked(self.scaled), self.masked(self.guide), *batch)
@@ -340,8 +341,8 @@ def _check_program(program: Program, few: tuple[Tensor, Tensor], y: Tensor) -> N
 def _make_guide(guide: Program, program: Program, few: tuple[Tensor, Tensor]) -> Program:
     if isinstance(guide, nn.Module):
         return copy.deepcopy(guide)
-    maker = guide.func if isinstance(guide, partial) else guide
-    return guide(program, *few) if maker in (MeanField, Point) else guide(program)
+    takes_batch = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(guide).parameters.values())  # MeanField(program, *batch), AutoNormal(program)
+    return guide(program, *few) if takes_batch else guide(program)
 
 
 def _split(x: Tensor, y: Tensor, validation: float | tuple[Tensor, Tensor] | None, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ from pyro_bmr import priors
 from pyro_bmr.elbo import Values, collapsed
 from pyro_bmr.errors import ModelError, ReductionError
 from pyro_bmr.files import write_atomically
+from pyro_bmr.guides.autoguides import Moments, autoguide_moments
 from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
+from pyro_bmr.guides.scale_coupled import CoupledSite, conditional, multiplier
+from pyro_bmr.guides.site_wise import SiteWise
 from pyro_bmr.priors import Prior
-from pyro_bmr.reduction.gaussian import Dense, Diagonal
+from pyro_bmr.reduction.gaussian import Dense, Diagonal, Message
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
 
 _FORMAT = "pyro_bmr posterior 1"
+_JOINTS: dict[str | None, Any] = {structure.__name__: structure for structure in (Dense, LowRank, MatrixNormal)}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Site:
     `given`: the latent sites on which the prior's moments depend; they stand at their posterior point (their median).
     `joint`: the correlations of the entries where q has them, over the flattened site (`MatrixNormal`: over its rows and the rest); `mean` and
     `var` are its marginals. None for independent entries.
+    `message`: where q couples the site with the scales that `declared` multiplies it by (`ScaleCoupled`), what the data said of the weight, in the weight's
+    units; a draw of the site then follows the draw of its scales, and `mean` and `var` are those given the scales at their medians. Else None.
     """
 
     mean: Tensor
@@ -54,6 +60,7 @@ class Site:
     mask: Tensor | None = None
     given: tuple[str, ...] = ()
     joint: Dense | LowRank | MatrixNormal | None = None
+    message: Message | None = None
 
     @property
     def alive(self) -> Tensor:
@@ -66,6 +73,10 @@ class Site:
         value = unconstrained if transform is None else transform(unconstrained)
         return value if self.mask is None else value.where(self.mask, 0)
 
+    def masked(self, mask: Tensor) -> Site:
+        """The same site with `mask` in force: moments of pruned entries 0, and the joint covariance that of the others."""
+        return replace(self, mean=self.mean.where(mask, 0), var=self.var.where(mask, 0), mask=mask, joint=_masked_joint(self.joint, mask))
+
 
 @dataclass(frozen=True)
 class Posterior:
@@ -77,6 +88,7 @@ class Posterior:
     sites: Mapping[str, Site]
     temperature: float = 1.0
     masks: dict[str, Tensor] = field(init=False, repr=False, compare=False)
+    roots: dict[str, tuple[Tensor, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)  # of joint covariances, once drawn from
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "masks", {name: site.mask for name, site in self.sites.items() if site.mask is not None})
@@ -98,10 +110,23 @@ class Posterior:
 
     def draw(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Site → one draw from q; pruned entries 0."""
-        values = {}
+        values: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            noise = torch.randn(site.mean.shape, generator=generator, dtype=site.mean.dtype, device=site.mean.device)
-            values[name] = site.value(site.mean + site.var.sqrt() * noise)
+            like = site.mean
+
+            def noise(*shape: int, like: Tensor = like) -> Tensor:
+                return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+            if site.message is not None:
+                q = conditional(*site.message, multiplier(site.declared, name, like, values), None)
+                drawn = q.mean + q.std * noise(*like.shape)
+            elif site.joint is None:
+                drawn = like + site.var.sqrt() * noise(*like.shape)
+            else:
+                if name not in self.roots:
+                    self.roots[name] = _roots(site.joint)
+                drawn = _joint_draw(site.joint, self.roots[name], noise).view(like.shape)
+            values[name] = site.value(drawn)
         return values
 
     def masked(self, masks: Mapping[str, Tensor]) -> Posterior:
@@ -111,11 +136,7 @@ class Posterior:
                 raise ReductionError(
                     f"mask of site '{name}': expected a bool tensor of shape {tuple(self[name].mean.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}"
                 )
-        pruned = {
-            name: replace(site, mean=site.mean.where(masks[name], 0), var=site.var.where(masks[name], 0), mask=masks[name])
-            for name, site in self.sites.items()
-            if name in masks
-        }
+        pruned = {name: site.masked(masks[name]) for name, site in self.sites.items() if name in masks}
         return replace(self, sites={**self.sites, **pruned})
 
     @classmethod
@@ -130,17 +151,24 @@ class Posterior:
     ) -> Posterior:
         """The posterior that `guide` holds for `program(*args, **kwargs)`, with the priors that the program declares.
 
-        Read are guides whose trace has a Normal per site (`MeanField`, hand-written guides), a Normal on the unconstrained scale
-        (`AutoNormal`), a log-normal, or a point (`Point`, `AutoDelta`: variance 0).
+        Read are the guides of this library, with the correlations they have within a site (`Site.joint`); Pyro's AutoNormal, AutoDelta, AutoDiagonalNormal,
+        AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoLaplaceApproximation (a point, and after its `laplace_approximation(...)` the Gaussian) and
+        AutoStructured, whose covariance between sites is dropped; and guides whose trace has a Normal or log-normal per site, or a point (variance 0).
         Random state and param store stay as they were. `args` is one batch; a handful of rows is enough.
 
         Raises:
             ModelError: a site's posterior cannot be read as Gaussian moments.
         """
+        masks = masks or {}
+        if isinstance(guide, SiteWise):
+            return cls._with_priors(_site_wise(guide, masks), program, args, kwargs, masks, temperature)
         with torch.no_grad(), torch.random.fork_rng():
             trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
-        moments = {name: _guide_moments(name, trace) for name, site in trace.iter_stochastic_nodes() if not (site["infer"] or {}).get("is_auxiliary")}
-        return cls._with_priors(moments, program, args, kwargs, masks or {}, temperature)
+            moments = autoguide_moments(guide, *args, **kwargs)
+        if moments is None:
+            moments = {name: _guide_moments(name, trace) for name, site in trace.iter_stochastic_nodes() if not (site["infer"] or {}).get("is_auxiliary")}
+        bare = {name: Site(m.mean, m.var, support=m.support, joint=m.joint) for name, m in moments.items()}
+        return cls._with_priors(bare, program, args, kwargs, masks, temperature)
 
     @classmethod
     def from_param_store(
@@ -159,7 +187,7 @@ class Posterior:
         with torch.no_grad(), torch.random.fork_rng(), poutine.block():
             trace = prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
         keys = list(store.keys())
-        moments = {}
+        bare = {}
         for name, site in trace.iter_stochastic_nodes():
             if names is not None:
                 pair = names.get(name, (None, None))
@@ -172,25 +200,23 @@ class Posterior:
                 )
             support = support_name(name, base_distribution(site["fn"]).support)
             loc, scale = (store[key].detach().clone() for key in pair)
-            moments[name] = (loc, scale.square().expand(loc.shape), support)
-        return cls._with_priors(moments, program, args, kwargs, {}, temperature)
+            bare[name] = Site(loc, scale.square().expand(loc.shape), support=support)
+        return cls._with_priors(bare, program, args, kwargs, {}, temperature)
 
     @classmethod
+    @torch.enable_grad()
     def _with_priors(
         cls,
-        moments: Mapping[str, tuple[Tensor, Tensor, str]],
+        read: Mapping[str, Site],
         program: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         masks: Mapping[str, Tensor],
         temperature: float,
     ) -> Posterior:
-        bare = {}
-        for name, (mean, var, support) in moments.items():
-            mask = masks.get(name)
-            bare[name] = Site(mean, var, support=support) if mask is None else Site(mean.where(mask, 0), var.where(mask, 0), support=support, mask=mask)
+        bare = {name: site.masked(masks[name]) if name in masks else site for name, site in read.items()}
         values = {name: site.value(site.mean).detach().requires_grad_() for name, site in bare.items()}
-        with torch.enable_grad(), torch.random.fork_rng(), Values(values) as run:
+        with torch.random.fork_rng(), Values(values) as run:
             program(*args, **kwargs)
         sites = {}
         for name, msg in run.latent.items():
@@ -222,13 +248,16 @@ class Posterior:
                 "mask": site.mask,
                 "prior_mean": site.prior.mean if site.prior else None,
                 "prior_var": site.prior.var if site.prior else None,
+                **{f"joint_{part.name}": getattr(site.joint, part.name) for part in (fields(site.joint) if site.joint else ())},
+                **({f"message_{part}": value for part, value in site.message._asdict().items()} if site.message else {}),
             }
             tensors |= {f"{name}/{part}": t.contiguous().clone() for part, t in parts.items() if t is not None}
             known = type(site.declared) in vars(priors).values()
-            fields = dict(vars(site.declared)) if known else {}
-            tensors |= {f"{name}/declared_{key}": t.contiguous().clone() for key, t in fields.items() if isinstance(t, Tensor)}
-            declared = {"type": type(site.declared).__name__, **{k: v for k, v in fields.items() if not isinstance(v, Tensor)}} if known else None
-            about[name] = {"support": site.support, "given": site.given, "declared": declared}
+            values = dict(vars(site.declared)) if known else {}
+            tensors |= {f"{name}/declared_{key}": t.contiguous().clone() for key, t in values.items() if isinstance(t, Tensor)}
+            declared = {"type": type(site.declared).__name__, **{k: v for k, v in values.items() if not isinstance(v, Tensor)}} if known else None
+            joint = type(site.joint).__name__ if site.joint else None
+            about[name] = {"support": site.support, "given": site.given, "declared": declared, "joint": joint}
         metadata = {"format": _FORMAT, "posterior": json.dumps({"sites": about, "temperature": self.temperature})}
         write_atomically(Path(path), lambda p: save_file(tensors, p, metadata=metadata))
 
@@ -252,29 +281,79 @@ class Posterior:
         sites = {}
         for name, entry in about["sites"].items():
             part: dict[str, Any] = {key: tensors.get(f"{name}/{key}") for key in ("mean", "var", "mask", "prior_mean", "prior_var")}
-            fields = (entry["declared"] or {}) | {k.removeprefix(f"{name}/declared_"): t for k, t in tensors.items() if k.startswith(f"{name}/declared_")}
-            declared = getattr(priors, fields.pop("type"))(**fields) if fields else None
+            values = (entry["declared"] or {}) | {k.removeprefix(f"{name}/declared_"): t for k, t in tensors.items() if k.startswith(f"{name}/declared_")}
+            declared = getattr(priors, values.pop("type"))(**values) if values else None
             prior = Diagonal(part["prior_mean"], part["prior_var"]) if part["prior_var"] is not None else None
-            sites[name] = Site(part["mean"], part["var"], prior, declared, entry["support"], part["mask"], tuple(entry["given"]))
+            structure = _JOINTS.get(entry.get("joint"))
+            joint = structure and structure(**{f.name: tensors[f"{name}/joint_{f.name}"] for f in fields(structure)})
+            message = Message(*(tensors[f"{name}/message_{field}"] for field in Message._fields)) if f"{name}/message_h" in tensors else None
+            sites[name] = Site(part["mean"], part["var"], prior, declared, entry["support"], part["mask"], tuple(entry["given"]), joint, message)
         return cls(sites, about["temperature"])
 
 
-def _guide_moments(name: str, trace: Any) -> tuple[Tensor, Tensor, str]:
-    """(mean, variance, support) of one site of a guide's trace, on the unconstrained scale."""
+@torch.no_grad()
+def _site_wise(guide: SiteWise, masks: Mapping[str, Tensor]) -> dict[str, Site]:
+    sites = {}
+    for latent, part, q in zip(guide.latents, guide.parts.values(), guide.at_point(masks).values(), strict=True):
+        message = Message(*(t.clone() for t in part.message())) if isinstance(part, CoupledSite) else None
+        support = next(key for key, transform in SUPPORTS.items() if transform is latent.transform)
+        sites[latent.name] = Site(q.mean.clone(), q.var.clone(), support=support, joint=q.joint(), message=message)
+    return sites
+
+
+def _masked_joint(joint: Dense | LowRank | MatrixNormal | None, mask: Tensor) -> Dense | LowRank | MatrixNormal | None:
+    """The covariance of the living entries, rows and columns of the others 0; None where a matrix normal loses its form."""
+    flat = mask.flatten()
+    if isinstance(joint, Dense):
+        return Dense(joint.mean.where(flat, 0), joint.cov * (flat[:, None] & flat))
+    if isinstance(joint, LowRank):
+        return LowRank(joint.mean.where(flat, 0), joint.var.where(flat, 0), joint.factor * flat[:, None])
+    if isinstance(joint, MatrixNormal):
+        alive = mask.reshape(joint.mean.shape)
+        rows, columns = alive.any(1), alive.any(0)
+        if bool((alive == rows[:, None] & columns).all()):
+            return MatrixNormal(joint.mean.where(alive, 0), joint.row_cov * (rows[:, None] & rows), joint.col_cov * (columns[:, None] & columns))
+    return None
+
+
+def _roots(joint: Dense | LowRank | MatrixNormal) -> tuple[Tensor, ...]:
+    """T of each covariance TTᵀ in `joint`, rows of pruned entries 0."""
+    covariances = {Dense: ("cov",), LowRank: (), MatrixNormal: ("row_cov", "col_cov")}[type(joint)]
+    roots = []
+    for cov in (getattr(joint, name) for name in covariances):
+        alive = cov.diagonal() > 0
+        root, info = torch.linalg.cholesky_ex(cov + (~alive).to(cov.dtype).diag())
+        if int(info) != 0:  # singular to working precision
+            values, vectors = torch.linalg.eigh(cov)
+            root = vectors * values.clamp_min(0).sqrt()
+        roots.append(root * alive[:, None])
+    return tuple(roots)
+
+
+def _joint_draw(joint: Dense | LowRank | MatrixNormal, roots: tuple[Tensor, ...], noise: Callable[..., Tensor]) -> Tensor:
+    if isinstance(joint, Dense):
+        return joint.mean + roots[0] @ noise(len(joint.mean))
+    if isinstance(joint, LowRank):
+        return joint.mean + joint.var.sqrt() * noise(len(joint.mean)) + joint.factor @ noise(joint.factor.shape[1])
+    return joint.mean + roots[0] @ noise(*joint.mean.shape) @ roots[1].mT
+
+
+def _guide_moments(name: str, trace: Any) -> Moments:
+    """The moments of one site of a guide's trace, on the unconstrained scale."""
     unconstrained = trace.nodes.get(f"{name}_unconstrained")
     fn = base_distribution(trace.nodes[name]["fn"])
     if unconstrained is not None:
         base = base_distribution(unconstrained["fn"])
         if isinstance(base, torch.distributions.Normal):
-            return base.loc.detach().clone(), base.variance.detach(), _autoguide_support(trace.nodes, name)
+            return Moments(base.loc.detach().clone(), base.variance.detach(), _autoguide_support(trace.nodes, name))
     if isinstance(fn, torch.distributions.Normal):
-        return fn.loc.detach().clone(), fn.variance.detach(), "real"
+        return Moments(fn.loc.detach().clone(), fn.variance.detach(), "real")
     if isinstance(fn, torch.distributions.TransformedDistribution) and len(fn.transforms) == 1:
         base = base_distribution(fn.base_dist)
         if isinstance(base, torch.distributions.Normal):
-            return base.loc.detach().clone(), base.variance.detach(), support_name(name, fn.support)
+            return Moments(base.loc.detach().clone(), base.variance.detach(), support_name(name, fn.support))
     if isinstance(fn, dist.Delta) and not any(site["infer"].get("is_auxiliary") for site in trace.nodes.values() if site["type"] == "sample"):
-        return fn.v.detach().clone(), torch.zeros_like(fn.v), "real"
+        return Moments(fn.v.detach().clone(), torch.zeros_like(fn.v), "real")
     raise ModelError(
         f"site '{name}': the guide's {type(fn).__name__} cannot be read as independent Gaussian moments; use MeanField or AutoNormal, or a guide "
         "with a Normal or log-normal per site"

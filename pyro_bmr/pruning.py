@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_bmr.errors import FitError, ReductionError
 from pyro_bmr.guides.mean_field import base_distribution
+from pyro_bmr.guides.site_wise import Drawn
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.reduction.sites import Reduction, reduce
@@ -45,7 +46,9 @@ class Masked(Messenger):
         fn = msg["fn"]
         if mask.dtype != torch.bool or mask.shape != fn.shape():
             raise ReductionError(f"mask of site '{name}': expected a bool tensor of shape {tuple(fn.shape())}, got {mask.dtype} of shape {tuple(mask.shape)}")
-        if isinstance(fn, dist.Delta):
+        if isinstance(fn, Drawn):
+            msg["fn"] = fn.pruned(mask)
+        elif isinstance(fn, dist.Delta):
             msg["fn"] = dist.Delta(fn.v.where(mask, 0), fn.log_density, event_dim=fn.event_dim)
         elif base_distribution(fn).event_shape:
             raise ReductionError(

@@ -97,4 +97,4 @@ def test_blocks_are_found_and_skipped() -> None:
 
 
 def test_every_page_is_seen() -> None:
-    assert {"index.md", "notation.md", "how_it_works.md", "gotchas.md", "param_store_script.md"} <= {page.name for page in DOCS}
+    assert {"index.md", "notation.md", "how_it_works.md", "gotchas.md", "param_store_script.md", "choose_a_guide.md"} <= {page.name for page in DOCS}

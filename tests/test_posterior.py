@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoNormal
 from torch import nn
 
 import pyro_bmr as bmr
@@ -100,9 +100,15 @@ def test_a_point_guide_has_no_variance_and_cannot_be_reduced():
         bmr.reduce(posterior, to={"w": bmr.Gaussian(0)})
 
 
-def test_guides_that_cannot_be_read_are_refused_by_site():
-    with pytest.raises(bmr.ModelError, match="site 'scale'.*MeanField or AutoNormal"):
-        bmr.Posterior.from_guide(AutoMultivariateNormal(program), program, X, Y)
+def test_guides_that_cannot_be_read_are_refused_by_name_and_site():
+    with pytest.raises(bmr.ModelError, match="site 'scale': the posterior of AutoIAFNormal cannot be read.*AutoLaplaceApproximation"):
+        bmr.Posterior.from_guide(AutoIAFNormal(program), program, X, Y)
+
+    def student(x, y=None):
+        pyro.sample("v", dist.StudentT(4.0, torch.zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(bmr.ModelError, match="site 'v'.*StudentT cannot be read"):
+        bmr.Posterior.from_guide(student, program, X, Y)
 
 
 def test_draws_have_the_moments_and_the_zeros():

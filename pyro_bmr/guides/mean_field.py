@@ -5,10 +5,11 @@ Owns `MeanField`. The objective that uses its flat parameters directly is in `el
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
@@ -19,6 +20,8 @@ from torch.distributions import Transform, constraints
 from torch.distributions.transforms import ExpTransform, SigmoidTransform
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.guides.row_noise import check_estimator
+from pyro_bmr.guides.site_normal import Independent
 
 SUPPORTS: dict[str, Transform | None] = {"real": None, "positive": ExpTransform(), "unit_interval": SigmoidTransform()}
 """The supports with a Gaussian posterior, and the transform from the real line to each."""
@@ -35,6 +38,9 @@ class Latent(NamedTuple):
     start: Tensor  # on the unconstrained scale
     rms: Tensor  # the root mean square of `start` where the program gave it, else 0; 0-d
     prior_scale: Tensor  # the prior's standard deviation where it is Normal, else 1; 0-d
+    prior: Any  # the object that declared the site, if one did
+    normal: bool  # whether the prior is Normal on the unconstrained scale, so that the KL of a Gaussian has a closed form
+    alive: Tensor | None  # the mask in force in a program under `pruning.Masked`
 
 
 def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Latent]:
@@ -57,7 +63,8 @@ def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list
 def _latent(name: str, site: Any) -> Latent:
     fn = site["fn"]
     base = base_distribution(fn)
-    base = base.base_dist if hasattr(base, "alive") else base  # a program under `pruning.Masked`
+    alive = getattr(base, "alive", None)
+    base = base if alive is None else base.base_dist  # a program under `pruning.Masked`
     transform = SUPPORTS[support_name(name, base.support)]
     for frame in site["cond_indep_stack"]:
         if frame.full_size not in (None, frame.size):
@@ -78,7 +85,20 @@ def _latent(name: str, site: Any) -> Latent:
     plates = tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized)
     rms = start.square().mean().sqrt() if init is not None else start.new_zeros(())
     prior_scale = base.stddev.mean() if normal else start.new_ones(())
-    return Latent(name, start.shape, fn.event_dim, transform, plates, start, rms, prior_scale)
+    closed = gaussian_on_the_line(base, transform) is not None
+    return Latent(name, start.shape, fn.event_dim, transform, plates, start, rms, prior_scale, site["infer"].get("prior"), closed, alive)
+
+
+def gaussian_on_the_line(prior: Any, transform: Transform | None) -> Any:
+    """The Normal that `prior` is on the unconstrained scale (itself, or the base of a log-normal), if it is one."""
+    if transform is not None and isinstance(prior, torch.distributions.TransformedDistribution) and prior.transforms == [transform]:
+        prior, transform = prior.base_dist, None
+    return prior if transform is None and isinstance(prior, torch.distributions.Normal) else None
+
+
+def start_scale(latent: Latent, init_scale: float) -> Tensor:
+    """The standard deviation at the start: `init_scale` times the size of the start values that the program gave, else a tenth of the prior's scale; 0-d."""
+    return init_scale * latent.rms if latent.rms > 0 else 0.1 * latent.prior_scale
 
 
 def base_distribution(fn: Any) -> Any:
@@ -113,6 +133,15 @@ def _median(base: Any) -> Tensor:
         return base.sample((min(1001, 1 + 10_000_000 // entries),)).median(0).values  # of a large site fewer draws, for the memory
 
 
+def site_table(latents: Sequence[Latent], parts: Sequence[tuple[str, int]]) -> pd.DataFrame:
+    """The table of a guide: `parts` has the structure and the number of parameters of each site."""
+    rows = [
+        (latent.name, latent.start.numel(), structure, parameters, "closed form" if latent.normal else "sampled")
+        for latent, (structure, parameters) in zip(latents, parts, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["site", "size", "structure", "parameters", "kl"])
+
+
 class MeanField(nn.Module):
     r"""q(θ) = ∏ᵢ N(θᵢ; μᵢ, σᵢ²) on the unconstrained scale: a Normal per real site, a log-normal per positive site, a logit-normal on (0, 1).
 
@@ -124,22 +153,34 @@ class MeanField(nn.Module):
         args, kwargs: one batch, to find the sites.
         init_scale: the standard deviations at the start, relative to the root mean square of the start values that the program gives (a network's own
             weights); sites without such values start at a tenth of the prior's scale. Small, so that a network first learns as a plain one would.
+        estimator: where noise is drawn in a step. ``"weight"``: once for all rows of a batch. ``"local"``, ``"flipout"``: for each row, in
+            the linear maps and convolutions that weights are used in, which lowers the variance of the gradient (`row_noise.RowNoise`). The bound is
+            the same; what it costs and when it pays is in docs/choose_a_guide.md.
 
     Raises:
         ModelError: as `latent_sites`.
     """
 
-    def __init__(self, program: Callable[..., Any], *args: Any, init_scale: float = 0.3, **kwargs: Any) -> None:
+    def __init__(self, program: Callable[..., Any], *args: Any, init_scale: float = 0.3, estimator: str = "weight", **kwargs: Any) -> None:
         super().__init__()
+        self.estimator = check_estimator(estimator)
         self.latents = latent_sites(program, *args, **kwargs)
         self.sizes = [latent.start.numel() for latent in self.latents]
         self.loc = nn.Parameter(torch.cat([latent.start.flatten() for latent in self.latents]))
-        scales = [init_scale * latent.rms if latent.rms > 0 else 0.1 * latent.prior_scale for latent in self.latents]
+        scales = [start_scale(latent, init_scale) for latent in self.latents]
         self.log_scale = nn.Parameter(torch.cat([scale.log().expand(size) for scale, size in zip(scales, self.sizes, strict=True)]))
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Site name → its part of a flat vector, in the site's shape; no copy."""
         return {latent.name: part.view(latent.shape) for latent, part in zip(self.latents, flat.split(self.sizes), strict=True)}
+
+    def conditional(self, name: str, values: Mapping[str, Tensor], mask: Tensor | None) -> Independent:
+        """The Gaussian of a site, with the entries that `mask` leaves."""
+        return Independent.of(self.views(self.loc)[name], self.views(self.log_scale)[name], mask)
+
+    def table(self) -> pd.DataFrame:
+        """One row per site: name, size, structure of its Gaussian, parameters, and whether its KL is in closed form or sampled."""
+        return site_table(self.latents, [("independent", 2 * size) for size in self.sizes])
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """One draw: site name → value."""

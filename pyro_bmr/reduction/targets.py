@@ -142,7 +142,8 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None, groups: Te
     prior = site.prior if answer.prior is living.p else None
     if answer.prior is not None and answer.prior is not living.p:
         prior = Diagonal(*(t if t.ndim == 0 else back(t, 1.0) for t in map(_number, (answer.prior.mean, answer.prior.var))))
-    return SiteReduction(answer.delta_f, spike, drop, replace(site, mean=mean, var=var, prior=prior), wider, answer.scale, answer.scales)
+    site = replace(site, mean=mean, var=var, prior=prior, joint=site.joint if kept else None, message=site.message if kept else None)
+    return SiteReduction(answer.delta_f, spike, drop, site, wider, answer.scale, answer.scales)
 
 
 @singledispatch

@@ -1,0 +1,110 @@
+r"""The Gaussian that a guide has for one site, q(z) = N(μ, AAᵀ) with z = μ + Aε: what the evidence bound and a posterior ask of it.
+
+Owns the protocol `SiteNormal`, its independent form `Independent`, entropy, density and the closed-form KL. The correlated forms are beside
+their guides: `full_rank.py`, `low_rank_plus_diagonal.py`, `matrix_variate.py`. Next: `mean_field.py`.
+
+Masks. A masked entry has the value 0 and takes no part: its row of A is dropped, and the noise that is its own with it. What is left is a Gaussian of the
+living entries, of the same form.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from pyro_bmr.reduction.gaussian import Dense
+from pyro_bmr.reduction.low_rank import LowRank
+from pyro_bmr.reduction.matrix_normal import MatrixNormal
+
+
+class SiteNormal(Protocol):
+    """`mean`, `var`: the marginals, in the site's shape, 0 where masked. `log_det`: log |AAᵀ| of the living entries. `mask`: None for all alive."""
+
+    @property
+    def mean(self) -> Tensor: ...
+    @property
+    def var(self) -> Tensor: ...
+    @property
+    def log_det(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor | None: ...
+    @property
+    def noise_size(self) -> int:
+        """How many standard normals a draw takes."""
+        ...
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """z = μ + Aε in the site's shape, 0 where masked; `noise` is flat."""
+        ...
+
+    def squared_distance(self, z: Tensor, noise: Tensor) -> Tensor:
+        """(z − μ)ᵀ(AAᵀ)⁻¹(z − μ) over the living entries, at the draw z of `noise`."""
+        ...
+
+    def joint(self) -> Dense | LowRank | MatrixNormal | None:
+        """Mean and covariance over the flattened site as a structure of the reductions; None when entries are independent or the form has no such structure."""
+        ...
+
+
+def living(values: Tensor, mask: Tensor | None) -> Tensor:
+    """`values` with exact zeros where masked."""
+    return values if mask is None else values.where(mask, 0)
+
+
+def count_living(q: SiteNormal) -> Tensor | int:
+    """How many entries live."""
+    return q.mean.numel() if q.mask is None else q.mask.sum().to(q.mean.dtype)
+
+
+def log_density(q: SiteNormal, z: Tensor, noise: Tensor) -> Tensor:
+    """log q(z) of the living entries at the draw z of `noise`; nats."""
+    return -0.5 * (q.squared_distance(z, noise) + q.log_det + 1.8378770664093453 * count_living(q))  # log 2π
+
+
+def entropy(q: SiteNormal) -> Tensor:
+    """H(q) = ½ log |2πe AAᵀ| of the living entries; nats."""
+    return 0.5 * (q.log_det + 2.8378770664093453 * count_living(q))  # 1 + log 2π
+
+
+def gaussian_kl(q: SiteNormal, prior_loc: Tensor, prior_scale: Tensor) -> Tensor:
+    r"""KL(q ‖ ∏ᵢ N(ηᵢ, sᵢ²)) over the living entries; nats.
+
+    .. math:: \sum_i \left[\log s_i + \frac{(\mu_i - \eta_i)^2 + \Sigma_{ii}}{2 s_i^2} - \frac12\right] - \frac12 \log|\Sigma|
+    """
+    terms = prior_scale.log() + 0.5 * ((q.mean - prior_loc).square() + q.var) / prior_scale.square() - 0.5
+    return living(terms, q.mask).sum() - 0.5 * q.log_det
+
+
+class Independent(NamedTuple):
+    """A is diagonal: `std` on it, 0 where masked."""
+
+    mean: Tensor
+    std: Tensor
+    log_std: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, loc: Tensor, log_std: Tensor, mask: Tensor | None) -> Independent:
+        return cls(living(loc, mask), living(log_std.exp(), mask), log_std, mask)
+
+    @property
+    def var(self) -> Tensor:
+        return self.std.square()
+
+    @property
+    def log_det(self) -> Tensor:
+        return 2 * living(self.log_std, self.mask).sum()
+
+    @property
+    def noise_size(self) -> int:
+        return self.mean.numel()
+
+    def draw(self, noise: Tensor) -> Tensor:
+        return self.mean + self.std * noise.view(self.mean.shape)
+
+    def squared_distance(self, z: Tensor, noise: Tensor) -> Tensor:
+        return living(noise.view(self.mean.shape), self.mask).square().sum()
+
+    def joint(self) -> None:
+        return None
