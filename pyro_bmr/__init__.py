@@ -16,14 +16,18 @@ from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
 from pyro_bmr.pruning import Every, Masked
 from pyro_bmr.reduction.exponential_family import natural_delta_f
 from pyro_bmr.reduction.gaussian import Dense, Diagonal, delta_f, prune_subset, reduced_posterior
+from pyro_bmr.reduction.groups import Block, NofM
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
-from pyro_bmr.reduction.sites import Reduction, reduce
+from pyro_bmr.reduction.outcome import Reduction
+from pyro_bmr.reduction.search import Search, exhaustive_search, greedy_search
+from pyro_bmr.reduction.sites import reduce
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BayesianNetwork",
+    "Block",
     "Categorical",
     "Data",
     "DataError",
@@ -39,6 +43,7 @@ __all__ = [
     "MatrixNormal",
     "MeanField",
     "ModelError",
+    "NofM",
     "Normal",
     "Point",
     "Posterior",
@@ -46,14 +51,17 @@ __all__ = [
     "PyroBMRError",
     "Reduction",
     "ReductionError",
+    "Search",
     "SpikeAndSlab",
     "adam",
     "compare",
     "cosine",
     "delta_f",
     "elbo_terms",
+    "exhaustive_search",
     "export",
     "fit",
+    "greedy_search",
     "load",
     "metrics",
     "natural_delta_f",

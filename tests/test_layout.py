@@ -13,10 +13,11 @@ import pyro_bmr as bmr
 
 ROOT = Path(__file__).parents[1]
 LIBRARY, MODELS = ROOT / "pyro_bmr", ROOT / "models"
-FORMULAS = ("gaussian", "low_rank", "matrix_normal", "exponential_family", "spike_and_slab", "horseshoe")
+FORMULAS = ("gaussian", "low_rank", "matrix_normal", "exponential_family", "spike_and_slab", "horseshoe", "groups", "states", "search")
 ORDER = [
     "errors", "files",
-    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "posterior", "reduction.targets", "reduction.sites",
+    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "curvature", "posterior", "reduction.targets",
+    "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
     "pruning", "prediction", "metrics", "fitting", "exporting", "data", "plots", "comparison", "cli",
 ]  # fmt: skip
 
