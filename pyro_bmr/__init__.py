@@ -22,6 +22,7 @@ from pyro_bmr.reduction.matrix_normal import MatrixNormal
 from pyro_bmr.reduction.outcome import Reduction
 from pyro_bmr.reduction.search import Search, exhaustive_search, greedy_search
 from pyro_bmr.reduction.sites import reduce
+from pyro_bmr.refitting import Refit, refit
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "PyroBMRError",
     "Reduction",
     "ReductionError",
+    "Refit",
     "Search",
     "SpikeAndSlab",
     "adam",
@@ -69,5 +71,6 @@ __all__ = [
     "prune_subset",
     "reduce",
     "reduced_posterior",
+    "refit",
     "save",
 ]  # fmt: skip

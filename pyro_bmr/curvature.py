@@ -16,9 +16,9 @@ Curvature = Tensor | tuple[Tensor, Tensor]
 
 
 def laplace_moments(name: str, value: Tensor, curvature: Curvature, prior: Diagonal, penalised: bool) -> tuple[Tensor, Tensor, Dense | MatrixNormal | None]:
-    r"""Mean, variance and, unless the curvature is a diagonal, correlations of N(ŵ − P⁻¹Π(ŵ − η), P⁻¹) with P = H + Π; arguments as for `Posterior.from_curvature`.
+    r"""Mean, variance and, unless the curvature is a diagonal, correlations of N(ŵ − P⁻¹Π(ŵ − η), P⁻¹) with P = H + Π.
 
-    With `penalised` the mean is ŵ itself.
+    With `penalised` the mean is ŵ itself. Arguments as for `Posterior.from_curvature`.
     """
     prec = (1 / prior.var).expand_as(value)
     pull = 0 * value if penalised else prec * (value - prior.mean)  # Π(ŵ − η)

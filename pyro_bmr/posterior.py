@@ -245,8 +245,8 @@ class Posterior:
         Args:
             mean: site → trained value ŵ; the names are those of the network's parameters, so that `export` finds them.
             curvature: site → H summed over the data, nats per squared unit: of the site's shape (the diagonal of the Hessian, Gauss–Newton or Fisher matrix),
-                (d, d) for a site of d > 1 entries (all of it), or a pair (rows (n, n), columns (m, m)) of Kronecker factors, H = rows ⊗ columns. The prior is added
-                to each of a pair, rows + (r√Π) I and columns + (√Π/r) I with r² the ratio of their mean eigenvalues (Martens & Grosse 2015): one prior
+                (d, d) for a site of d > 1 entries (all of it), or a pair (rows (n, n), columns (m, m)) of Kronecker factors, H = rows ⊗ columns. The prior is
+                added to each of a pair, rows + (r√Π) I and columns + (√Π/r) I with r² the ratio of their mean eigenvalues (Martens & Grosse 2015): one prior
                 variance for the site, and an approximation.
             prior: as for `from_moments`.
             penalised: whether ŵ was trained with the penalty that the prior is (weight decay). False: ŵ maximises the likelihood alone.

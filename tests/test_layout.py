@@ -18,7 +18,7 @@ ORDER = [
     "errors", "files",
     *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "curvature", "posterior", "reduction.targets",
     "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
-    "pruning", "prediction", "metrics", "fitting", "exporting", "data", "plots", "comparison", "cli",
+    "pruning", "prediction", "metrics", "fitting", "refitting", "exporting", "data", "plots", "comparison", "cli",
 ]  # fmt: skip
 
 
