@@ -4,9 +4,9 @@ Concrete strength (1030 mixtures, 8 ingredients), a network 8-50-1 with ReLU, me
 not needed: `apt-get download r-cran-modeldata && dpkg -x r-cran-modeldata_*.deb modeldata`, and the folder is modeldata/usr/lib/R/site-library/modeldata/data.
 Reading it needs `pip install rdata`.
 
-One shot: every size is reduced from the one fit of the full model, and refitted. Iterated: every size is reduced from the refit of the size before; its prediction
-is the sum of those along the way. The free energies are those of the fits, 256 draws each, with the same noise; at each size the refit starts where the reduction
-ends. `more training` is the gain of the full model, trained on for as long as one refit: what of an observed gain is not due to the reduction.
+One shot: every size is reduced from the one fit of the full model, and refitted. Iterated: every size is reduced from the refit of the size before; its
+prediction is the sum of those along the way. The free energies are those of the fits, 256 draws each, with the same noise; each refit starts where its
+reduction ends. `more training` is the gain of the full model, trained on for as long as one refit: what of an observed gain is not due to the reduction.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class NofM:
         if rows.shape[1] % self.m:
             raise ReductionError(f"{rows.shape[1]} inputs do not divide by m = {self.m}; leave the site out with to={{'<site>': None, ...}}")
         tiles = rows.unflatten(1, (-1, self.m))
-        rank = tiles.argsort(-1, stable=True).argsort(-1)
+        rank = tiles.argsort(dim=-1, stable=True).argsort(dim=-1)
         return ((rank < self.n) & (tiles < math.inf)).view(drop.shape)
 
 

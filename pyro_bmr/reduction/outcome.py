@@ -121,7 +121,7 @@ class Reduction:
         Raises:
             ReductionError: the second did not start there, or the two are of different posteriors.
         """
-        for name in self.before.sites.keys() | second.before.sites.keys():
+        for name in dict.fromkeys([*self.before, *second.before]):
             start = (self.posterior if name in self.sites and name in second.sites else self.before).sites.get(name)
             if not _same(start, second.before.sites.get(name)) and not (
                 name not in second.sites and _same(self.posterior.sites.get(name), second.before.sites.get(name))

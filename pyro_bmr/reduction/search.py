@@ -18,7 +18,7 @@ from pyro_bmr.errors import ReductionError
 from pyro_bmr.reduction.gaussian import Diagonal, prune_subset
 from pyro_bmr.reduction.states import Members, State, embedded, entries, initial_state
 
-_EXHAUSTIVE_UP_TO = 15  # groups: 2¹⁵ models
+_EXHAUSTIVE_UP_TO = 14  # groups: 16,384 models
 _SMALL = 64  # groups: up to here the models one step off the path count as visited, and pairs of groups are tried
 _RISE = 1e-9  # nats, above rounding
 
@@ -211,7 +211,7 @@ class _Path:
 
 
 def exhaustive_search(posterior: Any, prior: Any, groups: Any = None, *, threshold: float = 0.0, kept: float | None = None) -> Search:
-    """All 2^groups models, for up to 15 groups; arguments as for `greedy_search`. With `kept`, the best of those that keep no more than this fraction.
+    """All 2^groups models, for up to 14 groups; arguments as for `greedy_search`. With `kept`, the best of those that keep no more than this fraction.
 
     Raises:
         ReductionError: there are more groups, or none; or as `greedy_search`.
