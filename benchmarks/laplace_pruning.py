@@ -1,7 +1,7 @@
 """A network trained in plain torch, pruned by the evidence of a Laplace posterior, against magnitude: `python benchmarks/laplace_pruning.py`.
 
 Fashion-MNIST, 784-300-100-10, no training after pruning. One pass over the training rows gives the diagonal of the Gauss–Newton matrix; a second or less gives
-every mask. The prior scales, one per tensor, are those of the best evidence. With --validation, the scores are those of 10,000 training rows held out (for
+every mask. With --validation, the scores are those of 10,000 training rows held out (for
 choosing settings); without it, the network is trained on all rows and the test rows are scored.
 """
 
@@ -77,9 +77,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--prior-scale", type=float, default=0.04)
+    parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--curvature", choices=("exact", "empirical"), default="exact")
     parser.add_argument("--validation", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("results/laplace-pruning"))
+    parser.add_argument("--page", type=Path, help="a page whose table to fill, such as docs/results/laplace_pruning.md")
     settings = parser.parse_args()
     torch.set_num_threads(1)
     data = bmr.load("fashion-mnist")
@@ -94,11 +97,10 @@ def main() -> None:
         curvature = diagonal_curvature(net, x, y, settings.curvature)
         passed = time.perf_counter()
         trained = {name: p.detach() for name, p in net.named_parameters()}
-        posterior = bmr.Posterior.from_curvature(trained, curvature, bmr.Gaussian(1.0), penalised=False)
-        scaled = bmr.reduce(posterior, to=bmr.Gaussian()).posterior
-        nets = {kept: bmr.export(net, bmr.reduce(scaled, to=bmr.Gaussian(0), kept=kept).posterior) for kept in FRACTIONS}
+        posterior = bmr.Posterior.from_curvature(trained, curvature, bmr.Gaussian(settings.prior_scale), temperature=settings.temperature)
+        nets = {kept: bmr.export(net, bmr.reduce(posterior, to=bmr.Gaussian(0), kept=kept).posterior) for kept in FRACTIONS}
         seconds = {"curvature_seconds": passed - start, "reduction_seconds": (time.perf_counter() - passed) / len(FRACTIONS)}
-        evidence = bmr.reduce(scaled, to=bmr.Gaussian(0))
+        evidence = bmr.reduce(posterior, to=bmr.Gaussian(0))
         nets[evidence.kept] = bmr.export(net, evidence.posterior)
         bare = bmr.Posterior.from_moments(trained, {name: torch.zeros(()) for name in trained}, None)
         for kept, pruned in nets.items():
@@ -113,10 +115,31 @@ def main() -> None:
     (settings.out / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(settings).items()}, indent=1))
     table = pd.DataFrame(rows)
     wide = table[table["rule"].isin(["evidence", "magnitude"])].groupby(["target", "rule"])["accuracy"].agg(["mean", "std"]).unstack("rule")
-    print(wide.sort_index(ascending=False).to_string(float_format="%.4f"))
+    wide = wide.sort_index(ascending=False)
+    print(wide.to_string(float_format="%.4f"))
     rest = table[~table["rule"].isin(["evidence", "magnitude"])].groupby("rule")[["kept", "accuracy"]].agg(["mean", "std"])
     print(rest.to_string(float_format="%.4f"))
     print(table[["curvature_seconds", "reduction_seconds"]].mean().to_string())
+    if not settings.validation and settings.page:
+        write_page(settings.page, table)
+
+
+def write_page(page: Path, table: pd.DataFrame) -> None:
+    """The table between the marks of the page."""
+    lines = ["| kept | evidence | magnitude | difference per seed |", "|---|---|---|---|"]
+    for kept in FRACTIONS:
+        both = {rule: table[(table["target"] == kept) & (table["rule"] == rule)].set_index("seed")["accuracy"] for rule in ("evidence", "magnitude")}
+        gap = ", ".join(f"{100 * value:+.1f}" for value in both["evidence"] - both["magnitude"])
+        lines.append(f"| {kept:.0%} | " + " | ".join(f"{a.mean():.3f} ± {a.std():.3f}" for a in both.values()) + f" | {gap} points |")
+    whole = table[table["rule"] == "unpruned"]["accuracy"]
+    seconds = table.groupby("seed")[["curvature_seconds", "reduction_seconds"]].first().mean()
+    lines += [
+        "",
+        f"Unpruned: {whole.mean():.3f} ± {whole.std():.3f}. Curvature: {seconds.iloc[0]:.1f} s; one reduction: {seconds.iloc[1]:.2f} s (one busy thread).",
+    ]
+    text = page.read_text(encoding="utf-8")
+    before, after = text.split("<!-- table -->")[0], text.split("<!-- end of table -->")[1]
+    page.write_text(before + "\n".join(["<!-- table -->", *lines, "<!-- end of table -->"]) + after, encoding="utf-8")
 
 
 def fraction(net: nn.Module) -> float:

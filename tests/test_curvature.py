@@ -27,6 +27,15 @@ def test_the_full_curvature_is_the_exact_posterior_of_a_linear_model(penalised):
     assert result.delta_f == pytest.approx(exact, abs=1e-9) and alive.sum() == 2
 
 
+def test_a_cold_posterior_counts_the_data_more():
+    twice = bmr.Posterior.from_curvature({"w": LEAST_SQUARES}, {"w": 2 * GRAM}, Gaussian(SCALE), penalised=False)
+    cold = bmr.Posterior.from_curvature({"w": LEAST_SQUARES}, {"w": GRAM}, Gaussian(SCALE), penalised=False, temperature=0.5)
+    assert cold.temperature == 0.5 and torch.equal(cold["w"].joint.cov, twice["w"].joint.cov) and torch.equal(cold["w"].mean, twice["w"].mean)
+    value, factors = torch.ones(2, 2).double(), (torch.eye(2).double() * 3, torch.eye(2).double())
+    pair, flat = (bmr.Posterior.from_curvature({"w": value}, {"w": h}, Gaussian(1e5), temperature=0.1) for h in (factors, 3 * value))
+    torch.testing.assert_close(pair["w"].var, flat["w"].var, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("penalised", [True, False])
 def test_a_diagonal_curvature_is_that_of_orthogonal_regressors(penalised):
     prior = bmr.Diagonal(torch.tensor(0.3).double(), torch.tensor([0.7, 2.5]).double())
@@ -104,6 +113,7 @@ def test_what_is_refused():
         (lambda: curvature({"w": one}, {"w": (0 * torch.eye(3), torch.eye(1))}, Gaussian(3.0)), "positive trace"),
         (lambda: curvature({"w": one}, {"w": one}, {"v": Gaussian(1.0)}), "a Laplace posterior needs a Gaussian prior"),
         (lambda: curvature({"w": one}, {"w": one}, bmr.Horseshoe()), "no mean and variance"),
+        (lambda: curvature({"w": one}, {"w": one}, Gaussian(1.0), temperature=0.0), "temperature=0.0"),
         (lambda: moments({"w": one}, {}, None), "a mean and no variance"),
         (lambda: moments({"w": one}, {"w": -one}, None), "finite means and variances >= 0"),
         (lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(0 * one, 0 * one)), "the prior's variance must be > 0"),
