@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=206)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/refit"))
-    parser.add_argument("--picture", type=Path, default=None)
+    parser.add_argument("--kept", type=float, nargs="+", default=KEPT)
+    parser.add_argument("--draws", type=int, default=256)
+    parser.add_argument("--page", type=Path, default=Path("docs/results/refit.md"), help="whose table and picture to fill")
     settings = parser.parse_args()
     torch.set_num_threads(1)
     headless()
@@ -63,7 +65,7 @@ def main() -> None:
     model = bmr.BayesianNetwork(net, bmr.Gaussian(settings.scale), bmr.Normal())
     common = {"batch_size": settings.batch_size, "seed": settings.seed, "progress": False}
     full = bmr.fit(model, data, epochs=settings.epochs, optimizer=bmr.adam(settings.learning_rate), **common)
-    again = {**common, "epochs": settings.refit_epochs, "optimizer": bmr.adam(settings.refit_learning_rate), "draws": 256}
+    again = {**common, "epochs": settings.refit_epochs, "optimizer": bmr.adam(settings.refit_learning_rate), "draws": settings.draws}
     spike = bmr.Gaussian(0)
     more = bmr.refit(full, bmr.reduce(full.posterior, to=spike, kept=1.0), data, **again)
     full = more.fit
@@ -71,7 +73,7 @@ def main() -> None:
     control = bmr.refit(full, bmr.reduce(full.posterior, to=spike, kept=1.0), data, **again)
     rows.append(("more training", 1.0, 0.0, control.observed, control.standard_error))
     current, predicted, observed = full, 0.0, 0.0
-    for kept in KEPT:
+    for kept in settings.kept:
         one = bmr.refit(full, bmr.reduce(full.posterior, to=spike, kept=kept), data, **again)
         rows.append(("one shot", kept, one.predicted, one.observed, one.standard_error))
         step = bmr.refit(current, bmr.reduce(current.posterior, to=spike, kept=kept), data, **again)
@@ -82,8 +84,9 @@ def main() -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(settings.out / "results.csv", index=False)
     (settings.out / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(settings).items()}, indent=1))
-    print(table.to_markdown(index=False, floatfmt=("", ".2f", ".1f", ".1f", ".1f")) if settings.picture else table.to_string())
-    if settings.picture:
+    print(table.to_string())
+    if settings.page.exists():
+        write_page(settings.page, table)
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for k, (path, group) in enumerate(table[table["path"] != "more training"].groupby("path", sort=False)):
             axes.plot(100 * (1 - group["kept"]), group["predicted"], "--", color=f"C{k}", label=f"{path}, predicted")
@@ -91,7 +94,23 @@ def main() -> None:
         axes.axhline(0, color="0.6", linewidth=1)
         axes.set(xlabel="weights pruned (%)", ylabel="ΔF (nats)", ylim=(min(-200, table["observed"].min()), None))
         axes.legend(fontsize=8)
-        save_figure(figure, settings.picture)
+        save_figure(figure, settings.page.with_suffix(".png"))
+
+
+def write_page(page: Path, table: pd.DataFrame) -> None:
+    """The table between the marks of the page."""
+    lines = ["| pruned | one shot, predicted | observed | iterated, predicted | observed |", "|---|---|---|---|---|"]
+    for kept in table[table["path"] == "one shot"]["kept"]:
+        both = [table[(table["path"] == path) & (table["kept"] == kept)].iloc[0] for path in ("one shot", "iterated")]
+        lines.append(f"| {1 - kept:.0%} | " + " | ".join(f"{row['predicted']:.1f} | {row['observed']:.1f}" for row in both) + " |")
+    more, error = table[table["path"] == "more training"]["observed"], table["standard_error"].max()
+    lines += [
+        "",
+        f"More training of the full model: {more.iloc[0]:.1f} nats, then {more.iloc[1]:.1f}. Standard error of an observed change: at most {error:.1f}.",
+    ]
+    text = page.read_text(encoding="utf-8")
+    before, after = text.split("<!-- table -->")[0], text.split("<!-- end of table -->")[1]
+    page.write_text(before + "\n".join(["<!-- table -->", *lines, "<!-- end of table -->"]) + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
