@@ -115,18 +115,17 @@ def greedy_search(posterior: Any, prior: Any, groups: Any = None, *, threshold: 
             may have entries in several.
         threshold: nats; what a group must gain to go, and what one must lose to come back.
         kept: instead of the evidence, a target: groups go until no more than this fraction of all entries lives.
-        batch: how many groups may go in one step, those with the largest gains. A step that does not raise the evidence is taken again with one.
-            By default 1 for every 200 groups.
+        batch: how many groups may go in one step, those with the largest gains. A step that does not raise the evidence is taken again with
+            half as many. By default 1 for every 200 groups.
 
     Raises:
         ReductionError: no group is given, groups do not fit, or a covariance is not positive definite.
     """
     states, members, given = _start(posterior, prior, groups)
     count = len(members)
-    largest = max(1, count // 200) if batch is None else batch
+    batch = max(1, count // 200) if batch is None else batch
     path = _Path(states, members, threshold)
-    excess = None if kept is None else _Excess(members, sum(entries(q) for q in given[0]), kept)
-    batch = largest
+    excess = None if kept is None else _Excess(_sizes(members), sum(entries(q) for q in given[0]), kept)
     while True:
         drop = path.drop_gains()  # ΔF of setting each group to zero, given the others that are
         if excess is not None:
@@ -139,10 +138,9 @@ def greedy_search(posterior: Any, prior: Any, groups: Any = None, *, threshold: 
         best = gain.topk(min(batch, count)).indices
         best = best[gain[best] > _RISE]
         if len(best) > 1:
-            batch = largest if path.move(best, only_up=True) else 1
+            batch = batch if path.move(best, only_up=True) else max(1, batch // 2)
         elif len(best):
             path.move(best)
-            batch = largest
         elif count > _SMALL or not path.pair():
             break
     last = None if kept is None else path.alive
@@ -152,15 +150,14 @@ def greedy_search(posterior: Any, prior: Any, groups: Any = None, *, threshold: 
 class _Excess(NamedTuple):
     """How far a model is above the target."""
 
-    members: Members
+    sizes: Tensor
     total: int
     kept: float
 
     def groups(self, alive: Tensor) -> int:
         """How many of the largest groups the excess holds, at least 1; 0 if the target is met or nothing is left to go."""
-        sizes = torch.tensor([sum(len(index) for _, index in member) for member in self.members])
-        excess = self.total - int(sizes[~alive].sum()) - round(self.kept * self.total)
-        return 0 if excess <= 0 or not bool(alive.any()) else max(1, min(excess // int(sizes.max()), int(alive.sum())))
+        excess = self.total - int(self.sizes[~alive].sum()) - round(self.kept * self.total)
+        return 0 if excess <= 0 or not bool(alive.any()) else max(1, min(excess // int(self.sizes.max()), int(alive.sum())))
 
 
 class _Path:
@@ -170,9 +167,10 @@ class _Path:
         self.states, self.members, self.threshold = states, members, threshold
         self.alive, self.total = torch.ones(len(members), dtype=torch.bool), 0.0
         self.models, self.totals = [self.alive], [0.0]
+        self.singles = _Singles.of(members, len(states))
 
     def drop_gains(self) -> Tensor:
-        drop = _drop_gains(self.states, self.members, self.alive)
+        drop = _drop_gains(self.states, self.members, self.alive, self.singles)
         if len(self.members) <= _SMALL:
             self.see(self.alive, self.total, drop)
         return drop
@@ -202,7 +200,7 @@ class _Path:
             states, gained = _flip(self.states, self.members[g], bool(self.alive[g]))
             alive = self.alive.clone()
             alive[g] = ~alive[g]
-            drop = _drop_gains(states, self.members, alive)
+            drop = _drop_gains(states, self.members, alive, self.singles)
             self.see(alive, self.total + gained, drop)
             gain = gained - self.threshold * (1 if self.alive[g] else -1) + torch.where(alive, drop - self.threshold, self.threshold - drop)
             if float(gain.max()) > best:
@@ -231,7 +229,7 @@ def exhaustive_search(posterior: Any, prior: Any, groups: Any = None, *, thresho
         totals.append(total)
     table, gains = torch.stack(models), torch.tensor(totals, dtype=torch.float64)
     if kept is not None:
-        sizes = torch.tensor([sum(len(index) for _, index in member) for member in members])
+        sizes = _sizes(members)
         total_entries = sum(entries(q) for q in given[0])
         fits = table.long() @ sizes + total_entries - sizes.sum() <= round(kept * total_entries)
         if not bool(fits.any()):
@@ -267,17 +265,39 @@ def _start(posterior: Any, prior: Any, groups: Any) -> tuple[list[State], Member
     return [initial_state(q, p) for q, p in zip(posteriors, priors, strict=True)], members, (posteriors, priors)
 
 
-def _drop_gains(states: Sequence[State], members: Members, alive: Tensor) -> Tensor:
+class _Singles(NamedTuple):
+    """The groups of one entry: per structure their numbers and their entries. The numbers of all others."""
+
+    groups: list[Tensor]
+    positions: list[Tensor]
+    others: list[int]
+
+    @classmethod
+    def of(cls, members: Members, structures: int) -> _Singles:
+        pairs: list[list[tuple[int, int]]] = [[] for _ in range(structures)]
+        others = []
+        for g, member in enumerate(members):
+            if len(member) == 1 and len(member[0][1]) == 1:
+                pairs[member[0][0]].append((g, int(member[0][1])))
+            else:
+                others.append(g)
+        groups, index = ([torch.tensor([pair[part] for pair in own], dtype=torch.long) for own in pairs] for part in (0, 1))
+        return cls(groups, index, others)
+
+
+def _drop_gains(states: Sequence[State], members: Members, alive: Tensor, singles: _Singles) -> Tensor:
     """Per group: log q − log p of the group at zero, given the other groups that are gone."""
-    single = [state.log_ratios() for state in states]
     gains = torch.empty(len(members), dtype=torch.float64)
-    alone = [g for g, member in enumerate(members) if len(member) == 1 and len(member[0][1]) == 1]
-    for k, values in enumerate(single):
-        here = [g for g in alone if members[g][0][0] == k]
-        gains[here] = values[torch.cat([members[g][0][1] for g in here])].cpu() if here else gains[here]
-    for g in sorted(set(range(len(members))) - set(alone)):
+    for state, groups, index in zip(states, singles.groups, singles.positions, strict=True):
+        if len(groups):
+            gains[groups] = state.log_ratios()[index].cpu()
+    for g in singles.others:
         gains[g] = _drop_gain(states, members[g], bool(alive[g]))
     return gains
+
+
+def _sizes(members: Members) -> Tensor:
+    return torch.tensor([sum(len(index) for _, index in member) for member in members])
 
 
 def _drop_gain(states: Sequence[State], member: list[tuple[int, Tensor]], alive: bool) -> float:

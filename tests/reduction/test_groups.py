@@ -101,7 +101,8 @@ def test_the_evidence_decides_on_whole_groups():
     assert result.delta_f == pytest.approx(total, abs=1e-9) and 0 < went < len(partition(labels))
 
 
-def test_a_target_takes_the_groups_that_cost_least_per_weight():
+@pytest.mark.parametrize("_draw", range(5))
+def test_a_target_takes_the_groups_that_cost_least_per_weight(_draw):
     post = posterior()
     result = bmr.reduce(post, to=bmr.Gaussian(0), per="unit", kept=0.5)
     costs = {}
