@@ -16,14 +16,19 @@ from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, SpikeAndSlab, S
 from pyro_bmr.pruning import Every, Masked
 from pyro_bmr.reduction.exponential_family import natural_delta_f
 from pyro_bmr.reduction.gaussian import Dense, Diagonal, delta_f, prune_subset, reduced_posterior
+from pyro_bmr.reduction.groups import Block, NofM
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
-from pyro_bmr.reduction.sites import Reduction, reduce
+from pyro_bmr.reduction.outcome import Reduction
+from pyro_bmr.reduction.search import Search, exhaustive_search, greedy_search
+from pyro_bmr.reduction.sites import reduce
+from pyro_bmr.refitting import Refit, refit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BayesianNetwork",
+    "Block",
     "Categorical",
     "Data",
     "DataError",
@@ -43,6 +48,7 @@ __all__ = [
     "MatrixVariate",
     "MeanField",
     "ModelError",
+    "NofM",
     "Normal",
     "Point",
     "Posterior",
@@ -50,7 +56,9 @@ __all__ = [
     "PyroBMRError",
     "Reduction",
     "ReductionError",
+    "Refit",
     "ScaleCoupled",
+    "Search",
     "SpikeAndSlab",
     "StudentT",
     "adam",
@@ -58,8 +66,10 @@ __all__ = [
     "cosine",
     "delta_f",
     "elbo_terms",
+    "exhaustive_search",
     "export",
     "fit",
+    "greedy_search",
     "load",
     "metrics",
     "natural_delta_f",
@@ -67,5 +77,6 @@ __all__ = [
     "prune_subset",
     "reduce",
     "reduced_posterior",
+    "refit",
     "save",
 ]  # fmt: skip

@@ -34,7 +34,8 @@ from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import ClassPrediction, Prediction, predict
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
 from pyro_bmr.pruning import Every
-from pyro_bmr.reduction.sites import Reduction, reduce
+from pyro_bmr.reduction.outcome import Reduction
+from pyro_bmr.reduction.sites import reduce
 
 ROUTES = ("point", "fitted", "reduced")
 _TEXT = ("model", "data", "prior", "route")

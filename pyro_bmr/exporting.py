@@ -23,15 +23,25 @@ from pyro_bmr.posterior import Posterior
 
 
 @torch.no_grad()
-def export(program: BayesianNetwork, posterior: Posterior) -> nn.Module:
+def export(program: nn.Module, posterior: Posterior) -> nn.Module:
     """The plain network at the posterior's point: a copy of `program.net` whose lifted parameters are their posterior means, pruned ones exactly 0.
 
     A weight that is a scale times a standardised site is taken at the scale's median. No hooks, no Pyro: the copy can be deep-copied, pickled and
     trained on. It has the size of the original; parameters that were not lifted are those of `program.net`, so pass `fit.program`.
 
+    `program` may also be a plain module, for a posterior whose sites have the names of its parameters (`Posterior.from_curvature` and the like): a copy of
+    it then, with the posterior's point in the place of those parameters.
+
     Raises:
         ModelError: the program is not a network, or the posterior is not one of its own.
     """
+    if isinstance(program, nn.Module) and not isinstance(program, BayesianNetwork) and _names_parameters(program, posterior):
+        net = copy.deepcopy(program).eval()
+        for name, parameter in net.named_parameters():
+            parameter.grad = None
+            if name in posterior.sites:
+                parameter.copy_(posterior[name].value(posterior[name].mean))
+        return net
     if not isinstance(program, BayesianNetwork):
         raise ModelError(f"export wants a BayesianNetwork, got {type(program).__name__}; for another program take its weights from posterior.point()")
     missing = [name for name in program.priors if name not in posterior.sites]
@@ -52,6 +62,11 @@ def export(program: BayesianNetwork, posterior: Posterior) -> nn.Module:
         if name in weights:
             parameter.copy_(weights[name])
     return net
+
+
+def _names_parameters(net: nn.Module, posterior: Posterior) -> bool:
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    return all(name in shapes and site.mean.shape == shapes[name] for name, site in posterior.sites.items())
 
 
 @torch.no_grad()

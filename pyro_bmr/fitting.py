@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import tqdm
 
-from pyro_bmr.elbo import ELBOTerms, Values, elbo_terms
+from pyro_bmr.elbo import ELBOTerms, Values, collapsed, elbo_terms
 from pyro_bmr.errors import DataError, FitError
 from pyro_bmr.guides import MeanField, Point, SiteWise
 from pyro_bmr.likelihoods import WholeData
@@ -96,6 +96,7 @@ def fit(
     reduce: Every | None = None,
     validation: float | tuple[Tensor, Tensor] | None = None,
     progress: bool = True,
+    start: Posterior | None = None,
 ) -> Fit:
     r"""Fits `guide` to the posterior of `program` given the data by stochastic variational inference, and returns a `Fit`.
 
@@ -114,6 +115,7 @@ def fit(
         reduce: reductions during the fit; none before the first 300 steps (or 0.3 of a shorter fit), in which empirical scales stay at their start too.
         validation: the fraction of the rows to hold out, or (x, y), scored after each epoch.
         progress: show a bar with both terms of the ELBO.
+        start: a posterior of the same program to begin at, its masks in force and the scales of its Gaussian priors held; for `MeanField`.
 
     Raises:
         DataError: rows disagree, values are not finite or outside the observed site's support.
@@ -128,10 +130,12 @@ def fit(
         held_out = (_like_program(program, held_out[0]), _like_program(program, held_out[1]))
         check_callable_without_y(program, x)
     program = copy.deepcopy(program) if isinstance(program, nn.Module) else program
-    start = time.perf_counter()
+    clock = time.perf_counter()
     with torch.random.fork_rng(), pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         _seed(x.device, seed)
         run = _Run(program, guide, x, y, batch_size, temperature)
+        if start is not None:
+            run.begin(start)
         optimizer_ = (optimizer or adam())(run.parameters())
         per_epoch = len(run.sizes())
         total = epochs * per_epoch
@@ -180,7 +184,7 @@ def fit(
     if isinstance(program, nn.Module):
         program.eval()
     return Fit(
-        posterior, program, run.guide, run.masks, run.empirical.scales, pd.DataFrame(rows), time.perf_counter() - start, reduction_seconds, seed, temperature
+        posterior, program, run.guide, run.masks, run.empirical.scales, pd.DataFrame(rows), time.perf_counter() - clock, reduction_seconds, seed, temperature
     )
 
 
@@ -191,6 +195,7 @@ class _Run:
         self.program, self.x, self.y, self.temperature = program, x, y, temperature
         self.batch_size = min(batch_size, len(x))
         self.masks: dict[str, Tensor] = {}
+        self.hold_scales = False
         self.empirical = EmpiricalScales()
         self.few = (x[: min(len(x), 8)], y[: min(len(x), 8)])
         self.whole = WholeData(len(x), len(self.few[0]))
@@ -201,6 +206,23 @@ class _Run:
         self.guide(*self.few)  # autoguides make their parameters at the first call
         self.masked = Masked({})
         self.has_variance = any(bool(site.var.any()) for site in self.posterior().sites.values())  # also refuses guides that cannot be read
+
+    @torch.no_grad()
+    def begin(self, start: Posterior) -> None:
+        """Puts moments, masks and Gaussian priors of `start` in force; the priors stay as they are."""
+        if not isinstance(self.guide, MeanField):
+            raise FitError(f"start: only MeanField can begin at a posterior, the guide is {type(self.guide).__name__}")
+        locs, log_scales = self.guide.views(self.guide.loc), self.guide.views(self.guide.log_scale)
+        if {name: tuple(loc.shape) for name, loc in locs.items()} != {name: tuple(site.mean.shape) for name, site in start.sites.items()}:
+            raise FitError(f"start: its sites ({', '.join(start)}) and their shapes must be those of the program ({', '.join(locs)})")
+        for name, site in start.sites.items():
+            living = site.alive & (site.var > 0)
+            locs[name].copy_(site.mean)
+            log_scales[name].copy_((0.5 * site.var.log()).where(living, log_scales[name]))
+        self.masks = dict(start.masks)
+        held = {name: site for name, site in start.sites.items() if isinstance(site.declared, Gaussian) and site.prior is not None}
+        self.empirical.scales = {name: collapsed(site.prior.var).sqrt() for name, site in held.items() if site.prior is not None}
+        self.hold_scales = True
 
     def parameters(self) -> list[Tensor]:
         modules = [m for m in (self.guide, self.program) if isinstance(m, nn.Module)]
@@ -258,6 +280,8 @@ class _Run:
         return gain
 
     def update_scales(self) -> None:
+        if self.hold_scales:
+            return
         for name, site in self.posterior().sites.items():
             if self.has_variance and isinstance(site.declared, Gaussian) and site.declared.scale == "empirical":
                 self.empirical.update(name, site.declared, site.mean, site.var, site.mask)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyro_bmr import priors
+from pyro_bmr.curvature import laplace_moments
 from pyro_bmr.elbo import Values, collapsed
 from pyro_bmr.errors import ModelError, ReductionError
 from pyro_bmr.files import write_atomically
@@ -29,7 +31,7 @@ from pyro_bmr.guides.autoguides import Moments, autoguide_moments
 from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
 from pyro_bmr.guides.scale_coupled import CoupledSite, conditional, multiplier
 from pyro_bmr.guides.site_wise import SiteWise
-from pyro_bmr.priors import Prior
+from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.reduction.gaussian import Dense, Diagonal, Message
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
@@ -204,6 +206,106 @@ class Posterior:
         return cls._with_priors(bare, program, args, kwargs, {}, temperature)
 
     @classmethod
+    def from_moments(cls, mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None) -> Posterior:
+        """The posterior of given means and variances, from wherever they come; independent entries.
+
+        Args:
+            mean, var: site → tensor; of one shape, or `var` one that broadcasts. On the unconstrained scale (`supports`).
+            prior: under which they were found: ``Gaussian(<number>)`` or anything with `mean` and `var`; or patterns of site names → such, where None, and
+                sites that no pattern names, have no Gaussian prior and are not reduced.
+            supports: site → "positive" or "unit_interval" for those that are not real.
+
+        Raises:
+            ModelError: names or shapes disagree, a variance is negative or not finite, or a prior has no moments.
+        """
+        sites = {}
+        for name, value in mean.items():
+            if name not in var:
+                raise ModelError(f"site '{name}': it has a mean and no variance; give var['{name}'] (0 for a point estimate)")
+            spread = torch.as_tensor(var[name]).to(value)
+            if spread.ndim > value.ndim or not bool(value.isfinite().all() & spread.isfinite().all() & (spread >= 0).all()):
+                raise ModelError(
+                    f"site '{name}': finite means and variances >= 0 are wanted, of one shape; got shapes {tuple(value.shape)}, {tuple(spread.shape)}"
+                )
+            support = support_name_of(name, (supports or {}).get(name, "real"))
+            sites[name] = Site(value.detach().clone(), spread.detach().expand_as(value).clone(), *_given_prior(name, prior, value), support=support)
+        return cls(sites)
+
+    @classmethod
+    def from_samples(cls, samples: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None, joint_up_to: int = 64) -> Posterior:
+        """The posterior with the moments of draws, such as those of NUTS or of an ensemble.
+
+        Args:
+            samples: site → (draws, ...) tensor of constrained values, at least two draws.
+            prior, supports: as for `from_moments`.
+            joint_up_to: real sites of 2 to so many entries get the covariance of their draws too, if there are at least ten draws for each entry (fewer
+                would make it too near to singular). Correlations between sites are not kept.
+
+        Raises:
+            ModelError: as `from_moments`, or there are fewer than two draws.
+        """
+        real = {}
+        for name, draws in samples.items():
+            if len(draws) < 2:
+                raise ModelError(f"site '{name}': {len(draws)} draw; a variance needs at least two, in the first dimension")
+            transform = SUPPORTS[support_name_of(name, (supports or {}).get(name, "real"))]
+            real[name] = draws.detach() if transform is None else transform.inv(draws.detach())
+        posterior = cls.from_moments({k: v.mean(0) for k, v in real.items()}, {k: v.var(0) for k, v in real.items()}, prior, supports=supports)
+        sites = dict(posterior.sites)
+        for name, draws in real.items():
+            size = draws[0].numel()
+            if sites[name].support == "real" and 1 < size <= joint_up_to and len(draws) >= 10 * size:
+                flat = draws.flatten(1)
+                sites[name] = replace(sites[name], joint=Dense(flat.mean(0), torch.cov(flat.mT)))
+        return replace(posterior, sites=sites)
+
+    @classmethod
+    def from_curvature(
+        cls,
+        mean: Mapping[str, Tensor],
+        curvature: Mapping[str, Tensor | tuple[Tensor, Tensor]],
+        prior: Any,
+        *,
+        penalised: bool = True,
+        temperature: float = 1.0,
+    ) -> Posterior:
+        r"""The Laplace posterior of a network trained in plain torch: precision = curvature of the negative log likelihood + prior precision.
+
+        .. math:: P = H + \Pi, \qquad \mu = \hat w \text{ (MAP)}, \qquad \mu = \hat w - P^{-1}\Pi(\hat w - \eta) \text{ (maximum likelihood)}
+
+        Sources: MacKay 1992; Ritter, Botev & Barber 2018 for Kronecker factors; Shen et al. 2024 (IVON), whose mean m, Hessian h, effective sample size λ and
+        weight decay δ are `mean=m`, `curvature=λh`, `prior=Gaussian((λδ) ** -0.5)`.
+
+        Args:
+            mean: site → trained value ŵ; the names are those of the network's parameters, so that `export` finds them.
+            curvature: site → H summed over the data, nats per squared unit: of the site's shape (the diagonal of the Hessian, Gauss–Newton or Fisher matrix),
+                (d, d) for a site of d > 1 entries (all of it), or a pair (rows (n, n), columns (m, m)) of Kronecker factors, H = rows ⊗ columns. The prior is
+                added to each of a pair, rows + (r√Π) I and columns + (√Π/r) I with r² the ratio of their mean eigenvalues (Martens & Grosse 2015): one prior
+                variance for the site, and an approximation.
+            prior: as for `from_moments`.
+            penalised: whether ŵ was trained with the penalty that the prior is (weight decay). False: ŵ maximises the likelihood alone.
+            temperature: T; the data count N/T times, H becomes H/T. 1 is Bayes. The diagonal of a curvature knows nothing of correlations, and the
+                sum of many gains in evidence is too good then; a small T, chosen on held-out rows, prunes what the loss hardly feels first.
+
+        Raises:
+            ModelError: as `from_moments`, or a curvature does not fit its site or is negative.
+        """
+        if not 0 < temperature < math.inf:
+            raise ModelError(f"temperature={temperature}: a finite number > 0 is wanted (1 is Bayes)")
+        sites = {}
+        for name, value in mean.items():
+            if name not in curvature:
+                raise ModelError(f"site '{name}': it has no curvature; leave it out of mean, or give curvature['{name}']")
+            moments_, declared = _given_prior(name, prior, value)
+            if moments_ is None:
+                raise ModelError(f"site '{name}': a Laplace posterior needs a Gaussian prior; give prior={{'{name}': Gaussian(1.0), ...}}")
+            given = curvature[name]
+            cooled = (given[0] / temperature, given[1]) if isinstance(given, tuple) else given / temperature
+            location, var, joint = laplace_moments(name, value.detach(), cooled, moments_, penalised)
+            sites[name] = Site(location, var, moments_, declared, joint=joint)
+        return cls(sites, temperature)
+
+    @classmethod
     @torch.enable_grad()
     def _with_priors(
         cls,
@@ -289,6 +391,27 @@ class Posterior:
             message = Message(*(tensors[f"{name}/message_{field}"] for field in Message._fields)) if f"{name}/message_h" in tensors else None
             sites[name] = Site(part["mean"], part["var"], prior, declared, entry["support"], part["mask"], tuple(entry["given"]), joint, message)
         return cls(sites, about["temperature"])
+
+
+def support_name_of(name: str, support: str) -> str:
+    """`support`, or a ModelError with the ones there are."""
+    if support not in SUPPORTS:
+        raise ModelError(f"site '{name}': support {support!r}; one of {', '.join(map(repr, SUPPORTS))} is wanted")
+    return support
+
+
+def _given_prior(name: str, prior: Any, like: Tensor) -> tuple[Diagonal | None, Prior | None]:
+    """The moments of the prior that the user names for a site, and the prior itself if it is one of the library's."""
+    if isinstance(prior, Mapping):
+        prior = next((prior[pattern] for pattern in (name, *prior) if pattern in prior and fnmatchcase(name, pattern)), None)
+    if prior is None:
+        return None, None
+    if isinstance(prior, type) or not (hasattr(prior, "mean") and hasattr(prior, "var")):
+        raise ModelError(f"site '{name}': {prior!r} has no mean and variance; give the prior of the fit as Gaussian(<number>) or Diagonal(mean, var)")
+    mean, var = (torch.as_tensor(part, dtype=like.dtype, device=like.device) for part in (prior.mean, prior.var))
+    if not bool((var > 0).all()) or torch.broadcast_shapes(mean.shape, var.shape, like.shape) != like.shape:
+        raise ModelError(f"site '{name}': the prior's variance must be > 0 and fit the shape {tuple(like.shape)}; got {prior!r}")
+    return Diagonal(mean, var), prior if isinstance(prior, Gaussian) else None
 
 
 @torch.no_grad()

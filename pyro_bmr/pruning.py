@@ -20,7 +20,9 @@ from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.guides.site_wise import Drawn
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior
-from pyro_bmr.reduction.sites import Reduction, reduce
+from pyro_bmr.reduction.groups import Block, NofM
+from pyro_bmr.reduction.outcome import Reduction
+from pyro_bmr.reduction.sites import reduce
 
 
 class Masked(Messenger):
@@ -112,6 +114,7 @@ class Every:
             to `kept` at `stop`, the weights with the largest spike ΔF going first.
         stop: the fraction of the epochs at which the target is reached, or after which evidence prunes no more; the rest is for the
             survivors to settle.
+        per, heads: what goes or stays as one, as in `reduce`. A fixed pattern, ``NofM(2, 4)``, is in force from the first reduction on and needs no target.
     """
 
     epochs: float = 1.0
@@ -120,6 +123,8 @@ class Every:
     threshold: float = 0.0
     kept: float | None = None
     stop: float = 0.75
+    per: str | Block | NofM | Mapping[str, Tensor] = "weight"
+    heads: int | Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.epochs > 0:
@@ -146,4 +151,4 @@ class Every:
 
     def reduce(self, posterior: Posterior, done: float) -> Reduction:
         """The reduction of the fit's posterior at that point."""
-        return reduce(posterior, self.to, threshold=self.threshold, kept=self.target(done))
+        return reduce(posterior, self.to, self.per, threshold=self.threshold, kept=self.target(done), heads=self.heads)

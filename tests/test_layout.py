@@ -15,12 +15,14 @@ ROOT = Path(__file__).parents[1]
 LIBRARY, MODELS = ROOT / "pyro_bmr", ROOT / "models"
 FORMULAS = (
     "gaussian", "low_rank", "matrix_normal", "exponential_family", "spike_and_slab", "line_search", "scale_mixture", "relevance", "quadrature", "monte_carlo",
+    "groups", "states", "search",
 )  # fmt: skip
 ORDER = [
     "errors", "files",
-    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "posterior",
-    "reduction.programs", "reduction.targets", "reduction.sites",
-    "pruning", "prediction", "metrics", "fitting", "exporting", "data", "plots", "comparison", "cli",
+    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "curvature", "posterior",
+    "reduction.programs", "reduction.targets",
+    "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
+    "pruning", "prediction", "metrics", "fitting", "refitting", "exporting", "data", "plots", "comparison", "cli",
 ]  # fmt: skip
 
 
@@ -153,5 +155,5 @@ def test_the_checks_see_what_they_look_for():
     )
     assert imports(tree, FILES) == {"os.path", "pyro_bmr.cli", "pyro_bmr.metrics", "pyro_bmr", "torch", "pickle"}
     assert [call.lineno for call in loads(tree, {"torch"})] == [6]
-    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 12 and rank("pyro_bmr.reduction.sites") == 20 and rank("pyro_bmr.new") is None
+    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 15 and rank("pyro_bmr.reduction.sites") == 27 and rank("pyro_bmr.new") is None
     assert len(FILES) > 25 and {"pyro_bmr", "pyro_bmr.guides.point"} <= set(FILES)

@@ -211,7 +211,8 @@ def _(posterior: Dense, prior: Dense, reduced_prior: Dense) -> Dense:
     return Dense(torch.cholesky_solve(weighted[:, None], chol_prec)[:, 0], torch.cholesky_inverse(chol_prec))
 
 
-def prune_subset(posterior: Dense, prior: Dense, pruned: Tensor) -> tuple[Tensor, Dense]:
+@singledispatch
+def prune_subset(posterior: Any, prior: Any, pruned: Tensor) -> tuple[Tensor, Any]:
     r"""ΔF of setting the entries where `pruned` is True to exactly 0, and the posterior of the rest given that.
 
     .. math:: \Delta F = \log N(0; \mu_S, \Sigma_{SS}) - \log N(0; \eta_S, \Pi^{-1}_{SS}), \quad
@@ -220,11 +221,16 @@ def prune_subset(posterior: Dense, prior: Dense, pruned: Tensor) -> tuple[Tensor
     The Savage–Dickey ratio for a block; the shift of the mean is the optimal-brain-surgeon update (Hassibi & Stork 1993).
     """
     s, r = pruned, ~pruned
+    prior = prior if isinstance(prior, Dense) else _dense(moments(prior, posterior.mean))
     chol_post, chol_prior = _cholesky(posterior.cov[s][:, s], "posterior"), _cholesky(prior.cov[s][:, s], "prior")
     gain = _half_log_det(chol_prior) - _half_log_det(chol_post) - 0.5 * _quadratic(chol_post, posterior.mean[s]) + 0.5 * _quadratic(chol_prior, prior.mean[s])
     cross = posterior.cov[r][:, s]
     solved = torch.cholesky_solve(cross.mT, chol_post)  # Σ_SS⁻¹ Σ_SR
     return gain, Dense(posterior.mean[r] - solved.mT @ posterior.mean[s], posterior.cov[r][:, r] - cross @ solved)
+
+
+def _dense(g: Diagonal) -> Dense:
+    return Dense(g.mean, torch.diag(g.var))
 
 
 def _cholesky(matrix: Tensor, role: str, mend: str = "give a symmetric positive definite matrix") -> Tensor:

@@ -1,61 +1,41 @@
 """`reduce`: which reduced prior for which site of a posterior, and the decision, weight by weight.
 
-Owns `reduce` and `Reduction`. What one prior says of one site is in `targets.py`. Next: `pruning.py`.
+Owns `reduce`. What one prior says of one site is in `targets.py`, the decision over all in `decisions.py`, the result in `outcome.py`. Next: `pruning.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
-import pandas as pd
-import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.posterior import Posterior
+from pyro_bmr.posterior import Posterior, Site
 from pyro_bmr.priors import Gaussian, Prior
+from pyro_bmr.reduction.correlations import pruned_site, rescaled_site
+from pyro_bmr.reduction.decisions import SearchMethod, decide, is_point_spike, pattern_masks
+from pyro_bmr.reduction.groups import Block, NofM, group_labels
+from pyro_bmr.reduction.outcome import Reduction
+from pyro_bmr.reduction.search import greedy_search
 from pyro_bmr.reduction.targets import SiteReduction, site_reduction
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """Site → `SiteReduction`, and the whole posterior after the reduction, sites that were not reduced included."""
-
-    sites: Mapping[str, SiteReduction]
-    posterior: Posterior
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """Site → bool tensor, True where the weight lives; for reduced sites."""
-        return {name: result.site.alive for name, result in self.sites.items()}
-
-    @property
-    def delta_f(self) -> float:
-        """Gain in log evidence over all sites, nats."""
-        return sum(result.delta_f for result in self.sites.values())
-
-    @property
-    def kept(self) -> float:
-        """The fraction of the reduced sites' weights that live."""
-        masks = self.masks.values()
-        return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-
-    def table(self) -> pd.DataFrame:
-        """One row per site: site, size, kept (fraction), delta_f (nats), wider, scale, given (sites at whose median the prior was taken)."""
-        rows = [
-            (name, r.drop.numel(), float(r.site.alive.double().mean()), r.delta_f, r.wider, r.scale, ", ".join(r.site.given)) for name, r in self.sites.items()
-        ]
-        return pd.DataFrame(rows, columns=["site", "size", "kept", "delta_f", "wider", "scale", "given"])
-
-
 def reduce(
-    posterior: Posterior, to: Prior | Mapping[str, Prior | None] | None, per: str = "weight", *, threshold: float = 0.0, kept: float | None = None
+    posterior: Posterior,
+    to: Prior | Mapping[str, Prior | None] | None,
+    per: str | Block | NofM | Mapping[str, Tensor] = "weight",
+    *,
+    threshold: float = 0.0,
+    kept: float | Mapping[str, float] | None = None,
+    heads: int | Mapping[str, int] | None = None,
+    search: SearchMethod | None = greedy_search,
 ) -> Reduction:
     r"""What the evidence, the posterior and the set of living weights would be under the prior `to`; no new fit.
 
-    Each weight's question is the point spike's: ΔF = ½ log(σ₀²/σ²) − ½ μ²/σ² for a prior N(0, σ₀²) and a posterior N(μ, σ²).
+    Each weight's question is the point spike's: ΔF = ½ log(σ₀²/σ²) − ½ μ²/σ² for a prior N(0, σ₀²) and a posterior N(μ, σ²). The question of a group is whether
+    all of it goes: its ΔF is the sum over its weights, or where the posterior has correlations (`Site.joint`) the joint density ratio log q(0) − log p(0).
 
     Args:
         posterior: of a fit under Gaussian priors; entries that its masks have pruned stay pruned and count nowhere.
@@ -64,38 +44,65 @@ def reduce(
 
             - ``Gaussian(scale=0)``, the point spike: a weight goes when its ΔF is above `threshold`; the site's ΔF is the sum over those that went.
             - ``Gaussian(scale=s)``: new moments, nothing is pruned. ``Gaussian()``: s per site by its evidence.
-            - ``SpikeAndSlab()``: a weight goes when ΔF − ζ is above `threshold`, with ζ the inclusion log odds learned from the site.
-            - ``Horseshoe()``: new moments; a weight goes when logit κ is above `threshold`, that is, when κ > ½.
+            - ``SpikeAndSlab()``: a weight goes when ΔF − ζ is above `threshold`, with ζ the inclusion log odds of the site; a group has one indicator.
+            - ``Horseshoe()``: new moments; a weight goes when logit κ is above `threshold`, that is, when κ > ½; a group when the sum of its logits is.
             - None: the decision of the priors under which the posterior was fitted (κ > ½, inclusion < ½; a Gaussian keeps all); ΔF is 0.
 
             Scales are in the units of the site: a standardised site (`Gaussian("layer")`) counts them in layer scales.
-        per: "weight".
-        threshold: in nats.
-        kept: instead of the threshold, prune the weights with the largest spike ΔF until this fraction of all the sites' entries lives.
+        per: what goes or stays as one: ``"weight"``, ``"unit"``, ``"channel"``, ``"input"``, ``"head"`` or ``"layer"`` (see `groups.group_labels`), a tile
+            ``Block(rows, columns)``, or a mapping from sites to integer tensors, the number of each entry's group (negative: stays). ``NofM(2, 4)`` is a
+            constraint instead: of every 4 neighbours along the inputs the 2 with the smallest ΔF live, whatever the evidence says.
+        threshold: in nats, per weight or group.
+        kept: instead of the threshold, prune the weights with the largest spike ΔF, or the groups with the largest per weight, until this fraction of all the
+            sites' entries lives. Patterns of site names → fraction set a target for each site of its own; sites that none names follow the evidence.
+        heads: the number of attention heads for ``per="head"``, or module path → number.
+        search: how sites with correlations are searched when they are reduced to the point spike: `greedy_search`, `exhaustive_search`, a `partial` of them,
+            or None for one decision per weight or group without regard to the others. With a `kept` per site there is no search.
 
     Raises:
         ReductionError: no site can be reduced, a pattern matches none, the posterior is a point estimate, or an argument is out of range.
     """
-    if per != "weight":
-        raise ReductionError(f"per={per!r}: a reduction decides per 'weight'")
-    if kept is not None and not 0 <= kept <= 1:
-        raise ReductionError(f"kept={kept}: a fraction between 0 and 1 is wanted")
+    _check_arguments(per, kept, heads)
     targets = _targets(posterior, to)
     results = {}
     for name, prior in targets.items():
         try:
-            results[name] = site_reduction(posterior, name, prior)
+            results[name] = _rescaled(posterior[name], prior, site_reduction(posterior, name, prior))
         except ReductionError as error:
             raise ReductionError(f"site '{name}': {error}") from None
-    masks = {name: result.drop <= threshold for name, result in results.items()} if kept is None else _by_size(results, kept)
+    labels = None
+    if isinstance(per, NofM):
+        masks = pattern_masks(results, per)
+    else:
+        labels = None if per == "weight" else group_labels({name: tuple(r.drop.shape) for name, r in results.items()}, per, heads)
+        masks, results = decide(posterior, results, targets, labels, threshold, kept, search)
     for name, result in results.items():
-        gain = result.delta_f
-        if isinstance(targets[name], Gaussian) and targets[name].scale == 0:  # type: ignore[union-attr]
-            gain = float(result.spike_delta_f[result.site.alive & ~masks[name]].sum())
-        mask = masks[name]
-        site = replace(result.site, mean=result.site.mean.where(mask, 0), var=result.site.var.where(mask, 0), mask=mask)
-        results[name] = replace(result, delta_f=gain, site=site)
-    return Reduction(results, replace(posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}}))
+        site, gain = pruned_site(result.site, masks[name])
+        total = result.delta_f
+        if is_point_spike(targets[name]):
+            total = float(result.spike_delta_f[result.site.alive & ~masks[name]].sum()) if gain is None else gain
+        results[name] = replace(result, delta_f=total, site=site)
+    return Reduction(results, replace(posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}}), posterior, labels)
+
+
+def _rescaled(site: Site, to: Prior | None, result: SiteReduction) -> SiteReduction:
+    """With correlations, under a Gaussian of another scale: the exact answer in the place of that of the marginals. Other continuous priors leave marginals."""
+    if site.joint is None or result.site.prior is site.prior:
+        return result
+    exact = rescaled_site(site, result.site.prior) if isinstance(to, Gaussian) and result.site.prior is not None else None
+    if exact is None:
+        return replace(result, site=replace(result.site, joint=None))
+    return replace(result, site=exact[0], delta_f=exact[1])
+
+
+def _check_arguments(per: object, kept: float | Mapping[str, float] | None, heads: object) -> None:
+    for fraction in kept.values() if isinstance(kept, Mapping) else [kept]:
+        if fraction is not None and not 0 <= fraction <= 1:
+            raise ReductionError(f"kept={kept}: a fraction between 0 and 1 is wanted")
+    if heads is not None and per != "head":
+        raise ReductionError(f"heads={heads}: only per='head' asks for the number of heads; got per={per!r}")
+    if isinstance(per, NofM) and kept is not None:
+        raise ReductionError(f"kept={kept}: {per} fixes the fraction itself; leave kept out")
 
 
 def _targets(posterior: Posterior, to: Prior | Mapping[str, Prior | None] | None) -> dict[str, Prior | None]:
@@ -119,15 +126,3 @@ def _targets(posterior: Posterior, to: Prior | Mapping[str, Prior | None] | None
             + ", ".join(f"{name} ({site.support})" for name, site in posterior.sites.items())
         )
     return chosen
-
-
-def _by_size(results: Mapping[str, SiteReduction], kept: float) -> dict[str, Tensor]:
-    ranks = {name: result.spike_delta_f.masked_fill(~result.site.alive, torch.inf) for name, result in results.items()}
-    pooled = torch.cat([rank.flatten() for rank in ranks.values()])
-    if bool(pooled.isnan().any()):
-        raise ReductionError("kept= ranks by the point spike's ΔF, which sites without a Gaussian prior do not have; use threshold=")
-    count = round(kept * pooled.numel())
-    if count == 0:
-        return {name: torch.zeros_like(rank, dtype=torch.bool) for name, rank in ranks.items()}
-    limit = pooled.kthvalue(count).values
-    return {name: (rank <= limit) & rank.isfinite() for name, rank in ranks.items()}

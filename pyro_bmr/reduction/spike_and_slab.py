@@ -93,7 +93,7 @@ def _iterated(d: Tensor, n: int, alpha: float, beta: float) -> float:
 def _sums(d: Tensor, zeta: float) -> tuple[float, ...]:
     """Sums of ρ = σ(ζ − ΔF), of 1 − ρ (apart: a sum of ones hides what is left of n), of the first three derivatives of ρ, and of log(1 + exp(ΔF − ζ))."""
     totals = [0.0] * 6
-    for piece in d.split(_PIECE):
+    for piece in d.split(_PIECE) if d.numel() else ():
         x = piece - zeta
         outside, inside = torch.sigmoid(x), torch.sigmoid(-x)
         softplus = -inside.log().sum() if float(x.max()) < 80 else torch.nn.functional.softplus(x).sum()  # log σ is ten times as fast while σ > 0

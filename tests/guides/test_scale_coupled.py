@@ -42,7 +42,7 @@ def test_with_the_message_of_the_data_the_bound_is_the_exact_evidence_at_every_s
         assert float(expected - gaussian_kl(q, number(0.0), number(1.0))) == pytest.approx(exact, abs=1e-9)
 
 
-@pytest.mark.parametrize("prior", [bmr.Horseshoe(0.4), bmr.Horseshoe(0.4, None, "unit"), bmr.SpikeAndSlab(), bmr.Gaussian("layer")], ids=repr)
+@pytest.mark.parametrize("prior", [bmr.Horseshoe(0.4), bmr.Horseshoe(0.4, None, ("layer", "unit")), bmr.SpikeAndSlab(), bmr.Gaussian("layer")], ids=repr)
 def test_the_factor_is_what_the_program_multiplies_by(prior):
     model = bmr.BayesianNetwork(nn.Linear(3, 2).double(), {"weight": prior}, bmr.Categorical())
     with pyro.poutine.trace() as trace:

@@ -149,8 +149,8 @@ def test_a_wholly_pruned_site():
 
 def test_what_reduce_refuses():
     plain = posterior()
-    with pytest.raises(bmr.ReductionError, match="per='unit'"):
-        bmr.reduce(plain, to=bmr.Gaussian(0), per="unit")
+    with pytest.raises(bmr.ReductionError, match="per='row'"):
+        bmr.reduce(plain, to=bmr.Gaussian(0), per="row")
     with pytest.raises(bmr.ReductionError, match="kept=1.5"):
         bmr.reduce(plain, to=bmr.Gaussian(0), kept=1.5)
     with pytest.raises(bmr.ReductionError, match="'v' matches no site; the sites are: w, noise"):

@@ -1,0 +1,64 @@
+r"""The Laplace approximation of one weight tensor from a trained value and a curvature, in plain tensors.
+
+Owns `laplace_moments`; `Posterior.from_curvature` applies it to each site of a network. Next: `posterior.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_bmr.errors import ModelError
+from pyro_bmr.reduction.gaussian import Dense, Diagonal
+from pyro_bmr.reduction.matrix_normal import MatrixNormal
+
+Curvature = Tensor | tuple[Tensor, Tensor]
+
+
+def laplace_moments(name: str, value: Tensor, curvature: Curvature, prior: Diagonal, penalised: bool) -> tuple[Tensor, Tensor, Dense | MatrixNormal | None]:
+    r"""Mean, variance and, unless the curvature is a diagonal, correlations of N(ŵ − P⁻¹Π(ŵ − η), P⁻¹) with P = H + Π.
+
+    With `penalised` the mean is ŵ itself. Arguments as for `Posterior.from_curvature`.
+    """
+    prec = (1 / prior.var).expand_as(value)
+    pull = 0 * value if penalised else prec * (value - prior.mean)  # Π(ŵ − η)
+    size = value.numel()
+    if isinstance(curvature, tuple):
+        return _kronecker(name, value, curvature, prior, pull)
+    if tuple(curvature.shape) == (size, size) and size > 1:
+        cov = _inverse(name, curvature.to(value) + torch.diag(prec.flatten()))
+        mean = value - (cov @ pull.flatten()).view(value.shape)
+        return mean, cov.diagonal().view(value.shape).clone(), Dense(mean.flatten(), cov)
+    if curvature.shape != value.shape or not bool((curvature >= 0).all()):
+        raise ModelError(
+            f"site '{name}': a curvature >= 0 of shape {tuple(value.shape)}, or ({size}, {size}), or a pair of Kronecker factors is wanted; got shape "
+            f"{tuple(curvature.shape)} with {int((~(curvature >= 0)).sum())} entries negative or NaN; the Gauss–Newton and Fisher matrices are never negative"
+        )
+    var = 1 / (curvature.to(value) + prec)
+    return value - var * pull, var, None
+
+
+def _kronecker(name: str, value: Tensor, factors: tuple[Tensor, Tensor], prior: Diagonal, pull: Tensor) -> tuple[Tensor, Tensor, MatrixNormal]:
+    matrix = value.flatten(1) if value.ndim > 1 else value[:, None]
+    wanted, got = [(len(matrix),) * 2, (matrix.shape[1],) * 2], [tuple(factor.shape) for factor in factors]
+    if got != wanted or prior.var.numel() > 1:
+        raise ModelError(
+            f"site '{name}': Kronecker factors of shapes {wanted} and a prior of one variance are wanted; got {got}, {prior.var.numel()} variances"
+        )
+    rows, columns = (factor.to(value) for factor in factors)
+    ratio = ((rows.trace() / len(rows)) / (columns.trace() / len(columns))).sqrt()
+    if not bool(ratio.isfinite() & (ratio > 0)):
+        raise ModelError(f"site '{name}': Kronecker factors of positive trace are wanted; for a site without curvature give zeros in its own shape")
+    root = prior.var.rsqrt().flatten()[0]
+    damped = ((rows, ratio * root), (columns, root / ratio))
+    row_cov, col_cov = (_inverse(name, factor + damping * torch.eye(len(factor)).to(factor)) for factor, damping in damped)
+    mean = matrix - row_cov @ pull.view(matrix.shape) @ col_cov
+    var = row_cov.diagonal()[:, None] * col_cov.diagonal()
+    return mean.view(value.shape), var.view(value.shape), MatrixNormal(mean, row_cov, col_cov)
+
+
+def _inverse(name: str, matrix: Tensor) -> Tensor:
+    chol, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        raise ModelError(f"site '{name}': its curvature with the prior is not positive definite; give a symmetric Gauss–Newton or Fisher matrix")
+    return torch.cholesky_inverse(chol)

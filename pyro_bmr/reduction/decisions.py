@@ -1,0 +1,267 @@
+"""Which weights and groups go, given what each site says: by the evidence, to a target size, in a fixed pattern, or by a search over correlated posteriors.
+
+Owns `decide`, which returns masks. Next: `sites.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_bmr.errors import ReductionError
+from pyro_bmr.posterior import Posterior
+from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
+from pyro_bmr.reduction.correlations import Correlated, correlated
+from pyro_bmr.reduction.gaussian import Diagonal, delta_f
+from pyro_bmr.reduction.groups import NofM
+from pyro_bmr.reduction.search import Search
+from pyro_bmr.reduction.spike_and_slab import exact_inclusion, mean_field_inclusion
+from pyro_bmr.reduction.states import initial_state
+from pyro_bmr.reduction.targets import SiteReduction
+
+Results = Mapping[str, SiteReduction]
+Kept = float | Mapping[str, float] | None
+SearchMethod = Callable[..., Search]
+
+_EXACT_INCLUSION_UP_TO = 4096  # groups, as for single weights in targets.py
+
+
+def is_point_spike(prior: Prior | None) -> bool:
+    """Whether a reduced prior is the point zero, so that ΔF is all that decides."""
+    return isinstance(prior, Gaussian) and prior.scale == 0
+
+
+class Decision(NamedTuple):
+    """`masks`: site → True where the weight lives. `results`: with `drop` as it was for the decision, the same for all entries of a group."""
+
+    masks: dict[str, Tensor]
+    results: dict[str, SiteReduction]
+
+
+def decide(
+    posterior: Posterior,
+    results: Results,
+    targets: Mapping[str, Prior | None],
+    labels: Mapping[str, Tensor] | None,
+    threshold: float,
+    kept: Kept,
+    search: SearchMethod | None,
+) -> Decision:
+    """The masks; arguments as for `sites.reduce`, with `labels` from `groups.group_labels`, None for single weights."""
+    if search is not None and not isinstance(kept, Mapping):
+        found = _searched(posterior, results, targets, labels, threshold, kept, search)
+        if set(found) == set(results):
+            return Decision(found, dict(results))
+    else:
+        found = {}
+    if labels is None:
+        masks = {name: result.drop <= threshold for name, result in results.items()}
+        if kept is not None:
+            masks |= _by_size(results, kept)
+        return Decision({**masks, **found}, dict(results))
+    groups = _Groups.of(posterior, results, labels)
+    results = dict(results)
+    drop = groups.drop(posterior, results, targets)
+    goes = drop > threshold if kept is None else groups.beyond(kept, drop > threshold)
+    spread = {name: torch.where(groups.labels[name] >= 0, drop.to(r.drop)[groups.labels[name]], -torch.inf) for name, r in results.items()}
+    dropped = {name: replace(r, drop=spread[name].to(r.drop).masked_fill(~r.site.alive, torch.inf)) for name, r in results.items()}
+    masks = {name: r.site.alive & ~((groups.labels[name] >= 0) & goes[groups.labels[name]]) for name, r in results.items()}
+    return Decision({**masks, **found}, dropped)
+
+
+def pattern_masks(results: Results, pattern: NofM) -> dict[str, Tensor]:
+    """The masks of an n:m pattern, site by site."""
+    masks = {}
+    for name, result in results.items():
+        try:
+            masks[name] = pattern.mask(result.drop) & result.site.alive
+        except ReductionError as error:
+            raise ReductionError(f"site '{name}': {error}") from None
+    return masks
+
+
+def _by_size(results: Results, kept: float | Mapping[str, float]) -> dict[str, Tensor]:
+    """The weights with the smallest spike ΔF: of all sites together, or of each site to the fraction of the pattern that names it."""
+    if isinstance(kept, Mapping):
+        parts = (_by_size({name: results[name]}, fraction) for name, fraction in _fractions(results, kept).items())
+        return {name: mask for part in parts for name, mask in part.items()}
+    ranks = {name: result.spike_delta_f.masked_fill(~result.site.alive, torch.inf) for name, result in results.items()}
+    pooled = torch.cat([rank.flatten() for rank in ranks.values()])
+    _check_ranks(pooled)
+    count = round(kept * pooled.numel())
+    if count == 0:
+        return {name: torch.zeros_like(rank, dtype=torch.bool) for name, rank in ranks.items()}
+    limit = pooled.kthvalue(count).values
+    return {name: (rank <= limit) & rank.isfinite() for name, rank in ranks.items()}
+
+
+def _check_ranks(ranks: Tensor) -> None:
+    if bool(ranks.isnan().any()):
+        raise ReductionError("kept= ranks by the point spike's ΔF, which sites without a Gaussian prior do not have; use threshold=")
+
+
+def _fractions(results: Results, kept: Mapping[str, float]) -> dict[str, float]:
+    """Site → its own target, for the sites that a pattern names."""
+    for pattern in kept:
+        if not any(fnmatchcase(name, pattern) for name in results):
+            raise ReductionError(f"kept: pattern '{pattern}' matches no reduced site; the reduced sites are: {', '.join(results)}")
+    chosen = {name: next((p for p in kept if fnmatchcase(name, p)), None) for name in results}
+    return {name: kept[pattern] for name, pattern in chosen.items() if pattern is not None}
+
+
+class _Groups(NamedTuple):
+    """All groups of a reduction, with tensors of one value per group."""
+
+    labels: dict[str, Tensor]
+    size: Tensor  # living entries
+    spike: Tensor  # ΔF of setting the whole group to zero
+    home: Tensor  # number of the first site with entries in it
+    sites: list[str]
+    entries: dict[str, int]
+
+    @classmethod
+    def of(cls, posterior: Posterior, results: Results, labels: Mapping[str, Tensor]) -> _Groups:
+        own = {name: labels[name].to(r.drop.device) for name, r in results.items()}
+        count = max(int(label.max()) if label.numel() else -1 for label in own.values()) + 1
+        like = next(iter(results.values())).drop
+        size, spike = (torch.zeros(count, dtype=torch.float64, device=like.device) for _ in range(2))
+        home = torch.full((count,), len(results), device=like.device)
+        for k, (name, result) in enumerate(results.items()):
+            inside = (own[name] >= 0) & result.site.alive
+            index = own[name][inside]
+            size.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
+            home.index_fill_(0, index[home[index] > k], k)
+            block = correlated(posterior[name], own[name])
+            if block is None:
+                spike.index_add_(0, index, result.spike_delta_f[inside].double())
+            else:
+                _add_joint(spike, block)
+        return cls(own, size, spike, home, list(results), {name: r.drop.numel() for name, r in results.items()})
+
+    def drop(self, posterior: Posterior, results: dict[str, SiteReduction], targets: Mapping[str, Prior | None]) -> Tensor:
+        """The log odds by which each group goes: ΔF for a point spike, those of one indicator per group for a spike and slab, else the sum over its entries.
+
+        Of a spike and slab, `results` gets the gain in evidence and the log odds ζ of the groups, booked to their first site.
+        """
+        total = torch.zeros_like(self.spike)
+        for k, name in enumerate(self.sites):
+            prior, result = targets[name], results[name]
+            here = self.home == k
+            if is_point_spike(prior):
+                total[here] = self.spike[here]
+            elif isinstance(prior, SpikeAndSlab) and not bool(here.any()):
+                results[name] = replace(result, delta_f=0.0, scale=None)
+            elif isinstance(prior, SpikeAndSlab):
+                against = self.spike[here] if not prior.spike_scale else self._narrow(posterior, results, prior.spike_scale)[here]
+                rule = exact_inclusion if len(against) <= _EXACT_INCLUSION_UP_TO else mean_field_inclusion
+                inclusion = rule(against, prior.alpha, prior.beta)
+                total[here] = -torch.logit(inclusion.probability.double())
+                results[name] = replace(result, delta_f=float(inclusion.log_evidence_gain), scale=float(inclusion.log_odds))
+            else:
+                inside = (self.labels[name] >= 0) & result.site.alive
+                total.index_add_(0, self.labels[name][inside], result.drop[inside].double())
+        return total
+
+    def _narrow(self, posterior: Posterior, results: Results, spike_scale: float) -> Tensor:
+        total = torch.zeros_like(self.spike)
+        for name, result in results.items():
+            site = posterior[name]
+            inside = (self.labels[name] >= 0) & result.site.alive
+            if site.prior is not None:
+                total.index_add_(0, self.labels[name][inside], delta_f(site, site.prior, Gaussian(spike_scale))[inside].double())
+        return total
+
+    def beyond(self, kept: float | Mapping[str, float], by_evidence: Tensor) -> Tensor:
+        """The groups that go so that no less than `kept` of all entries lives: those with the largest ΔF per living entry. Sites that no pattern of a mapping
+        names leave the decision on their groups to the evidence."""
+        density = self.spike / self.size.clamp(min=1)
+        _check_ranks(density)
+        if not isinstance(kept, Mapping):
+            return self._largest(density, torch.ones_like(self.home, dtype=torch.bool), kept, self.sites)
+        goes = by_evidence.clone()
+        for name, fraction in _fractions(dict.fromkeys(self.sites), kept).items():  # type: ignore[arg-type]
+            here = self.home == self.sites.index(name)
+            goes[here] = self._largest(density, here, fraction, [name])[here]
+        return goes
+
+    def _largest(self, density: Tensor, here: Tensor, kept: float, sites: list[str]) -> Tensor:
+        order = density.masked_fill(~here | (self.size == 0), -torch.inf).argsort(descending=True, stable=True)
+        alive = float(self.size[here].sum()) + sum(int((self.labels[name] < 0).sum()) for name in sites)
+        spare = alive - kept * sum(self.entries[name] for name in sites)
+        goes = torch.zeros_like(here)
+        goes[order] = (self.size * here)[order].cumsum(0) <= spare + 0.5
+        return goes & here
+
+
+def _add_joint(spike: Tensor, block: Correlated) -> None:
+    """Adds to each group the joint Savage–Dickey ratio of its units."""
+    state = initial_state(block.structure, block.prior)
+    order = block.labels.argsort(stable=True)
+    names, counts = block.labels[order].unique_consecutive(return_counts=True)
+    if bool((counts == 1).all()):
+        inside = names >= 0
+        spike[names[inside]] += state.log_ratios()[order][inside]
+        return
+    for name, index in zip(names.tolist(), order.split(counts.tolist()), strict=True):
+        if name >= 0:
+            spike[name] += state.log_ratio(index, True)
+
+
+def _searched(
+    posterior: Posterior,
+    results: Results,
+    targets: Mapping[str, Prior | None],
+    labels: Mapping[str, Tensor] | None,
+    threshold: float,
+    kept: float | None,
+    search: SearchMethod,
+) -> dict[str, Tensor]:
+    """Masks by a search, for the sites of a point spike: those with correlations, and those that share groups or a target size with them."""
+    spikes = [name for name in results if is_point_spike(targets[name])]
+    blocks = {name: correlated(posterior[name], None if labels is None else labels[name]) for name in spikes}
+    joint = [name for name in spikes if blocks[name] is not None]
+    if not joint or (kept is not None and len(spikes) < len(results)):
+        return {}
+    if labels is None and kept is None:
+        return {name: _search({name: blocks[name]}, posterior, results, threshold, kept, search)[name] for name in joint}
+    return _search(blocks, posterior, results, threshold, kept, search, labels)
+
+
+def _search(
+    blocks: Mapping[str, Correlated | None],
+    posterior: Posterior,
+    results: Results,
+    threshold: float,
+    kept: float | None,
+    search: SearchMethod,
+    labels: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    used: dict[str, Correlated] = {}
+    first = 0
+    for name, block in blocks.items():
+        one = block if block is not None else _independent(posterior, name, results[name], labels)
+        used[name] = one if labels is not None else replace(one, labels=torch.arange(len(one.labels)) + first)
+        first += len(one.labels)
+    living = sum(int(r.site.alive.sum()) for name, r in results.items() if name in used)
+    if kept is not None:
+        kept = min(1.0, kept * sum(results[name].drop.numel() for name in used) / max(living, 1))
+    found = search([b.structure for b in used.values()], [b.prior for b in used.values()], [b.labels for b in used.values()], threshold=threshold, kept=kept)
+    masks = {}
+    for (name, block), unit_mask in zip(used.items(), found.masks, strict=True):
+        masks[name] = (block.units >= 0) & unit_mask.to(block.units.device)[block.units]
+    return masks
+
+
+def _independent(posterior: Posterior, name: str, result: SiteReduction, labels: Mapping[str, Tensor] | None) -> Correlated:
+    site = posterior[name]
+    assert site.prior is not None
+    alive = result.site.alive
+    q, p = (torch.stack([g.mean.to(site.mean).expand(site.mean.shape)[alive], g.var.to(site.mean).expand(site.mean.shape)[alive]]) for g in (site, site.prior))
+    units = torch.where(alive, alive.flatten().cumsum(0).view(alive.shape) - 1, -1)
+    own = torch.arange(q.shape[1]) if labels is None else labels[name].to(alive.device)[alive]
+    return Correlated(Diagonal(*q), Diagonal(*p), own, units)

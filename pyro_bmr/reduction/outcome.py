@@ -1,0 +1,199 @@
+"""`Reduction`: what a reduction says of each site and of the whole; looked at, partly taken, put after another, saved and loaded.
+
+Owns `Reduction`. Next: `decisions.py`, then `sites.py`, which makes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pyro_bmr.errors import ReductionError
+from pyro_bmr.files import make_folder, write_atomically
+from pyro_bmr.posterior import Posterior
+from pyro_bmr.reduction.correlations import pruned_site
+from pyro_bmr.reduction.targets import SiteReduction
+
+_FORMAT = "pyro_bmr reduction 1"
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Site → `SiteReduction`, the whole posterior after the reduction, sites that were not reduced included, and the one `before` it.
+
+    `groups`: site → number of each entry's group where groups were decided on; None for single weights.
+    """
+
+    sites: Mapping[str, SiteReduction]
+    posterior: Posterior
+    before: Posterior
+    groups: Mapping[str, Tensor] | None = None
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Site → bool tensor, True where the weight lives; for reduced sites."""
+        return {name: result.site.alive for name, result in self.sites.items()}
+
+    @property
+    def delta_f(self) -> float:
+        """Gain in log evidence over all sites, nats."""
+        return sum(result.delta_f for result in self.sites.values())
+
+    @property
+    def kept(self) -> float:
+        """The fraction of the reduced sites' weights that live."""
+        masks = self.masks.values()
+        return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    def table(self) -> pd.DataFrame:
+        """One row per site: site, size, kept (fraction), delta_f (nats), wider, scale, given (sites at whose median the prior was taken)."""
+        rows = [
+            (name, r.drop.numel(), float(r.site.alive.double().mean()), r.delta_f, r.wider, r.scale, ", ".join(r.site.given)) for name, r in self.sites.items()
+        ]
+        return pd.DataFrame(rows, columns=["site", "size", "kept", "delta_f", "wider", "scale", "given"])
+
+    def curve(self, points: int = 100) -> pd.DataFrame:
+        """ΔF over the number of weights pruned: the columns pruned, kept (fraction) and delta_f (nats), `points` rows from nothing to everything.
+
+        The weights, or groups, go in the order of their spike ΔF per weight; each row is the ΔF of all that went so far together, jointly where the posterior
+        has correlations. Weights that were dead before the reduction count as pruned in each row.
+
+        Raises:
+            ReductionError: a site has no spike ΔF, since its prior in the fit was not Gaussian.
+        """
+        ranks = self._ranks()
+        pooled = torch.cat([rank[self.before[name].alive].flatten() for name, rank in ranks.items()])
+        if bool(pooled.isnan().any()):
+            raise ReductionError("the curve needs the point spike's ΔF, which sites without a Gaussian prior do not have; take the others with only()")
+        size = sum(rank.numel() for rank in ranks.values())
+        dead = size - pooled.numel()
+        order = pooled.sort(descending=True).values
+        rows = []
+        for count in sorted({round(k * len(order) / (points - 1)) for k in range(points)}):
+            limit = order[count - 1] if count else torch.tensor(torch.inf)
+            gain, gone = 0.0, 0
+            for name, rank in ranks.items():
+                site = self.before[name]
+                mask = site.alive & ~(rank >= limit)
+                joint = pruned_site(site, mask)[1]
+                went = site.alive & ~mask
+                gain += float(self.sites[name].spike_delta_f[went].sum()) if joint is None else joint
+                gone += int(went.sum())
+            rows.append((dead + gone, 1 - (dead + gone) / size, gain))
+        return pd.DataFrame(rows, columns=["pruned", "kept", "delta_f"]).drop_duplicates("pruned", ignore_index=True)
+
+    def plot(self, axes: Any = None, points: int = 100) -> Any:
+        """Draws `curve` into `axes`, or into a new figure, with the reduction itself as a dot; returns the axes."""
+        curve = self.curve(points)
+        axes = curve.plot(x="pruned", y="delta_f", ax=axes, legend=False, grid=True, xlabel="weights pruned", ylabel="ΔF (nats)")
+        pruned = sum(int((~mask).sum()) for mask in self.masks.values())
+        axes.plot([pruned], [self.delta_f], marker="o")
+        return axes
+
+    def only(self, *patterns: str) -> Reduction:
+        """The same reduction of the sites that a pattern names (shell style, such as "fc1.*"), all other sites left as they were before.
+
+        Raises:
+            ReductionError: a pattern matches no reduced site.
+        """
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in self.sites):
+                raise ReductionError(f"pattern '{pattern}' matches no reduced site; the reduced sites are: {', '.join(self.sites)}")
+        taken = {name: result for name, result in self.sites.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+        groups = None if self.groups is None else {name: self.groups[name] for name in taken}
+        return Reduction(taken, _with_sites(self.before, taken), self.before, groups)
+
+    def then(self, second: Reduction) -> Reduction:
+        """Both reductions as one, from the posterior before the first: gains add up, the masks are those after the second.
+
+        Of a site that both reduce, the second must have started from where the first ended. Sites that only one reduces are taken from it, so that two parts of
+        one reduction, or reductions of different sites of one posterior, go together too.
+
+        Raises:
+            ReductionError: the second did not start there, or the two are of different posteriors.
+        """
+        for name in dict.fromkeys([*self.before, *second.before]):
+            start = (self.posterior if name in self.sites and name in second.sites else self.before).sites.get(name)
+            if not _same(start, second.before.sites.get(name)) and not (
+                name not in second.sites and _same(self.posterior.sites.get(name), second.before.sites.get(name))
+            ):
+                raise ReductionError(
+                    f"site '{name}': the second reduction did not start from the first's posterior; reduce first.posterior, or different sites"
+                )
+        sites = dict(self.sites)
+        for name, result in second.sites.items():
+            sites[name] = replace(result, delta_f=self.sites[name].delta_f + result.delta_f) if name in self.sites else result
+        return Reduction(sites, _with_sites(self.before, sites), self.before)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `before.safetensors`, `after.safetensors` (two posteriors), `sites.safetensors` and `reduction.json` to `folder`, none ever half there."""
+        folder = Path(folder)
+        make_folder(folder)
+        tensors: dict[str, Tensor] = {f"{name}/groups": group for name, group in (self.groups or {}).items()}
+        about: dict[str, dict[str, Any]] = {}
+        for name, result in self.sites.items():
+            parts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "site"}
+            tensors |= {f"{name}/{part}": value for part, value in parts.items() if isinstance(value, Tensor)}
+            about[name] = {part: value for part, value in parts.items() if not isinstance(value, Tensor)}
+        self.before.save(folder / "before.safetensors")
+        self.posterior.save(folder / "after.safetensors")
+        write_atomically(folder / "sites.safetensors", lambda path: save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, path))
+        content = json.dumps({"format": _FORMAT, "groups": self.groups is not None, "sites": about})
+        write_atomically(folder / "reduction.json", lambda path: path.write_text(content, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Reduction:
+        """A reduction saved by `save`; nothing is unpickled.
+
+        Raises:
+            ReductionError: the folder does not hold one.
+        """
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "reduction.json").read_text(encoding="utf-8"))
+            tensors = load_file(folder / "sites.safetensors")
+        except (OSError, ValueError) as error:
+            raise ReductionError(f"{folder}: not a saved reduction ({error}); give the folder that Reduction.save wrote") from None
+        if not isinstance(about, dict) or about.get("format") != _FORMAT:
+            raise ReductionError(f"{folder}: not a saved reduction of format {_FORMAT!r}; give the folder that Reduction.save wrote")
+        before, after = (Posterior.load(folder / f"{part}.safetensors") for part in ("before", "after"))
+        sites = {}
+        for name, numbers in about["sites"].items():
+            own: dict[str, Any] = {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name}
+            own.pop("groups", None)
+            sites[name] = SiteReduction(**numbers, **own, site=after[name])
+        groups = {name: tensors[f"{name}/groups"] for name in sites} if about["groups"] else None
+        return cls(sites, after, before, groups)
+
+    def _ranks(self) -> dict[str, Tensor]:
+        """Per entry the spike ΔF, or of groups the mean over the group; entries in no group −inf."""
+        spikes = {name: result.spike_delta_f for name, result in self.sites.items()}
+        if self.groups is None:
+            return spikes
+        groups = {name: self.groups[name].to(spike.device) for name, spike in spikes.items()}
+        count = max(int(group.max()) for group in groups.values()) + 1
+        like = next(iter(spikes.values()))
+        total, size = (torch.zeros(count, dtype=torch.float64, device=like.device) for _ in range(2))
+        for name, spike in spikes.items():
+            inside = (groups[name] >= 0) & self.before[name].alive
+            total.index_add_(0, groups[name][inside], spike[inside].double())
+            size.index_add_(0, groups[name][inside], torch.ones_like(spike[inside], dtype=torch.float64))
+        mean = total / size.clamp(min=1)
+        return {name: torch.where(group >= 0, mean[group], -torch.inf) for name, group in groups.items()}
+
+
+def _with_sites(posterior: Posterior, results: Mapping[str, SiteReduction]) -> Posterior:
+    return replace(posterior, sites={**posterior.sites, **{name: result.site for name, result in results.items()}})
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a.mean, b.mean) and torch.equal(a.var, b.var) and torch.equal(a.alive, b.alive))

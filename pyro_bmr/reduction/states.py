@@ -1,0 +1,245 @@
+r"""Gaussians of which some entries are held at zero, kept so that one more, or one less, is a rank-one update.
+
+Owns one state per structure: `SweptState` (`Dense`, and the rows of a `MatrixNormal`), `LowRankState`, `IndependentState`. Each answers what the density
+ratio log q(0) − log p(0) of an entry or group is, given that the entries set so far are zero. All in float64. Imports torch only. Next: `search.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import singledispatch
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_bmr.errors import ReductionError
+from pyro_bmr.reduction.gaussian import Dense, Diagonal, moments
+from pyro_bmr.reduction.low_rank import LowRank
+from pyro_bmr.reduction.matrix_normal import MatrixNormal
+
+Members = list[list[tuple[int, Tensor]]]
+"""Group → (number of the structure, indices of its entries there), for each structure that the group has entries in."""
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+class State(Protocol):
+    """A posterior and a prior with some entries held at zero."""
+
+    def log_ratios(self) -> Tensor:
+        """For each entry: log q − log p of it at zero, given the others that are held there."""
+        ...
+
+    def log_ratio(self, index: Tensor, alive: bool) -> Tensor:
+        """The same for a block of entries, which are all alive or all held."""
+        ...
+
+    def flipped(self, index: Tensor, alive: bool) -> State:
+        """The state with living entries held at zero, or held ones let go."""
+        ...
+
+
+class SweptState(NamedTuple):
+    r"""A covariance swept on the entries S that are held: Σ_RR − Σ_RS Σ_SS⁻¹ Σ_SR where they are not, −Σ_SS⁻¹ where they are; the means likewise.
+
+    `mean` is (d, m): m independent columns that share one covariance. The prior is swept too if it has correlations. Source: Goodnight 1979.
+    """
+
+    cov: Tensor
+    mean: Tensor
+    held: Tensor
+    log_p: Tensor  # (d,) of independent priors
+    prior: Any  # a SweptState, or None for independent priors
+    constant: float  # per entry, of a common factor of the columns
+
+    def log_ratios(self) -> Tensor:
+        diagonal = self.cov.diagonal()
+        sign = torch.where(self.held, -1.0, 1.0).to(diagonal)
+        var = (diagonal * sign) ** sign  # the conditional variance; of a held entry 1/(Σ_SS⁻¹)_ii
+        mean = torch.where(self.held[:, None], self.mean * var[:, None], self.mean)
+        log_q = self.constant - 0.5 * (self.mean.shape[1] * (_LOG_2PI + var.log()) + mean.square().sum(1) / var)
+        return log_q - (self.log_p if self.prior is None else self.prior.log_ratios())
+
+    def log_ratio(self, index: Tensor, alive: bool) -> Tensor:
+        if len(index) == 1:
+            return self.log_ratios()[index[0]]
+        cov, mean = self.cov[index][:, index], self.mean[index]
+        chol = torch.linalg.cholesky(cov if alive else -cov)
+        half_log_det = chol.diagonal().log().sum() * (1 if alive else -1)
+        quadratic = (torch.linalg.solve_triangular(chol, mean, upper=False)).square().sum()  # held: Vb with V = Λ⁻¹, so bᵀΛ⁻¹b again
+        log_q = self.constant * len(index) - 0.5 * (mean.numel() * _LOG_2PI + quadratic) - self.mean.shape[1] * half_log_det
+        return log_q - (self.log_p[index].sum() if self.prior is None else self.prior.log_ratio(index, alive))
+
+    def flipped(self, index: Tensor, alive: bool) -> SweptState:
+        cov, mean, held = self.cov.clone(), self.mean.clone(), self.held.clone()
+        for k in index.tolist():
+            pivot, column, row = cov[k, k].clone(), cov[:, k].clone(), mean[k].clone()
+            cov.addr_(column, column, alpha=-1 / float(pivot))
+            mean.addr_(column, row, alpha=-1 / float(pivot))
+            side = (1 if alive else -1) / pivot
+            cov[:, k] = cov[k] = column * side
+            cov[k, k] = -1 / pivot
+            mean[k] = row * side
+            held[k] = alive
+        prior = None if self.prior is None else self.prior.flipped(index, alive)
+        return SweptState(cov, mean, held, self.log_p, prior, self.constant)
+
+
+class LowRankState(NamedTuple):
+    r"""w = μ + D^½ε + Wz with the held entries S observed to be 0: z ~ N(C⁻¹r, C⁻¹), C = I + Σ_S w_iw_iᵀ/D_i, r = −Σ_S w_iμ_i/D_i. Only C and r change."""
+
+    mean: Tensor
+    var: Tensor  # D
+    factor: Tensor  # W
+    held: Tensor
+    precision: Tensor  # C
+    weighted: Tensor  # r
+    log_p: Tensor
+
+    def log_ratios(self) -> Tensor:
+        projected, z = self._latent(self.precision, self.weighted)
+        a = projected.square().sum(1)  # wᵀC⁻¹w
+        b = self.factor @ z
+        rest = (self.var - a).clamp(min=torch.finfo(a.dtype).tiny)  # of a held entry: D − wᵀC⁻¹w > 0
+        var = torch.where(self.held, self.var.square() / rest, self.var + a)
+        mean = self.mean + torch.where(self.held, (b * self.var + a * self.mean) / rest, b)  # without its own observation: Sherman–Morrison
+        return -0.5 * (_LOG_2PI + var.log() + mean.square() / var) - self.log_p
+
+    def log_ratio(self, index: Tensor, alive: bool) -> Tensor:
+        without = self if alive else self.flipped(index, False)
+        projected, z = without._latent(without.precision, without.weighted, index)
+        mean = self.mean[index] + self.factor[index] @ z
+        scaled = projected / self.var[index, None]
+        inner = torch.eye(projected.shape[1]).to(projected) + projected.mT @ scaled
+        white = scaled.mT @ mean
+        quadratic = (mean.square() / self.var[index]).sum() - white @ torch.linalg.solve(inner, white)
+        log_det = self.var[index].log().sum() + torch.linalg.slogdet(inner).logabsdet
+        return -0.5 * (len(index) * _LOG_2PI + log_det + quadratic) - self.log_p[index].sum()
+
+    def flipped(self, index: Tensor, alive: bool) -> LowRankState:
+        factor, sign = self.factor[index], 1 if alive else -1
+        scaled = factor / self.var[index, None]
+        held = self.held.index_fill(0, index.to(self.held.device), alive)
+        return self._replace(held=held, precision=self.precision + sign * factor.mT @ scaled, weighted=self.weighted - sign * scaled.mT @ self.mean[index])
+
+    def _latent(self, precision: Tensor, weighted: Tensor, index: Any = slice(None)) -> tuple[Tensor, Tensor]:
+        chol = torch.linalg.cholesky(precision)
+        projected = torch.linalg.solve_triangular(chol, self.factor[index].mT, upper=False).mT
+        return projected, torch.cholesky_solve(weighted[:, None], chol)[:, 0]
+
+
+class IndependentState(NamedTuple):
+    """Independent entries: what is held changes nothing for the rest."""
+
+    ratios: Tensor
+
+    def log_ratios(self) -> Tensor:
+        return self.ratios
+
+    def log_ratio(self, index: Tensor, alive: bool) -> Tensor:
+        return self.ratios[index].sum()
+
+    def flipped(self, index: Tensor, alive: bool) -> IndependentState:
+        return self
+
+
+@singledispatch
+def initial_state(posterior: Any, prior: Any) -> State:
+    """The state of a posterior under a prior, nothing held at zero.
+
+    Raises:
+        ReductionError: a variance is not positive or a covariance not positive definite.
+    """
+    q = Diagonal(*(t.double().flatten() for t in (moments(posterior).mean, moments(posterior).var)))
+    p = moments(prior, moments(posterior).mean)
+    _check(bool((q.var > 0).all()), "posterior has a variance that is not positive")
+    return IndependentState(_log_normal(q.mean, q.var) - _log_normal(p.mean.double().flatten(), p.var.double().flatten()))
+
+
+@initial_state.register
+def _(posterior: Dense, prior: Any) -> State:
+    mean, cov = posterior.mean.double(), posterior.cov.double()
+    _check_positive_definite(cov, "posterior")
+    held, zero = torch.zeros_like(mean, dtype=torch.bool), torch.zeros_like(mean)
+    if isinstance(prior, Dense):
+        _check_positive_definite(prior.cov.double(), "prior")
+        swept = SweptState(prior.cov.double(), prior.mean.double()[:, None], held, zero, None, 0.0)
+        return SweptState(cov, mean[:, None], held, zero, swept, 0.0)
+    p = moments(prior, mean)
+    return SweptState(cov, mean[:, None], held, _log_normal(p.mean, p.var), None, 0.0)
+
+
+@initial_state.register
+def _(posterior: MatrixNormal, prior: Any) -> State:
+    row_cov, col_cov = posterior.row_cov.double(), posterior.col_cov.double()
+    _check_positive_definite(row_cov, "row covariance of the posterior")
+    _check_positive_definite(col_cov, "column covariance of the posterior")
+    chol = torch.linalg.cholesky(col_cov)
+    white = torch.linalg.solve_triangular(chol, posterior.mean.double().mT, upper=False).mT  # columns independent, with the covariance of the rows
+    p = moments(prior, posterior.mean.double())
+    held = torch.zeros(len(white), dtype=torch.bool, device=white.device)
+    return SweptState(row_cov, white, held, _log_normal(p.mean, p.var).sum(1), None, -float(chol.diagonal().log().sum()))
+
+
+@initial_state.register
+def _(posterior: LowRank, prior: Any) -> State:
+    mean, var, factor = posterior.mean.double(), posterior.var.double(), posterior.factor.double()
+    _check(bool((var > 0).all()), "diagonal of the posterior is not positive; a low-rank posterior needs D > 0")
+    p = moments(prior, mean)
+    rank = factor.shape[1]
+    held = torch.zeros_like(mean, dtype=torch.bool)
+    return LowRankState(mean, var, factor, held, torch.eye(rank).to(factor), factor.new_zeros(rank), _log_normal(p.mean, p.var))
+
+
+@singledispatch
+def embedded(rest: Any, mask: Tensor) -> Any:
+    """The structure of the living entries (`mask`) put back among zeros: the pruned ones have mean, variance and covariances 0."""
+    return Diagonal(_spread(rest.mean, mask), _spread(rest.var, mask))
+
+
+@embedded.register
+def _(rest: Dense, mask: Tensor) -> Dense:
+    return Dense(_spread(rest.mean, mask), _spread_square(rest.cov, mask))
+
+
+@embedded.register
+def _(rest: LowRank, mask: Tensor) -> LowRank:
+    return LowRank(*(_spread(part, mask) for part in (rest.mean, rest.var, rest.factor)))
+
+
+@embedded.register
+def _(rest: MatrixNormal, mask: Tensor) -> MatrixNormal:
+    return MatrixNormal(_spread(rest.mean, mask), _spread_square(rest.row_cov, mask), rest.col_cov)
+
+
+def entries(structure: Any) -> int:
+    """What a structure's groups number: its entries, of a matrix normal its rows."""
+    return len(structure.mean) if isinstance(structure, MatrixNormal) else structure.mean.numel()
+
+
+def _spread(part: Tensor, mask: Tensor) -> Tensor:
+    full = part.new_zeros((len(mask), *part.shape[1:]))
+    full[mask] = part
+    return full
+
+
+def _spread_square(part: Tensor, mask: Tensor) -> Tensor:
+    index = mask.nonzero()[:, 0]
+    full = part.new_zeros((len(mask), len(mask)))
+    full[index[:, None], index] = part
+    return full
+
+
+def _log_normal(mean: Tensor, var: Tensor) -> Tensor:
+    """log N(0; mean, var), entry by entry."""
+    return -0.5 * (_LOG_2PI + var.log() + mean.square() / var)
+
+
+def _check_positive_definite(matrix: Tensor, role: str) -> None:
+    _check(int(torch.linalg.cholesky_ex(matrix)[1]) == 0 and bool(matrix.isfinite().all()), f"{role} is not positive definite")
+
+
+def _check(good: bool, what: str) -> None:
+    if not good:
+        raise ReductionError(f"the {what}; restrict the search to entries with a variance, or fit longer")

@@ -1,0 +1,124 @@
+"""Posteriors from elsewhere: moments, draws, and curvatures of a network trained in plain torch, against the exact conjugate model."""
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_bmr as bmr
+from pyro_bmr.priors import Gaussian
+from tests.exact import linear_gaussian, random_spd
+
+D, SCALE = 4, 1.4
+MODEL = linear_gaussian(d=D)
+GRAM = torch.tensor(MODEL.x.T @ MODEL.x / MODEL.noise**2)
+EXACT_MEAN, EXACT_COV = MODEL.posterior(np.zeros(D), SCALE**2 * np.eye(D))
+LEAST_SQUARES = torch.tensor(np.linalg.lstsq(MODEL.x, MODEL.y, rcond=None)[0])
+
+
+@pytest.mark.parametrize("penalised", [True, False])
+def test_the_full_curvature_is_the_exact_posterior_of_a_linear_model(penalised):
+    value = torch.tensor(EXACT_MEAN) if penalised else LEAST_SQUARES
+    post = bmr.Posterior.from_curvature({"w": value}, {"w": GRAM}, Gaussian(SCALE), penalised=penalised)
+    np.testing.assert_allclose(post["w"].mean, EXACT_MEAN, atol=1e-9)
+    np.testing.assert_allclose(post["w"].joint.cov, EXACT_COV, atol=1e-9)
+    result = bmr.reduce(post, to=Gaussian(0), kept=0.5)
+    alive = result.masks["w"].numpy().astype(float)
+    exact = MODEL.log_evidence(np.zeros(D), SCALE**2 * np.diag(alive)) - MODEL.log_evidence(np.zeros(D), SCALE**2 * np.eye(D))
+    assert result.delta_f == pytest.approx(exact, abs=1e-9) and alive.sum() == 2
+
+
+def test_a_cold_posterior_counts_the_data_more():
+    twice = bmr.Posterior.from_curvature({"w": LEAST_SQUARES}, {"w": 2 * GRAM}, Gaussian(SCALE), penalised=False)
+    cold = bmr.Posterior.from_curvature({"w": LEAST_SQUARES}, {"w": GRAM}, Gaussian(SCALE), penalised=False, temperature=0.5)
+    assert cold.temperature == 0.5 and torch.equal(cold["w"].joint.cov, twice["w"].joint.cov) and torch.equal(cold["w"].mean, twice["w"].mean)
+    value, factors = torch.ones(2, 2).double(), (torch.eye(2).double() * 3, torch.eye(2).double())
+    pair, flat = (bmr.Posterior.from_curvature({"w": value}, {"w": h}, Gaussian(1e5), temperature=0.1) for h in (factors, 3 * value))
+    torch.testing.assert_close(pair["w"].var, flat["w"].var, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("penalised", [True, False])
+def test_a_diagonal_curvature_is_that_of_orthogonal_regressors(penalised):
+    prior = bmr.Diagonal(torch.tensor(0.3).double(), torch.tensor([0.7, 2.5]).double())
+    h, estimate = torch.tensor([3.0, 0.4]).double(), torch.tensor([0.9, -1.2]).double()
+    q = (h * estimate + prior.mean / prior.var) / (h + 1 / prior.var)  # precision-weighted mean of the likelihood's and the prior's
+    post = bmr.Posterior.from_curvature({"w": q if penalised else estimate}, {"w": h}, prior, penalised=penalised)
+    torch.testing.assert_close(post["w"].mean, q)
+    torch.testing.assert_close(post["w"].var, 1 / (h + 1 / prior.var))
+    assert post["w"].joint is None and post["w"].declared is None
+
+
+def test_kronecker_factors():
+    rng = np.random.default_rng(1)
+    rows, columns, value = torch.tensor(random_spd(rng, 3, 40.0)), torch.tensor(random_spd(rng, 2, 9.0)), torch.tensor(rng.normal(size=(3, 2)))
+    wide = bmr.Posterior.from_curvature({"w": value}, {"w": (rows, columns)}, Gaussian(1e4))  # a prior that adds next to nothing
+    torch.testing.assert_close(torch.kron(wide["w"].joint.row_cov, wide["w"].joint.col_cov), torch.linalg.inv(torch.kron(rows, columns)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(wide["w"].var.flatten(), torch.kron(wide["w"].joint.row_cov, wide["w"].joint.col_cov).diagonal())
+    flat = bmr.Posterior.from_curvature({"w": value}, {"w": (1e-9 * rows, columns * 1e-9)}, Gaussian(1.3))  # data that add next to nothing
+    torch.testing.assert_close(flat["w"].var, torch.full((3, 2), 1.3**2).double(), rtol=1e-3, atol=0)
+    pulled = bmr.Posterior.from_curvature({"w": value}, {"w": (rows, columns)}, Gaussian(0.5), penalised=False)
+    cov = torch.kron(pulled["w"].joint.row_cov, pulled["w"].joint.col_cov)
+    torch.testing.assert_close(pulled["w"].mean.flatten(), value.flatten() - cov @ value.flatten() / 0.25)
+
+
+def test_an_online_newton_optimiser():
+    """Posterior precision λ(h + δ), prior precision λδ, as IVON has them."""
+    lam, delta, m, h = 500.0, 0.01, torch.tensor([0.3, -0.02]).double(), torch.tensor([0.2, 0.05]).double()
+    post = bmr.Posterior.from_curvature({"w": m}, {"w": lam * h}, Gaussian((lam * delta) ** -0.5))
+    torch.testing.assert_close(post["w"].var, 1 / (lam * (h + delta)))
+    assert post["w"].prior.var.item() == pytest.approx(1 / (lam * delta))
+
+
+def test_draws_of_the_exact_posterior_reduce_as_it_does():
+    draws = torch.tensor(np.random.default_rng(0).multivariate_normal(EXACT_MEAN, EXACT_COV, size=40_000))
+    noise = torch.tensor(np.random.default_rng(1).lognormal(0.3, 0.2, size=40_000))
+    post = bmr.Posterior.from_samples({"w": draws, "noise": noise}, {"w": Gaussian(SCALE)}, supports={"noise": "positive"})
+    result = bmr.reduce(post, to=Gaussian(0), kept=0.5)
+    alive = result.masks["w"].numpy().astype(float)
+    exact = MODEL.log_evidence(np.zeros(D), SCALE**2 * np.diag(alive)) - MODEL.log_evidence(np.zeros(D), SCALE**2 * np.eye(D))
+    assert list(result.sites) == ["w"] and result.delta_f == pytest.approx(exact, rel=0.05)
+    assert post["noise"].mean.item() == pytest.approx(0.3, abs=0.005) and post["noise"].var.item() == pytest.approx(0.04, rel=0.05)
+    assert post["noise"].joint is None and post.point()["noise"].item() == pytest.approx(np.exp(0.3), rel=0.01)
+    few = bmr.Posterior.from_samples({"w": draws[:39]}, Gaussian(SCALE))
+    assert few["w"].joint is None and bmr.Posterior.from_samples({"w": draws[:40]}, Gaussian(SCALE), joint_up_to=3)["w"].joint is None
+
+
+def test_a_plain_network_is_pruned_and_exported():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    post = bmr.Posterior.from_curvature(
+        weights, {name: torch.rand_like(p) * 60 for name, p in weights.items()}, {"*.weight": Gaussian(1.0), "*.bias": Gaussian(2.0)}
+    )
+    assert post["0.bias"].prior.var.item() == 4.0 and post["0.weight"].declared == Gaussian(1.0)
+    result = bmr.reduce(post, to=Gaussian(0), kept=0.5)
+    pruned = bmr.export(net, result.posterior)
+    for name, p in pruned.named_parameters():
+        assert torch.equal(p == 0, ~result.masks[name]) and torch.equal(p[p != 0], weights[name][p != 0])
+    assert all(torch.equal(p, weights[name]) for name, p in net.named_parameters())
+    part = bmr.export(net, bmr.Posterior({"2.weight": result.posterior["2.weight"]}))
+    assert torch.equal(part[0].weight, net[0].weight) and torch.equal(part[2].weight == 0, ~result.masks["2.weight"])
+    with pytest.raises(bmr.ModelError, match="export wants"):
+        bmr.export(net, bmr.Posterior({"other": result.posterior["2.weight"]}))
+
+
+def test_what_is_refused():
+    one = torch.ones(3).double()
+    curvature, moments, samples = bmr.Posterior.from_curvature, bmr.Posterior.from_moments, bmr.Posterior.from_samples
+    for call, message in (
+        (lambda: curvature({"w": one}, {}, Gaussian(1.0)), "site 'w': it has no curvature"),
+        (lambda: curvature({"w": one}, {"w": -one}, Gaussian(1.0)), "3 entries negative or NaN"),
+        (lambda: curvature({"w": one}, {"w": one[:2]}, Gaussian(1.0)), r"of shape \(3,\), or \(3, 3\)"),
+        (lambda: curvature({"w": one}, {"w": -torch.eye(3).double()}, Gaussian(3.0)), "not positive definite"),
+        (lambda: curvature({"w": one}, {"w": (torch.eye(2), torch.eye(1))}, Gaussian(3.0)), r"shapes \[\(3, 3\), \(1, 1\)\]"),
+        (lambda: curvature({"w": one}, {"w": (0 * torch.eye(3), torch.eye(1))}, Gaussian(3.0)), "positive trace"),
+        (lambda: curvature({"w": one}, {"w": one}, {"v": Gaussian(1.0)}), "a Laplace posterior needs a Gaussian prior"),
+        (lambda: curvature({"w": one}, {"w": one}, bmr.Horseshoe()), "no mean and variance"),
+        (lambda: curvature({"w": one}, {"w": one}, Gaussian(1.0), temperature=0.0), "temperature=0.0"),
+        (lambda: moments({"w": one}, {}, None), "a mean and no variance"),
+        (lambda: moments({"w": one}, {"w": -one}, None), "finite means and variances >= 0"),
+        (lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(0 * one, 0 * one)), "the prior's variance must be > 0"),
+        (lambda: moments({"w": one}, {"w": one}, None, supports={"w": "simplex"}), "support 'simplex'; one of 'real'"),
+        (lambda: samples({"w": one[:1]}, None), "1 draw; a variance needs at least two"),
+    ):
+        with pytest.raises(bmr.ModelError, match=message):
+            call()
