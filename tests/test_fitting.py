@@ -224,11 +224,11 @@ def test_bad_rows_are_named_before_any_work():
 
 
 def test_guides_that_cannot_be_read_are_refused_before_the_first_step():
-    from pyro.infer.autoguide import AutoDiagonalNormal
+    from pyro.infer.autoguide import AutoIAFNormal
 
     program = Exploding(0)  # a first step would end in a FitError
-    with pytest.raises(bmr.ModelError, match="site 'w'.*MeanField or AutoNormal"):
-        quick(program, regression(), guide=AutoDiagonalNormal)
+    with pytest.raises(bmr.ModelError, match="site 'w'.*AutoIAFNormal cannot be read"):
+        quick(program, regression(), guide=AutoIAFNormal)
 
 
 def test_the_data_speak_before_anything_is_pruned_or_rescaled():
