@@ -9,6 +9,7 @@ from pyro_bmr.exporting import export, save
 from pyro_bmr.fitting import Fit, adam, cosine, fit
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.likelihoods import Categorical, Normal
+from pyro_bmr.online_newton import natural_gradient
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import predict
@@ -57,6 +58,7 @@ __all__ = [
     "load",
     "metrics",
     "natural_delta_f",
+    "natural_gradient",
     "predict",
     "prune_subset",
     "reduce",

@@ -3,7 +3,7 @@
 Owns `elbo_terms`. For `MeanField` it takes the fast path: one noise vector for all sites, views instead of copies, the KL of Gaussian sites in closed
 form. At a fixed draw it gives the value and gradient of Pyro's `TraceMeanField_ELBO`. Every other guide goes through
 Pyro's traces, with the value of `Trace_ELBO`.
-Next: `posterior.py`.
+Next: `mean_field_step.py`, the same for a fit, without autograd where it can be had without.
 """
 
 from __future__ import annotations
@@ -93,11 +93,7 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
     values = {site.name: draws[site.name] if site.transform is None else site.transform(draws[site.name]) for site in guide.latents}
     with Values(values) as run:
         program(*args)
-    likelihood = torch.zeros((), dtype=z.dtype, device=z.device)
-    for name, msg in run.observed.items():
-        if not msg["is_observed"]:
-            raise ModelError(f"site '{name}' of the program is not in the guide; make the guide from this program and batch")
-        likelihood = likelihood + scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"]).sum()
+    likelihood = likelihood_of(run)
     kl = torch.zeros((), dtype=z.dtype, device=z.device)
     for site in guide.latents:
         name, msg = site.name, run.latent[site.name]
@@ -105,7 +101,7 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
         base = base_distribution(msg["fn"])
         if hasattr(base, "alive"):  # a program under `pruning.Masked`
             mask, base = (base.alive if mask is None else mask & base.alive), base.base_dist
-        gaussian = _gaussian_on_the_line(base, site.transform)
+        gaussian = gaussian_on_the_line(base, site.transform)
         if gaussian is not None:
             kl_site = _GaussianKL.apply(locs[name], log_scales[name], stds[name], collapsed(gaussian.loc), collapsed(gaussian.scale), mask)
         else:
@@ -115,7 +111,7 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
             log_p = base.log_prob(values[name])
             if base.event_shape:
                 if mask is not None:
-                    raise ModelError(f"site '{name}': the density of a {type(base).__name__} does not split over its entries, so they cannot be pruned")
+                    raise ModelError(does_not_split(name, base))
                 log_q = log_q.flatten(-len(base.event_shape)).sum(-1)
             difference = log_q - log_p
             kl_site = (difference if mask is None else difference.where(mask, 0)).sum()
@@ -123,7 +119,22 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
     return ELBOTerms(likelihood, kl)
 
 
-def _gaussian_on_the_line(prior: Any, transform: Any) -> Any:
+def likelihood_of(run: Values) -> Tensor:
+    """The log density of the observed sites of a run."""
+    likelihood: Tensor | float = 0.0
+    for name, msg in run.observed.items():
+        if not msg["is_observed"]:
+            raise ModelError(f"site '{name}' of the program is not in the guide; make the guide from this program and batch")
+        likelihood = likelihood + scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"]).sum()
+    return torch.as_tensor(likelihood)
+
+
+def does_not_split(name: str, base: Any) -> str:
+    """What is wrong with a mask on a site whose density is joint."""
+    return f"site '{name}': the density of a {type(base).__name__} does not split over its entries, so they cannot be pruned"
+
+
+def gaussian_on_the_line(prior: Any, transform: Any) -> Any:
     """The Normal that `prior` is on the unconstrained scale (itself, or the base of a log-normal), if it is one."""
     if transform is not None and isinstance(prior, torch.distributions.TransformedDistribution) and prior.transforms == [transform]:
         prior, transform = prior.base_dist, None

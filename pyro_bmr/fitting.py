@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -26,6 +26,8 @@ from pyro_bmr.elbo import ELBOTerms, Values, elbo_terms
 from pyro_bmr.errors import DataError, FitError
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.likelihoods import WholeData
+from pyro_bmr.mean_field_step import MeanFieldStep, Noise
+from pyro_bmr.online_newton import NaturalGradient, OnlineNewton
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import check_callable_without_y, predict
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
@@ -88,7 +90,7 @@ def fit(
     guide: Program = MeanField,
     epochs: int = 20,
     batch_size: int = 128,
-    optimizer: Callable[[Any], Optimizer] | None = None,
+    optimizer: Callable[[Any], Optimizer] | NaturalGradient | None = None,
     scheduler: Callable[[Optimizer, int], LRScheduler] | None = cosine,
     seed: int = 0,
     temperature: float = 1.0,
@@ -106,7 +108,7 @@ def fit(
         data: (x, y), or anything with `x_train` and `y_train`. They follow the parameters of a program that is a module in device and dtype.
         guide: `MeanField`, `Point` (maximum a posteriori), any function of the program that makes a guide module, such as Pyro's `AutoNormal`, or
             such a module, which is copied. A hand-written guide function with `pyro.param` is trained by Pyro's SVI; see `Posterior.from_guide`.
-        optimizer: parameters → torch optimiser. Default: Adam at 3e-3, fused.
+        optimizer: parameters → torch optimiser, or `natural_gradient()`. Default: Adam at 3e-3, fused.
         scheduler: (optimiser, number of steps) → schedule, stepped after each step; None for a constant rate. Default: `cosine`.
         seed: of everything random: order of the data and draws are functions of (seed, epoch) and (seed, step).
         temperature: T above; 1 is Bayes, less is "cold": data counted N/T times.
@@ -130,8 +132,8 @@ def fit(
     start = time.perf_counter()
     with torch.random.fork_rng(), pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         _seed(x.device, seed)
-        run = _Run(program, guide, x, y, batch_size, temperature)
-        optimizer_ = (optimizer or adam())(run.parameters())
+        run = _Run(program, guide, x, y, batch_size, temperature, seed)
+        optimizer_ = run.optimizer(optimizer or adam())
         per_epoch = len(run.sizes())
         total = epochs * per_epoch
         scheduler_ = scheduler(optimizer_, total) if scheduler else None
@@ -156,7 +158,7 @@ def fit(
                         if step >= warm_up:
                             run.update_scales()
                         if reduce and step in due:
-                            delta_f += run.prune(reduce, step / total)
+                            delta_f += run.prune(reduce, step / total, optimizer_)
                         reduction_seconds += time.perf_counter() - began
                     bar.update()
                 likelihood, kl = likelihood_sum / per_epoch, kl_sum / per_epoch
@@ -186,7 +188,7 @@ def fit(
 class _Run:
     """The state of a fit: program, guide, handlers, masks."""
 
-    def __init__(self, program: Program, guide: Program, x: Tensor, y: Tensor, batch_size: int, temperature: float) -> None:
+    def __init__(self, program: Program, guide: Program, x: Tensor, y: Tensor, batch_size: int, temperature: float, seed: int) -> None:
         self.program, self.x, self.y, self.temperature = program, x, y, temperature
         self.batch_size = min(batch_size, len(x))
         self.masks: dict[str, Tensor] = {}
@@ -199,11 +201,28 @@ class _Run:
         self.guide = _make_guide(guide, program, self.few)
         self.guide(*self.few)  # autoguides make their parameters at the first call
         self.masked = Masked({})
+        plain_weights = getattr(program, "plain_weights", ())
+        self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, plain_weights) if isinstance(self.guide, MeanField) else None
+        self.noise = Noise(self.guide.loc, seed) if self.flat is not None else None
+        vectors = (self.guide.loc, self.guide.log_scale) if self.flat is not None else ()
+        self.trained = [p for p in self.parameters() if all(p is not vector for vector in vectors)]
         self.has_variance = any(bool(site.var.any()) for site in self.posterior().sites.values())  # also refuses guides that cannot be read
 
     def parameters(self) -> list[Tensor]:
         modules = [m for m in (self.guide, self.program) if isinstance(m, nn.Module)]
         return [p for m in modules for p in m.parameters() if p.requires_grad]
+
+    def optimizer(self, make: Callable[[Any], Optimizer] | NaturalGradient) -> Optimizer:
+        if not isinstance(make, NaturalGradient):
+            return make(self.parameters())
+        if self.flat is None:
+            raise FitError(f"optimizer=natural_gradient(): it needs guide=MeanField, got {type(self.guide).__name__}; give another optimiser, such as adam()")
+        rows = len(self.x) / self.temperature
+        views = self.guide.views(self.guide.log_scale.detach())
+        for name, site in self.posterior().sites.items():
+            if site.prior is not None and site.support == "real" and not site.given:
+                views[name].fill_(-0.5 * math.log(rows * make.curvature))
+        return make.optimizer(self.flat, self.trained)
 
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(self.x.device)
@@ -221,31 +240,45 @@ class _Run:
         return sizes
 
     def step(self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float]:
+        """Both terms of the ELBO at one draw, after which the optimiser has gone a step down their gradient."""
         self.whole.rows = len(batch[0])
-        terms = self.terms(batch)
-        loss = (self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)
-        optimizer.zero_grad()
-        loss.backward()
-        grads = sum(float(p.grad.sum()) for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-        likelihood, kl = float(terms.expected_log_likelihood.detach()), float(terms.kl.detach())
-        if not math.isfinite(likelihood + kl + grads):
-            raise FitError(self.diagnosis(step, likelihood, kl))
-        optimizer.step()
+        for parameter in self.trained:
+            parameter.grad = None
+        if self.flat is not None:
+            draw = self.flat.run(batch, *self.noise.at(step))
+            gradients = draw.gradients
+            likelihood, kl = draw.expected_log_likelihood, draw.kl
+        else:
+            terms = self.terms(batch)
+            ((self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)).backward()
+            gradients = {}
+            likelihood, kl = float(terms.expected_log_likelihood.detach()), float(terms.kl.detach())
+        sums = sum(float(g.sum()) for g in (*gradients.values(), *(p.grad for p in self.trained if p.grad is not None)))
+        if not math.isfinite(likelihood + kl + sums):
+            raise FitError(self.diagnosis(step, likelihood, kl, gradients))
+        if isinstance(optimizer, OnlineNewton):
+            optimizer.step(lambda: draw)
+        else:
+            if self.flat is not None:
+                self.flat.write_gradients(draw)
+            optimizer.step()
         return likelihood, kl
 
     def terms(self, batch: tuple[Tensor, Tensor]) -> ELBOTerms:
-        if not self.masks or isinstance(self.guide, MeanField):
-            return elbo_terms(self.scaled, self.guide, *batch, masks=self.masks)
+        if not self.masks:
+            return elbo_terms(self.scaled, self.guide, *batch)
         self.masked.masks = self.masks
         return elbo_terms(self.masked(self.scaled), self.masked(self.guide), *batch)
 
     def posterior(self) -> Posterior:
+        if self.flat is not None:
+            self.flat.write_back()
         _set_training(self.program, False)
         posterior = Posterior.from_guide(self.guide, self.empirical(self.program), *self.few, masks=self.masks, temperature=self.temperature)
         _set_training(self.program, True)
         return posterior
 
-    def prune(self, schedule: Every, done: float) -> float:
+    def prune(self, schedule: Every, done: float, optimizer: Optimizer) -> float:
         """Reduces, puts the masks in force, and returns the predicted gain in evidence of what went, nats."""
         reduction = schedule.reduce(self.posterior(), done)
         gain = 0.0
@@ -254,27 +287,34 @@ class _Run:
             went = ~mask if name not in self.masks else self.masks[name] & ~mask
             gain += float(site.spike_delta_f[went].sum())
         self.masks = {**self.masks, **reduction.masks}
+        if self.flat is not None:
+            self.flat.prune(self.masks, optimizer)
         return gain
 
     def update_scales(self) -> None:
         for name, site in self.posterior().sites.items():
             if self.has_variance and isinstance(site.declared, Gaussian) and site.declared.scale == "empirical":
                 self.empirical.update(name, site.declared, site.mean, site.var, site.mask)
+        if self.flat is not None:
+            self.flat.forget()
 
     def kept(self) -> float:
         return sum(int(m.sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values()) if self.masks else 1.0
 
-    def diagnosis(self, step: int, likelihood: float, kl: float) -> str:
-        bad = set()
-        if isinstance(self.guide, (MeanField, Point)):
-            for parameter in self.guide.parameters():
-                for flat in (parameter.detach(), parameter.grad):
-                    if flat is not None:
-                        parts = flat.split(self.guide.sizes)
-                        bad |= {site.name for site, part in zip(self.guide.latents, parts, strict=True) if not bool(part.isfinite().all())}
-        else:
-            named = self.guide.named_parameters() if isinstance(self.guide, nn.Module) else ()
-            bad |= {name for name, p in named if not bool(p.isfinite().all()) or (p.grad is not None and not bool(p.grad.isfinite().all()))}
+    def diagnosis(self, step: int, likelihood: float, kl: float, gradients: Mapping[str, Tensor]) -> str:
+        named = dict(gradients)
+        if self.flat is not None:
+            named |= {f"{name} ": (self.flat.loc[part] + self.flat.log_scale[part]).detach() for name, part in self.flat.parts.items()}
+        elif isinstance(self.guide, Point):
+            named |= {
+                f"{name} ": part for name, part in zip((s.name for s in self.guide.latents), self.guide.loc.detach().split(self.guide.sizes), strict=True)
+            }
+            if self.guide.loc.grad is not None:
+                named |= dict(zip((s.name for s in self.guide.latents), self.guide.loc.grad.split(self.guide.sizes), strict=True))
+        for module in (self.guide, self.program) if not isinstance(self.guide, (MeanField, Point)) else (self.program,):
+            if isinstance(module, nn.Module):
+                named |= {name: p.detach() if p.grad is None else p.grad + p.detach() for name, p in module.named_parameters()}
+        bad = {name.strip() for name, values in named.items() if not bool(values.isfinite().all())}
         where = ", ".join(sorted(bad)) or "the observed site"
         return (
             f"step {step}: the loss or its gradient is not finite at {where} (expected log likelihood {likelihood:.6g}, KL {kl:.6g}); "

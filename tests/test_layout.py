@@ -16,7 +16,7 @@ LIBRARY, MODELS = ROOT / "pyro_bmr", ROOT / "models"
 FORMULAS = ("gaussian", "low_rank", "matrix_normal", "exponential_family", "spike_and_slab", "horseshoe")
 ORDER = [
     "errors", "files",
-    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "posterior", "reduction.targets", "reduction.sites",
+    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "mean_field_step", "online_newton", "posterior", "reduction.targets", "reduction.sites",
     "pruning", "prediction", "metrics", "fitting", "exporting", "data", "plots", "comparison", "cli",
 ]  # fmt: skip
 
@@ -150,5 +150,5 @@ def test_the_checks_see_what_they_look_for():
     )
     assert imports(tree, FILES) == {"os.path", "pyro_bmr.cli", "pyro_bmr.metrics", "pyro_bmr", "torch", "pickle"}
     assert [call.lineno for call in loads(tree, {"torch"})] == [6]
-    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 8 and rank("pyro_bmr.reduction.sites") == 15 and rank("pyro_bmr.new") is None
+    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 8 and rank("pyro_bmr.reduction.sites") == 17 and rank("pyro_bmr.new") is None
     assert len(FILES) > 25 and {"pyro_bmr", "pyro_bmr.guides.point"} <= set(FILES)
