@@ -9,8 +9,8 @@ from pyro_bmr.exporting import export, save
 from pyro_bmr.fitting import Fit, adam, cosine, fit
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.likelihoods import Categorical, Normal
-from pyro_bmr.online_newton import natural_gradient
 from pyro_bmr.networks import BayesianNetwork
+from pyro_bmr.online_newton import natural_gradient
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import predict
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab

@@ -16,25 +16,24 @@ from typing import Any, Protocol
 import pandas as pd
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import tqdm
 
 from pyro_bmr.elbo import ELBOTerms, Values, elbo_terms
-from pyro_bmr.errors import DataError, FitError
+from pyro_bmr.errors import FitError
+from pyro_bmr.fit_arguments import Program, check_arguments, check_program, check_rows, like_program, validation_split
 from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.likelihoods import WholeData
-from pyro_bmr.mean_field_step import MeanFieldStep, Noise
+from pyro_bmr.mean_field_step import MeanFieldStep
 from pyro_bmr.online_newton import NaturalGradient, OnlineNewton
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import check_callable_without_y, predict
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
 from pyro_bmr.priors.gaussian import Gaussian
 from pyro_bmr.pruning import Every, Masked
-
-Program = Callable[..., Any]
 
 # The data speak first: no empirical scale is set and no weight pruned before this many steps, or this part of a shorter fit. Earlier, on
 # small data, scales follow weights that have learned nothing yet down to zero, and such weights look superfluous.
@@ -121,12 +120,12 @@ def fit(
         FitError: an argument is out of range, or a loss or gradient is no longer finite (with the step and the sites).
     """
     x, y = data if isinstance(data, tuple) else (data.x_train, data.y_train)
-    _check_arguments(epochs, batch_size, temperature)
+    check_arguments(epochs, batch_size, temperature)
     check_rows(x, y)
-    x, y = (_like_program(program, t) for t in (x, y))
-    (x, y), held_out = _split(x, y, validation, seed)
+    x, y = (like_program(program, t) for t in (x, y))
+    (x, y), held_out = validation_split(x, y, validation, seed)
     if held_out is not None:
-        held_out = (_like_program(program, held_out[0]), _like_program(program, held_out[1]))
+        held_out = (like_program(program, held_out[0]), like_program(program, held_out[1]))
         check_callable_without_y(program, x)
     program = copy.deepcopy(program) if isinstance(program, nn.Module) else program
     start = time.perf_counter()
@@ -197,15 +196,17 @@ class _Run:
         self.whole = WholeData(len(x), len(self.few[0]))
         self.scaled = self.empirical(self.whole(program))
         _set_training(program, False)
-        _check_program(program, self.few, y)
-        self.guide = _make_guide(guide, program, self.few)
+        check_program(program, self.few, y)
+        self.guide: Any = _make_guide(guide, program, self.few)
         self.guide(*self.few)  # autoguides make their parameters at the first call
         self.masked = Masked({})
-        plain_weights = getattr(program, "plain_weights", ())
-        self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, plain_weights) if isinstance(self.guide, MeanField) else None
-        self.noise = Noise(self.guide.loc, seed) if self.flat is not None else None
-        vectors = (self.guide.loc, self.guide.log_scale) if self.flat is not None else ()
-        self.trained = [p for p in self.parameters() if all(p is not vector for vector in vectors)]
+        self.flat: MeanFieldStep | None = None
+        self.trained = self.parameters()  # whose gradients a step clears and checks
+        if isinstance(self.guide, MeanField):
+            self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, seed, getattr(program, "plain_weights", ()))
+            self.trained = [p for p in self.trained if p is not self.guide.loc and p is not self.guide.log_scale]
+            self.masks = _masks_of(self.scaled, self.guide, self.few)
+            self.flat.prune(self.masks)
         self.has_variance = any(bool(site.var.any()) for site in self.posterior().sites.values())  # also refuses guides that cannot be read
 
     def parameters(self) -> list[Tensor]:
@@ -245,7 +246,7 @@ class _Run:
         for parameter in self.trained:
             parameter.grad = None
         if self.flat is not None:
-            draw = self.flat.run(batch, *self.noise.at(step))
+            draw = self.flat.run(batch, step)
             gradients = draw.gradients
             likelihood, kl = draw.expected_log_likelihood, draw.kl
         else:
@@ -322,61 +323,6 @@ class _Run:
         )
 
 
-def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
-    """Raises DataError unless x and y have the same number of rows, at least one, all finite."""
-    if x.ndim < 1 or y.ndim < 1 or len(x) != len(y) or len(x) == 0:
-        raise DataError(f"{where}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; the same number of rows, at least one, is wanted")
-    for name, value in (("x", x), ("y", y)):
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            row = int((~value.reshape(len(value), -1).isfinite().all(1)).nonzero()[0])
-            raise DataError(f"{where}: {name} is NaN or infinite, first in row {row}; drop or impute such rows")
-
-
-def _like_program(program: Program, values: Tensor) -> Tensor:
-    """`values` on the device and, if floating, in the dtype of a module's parameters; other programs take them as they are."""
-    parameter = next((p for p in program.parameters() if p.is_floating_point()), None) if isinstance(program, nn.Module) else None
-    if parameter is None:
-        return values
-    return values.to(parameter.device, parameter.dtype if values.is_floating_point() else values.dtype)
-
-
-def _check_arguments(epochs: int, batch_size: int, temperature: float) -> None:
-    if epochs < 1:
-        raise FitError(f"epochs={epochs}: at least 1 is wanted")
-    if batch_size < 1:
-        raise FitError(f"batch_size={batch_size}: at least 1 row is wanted")
-    if not 0 < temperature < math.inf:
-        raise FitError(f"temperature={temperature}: a finite number > 0 is wanted (1 is Bayes)")
-
-
-def _check_program(program: Program, few: tuple[Tensor, Tensor], y: Tensor) -> None:
-    """No pyro.param, y in the shape of the observed site, and every y in its support, such as 0 … classes − 1."""
-    with torch.no_grad(), pyro.get_param_store().scope(), Values({}) as run:
-        trace = poutine.trace(program).get_trace(*few)
-    params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
-    if params and not isinstance(program, nn.Module):
-        raise FitError(
-            f"pyro.param '{params[0]}' would not be trained; make it a pyro.sample site or an nn.Parameter of a module, "
-            "or fit with Pyro's SVI and use Posterior.from_param_store"
-        )
-    for name, msg in run.observed.items():
-        if msg["value"] is few[1]:
-            shape = tuple(msg["fn"].shape())
-            if shape and shape != tuple(few[1].shape):
-                raise DataError(
-                    f"y of shape {tuple(y.shape)} does not fit observed site '{name}': for {len(few[1])} rows the site has shape "
-                    f"{shape}, y {tuple(few[1].shape)}; give y that shape"
-                )
-            support = msg["fn"].support
-            good = support.check(y) if hasattr(support, "lower_bound") else torch.ones(len(y), dtype=torch.bool)
-            if not bool(good.all()):
-                row = int((~good).nonzero()[0][0])
-                raise DataError(
-                    f"y is outside the support of observed site '{name}' ({support}): got {y[row].item()} in row {row}; "
-                    "number the classes from 0, or give the network more outputs"
-                )
-
-
 def _make_guide(guide: Program, program: Program, few: tuple[Tensor, Tensor]) -> Program:
     if isinstance(guide, nn.Module):
         return copy.deepcopy(guide)
@@ -384,17 +330,13 @@ def _make_guide(guide: Program, program: Program, few: tuple[Tensor, Tensor]) ->
     return guide(program, *few) if maker in (MeanField, Point) else guide(program)
 
 
-def _split(x: Tensor, y: Tensor, validation: float | tuple[Tensor, Tensor] | None, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    if validation is None:
-        return (x, y), None
-    if isinstance(validation, tuple):
-        check_rows(*validation, "the validation rows")
-        return (x, y), validation
-    rows = round(validation * len(x))
-    if not 0 < rows < len(x):
-        raise FitError(f"validation={validation}: a fraction that leaves rows on both sides is wanted; the data have {len(x)}")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    return (x[order[rows:]], y[order[rows:]]), (x[order[:rows]], y[order[:rows]])
+def _masks_of(program: Program, guide: MeanField, few: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """The masks of a program under `Masked`."""
+    starts = {latent.name: latent.start if latent.transform is None else latent.transform(latent.start) for latent in guide.latents}
+    with torch.no_grad(), Values(starts) as run:
+        program(*few)
+    bases = {name: base_distribution(msg["fn"]) for name, msg in run.latent.items()}
+    return {name: base.alive for name, base in bases.items() if hasattr(base, "alive")}
 
 
 def _seed(device: torch.device, seed: int) -> None:

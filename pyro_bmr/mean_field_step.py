@@ -91,9 +91,9 @@ class MeanFieldStep:
     until `forget` is called, as after a change of the empirical scales.
     """
 
-    def __init__(self, program: Callable[..., Any], guide: MeanField, rows: int, temperature: float, plain_weights: Collection[str] = ()) -> None:
+    def __init__(self, program: Callable[..., Any], guide: MeanField, rows: int, temperature: float, seed: int, plain_weights: Collection[str] = ()) -> None:
         self.program, self.guide, self.rows, self.kl_weight = program, guide, rows, temperature / rows
-        self.plain_weights = plain_weights
+        self.seed, self.plain_weights = seed, plain_weights
         self.loc, self.log_scale = guide.loc, guide.log_scale
         self.living: dict[str, Tensor] | None = None  # site → its living entries, flat; None for all
         self.declared: dict[str, SitePrior] = {}
@@ -111,6 +111,7 @@ class MeanFieldStep:
         chunk = _CHUNK if self.loc.device.type == "cpu" else max(self.loc.numel(), 1)
         self.chunks = {name: [slice(a, min(a + chunk, part.stop)) for a in range(part.start, part.stop, chunk)] for name, part in self.parts.items()}
         self.scratch = self.std.new_empty(min(chunk, self.loc.numel()))
+        self.noise = Noise(self.std, self.seed)
         self.declared = {}
 
     def forget(self) -> None:
@@ -118,8 +119,9 @@ class MeanFieldStep:
         self.declared = {}
 
     @torch.no_grad()
-    def run(self, args: tuple[Any, ...], noise: Tensor, sign: float = 1.0) -> Draw:
-        """One draw, at ε = `sign` · `noise`. Trained tensors of the program that are no sites get their `.grad`."""
+    def run(self, args: tuple[Any, ...], number: int) -> Draw:
+        """The draw of step `number`. Trained tensors of the program that are no sites get their `.grad`."""
+        noise, sign = self.noise.at(number)
         loc, log_scale = self.loc.detach(), self.log_scale.detach()
         for chunks in self.chunks.values():
             for part in chunks:
@@ -155,7 +157,7 @@ class MeanFieldStep:
         return Draw(float(likelihood.detach()), kl, {name: self._gradient(name) for name in self.parts}, priors, noise, sign)
 
     def _prior(self, latent: Latent, msg: Any, value: Tensor) -> tuple[SitePrior, Tensor | None, Tensor | None]:
-        """The prior of a site; what is to be added to the KL if it has no closed form; what must be added to the loss alone, if its moments depend on other sites."""
+        """The prior of a site; its part of the KL if that has no closed form; and what the loss alone needs if the moments depend on other sites."""
         name, weight = latent.name, float(msg["scale"])
         base = base_distribution(msg["fn"])
         base = base.base_dist if hasattr(base, "alive") else base  # a program under `pruning.Masked`
@@ -220,7 +222,7 @@ class MeanFieldStep:
         self.loc.grad, self.log_scale.grad = self.draw, self.std
 
     @torch.no_grad()
-    def prune(self, masks: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    def prune(self, masks: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> None:
         """Keeps the entries that live by `masks` (site → bool tensor) alone, in the vectors and in the state of `optimizer`."""
         living: dict[str, Tensor] = {}
         survivors = []
@@ -260,9 +262,11 @@ def add_pull(g: Tensor, loc: Tensor, mean: float | Tensor, precision: float | Te
     return torch.add(g, (loc - mean) * precision, alpha=weight, out=out)
 
 
-def _replaced(flat: nn.Parameter, kept: Tensor, optimizer: Optimizer) -> nn.Parameter:
-    """The kept entries of a parameter as a new one, which takes its place in the optimiser, state included."""
+def _replaced(flat: nn.Parameter, kept: Tensor, optimizer: Optimizer | None) -> nn.Parameter:
+    """The kept entries of a parameter as a new one, which takes its place in an optimiser, state included."""
     compact = nn.Parameter(flat.detach()[kept])
+    if optimizer is None:
+        return compact
     for group in optimizer.param_groups:
         group["params"] = [compact if p is flat else p for p in group["params"]]
     state = optimizer.state.pop(flat, None)

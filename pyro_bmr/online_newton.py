@@ -58,8 +58,8 @@ def natural_gradient(
     where 1/σ² = λ(h + δ), λδ = 1/s², and ĥ = gε/σ estimates the curvature of the mean loss from its gradient g at the draw μ + σε. So h is a
     running average of ĥ, and no second vector is trained: variational online Newton (Khan et al. 2018, arXiv 1806.04854), in the
     form that keeps σ positive (Lin, Schmidt & Khan 2020, arXiv 2002.10060; IVON, Shen et al. 2024, arXiv 2402.17641), here with ρ acting on log σ.
-    It holds for sites with a Gaussian prior of known moments (fixed and empirical scales, and standardised weights). The others, such as a noise scale, and parameters that
-    are no sites are trained by Adam.
+    It holds for every site of the guide, whatever its prior; sites with a Gaussian prior start with the standard deviation of `curvature`. Parameters
+    that are no sites, such as gains of norm layers, are trained by Adam.
 
     Args:
         learning_rate: α, of the means; the schedule of the fit scales it.
@@ -67,7 +67,7 @@ def natural_gradient(
         averaging: the least ρ, the weight of a new ĥ; in step t it is max(ρ, 1/(t + 100)), a plain average over a short fit.
         curvature: h at the start, in nats per row and squared unit of the weight.
         cap: the largest change of a mean in one step, in units of the site. Without it fits can diverge.
-        adam_rate: the learning rate of Adam.
+        adam_rate: the learning rate of that Adam.
 
     Raises:
         FitError: an argument is out of range; in `fit`, the guide is not `MeanField`.

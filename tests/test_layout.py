@@ -16,8 +16,9 @@ LIBRARY, MODELS = ROOT / "pyro_bmr", ROOT / "models"
 FORMULAS = ("gaussian", "low_rank", "matrix_normal", "exponential_family", "spike_and_slab", "horseshoe")
 ORDER = [
     "errors", "files",
-    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "mean_field_step", "online_newton", "posterior", "reduction.targets", "reduction.sites",
-    "pruning", "prediction", "metrics", "fitting", "exporting", "data", "plots", "comparison", "cli",
+    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*",
+    "elbo", "mean_field_step", "online_newton", "posterior", "reduction.targets", "reduction.sites",
+    "pruning", "prediction", "metrics", "fit_arguments", "fitting", "exporting", "data", "plots", "comparison", "cli",
 ]  # fmt: skip
 
 
