@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pandas as pd
 import pyro
@@ -27,7 +27,7 @@ from pyro_bmr.fit_arguments import Program, check_arguments, check_program, chec
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.likelihoods import WholeData
-from pyro_bmr.mean_field_step import MeanFieldStep
+from pyro_bmr.mean_field_step import MeanFieldStep, Network
 from pyro_bmr.online_newton import NaturalGradient, OnlineNewton
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import check_callable_without_y, predict
@@ -203,7 +203,7 @@ class _Run:
         self.flat: MeanFieldStep | None = None
         self.trained = self.parameters()  # whose gradients a step clears and checks
         if isinstance(self.guide, MeanField):
-            self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, seed, getattr(program, "plain_weights", ()))
+            self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, seed, cast(Network, program) if hasattr(program, "plain_weights") else None)
             self.trained = [p for p in self.trained if p is not self.guide.loc and p is not self.guide.log_scale]
             self.masks = _masks_of(self.scaled, self.guide, self.few)
             self.flat.prune(self.masks)

@@ -7,9 +7,9 @@ runs from the loss to the drawn weights only. The rest is written out, in chunks
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.guides import MeanField
 from pyro_bmr.guides.mean_field import Latent, base_distribution
 
-_CHUNK = 1 << 15  # numbers; a few such vectors fit into a core's second-level cache
+_CHUNK = 1 << 16  # numbers; a few such vectors fit into a core's second-level cache
 _STEPS_PER_BATCH, _OFFSETS = 8, 1 << 12
+_LARGE, _KL_EVERY = 10_000, 8  # a guide with more numbers evaluates its KL, a slow quantity that is only reported, in every eighth step
 
 
 class Noise:
@@ -66,7 +67,8 @@ class SitePrior(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What one run gives: both terms of the ELBO in nats, and per site g, flat over the living entries, and the prior."""
+    """What one run gives: both terms of the ELBO in nats (the closed part of `kl` may be up to eight steps old), and per site g, flat over the
+    living entries, and the prior."""
 
     expected_log_likelihood: float
     kl: float
@@ -74,6 +76,28 @@ class Draw(NamedTuple):
     priors: dict[str, SitePrior]
     noise: Tensor
     sign: float
+
+
+class Chunk(NamedTuple):
+    """A stretch of one site: its place in the site and in the flat vectors, views of these, and room for one intermediate."""
+
+    name: str
+    here: slice
+    part: slice
+    loc: Tensor
+    log_scale: Tensor
+    std: Tensor
+    draw: Tensor
+    scratch: Tensor
+
+
+class Network(Protocol):
+    """A program that can be run given its weights; see `BayesianNetwork`, which is one."""
+
+    plain_weights: set[str]
+    has_log_likelihood: bool
+
+    def log_likelihood(self, weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor: ...
 
 
 class MeanFieldStep:
@@ -87,16 +111,18 @@ class MeanFieldStep:
     The vectors are the guide's own until `prune` is called; then they hold the living entries alone, and a step costs what lives. `write_back`
     brings the guide up to date.
 
-    Sites named in `plain_weights` (see `BayesianNetwork`) are declared in the first run; after that only the likelihood of the program is run,
-    until `forget` is called, as after a change of the empirical scales.
+    With a `network` (the `BayesianNetwork` inside `program`) its plain weights are declared in the first run alone. After that the network gets them as
+    they are drawn, and where it has no other sites, only its likelihood is run. `forget` has them declared again, as after a change of the empirical scales.
     """
 
-    def __init__(self, program: Callable[..., Any], guide: MeanField, rows: int, temperature: float, seed: int, plain_weights: Collection[str] = ()) -> None:
+    def __init__(self, program: Callable[..., Any], guide: MeanField, rows: int, temperature: float, seed: int, network: Network | None = None) -> None:
         self.program, self.guide, self.rows, self.kl_weight = program, guide, rows, temperature / rows
-        self.seed, self.plain_weights = seed, plain_weights
+        self.seed, self.network = seed, network
         self.loc, self.log_scale = guide.loc, guide.log_scale
         self.living: dict[str, Tensor] | None = None  # site → its living entries, flat; None for all
         self.declared: dict[str, SitePrior] = {}
+        self.priors: dict[str, SitePrior] = {}
+        self.kl = 0.0
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -109,8 +135,14 @@ class MeanFieldStep:
         self.dense = self.guide.views(self.draw if self.living is None else self.draw.new_zeros(self.guide.loc.numel()))
         self.leaves = {name: view.detach().requires_grad_() for name, view in self.dense.items()}
         chunk = _CHUNK if self.loc.device.type == "cpu" else max(self.loc.numel(), 1)
-        self.chunks = {name: [slice(a, min(a + chunk, part.stop)) for a in range(part.start, part.stop, chunk)] for name, part in self.parts.items()}
-        self.scratch = self.std.new_empty(min(chunk, self.loc.numel()))
+        scratch = self.std.new_empty(min(chunk, self.loc.numel()))
+        self.chunks = []
+        for name, part in self.parts.items():
+            for a in range(part.start, part.stop, chunk):
+                b = min(a + chunk, part.stop)
+                loc, log_scale, std, draw = (vector.detach()[a:b] for vector in (self.loc, self.log_scale, self.std, self.draw))
+                self.chunks.append(Chunk(name, slice(a - part.start, b - part.start), slice(a, b), loc, log_scale, std, draw, scratch[: b - a]))
+        self.stale = [True] * len(self.chunks)  # where `std` is not that of `log_scale`
         self.noise = Noise(self.std, self.seed)
         self.declared = {}
 
@@ -122,39 +154,50 @@ class MeanFieldStep:
     def run(self, args: tuple[Any, ...], number: int) -> Draw:
         """The draw of step `number`. Trained tensors of the program that are no sites get their `.grad`."""
         noise, sign = self.noise.at(number)
-        loc, log_scale = self.loc.detach(), self.log_scale.detach()
-        for chunks in self.chunks.values():
-            for part in chunks:
-                std = torch.exp(log_scale[part], out=self.std[part])
-                torch.addcmul(loc[part], std, noise[part], value=sign, out=self.draw[part])
+        for k, chunk in enumerate(self.chunks):
+            if self.stale[k]:
+                torch.exp(chunk.log_scale, out=chunk.std)
+                self.stale[k] = False
+            torch.addcmul(chunk.loc, chunk.std, noise[chunk.part], value=sign, out=chunk.draw)
         if self.living is not None:
             for name, living in self.living.items():
                 self.dense[name].view(-1).scatter_(0, living, self.draw[self.parts[name]])
         with torch.enable_grad():
-            values = {s.name: self.leaves[s.name] if s.transform is None else s.transform(self.leaves[s.name]) for s in self.guide.latents}
-            with Values(values) as run:
-                if self.declared:
-                    self.program(*args, weights={name: values[name] for name in self.declared})
-                else:
-                    self.program(*args)
-            likelihood = likelihood_of(run)
-            loss = likelihood / -self.rows
-            priors: dict[str, SitePrior] = {}
-            open_kl, moving = 0.0, False
-            for latent in self.guide.latents:
-                if latent.name in self.declared:
-                    priors[latent.name] = self.declared[latent.name]
-                    continue
-                priors[latent.name], counted, uncounted = self._prior(latent, run.latent[latent.name], values[latent.name])
-                if counted is not None:
-                    loss, open_kl = loss + self.kl_weight * counted, open_kl + float(counted.detach())
-                if uncounted is not None:
-                    loss, moving = loss + self.kl_weight * uncounted, True
-            loss.backward()  # type: ignore[no-untyped-call]
-        kl = open_kl + sum(self._closed_kl(name, prior, noise) for name, prior in priors.items())
-        if not self.declared and not moving:
-            self.declared = {name: prior for name, prior in priors.items() if name in self.plain_weights}
-        return Draw(float(likelihood.detach()), kl, {name: self._gradient(name) for name in self.parts}, priors, noise, sign)
+            if self.network is not None and len(self.declared) == len(self.parts) and self.network.has_log_likelihood:
+                likelihood, priors, open_kl = self.network.log_likelihood(self.leaves, *args) * (self.rows / len(args[0])), self.declared, 0.0
+                (likelihood / -self.rows).backward()
+            else:
+                likelihood, priors, open_kl = self._run_program(args)
+        if not self.loc.numel() > _LARGE or number % _KL_EVERY == 0 or priors is not self.priors:
+            self.kl = sum(self._closed_kl(name, prior, noise) for name, prior in priors.items())
+        self.priors = priors
+        return Draw(float(likelihood.detach()), open_kl + self.kl, {name: self._gradient(name) for name in self.parts}, priors, noise, sign)
+
+    def _run_program(self, args: tuple[Any, ...]) -> tuple[Tensor, dict[str, SitePrior], float]:
+        """The whole program but for the weights that are known, and the backward pass."""
+        values = {s.name: self.leaves[s.name] if s.transform is None else s.transform(self.leaves[s.name]) for s in self.guide.latents}
+        with Values(values) as run:
+            if self.declared:
+                self.program(*args, weights={name: values[name] for name in self.declared})
+            else:
+                self.program(*args)
+        likelihood = likelihood_of(run)
+        loss = likelihood / -self.rows
+        priors: dict[str, SitePrior] = {}
+        open_kl, moving = 0.0, False
+        for latent in self.guide.latents:
+            if latent.name in self.declared:
+                priors[latent.name] = self.declared[latent.name]
+                continue
+            priors[latent.name], counted, uncounted = self._prior(latent, run.latent[latent.name], values[latent.name])
+            if counted is not None:
+                loss, open_kl = loss + self.kl_weight * counted, open_kl + float(counted.detach())
+            if uncounted is not None:
+                loss, moving = loss + self.kl_weight * uncounted, True
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.network is not None and not self.declared and not moving:
+            self.declared = {name: prior for name, prior in priors.items() if name in self.network.plain_weights}
+        return likelihood, priors, open_kl
 
     def _prior(self, latent: Latent, msg: Any, value: Tensor) -> tuple[SitePrior, Tensor | None, Tensor | None]:
         """The prior of a site; its part of the KL if that has no closed form; and what the loss alone needs if the moments depend on other sites."""
@@ -210,15 +253,13 @@ class MeanFieldStep:
     @torch.no_grad()
     def write_gradients(self, draw: Draw) -> None:
         """The gradient of the loss in `loc.grad` and `log_scale.grad`, for any optimiser. It takes the place of the draw: one call per run."""
-        loc = self.loc.detach()
-        for name, (mean, precision, _, weight) in draw.priors.items():
-            start, w = self.parts[name].start, self.kl_weight * weight
-            for part in self.chunks[name]:
-                here = slice(part.start - start, part.stop - start)
-                g, std = draw.gradients[name][here], self.std[part]
-                inner = torch.mul(std, at(precision, here), out=self.scratch[: len(std)]).mul_(w)
-                std.mul_(inner.addcmul_(g, draw.noise[part], value=draw.sign)).sub_(w)
-                add_pull(g, loc[part], at(mean, here), at(precision, here), w, self.draw[part])
+        for chunk in self.chunks:
+            prior, g, std = draw.priors[chunk.name], draw.gradients[chunk.name][chunk.here], chunk.std
+            w, mean, precision = self.kl_weight * prior.weight, at(prior.loc, chunk.here), at(prior.precision, chunk.here)
+            inner = torch.mul(std, w * precision, out=chunk.scratch)
+            std.mul_(inner.addcmul_(g, draw.noise[chunk.part], value=draw.sign)).sub_(w)
+            add_pull(g, chunk.loc, mean, precision, w, chunk.draw)
+        self.stale = [True] * len(self.chunks)
         self.loc.grad, self.log_scale.grad = self.draw, self.std
 
     @torch.no_grad()

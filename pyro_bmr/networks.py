@@ -100,6 +100,15 @@ class BayesianNetwork(nn.Module):
         """The observed site; parameters whose values are given as `weights` have no site in this run."""
         return self.likelihood.observe(functional_call(self.net, self.weights(weights), (x,)), y)
 
+    @property
+    def has_log_likelihood(self) -> bool:
+        """Whether `log_likelihood` can be had: all sites are plain weights, and the likelihood has a `log_prob`."""
+        return self.plain_weights == set(self.priors) and hasattr(self.likelihood, "log_prob")
+
+    def log_likelihood(self, weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """Σ log p(y | x, weights) over the rows of a batch, nats: the observed site of `forward`, without the Pyro statements around it."""
+        return self.likelihood.log_prob(functional_call(self.net, dict(weights), (x,)), y)  # type: ignore[attr-defined]
+
     def table(self) -> pd.DataFrame:
         """One row per parameter of the net: name, shape, size, prior (or None) and, if it was left, why."""
         rows = [

@@ -19,6 +19,8 @@ from pyro_bmr.mean_field_step import Draw, MeanFieldStep, add_pull, at
 # Bounds of one step of the log precision. A gradient out of all proportion narrows more than it widens, which is the stable side.
 _LARGEST_WIDENING, _LARGEST_NARROWING = 0.1, 0.5
 _FIRST_AVERAGE = 100  # steps that the start value of the curvature counts for
+# The curvature is an average over thousands of steps. After the first steps, of many weights, it takes every fourth.
+_CURVATURE_EVERY, _ALWAYS, _LARGE = 4, 500, 10_000
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def natural_gradient(
     Args:
         learning_rate: α, of the means; the schedule of the fit scales it.
         momentum: of the gradient of the means, bias-corrected.
-        averaging: the least ρ, the weight of a new ĥ; in step t it is max(ρ, 1/(t + 100)), a plain average over a short fit.
+        averaging: the least ρ, the weight of a new ĥ; in step t it is max(ρ, 2/(t + 100)), a growing average that forgets the start.
         curvature: h at the start, in nats per row and squared unit of the weight.
         cap: the largest change of a mean in one step, in units of the site. Without it fits can diverge.
         adam_rate: the learning rate of that Adam.
@@ -93,28 +95,23 @@ class OnlineNewton(Optimizer):
         self.steps += 1
         unbiased = 1 - settings.momentum**self.steps
         rate = self.param_groups[0]["lr"] / (vectors.kl_weight * unbiased)
-        rho = max(settings.averaging, 1 / (self.steps + _FIRST_AVERAGE))
-        loc, log_scale, average = vectors.loc.detach(), vectors.log_scale.detach(), self.state[vectors.loc]["average"]
-        for name, (mean, precision, _, weight) in draw.priors.items():
-            start = vectors.parts[name].start
-            for part in vectors.chunks[name]:
-                here = slice(part.start - start, part.stop - start)
-                g, std, scratch = draw.gradients[name][here], vectors.std[part], vectors.scratch[: part.stop - part.start]
-                # change = σ(λgε + pσ), which is (ĥ + δ)/(h + δ)
-                change = torch.mul(std, at(precision, here), out=scratch).mul_(weight)
-                change.addcmul_(g, draw.noise[part], value=draw.sign / vectors.kl_weight).mul_(std)
-                change.clamp_(weight - _LARGEST_WIDENING / rho, weight + _LARGEST_NARROWING / rho)
-                log_scale[part].sub_(change, alpha=0.5 * rho).add_(0.5 * rho * weight)
-                # pull = ḡ + δ(μ − η), up to the factor of the bias correction
-                pull = add_pull(
-                    average[part].lerp_(g, 1 - settings.momentum),
-                    loc[part],
-                    at(mean, here),
-                    at(precision, here),
-                    vectors.kl_weight * weight * unbiased,
-                    scratch,
-                )
-                loc[part].sub_(pull.mul_(std).mul_(std).clamp_(-settings.cap / rate, settings.cap / rate), alpha=rate)
+        every = _CURVATURE_EVERY if self.steps > _ALWAYS and vectors.loc.numel() > _LARGE else 1
+        rho = every * max(settings.averaging, 2 / (self.steps + _FIRST_AVERAGE))
+        average = self.state[vectors.loc]["average"]
+        for k, chunk in enumerate(vectors.chunks):
+            prior, g, std = draw.priors[chunk.name], draw.gradients[chunk.name][chunk.here], chunk.std
+            mean, precision = at(prior.loc, chunk.here), at(prior.precision, chunk.here)
+            if (self.steps + k) % every == 0:
+                # change = σ(λgε + pσ) = (ĥ + δ)/(h + δ)
+                change = torch.mul(std, prior.weight * precision, out=chunk.scratch)
+                change.addcmul_(g, draw.noise[chunk.part], value=draw.sign / vectors.kl_weight).mul_(std)
+                change.clamp_(prior.weight - _LARGEST_WIDENING / rho, prior.weight + _LARGEST_NARROWING / rho)
+                chunk.log_scale.sub_(change.sub_(prior.weight), alpha=0.5 * rho)
+                vectors.stale[k] = True
+            # pull = ḡ + δ(μ − η), up to the factor of the bias correction
+            smooth = average[chunk.part].lerp_(g, 1 - settings.momentum)
+            pull = add_pull(smooth, chunk.loc, mean, precision, vectors.kl_weight * prior.weight * unbiased, chunk.scratch)
+            chunk.loc.sub_(pull.mul_(std).mul_(std).clamp_(-settings.cap / rate, settings.cap / rate), alpha=rate)
         if self.adam:
             self.adam.param_groups[0]["lr"] = self.param_groups[1]["lr"]
             self.adam.step()

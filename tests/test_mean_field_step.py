@@ -50,7 +50,7 @@ def test_value_and_gradient_are_those_of_autograd(prior, masked):
     program, y = (hand_written, X[:, 1]) if prior is None else (network(prior), Y)
     guide = moved(bmr.MeanField(program, X, y))
     masks = masks_for(guide) if masked else {}
-    step = MeanFieldStep(program, guide, ROWS, TEMPERATURE, seed=4, plain_weights=getattr(program, "plain_weights", ()))
+    step = MeanFieldStep(program, guide, ROWS, TEMPERATURE, seed=4, network=None if prior is None else program)
     step.prune(masks)
     living = alive(guide, masks)
     for number in (3, 9):  # the second run of a network declares no weights
