@@ -10,6 +10,7 @@ from pyro_bmr.fitting import Fit, adam, cosine, fit
 from pyro_bmr.guides import FullRank, LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
 from pyro_bmr.likelihoods import Categorical, Normal
 from pyro_bmr.networks import BayesianNetwork
+from pyro_bmr.online_newton import natural_gradient
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import predict
 from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, SpikeAndSlab, StudentT
@@ -73,6 +74,7 @@ __all__ = [
     "load",
     "metrics",
     "natural_delta_f",
+    "natural_gradient",
     "predict",
     "prune_subset",
     "reduce",

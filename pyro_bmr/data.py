@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import DataError
-from pyro_bmr.fitting import check_rows
+from pyro_bmr.fit_arguments import check_rows
 from pyro_bmr.likelihoods import Categorical, Likelihood, Normal
 
 _SPLIT_SEED = 0

@@ -3,7 +3,7 @@
 Owns `elbo_terms`. For `MeanField` it takes the fast path: one noise vector for all sites, views instead of copies, the KL of Gaussian sites in closed
 form. At a fixed draw it gives the value and gradient of Pyro's `TraceMeanField_ELBO`. Every other guide goes through
 Pyro's traces, with the value of `Trace_ELBO`.
-Next: `posterior.py`.
+Next: `mean_field_step.py`, the same for a fit, without autograd where it can be had without.
 """
 
 from __future__ import annotations
@@ -82,12 +82,9 @@ def _site_wise_terms(
         values[site.name] = z if site.transform is None else site.transform(z)
     with Values(values) as run:
         program(*args)
+    likelihood = likelihood_of(run)
     like = gaussians[guide.latents[0].name].mean
-    likelihood, kl = torch.zeros((), dtype=like.dtype, device=like.device), torch.zeros((), dtype=like.dtype, device=like.device)
-    for name, msg in run.observed.items():
-        if not msg["is_observed"]:
-            raise ModelError(f"site '{name}' of the program is not in the guide; make the guide from this program and batch")
-        likelihood = likelihood + scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"]).sum()
+    kl = torch.zeros((), dtype=like.dtype, device=like.device)
     for site in guide.latents:
         q, msg = gaussians[site.name], run.latent[site.name]
         base = base_distribution(msg["fn"])
@@ -109,7 +106,7 @@ def _sampled_kl(site: Latent, q: SiteNormal, z: Tensor, prior: Any) -> Tensor:
     value = z if site.transform is None else site.transform(z)
     log_p = prior.log_prob(value)
     if prior.event_shape and q.mask is not None:
-        raise ModelError(f"site '{site.name}': the density of a {type(prior).__name__} does not split over its entries, so they cannot be pruned")
+        raise ModelError(does_not_split(site.name, prior))
     if site.transform is not None:
         log_jacobian = site.transform.log_abs_det_jacobian(z, value)
         log_p = log_p + (log_jacobian.flatten(-len(prior.event_shape)).sum(-1) if prior.event_shape else log_jacobian)
@@ -154,11 +151,7 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
     values = {site.name: draws[site.name] if site.transform is None else site.transform(draws[site.name]) for site in guide.latents}
     with Values(values) as run:
         program(*args)
-    likelihood = torch.zeros((), dtype=z.dtype, device=z.device)
-    for name, msg in run.observed.items():
-        if not msg["is_observed"]:
-            raise ModelError(f"site '{name}' of the program is not in the guide; make the guide from this program and batch")
-        likelihood = likelihood + scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"]).sum()
+    likelihood = likelihood_of(run)
     kl = torch.zeros((), dtype=z.dtype, device=z.device)
     for site in guide.latents:
         name, msg = site.name, run.latent[site.name]
@@ -169,9 +162,6 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
         gaussian = gaussian_on_the_line(base, site.transform)
         if gaussian is not None:
             kl_site = _GaussianKL.apply(locs[name], log_scales[name], stds[name], collapsed(gaussian.loc), collapsed(gaussian.scale), mask)
-        elif site.transform is None and isinstance(base, torch.distributions.Laplace):
-            entries = torch.distributions.kl_divergence(torch.distributions.Normal(locs[name], log_scales[name].exp()), base)
-            kl_site = (entries if mask is None else entries.where(mask, 0)).sum()
         else:
             log_q = -log_scales[name] - 0.5 * noises[name].square() - 0.9189385332046727  # ½ log 2π
             if site.transform is not None:
@@ -179,12 +169,27 @@ def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple
             log_p = base.log_prob(values[name])
             if base.event_shape:
                 if mask is not None:
-                    raise ModelError(f"site '{name}': the density of a {type(base).__name__} does not split over its entries, so they cannot be pruned")
+                    raise ModelError(does_not_split(name, base))
                 log_q = log_q.flatten(-len(base.event_shape)).sum(-1)
             difference = log_q - log_p
             kl_site = (difference if mask is None else difference.where(mask, 0)).sum()
         kl = kl + kl_site * msg["scale"]
     return ELBOTerms(likelihood, kl)
+
+
+def likelihood_of(run: Values) -> Tensor:
+    """The log density of the observed sites of a run."""
+    likelihood: Tensor | float = 0.0
+    for name, msg in run.observed.items():
+        if not msg["is_observed"]:
+            raise ModelError(f"site '{name}' of the program is not in the guide; make the guide from this program and batch")
+        likelihood = likelihood + scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"]).sum()
+    return torch.as_tensor(likelihood)
+
+
+def does_not_split(name: str, base: Any) -> str:
+    """What is wrong with a mask on a site whose density is joint."""
+    return f"site '{name}': the density of a {type(base).__name__} does not split over its entries, so they cannot be pruned"
 
 
 def collapsed(parameter: Tensor) -> Tensor:

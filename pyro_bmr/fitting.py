@@ -9,31 +9,32 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pandas as pd
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import tqdm
 
 from pyro_bmr.elbo import ELBOTerms, Values, collapsed, elbo_terms
-from pyro_bmr.errors import DataError, FitError
+from pyro_bmr.errors import FitError
+from pyro_bmr.fit_arguments import Program, check_arguments, check_program, check_rows, like_program, validation_split
 from pyro_bmr.guides import MeanField, Point, SiteWise
+from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.likelihoods import WholeData
+from pyro_bmr.mean_field_step import MeanFieldStep, Network
+from pyro_bmr.online_newton import NaturalGradient, OnlineNewton
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import check_callable_without_y, predict
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
 from pyro_bmr.priors.gaussian import Gaussian
 from pyro_bmr.pruning import Every, Masked
-
-Program = Callable[..., Any]
 
 # The data speak first: no empirical scale is set and no weight pruned before this many steps, or this part of a shorter fit. Earlier, on
 # small data, scales follow weights that have learned nothing yet down to zero, and such weights look superfluous.
@@ -89,7 +90,7 @@ def fit(
     guide: Program = MeanField,
     epochs: int = 20,
     batch_size: int = 128,
-    optimizer: Callable[[Any], Optimizer] | None = None,
+    optimizer: Callable[[Any], Optimizer] | NaturalGradient | None = None,
     scheduler: Callable[[Optimizer, int], LRScheduler] | None = cosine,
     seed: int = 0,
     temperature: float = 1.0,
@@ -108,7 +109,7 @@ def fit(
         data: (x, y), or anything with `x_train` and `y_train`. They follow the parameters of a program that is a module in device and dtype.
         guide: `MeanField`, `Point` (maximum a posteriori), any function of the program that makes a guide module, such as Pyro's `AutoNormal`, or
             such a module, which is copied. A hand-written guide function with `pyro.param` is trained by Pyro's SVI; see `Posterior.from_guide`.
-        optimizer: parameters → torch optimiser. Default: Adam at 3e-3, fused.
+        optimizer: parameters → torch optimiser, or `natural_gradient()`. Default: Adam at 3e-3, fused.
         scheduler: (optimiser, number of steps) → schedule, stepped after each step; None for a constant rate. Default: `cosine`.
         seed: of everything random: order of the data and draws are functions of (seed, epoch) and (seed, step).
         temperature: T above; 1 is Bayes, less is "cold": data counted N/T times.
@@ -122,21 +123,21 @@ def fit(
         FitError: an argument is out of range, or a loss or gradient is no longer finite (with the step and the sites).
     """
     x, y = data if isinstance(data, tuple) else (data.x_train, data.y_train)
-    _check_arguments(epochs, batch_size, temperature)
+    check_arguments(epochs, batch_size, temperature)
     check_rows(x, y)
-    x, y = (_like_program(program, t) for t in (x, y))
-    (x, y), held_out = _split(x, y, validation, seed)
+    x, y = (like_program(program, t) for t in (x, y))
+    (x, y), held_out = validation_split(x, y, validation, seed)
     if held_out is not None:
-        held_out = (_like_program(program, held_out[0]), _like_program(program, held_out[1]))
+        held_out = (like_program(program, held_out[0]), like_program(program, held_out[1]))
         check_callable_without_y(program, x)
     program = copy.deepcopy(program) if isinstance(program, nn.Module) else program
     clock = time.perf_counter()
     with torch.random.fork_rng(), pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         _seed(x.device, seed)
-        run = _Run(program, guide, x, y, batch_size, temperature)
+        run = _Run(program, guide, x, y, batch_size, temperature, seed)
         if start is not None:
             run.begin(start)
-        optimizer_ = (optimizer or adam())(run.parameters())
+        optimizer_ = run.optimizer(optimizer or adam())
         per_epoch = len(run.sizes())
         total = epochs * per_epoch
         scheduler_ = scheduler(optimizer_, total) if scheduler else None
@@ -161,7 +162,7 @@ def fit(
                         if step >= warm_up:
                             run.update_scales()
                         if reduce and step in due:
-                            delta_f += run.prune(reduce, step / total)
+                            delta_f += run.prune(reduce, step / total, optimizer_)
                         reduction_seconds += time.perf_counter() - began
                     bar.update()
                 likelihood, kl = likelihood_sum / per_epoch, kl_sum / per_epoch
@@ -191,7 +192,7 @@ def fit(
 class _Run:
     """The state of a fit: program, guide, handlers, masks."""
 
-    def __init__(self, program: Program, guide: Program, x: Tensor, y: Tensor, batch_size: int, temperature: float) -> None:
+    def __init__(self, program: Program, guide: Program, x: Tensor, y: Tensor, batch_size: int, temperature: float, seed: int) -> None:
         self.program, self.x, self.y, self.temperature = program, x, y, temperature
         self.batch_size = min(batch_size, len(x))
         self.masks: dict[str, Tensor] = {}
@@ -201,10 +202,17 @@ class _Run:
         self.whole = WholeData(len(x), len(self.few[0]))
         self.scaled = self.empirical(self.whole(program))
         _set_training(program, False)
-        _check_program(program, self.few, y)
-        self.guide = _make_guide(guide, program, self.few)
+        check_program(program, self.few, y)
+        self.guide: Any = _make_guide(guide, program, self.few)
         self.guide(*self.few)  # autoguides make their parameters at the first call
         self.masked = Masked({})
+        self.flat: MeanFieldStep | None = None
+        self.trained = self.parameters()  # whose gradients a step clears and checks
+        if isinstance(self.guide, MeanField) and self.guide.estimator == "weight":
+            self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, seed, cast(Network, program) if hasattr(program, "plain_weights") else None)
+            self.trained = [p for p in self.trained if p is not self.guide.loc and p is not self.guide.log_scale]
+            self.masks = _masks_of(self.scaled, self.guide, self.few)
+            self.flat.prune(self.masks)
         self.has_variance = any(bool(site.var.any()) for site in self.posterior().sites.values())  # also refuses guides that cannot be read
 
     @torch.no_grad()
@@ -223,10 +231,27 @@ class _Run:
         held = {name: site for name, site in start.sites.items() if isinstance(site.declared, Gaussian) and site.prior is not None}
         self.empirical.scales = {name: collapsed(site.prior.var).sqrt() for name, site in held.items() if site.prior is not None}
         self.hold_scales = True
+        if self.flat is not None:
+            self.flat.prune(self.masks)
 
     def parameters(self) -> list[Tensor]:
         modules = [m for m in (self.guide, self.program) if isinstance(m, nn.Module)]
         return [p for m in modules for p in m.parameters() if p.requires_grad]
+
+    def optimizer(self, make: Callable[[Any], Optimizer] | NaturalGradient) -> Optimizer:
+        if not isinstance(make, NaturalGradient):
+            return make(self.parameters())
+        if self.flat is None:
+            raise FitError(
+                f'optimizer=natural_gradient(): it needs guide=MeanField with estimator="weight", got {type(self.guide).__name__}; '
+                "give another optimiser, such as adam()"
+            )
+        rows = len(self.x) / self.temperature
+        views = self.guide.views(self.guide.log_scale.detach())
+        for name, site in self.posterior().sites.items():
+            if site.prior is not None and site.support == "real" and not site.given:
+                views[name].fill_(-0.5 * math.log(rows * make.curvature))
+        return make.optimizer(self.flat, self.trained)
 
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(self.x.device)
@@ -244,16 +269,28 @@ class _Run:
         return sizes
 
     def step(self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float]:
+        """Both terms of the ELBO at one draw, after which the optimiser has gone a step down their gradient."""
         self.whole.rows = len(batch[0])
-        terms = self.terms(batch)
-        loss = (self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)
-        optimizer.zero_grad()
-        loss.backward()
-        grads = sum(float(p.grad.sum()) for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-        likelihood, kl = float(terms.expected_log_likelihood.detach()), float(terms.kl.detach())
-        if not math.isfinite(likelihood + kl + grads):
-            raise FitError(self.diagnosis(step, likelihood, kl))
-        optimizer.step()
+        for parameter in self.trained:
+            parameter.grad = None
+        if self.flat is not None:
+            draw = self.flat.run(batch, step)
+            gradients = draw.gradients
+            likelihood, kl = draw.expected_log_likelihood, draw.kl
+        else:
+            terms = self.terms(batch)
+            ((self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)).backward()
+            gradients = {}
+            likelihood, kl = float(terms.expected_log_likelihood.detach()), float(terms.kl.detach())
+        sums = sum(float(g.sum()) for g in (*gradients.values(), *(p.grad for p in self.trained if p.grad is not None)))
+        if not math.isfinite(likelihood + kl + sums):
+            raise FitError(self.diagnosis(step, likelihood, kl, gradients))
+        if isinstance(optimizer, OnlineNewton):
+            optimizer.step(lambda: draw)
+        else:
+            if self.flat is not None:
+                self.flat.write_gradients(draw)
+            optimizer.step()
         return likelihood, kl
 
     def terms(self, batch: tuple[Tensor, Tensor]) -> ELBOTerms:
@@ -263,12 +300,14 @@ class _Run:
         return elbo_terms(self.masked(self.scaled), self.masked(self.guide), *batch)
 
     def posterior(self) -> Posterior:
+        if self.flat is not None:
+            self.flat.write_back()
         _set_training(self.program, False)
         posterior = Posterior.from_guide(self.guide, self.empirical(self.program), *self.few, masks=self.masks, temperature=self.temperature)
         _set_training(self.program, True)
         return posterior
 
-    def prune(self, schedule: Every, done: float) -> float:
+    def prune(self, schedule: Every, done: float, optimizer: Optimizer) -> float:
         """Reduces, puts the masks in force, and returns the predicted gain in evidence of what went, nats."""
         reduction = schedule.reduce(self.posterior(), done)
         gain = 0.0
@@ -277,6 +316,8 @@ class _Run:
             went = ~mask if name not in self.masks else self.masks[name] & ~mask
             gain += float(site.spike_delta_f[went].sum())
         self.masks = {**self.masks, **reduction.masks}
+        if self.flat is not None:
+            self.flat.prune(self.masks, optimizer)
         return gain
 
     def update_scales(self) -> None:
@@ -285,81 +326,31 @@ class _Run:
         for name, site in self.posterior().sites.items():
             if self.has_variance and isinstance(site.declared, Gaussian) and site.declared.scale == "empirical":
                 self.empirical.update(name, site.declared, site.mean, site.var, site.mask)
+        if self.flat is not None:
+            self.flat.forget()
 
     def kept(self) -> float:
         return sum(int(m.sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values()) if self.masks else 1.0
 
-    def diagnosis(self, step: int, likelihood: float, kl: float) -> str:
-        bad = set()
-        if isinstance(self.guide, (MeanField, Point)):
-            for parameter in self.guide.parameters():
-                for flat in (parameter.detach(), parameter.grad):
-                    if flat is not None:
-                        parts = flat.split(self.guide.sizes)
-                        bad |= {site.name for site, part in zip(self.guide.latents, parts, strict=True) if not bool(part.isfinite().all())}
-        else:
-            named = self.guide.named_parameters() if isinstance(self.guide, nn.Module) else ()
-            bad |= {name for name, p in named if not bool(p.isfinite().all()) or (p.grad is not None and not bool(p.grad.isfinite().all()))}
+    def diagnosis(self, step: int, likelihood: float, kl: float, gradients: Mapping[str, Tensor]) -> str:
+        named = dict(gradients)
+        if self.flat is not None:
+            named |= {f"{name} ": (self.flat.loc[part] + self.flat.log_scale[part]).detach() for name, part in self.flat.parts.items()}
+        elif isinstance(self.guide, Point):
+            named |= {
+                f"{name} ": part for name, part in zip((s.name for s in self.guide.latents), self.guide.loc.detach().split(self.guide.sizes), strict=True)
+            }
+            if self.guide.loc.grad is not None:
+                named |= dict(zip((s.name for s in self.guide.latents), self.guide.loc.grad.split(self.guide.sizes), strict=True))
+        for module in (self.guide, self.program) if not isinstance(self.guide, (MeanField, Point)) else (self.program,):
+            if isinstance(module, nn.Module):
+                named |= {name: p.detach() if p.grad is None else p.grad + p.detach() for name, p in module.named_parameters()}
+        bad = {name.strip() for name, values in named.items() if not bool(values.isfinite().all())}
         where = ", ".join(sorted(bad)) or "the observed site"
         return (
             f"step {step}: the loss or its gradient is not finite at {where} (expected log likelihood {likelihood:.6g}, KL {kl:.6g}); "
             "lower the learning rate, or check the scale of the data and of the priors"
         )
-
-
-def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
-    """Raises DataError unless x and y have the same number of rows, at least one, all finite."""
-    if x.ndim < 1 or y.ndim < 1 or len(x) != len(y) or len(x) == 0:
-        raise DataError(f"{where}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; the same number of rows, at least one, is wanted")
-    for name, value in (("x", x), ("y", y)):
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            row = int((~value.reshape(len(value), -1).isfinite().all(1)).nonzero()[0])
-            raise DataError(f"{where}: {name} is NaN or infinite, first in row {row}; drop or impute such rows")
-
-
-def _like_program(program: Program, values: Tensor) -> Tensor:
-    """`values` on the device and, if floating, in the dtype of a module's parameters; other programs take them as they are."""
-    parameter = next((p for p in program.parameters() if p.is_floating_point()), None) if isinstance(program, nn.Module) else None
-    if parameter is None:
-        return values
-    return values.to(parameter.device, parameter.dtype if values.is_floating_point() else values.dtype)
-
-
-def _check_arguments(epochs: int, batch_size: int, temperature: float) -> None:
-    if epochs < 1:
-        raise FitError(f"epochs={epochs}: at least 1 is wanted")
-    if batch_size < 1:
-        raise FitError(f"batch_size={batch_size}: at least 1 row is wanted")
-    if not 0 < temperature < math.inf:
-        raise FitError(f"temperature={temperature}: a finite number > 0 is wanted (1 is Bayes)")
-
-
-def _check_program(program: Program, few: tuple[Tensor, Tensor], y: Tensor) -> None:
-    """No pyro.param, y in the shape of the observed site, and every y in its support, such as 0 … classes − 1."""
-    with torch.no_grad(), pyro.get_param_store().scope(), Values({}) as run:
-        trace = poutine.trace(program).get_trace(*few)
-    params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
-    if params and not isinstance(program, nn.Module):
-        raise FitError(
-            f"pyro.param '{params[0]}' would not be trained; make it a pyro.sample site or an nn.Parameter of a module, "
-            "or fit with Pyro's SVI and use Posterior.from_param_store"
-        )
-    for name, msg in run.observed.items():
-        if msg["value"] is few[1]:
-            shape = tuple(msg["fn"].shape())
-            if shape and shape != tuple(few[1].shape):
-                raise DataError(
-                    f"y of shape {tuple(y.shape)} does not fit observed site '{name}': for {len(few[1])} rows the site has shape "
-                    f"{shape}, y {tuple(few[1].shape)}; give y that shape"
-                )
-            support = msg["fn"].support
-            good = support.check(y) if hasattr(support, "lower_bound") else torch.ones(len(y), dtype=torch.bool)
-            if not bool(good.all()):
-                row = int((~good).nonzero()[0][0])
-                raise DataError(
-                    f"y is outside the support of observed site '{name}' ({support}): got {y[row].item()} in row {row}; "
-                    "number the classes from 0, or give the network more outputs"
-                )
 
 
 def _make_guide(guide: Program, program: Program, few: tuple[Tensor, Tensor]) -> Program:
@@ -369,17 +360,13 @@ def _make_guide(guide: Program, program: Program, few: tuple[Tensor, Tensor]) ->
     return guide(program, *few) if takes_batch else guide(program)
 
 
-def _split(x: Tensor, y: Tensor, validation: float | tuple[Tensor, Tensor] | None, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    if validation is None:
-        return (x, y), None
-    if isinstance(validation, tuple):
-        check_rows(*validation, "the validation rows")
-        return (x, y), validation
-    rows = round(validation * len(x))
-    if not 0 < rows < len(x):
-        raise FitError(f"validation={validation}: a fraction that leaves rows on both sides is wanted; the data have {len(x)}")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    return (x[order[rows:]], y[order[rows:]]), (x[order[:rows]], y[order[:rows]])
+def _masks_of(program: Program, guide: MeanField, few: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """The masks of a program under `Masked`."""
+    starts = {latent.name: latent.start if latent.transform is None else latent.transform(latent.start) for latent in guide.latents}
+    with torch.no_grad(), Values(starts) as run:
+        program(*few)
+    bases = {name: base_distribution(msg["fn"]) for name, msg in run.latent.items()}
+    return {name: base.alive for name, base in bases.items() if hasattr(base, "alive")}
 
 
 def _seed(device: torch.device, seed: int) -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_bmr.errors import ModelError
 from pyro_bmr.likelihoods import Likelihood
-from pyro_bmr.priors import Prior
+from pyro_bmr.priors import Gaussian, Prior
 
 _NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -82,13 +82,32 @@ class BayesianNetwork(nn.Module):
             if names and not any(fnmatchcase(name, pattern) for name in names):
                 raise ModelError(f"prior pattern '{pattern}' matches no parameter; the parameters are: {', '.join(names)}")
 
-    def weights(self) -> dict[str, Tensor]:
-        """Parameter name → drawn weight: the `pyro.sample` statements of the program, without the network and the data."""
-        parameters = dict(self.net.named_parameters())
-        return {name: prior.sample(name, tuple(parameters[name].shape), parameters[name].detach()) for name, prior in self.priors.items()}
+    @property
+    def plain_weights(self) -> set[str]:
+        """The parameters whose site is the weight itself, under a Gaussian prior that depends on no other site."""
+        return {name for name, prior in self.priors.items() if isinstance(prior, Gaussian) and prior.scale != "layer"}
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.likelihood.observe(functional_call(self.net, self.weights(), (x,)), y)
+    def weights(self, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Parameter name → drawn weight: the `pyro.sample` statements of the program, without the network and the data; none for the weights `given`."""
+        given = given or {}
+        parameters = dict(self.net.named_parameters()) if len(given) < len(self.priors) else {}
+        return {
+            name: given[name] if name in given else prior.sample(name, tuple(parameters[name].shape), parameters[name].detach())
+            for name, prior in self.priors.items()
+        }
+
+    def forward(self, x: Tensor, y: Tensor | None = None, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The observed site; parameters whose values are given as `weights` have no site in this run."""
+        return self.likelihood.observe(functional_call(self.net, self.weights(weights), (x,)), y)
+
+    @property
+    def has_log_likelihood(self) -> bool:
+        """Whether `log_likelihood` can be had: all sites are plain weights, and the likelihood has a `log_prob`."""
+        return self.plain_weights == set(self.priors) and hasattr(self.likelihood, "log_prob")
+
+    def log_likelihood(self, weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """Σ log p(y | x, weights) over the rows of a batch, nats: the observed site of `forward`, without the Pyro statements around it."""
+        return self.likelihood.log_prob(functional_call(self.net, dict(weights), (x,)), y)  # type: ignore[attr-defined]
 
     def table(self) -> pd.DataFrame:
         """One row per parameter of the net: name, shape, size, prior (or None) and, if it was left, why."""

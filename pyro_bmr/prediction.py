@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_bmr.elbo import Values
@@ -69,7 +71,8 @@ def predict(program: Callable[..., Any], posterior: Posterior, x: Tensor, *, dra
 
     Args:
         draws: of the latent sites; the same ones for all rows. 0 stands for one run at the posterior's point (means, medians of scales).
-        batch_size: rows at once, which bounds the memory.
+        batch_size: rows times draws at once, which bounds the memory. With fewer rows than that, several draws go through the program at once, by
+            `torch.func.vmap` if the program allows it.
 
     Raises:
         ModelError: the program has no single observed site, or that site is neither Categorical nor Normal.
@@ -85,16 +88,66 @@ def predict(program: Callable[..., Any], posterior: Posterior, x: Tensor, *, dra
         program.eval()
     try:
         with torch.random.fork_rng():
-            runs = [_observed(program, posterior.draw(generator) if draws else posterior.point(), x, batch_size) for _ in range(max(draws, 1))]
+            if draws:
+                parts = _over_draws(program, (posterior.draw(generator) for _ in range(draws)), draws, x, batch_size)
+            else:
+                parts = iter([_parameters(_observed(program, posterior.point(), x, batch_size)[1])])
+            return _prediction(parts, max(draws, 1))
     finally:
         if was_training:
             program.train()  # type: ignore[attr-defined]
-    if isinstance(runs[0][0], torch.distributions.Categorical):
-        probs = torch.stack([torch.cat([fn.probs for fn in run]) for run in runs])
-        mean = probs.mean(0)
-        aleatoric = _entropy(probs).mean(0)
-        return ClassPrediction(mean, aleatoric, (_entropy(mean) - aleatoric).clamp_min(0))
-    return RealPrediction(*(torch.stack([torch.cat([getattr(fn, part) for fn in run]) for run in runs]) for part in ("loc", "scale")))
+
+
+Parameters = tuple[Tensor, ...]  # (probs,) of a Categorical, (loc, scale) of a Normal; several draws are stacked in front
+
+
+def _over_draws(program: Callable[..., Any], values: Iterator[dict[str, Tensor]], draws: int, x: Tensor, batch_size: int) -> Iterator[Parameters]:
+    """The parameters of the observed site, for one draw or several at a time."""
+    at_once = min(batch_size // max(len(x), 1), draws)
+    name, fns = _observed(program, next(values), x, batch_size)  # raises what is wrong with the program
+    alone = _parameters(fns)
+    yield alone
+    while group := list(islice(values, max(at_once, 1))):
+        stacked = _together(program, name, group, x, alone) if len(group) > 1 else None
+        if stacked is None:
+            yield from (_parameters([_reached(program, name, value, batch) for batch in x.split(batch_size)]) for value in group)
+        else:
+            yield stacked
+
+
+def _together(program: Callable[..., Any], name: str, group: list[dict[str, Tensor]], x: Tensor, alone: Parameters) -> Parameters | None:
+    """Several draws at once; None where the program cannot be vectorised, as with branches that depend on a value."""
+    try:
+        values = {site: torch.stack([one[site] for one in group]) for site in group[0]}
+        stacked = torch.func.vmap(lambda one: _parameters([_reached(program, name, one, x)]), randomness="different")(values)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return None
+    return stacked if all(t.shape[1:] == a.shape for t, a in zip(stacked, alone, strict=True)) else None
+
+
+def _parameters(fns: list[Any]) -> Parameters:
+    if isinstance(fns[0], torch.distributions.Categorical):
+        return (torch.cat([fn.probs for fn in fns]),)
+    return torch.cat([fn.loc for fn in fns]), torch.cat([fn.scale for fn in fns])
+
+
+def _prediction(parts: Iterable[Parameters], draws: int) -> Prediction:
+    """Classes are averaged draw by draw, so that the draws are never all in memory."""
+    kept: list[Parameters] = []
+    probs: Tensor | None = None
+    aleatoric = torch.zeros(())
+    for part in parts:
+        if len(part) == 1:
+            stacked = part[0] if part[0].ndim == 3 else part[0][None]
+            total, entropy = stacked.sum(0), _entropy(stacked).sum(0)
+            probs, aleatoric = (total, entropy) if probs is None else (probs.add_(total), aleatoric.add_(entropy))
+        else:
+            kept.append(tuple(t if t.ndim == 2 else t[None] for t in part))
+    if probs is None:
+        locs, scales = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
+        return RealPrediction(locs, scales)
+    mean, aleatoric = probs / draws, aleatoric / draws
+    return ClassPrediction(mean, aleatoric, (_entropy(mean) - aleatoric).clamp_min(0))
 
 
 def check_callable_without_y(program: Callable[..., Any], x: Tensor) -> None:
@@ -105,9 +158,35 @@ def check_callable_without_y(program: Callable[..., Any], x: Tensor) -> None:
         raise ModelError("prediction calls program(x); give the targets a default: def program(x, y=None)") from None
 
 
-def _observed(program: Callable[..., Any], values: dict[str, Tensor], x: Tensor, batch_size: int) -> list[Any]:
-    """The distribution of the observed site, batch by batch, given the latent values."""
+class _Until(Messenger):
+    """Ends the run at the site `name`, whose draw would be for nothing."""
+
+    class Reached(Exception):
+        """Carries the distribution of the site."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.name:
+            raise self.Reached(base_distribution(msg["fn"]))
+
+
+def _reached(program: Callable[..., Any], name: str, values: dict[str, Tensor], x: Tensor) -> Any:
+    """The distribution of the observed site `name`, given the latent values."""
+    try:
+        with _Until(name), Values(values):
+            program(x)
+    except _Until.Reached as reached:
+        return reached.args[0]
+    raise ModelError(f"site '{name}' of the program is reached for some draws only; prediction needs it in every run")
+
+
+def _observed(program: Callable[..., Any], values: dict[str, Tensor], x: Tensor, batch_size: int) -> tuple[str, list[Any]]:
+    """The name of the one observed site, and its distribution batch by batch, given the latent values."""
     parts = []
+    name = ""
     for batch in x.split(batch_size):
         with Values(values) as run:
             program(batch)
@@ -118,7 +197,8 @@ def _observed(program: Callable[..., Any], values: dict[str, Tensor], x: Tensor,
                 f"prediction needs one observed site, Categorical or Normal, that is drawn when the program is called as program(x); found: {found}"
             )
         parts.append(fns[0])
-    return parts
+        name = next(iter(run.observed))
+    return name, parts
 
 
 def _entropy(probs: Tensor) -> Tensor:

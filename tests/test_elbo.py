@@ -16,6 +16,7 @@ X, Y = torch.randn(9, 4, dtype=torch.float64), torch.randint(3, (9,))
 ROWS = bmr.Horseshoe(0.4, None, ("layer", "unit"), parametrization="gamma")
 SHARED = [bmr.Gaussian("layer", per="unit"), bmr.Laplace(), bmr.StudentT(3.0, 0.4), bmr.SpikeAndSlab(temperature=0.6, per="input")]
 PRIORS = [bmr.Gaussian(0.6, mean=0.2), bmr.Gaussian("layer"), bmr.Gaussian("empirical"), bmr.Horseshoe(), ROWS, bmr.SpikeAndSlab(), *SHARED]
+SAMPLED_AS_PYRO = [p for p in PRIORS if not isinstance(p, bmr.Laplace)]  # of a Laplace, Pyro takes the KL in closed form
 
 
 def network(prior):
@@ -61,7 +62,7 @@ def site_values(guide, noise):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("prior", [*PRIORS, None], ids=[*(repr(p)[:44] for p in PRIORS), "by hand"])
+@pytest.mark.parametrize("prior", [*SAMPLED_AS_PYRO, None], ids=[*(repr(p)[:44] for p in SAMPLED_AS_PYRO), "by hand"])
 def test_value_and_gradient_are_pyros(prior, masked):
     program, y = (hand_written, X[:, 1]) if prior is None else (network(prior), Y)
     guide = bmr.MeanField(program, X, y)
