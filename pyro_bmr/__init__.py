@@ -4,7 +4,7 @@ from pyro_bmr import metrics
 from pyro_bmr.comparison import compare
 from pyro_bmr.data import Data, load
 from pyro_bmr.elbo import elbo_terms
-from pyro_bmr.errors import DataError, FitError, ModelError, PyroBMRError, ReductionError
+from pyro_bmr.errors import DataError, FitError, ModelError, PyroBMRError, ReductionError, ShrinkError
 from pyro_bmr.exporting import export, save
 from pyro_bmr.fitting import Fit, adam, cosine, fit
 from pyro_bmr.guides import MeanField, Point
@@ -19,6 +19,7 @@ from pyro_bmr.reduction.gaussian import Dense, Diagonal, delta_f, prune_subset, 
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
 from pyro_bmr.reduction.sites import Reduction, reduce
+from pyro_bmr.shrinking import ShrinkPlan, shrink, shrink_plan
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,8 @@ __all__ = [
     "PyroBMRError",
     "Reduction",
     "ReductionError",
+    "ShrinkError",
+    "ShrinkPlan",
     "SpikeAndSlab",
     "adam",
     "compare",
@@ -62,4 +65,6 @@ __all__ = [
     "reduce",
     "reduced_posterior",
     "save",
+    "shrink",
+    "shrink_plan",
 ]  # fmt: skip
