@@ -17,7 +17,9 @@ FORMULAS = ("gaussian", "low_rank", "matrix_normal", "exponential_family", "spik
 ORDER = [
     "errors", "files",
     *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "posterior", "reduction.targets", "reduction.sites",
-    "pruning", "prediction", "metrics", "fitting", "exporting", "data", "plots", "comparison", "cli",
+    "pruning", "prediction", "metrics", "fitting", "graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "shrinking",
+    "exporting", "costs", "network_source", "formats", "deployment",
+    "data", "plots", "comparison", "runs", "cli",
 ]  # fmt: skip
 
 
