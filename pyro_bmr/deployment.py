@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,8 +76,6 @@ def deploy(
     outputs = net.eval()(rows)
     folder = Path(folder)
     make_folder(folder)
-    from pyro_bmr import __version__
-
     with tempfile.TemporaryDirectory(dir=folder, prefix=".deploy-") as name:
         inside = Path(name)
         table, files = [], dict[str, dict[str, Any]]()
@@ -84,7 +83,7 @@ def deploy(
             _write(FORMATS["safetensors"], before, rows, inside / "before.safetensors")
             table.append(_row("before", "", (inside / "before.safetensors").stat().st_size, before, before, example, seconds))
             (inside / "before.safetensors").unlink()
-        (inside / "network.py").write_text(network_source(graph, f"{type(net).__name__}, pruned", __version__))
+        (inside / "network.py").write_text(network_source(graph, f"{type(net).__name__}, pruned", version("pyro_bmr")))
         for key in wanted:
             form = FORMATS[key]
             _write(form, graph, rows, inside / form.file)
@@ -102,7 +101,7 @@ def deploy(
         frame = pd.DataFrame(table)
         content = {
             "format": "pyro_bmr report 2",
-            "version": __version__,
+            "version": version("pyro_bmr"),
             "network": type(net).__name__,
             "input": {"shape": list(example.shape[1:]), "dtype": str(example.dtype).removeprefix("torch.")},
             **(report or {}),

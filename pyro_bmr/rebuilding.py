@@ -110,8 +110,8 @@ class Rebuilt:
         alive, value = self._alive(node), self.channels.values[node]
         if alive is None:
             return value
-        cut = cut(value.detach(), alive).clone()
-        return nn.Parameter(cut) if isinstance(value, nn.Parameter) else cut
+        small = cut(value.detach(), alive).clone()
+        return nn.Parameter(small) if isinstance(value, nn.Parameter) else small
 
     def _layer(self, node: fx.Node, layer: nn.Module, reads: Mapping[fx.Node, Any]) -> nn.Module:
         channels, state = self.channels, self.channels.states[node]
@@ -155,6 +155,7 @@ def _conv(layer: Any, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Mo
 
 
 def cut(value: Tensor, alive: tuple[np.ndarray, ...]) -> Tensor:
+    """`value` at the positions of each axis that live."""
     for k, positions in enumerate(alive):
         if not positions.all():
             value = value.index_select(k, torch.from_numpy(positions.nonzero()[0]).to(value.device))
@@ -168,5 +169,6 @@ def batch_axis(two: torch.Size, three: torch.Size) -> int:
 
 
 def depends(channels: Channels, node: fx.Node) -> bool:
+    """Whether what lives of a value depends on the input."""
     states = [s for s in (channels.states[node] if isinstance(channels.states[node], tuple) else [channels.states[node]]) if isinstance(s, State)]
     return any(bool(cut(s.unknown, channels.alive(s.axes)).any()) for s in states)
