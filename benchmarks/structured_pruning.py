@@ -3,9 +3,9 @@
     python benchmarks/structured_pruning.py            # what is not in results/structured-pruning yet, then the table of the results page
     python benchmarks/structured_pruning.py --only mlp --validation --seeds 1 --epochs 5    # one task on held-out training rows
 
-The ΔF of a unit (or channel) is the sum of the point spike's ΔF over its row of its layer and its bias. In the task with a structured target the weights
-that read the unit are counted with it, and the units with the most nats per parameter are removed until the parameters left are the wanted fraction;
-in the other two the evidence removes units whose ΔF is positive, and the weights with the largest ΔF follow until the wanted fraction of weights is left.
+The ΔF of a unit (or channel) is the sum of the point spike's ΔF over its row of its layer and its bias. Where a size is wanted (LeNet-5, LeNet), the
+weights that read the unit are counted with it, and the units with the most nats per parameter are removed until the parameters left are the wanted
+fraction; otherwise units whose ΔF is positive go. Then the weights with the largest ΔF follow until the wanted fraction of weights is left.
 """
 
 from __future__ import annotations
@@ -13,37 +13,40 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import pyro_bmr as bmr
 from pyro_bmr.comparison import load_model
 
+PAGE = Path("docs/results/structured_pruning.md")
+LABELS = {"mlp": "LeNet-300-100, MNIST", "lenet_caffe": "LeNet-5, MNIST", "lenet": "LeNet 6-16-120-84, Fashion-MNIST"}
 Chain = tuple[tuple[str, str, int], ...]  # (layer, the layer that reads it, positions of a channel there)
 
 
 @dataclass(frozen=True)
 class EveryUnit(bmr.Every):
-    """`Every` over units: `kept` counts parameters after shrinking if `structured`, living weights otherwise."""
+    """`Every` over units, then weights: `size` is the target of the parameters after shrinking (None: the evidence decides), `kept` that of living weights."""
 
     chain: Chain = ()
-    structured: bool = field(default=True, kw_only=True)
+    size: float | None = None
 
     def reduce(self, posterior: bmr.Posterior, done: float) -> bmr.Reduction:
         target = self.target(done)
         assert target is not None
         spikes = {n: s.spike_delta_f.nan_to_num(0.0) for n, s in bmr.reduce(posterior, self.to, threshold=math.inf).sites.items()}
         units = {layer: (spikes[f"{layer}.weight"].flatten(1).sum(1) + spikes[f"{layer}.bias"]) for layer, _, _ in self.chain}
-        if self.structured:  # what reads the unit goes with it
+        if self.size is not None:  # what reads the unit goes with it
             for layer, reader, positions in self.chain:
                 read = spikes[f"{reader}.weight"].flatten(2).sum((0, 2)) if spikes[f"{reader}.weight"].ndim > 2 else spikes[f"{reader}.weight"].sum(0)
                 units[layer] = units[layer] + read.view(-1, positions).sum(1)
         alive = {layer: posterior[f"{layer}.weight"].alive.flatten(1).any(1) for layer, _, _ in self.chain}
-        if self.structured:
-            self._to_size(posterior, units, alive, target)
+        if self.size is not None:
+            self._to_size(posterior, units, alive, replace(self, kept=self.size).target(done) or 0.0)
         else:
             alive = {layer: (a & (units[layer] <= 0)) if bool((a & (units[layer] <= 0)).any()) else a for layer, a in alive.items()}
         masks = dict(posterior.masks) or {name: torch.ones_like(spikes[name], dtype=torch.bool) for name in spikes}
@@ -53,10 +56,6 @@ class EveryUnit(bmr.Every):
             read = alive[layer].repeat_interleave(positions)
             name = f"{reader}.weight"
             masks[name] = masks[name] & read.view(1, -1, *[1] * (masks[name].ndim - 2))
-        if self.structured:
-            reduction = bmr.reduce(posterior, self.to, threshold=math.inf)
-            sites = {n: replace(r, site=posterior.masked(masks)[n]) for n, r in reduction.sites.items()}
-            return bmr.Reduction(sites, posterior.masked(masks))
         alive_now = sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
         result = bmr.reduce(posterior.masked(masks), self.to, kept=min(target, alive_now))
         everywhere = {n: replace(r, spike_delta_f=spikes[n]) for n, r in result.sites.items()}  # that of units gone at this very reduction included
@@ -93,7 +92,7 @@ class Task:
     data: str
     model: str
     chain: Chain
-    structured: bool
+    size: float | None
     kept: float
     temperature: float
     epochs: int
@@ -102,9 +101,9 @@ class Task:
 
 
 TASKS = {
-    "mlp": Task("mnist", "mlp:300-100", (("1", "3", 1), ("3", "5", 1)), False, 0.0195, 0.07, 20),
-    "lenet_caffe": Task("mnist", "lenet_caffe", (("0", "2", 1), ("2", "5", 16), ("5", "7", 1)), False, 0.0145, 0.07, 10),
-    "lenet": Task("fashion-mnist", "lenet", (("1", "4", 1), ("4", "8", 25), ("8", "10", 1), ("10", "12", 1)), True, 0.148, 0.1, 15),
+    "mlp": Task("mnist", "mlp:300-100", (("1", "3", 1), ("3", "5", 1)), None, 0.0195, 0.07, 20),
+    "lenet_caffe": Task("mnist", "lenet_caffe", (("0", "2", 1), ("2", "5", 16), ("5", "7", 1)), 0.0225, 0.0145, 0.07, 10),
+    "lenet": Task("fashion-mnist", "lenet", (("1", "4", 1), ("4", "8", 25), ("8", "10", 1), ("10", "12", 1)), 0.148, 0.148, 0.1, 15),
 }
 
 
@@ -118,7 +117,7 @@ def run(task: Task, seed: int, validation: bool, folder: Path) -> None:
         x, y, x_test, y_test = x[rest], y[rest], x[held], y[held]
     torch.manual_seed(seed)
     program = load_model(task.model)(data, bmr.Gaussian())
-    schedule = EveryUnit(0.5, kept=task.kept, start=0.1, stop=0.7, chain=task.chain, structured=task.structured)
+    schedule = EveryUnit(0.5, kept=task.kept, start=0.1, stop=0.7, chain=task.chain, size=task.size)
     fit = bmr.fit(
         program,
         (x, y),
@@ -141,18 +140,78 @@ def run(task: Task, seed: int, validation: bool, folder: Path) -> None:
     print(json.dumps({"task": task.model, "seed": seed, **figures}), flush=True)
 
 
+def measured(task: Task, folder: Path) -> dict[str, float | str]:
+    """The figures of a finished seed, and those of its shrunk network, deployed beside it."""
+    report = json.loads((folder / "report.json").read_text())
+    data = bmr.load(task.data)
+    program = load_model(task.model)(data, bmr.Gaussian())
+    net = program.net.eval()
+    net.load_state_dict(load_file(folder / "model.safetensors"))
+    x = data.x_test[:1000]
+    plan = bmr.shrink_plan(net, {}, x)
+    small = plan.apply()
+    with torch.no_grad():
+        error = float((small(x) - net(x)).abs().max())
+    assert error <= 1e-4, f"the shrunk network differs by {error}"
+    table = bmr.deploy(small, folder / "deployed", x, formats=("half", "program"), before=net, report=report, seconds=1.0).set_index("format")
+    (folder / "plan.txt").write_text(f"{plan}\n")
+    before, after = table.loc["before"], table.loc["safetensors"]
+    return {
+        "accuracy": report["accuracy"],
+        "accuracy of 32 draws": report["accuracy of 32 draws"],
+        "weights kept": float(after["nonzero"] / before["parameters"]),
+        "parameters removed": 1 - float(after["parameters"] / before["parameters"]),
+        "units": "-".join(str(layer.split("×")[0]) for layer in list(plan.layers["after"])[:-1]),
+        "kB": float(after["bytes"]) / 1000,
+        "kB, half": float(table.loc["half", "bytes"]) / 1000,
+        "kB, dense": float(before["bytes"]) / 1000,
+        "FLOPs": float(after["FLOPs"] / before["FLOPs"]),
+        "largest difference": error,
+        **{f"speed-up at {batch}": float(before[f"ms at batch {batch}"] / after[f"ms at batch {batch}"]) for batch in (1, 128)},
+        **{f"ms at {batch}": float(after[f"ms at batch {batch}"]) for batch in (1, 128)},
+    }
+
+
+def fill_page(rows: dict[str, list[dict[str, float | str]]]) -> None:
+    """Writes the table of the results page: mean ± standard deviation over seeds."""
+    digits = {
+        "accuracy": 4,
+        "accuracy of 32 draws": 4,
+        "weights kept": 4,
+        "parameters removed": 4,
+        "largest difference": 7,
+        "FLOPs": 3,
+        "ms at 1": 3,
+        "ms at 128": 2,
+    }
+    lines = ["| | " + " | ".join(LABELS[name] for name in rows) + " |", "|" + "---|" * (len(rows) + 1)]
+    for column in next(iter(rows.values()))[0]:
+        cells = []
+        for seeds in rows.values():
+            values = [row[column] for row in seeds]
+            if column == "units":
+                cells.append(", ".join(map(str, values)))
+            else:
+                numbers, d = torch.tensor(values, dtype=torch.float64), digits.get(column, 1)
+                cells.append(f"{numbers.mean():.{d}f}" + (f" ± {numbers.std():.{d}f}" if len(values) > 1 else ""))
+        lines.append(f"| {column} | " + " | ".join(cells) + " |")
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page.split("<!-- table -->")[0], page.split("<!-- end of table -->")[1]
+    PAGE.write_text(before + "\n".join(["<!-- table -->", *lines, "<!-- end of table -->"]) + after, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--validation", action="store_true", help="fit on 5/6 of the training rows and score the rest")
     parser.add_argument("--out", type=Path, default=Path("results/structured-pruning"))
-    for name in ("kept", "temperature", "learning_rate"):
+    for name in ("kept", "size", "temperature", "learning_rate"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float)
     parser.add_argument("--epochs", type=int)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    changes = {name: getattr(arguments, name) for name in ("kept", "temperature", "learning_rate", "epochs") if getattr(arguments, name) is not None}
+    changes = {name: getattr(arguments, name) for name in ("kept", "size", "temperature", "learning_rate", "epochs") if getattr(arguments, name) is not None}
     for name, task in TASKS.items():
         if arguments.only in (None, name):
             for seed in range(arguments.seeds):
@@ -160,6 +219,8 @@ def main() -> None:
                 if not (folder / "report.json").exists():
                     folder.mkdir(parents=True, exist_ok=True)
                     run(replace(task, **changes), seed, arguments.validation, folder)
+    if not arguments.validation and arguments.only is None:
+        fill_page({name: [measured(task, arguments.out / name / str(seed)) for seed in range(arguments.seeds)] for name, task in TASKS.items()})
 
 
 if __name__ == "__main__":
