@@ -68,7 +68,7 @@ def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) ->
     r"""What `shrink` would remove from `net`, layer by layer; nothing is changed.
 
     A unit is dead when nothing that lives reads it with a weight other than zero, or when it is a constant, since all its incoming weights are zero (or
-    come from constants); the constant, W[:, i]·act(b_i), is then added to the bias of the layer that reads it. Both run to a fixed point. A convolution
+    come from constants); then b' ← b' + W'[:, i] act(b_i) in the layer that reads it. Both run to a fixed point. A convolution
     that pads with zeros sees a constant that is not zero broken at the edges, so such a channel is kept.
 
     Args:
