@@ -35,7 +35,8 @@ class Rebuilt:
         reads = {read.node: read for read in channels.reads}
         static = set[fx.Node]()  # what never depended on the input, such as an expanded class token, stays as it is written
         for node in channels.graph.graph.nodes:
-            if node.op == "get_attr" or (_from_states(channels, node) and _from_states(channels, node) <= static):
+            sources = _from_states(channels, node)
+            if node.op == "get_attr" or (node.op != "call_module" and sources and sources <= static):
                 static.add(node)
         constants = {n for n in channels.graph.graph.nodes if n not in static and self._constant(n)}
         for node in channels.graph.graph.nodes:

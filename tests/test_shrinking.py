@@ -233,6 +233,23 @@ def test_a_constant_is_folded_into_the_bias_by_hand():
     torch.testing.assert_close(small[2].weight, net[2].weight[:, :1])
 
 
+def test_what_only_dead_units_read_is_dead():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    masks = {"2.weight": torch.tensor([[False, False, True], [True, True, True], [True, True, True]]), "4.weight": torch.tensor([[True, False, False]] * 2)}
+    x = torch.randn(9, 4).double()
+    small = bmr.shrink(net, masks, x)
+    assert [tuple(layer.weight.shape) for layer in small[::2]] == [(1, 4), (1, 1), (2, 1)] and largest_difference(net, masks, small, x) <= 1e-12
+
+
+def test_a_constant_channel_is_no_constant_behind_a_norm():
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    masks = {"0.weight": torch.ones(4, 3, dtype=torch.bool), "2.weight": torch.zeros(2, 4, dtype=torch.bool)}
+    masks["0.weight"][1], masks["2.weight"][:, 1] = False, True  # the outputs read the constant channel, normed
+    x = torch.randn(9, 3).double()
+    assert float(masked(net, masks)(x).detach().std(0).min()) > 1e-3
+    assert largest_difference(net, masks, bmr.shrink(net, masks, x), x) <= 1e-12
+
+
 def test_an_output_bias_is_all_that_is_left_of_an_empty_network():
     net = made(NETS["mlp"], 0)
     masks = {
@@ -263,6 +280,29 @@ def test_heads_go_whole():
     masks["attention.in_proj_weight"][24 + 3 : 24 + 9] = False  # the values of the second and the third of four heads
     small = bmr.shrink(net, masks, torch.zeros(1, 1, 8, 8).double())
     assert [small.get_submodule(f"attention.{n}").weight.shape for n in ("q", "k", "v", "out")] == [(6, 12)] * 3 + [(12, 6)]
+
+
+class Lookup(nn.Module):
+    """Attention over values that are constants, but not the same at every position."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out, self.table = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3), nn.Parameter(torch.randn(1, 5, 4))
+
+    def forward(self, x):
+        x = x.view(x.size(0), 5, 4)
+        y = F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(self.table.expand(x.size(0), -1, -1)))
+        return self.out(y).mean(1)
+
+
+def test_attention_over_constants_depends_on_the_input():
+    net = made(Lookup, 0)
+    x = torch.randn(30, 20).double()
+    assert float(net(x).detach().std(0).max()) > 0.01
+    assert largest_difference(net, {}, bmr.shrink(net, {}, x), x) <= 1e-12
+    same = {"v.weight": torch.zeros(4, 4, dtype=torch.bool)}  # now the values are the bias, everywhere
+    plan = bmr.shrink_plan(net, same, x)
+    assert largest_difference(net, same, plan.apply(), x) <= 1e-12 and plan.parameters[1] == 3
 
 
 def test_residual_sums_tie_their_channels():
