@@ -241,6 +241,25 @@ def test_what_only_dead_units_read_is_dead():
     assert [tuple(layer.weight.shape) for layer in small[::2]] == [(1, 4), (1, 1), (2, 1)] and largest_difference(net, masks, small, x) <= 1e-12
 
 
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.out(x + self.b(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_empty_branch_of_a_sum_is_its_constant(bias):
+    net = made(Sum, 0)
+    masks = {"b.weight": torch.zeros(4, 4, dtype=torch.bool), "b.bias": torch.full((4,), bias)}
+    x = torch.randn(9, 3).double()
+    plan = bmr.shrink_plan(net, masks, x)
+    assert largest_difference(net, masks, plan.apply(), x) <= 1e-12 and plan.parameters[1] == 16 + 10 + 4 * bias
+
+
 def test_a_constant_channel_is_no_constant_behind_a_norm():
     net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
     masks = {"0.weight": torch.ones(4, 3, dtype=torch.bool), "2.weight": torch.zeros(2, 4, dtype=torch.bool)}
