@@ -3,9 +3,10 @@
 from pyro_bmr import metrics
 from pyro_bmr.comparison import compare
 from pyro_bmr.data import Data, load
+from pyro_bmr.deployment import deploy
 from pyro_bmr.elbo import elbo_terms
-from pyro_bmr.errors import DataError, FitError, ModelError, PyroBMRError, ReductionError
-from pyro_bmr.exporting import export, save
+from pyro_bmr.errors import DataError, FitError, ModelError, PyroBMRError, ReductionError, ShrinkError
+from pyro_bmr.exporting import ensemble, export, save
 from pyro_bmr.fitting import Fit, adam, cosine, fit
 from pyro_bmr.guides import FullRank, LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
 from pyro_bmr.likelihoods import Categorical, Normal
@@ -24,6 +25,7 @@ from pyro_bmr.reduction.outcome import Reduction
 from pyro_bmr.reduction.search import Search, exhaustive_search, greedy_search
 from pyro_bmr.reduction.sites import reduce
 from pyro_bmr.refitting import Refit, refit
+from pyro_bmr.shrinking import ShrinkPlan, shrink, shrink_plan
 
 __version__ = "0.1.0"
 
@@ -60,13 +62,17 @@ __all__ = [
     "Refit",
     "ScaleCoupled",
     "Search",
+    "ShrinkError",
+    "ShrinkPlan",
     "SpikeAndSlab",
     "StudentT",
     "adam",
     "compare",
     "cosine",
     "delta_f",
+    "deploy",
     "elbo_terms",
+    "ensemble",
     "exhaustive_search",
     "export",
     "fit",
@@ -81,4 +87,6 @@ __all__ = [
     "reduced_posterior",
     "refit",
     "save",
+    "shrink",
+    "shrink_plan",
 ]  # fmt: skip

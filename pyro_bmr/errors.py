@@ -22,3 +22,7 @@ class FitError(PyroBMRError):
 
 class ReductionError(PyroBMRError):
     """A reduction has no answer for the posterior and prior it was given."""
+
+
+class ShrinkError(PyroBMRError):
+    """A network cannot be made smaller: its masks do not fit it, or it has a part that is not a supported pattern."""

@@ -1,6 +1,7 @@
 """From a posterior to plain torch: a network with exact zeros, and files that load where Pyro is not installed.
 
-Owns `export` (an `nn.Module`), `point_weights` (tensors of any program) and `save` (safetensors + report.json).
+Owns `export` (an `nn.Module`), `ensemble` (draws of it), `point_weights` (tensors of any program) and `save` (safetensors + report.json).
+Next: `deployment.py`, for more formats and what each costs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.files import make_folder, write_atomically
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
+from pyro_bmr.shrinking import shrink
 
 
 @torch.no_grad()
@@ -27,7 +29,7 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
     """The plain network at the posterior's point: a copy of `program.net` whose lifted parameters are their posterior means, pruned ones exactly 0.
 
     A weight that is a scale times a standardised site is taken at the scale's median. No hooks, no Pyro: the copy can be deep-copied, pickled and
-    trained on. It has the size of the original; parameters that were not lifted are those of `program.net`, so pass `fit.program`.
+    trained on. It has the size of the original; `shrink` makes it smaller. Parameters that were not lifted are those of `program.net`, so pass `fit.program`.
 
     `program` may also be a plain module, for a posterior whose sites have the names of its parameters (`Posterior.from_curvature` and the like): a copy of
     it then, with the posterior's point in the place of those parameters.
@@ -54,7 +56,35 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
                 f"site '{name}' has shape {tuple(posterior[name].mean.shape)} in the posterior, {tuple(shapes[name])} in the network; "
                 "pass the program and the posterior of the same fit"
             )
-    with Values(posterior.point()):
+    return _network(program, posterior.point())
+
+
+@torch.no_grad()
+def ensemble(program: BayesianNetwork, posterior: Posterior, *, draws: int = 8, seed: int = 0, example: Tensor | None = None) -> dict[str, Tensor]:
+    """Name → (draws, ...), the state_dicts of exported networks whose weights are draws from the posterior: uncertainty that survives the export.
+
+    With `example` (rows of the input) each draw is shrunk; pruned weights are 0 in every draw, so all have the shapes of the shrunk mean.
+
+    Raises:
+        ModelError: as `export`, or draws shrink to different shapes.
+        ShrinkError: as `shrink`.
+    """
+    if draws < 1:
+        raise ModelError(f"ensemble(draws={draws}): at least 1 is wanted")
+    export(program, posterior)  # its checks
+    generator = torch.Generator(device=next(iter(posterior.sites.values())).mean.device).manual_seed(seed)
+    nets = [_network(program, posterior.draw(generator)) for _ in range(draws)]
+    states = [(net if example is None else shrink(net, {}, example)).state_dict() for net in nets]
+    shapes = [{name: t.shape for name, t in state.items()} for state in states]
+    if any(other != shapes[0] for other in shapes):
+        raise ModelError(
+            "the draws shrink to different shapes, as a constant is 0 in some and folds only there; pass example=None, or prune the biases of dead units"
+        )
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+
+def _network(program: BayesianNetwork, values: dict[str, Tensor]) -> nn.Module:
+    with Values(values):
         weights = program.weights()
     net = copy.deepcopy(program.net).eval()
     for name, parameter in net.named_parameters():

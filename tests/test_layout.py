@@ -23,7 +23,10 @@ ORDER = [
     "curvature", "posterior",
     "reduction.programs", "reduction.targets",
     "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
-    "pruning", "prediction", "metrics", "fit_arguments", "fitting", "refitting", "exporting", "data", "plots", "comparison", "cli",
+    "pruning", "prediction", "metrics", "fit_arguments", "fitting", "refitting",
+    "graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "shrinking",
+    "exporting", "costs", "network_source", "formats", "deployment",
+    "data", "plots", "comparison", "runs", "cli",
 ]  # fmt: skip
 
 

@@ -108,31 +108,26 @@ def posterior_of(prior, **sites):
     return bmr.Posterior({"w": Site(sites.pop("mean"), sites.pop("var"), declared=prior, mask=sites.pop("mask", None)), **sites})
 
 
-def test_a_group_goes_when_every_weight_in_it_would():
-    var = torch.tensor([[0.9, 0.8, 0.7], [0.9, 0.2, 0.9], [0.0, 0.6, 0.6], [0.0, 0.1, 0.0]])
+def test_a_horseshoe_decides_by_the_evidence_given_its_scales():
+    """Per weight the point spike's ΔF under N(0, 1) and 0.02 nats; without scales per weight the sum over the living entries of a unit or input."""
+    mean = torch.tensor([[0.1, 0.5, -0.2], [0.3, 1.9, 0.1], [0.0, 0.6, -0.9], [0.0, 0.8, 0.0]])
+    var = torch.tensor([[0.9, 0.8, 0.7], [0.9, 0.2, 1.1], [0.0, 0.6, 0.6], [0.0, 0.1, 0.0]])
     mask = var > 0
-    mean = torch.zeros(4, 3)
-    by_unit = bmr.reduce(posterior_of(bmr.Horseshoe(tiers=("layer", "unit")), mean=mean, var=var, mask=mask), to=None).masks["w"]
-    assert by_unit.tolist() == [[False] * 3, [True] * 3, [False] * 3, [False, True, False]]
-    by_weight = bmr.reduce(posterior_of(bmr.Horseshoe(tiers=("unit", "weight")), mean=mean, var=var, mask=mask), to=None).masks["w"]
-    assert torch.equal(by_weight, mask & (var < 0.5))
-    columns = torch.tensor([[0.9, 0.2, 0.9, 0.9], [0.8, 0.9, 0.9, 0.8]])
-    both = bmr.Horseshoe(tiers=("unit", "input"))
-    assert bmr.reduce(posterior_of(both, mean=mean[:2], var=columns[:, :3]), to=None).masks["w"].tolist() == [[False, True, False], [False] * 3]
-    in_pairs = bmr.Horseshoe(tiers=("input",), block=2)
-    assert bmr.reduce(posterior_of(in_pairs, mean=columns, var=columns), to=None).masks["w"].tolist() == [[True, True, False, False]] * 2
+    site = bmr.Diagonal(mean[mask], var[mask].clamp(max=1))
+    gain = torch.full((4, 3), torch.inf).masked_scatter(mask, bmr.delta_f(site, bmr.Gaussian(1.0), bmr.Gaussian(0.0)) + 0.02)
 
+    def drop(prior, mean, var, mask=None):
+        return bmr.reduce(posterior_of(prior, mean=mean, var=var, mask=mask), to=None).sites["w"].drop
 
-def test_shrunk_weights_that_are_missed_together_stay():
-    """κ > ½ for all; the evidence, given the scales, is that of the point spike under N(0, 1)."""
-    mean, var = torch.tensor([0.05, 0.4, 1.2, -0.9]), torch.tensor([0.9, 0.7, 0.8, 1.1])
-    missed = bmr.reduce(posterior_of(bmr.Horseshoe(), mean=mean, var=var), to=None).sites["w"].drop
-    gain = bmr.delta_f(bmr.Diagonal(mean, var.clamp(max=1)), bmr.Gaussian(1.0), bmr.Gaussian(0.0))
-    assert float(gain.sum()) < -1
-    torch.testing.assert_close(missed[:3], gain[:3])
-    assert (missed > 0).tolist() == [True, True, False, False]
-    noise = bmr.reduce(posterior_of(bmr.Horseshoe(), mean=0.3 * mean, var=var), to=None).sites["w"].drop
-    torch.testing.assert_close(noise[:3], torch.logit(var[:3]))
+    by_weight = drop(bmr.Horseshoe(tiers=("unit", "weight")), mean, var, mask)
+    torch.testing.assert_close(by_weight, gain)
+    assert (by_weight <= 0).tolist() == [[False, True, False], [False, True, False], [False, False, True], [False, True, False]]
+    by_unit = drop(bmr.Horseshoe(tiers=("layer", "unit")), mean, var, mask)
+    torch.testing.assert_close(by_unit[mask], gain.where(mask, 0).sum(1, keepdim=True).expand(4, 3)[mask])
+    both = drop(bmr.Horseshoe(tiers=("unit", "input")), mean[:2], var[:2])
+    torch.testing.assert_close(both, torch.maximum(gain[:2].sum(1, keepdim=True), gain[:2].sum(0)))
+    in_pairs = drop(bmr.Horseshoe(tiers=("input",), block=2), mean[:2, :2], var[:2, :2])
+    torch.testing.assert_close(in_pairs, gain[:2, :2].sum().expand(2, 2))
 
 
 def test_a_relaxed_indicator_decides_for_its_group():

@@ -23,6 +23,7 @@ from pyro_bmr.priors.tiers import TIERS, Tier, check_tier, spread, tier_parts
 
 SITES: dict[Tier, str] = {"layer": "tau", "unit": "unit", "input": "input", "weight": "lambda"}
 """Tier → the site of its scales, `<name>_tau` and so on."""
+_NOISE = 0.02  # nats
 
 
 @dataclass(frozen=True)
@@ -146,24 +147,21 @@ class Horseshoe:
     def drop(self, name: str, mean: Tensor, var: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         r"""Log odds by which each weight goes, the prior's own decision after a fit; it goes when they are positive.
 
-        They are logit κ, where κ = 1/(1 + L) is the posterior variance σ² of w̄ ~ N(0, 1): the prior has the larger share of the estimate (Carvalho, Polson
-        & Scott 2010). That is the rule for one weight. In a network thousands of weights may each be little informed and matter together; so the weights with
-        κ > ½ must not be missed together either. Given the scales, w̄ = 0 gains Gᵢ = −½ log σ² − ½ μ²/σ² nats of evidence, in sum about 0 and with
-        standard deviation √(½ Σ (1 − κ)²) if the weights are zero. Where the sum is two of these below 0, a weight goes only if also Gᵢ > 0.
+        Given the scales, w̄ ~ N(0, 1), and w̄ = 0 gains Gᵢ = −½ log σ² − ½ μ²/σ² nats of evidence for a posterior N(μ, σ²): the point spike's ΔF. To that are
+        added 0.02 nats, the noise of weights of which the data say nothing. Without the tier ``"weight"`` a unit or input goes as a whole, by the sum.
 
-        Without the tier ``"weight"`` a unit or input goes as a whole, when κ > ½ for each of its weights that lives.
+        The usual rule κ > ½ (Carvalho, Polson & Scott 2010), with κ = σ² here, is one for weights that are well informed each. In a network thousands are
+        little informed and matter together; it removes almost all of them.
         """
-        var = var.clamp(max=1.0)
         alive = var > 0  # pruned entries have variance 0
-        kappa = torch.logit(var).where(alive, torch.inf)
+        sigma2 = var.clamp(max=1.0)
+        gain = _NOISE - 0.5 * sigma2.log() - 0.5 * mean.square() / sigma2
         groups: list[Tier] = [tier for tier in self.tiers if tier in ("unit", "input")]
         if "weight" not in self.tiers and groups:
-            by_group = [spread(tier_parts(kappa, tier, self.block).amin(-1), tier, self.block).expand(var.shape) for tier in groups]
-            return torch.stack(by_group).amax(0)
-        gain = (-0.5 * var.log() - 0.5 * mean.square() / var).where(alive, torch.inf)
-        shrunk = alive & (kappa > 0)
-        missed = gain[shrunk].sum(dtype=torch.float64) < -2 * (0.5 * (1 - var[shrunk]).square().sum(dtype=torch.float64)).sqrt()
-        return torch.minimum(kappa, gain) if bool(missed) else kappa
+            each = gain.where(alive, 0)
+            by_group = [spread(tier_parts(each, tier, self.block).sum(-1), tier, self.block).expand(var.shape) for tier in groups]
+            gain = torch.stack(by_group).amax(0)
+        return gain.where(alive, torch.inf)
 
     def mixture(self, scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         r"""Variances and log weights of p(w) ≈ Σ_k w_k N(w; 0, v_k) given the product `scale` of all scales but one half-Cauchy λ (default `tau0`).

@@ -46,7 +46,8 @@ def reduce(
             - ``Gaussian(scale=s)``: new moments, nothing is pruned. ``Gaussian()``: s per site by its evidence.
             - ``SpikeAndSlab()``: a weight goes when ΔF − ζ is above `threshold`, with ζ the inclusion log odds of the site; a group has one indicator.
             - ``Horseshoe()``: new moments; a weight goes when logit κ is above `threshold`, that is, when κ > ½; a group when the sum of its logits is.
-            - None: the decision of the priors under which the posterior was fitted (κ > ½, inclusion < ½; a Gaussian keeps all); ΔF is 0.
+            - None: the decision of the priors under which the posterior was fitted (a horseshoe's, by the evidence given its scales;
+              inclusion < ½; a Gaussian keeps all); ΔF is 0.
 
             Scales are in the units of the site: a standardised site (`Gaussian("layer")`) counts them in layer scales.
         per: what goes or stays as one: ``"weight"``, ``"unit"``, ``"channel"``, ``"input"``, ``"head"`` or ``"layer"`` (see `groups.group_labels`), a tile

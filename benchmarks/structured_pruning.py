@@ -1,0 +1,227 @@
+"""Networks that are really smaller: structured reductions of three LeNets on MNIST and Fashion-MNIST, then shrunk, exported and timed.
+
+    python benchmarks/structured_pruning.py            # what is not in results/structured-pruning yet, then the table of the results page
+    python benchmarks/structured_pruning.py --only mlp --validation --seeds 1 --epochs 5    # one task on held-out training rows
+
+The ΔF of a unit (or channel) is the sum of the point spike's ΔF over its row of its layer and its bias. Where a size is wanted (LeNet-5, LeNet), the
+weights that read the unit are counted with it, and the units with the most nats per parameter are removed until the parameters left are the wanted
+fraction; otherwise units whose ΔF is positive go. Then the weights with the largest ΔF follow until the wanted fraction of weights is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import pyro_bmr as bmr
+from pyro_bmr.comparison import load_model
+
+PAGE = Path("docs/results/structured_pruning.md")
+LABELS = {"mlp": "LeNet-300-100, MNIST", "lenet_caffe": "LeNet-5, MNIST", "lenet": "LeNet 6-16-120-84, Fashion-MNIST"}
+Chain = tuple[tuple[str, str, int], ...]  # (layer, the layer that reads it, positions of a channel there)
+
+
+@dataclass(frozen=True)
+class EveryUnit(bmr.Every):
+    """`Every` over units, then weights: `size` is the target of the parameters after shrinking (None: the evidence decides), `kept` that of living weights."""
+
+    chain: Chain = ()
+    size: float | None = None
+
+    def reduce(self, posterior: bmr.Posterior, done: float) -> bmr.Reduction:
+        target = self.target(done)
+        assert target is not None
+        spikes = {n: s.spike_delta_f.nan_to_num(0.0) for n, s in bmr.reduce(posterior, self.to, threshold=math.inf).sites.items()}
+        units = {layer: (spikes[f"{layer}.weight"].flatten(1).sum(1) + spikes[f"{layer}.bias"]) for layer, _, _ in self.chain}
+        if self.size is not None:  # what reads the unit goes with it
+            for layer, reader, positions in self.chain:
+                read = spikes[f"{reader}.weight"].flatten(2).sum((0, 2)) if spikes[f"{reader}.weight"].ndim > 2 else spikes[f"{reader}.weight"].sum(0)
+                units[layer] = units[layer] + read.view(-1, positions).sum(1)
+        alive = {layer: posterior[f"{layer}.weight"].alive.flatten(1).any(1) for layer, _, _ in self.chain}
+        if self.size is not None:
+            self._to_size(posterior, units, alive, replace(self, kept=self.size).target(done) or 0.0)
+        else:
+            alive = {layer: (a & (units[layer] <= 0)) if bool((a & (units[layer] <= 0)).any()) else a for layer, a in alive.items()}
+        masks = dict(posterior.masks) or {name: torch.ones_like(spikes[name], dtype=torch.bool) for name in spikes}
+        for layer, reader, positions in self.chain:
+            for name in (f"{layer}.weight", f"{layer}.bias"):
+                masks[name] = masks[name] & _rows(alive[layer], masks[name])
+            read = alive[layer].repeat_interleave(positions)
+            name = f"{reader}.weight"
+            masks[name] = masks[name] & read.view(1, -1, *[1] * (masks[name].ndim - 2))
+        alive_now = sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
+        result = bmr.reduce(posterior.masked(masks), self.to, kept=min(target, alive_now))
+        everywhere = {n: replace(r, spike_delta_f=spikes[n]) for n, r in result.sites.items()}  # that of units gone at this very reduction included
+        return bmr.Reduction(everywhere, result.posterior)
+
+    def _to_size(self, posterior: bmr.Posterior, units: dict[str, Tensor], alive: dict[str, Tensor], target: float) -> None:
+        total = sum(site.mean.numel() for site in posterior.sites.values())
+        shapes = {layer: posterior[f"{layer}.weight"].mean.shape for layer in [*units, self.chain[-1][1]]}
+        layers = list(shapes)
+        while True:
+            inputs = [shapes[layers[0]][1], *(int(alive[layer].sum()) * positions for layer, _, positions in self.chain)]
+            outputs = [*(int(alive[layer].sum()) for layer in units), shapes[layers[-1]][0]]
+            kernels = [math.prod(shapes[layer][2:]) for layer in layers]
+            if sum(o * (i * k + 1) for i, o, k in zip(inputs, outputs, kernels, strict=True)) <= target * total:
+                return
+            best, where = -math.inf, ("", 0)
+            for j, (layer, _, positions) in enumerate(self.chain):
+                freed = inputs[j] * kernels[j] + 1 + outputs[j + 1] * kernels[j + 1] * positions
+                score = (units[layer] / freed).masked_fill(~alive[layer], -math.inf)
+                if outputs[j] > 1 and float(score.max()) > best:
+                    best, where = float(score.max()), (layer, int(score.argmax()))
+            alive[where[0]] = alive[where[0]].clone()
+            alive[where[0]][where[1]] = False
+
+
+def _rows(alive: Tensor, mask: Tensor) -> Tensor:
+    return alive.view(-1, *[1] * (mask.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its data, and the settings of its fit."""
+
+    data: str
+    model: str
+    chain: Chain
+    size: float | None
+    kept: float
+    temperature: float
+    epochs: int
+    learning_rate: float = 4e-3
+    batch_size: int = 128
+
+
+TASKS = {
+    "mlp": Task("mnist", "mlp:300-100", (("1", "3", 1), ("3", "5", 1)), None, 0.0195, 0.07, 20),
+    "lenet_caffe": Task("mnist", "lenet_caffe", (("0", "2", 1), ("2", "5", 16), ("5", "7", 1)), 0.0225, 0.0145, 0.07, 10),
+    "lenet": Task("fashion-mnist", "lenet", (("1", "4", 1), ("4", "8", 25), ("8", "10", 1), ("10", "12", 1)), 0.148, 0.148, 0.1, 15),
+}
+
+
+def run(task: Task, seed: int, validation: bool, folder: Path) -> None:
+    """Fits one seed and saves its posterior, its network and its figures."""
+    data = bmr.load(task.data)
+    x, y, x_test, y_test = data.x_train, data.y_train, data.x_test, data.y_test
+    if validation:
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        held, rest = order[: len(x) // 6], order[len(x) // 6 :]
+        x, y, x_test, y_test = x[rest], y[rest], x[held], y[held]
+    torch.manual_seed(seed)
+    program = load_model(task.model)(data, bmr.Gaussian())
+    schedule = EveryUnit(0.5, kept=task.kept, start=0.1, stop=0.7, chain=task.chain, size=task.size)
+    fit = bmr.fit(
+        program,
+        (x, y),
+        epochs=task.epochs,
+        batch_size=task.batch_size,
+        optimizer=bmr.adam(task.learning_rate),
+        temperature=task.temperature,
+        seed=seed,
+        reduce=schedule,
+        progress=False,
+    )
+    net = bmr.export(fit.program, fit.posterior)
+    with torch.no_grad():
+        accuracy = bmr.metrics.accuracy(torch.cat([net(part) for part in x_test.split(2000)]).softmax(1), y_test)
+    mean = bmr.metrics.accuracy(bmr.predict(fit.program, fit.posterior, x_test).probs, y_test)
+    units = {layer: int(fit.masks[f"{layer}.weight"].flatten(1).any(1).sum()) for layer, _, _ in task.chain}
+    figures = {"accuracy": accuracy, "accuracy of 32 draws": mean, "kept": float(fit.history["kept"].iloc[-1]), "units": units, "seconds": fit.seconds}
+    fit.posterior.save(folder / "posterior.safetensors")
+    bmr.save(net, folder, {**vars(task), **figures, "seed": seed, "validation": validation})
+    print(json.dumps({"task": task.model, "seed": seed, **figures}), flush=True)
+
+
+def measured(task: Task, folder: Path) -> dict[str, float | str]:
+    """The figures of a finished seed, and those of its shrunk network, deployed beside it."""
+    report = json.loads((folder / "report.json").read_text())
+    data = bmr.load(task.data)
+    program = load_model(task.model)(data, bmr.Gaussian())
+    net = program.net.eval()
+    net.load_state_dict(load_file(folder / "model.safetensors"))
+    x = data.x_test[:1000]
+    plan = bmr.shrink_plan(net, {}, x)
+    small = plan.apply()
+    with torch.no_grad():
+        error = float((small(x) - net(x)).abs().max())
+    assert error <= 1e-4, f"the shrunk network differs by {error}"
+    table = bmr.deploy(small, folder / "deployed", x, formats=("half", "program"), before=net, report=report, seconds=1.0).set_index("format")
+    (folder / "plan.txt").write_text(f"{plan}\n")
+    before, after = table.loc["before"], table.loc["safetensors"]
+    return {
+        "accuracy": report["accuracy"],
+        "accuracy of 32 draws": report["accuracy of 32 draws"],
+        "weights kept": float(after["nonzero"] / before["parameters"]),
+        "parameters removed": 1 - float(after["parameters"] / before["parameters"]),
+        "units": "-".join(str(layer.split("×")[0]) for layer in list(plan.layers["after"])[:-1]),
+        "kB": float(after["bytes"]) / 1000,
+        "kB, half": float(table.loc["half", "bytes"]) / 1000,
+        "kB, dense": float(before["bytes"]) / 1000,
+        "FLOPs": float(after["FLOPs"] / before["FLOPs"]),
+        "largest difference": error,
+        **{f"speed-up at {batch}": float(before[f"ms at batch {batch}"] / after[f"ms at batch {batch}"]) for batch in (1, 128)},
+        **{f"ms at {batch}": float(after[f"ms at batch {batch}"]) for batch in (1, 128)},
+    }
+
+
+def fill_page(rows: dict[str, list[dict[str, float | str]]]) -> None:
+    """Writes the table of the results page: mean ± standard deviation over seeds."""
+    digits = {
+        "accuracy": 4,
+        "accuracy of 32 draws": 4,
+        "weights kept": 4,
+        "parameters removed": 4,
+        "largest difference": 7,
+        "FLOPs": 3,
+        "ms at 1": 3,
+        "ms at 128": 2,
+    }
+    lines = ["| | " + " | ".join(LABELS[name] for name in rows) + " |", "|" + "---|" * (len(rows) + 1)]
+    for column in next(iter(rows.values()))[0]:
+        cells = []
+        for seeds in rows.values():
+            values = [row[column] for row in seeds]
+            if column == "units":
+                cells.append(", ".join(map(str, values)))
+            else:
+                numbers, d = torch.tensor(values, dtype=torch.float64), digits.get(column, 1)
+                cells.append(f"{numbers.mean():.{d}f}" + (f" ± {numbers.std():.{d}f}" if len(values) > 1 else ""))
+        lines.append(f"| {column} | " + " | ".join(cells) + " |")
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page.split("<!-- table -->")[0], page.split("<!-- end of table -->")[1]
+    PAGE.write_text(before + "\n".join(["<!-- table -->", *lines, "<!-- end of table -->"]) + after, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--validation", action="store_true", help="fit on 5/6 of the training rows and score the rest")
+    parser.add_argument("--out", type=Path, default=Path("results/structured-pruning"))
+    for name in ("kept", "size", "temperature", "learning_rate"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float)
+    parser.add_argument("--epochs", type=int)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    changes = {name: getattr(arguments, name) for name in ("kept", "size", "temperature", "learning_rate", "epochs") if getattr(arguments, name) is not None}
+    for name, task in TASKS.items():
+        if arguments.only in (None, name):
+            for seed in range(arguments.seeds):
+                folder = arguments.out / name / str(seed)
+                if not (folder / "report.json").exists():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    run(replace(task, **changes), seed, arguments.validation, folder)
+    if not arguments.validation and arguments.only is None:
+        fill_page({name: [measured(task, arguments.out / name / str(seed)) for seed in range(arguments.seeds)] for name, task in TASKS.items()})
+
+
+if __name__ == "__main__":
+    main()

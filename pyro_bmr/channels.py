@@ -1,0 +1,91 @@
+r"""Which channels of a network live: what is constant, what is tied to what, what is read.
+
+Owns `Channels`, the analysis of a graph. Each operation says three things of its output.
+
+- `unknown`, entry by entry: whether it depends on the input at all; where it does not, `value` is the constant. A unit whose incoming weights are
+  all zero is known: it is its bias through the activation.
+- `axes`: for each axis the identity of every position. Positions with the same identity live and die together, as the channels that a residual sum
+  ties. Identity 0 (`FIXED`) never goes: rows of the batch, pixels, outputs of the network.
+- a `Read`, if it weighs channels: a channel is needed when a living output reads it with a weight other than zero, unless it is constant
+  and its constant can be folded into the bias.
+
+What is not needed goes. Next: `shrinking.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from pyro_bmr.errors import ShrinkError
+from pyro_bmr.graphs import MASKED, values_of
+from pyro_bmr.operations import function_state, layer_state, states_in
+from pyro_bmr.ties import Axes, State, Ties, fixed
+
+
+class Channels:
+    """The analysis of `graph` on `x` (two rows). `states`: node → `State`; `alive(axes)`: which positions stay; `kept`: node → why channels stay.
+
+    Raises:
+        ShrinkError: an operation of the graph is not among the supported ones.
+    """
+
+    def __init__(self, graph: fx.GraphModule, x: Tensor) -> None:
+        self.graph, self._ties = graph, Ties()
+        self.values = values_of(graph, x)
+        self.modules = dict(graph.named_modules())
+        self.states: dict[fx.Node, Any] = {}
+        _refuse_layers_used_twice(graph, self.modules)
+        with torch.no_grad():
+            for node in graph.graph.nodes:
+                self.states[node] = self._visit(node)
+        self.reads, self.kept = self._ties.reads, self._ties.kept
+        self._living = self._ties.living()
+
+    def alive(self, axes: Axes) -> tuple[np.ndarray, ...]:
+        """For each axis, the positions that stay, as bools."""
+        return tuple(self._living[self._ties.roots(axis)] for axis in axes)
+
+    def living(self, ids: np.ndarray) -> np.ndarray:
+        """The identities that stay, as bools."""
+        return self._living[self._ties.roots(ids)]
+
+    def _visit(self, node: fx.Node) -> Any:
+        value = self.values[node]
+        if node.op == "placeholder":
+            if not isinstance(value, Tensor):
+                raise ShrinkError(f"'{node.name}': networks of one input tensor are supported, this argument is not a tensor; {MASKED}")
+            return State(torch.zeros_like(value), torch.ones_like(value, dtype=torch.bool), fixed(value.shape))
+        if node.op == "get_attr":
+            if not isinstance(value, Tensor):
+                return value
+            axes = tuple(self._ties.new(n) if n > 1 else np.zeros(1, dtype=np.int64) for n in value.shape)
+            return State(value, torch.zeros_like(value, dtype=torch.bool), axes)
+        args: tuple[Any, ...] = fx.node.map_arg(node.args, lambda n: self.states[n])
+        kwargs: dict[str, Any] = fx.node.map_arg(node.kwargs, lambda n: self.states[n])
+        if node.op == "output":
+            for state in states_in(args):
+                self._ties.fix_all(state)
+            return None
+        if not states_in((args, kwargs)) or not _has_tensor(value):
+            return value  # sizes and other numbers
+        if node.op == "call_module":
+            return layer_state(self._ties, node, self.modules[str(node.target)], value, args, kwargs)
+        return function_state(self._ties, node, args, kwargs)
+
+
+def _refuse_layers_used_twice(graph: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
+    used: dict[str, int] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and any(True for _ in modules[str(node.target)].parameters()):
+            used[str(node.target)] = used.get(str(node.target), 0) + 1
+    twice = next((name for name, count in used.items() if count > 1), None)
+    if twice is not None:
+        raise ShrinkError(f"layer '{twice}' is used more than once, so its channels cannot be cut for one use; {MASKED}")
+
+
+def _has_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(_has_tensor(part) for part in value))

@@ -1,0 +1,124 @@
+"""The files of an exported network, one function per format; each is read back by the loader of that name in the generated `network.py`.
+
+Owns `FORMATS`. Next: `deployment.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pyro_bmr.errors import ModelError
+
+SPARSE_FROM = 0.97  # fraction of zeros; compressed rows are slower than dense ones below it on a CPU
+
+
+@dataclass(frozen=True)
+class Format:
+    """`file`: its name. `loader`: the function of `network.py` that reads it. `write`: (network, example of two rows or more, path) → None."""
+
+    file: str
+    loader: str
+    write: Callable[[nn.Module, Tensor, Path], None]
+    tolerance: float = 1e-4  # of the outputs that the loader gives, relative to the largest
+
+
+def _state_dict(net: nn.Module, example: Tensor, path: Path) -> None:
+    torch.save({name: t.detach().cpu() for name, t in net.state_dict().items()}, path)
+
+
+def _safetensors(net: nn.Module, example: Tensor, path: Path) -> None:
+    save_tensors(net.state_dict(), path)
+
+
+def _half(net: nn.Module, example: Tensor, path: Path) -> None:
+    save_tensors({name: t.half() if t.is_floating_point() else t for name, t in net.state_dict().items()}, path)
+
+
+def _program(net: nn.Module, example: Tensor, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations
+        torch.export.save(torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), path)  # type: ignore[arg-type]
+
+
+def _onnx(net: nn.Module, example: Tensor, path: Path) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"format 'onnx' needs the package {error.name}; install it with: pip install 'pyro_bmr[onnx]'") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shapes = ({0: torch.export.Dim.DYNAMIC},)
+        torch.onnx.export(net, (example,), path, dynamo=True, verbose=False, dynamic_shapes=shapes, external_data=False)  # type: ignore[arg-type]
+
+
+def _prune(net: nn.Module, example: Tensor, path: Path) -> None:
+    tensors = dict(net.state_dict())
+    for name, parameter in net.named_parameters():
+        owner = net.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            tensors[f"{name}_orig"] = tensors.pop(name)
+            tensors[f"{name}_mask"] = (parameter != 0).to(parameter.dtype)
+    if not any(name.endswith("_mask") for name in tensors):
+        raise ModelError("format 'prune': the network has no Linear or Conv layer to hold a mask")
+    save_tensors(tensors, path)
+
+
+def _csr(net: nn.Module, example: Tensor, path: Path) -> None:
+    tensors = dict(net.state_dict())
+    zeros = {name: float((layer.weight == 0).double().mean()) for name, layer in net.named_modules() if isinstance(layer, nn.Linear) and layer.weight.numel()}
+    sparse = [name for name, share in zeros.items() if share >= SPARSE_FROM]
+    if not sparse:
+        most = max(zeros.values(), default=0.0)
+        raise ModelError(f"format 'csr' pays from {SPARSE_FROM:.0%} zeros in a Linear layer; the sparsest has {most:.1%}. Use 'safetensors', shrunk")
+    for name in sparse:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls its compressed rows beta
+            rows = tensors.pop(f"{name}.weight").to_sparse_csr()
+        tensors |= {f"{name}.crow": rows.crow_indices().int(), f"{name}.col": rows.col_indices().int(), f"{name}.values": rows.values()}
+    save_tensors(tensors, path)
+
+
+def _semi_structured(net: nn.Module, example: Tensor, path: Path) -> None:
+    if not example.is_cuda or torch.cuda.get_device_capability(example.device) < (8, 0):
+        raise ModelError(
+            f"format '2:4' needs a CUDA device of compute capability 8.0 or more, the network is on '{example.device}'; use 'safetensors' or 'half'"
+        )
+    tensors = dict(net.state_dict())
+    found = False
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Linear) and layer.in_features % 64 == 0 and layer.out_features % 32 == 0:
+            weight = layer.weight.detach().half()
+            if bool((weight.view(-1, 4).count_nonzero(1) <= 2).all()):
+                packed = torch.sparse.to_sparse_semi_structured(weight)
+                del tensors[f"{name}.weight"]
+                tensors |= {f"{name}.weight.packed": packed.packed, f"{name}.weight.meta": packed.meta}
+                found = True
+    if not found:
+        raise ModelError("format '2:4': no Linear layer has at most two of every four weights and sides that are multiples of 32 and 64")
+    save_tensors(tensors, path)
+
+
+FORMATS: Mapping[str, Format] = {
+    "state_dict": Format("state_dict.pt", "load_state_dict", _state_dict),
+    "safetensors": Format("model.safetensors", "load", _safetensors),
+    "half": Format("model-half.safetensors", "load", _half, tolerance=2e-2),
+    "program": Format("model.pt2", "load_program", _program),
+    "onnx": Format("model.onnx", "load_onnx", _onnx),
+    "prune": Format("prune.safetensors", "load_prune", _prune),
+    "csr": Format("csr.safetensors", "load_csr", _csr),
+    "2:4": Format("semi-structured.safetensors", "", _semi_structured),
+}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """One safetensors file; tied tensors are stored once each."""
+    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)

@@ -1,0 +1,205 @@
+"""A network as a readable Python file that needs torch alone: its layers, its forward, and a loader for each format.
+
+Owns `network_source`. The files that it loads are written in `formats.py`.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import fx, nn
+
+from pyro_bmr.errors import ModelError
+
+_HEAD = '''"""{title}
+
+Written by pyro_bmr {version}; it needs torch and nothing else. `net = load()` gives the network, ready to predict.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+HERE = Path(__file__).parent
+
+
+'''
+
+_LOADERS = '''
+def load(file="model.safetensors"):
+    """The network with the weights of a .safetensors file, such as model-half.safetensors."""
+    return with_weights(read(file))
+
+
+def with_weights(weights):
+    net = Network()
+    net.load_state_dict(weights, assign=True)
+    return net.eval()
+
+
+def load_state_dict(file="state_dict.pt"):
+    """The network with the weights of a state_dict."""
+    check(file, (HERE / file).read_bytes())
+    return with_weights(torch.load(HERE / file, weights_only=True))
+
+
+def load_program(file="model.pt2"):
+    """The exported program; it does not need the class above."""
+    check(file, (HERE / file).read_bytes())
+    return torch.export.load(HERE / file).module()
+
+
+def load_onnx(file="model.onnx"):
+    """The network run by onnxruntime, which has to be installed: tensors in, tensors out."""
+    import onnxruntime
+
+    check(file, (HERE / file).read_bytes())
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(HERE / file), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def load_prune(file="prune.safetensors"):
+    """The network with weights and masks as torch.nn.utils.prune has them, to prune further or to train with the masks in force."""
+    from torch.nn.utils import prune
+
+    net, tensors = Network(), read(file)
+    for name in [key.removesuffix("_mask") for key in tensors if key.endswith("_mask")]:
+        path, _, parameter = name.rpartition(".")
+        prune.identity(net.get_submodule(path), parameter)
+    net.load_state_dict(tensors, assign=True)
+    return net.eval()
+
+
+class SparseLinear(nn.Module):
+    """y = W x + b with W in compressed sparse rows."""
+
+    def __init__(self, shape, crow, col, values, bias):
+        super().__init__()
+        self.shape = shape
+        for name, tensor in {"crow": crow, "col": col, "values": values, "bias": bias}.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        weight = torch.sparse_csr_tensor(self.crow, self.col, self.values, self.shape, check_invariants=False)
+        y = (weight @ x.reshape(-1, self.shape[1]).T).T.reshape(*x.shape[:-1], self.shape[0])
+        return y if self.bias is None else y + self.bias
+
+
+def load_csr(file="csr.safetensors"):
+    """The network with its sparsest Linear layers in compressed sparse rows."""
+    tensors = read(file)
+    sparse = [key.removesuffix(".crow") for key in tensors if key.endswith(".crow")]
+    net = Network()
+    for path in sparse:
+        crow, col, values = (tensors.pop(f"{path}.{part}") for part in ("crow", "col", "values"))
+        old = net.get_submodule(path)
+        layer = SparseLinear((old.out_features, old.in_features), crow, col, values, tensors.get(f"{path}.bias"))
+        net.set_submodule(path, layer)
+        tensors |= {f"{path}.{name}": buffer for name, buffer in layer.named_buffers()}
+    net.load_state_dict(tensors, assign=True)
+    return net.eval()
+
+
+def load_ensemble(file="ensemble.safetensors"):
+    """Networks with draws of the posterior for weights; average their probabilities, and their spread is the uncertainty."""
+    stacked = read(file)
+    return [with_weights({key: t[k].clone() for key, t in stacked.items()}) for k in range(len(next(iter(stacked.values()))))]
+
+
+def read(file):
+    """The tensors of a safetensors file: eight bytes of length, a header in JSON, the numbers."""
+    raw = (HERE / file).read_bytes()
+    check(file, raw)
+    size = int.from_bytes(raw[:8], "little")
+    try:
+        header = json.loads(raw[8 : 8 + size])
+        header.pop("__metadata__", None)
+        if max((entry["data_offsets"][1] for entry in header.values()), default=0) != len(raw) - 8 - size:
+            raise ValueError
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{file} is truncated or no safetensors file") from None
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+             "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = (8 + size + offset for offset in entry["data_offsets"])
+        kind = kinds[entry["dtype"]]
+        flat = torch.frombuffer(bytearray(raw[start:stop]), dtype=kind) if stop > start else torch.empty(0, dtype=kind)
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def check(file, raw):
+    """Raises a ValueError unless the file is the one that report.json was written for."""
+    files = json.loads((HERE / "report.json").read_text()).get("files", {}) if (HERE / "report.json").exists() else {}
+    if file in files and hashlib.sha256(raw).hexdigest() != files[file]["sha256"]:
+        raise ValueError(f"{file} is not the file that was written: its sha256 differs from that in report.json; copy it again")
+'''
+
+
+def network_source(graph: fx.GraphModule, title: str, version: str) -> str:
+    """The text of a Python file with the class `Network`, whose state_dict has the keys of `graph`, and loaders of all formats.
+
+    Raises:
+        ModelError: a layer cannot be written as a line of Python.
+    """
+    parts = [n for n in graph.graph.nodes if n.op in ("call_module", "get_attr")]
+    names = list(dict.fromkeys(str(n.target) for n in parts))
+    lines = {name: _constructor(name, graph) for name in names}
+    chain = all(n.op in ("placeholder", "call_module", "output") and len(n.all_input_nodes) <= 1 for n in graph.graph.nodes)
+    chain &= len(names) == len(parts) and not any("." in name for name in names)
+    if chain:
+        layers = "\n".join(f'            ("{name}", {line}),' for name, line in lines.items())
+        code = f"class Network(nn.Sequential):\n    def __init__(self):\n        super().__init__(OrderedDict([\n{layers}\n        ]))\n"
+    else:
+        made, body = set[str](), []
+        for name, line in lines.items():
+            path = name.split(".")
+            for k in range(1, len(path)):
+                if (inner := ".".join(path[:k])) not in made:
+                    made.add(inner)
+                    body.append(_placed(inner, "nn.Module()"))
+            body.append(_placed(name, line))
+        forward = graph.graph.python_code("self")
+        unknown = [key for key in forward.globals if key not in ("torch", "NoneType") and re.search(rf"\b{key}\b", forward.src)]
+        if unknown:
+            raise ModelError(f"the network's forward uses '{unknown[0]}', which is not torch's; export its weights alone with save()")
+        text = re.sub(r";  ?[\w, ]+(= [\w]+ )*= None", "", forward.src)
+        text = re.sub(r"^def forward\(self, (\w+)[^)]*\)[^:]*:", r"def forward(self, \1):", text.strip(), flags=re.M)
+        text = "\n".join(line.split("  #")[0].rstrip() for line in text.splitlines() if line.strip())
+        text = re.sub(r"torch\._C\._nn\.(\w+)|torch\.nn\.functional\.(\w+)", lambda m: f"nn.functional.{m[1] or m[2]}", text)
+        indented = "\n".join(f"    {line}" for line in text.splitlines())
+        code = "class Network(nn.Module):\n    def __init__(self):\n        super().__init__()\n" + "\n".join(body) + f"\n\n{indented}\n"
+    return _HEAD.format(title=title, version=version) + code + "\n" + _LOADERS
+
+
+def _placed(name: str, value: str) -> str:
+    *path, last = name.split(".")
+    where = "self"
+    for step in path:
+        where = f"{where}.{step}" if step.isidentifier() else f'getattr({where}, "{step}")'
+    if value.startswith("torch."):
+        return f'        {where}.register_buffer("{last}", {value})'
+    if last.isidentifier():
+        return f"        {where}.{last} = {value}"
+    return f'        {where}.add_module("{last}", {value})'
+
+
+def _constructor(name: str, graph: fx.GraphModule) -> str:
+    parent, _, last = name.rpartition(".")
+    part = getattr(graph.get_submodule(parent), last)
+    if isinstance(part, torch.Tensor):
+        empty = f"torch.empty({tuple(part.shape)}, dtype={part.dtype})"
+        return f"nn.Parameter({empty})" if isinstance(part, nn.Parameter) else empty
+    line = f"nn.{part!r}"
+    if type(part).__module__.startswith("torch.nn") and "\n" not in line and hasattr(nn, type(part).__name__):
+        return line
+    raise ModelError(f"layer '{name}' ({type(part).__name__}) cannot be written as a line of Python; export its weights alone with save()")

@@ -1,0 +1,149 @@
+"""Fit, reduce and export as three commands on a saved run, and what becomes of a run whose parts have changed."""
+
+import importlib.util
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pyro_bmr as bmr
+from pyro_bmr.cli import main
+from pyro_bmr.runs import load_run, save_run
+
+MODEL = """
+import torch
+import pyro_bmr as bmr
+
+def build(data, prior):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Linear(8, data.outputs))
+    return bmr.BayesianNetwork(net, prior, data.likelihood())
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with data, a model, and a fitted run."""
+    folder = tmp_path_factory.mktemp("runs")
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(120, 3))
+    y = (x[:, 0] > 0).astype(int) + (x[:, 1] > 0.5)
+    np.savez(folder / "data.npz", x_train=x[:90], y_train=y[:90], x_test=x[90:], y_test=y[90:])
+    (folder / "model.py").write_text(MODEL)
+    options = ["--model", str(folder / "model.py"), "--data", str(folder / "data.npz"), "--epochs", "20", "--batch-size", "15", "--draws", "4", "--quiet"]
+    assert main(["fit", *options, "--seed", "3", "--prior", "gaussian:0.7", "--out", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(files, tmp_path):
+    """A copy of the fitted run."""
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for path in (files / "run").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_fit_reduce_export(run, files, capsys):
+    settings = json.loads((run / "settings.json").read_text())
+    assert (settings["seed"], settings["prior"], settings["epochs"], settings["format"]) == (3, "gaussian:0.7", 20, "pyro_bmr run 1")
+    assert sorted(p.name for p in run.iterdir()) == ["network.safetensors", "posterior.safetensors", "settings.json"]
+
+    assert main(["reduce", str(run), "--kept", "0.4", "--draws", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "0.weight" in out and re.search(r"kept 0\.\d+, delta_f -?\d+.*accuracy 0\.\d+", out)
+    reduction = json.loads((run / "reduction.json").read_text())
+    assert (reduction["to"], reduction["per"], reduction["target"]) == ("gaussian:0", "weight", 0.4) and abs(reduction["kept"] - 0.4) < 0.02
+    saved = bmr.Posterior.load(run / "reduced.safetensors")
+    again = bmr.reduce(bmr.Posterior.load(run / "posterior.safetensors"), to=bmr.Gaussian(scale=0), kept=0.4)
+    assert all(torch.equal(saved.masks[name], mask) for name, mask in again.masks.items())
+
+    out_folder = run.parent / "out"
+    assert main(["export", str(run), "--shrink", "--format", "state_dict", "half", "--ensemble", "3", "--seconds", "0", "--out", str(out_folder)]) == 0
+    out = capsys.readouterr().out
+    assert "parameters " in out and "ms at batch 128" in out
+    report = json.loads((out_folder / "report.json").read_text())
+    assert report["settings"]["seed"] == 3 and report["reduction"]["delta_f"] == reduction["delta_f"] and abs(report["kept"] - 0.4) < 0.02
+    assert len(load_file(out_folder / "ensemble.safetensors")["0.weight"]) == 3
+    net = loaders(out_folder).load()
+    data = bmr.load(files / "data.npz")
+    dense = bmr.export(load_run(run, reduced=True).program(bmr.Gaussian(0.7), data), saved)
+    with torch.no_grad():
+        torch.testing.assert_close(net(data.x_test), dense(data.x_test), rtol=0, atol=1e-5)
+    assert report["accuracy"] == pytest.approx(float((dense(data.x_test).argmax(1) == data.y_test).double().mean()))
+    assert float(dense[1].running_mean.abs().max()) > 0.01, "the running statistics of the fit are in the export"
+
+    assert main(["export", str(run), "--unreduced", "--seconds", "0", "--out", str(run.parent / "whole")]) == 0
+    assert json.loads((run.parent / "whole" / "report.json").read_text())["kept"] == 1.0
+
+
+def loaders(folder):
+    spec = importlib.util.spec_from_file_location("network", folder / "network.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_new_fit_removes_the_old_reduction(run, files):
+    assert main(["reduce", str(run), "--draws", "1"]) == 0
+    old = load_run(run)
+    data = bmr.load(files / "data.npz")
+    fit = bmr.fit(old.program(bmr.Gaussian(0.7), data), data, epochs=1, progress=False)
+    save_run(fit, run, {**old.settings})
+    assert not (run / "reduced.safetensors").exists() and load_run(run, reduced=True).reduction == {}
+
+
+def test_a_program_of_ones_own_exports_its_weights(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert main(["fit", "--model", "linear_regression", "--data", "diabetes", "--epochs", "4", "--draws", "2", "--quiet", "--out", folder]) == 0
+    assert main(["reduce", folder, "--draws", "2"]) == 0
+    assert main(["export", folder, "--out", str(tmp_path / "out")]) == 0
+    weights, posterior = load_file(tmp_path / "out" / "model.safetensors"), load_run(folder, reduced=True).posterior
+    assert weights and all(torch.equal(value, posterior.point()[name]) for name, value in weights.items() if name in posterior.masks)
+    capsys.readouterr()
+    assert main(["export", folder, "--shrink", "--out", str(tmp_path / "no")]) == 2
+    err = capsys.readouterr().err
+    assert "no network" in err and err.count("\n") == 1 and not (tmp_path / "no").exists()
+
+
+def change(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+DAMAGE = {
+    "no run": (lambda run: (run / "settings.json").unlink(), "is no run of pyro-bmr fit: settings.json"),
+    "another file": (lambda run: (run / "settings.json").write_text("[]"), "is no run of pyro-bmr fit"),
+    "truncated posterior": (lambda run: (run / "posterior.safetensors").write_bytes((run / "posterior.safetensors").read_bytes()[:-8]), "not a readable"),
+    "truncated network": (lambda run: (run / "network.safetensors").write_bytes((run / "network.safetensors").read_bytes()[:50]), "is damaged"),
+    "changed model": (lambda run: change(run / "settings.json", b'"model_sha256": "', b'"model_sha256": "0'), "has changed since the fit"),
+    "network of another size": (lambda run: change(run / "network.safetensors", b"[8,3]", b"[3,8]"), "does not fit what"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_run_that_is_no_more_what_it_was(run, capsys, damage, message):
+    damage(run)
+    assert main(["export", str(run), "--seconds", "0", "--out", str(run.parent / "out")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (run.parent / "out").exists()
+
+
+ERRORS = {
+    "no such run": (["reduce", "nowhere"], "'nowhere' is no run"),
+    "unknown per": (["reduce", "RUN", "--per", "galaxy"], "per='galaxy'"),
+    "unknown format": (["export", "RUN", "--format", "zip"], "no format 'zip'; the formats are"),
+    "kept without reductions": (["fit", "--kept", "0.1", "--epochs", "1"], "--kept 0.1.*--reduce-to"),
+    "unknown prior": (["reduce", "RUN", "--to", "normal"], "no prior 'normal'"),
+    "threads": (["export", "RUN", "--threads", "0"], "--threads 0"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_are_one_line(run, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(run) if part == "RUN" else part for part in argv]) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err) and err.count("\n") == 1 and err.startswith("pyro-bmr: ")
