@@ -240,7 +240,7 @@ class _Run:
 
     def optimizer(self, make: Callable[[Any], Optimizer] | NaturalGradient) -> Optimizer:
         if not isinstance(make, NaturalGradient):
-            return make(self.parameters())
+            return make(self.parameters() if self.flat is None else [self.flat.loc, self.flat.log_scale, *self.trained])
         if self.flat is None:
             raise FitError(
                 f'optimizer=natural_gradient(): it needs guide=MeanField with estimator="weight", got {type(self.guide).__name__}; '

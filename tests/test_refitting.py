@@ -92,3 +92,14 @@ def test_what_a_refit_refuses(fitted):
         predicted_delta_f(bmr.reduce(fitted.posterior, to=bmr.Gaussian(0.4)))
     slab = bmr.reduce(fitted.posterior, to=bmr.SpikeAndSlab())
     assert predicted_delta_f(slab) == pytest.approx(log_evidence(slab.masks["w"].numpy()) - log_evidence(np.ones(D)), abs=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [bmr.adam(0.01), bmr.natural_gradient()], ids=["adam", "natural gradient"])
+def test_survivors_go_on_learning(fitted, optimizer):
+    """A fit that begins with masks, and one of a program under `Masked`, train what is left."""
+    alive = torch.tensor([True, False, True, True])
+    begun = bmr.fit(program, DATA, epochs=40, batch_size=N, optimizer=optimizer, progress=False, start=fitted.posterior.masked({"w": alive}))
+    masked = bmr.fit(bmr.Masked({"w": alive})(program), DATA, epochs=40, batch_size=N, optimizer=optimizer, progress=False)
+    for result, before in ((begun, fitted.posterior["w"].mean), (masked, torch.zeros(D))):
+        moved = (result.posterior["w"].mean - before).abs()
+        assert (moved[alive] > 1e-4).all() and result.posterior["w"].mean[1] == 0
