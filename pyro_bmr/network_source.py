@@ -199,7 +199,7 @@ def _constructor(name: str, graph: fx.GraphModule) -> str:
     if isinstance(part, torch.Tensor):
         empty = f"torch.empty({tuple(part.shape)}, dtype={part.dtype})"
         return f"nn.Parameter({empty})" if isinstance(part, nn.Parameter) else empty
-    line = f"nn.{part!r}"
+    line = re.sub(r"padding_mode=(\w+)", r'padding_mode="\1"', f"nn.{part!r}")  # torch prints it without quotes
     if type(part).__module__.startswith("torch.nn") and "\n" not in line and hasattr(nn, type(part).__name__):
         return line
     raise ModelError(f"layer '{name}' ({type(part).__name__}) cannot be written as a line of Python; export its weights alone with save()")
