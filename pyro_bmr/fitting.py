@@ -1,6 +1,6 @@
 """`fit`: the one training loop. Any Pyro program, any guide, any torch optimiser; reductions during the fit if asked.
 
-Owns `fit` and its result `Fit`. Next: `exporting.py`.
+Owns `fit` and its result `Fit`. Next: `refitting.py`.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ ORDER = [
     "reduction.programs", "reduction.targets",
     "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
     "pruning", "prediction", "metrics", "fit_arguments", "fitting", "refitting",
-    "graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "shrinking",
-    "exporting", "costs", "network_source", "formats", "deployment",
+    *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "plan")), "shrinking",
+    *(f"exporting.{name}" for name in ("plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
     "data", "plots", "comparison", "runs", "cli",
 ]  # fmt: skip
 
