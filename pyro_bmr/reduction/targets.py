@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.posterior import Posterior, Site
+from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, ScaleMixture, SpikeAndSlab
 from pyro_bmr.reduction.gaussian import Diagonal, delta_f, message, moments, point_spike_delta_f, reduced_posterior
 from pyro_bmr.reduction.line_search import line_maximum
@@ -27,6 +27,7 @@ from pyro_bmr.reduction.quadrature import density_reduction
 from pyro_bmr.reduction.relevance import best_var
 from pyro_bmr.reduction.scale_mixture import best_scale, grouped_reduction, scale_mixture_reduction
 from pyro_bmr.reduction.spike_and_slab import exact_inclusion, fixed_inclusion, mean_field_log_odds
+from pyro_bmr.site import Site
 
 _WEIGHTS_FOR_WIDTH = 8192
 _EXACT_INCLUSION_UP_TO = 4096  # decisions; above it the mean-field update and the integral give the same

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.posterior import Site
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
 from pyro_bmr.reduction.spike_and_slab import exact_inclusion
+from pyro_bmr.site import Site
 
 SHAPES = {"conv.weight": (3, 2, 2, 2), "conv.bias": (3,), "fc.weight": (2, 6), "fc.bias": (2,), "gain": (4,)}
 RNG = np.random.default_rng(21)
