@@ -2,7 +2,8 @@
 
 from pyro_bmr import metrics
 from pyro_bmr.comparison import compare
-from pyro_bmr.data import Data, load
+from pyro_bmr.data import load
+from pyro_bmr.data_set import Data
 from pyro_bmr.elbo import elbo_terms
 from pyro_bmr.errors import DataError, FitError, ModelError, PyroBMRError, ReductionError, ShrinkError
 from pyro_bmr.exporting import deploy, ensemble, export, save

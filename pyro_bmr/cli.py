@@ -11,7 +11,8 @@ import torch
 
 from pyro_bmr import metrics, plots
 from pyro_bmr.comparison import ROUTES, Settings, compare, load_model, model_names, summary
-from pyro_bmr.data import Data, load, sources
+from pyro_bmr.data import load, sources
+from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError, PyroBMRError
 from pyro_bmr.exporting import deploy, ensemble, export, point_weights, save
 from pyro_bmr.exporting.formats import FORMATS

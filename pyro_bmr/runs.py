@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pyro_bmr.comparison import load_model
-from pyro_bmr.data import Data, load
+from pyro_bmr.data import load
+from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting.formats import save_tensors
 from pyro_bmr.files import make_folder, write_atomically

@@ -26,7 +26,7 @@ ORDER = [
     "pruning", "prediction", "metrics", "fit_arguments", "fit_state", "fitting", "refitting",
     *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "plan")), "shrinking",
     *(f"exporting.{name}" for name in ("plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
-    "data", "plots",
+    "data_set", "data_files", "data", "plots",
     *(f"comparison.{name}" for name in ("models", "cells", "results_folder", "table")), "comparison",
     "runs", "cli",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_bmr import metrics
 from pyro_bmr.comparison.models import Build
-from pyro_bmr.data import Data
+from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting import point_weights
 from pyro_bmr.fitting import Fit, adam, fit

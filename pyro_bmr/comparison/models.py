@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyro_bmr.data import Data
+from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.priors import Prior
 

@@ -17,7 +17,7 @@ import torch
 
 from pyro_bmr import metrics, plots
 from pyro_bmr.comparison.cells import Cell, Settings
-from pyro_bmr.data import Data
+from pyro_bmr.data_set import Data
 from pyro_bmr.errors import PyroBMRError
 from pyro_bmr.exporting import save
 from pyro_bmr.files import make_folder, write_atomically

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pyro_bmr.comparison.cells import ROUTES, Settings, run_cell, scores, sizes
 from pyro_bmr.comparison.models import Build, load_model
 from pyro_bmr.comparison.results_folder import ResultsFolder, file_name
-from pyro_bmr.data import Data
+from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
 

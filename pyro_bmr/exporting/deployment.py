@@ -1,6 +1,6 @@
 """A network as a folder to ship: files in several formats, a Python file that rebuilds it with torch alone, and a report of what it costs.
 
-Owns `deploy`. The formats are in `formats.py`, the Python file in `network_source.py`, the figures in `costs.py`. Next: `data.py`.
+Owns `deploy`. The formats are in `formats.py`, the Python file in `network_source.py`, the figures in `costs.py`. Next: `data_set.py`.
 """
 
 from __future__ import annotations
