@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import pyro_bmr as bmr
 from pyro_bmr.models import lenet, mlp
-from pyro_bmr.shrinking.plan import masked
+from pyro_bmr.shrinking import masked
 
 
 class Block(nn.Module):
