@@ -1,6 +1,6 @@
 """`Posterior`: a fit as data — Gaussian moments per site and the prior each was fitted under; no Pyro program, no training.
 
-Owns `Posterior`: drawing from it, masks, saving and loading. How it is read is in `guide_moments.py` and `given_moments.py`. Next: `reduction/sites.py`.
+Owns `Posterior`: drawing from it, masks, saving and loading. How it is read is in `guide_moments.py` and `given_moments.py`. Next: `reduction/targets.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The mean-field guide: independent Gaussians over the unconstrained latent sites of any Pyro program.
 
-Owns `MeanField`. The objective that uses its flat parameters directly is in `elbo.py`. Next: `point.py`.
+Owns `MeanField`. The step that uses its flat parameters directly is in `mean_field_step.py`. Next: `point.py`.
 """
 
 from __future__ import annotations
