@@ -30,7 +30,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyro_bmr as bmr
-from pyro_bmr.fitting import _Run, _seed
+from pyro_bmr.fit_state import FitState, seed_generator
 
 ROWS, TURN = 60_000, 4
 Step = Callable[[], object]
@@ -72,7 +72,7 @@ def deterministic(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
 
 def ours(net: nn.Sequential, x: Tensor, y: Tensor, make: object = None, masks_of: float | None = None) -> Step:
     """The step of `fit`; with `masks_of`, after that fraction of each weight tensor was pruned."""
-    run = _Run(bmr.BayesianNetwork(copy.deepcopy(net), bmr.Gaussian(), bmr.Categorical()), bmr.MeanField, x, y, len(x), 1.0, 0)
+    run = FitState(bmr.BayesianNetwork(copy.deepcopy(net), bmr.Gaussian(), bmr.Categorical()), bmr.MeanField, x, y, len(x), 1.0, 0)
     run.whole.size = run.flat.rows = ROWS
     run.flat.kl_weight = 1 / ROWS
     optimizer = run.optimizer(make or bmr.adam())
@@ -86,7 +86,7 @@ def ours(net: nn.Sequential, x: Tensor, y: Tensor, make: object = None, masks_of
     def step() -> None:
         nonlocal number
         number += 1
-        _seed(x.device, number)
+        seed_generator(x.device, number)
         run.step(optimizer, (x, y), number)
         schedule.step()
 

@@ -2,11 +2,11 @@
 
 from pyro_bmr import metrics
 from pyro_bmr.comparison import compare
-from pyro_bmr.data import Data, load
-from pyro_bmr.deployment import deploy
+from pyro_bmr.data import load
+from pyro_bmr.data_set import Data
 from pyro_bmr.elbo import elbo_terms
 from pyro_bmr.errors import DataError, FitError, ModelError, PyroBMRError, ReductionError, ShrinkError
-from pyro_bmr.exporting import ensemble, export, save
+from pyro_bmr.exporting import deploy, ensemble, export, save
 from pyro_bmr.fitting import Fit, adam, cosine, fit
 from pyro_bmr.guides import FullRank, LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
 from pyro_bmr.likelihoods import Categorical, Normal

@@ -11,12 +11,12 @@ import torch
 
 from pyro_bmr import metrics, plots
 from pyro_bmr.comparison import ROUTES, Settings, compare, load_model, model_names, summary
-from pyro_bmr.data import Data, load, sources
-from pyro_bmr.deployment import deploy
+from pyro_bmr.data import load, sources
+from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError, PyroBMRError
-from pyro_bmr.exporting import ensemble, export, point_weights, save
+from pyro_bmr.exporting import deploy, ensemble, export, point_weights, save
+from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.fitting import adam, fit
-from pyro_bmr.formats import FORMATS
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior

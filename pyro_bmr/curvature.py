@@ -1,6 +1,6 @@
 r"""The Laplace approximation of one weight tensor from a trained value and a curvature, in plain tensors.
 
-Owns `laplace_moments`; `Posterior.from_curvature` applies it to each site of a network. Next: `posterior.py`.
+Owns `laplace_moments`; `Posterior.from_curvature` applies it to each site of a network. Next: `given_moments.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The evidence lower bound of one batch, its two terms apart: expected log likelihood and KL divergence.
 
-Owns `elbo_terms`. For `MeanField` it takes the fast path: one noise vector for all sites, views instead of copies, the KL of Gaussian sites in closed
-form. At a fixed draw it gives the value and gradient of Pyro's `TraceMeanField_ELBO`. Every other guide goes through
-Pyro's traces, with the value of `Trace_ELBO`.
+Owns `elbo_terms`. The guides of this library have the KL of Gaussian sites in closed form; for `MeanField` the value and gradient at a fixed draw are those of
+Pyro's `TraceMeanField_ELBO`. Every other guide goes through Pyro's traces, with the value of `Trace_ELBO`.
 Next: `mean_field_step.py`, the same for a fit, without autograd where it can be had without.
 """
 
@@ -24,7 +23,7 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.guides import MeanField, SiteWise
 from pyro_bmr.guides.mean_field import Latent, base_distribution, gaussian_on_the_line
 from pyro_bmr.guides.row_noise import RowNoise
-from pyro_bmr.guides.site_normal import Independent, SiteNormal, entropy, gaussian_kl
+from pyro_bmr.guides.site_normal import Independent, SiteNormal, entropy, gaussian_kl, log_density
 
 
 class ELBOTerms(NamedTuple):
@@ -46,10 +45,8 @@ def elbo_terms(
             `pruning.Masked` by the caller.
         noise: the standard-normal draw of those guides, flat; by default a new one.
     """
-    if isinstance(guide, SiteWise) or (isinstance(guide, MeanField) and guide.estimator != "weight"):
+    if isinstance(guide, (MeanField, SiteWise)):
         return _site_wise_terms(program, guide, args, masks or {}, noise)
-    if isinstance(guide, MeanField):
-        return _mean_field_terms(program, guide, args, masks or {}, noise)
     guide_trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args))
     model_trace = prune_subsample_sites(poutine.trace(poutine.replay(program, guide_trace)).get_trace(*args))
     model_trace.compute_log_prob()
@@ -64,20 +61,25 @@ def _site_wise_terms(
     program: Callable[..., Any], guide: SiteWise | MeanField, args: tuple[Any, ...], masks: Mapping[str, Tensor], noise: Tensor | None
 ) -> ELBOTerms:
     """Guides with a Gaussian per site: noise where the guide's estimator wants it, the KL in closed form where the prior is Gaussian on the line, else −H(q) −
-    log p at the draw."""
+    log p at the draw; log q − log p for one noise vector over a `MeanField`, as in Pyro's `TraceMeanField_ELBO`."""
+    conditional = guide.conditional if isinstance(guide, SiteWise) else guide.conditionals()
+    flat = guide if isinstance(guide, MeanField) and guide.estimator == "weight" else None
+    noise = torch.randn_like(flat.loc) if flat is not None and noise is None else noise
     gaussians: dict[str, SiteNormal] = {}
     draws: dict[str, Tensor] = {}
+    noises: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     used = 0
     for site in guide.latents:
         mask = masks.get(site.name, site.alive)
         mask = mask if mask is None or site.alive is None else mask & site.alive
-        q = guide.conditional(site.name, values, mask)
+        q = conditional(site.name, values, mask)
         if guide.estimator != "weight" and isinstance(q, Independent) and site.transform is None and noise is None:
             z: Tensor = RowNoise(q.mean, q.std, len(args[0]), guide.estimator)
         else:
-            z = q.draw(torch.randn(q.noise_size, dtype=q.mean.dtype, device=q.mean.device) if noise is None else noise[used : used + q.noise_size])
+            own = torch.randn(q.noise_size, dtype=q.mean.dtype, device=q.mean.device) if noise is None else noise[used : used + q.noise_size]
             used += q.noise_size
+            z, noises[site.name] = q.draw(own), own
         gaussians[site.name], draws[site.name] = q, z
         values[site.name] = z if site.transform is None else site.transform(z)
     with Values(values) as run:
@@ -88,10 +90,13 @@ def _site_wise_terms(
     for site in guide.latents:
         q, msg = gaussians[site.name], run.latent[site.name]
         base = base_distribution(msg["fn"])
-        base = base.base_dist if hasattr(base, "alive") else base
+        if hasattr(base, "alive"):  # a program under `pruning.Masked`
+            if isinstance(q, Independent):
+                q = Independent.of(q.mean, q.log_std, base.alive if q.mask is None else base.alive & q.mask)
+            base = base.base_dist
         prior = gaussian_on_the_line(base, site.transform)
         if prior is None:
-            kl_site = _sampled_kl(site, q, draws[site.name], base)
+            kl_site = _sampled_kl(site, q, draws[site.name], base, noises.get(site.name) if flat is not None else None)
         elif isinstance(q, Independent):
             kl_site = _GaussianKL.apply(q.mean, q.log_std, q.std.detach(), collapsed(prior.loc), collapsed(prior.scale), q.mask)
         else:
@@ -100,8 +105,8 @@ def _site_wise_terms(
     return ELBOTerms(likelihood, kl)
 
 
-def _sampled_kl(site: Latent, q: SiteNormal, z: Tensor, prior: Any) -> Tensor:
-    """−H(q) − log p(z), the prior's density counted on the unconstrained scale."""
+def _sampled_kl(site: Latent, q: SiteNormal, z: Tensor, prior: Any, noise: Tensor | None) -> Tensor:
+    """−H(q) − log p(z), the prior's density counted on the unconstrained scale; with the `noise` of z, log q(z) in the place of −H(q)."""
     z = z.draw() if isinstance(z, RowNoise) else z
     value = z if site.transform is None else site.transform(z)
     log_p = prior.log_prob(value)
@@ -110,7 +115,7 @@ def _sampled_kl(site: Latent, q: SiteNormal, z: Tensor, prior: Any) -> Tensor:
     if site.transform is not None:
         log_jacobian = site.transform.log_abs_det_jacobian(z, value)
         log_p = log_p + (log_jacobian.flatten(-len(prior.event_shape)).sum(-1) if prior.event_shape else log_jacobian)
-    return -entropy(q) - (log_p if q.mask is None else log_p.where(q.mask, 0)).sum()
+    return (-entropy(q) if noise is None else log_density(q, z, noise)) - (log_p if q.mask is None else log_p.where(q.mask, 0)).sum()
 
 
 class Values(Messenger):
@@ -134,49 +139,6 @@ class Values(Messenger):
             self.observed[msg["name"]] = msg  # an observation without data: a prediction
 
 
-def _mean_field_terms(program: Callable[..., Any], guide: MeanField, args: tuple[Any, ...], masks: Mapping[str, Tensor], noise: Tensor | None) -> ELBOTerms:
-    noise = torch.randn_like(guide.loc) if noise is None else noise
-    flat_mask = (
-        torch.cat(
-            [
-                masks[site.name].flatten() if site.name in masks else torch.ones(size, dtype=torch.bool, device=guide.loc.device)
-                for site, size in zip(guide.latents, guide.sizes, strict=True)
-            ]
-        )
-        if masks
-        else None
-    )
-    z, std = _Draw.apply(guide.loc, guide.log_scale, noise, flat_mask)
-    draws, stds, locs, log_scales, noises = (guide.views(flat) for flat in (z, std, guide.loc, guide.log_scale, noise))
-    values = {site.name: draws[site.name] if site.transform is None else site.transform(draws[site.name]) for site in guide.latents}
-    with Values(values) as run:
-        program(*args)
-    likelihood = likelihood_of(run)
-    kl = torch.zeros((), dtype=z.dtype, device=z.device)
-    for site in guide.latents:
-        name, msg = site.name, run.latent[site.name]
-        mask = masks.get(name)
-        base = base_distribution(msg["fn"])
-        if hasattr(base, "alive"):  # a program under `pruning.Masked`
-            mask, base = (base.alive if mask is None else mask & base.alive), base.base_dist
-        gaussian = gaussian_on_the_line(base, site.transform)
-        if gaussian is not None:
-            kl_site = _GaussianKL.apply(locs[name], log_scales[name], stds[name], collapsed(gaussian.loc), collapsed(gaussian.scale), mask)
-        else:
-            log_q = -log_scales[name] - 0.5 * noises[name].square() - 0.9189385332046727  # ½ log 2π
-            if site.transform is not None:
-                log_q = log_q - site.transform.log_abs_det_jacobian(draws[name], values[name])
-            log_p = base.log_prob(values[name])
-            if base.event_shape:
-                if mask is not None:
-                    raise ModelError(does_not_split(name, base))
-                log_q = log_q.flatten(-len(base.event_shape)).sum(-1)
-            difference = log_q - log_p
-            kl_site = (difference if mask is None else difference.where(mask, 0)).sum()
-        kl = kl + kl_site * msg["scale"]
-    return ELBOTerms(likelihood, kl)
-
-
 def likelihood_of(run: Values) -> Tensor:
     """The log density of the observed sites of a run."""
     likelihood: Tensor | float = 0.0
@@ -195,29 +157,6 @@ def does_not_split(name: str, base: Any) -> str:
 def collapsed(parameter: Tensor) -> Tensor:
     """A number that was expanded to a site's shape, as the number again."""
     return parameter[(0,) * parameter.ndim] if parameter.ndim and not any(parameter.stride()) else parameter
-
-
-class _Draw(torch.autograd.Function):
-    """z = μ + σε (0 where masked) and σ; the gradient of log σ is that of z times σε."""
-
-    @staticmethod
-    def forward(ctx, loc, log_scale, noise, mask):  # type: ignore[no-untyped-def]
-        std = log_scale.exp()
-        step = std * noise
-        z = loc + step
-        if mask is not None:
-            z.masked_fill_(~mask, 0)
-        ctx.save_for_backward(step, mask)
-        ctx.mark_non_differentiable(std)
-        return z, std
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-        step, mask = ctx.saved_tensors
-        if mask is not None:
-            grad = grad.masked_fill(~mask, 0)
-        return grad, grad * step, None, None
 
 
 class _GaussianKL(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """What a fit is given, checked before any work: rows, arguments, and the program on a handful of rows.
 
-Owns the checks and the split of the validation rows. Next: `fitting.py`.
+Owns the checks and the split of the validation rows. Next: `fit_state.py`.
 """
 
 from __future__ import annotations

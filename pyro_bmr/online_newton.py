@@ -1,6 +1,6 @@
 """The natural-gradient fit of `MeanField`: one vector of optimiser state instead of four, and steps that follow the posterior's own variances.
 
-Owns `natural_gradient`, which `fit` takes as its optimiser, and the optimiser behind it. Next: `fitting.py`.
+Owns `natural_gradient`, which `fit` takes as its optimiser, and the optimiser behind it. Next: `site.py`.
 """
 
 from __future__ import annotations

@@ -1,83 +1,36 @@
 """`Posterior`: a fit as data — Gaussian moments per site and the prior each was fitted under; no Pyro program, no training.
 
-Owns reading a posterior out of a guide or a param store, drawing from it, saving and loading it. Next: `reduction/sites.py`.
+Owns `Posterior`: drawing from it, masks, saving and loading. How it is read is in `guide_moments.py` and `given_moments.py`. Next: `reduction/targets.py`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.poutine.util import prune_subsample_sites
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pyro_bmr import priors
-from pyro_bmr.curvature import laplace_moments
-from pyro_bmr.elbo import Values, collapsed
+from pyro_bmr.curvature import Curvature
 from pyro_bmr.errors import ModelError, ReductionError
 from pyro_bmr.files import write_atomically
-from pyro_bmr.guides.autoguides import Moments, autoguide_moments
-from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
-from pyro_bmr.guides.scale_coupled import CoupledSite, conditional, multiplier
-from pyro_bmr.guides.site_wise import SiteWise
-from pyro_bmr.priors import Gaussian, Prior
+from pyro_bmr.given_moments import sites_of_curvature, sites_of_moments, sites_of_samples
+from pyro_bmr.guide_moments import sites_of_guide, sites_of_param_store, with_priors
+from pyro_bmr.guides.scale_coupled import conditional, multiplier
 from pyro_bmr.reduction.gaussian import Dense, Diagonal, Message
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
+from pyro_bmr.site import Site, joint_draw, joint_roots
 
 _FORMAT = "pyro_bmr posterior 1"
 _JOINTS: dict[str | None, Any] = {structure.__name__: structure for structure in (Dense, LowRank, MatrixNormal)}
-
-
-@dataclass(frozen=True)
-class Site:
-    """One latent site: q = N(`mean`, `var`) entry by entry, on the unconstrained scale (log for positive sites, logit on (0, 1)).
-
-    `prior`: the Gaussian prior of the fit, its moments expanded lazily from numbers; None for a prior that is not Gaussian.
-    `declared`: the prior object that declared the site, if one did. `mask`: the entries that live; None for all.
-    Pruned entries have mean and variance 0.
-    `given`: the latent sites on which the prior's moments depend; they stand at their posterior point (their median).
-    `joint`: the correlations of the entries where q has them, over the flattened site (`MatrixNormal`: over its rows and the rest); `mean` and
-    `var` are its marginals. None for independent entries.
-    `message`: where q couples the site with the scales that `declared` multiplies it by (`ScaleCoupled`), what the data said of the weight, in the weight's
-    units; a draw of the site then follows the draw of its scales, and `mean` and `var` are those given the scales at their medians. Else None.
-    """
-
-    mean: Tensor
-    var: Tensor
-    prior: Diagonal | None = None
-    declared: Prior | None = None
-    support: str = "real"
-    mask: Tensor | None = None
-    given: tuple[str, ...] = ()
-    joint: Dense | LowRank | MatrixNormal | None = None
-    message: Message | None = None
-
-    @property
-    def alive(self) -> Tensor:
-        """The entries that live, as a bool tensor in the site's shape."""
-        return torch.ones_like(self.mean, dtype=torch.bool) if self.mask is None else self.mask
-
-    def value(self, unconstrained: Tensor) -> Tensor:
-        """The constrained value, exactly 0 where the mask says so."""
-        transform = SUPPORTS[self.support]
-        value = unconstrained if transform is None else transform(unconstrained)
-        return value if self.mask is None else value.where(self.mask, 0)
-
-    def masked(self, mask: Tensor) -> Site:
-        """The same site with `mask` in force: moments of pruned entries 0, and the joint covariance that of the others."""
-        return replace(self, mean=self.mean.where(mask, 0), var=self.var.where(mask, 0), mask=mask, joint=_masked_joint(self.joint, mask))
 
 
 @dataclass(frozen=True)
@@ -126,8 +79,8 @@ class Posterior:
                 drawn = like + site.var.sqrt() * noise(*like.shape)
             else:
                 if name not in self.roots:
-                    self.roots[name] = _roots(site.joint)
-                drawn = _joint_draw(site.joint, self.roots[name], noise).view(like.shape)
+                    self.roots[name] = joint_roots(site.joint)
+                drawn = joint_draw(site.joint, self.roots[name], noise).view(like.shape)
             values[name] = site.value(drawn)
         return values
 
@@ -162,15 +115,7 @@ class Posterior:
             ModelError: a site's posterior cannot be read as Gaussian moments.
         """
         masks = masks or {}
-        if isinstance(guide, SiteWise):
-            return cls._with_priors(_site_wise(guide, masks), program, args, kwargs, masks, temperature)
-        with torch.no_grad(), torch.random.fork_rng():
-            trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
-            moments = autoguide_moments(guide, *args, **kwargs)
-        if moments is None:
-            moments = {name: _guide_moments(name, trace) for name, site in trace.iter_stochastic_nodes() if not (site["infer"] or {}).get("is_auxiliary")}
-        bare = {name: Site(m.mean, m.var, support=m.support, joint=m.joint) for name, m in moments.items()}
-        return cls._with_priors(bare, program, args, kwargs, masks, temperature)
+        return cls(with_priors(sites_of_guide(guide, args, kwargs, masks), program, args, kwargs, masks), temperature)
 
     @classmethod
     def from_param_store(
@@ -186,24 +131,7 @@ class Posterior:
         Raises:
             ModelError: a site of the program is not found in the store.
         """
-        with torch.no_grad(), torch.random.fork_rng(), poutine.block():
-            trace = prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
-        keys = list(store.keys())
-        bare = {}
-        for name, site in trace.iter_stochastic_nodes():
-            if names is not None:
-                pair = names.get(name, (None, None))
-            else:
-                pair = tuple(next((k for k in keys if k == f"{kind}.{name}" or k.endswith(f".{kind}.{name}")), None) for kind in ("locs", "scales"))  # type: ignore[assignment]
-            if pair[0] not in keys or pair[1] not in keys:
-                raise ModelError(
-                    f"site '{name}': no location and scale in the param store ({', '.join(keys) or 'it is empty'}); "
-                    f"pass names={{'{name}': ('<loc>', '<scale>'), ...}}"
-                )
-            support = support_name(name, base_distribution(site["fn"]).support)
-            loc, scale = (store[key].detach().clone() for key in pair)
-            bare[name] = Site(loc, scale.square().expand(loc.shape), support=support)
-        return cls._with_priors(bare, program, args, kwargs, {}, temperature)
+        return cls(with_priors(sites_of_param_store(store, program, args, kwargs, names), program, args, kwargs, {}), temperature)
 
     @classmethod
     def from_moments(cls, mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None) -> Posterior:
@@ -218,18 +146,7 @@ class Posterior:
         Raises:
             ModelError: names or shapes disagree, a variance is negative or not finite, or a prior has no moments.
         """
-        sites = {}
-        for name, value in mean.items():
-            if name not in var:
-                raise ModelError(f"site '{name}': it has a mean and no variance; give var['{name}'] (0 for a point estimate)")
-            spread = torch.as_tensor(var[name]).to(value)
-            if spread.ndim > value.ndim or not bool(value.isfinite().all() & spread.isfinite().all() & (spread >= 0).all()):
-                raise ModelError(
-                    f"site '{name}': finite means and variances >= 0 are wanted, of one shape; got shapes {tuple(value.shape)}, {tuple(spread.shape)}"
-                )
-            support = support_name_of(name, (supports or {}).get(name, "real"))
-            sites[name] = Site(value.detach().clone(), spread.detach().expand_as(value).clone(), *_given_prior(name, prior, value), support=support)
-        return cls(sites)
+        return cls(sites_of_moments(mean, var, prior, supports))
 
     @classmethod
     def from_samples(cls, samples: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None, joint_up_to: int = 64) -> Posterior:
@@ -244,26 +161,13 @@ class Posterior:
         Raises:
             ModelError: as `from_moments`, or there are fewer than two draws.
         """
-        real = {}
-        for name, draws in samples.items():
-            if len(draws) < 2:
-                raise ModelError(f"site '{name}': {len(draws)} draw; a variance needs at least two, in the first dimension")
-            transform = SUPPORTS[support_name_of(name, (supports or {}).get(name, "real"))]
-            real[name] = draws.detach() if transform is None else transform.inv(draws.detach())
-        posterior = cls.from_moments({k: v.mean(0) for k, v in real.items()}, {k: v.var(0) for k, v in real.items()}, prior, supports=supports)
-        sites = dict(posterior.sites)
-        for name, draws in real.items():
-            size = draws[0].numel()
-            if sites[name].support == "real" and 1 < size <= joint_up_to and len(draws) >= 10 * size:
-                flat = draws.flatten(1)
-                sites[name] = replace(sites[name], joint=Dense(flat.mean(0), torch.cov(flat.mT)))
-        return replace(posterior, sites=sites)
+        return cls(sites_of_samples(samples, prior, supports, joint_up_to))
 
     @classmethod
     def from_curvature(
         cls,
         mean: Mapping[str, Tensor],
-        curvature: Mapping[str, Tensor | tuple[Tensor, Tensor]],
+        curvature: Mapping[str, Curvature],
         prior: Any,
         *,
         penalised: bool = True,
@@ -290,54 +194,7 @@ class Posterior:
         Raises:
             ModelError: as `from_moments`, or a curvature does not fit its site or is negative.
         """
-        if not 0 < temperature < math.inf:
-            raise ModelError(f"temperature={temperature}: a finite number > 0 is wanted (1 is Bayes)")
-        sites = {}
-        for name, value in mean.items():
-            if name not in curvature:
-                raise ModelError(f"site '{name}': it has no curvature; leave it out of mean, or give curvature['{name}']")
-            moments_, declared = _given_prior(name, prior, value)
-            if moments_ is None:
-                raise ModelError(f"site '{name}': a Laplace posterior needs a Gaussian prior; give prior={{'{name}': Gaussian(1.0), ...}}")
-            given = curvature[name]
-            cooled = (given[0] / temperature, given[1]) if isinstance(given, tuple) else given / temperature
-            location, var, joint = laplace_moments(name, value.detach(), cooled, moments_, penalised)
-            sites[name] = Site(location, var, moments_, declared, joint=joint)
-        return cls(sites, temperature)
-
-    @classmethod
-    @torch.enable_grad()
-    def _with_priors(
-        cls,
-        read: Mapping[str, Site],
-        program: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        masks: Mapping[str, Tensor],
-        temperature: float,
-    ) -> Posterior:
-        bare = {name: site.masked(masks[name]) if name in masks else site for name, site in read.items()}
-        values = {name: site.value(site.mean).detach().requires_grad_() for name, site in bare.items()}
-        with torch.random.fork_rng(), Values(values) as run:
-            program(*args, **kwargs)
-        sites = {}
-        for name, msg in run.latent.items():
-            base = base_distribution(msg["fn"])
-            if bare[name].support == "real" and not bool(bare[name].var.any()):  # a point guide gives the value itself
-                support = support_name(name, base.support)
-                transform = SUPPORTS[support]
-                bare[name] = replace(bare[name], mean=bare[name].mean if transform is None else transform.inv(bare[name].mean), support=support)
-            prior = None
-            given: tuple[str, ...] = ()
-            if isinstance(base, torch.distributions.Normal):
-                loc, scale = collapsed(base.loc), collapsed(base.scale)
-                given = _dependencies(loc, scale, {k: v for k, v in values.items() if k != name})
-                prior = Diagonal(loc.detach(), scale.detach().square())
-            sites[name] = replace(bare[name], prior=prior, declared=msg["infer"].get("prior"), given=given)
-        missing = set(bare) - set(sites)
-        if missing:
-            raise ModelError(f"the guide has sites that the program has not: {', '.join(sorted(missing))}; use the program that the guide was fitted to")
-        return cls(sites, temperature)
+        return cls(sites_of_curvature(mean, curvature, prior, penalised, temperature), temperature)
 
     def save(self, path: str | Path) -> None:
         """One safetensors file; the description of the sites is in its metadata as JSON. Priors of the user's own are kept as moments only."""
@@ -391,109 +248,3 @@ class Posterior:
             message = Message(*(tensors[f"{name}/message_{field}"] for field in Message._fields)) if f"{name}/message_h" in tensors else None
             sites[name] = Site(part["mean"], part["var"], prior, declared, entry["support"], part["mask"], tuple(entry["given"]), joint, message)
         return cls(sites, about["temperature"])
-
-
-def support_name_of(name: str, support: str) -> str:
-    """`support`, or a ModelError with the ones there are."""
-    if support not in SUPPORTS:
-        raise ModelError(f"site '{name}': support {support!r}; one of {', '.join(map(repr, SUPPORTS))} is wanted")
-    return support
-
-
-def _given_prior(name: str, prior: Any, like: Tensor) -> tuple[Diagonal | None, Prior | None]:
-    """The moments of the prior that the user names for a site, and the prior itself if it is one of the library's."""
-    if isinstance(prior, Mapping):
-        prior = next((prior[pattern] for pattern in (name, *prior) if pattern in prior and fnmatchcase(name, pattern)), None)
-    if prior is None:
-        return None, None
-    if isinstance(prior, type) or not (hasattr(prior, "mean") and hasattr(prior, "var")):
-        raise ModelError(f"site '{name}': {prior!r} has no mean and variance; give the prior of the fit as Gaussian(<number>) or Diagonal(mean, var)")
-    mean, var = (torch.as_tensor(part, dtype=like.dtype, device=like.device) for part in (prior.mean, prior.var))
-    if not bool((var > 0).all()) or torch.broadcast_shapes(mean.shape, var.shape, like.shape) != like.shape:
-        raise ModelError(f"site '{name}': the prior's variance must be > 0 and fit the shape {tuple(like.shape)}; got {prior!r}")
-    return Diagonal(mean, var), prior if isinstance(prior, Gaussian) else None
-
-
-@torch.no_grad()
-def _site_wise(guide: SiteWise, masks: Mapping[str, Tensor]) -> dict[str, Site]:
-    sites = {}
-    for latent, part, q in zip(guide.latents, guide.parts.values(), guide.at_point(masks).values(), strict=True):
-        message = Message(*(t.clone() for t in part.message())) if isinstance(part, CoupledSite) else None
-        support = next(key for key, transform in SUPPORTS.items() if transform is latent.transform)
-        sites[latent.name] = Site(q.mean.clone(), q.var.clone(), support=support, joint=q.joint(), message=message)
-    return sites
-
-
-def _masked_joint(joint: Dense | LowRank | MatrixNormal | None, mask: Tensor) -> Dense | LowRank | MatrixNormal | None:
-    """The covariance of the living entries, rows and columns of the others 0; None where a matrix normal loses its form."""
-    flat = mask.flatten()
-    if isinstance(joint, Dense):
-        return Dense(joint.mean.where(flat, 0), joint.cov * (flat[:, None] & flat))
-    if isinstance(joint, LowRank):
-        return LowRank(joint.mean.where(flat, 0), joint.var.where(flat, 0), joint.factor * flat[:, None])
-    if isinstance(joint, MatrixNormal):
-        alive = mask.reshape(joint.mean.shape)
-        rows, columns = alive.any(1), alive.any(0)
-        if bool((alive == rows[:, None] & columns).all()):
-            return MatrixNormal(joint.mean.where(alive, 0), joint.row_cov * (rows[:, None] & rows), joint.col_cov * (columns[:, None] & columns))
-    return None
-
-
-def _roots(joint: Dense | LowRank | MatrixNormal) -> tuple[Tensor, ...]:
-    """T of each covariance TTᵀ in `joint`, rows of pruned entries 0."""
-    covariances = {Dense: ("cov",), LowRank: (), MatrixNormal: ("row_cov", "col_cov")}[type(joint)]
-    roots = []
-    for cov in (getattr(joint, name) for name in covariances):
-        alive = cov.diagonal() > 0
-        root, info = torch.linalg.cholesky_ex(cov + (~alive).to(cov.dtype).diag())
-        if int(info) != 0:  # singular to working precision
-            values, vectors = torch.linalg.eigh(cov)
-            root = vectors * values.clamp_min(0).sqrt()
-        roots.append(root * alive[:, None])
-    return tuple(roots)
-
-
-def _joint_draw(joint: Dense | LowRank | MatrixNormal, roots: tuple[Tensor, ...], noise: Callable[..., Tensor]) -> Tensor:
-    if isinstance(joint, Dense):
-        return joint.mean + roots[0] @ noise(len(joint.mean))
-    if isinstance(joint, LowRank):
-        return joint.mean + joint.var.sqrt() * noise(len(joint.mean)) + joint.factor @ noise(joint.factor.shape[1])
-    return joint.mean + roots[0] @ noise(*joint.mean.shape) @ roots[1].mT
-
-
-def _guide_moments(name: str, trace: Any) -> Moments:
-    """The moments of one site of a guide's trace, on the unconstrained scale."""
-    unconstrained = trace.nodes.get(f"{name}_unconstrained")
-    fn = base_distribution(trace.nodes[name]["fn"])
-    if unconstrained is not None:
-        base = base_distribution(unconstrained["fn"])
-        if isinstance(base, torch.distributions.Normal):
-            return Moments(base.loc.detach().clone(), base.variance.detach(), _autoguide_support(trace.nodes, name))
-    if isinstance(fn, torch.distributions.Normal):
-        return Moments(fn.loc.detach().clone(), fn.variance.detach(), "real")
-    if isinstance(fn, torch.distributions.TransformedDistribution) and len(fn.transforms) == 1:
-        base = base_distribution(fn.base_dist)
-        if isinstance(base, torch.distributions.Normal):
-            return Moments(base.loc.detach().clone(), base.variance.detach(), support_name(name, fn.support))
-    if isinstance(fn, dist.Delta) and not any(site["infer"].get("is_auxiliary") for site in trace.nodes.values() if site["type"] == "sample"):
-        return Moments(fn.v.detach().clone(), torch.zeros_like(fn.v), "real")
-    raise ModelError(
-        f"site '{name}': the guide's {type(fn).__name__} cannot be read as independent Gaussian moments; use MeanField or AutoNormal, or a guide "
-        "with a Normal or log-normal per site"
-    )
-
-
-def _autoguide_support(nodes: Mapping[str, Any], name: str) -> str:
-    """AutoNormal's value site is a Delta, which knows no support: the transform it applied tells."""
-    value, raw = nodes[name]["value"], nodes[f"{name}_unconstrained"]["value"]
-    for support, transform in SUPPORTS.items():
-        if torch.allclose(raw if transform is None else transform(raw), value, rtol=1e-5, atol=1e-8):
-            return support
-    raise ModelError(f"site '{name}': its support is not the reals, the positives or the unit interval, so its posterior cannot be read as Gaussian moments")
-
-
-def _dependencies(loc: Tensor, scale: Tensor, values: Mapping[str, Tensor]) -> tuple[str, ...]:
-    if not (loc.requires_grad or scale.requires_grad) or not values:
-        return ()
-    grads = torch.autograd.grad(loc.sum() + scale.sum(), list(values.values()), allow_unused=True, retain_graph=True)
-    return tuple(name for name, grad in zip(values, grads, strict=True) if grad is not None and math.isfinite(float(grad.abs().sum())))

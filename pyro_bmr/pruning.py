@@ -1,6 +1,6 @@
 """Pruned means zero and gone: masks applied to any Pyro program, and the schedule of reductions during a fit.
 
-Owns the effect handler `Masked` and the schedule `Every`. A mask is a bool tensor in the shape of its site, True where the weight lives. Next: `fitting.py`.
+Owns the effect handler `Masked` and the schedule `Every`. A mask is a bool tensor in the shape of its site, True where the weight lives. Next: `prediction.py`.
 """
 
 from __future__ import annotations

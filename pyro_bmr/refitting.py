@@ -1,6 +1,6 @@
 """`refit`: the reduced model fitted from the reduced posterior, and the change of its free energy beside the one that the reduction predicted.
 
-Owns `refit`, its result `Refit`, and `evidence_bound`. Next: `exporting.py`.
+Owns `refit`, its result `Refit`, and `evidence_bound`. Next: `shrinking/graphs.py`.
 """
 
 from __future__ import annotations

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pyro_bmr.comparison import load_model
-from pyro_bmr.data import Data, load
+from pyro_bmr.data import load
+from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError
+from pyro_bmr.exporting.formats import save_tensors
 from pyro_bmr.files import make_folder, write_atomically
 from pyro_bmr.fitting import Fit
-from pyro_bmr.formats import save_tensors
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Prior
 from pyro_bmr.reduction.outcome import Reduction

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import pyro_bmr as bmr
-from pyro_bmr import comparison, plots
-from pyro_bmr.comparison import ROUTES, Settings, compare, load_model, model_names, summary
+from pyro_bmr import plots
+from pyro_bmr.comparison import ROUTES, Settings, cells, compare, load_model, model_names, summary
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
@@ -168,7 +168,7 @@ def test_summary(done):
 def test_going_on_fits_nothing_twice(done, digits, monkeypatch):
     table, folder = done
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
-    monkeypatch.setattr(comparison, "fit", no_fits)
+    monkeypatch.setattr(cells, "fit", no_fits)
     again = compare("mlp:8", digits, seeds=2, settings=QUICK, out=folder, progress=False)
     pd.testing.assert_frame_equal(again, table, check_exact=True)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
@@ -176,8 +176,8 @@ def test_going_on_fits_nothing_twice(done, digits, monkeypatch):
 
 def test_going_on_with_more_seeds(diabetes, tmp_path, monkeypatch, blank):
     one(diabetes, out=tmp_path)
-    seeds, fit = [], comparison.fit
-    monkeypatch.setattr(comparison, "fit", lambda *args, **kwargs: seeds.append(kwargs["seed"]) or fit(*args, **kwargs))
+    seeds, fit = [], cells.fit
+    monkeypatch.setattr(cells, "fit", lambda *args, **kwargs: seeds.append(kwargs["seed"]) or fit(*args, **kwargs))
     table = one(diabetes, out=tmp_path, seeds=3)
     assert seeds == [1, 2] and list(table["seed"]) == [0, 1, 2] and list(table.columns) == REALS
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), table)
@@ -186,7 +186,7 @@ def test_going_on_with_more_seeds(diabetes, tmp_path, monkeypatch, blank):
 @pytest.mark.parametrize("name", ["0.1", "None", "a/b"])
 def test_going_on_with_any_name_of_a_prior(diabetes, tmp_path, monkeypatch, blank, name):
     table = one(diabetes, priors={name: bmr.Gaussian(0.5)}, routes=["reduced"], out=tmp_path)
-    monkeypatch.setattr(comparison, "fit", no_fits)
+    monkeypatch.setattr(cells, "fit", no_fits)
     again = one(diabetes, priors={name: bmr.Gaussian(0.5)}, routes=["reduced"], out=tmp_path)
     assert list(again["prior"]) == [name] and again["nll"].tolist() == table["nll"].tolist()
 
@@ -209,7 +209,7 @@ def test_another_model_or_data_set_is_refused(diabetes, tmp_path, blank):
 
 def test_a_folder_without_results_takes_any_settings(diabetes, tmp_path, monkeypatch, blank):
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(comparison, "fit", no_fits)
+        patch.setattr(cells, "fit", no_fits)
         one(diabetes, out=tmp_path)
     table = one(diabetes, out=tmp_path, settings=replace(QUICK, epochs=3))
     assert len(table) == 1 and strict(tmp_path / "settings.json")["epochs"] == 3

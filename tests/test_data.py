@@ -16,7 +16,8 @@ from sklearn.datasets import load_diabetes, load_digits
 
 import pyro_bmr as bmr
 from pyro_bmr import data as library
-from pyro_bmr.data import read_idx, sources
+from pyro_bmr.data import sources
+from pyro_bmr.data_files import read_idx
 
 IDX = {"x_train": "train-images-idx3-ubyte", "y_train": "train-labels-idx1-ubyte", "x_test": "t10k-images-idx3-ubyte", "y_test": "t10k-labels-idx1-ubyte"}
 SPLITS = ("x_train", "y_train", "x_test", "y_test")

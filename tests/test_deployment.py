@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr import costs
-from pyro_bmr.formats import FORMATS, save_tensors
+from pyro_bmr.exporting import costs
+from pyro_bmr.exporting.formats import FORMATS, save_tensors
 from pyro_bmr.models import mlp
 from tests.test_shrinking import NETS, made, random_masks
 
@@ -132,7 +132,7 @@ def test_the_report(x, tmp_path):
 
 
 def loaders(folder):
-    from pyro_bmr.deployment import _module
+    from pyro_bmr.exporting.deployment import _module
 
     return _module(folder / "network.py")
 

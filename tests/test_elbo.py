@@ -1,4 +1,4 @@
-"""The fast path against Pyro's own ELBO at a fixed draw: value and gradient."""
+"""The bound of `MeanField` against Pyro's own ELBO at a fixed draw: value and gradient."""
 
 import pyro
 import pyro.distributions as dist

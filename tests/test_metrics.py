@@ -10,8 +10,8 @@ from torch.func import functional_call
 
 import pyro_bmr as bmr
 from pyro_bmr import metrics
-from pyro_bmr.posterior import Site
 from pyro_bmr.prediction import ClassPrediction, RealPrediction
+from pyro_bmr.site import Site
 
 N, C = 90, 4
 

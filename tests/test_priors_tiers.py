@@ -12,9 +12,9 @@ from scipy import stats
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr.posterior import Site
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
 from pyro_bmr.priors.tiers import spread, tier_parts, tier_shape
+from pyro_bmr.site import Site
 
 KERNEL = (6, 4, 3, 2)
 GROUPS = [("layer", 1), ("unit", 1), ("unit", 3), ("input", 1), ("input", 2), ("weight", 1)]

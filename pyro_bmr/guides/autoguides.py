@@ -1,6 +1,6 @@
 """Pyro's autoguides as moments: which Gaussian each site has on the unconstrained scale, correlations within a site included.
 
-Owns `autoguide_moments`. Covariance between sites has no place in a posterior of sites and is dropped: each site gets its marginal. Next: `posterior.py`.
+Owns `autoguide_moments`. Covariance between sites has no place in a posterior of sites and is dropped: each site gets its marginal. Next: `elbo.py`.
 """
 
 from __future__ import annotations

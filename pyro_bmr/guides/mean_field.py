@@ -1,6 +1,6 @@
 """The mean-field guide: independent Gaussians over the unconstrained latent sites of any Pyro program.
 
-Owns `MeanField`. The objective that uses its flat parameters directly is in `elbo.py`. Next: `point.py`.
+Owns `MeanField`. The step that uses its flat parameters directly is in `mean_field_step.py`. Next: `point.py`.
 """
 
 from __future__ import annotations
@@ -174,9 +174,10 @@ class MeanField(nn.Module):
         """Site name → its part of a flat vector, in the site's shape; no copy."""
         return {latent.name: part.view(latent.shape) for latent, part in zip(self.latents, flat.split(self.sizes), strict=True)}
 
-    def conditional(self, name: str, values: Mapping[str, Tensor], mask: Tensor | None) -> Independent:
-        """The Gaussian of a site, with the entries that `mask` leaves."""
-        return Independent.of(self.views(self.loc)[name], self.views(self.log_scale)[name], mask)
+    def conditionals(self) -> Callable[[str, Mapping[str, Tensor], Tensor | None], Independent]:
+        """The function (name, values, mask) → Gaussian of a site, with the entries that `mask` leaves; on views of the flat vectors that are made once."""
+        locs, log_scales = self.views(self.loc), self.views(self.log_scale)
+        return lambda name, values, mask: Independent.of(locs[name], log_scales[name], mask)
 
     def table(self) -> pd.DataFrame:
         """One row per site: name, size, structure of its Gaussian, parameters, and whether its KL is in closed form or sampled."""

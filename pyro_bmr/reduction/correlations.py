@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmr.posterior import Site
 from pyro_bmr.reduction.gaussian import Dense, Diagonal, delta_f, prune_subset, reduced_posterior
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal, reduced_mean, reduced_var
 from pyro_bmr.reduction.search import marginal_var
 from pyro_bmr.reduction.states import embedded
+from pyro_bmr.site import Site
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,12 @@ from pyro_bmr.reduction.correlations import Correlated, correlated
 from pyro_bmr.reduction.gaussian import Diagonal, delta_f
 from pyro_bmr.reduction.groups import NofM
 from pyro_bmr.reduction.search import Search
-from pyro_bmr.reduction.spike_and_slab import exact_inclusion, mean_field_inclusion
 from pyro_bmr.reduction.states import initial_state
-from pyro_bmr.reduction.targets import SiteReduction
+from pyro_bmr.reduction.targets import SiteReduction, inclusion
 
 Results = Mapping[str, SiteReduction]
 Kept = float | Mapping[str, float] | None
 SearchMethod = Callable[..., Search]
-
-_EXACT_INCLUSION_UP_TO = 4096  # groups, as for single weights in targets.py
 
 
 def is_point_spike(prior: Prior | None) -> bool:
@@ -158,23 +155,24 @@ class _Groups(NamedTuple):
                 results[name] = replace(result, delta_f=0.0, scale=None)
             elif isinstance(prior, SpikeAndSlab):
                 against = self.spike[here] if not prior.spike_scale else self._narrow(posterior, results, prior.spike_scale)[here]
-                rule = exact_inclusion if len(against) <= _EXACT_INCLUSION_UP_TO else mean_field_inclusion
-                inclusion = rule(against, prior.alpha, prior.beta)
-                total[here] = -torch.logit(inclusion.probability.double())
-                results[name] = replace(result, delta_f=float(inclusion.log_evidence_gain), scale=float(inclusion.log_odds))
+                total[here], gain, zeta = inclusion(prior, against)
+                results[name] = replace(result, delta_f=gain, scale=zeta)
             else:
-                inside = (self.labels[name] >= 0) & result.site.alive
-                total.index_add_(0, self.labels[name][inside], result.drop[inside].double())
+                self._add(total, name, result, result.drop)
         return total
 
     def _narrow(self, posterior: Posterior, results: Results, spike_scale: float) -> Tensor:
         total = torch.zeros_like(self.spike)
         for name, result in results.items():
             site = posterior[name]
-            inside = (self.labels[name] >= 0) & result.site.alive
             if site.prior is not None:
-                total.index_add_(0, self.labels[name][inside], delta_f(site, site.prior, Gaussian(spike_scale))[inside].double())
+                self._add(total, name, result, delta_f(site, site.prior, Gaussian(spike_scale)))
         return total
+
+    def _add(self, total: Tensor, name: str, result: SiteReduction, each: Tensor) -> None:
+        """Adds the living entries of a site to the number of each group."""
+        inside = (self.labels[name] >= 0) & result.site.alive
+        total.index_add_(0, self.labels[name][inside], each[inside].double())
 
     def beyond(self, kept: float | Mapping[str, float], by_evidence: Tensor) -> Tensor:
         """The groups that go so that no less than `kept` of all entries lives: those with the largest ΔF per living entry. Sites that no pattern of a mapping

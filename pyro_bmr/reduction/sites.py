@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.posterior import Posterior, Site
+from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.reduction.correlations import pruned_site, rescaled_site
 from pyro_bmr.reduction.decisions import SearchMethod, decide, is_point_spike, pattern_masks
@@ -20,6 +20,7 @@ from pyro_bmr.reduction.groups import Block, NofM, group_labels
 from pyro_bmr.reduction.outcome import Reduction
 from pyro_bmr.reduction.search import greedy_search
 from pyro_bmr.reduction.targets import SiteReduction, site_reduction
+from pyro_bmr.site import Site
 
 
 def reduce(

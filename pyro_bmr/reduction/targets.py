@@ -1,7 +1,7 @@
 """What a reduced prior says of one site of a posterior: evidence, moments, and the log odds by which each weight goes.
 
 Owns `SiteReduction` and `site_reduction`, with one entry per kind of reduced prior. The formulas are in the files beside this one; the
-decision over all sites is in `sites.py`.
+decision over all sites is in `decisions.py`. Next: `correlations.py`.
 
 A prior of your own is a target if it has `mean` and `var` (it is Gaussian), `mixture` (a scale mixture of Gaussians), or `log_prob` (any density),
 looked for in this order. For a rule of your own register the class with `reduced.register`.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.posterior import Posterior, Site
+from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, ScaleMixture, SpikeAndSlab
 from pyro_bmr.reduction.gaussian import Diagonal, delta_f, message, moments, point_spike_delta_f, reduced_posterior
 from pyro_bmr.reduction.line_search import line_maximum
@@ -27,6 +27,7 @@ from pyro_bmr.reduction.quadrature import density_reduction
 from pyro_bmr.reduction.relevance import best_var
 from pyro_bmr.reduction.scale_mixture import best_scale, grouped_reduction, scale_mixture_reduction
 from pyro_bmr.reduction.spike_and_slab import exact_inclusion, fixed_inclusion, mean_field_log_odds
+from pyro_bmr.site import Site
 
 _WEIGHTS_FOR_WIDTH = 8192
 _EXACT_INCLUSION_UP_TO = 4096  # decisions; above it the mean-field update and the integral give the same
@@ -204,7 +205,7 @@ def _(to: SpikeAndSlab, living: Living) -> Reduced:
     """Odds of the spike over the slab, with the inclusion learned from the site, or given."""
     width = _slab_width(to, living) if to.slab_scale == "empirical" else to.slab_scale
     odds, base = _spike_odds(to, width, living)
-    drop, gain, zeta = _inclusion(to, odds)
+    drop, gain, zeta = inclusion(to, odds)
     if width is None:
         return Reduced(gain, living.spread(drop), living.q, living.p, zeta)
     slab = living.target(Gaussian(width))
@@ -222,8 +223,8 @@ def _spike_odds(to: SpikeAndSlab, width: float | None, living: Living) -> tuple[
     return living.summed(each), base
 
 
-def _inclusion(to: SpikeAndSlab, odds: Tensor) -> tuple[Tensor, float, float]:
-    """(log odds by which each decision is the spike's, gain over all slab, ζ)."""
+def inclusion(to: SpikeAndSlab, odds: Tensor) -> tuple[Tensor, float, float]:
+    """(log odds by which each decision is the spike's, gain over all slab, ζ), with π given, or learned from the decisions."""
     if to.inclusion is not None:
         zeta = math.log(to.inclusion / (1 - to.inclusion))
         return odds - zeta, fixed_inclusion(odds, zeta), zeta

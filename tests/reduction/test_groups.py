@@ -1,13 +1,15 @@
 """Groups: which entries go together, their evidence, and the decision on them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.posterior import Site
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
 from pyro_bmr.reduction.spike_and_slab import exact_inclusion
+from pyro_bmr.site import Site
 
 SHAPES = {"conv.weight": (3, 2, 2, 2), "conv.bias": (3,), "fc.weight": (2, 6), "fc.bias": (2,), "gain": (4,)}
 RNG = np.random.default_rng(21)
@@ -134,6 +136,9 @@ def test_a_spike_and_slab_has_one_indicator_per_group():
     exact = exact_inclusion(gains, 1.5, 2.5)
     assert result.sites["fc.weight"].delta_f == pytest.approx(exact.log_evidence_gain.item(), abs=1e-9) and result.sites["fc.bias"].delta_f == 0
     assert torch.equal(result.masks["fc.bias"], exact.probability >= 0.5) and torch.equal(result.masks["fc.weight"][:, 0], exact.probability >= 0.5)
+    known = bmr.reduce(post, to=bmr.SpikeAndSlab(inclusion=0.2), per="unit").sites["fc.weight"]
+    torch.testing.assert_close(known.drop[:, 0], gains - math.log(0.2 / 0.8))
+    assert known.delta_f == pytest.approx(float((0.2 + 0.8 * gains.exp()).log().sum()), abs=1e-9)
     narrow = bmr.reduce(post, to={"fc.*": bmr.SpikeAndSlab(spike_scale=0.07)}, per="unit")
     parts = [bmr.delta_f(post[f"fc.{part}"], PRIOR, bmr.Gaussian(0.07)) for part in ("weight", "bias")]
     assert narrow.delta_f == pytest.approx(exact_inclusion(parts[0].sum(1) + parts[1], 1, 1).log_evidence_gain.item(), abs=1e-9)

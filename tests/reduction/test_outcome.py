@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.posterior import Site
 from pyro_bmr.reduction.gaussian import prune_subset
+from pyro_bmr.site import Site
 from tests.exact import random_spd
 
 RNG = np.random.default_rng(31)

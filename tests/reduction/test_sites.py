@@ -8,10 +8,10 @@ import torch
 from scipy import stats
 
 import pyro_bmr as bmr
-from pyro_bmr.posterior import Site
 from pyro_bmr.reduction.gaussian import Message
 from pyro_bmr.reduction.scale_mixture import scale_mixture_reduction
 from pyro_bmr.reduction.spike_and_slab import exact_inclusion
+from pyro_bmr.site import Site
 
 RNG = np.random.default_rng(7)
 MEAN = torch.tensor(np.where(RNG.random((4, 6)) < 0.4, RNG.normal(0, 1, (4, 6)), RNG.normal(0, 0.05, (4, 6))))

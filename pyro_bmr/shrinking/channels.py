@@ -9,7 +9,7 @@ Owns `Channels`, the analysis of a graph. Each operation says three things of it
 - a `Read`, if it weighs channels: a channel is needed when a living output reads it with a weight other than zero, unless it is constant
   and its constant can be folded into the bias.
 
-What is not needed goes. Next: `shrinking.py`.
+What is not needed goes. Next: `rebuilding.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.graphs import MASKED, values_of
-from pyro_bmr.operations import function_state, layer_state, states_in
-from pyro_bmr.ties import Axes, State, Ties, fixed
+from pyro_bmr.shrinking.graphs import MASKED, values_of
+from pyro_bmr.shrinking.operations import function_state, layer_state, states_in
+from pyro_bmr.shrinking.ties import Axes, State, Ties, fixed
 
 
 class Channels:

@@ -1,6 +1,6 @@
 """From masks to a smaller network with the same function: dead units, channels and heads removed, their constants folded into biases.
 
-Owns `shrink`, `shrink_plan` and `ShrinkPlan`. How the network is read is in `graphs.py`, what lives in `channels.py`. Next: `exporting.py`.
+Owns `shrink`, `shrink_plan` and `ShrinkPlan`. How the network is read is in `graphs.py`, what lives in `channels.py`. Next: `exporting/plain_network.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_bmr.channels import Channels
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.graphs import trace, values_of
-from pyro_bmr.rebuilding import Rebuilt, batch_axis, depends
-from pyro_bmr.reshapes import RESHAPES
-from pyro_bmr.ties import State
+from pyro_bmr.shrinking.channels import Channels
+from pyro_bmr.shrinking.graphs import trace, values_of
+from pyro_bmr.shrinking.rebuilding import Rebuilt, batch_axis, depends
+from pyro_bmr.shrinking.reshapes import RESHAPES
+from pyro_bmr.shrinking.ties import State
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What each supported operation means for channels: what of its output is constant, which channels it ties, which it reads.
 
-Owns `layer_state`, `function_state` and `SUPPORTED`. They are called by `channels.py`, node by node.
+Owns `layer_state`, `function_state` and `SUPPORTED`. Next: `channels.py`, which calls them node by node.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.graphs import MASKED
-from pyro_bmr.reshapes import PERMUTES, RESHAPES, concatenated, expanded, indexed, permuted, reshaped
-from pyro_bmr.ties import Axes, State, Ties, fixed
+from pyro_bmr.shrinking.graphs import MASKED
+from pyro_bmr.shrinking.reshapes import PERMUTES, RESHAPES, concatenated, expanded, indexed, permuted, reshaped
+from pyro_bmr.shrinking.ties import Axes, State, Ties, fixed
 
 _ELEMENTWISE_LAYERS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.Softplus, nn.Hardtanh, nn.Hardswish,

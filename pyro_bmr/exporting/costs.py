@@ -1,6 +1,6 @@
 """What a network costs: parameters, FLOPs, and the measured latency of anything that can be called.
 
-Owns `parameters`, `flops` and `latency`. Next: `formats.py`.
+Owns `parameters`, `flops` and `latency`. Next: `network_source.py`.
 """
 
 from __future__ import annotations

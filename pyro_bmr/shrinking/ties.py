@@ -1,6 +1,6 @@
 """Which channels of a network are one and the same, and which layer reads which: the book that the analysis keeps.
 
-Owns `State`, `Read` and `Ties`. The entries are made by `operations.py`.
+Owns `State`, `Read` and `Ties`. The entries are made by `operations.py`. Next: `reshapes.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What becomes of channels when a value is reshaped, permuted, expanded, indexed or concatenated.
 
-Owns those rules. They are called by `operations.py`.
+Owns those rules. Next: `operations.py`, which calls them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.graphs import MASKED
-from pyro_bmr.ties import State, Ties, fixed
+from pyro_bmr.shrinking.graphs import MASKED
+from pyro_bmr.shrinking.ties import State, Ties, fixed
 
 RESHAPES: set[Any] = {
     torch.flatten, torch.reshape, torch.unsqueeze, torch.squeeze, torch.unflatten, "flatten", "reshape", "view", "unsqueeze", "squeeze", "unflatten",

@@ -1,6 +1,6 @@
 """The graph of the smaller network: every layer and tensor cut to its living channels, what has become a constant put in as one.
 
-Owns `Rebuilt`. What lives is decided in `channels.py`. Next: `shrinking.py`.
+Owns `Rebuilt`. What lives is decided in `channels.py`. Next: `plan.py`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_bmr.channels import Channels
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.graphs import MASKED, linear
-from pyro_bmr.reshapes import RESHAPES
-from pyro_bmr.ties import State
+from pyro_bmr.shrinking.channels import Channels
+from pyro_bmr.shrinking.graphs import MASKED, linear
+from pyro_bmr.shrinking.reshapes import RESHAPES
+from pyro_bmr.shrinking.ties import State
 
 
 class Rebuilt:

@@ -1,7 +1,7 @@
 """From a posterior to plain torch: a network with exact zeros, and files that load where Pyro is not installed.
 
 Owns `export` (an `nn.Module`), `ensemble` (draws of it), `point_weights` (tensors of any program) and `save` (safetensors + report.json).
-Next: `deployment.py`, for more formats and what each costs.
+Next: `costs.py`; `deployment.py` writes more formats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.files import make_folder, write_atomically
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
-from pyro_bmr.shrinking import shrink
+from pyro_bmr.shrinking.plan import shrink
 
 
 @torch.no_grad()

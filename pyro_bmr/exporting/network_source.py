@@ -1,6 +1,6 @@
 """A network as a readable Python file that needs torch alone: its layers, its forward, and a loader for each format.
 
-Owns `network_source`. The files that it loads are written in `formats.py`.
+Owns `network_source`. The files that it loads are written in `formats.py`, which is next.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A network as a folder to ship: files in several formats, a Python file that rebuilds it with torch alone, and a report of what it costs.
 
-Owns `deploy`. The formats are in `formats.py`, the Python file in `network_source.py`, the figures in `costs.py`.
+Owns `deploy`. The formats are in `formats.py`, the Python file in `network_source.py`, the figures in `costs.py`. Next: `data_set.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pyro_bmr.costs import flops, latency, parameters
 from pyro_bmr.errors import ModelError, PyroBMRError
+from pyro_bmr.exporting.costs import flops, latency, parameters
+from pyro_bmr.exporting.formats import FORMATS, Format, save_tensors
+from pyro_bmr.exporting.network_source import network_source
 from pyro_bmr.files import make_folder
-from pyro_bmr.formats import FORMATS, Format, save_tensors
-from pyro_bmr.graphs import trace
-from pyro_bmr.network_source import network_source
+from pyro_bmr.shrinking.graphs import trace
 
 BATCHES = (1, 128)
 

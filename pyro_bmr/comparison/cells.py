@@ -1,0 +1,142 @@
+"""One cell of a comparison: a fit, its reduction and its prediction, and what they scored.
+
+Owns `Settings`, which all cells share, `Cell` and `run_cell`. Next: `results_folder.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_bmr import metrics
+from pyro_bmr.comparison.models import Build
+from pyro_bmr.data_set import Data
+from pyro_bmr.errors import ModelError
+from pyro_bmr.exporting import point_weights
+from pyro_bmr.fitting import Fit, adam, fit
+from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.networks import BayesianNetwork
+from pyro_bmr.posterior import Posterior
+from pyro_bmr.prediction import ClassPrediction, Prediction, predict
+from pyro_bmr.priors import Gaussian, Prior
+from pyro_bmr.pruning import Every
+from pyro_bmr.reduction.outcome import Reduction
+from pyro_bmr.reduction.sites import reduce
+
+ROUTES = ("point", "fitted", "reduced")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every cell of a comparison shares; kept beside its results.
+
+    `kept`: target fraction for the reduced route, None for the evidence to decide. `reduce_every`: epochs, by default a tenth of the fit;
+    `start`, `stop`: as in `Every`. `draws`: of the predictive.
+    """
+
+    epochs: int = 40
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    temperature: float = 1.0
+    kept: float | None = None
+    reduce_every: float | None = None
+    start: float = 0.1
+    stop: float = 0.75
+    draws: int = 32
+    validation: float | None = None
+
+    def __post_init__(self) -> None:
+        rules = {
+            "epochs": self.epochs >= 1,
+            "batch_size": self.batch_size >= 1,
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "temperature": 0 < self.temperature < math.inf,
+            "kept": self.kept is None or 0 <= self.kept <= 1,
+            "reduce_every": self.reduce_every is None or 0 < self.reduce_every < math.inf,
+            "start": 0 <= self.start <= self.stop,
+            "stop": self.start <= self.stop <= 1,
+            "draws": self.draws >= 0,
+            "validation": self.validation is None or 0 < self.validation < 1,
+        }
+        broken = [f"{name}={getattr(self, name)}" for name, good in rules.items() if not good]
+        if broken:
+            raise ModelError(
+                f"{', '.join(broken)}: wanted are epochs, batch_size >= 1, learning_rate, temperature, reduce_every > 0, 0 <= start <= stop <= 1, "
+                "0 <= kept <= 1, draws >= 0, 0 < validation < 1"
+            )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one prior, route and seed gave."""
+
+    fit: Fit
+    posterior: Posterior
+    reduction: Reduction | None
+    prediction: Prediction
+    delta_f: float
+    weights: dict[str, Tensor]
+
+
+def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, settings: Settings, progress: bool) -> Cell:
+    """Fits, reduces and predicts, as the route says."""
+    fitted_under = prior if route != "reduced" or isinstance(prior, Gaussian) else Gaussian()
+    target: Prior = Gaussian(scale=0.0) if isinstance(prior, Gaussian) else prior
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        program = build(data, fitted_under)
+    schedule = (
+        Every(settings.reduce_every or settings.epochs / 10, target, settings.start, kept=settings.kept, stop=settings.stop) if route == "reduced" else None
+    )
+    result = fit(
+        program,
+        data,
+        guide=Point if route == "point" else MeanField,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        optimizer=adam(settings.learning_rate),
+        seed=seed,
+        temperature=settings.temperature,
+        reduce=schedule,
+        progress=progress,
+    )
+    posterior, reduction, delta_f = result.posterior, None, 0.0
+    if route == "reduced":
+        reduction = reduce(posterior, to=target, kept=settings.kept)
+        delta_f = float(result.history["delta_f"].iloc[-1]) + reduction.delta_f
+    elif route == "fitted" and prior.shrinkage:
+        reduction = reduce(posterior, to=None)
+    if reduction is not None:
+        posterior = reduction.posterior
+    prediction = predict(result.program, posterior, data.x_test, draws=0 if route == "point" else settings.draws, seed=seed)
+    return Cell(result, posterior, reduction, prediction, delta_f, point_weights(result.program, posterior))
+
+
+def scores(prediction: Prediction, data: Data) -> dict[str, float]:
+    """Measure → its value on the test rows, in the target's units."""
+    nll = -float(prediction.log_prob(data.y_test).double().mean())
+    if isinstance(prediction, ClassPrediction):
+        p, y = prediction.probs, data.y_test
+        return {"accuracy": metrics.accuracy(p, y), "nll": nll, "brier": metrics.brier(p, y), "ece": metrics.ece(p, y)}
+    return {
+        "rmse": metrics.rmse(prediction.mean, data.y_test) * data.target_scale,
+        "nll": nll + math.log(data.target_scale),
+        "brier": math.nan,
+        "ece": math.nan,
+    }
+
+
+def sizes(cell: Cell) -> dict[str, float]:
+    """The parameters of the network, and how many of them are not zero."""
+    program = cell.fit.program
+    names = (
+        [name for name, _ in program.net.named_parameters()]
+        if isinstance(program, BayesianNetwork)
+        else [name for name in cell.weights if cell.posterior[name].support == "real"]
+    )
+    total = sum(cell.weights[name].numel() for name in names)
+    nonzero = sum(int(cell.weights[name].count_nonzero()) for name in names)
+    return {"parameters": total, "kept_parameters": nonzero, "kept": nonzero / total}

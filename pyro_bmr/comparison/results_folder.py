@@ -1,0 +1,137 @@
+"""The results of a comparison on disk, which is also how an interrupted one goes on; tables as text.
+
+Owns `ResultsFolder`, `summary` and `markdown`. Next: `table.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from pyro_bmr import metrics, plots
+from pyro_bmr.comparison.cells import Cell, Settings
+from pyro_bmr.data_set import Data
+from pyro_bmr.errors import PyroBMRError
+from pyro_bmr.exporting import save
+from pyro_bmr.files import make_folder, write_atomically
+from pyro_bmr.prediction import ClassPrediction
+from pyro_bmr.priors import Gaussian, Prior
+from pyro_bmr.reduction.sites import reduce
+
+_TEXT = ("model", "data", "prior", "route")
+_REAL = ("temperature", "accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean ± standard deviation over seeds, one row per prior and route, as text."""
+    measures = [c for c in ("accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds") if c in table and table[c].notna().any()]
+
+    def text(values: pd.Series[Any]) -> str:
+        digits = {"seconds": 1, "delta_f": 0}.get(str(values.name), 4 if values.name == "kept" else 3)
+        spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+        return f"{values.mean():.{digits}f}{spread}"
+
+    return table.groupby(["prior", "route"], sort=False)[measures].agg(text).reset_index()
+
+
+class ResultsFolder:
+    """The results on disk: settings.json, results.csv (one row per finished cell), networks/, pictures/, report.md."""
+
+    def __init__(self, path: Path, model: str, data: Data, settings: Settings, priors: Mapping[str, Prior]) -> None:
+        self.path = path
+        make_folder(path)
+        self.settings = {"model": model, "data": data.name, "fingerprint": _fingerprint(model, data), **settings.__dict__}
+        self.table = pd.DataFrame()
+        if (path / "results.csv").exists():  # text stays text, whatever it looks like, and numbers are read back exactly
+            self.table = pd.read_csv(path / "results.csv", dtype=dict.fromkeys(_TEXT, str), converters=dict.fromkeys(_REAL, float), keep_default_na=False)
+        kept = path / "settings.json"
+        described = {name: repr(prior) for name, prior in priors.items() if type(prior).__repr__ is not object.__repr__}
+        if kept.exists() and not self.table.empty:
+            old = json.loads(kept.read_text())
+            old_priors = old.get("priors", {})
+            differences = [f"{key} was {old.get(key)!r}, is {value!r}" for key, value in self.settings.items() if old.get(key) != value]
+            differences += [f"prior '{name}' was {old_priors[name]}, is {text}" for name, text in described.items() if old_priors.get(name, text) != text]
+            described = {**old_priors, **described}
+            if differences:
+                raise PyroBMRError(f"'{path}' holds results of other settings ({'; '.join(differences)}); choose another folder, or remove it")
+        write_atomically(kept, lambda p: p.write_text(json.dumps({**self.settings, "priors": described}, indent=1)))
+
+    def finished(self, prior: str, route: str, seed: int) -> dict[str, Any] | None:
+        """The row of a cell that is there already."""
+        if self.table.empty:
+            return None
+        found = self.table[(self.table["prior"] == prior) & (self.table["route"] == route) & (self.table["seed"] == seed)]
+        return None if found.empty else {str(k): v for k, v in found.iloc[0].to_dict().items()}
+
+    def keep(self, row: dict[str, Any], cell: Cell, data: Data) -> None:
+        """Weights and pictures first, the row last: a row in results.csv is a finished cell."""
+        name = f"{file_name(row['prior'])}-{row['route']}-{row['seed']}"
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        sites = cell.reduction.table().to_dict("records") if cell.reduction else []
+        sites = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in site.items()} for site in sites]
+        calibration = metrics.calibration(cell.prediction.probs, data.y_test).tolist() if isinstance(cell.prediction, ClassPrediction) else None
+        save(cell.weights, self.path / "networks" / name, {"row": finite, "settings": self.settings, "sites": sites, "calibration": calibration})
+        cell.fit.history.to_csv(self.path / "networks" / name / "history.csv", index=False)
+        if cell.reduction is not None and row["route"] == "reduced" and row["seed"] == 0:
+            make_folder(self.path / "pictures")
+            before = reduce(cell.fit.posterior, to=Gaussian(scale=0.0))  # of the weights that survived the fit
+            plots.save_figure(
+                plots.delta_f_histogram({k: s.spike_delta_f for k, s in before.sites.items()}),
+                self.path / "pictures" / f"delta_f-{file_name(row['prior'])}.png",
+            )
+        self.table = pd.concat([self.table, pd.DataFrame([row])], ignore_index=True)
+        write_atomically(self.path / "results.csv", lambda p: self.table.to_csv(p, index=False, na_rep="nan"))
+
+    def report(self, table: pd.DataFrame) -> None:
+        """Writes pictures and report.md."""
+        make_folder(self.path / "pictures")
+        calibration = {}
+        for row in table[table["seed"] == 0].to_dict("records"):
+            name = f"{file_name(row['prior'])}-{row['route']}-0"
+            rows = json.loads((self.path / "networks" / name / "report.json").read_text())["calibration"]
+            if rows:
+                calibration[f"{row['prior']}, {row['route']}"] = torch.tensor(rows)
+        plots.save_figure(plots.comparison_figure(table, calibration), self.path / "pictures" / "comparison.png")
+        pictures = ["comparison.png", *sorted(p.name for p in (self.path / "pictures").glob("delta_f-*.png"))]
+        first = table.iloc[0]
+        lines = [
+            f"# {first['model']} on {first['data']}",
+            "",
+            f"{table['seed'].nunique()} seeds, mean ± standard deviation; {int(first['parameters']):,} parameters.",
+            "Settings: " + ", ".join(f"{key} {value}" for key, value in self.settings.items() if key not in ("model", "data", "fingerprint")) + ".",
+            "",
+            markdown(summary(table)),
+            "",
+            *(f"![{p.removesuffix('.png')}](pictures/{p})" for p in pictures),
+            "",
+        ]
+        write_atomically(self.path / "report.md", lambda p: p.write_text("\n".join(lines), encoding="utf-8"))
+
+
+def _fingerprint(model: str, data: Data) -> str:
+    """A hash of the data, and of the model if it is a file: results of others are never taken for these."""
+    content = hashlib.sha256()
+    for tensor in (data.x_train, data.y_train, data.x_test, data.y_test):
+        content.update(tensor.cpu().contiguous().numpy().tobytes())
+    path = Path(model.partition(":")[0])
+    if path.suffix == ".py" and path.is_file():
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def file_name(prior: str) -> str:
+    """The name of a prior as part of a path."""
+    return prior.replace(":", "-").replace("/", "-")
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown."""
+    rows = [list(map(str, table.columns)), ["---"] * table.shape[1], *(list(map(str, row)) for row in table.itertuples(index=False))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -1,0 +1,108 @@
+"""`compare`: prior × route × seed → one table. No training of its own: it calls `fit`, `reduce`, `predict` and `export`.
+
+Owns `compare`. Next: `runs.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from pyro_bmr.comparison.cells import ROUTES, Settings, run_cell, scores, sizes
+from pyro_bmr.comparison.models import Build, load_model
+from pyro_bmr.comparison.results_folder import ResultsFolder, file_name
+from pyro_bmr.data_set import Data
+from pyro_bmr.errors import ModelError
+from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
+
+
+def compare(
+    model: str | Path | Build,
+    data: Data,
+    *,
+    priors: Mapping[str, Prior] | None = None,
+    routes: Sequence[str] = ROUTES,
+    seeds: int = 3,
+    settings: Settings | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """One row per prior, route and seed, with what it scored, what is left of it, and what it took.
+
+    Columns: model, data, prior, route, seed, temperature, accuracy or rmse, nll, brier, ece, parameters, kept_parameters, kept, delta_f, seconds.
+
+    Routes, for a prior p:
+        point: maximum a posteriori under p, an empirical scale staying at its start, 1; nothing is pruned.
+        fitted: mean field under p; a shrinkage prior then says which weights are zero (`reduce(..., to=None)`), a Gaussian keeps all.
+        reduced: mean field under a Gaussian — p itself if it is one, else `Gaussian()` — reduced during and after the fit to p; a Gaussian p reduces to
+            the point spike, which removes a weight when the evidence rises without it.
+
+    accuracy … ece and rmse are those of the posterior predictive on the test rows (nats per row; rmse and nll in the target's units). `kept`
+    counts all parameters of the network that are not zero. `delta_f` is the predicted gain in log evidence of all reductions, nats.
+
+    Args:
+        model: a name in `models/` with an optional argument (``"mlp:500-500"``), a path of a .py file with `build(data, prior)`, or such a function.
+        out: a folder for results.csv, report.md, pictures and each row's exported weights. Rows already there are not computed again.
+        settings: see `Settings`. With `validation`, that fraction of the training rows is held out and scored instead of the test rows, for tuning.
+
+    Raises:
+        PyroBMRError: an unknown name, settings that differ from those of the results in `out`, or an unwritable folder.
+    """
+    settings = settings or Settings()
+    priors = priors or {"gaussian": Gaussian(), "horseshoe": Horseshoe(), "spike-and-slab": SpikeAndSlab()}
+    if callable(model):
+        build, model_name = model, f"{getattr(model, '__module__', '')}.{getattr(model, '__qualname__', repr(model))}"
+    else:
+        build, model_name = load_model(model), str(model)
+    unknown = [route for route in routes if route not in ROUTES]
+    if unknown or not routes or seeds < 1:
+        raise ModelError(f"routes={list(routes)}, seeds={seeds}: routes are {', '.join(ROUTES)}; at least one of each is wanted")
+    if settings.validation is not None:
+        data = _validation_data(data, settings.validation)
+    if len({file_name(prior) for prior in priors}) < len(priors):
+        raise ModelError(f"priors {', '.join(priors)}: two of the names give one folder; rename one")
+    folder = ResultsFolder(Path(out), model_name, data, settings, priors) if out is not None else None
+    cells = [(prior, route, seed) for prior in priors for route in routes for seed in range(seeds)]
+    rows = []
+    for prior, route, seed in tqdm(cells, disable=not progress, unit="fit", desc=f"{model_name} on {data.name}"):
+        row = folder.finished(prior, route, seed) if folder else None
+        if row is None:
+            cell = run_cell(build, data, priors[prior], route, seed, settings, progress)
+            row = {
+                "model": model_name,
+                "data": data.name,
+                "prior": prior,
+                "route": route,
+                "seed": seed,
+                "temperature": settings.temperature,
+                **scores(cell.prediction, data),
+                **sizes(cell),
+                "delta_f": cell.delta_f,
+                "seconds": cell.fit.seconds,
+            }
+            if folder:
+                folder.keep(row, cell, data)
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    if folder:
+        folder.report(table)
+    return table
+
+
+def _validation_data(data: Data, fraction: float) -> Data:
+    """The training rows, and the validation rows in place of the test rows, which are out of sight; without any, a part of the training rows."""
+    if data.x_val is not None and data.y_val is not None:
+        return replace(data, name=f"{data.name} (validation)", x_test=data.x_val, y_test=data.y_val)
+    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
+    rows = round(fraction * len(order))
+    if not 0 < rows < len(order):
+        raise ModelError(f"validation={fraction}: a fraction that leaves rows on both sides is wanted")
+    held, rest = order[:rows], order[rows:]
+    return replace(
+        data, name=f"{data.name} (validation)", x_train=data.x_train[rest], y_train=data.y_train[rest], x_test=data.x_train[held], y_test=data.y_train[held]
+    )
