@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pyro_bmr.files import make_folder, write_atomically
 from pyro_bmr.fitting import Fit, adam, fit
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.networks import BayesianNetwork
+from pyro_bmr.online_newton import natural_gradient
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import ClassPrediction, Prediction, predict
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
@@ -38,6 +40,8 @@ from pyro_bmr.reduction.outcome import Reduction
 from pyro_bmr.reduction.sites import reduce
 
 ROUTES = ("point", "fitted", "reduced")
+OPTIMIZERS: dict[str, tuple[Callable[[float], Any], float]] = {"adam": (adam, 3e-3), "natural-gradient": (natural_gradient, 0.1)}
+"""Name → what makes the optimiser of `fit` from a learning rate, and the rate where none is given."""
 _TEXT = ("model", "data", "prior", "route")
 _REAL = ("temperature", "accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
 Build = Callable[[Data, Prior], Callable[..., Any]]
@@ -47,13 +51,14 @@ Build = Callable[[Data, Prior], Callable[..., Any]]
 class Settings:
     """What every cell of a comparison shares; kept beside its results.
 
-    `kept`: target fraction for the reduced route, None for the evidence to decide. `reduce_every`: epochs, by default a tenth of the fit;
-    `start`, `stop`: as in `Every`. `draws`: of the predictive.
+    `optimizer`: one of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the point route takes adam at its own rate then. `learning_rate`: None for
+    that of the optimiser. `kept`: target fraction for the reduced route, None for the evidence to decide. `reduce_every`: epochs, by default a tenth of
+    the fit; `start`, `stop`: as in `Every`. `draws`: of the predictive.
     """
 
     epochs: int = 40
     batch_size: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
     temperature: float = 1.0
     kept: float | None = None
     reduce_every: float | None = None
@@ -61,12 +66,15 @@ class Settings:
     stop: float = 0.75
     draws: int = 32
     validation: float | None = None
+    optimizer: str = "adam"
 
     def __post_init__(self) -> None:
+        rate = optimizer_named(self.optimizer, self.learning_rate)[1]
+        object.__setattr__(self, "learning_rate", rate)  # as a number, which is kept beside the results
         rules = {
             "epochs": self.epochs >= 1,
             "batch_size": self.batch_size >= 1,
-            "learning_rate": 0 < self.learning_rate < math.inf,
+            "learning_rate": 0 < rate < math.inf,
             "temperature": 0 < self.temperature < math.inf,
             "kept": self.kept is None or 0 <= self.kept <= 1,
             "reduce_every": self.reduce_every is None or 0 < self.reduce_every < math.inf,
@@ -114,6 +122,9 @@ def compare(
 
     Raises:
         PyroBMRError: an unknown name, settings that differ from those of the results in `out`, or an unwritable folder.
+
+    Example:
+        >>> compare("mlp:100-50", load("digits"), priors={"gaussian": Gaussian()}, seeds=2, settings=Settings(epochs=20))
     """
     settings = settings or Settings()
     priors = priors or {"gaussian": Gaussian(), "horseshoe": Horseshoe(), "spike-and-slab": SpikeAndSlab()}
@@ -168,6 +179,23 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return table.groupby(["prior", "route"], sort=False)[measures].agg(text).reset_index()
 
 
+def optimizer_named(name: str, learning_rate: float | None = None) -> tuple[Callable[[], Any], float]:
+    """What makes the optimiser of that name for `fit`, and its learning rate, by default its own.
+
+    Raises:
+        ModelError: there is no such optimiser.
+
+    Example:
+        >>> make, rate = optimizer_named("natural-gradient")
+        >>> fit(program, data, optimizer=make())
+    """
+    if name not in OPTIMIZERS:
+        raise ModelError(f"no optimizer '{name}'; the optimizers are: {', '.join(OPTIMIZERS)}")
+    make, own = OPTIMIZERS[name]
+    rate = own if learning_rate is None else learning_rate
+    return partial(make, rate), rate
+
+
 def load_model(name: str | Path) -> Build:
     """The `build` function of a model: a name in `models/`, with its argument after a colon, or a .py file.
 
@@ -220,13 +248,14 @@ def _run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, set
     schedule = (
         Every(settings.reduce_every or settings.epochs / 10, target, settings.start, kept=settings.kept, stop=settings.stop) if route == "reduced" else None
     )
+    make = adam if route == "point" and settings.optimizer != "adam" else optimizer_named(settings.optimizer, settings.learning_rate)[0]
     result = fit(
         program,
         data,
         guide=Point if route == "point" else MeanField,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
-        optimizer=adam(settings.learning_rate),
+        optimizer=make(),
         seed=seed,
         temperature=settings.temperature,
         reduce=schedule,
@@ -296,7 +325,7 @@ class _Folder:
         kept = path / "settings.json"
         described = {name: repr(prior) for name, prior in priors.items() if type(prior).__repr__ is not object.__repr__}
         if kept.exists() and not self.table.empty:
-            old = json.loads(kept.read_text())
+            old = {"optimizer": "adam", **json.loads(kept.read_text())}  # folders of 0.1.0 do not say
             old_priors = old.get("priors", {})
             differences = [f"{key} was {old.get(key)!r}, is {value!r}" for key, value in self.settings.items() if old.get(key) != value]
             differences += [f"prior '{name}' was {old_priors[name]}, is {text}" for name, text in described.items() if old_priors.get(name, text) != text]
