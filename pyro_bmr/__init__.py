@@ -1,7 +1,7 @@
 """Bayesian deep learning with Pyro, sparse by Bayesian model reduction. The public names, in the order of the pipeline."""
 
 from pyro_bmr import metrics
-from pyro_bmr.comparison import compare
+from pyro_bmr.comparison import Settings, compare
 from pyro_bmr.data import load
 from pyro_bmr.data_set import Data
 from pyro_bmr.elbo import elbo_terms
@@ -12,22 +12,28 @@ from pyro_bmr.guides import FullRank, LowRankPlusDiagonal, MatrixVariate, MeanFi
 from pyro_bmr.likelihoods import Categorical, Normal
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import natural_gradient
-from pyro_bmr.posterior import Posterior
+from pyro_bmr.posterior import Posterior, Site
 from pyro_bmr.prediction import predict
-from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, SpikeAndSlab, StudentT
+from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, ScaleMixture, SpikeAndSlab, StudentT
 from pyro_bmr.pruning import Every, Masked
-from pyro_bmr.reduction.exponential_family import natural_delta_f
-from pyro_bmr.reduction.gaussian import Dense, Diagonal, delta_f, prune_subset, reduced_posterior
+from pyro_bmr.reduction.exponential_family import natural_delta_f, natural_posterior
+from pyro_bmr.reduction.gaussian import Dense, Diagonal, Message, delta_f, message, prune_subset, reduced_posterior
 from pyro_bmr.reduction.groups import Block, NofM
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
+from pyro_bmr.reduction.monte_carlo import MonteCarlo, log_ratio_delta_f, monte_carlo_delta_f
 from pyro_bmr.reduction.outcome import Reduction
+from pyro_bmr.reduction.programs import ScaleFlow, log_prior_ratio, reduction_program
+from pyro_bmr.reduction.relevance import best_var
+from pyro_bmr.reduction.scale_mixture import scale_mixture_reduction
 from pyro_bmr.reduction.search import Search, exhaustive_search, greedy_search
 from pyro_bmr.reduction.sites import reduce
+from pyro_bmr.reduction.spike_and_slab import exact_inclusion
+from pyro_bmr.reduction.targets import shared_inclusion
 from pyro_bmr.refitting import Refit, refit
 from pyro_bmr.shrinking import ShrinkPlan, shrink, shrink_plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BayesianNetwork",
@@ -50,7 +56,9 @@ __all__ = [
     "MatrixNormal",
     "MatrixVariate",
     "MeanField",
+    "Message",
     "ModelError",
+    "MonteCarlo",
     "NofM",
     "Normal",
     "Point",
@@ -61,32 +69,46 @@ __all__ = [
     "ReductionError",
     "Refit",
     "ScaleCoupled",
+    "ScaleFlow",
+    "ScaleMixture",
     "Search",
+    "Settings",
     "ShrinkError",
     "ShrinkPlan",
+    "Site",
     "SpikeAndSlab",
     "StudentT",
     "adam",
+    "best_var",
     "compare",
     "cosine",
     "delta_f",
     "deploy",
     "elbo_terms",
     "ensemble",
+    "exact_inclusion",
     "exhaustive_search",
     "export",
     "fit",
     "greedy_search",
     "load",
+    "log_prior_ratio",
+    "log_ratio_delta_f",
+    "message",
     "metrics",
+    "monte_carlo_delta_f",
     "natural_delta_f",
     "natural_gradient",
+    "natural_posterior",
     "predict",
     "prune_subset",
     "reduce",
     "reduced_posterior",
+    "reduction_program",
     "refit",
     "save",
+    "scale_mixture_reduction",
+    "shared_inclusion",
     "shrink",
     "shrink_plan",
 ]  # fmt: skip

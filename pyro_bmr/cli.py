@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import NoReturn
 
 import torch
 
 from pyro_bmr import metrics, plots
-from pyro_bmr.comparison import ROUTES, Settings, compare, load_model, model_names, summary
+from pyro_bmr.comparison import OPTIMIZERS, ROUTES, Settings, compare, load_model, model_names, optimizer_named, summary
 from pyro_bmr.data import load, sources
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError, PyroBMRError
 from pyro_bmr.exporting import deploy, ensemble, export, point_weights, save
 from pyro_bmr.exporting.formats import FORMATS
-from pyro_bmr.fitting import adam, fit
+from pyro_bmr.fitting import fit
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import ClassPrediction, predict
 from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, SpikeAndSlab, StudentT
 from pyro_bmr.pruning import Every
+from pyro_bmr.reduction.groups import GROUPS
 from pyro_bmr.reduction.sites import reduce
 from pyro_bmr.runs import load_run, save_run
 from pyro_bmr.shrinking import shrink_plan
@@ -106,22 +108,25 @@ def _fit(arguments: argparse.Namespace) -> int:
         program = load_model(model)(data, prior)
     if target is None and arguments.kept is not None:
         raise ModelError(f"--kept {arguments.kept}: a target needs reductions during the fit; add --reduce-to gaussian:0")
+    if target is None and arguments.per != "weight":
+        raise ModelError(f"--per {arguments.per}: groups need reductions during the fit; add --reduce-to gaussian:0")
     every = arguments.reduce_every or arguments.epochs / 10
-    schedule = target and Every(every, target, arguments.start, kept=arguments.kept, stop=arguments.stop)
+    schedule = target and Every(every, target, arguments.start, kept=arguments.kept, stop=arguments.stop, per=arguments.per, heads=arguments.heads)
+    make, arguments.learning_rate = optimizer_named(arguments.optimizer, arguments.learning_rate)
     result = fit(
         program,
         data,
         guide=Point if arguments.point else MeanField,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
-        optimizer=adam(arguments.learning_rate),
+        optimizer=make(),
         seed=arguments.seed,
         temperature=arguments.temperature,
         reduce=schedule or None,
         progress=not arguments.quiet and sys.stderr.isatty(),
     )
-    names = ("prior", "seed", "epochs", "batch_size", "learning_rate", "temperature", "point", "reduce_to", "reduce_every", "kept", "start", "stop")
-    settings = {"model": model, "data": arguments.data, "target": arguments.target, **{name: getattr(arguments, name) for name in names}}
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "out", "quiet", "threads", "draws")}
+    settings = {**asked, "model": model}
     scores = _scores(result.program, result.posterior, data, arguments.draws)
     save_run(result, arguments.out, {**settings, "seconds": result.seconds, **scores})
     print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
@@ -131,8 +136,8 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 def _reduce(arguments: argparse.Namespace) -> int:
     run, prior = load_run(arguments.run_folder), prior_from_name(arguments.to)
-    reduction = reduce(run.posterior, prior, arguments.per, threshold=arguments.threshold, kept=arguments.kept)
-    about = {name: getattr(arguments, name) for name in ("to", "per", "threshold")} | {"target": arguments.kept}
+    reduction = reduce(run.posterior, prior, arguments.per, threshold=arguments.threshold, kept=arguments.kept, heads=arguments.heads)
+    about = {name: getattr(arguments, name) for name in ("to", "per", "heads", "threshold")} | {"target": arguments.kept}
     run.reduced(reduction, about)
     data = run.data()
     scores = _scores(run.program(prior_from_name(run.settings["prior"]), data), reduction.posterior, data, arguments.draws)
@@ -201,82 +206,118 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+class _Help(argparse.HelpFormatter):
+    """Adds the default to the help of an option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        if default is None or default is False or default == argparse.SUPPRESS or not action.option_strings:
+            return text
+        return f"{text} (default: {' '.join(default) if isinstance(default, list) else '%(default)s'})"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="pyro-bmr", description="Sparse Bayesian networks by Bayesian model reduction.")
+    description = "Sparse Bayesian networks by Bayesian model reduction: compare priors in one table, or fit, reduce and export one network step by step."
+    parser = _Parser(prog="pyro-bmr", description=description, epilog="pyro-bmr COMMAND --help has the options of each command.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     defaults = Settings()
 
-    c = commands.add_parser("compare", help="prior × route × seed, one table", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    c.add_argument(
-        "--model", help=f"{', '.join(model_names())} (sizes after a colon: mlp:500-500), or FILE.py with build(data, prior); default: mlp or linear_regression"
-    )
-    c.add_argument("--data", default="digits", help=f"{', '.join(sources())}, FILE.npz, FILE.csv, or a folder of IDX files")
-    c.add_argument("--target", help="the column of FILE.csv to predict")
-    c.add_argument("--priors", nargs="+", default=["gaussian", "horseshoe", "spike-and-slab"], metavar="PRIOR", help=", ".join([*PRIORS, "gaussian:SCALE"]))
-    c.add_argument("--routes", nargs="+", default=list(ROUTES), metavar="ROUTE", help=", ".join(ROUTES))
-    c.add_argument("--seeds", type=int, default=2, help="seeds 0 … N − 1")
-    c.add_argument("--epochs", type=int, default=defaults.epochs)
-    c.add_argument("--batch-size", type=int, default=defaults.batch_size)
-    c.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    c.add_argument("--temperature", type=float, default=defaults.temperature, help="1 is Bayes; less counts the data more often")
-    c.add_argument("--kept", type=float, default=defaults.kept, help="target fraction of weights for the reduced route; by default the evidence decides")
-    c.add_argument(
-        "--reduce-every", type=float, default=defaults.reduce_every, metavar="EPOCHS", help="interval of reductions during the fit; by default a tenth of it"
-    )
-    c.add_argument("--start", type=float, default=defaults.start, help="fraction of the fit before the first reduction")
-    c.add_argument("--stop", type=float, default=defaults.stop, help="fraction of the fit after which nothing more is pruned")
-    c.add_argument("--draws", type=int, default=defaults.draws, help="posterior draws for predictions")
-    c.add_argument("--validation", type=float, default=None, metavar="FRACTION", help="score a held-out part of the training rows instead of the test rows")
-    c.add_argument("--threads", type=int, default=1, help="threads of torch; small networks are fastest with one")
-    c.add_argument("--out", default="results/compare", help="folder of the results; finished rows in it are kept")
-    c.add_argument("--quiet", action="store_true", help="no progress bars")
-    c.set_defaults(run=_compare)
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str, more: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}. {more}", formatter_class=_Help)
+        added.set_defaults(run=run)
+        return added
 
-    f = commands.add_parser("fit", help="one fit, saved as a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    f.add_argument("--model", help=f"{', '.join(model_names())} (sizes after a colon: mlp:500-500), or FILE.py with build(data, prior)")
-    f.add_argument("--data", default="digits", help=f"{', '.join(sources())}, FILE.npz, FILE.csv, or a folder of IDX files")
-    f.add_argument("--target", help="the column of FILE.csv to predict")
-    f.add_argument("--prior", default="gaussian", help=", ".join([*PRIORS, "gaussian:SCALE"]))
+    c = command(
+        "compare", _compare, "fit and score each prior by each route with each seed, in one table", "An interrupted comparison goes on where it stopped."
+    )
+    _add_problem(c)
+    c.add_argument("--priors", nargs="+", default=["gaussian", "horseshoe", "spike-and-slab"], metavar="PRIOR", help=_PRIORS)
+    c.add_argument("--routes", nargs="+", default=list(ROUTES), metavar="ROUTE", help="point estimate, fitted under the prior, reduced to it")
+    c.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds 0 … N − 1")
+    _add_fit(c, defaults)
+    c.add_argument("--kept", type=float, metavar="FRACTION", help="target fraction of weights for the reduced route; by default the evidence decides")
+    c.add_argument("--reduce-every", type=float, metavar="EPOCHS", help="interval of reductions during the fit; by default a tenth of it")
+    _add_schedule(c, defaults)
+    c.add_argument("--validation", type=float, metavar="FRACTION", help="score a held-out part of the training rows instead of the test rows")
+    _add_run(c, defaults)
+    c.add_argument("--out", default="results/compare", metavar="DIR", help="folder of the results; finished rows in it are kept")
+    c.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    f = command("fit", _fit, "fit one network and save it as a run", "pyro-bmr reduce and pyro-bmr export take the run from there.")
+    _add_problem(f)
+    f.add_argument("--prior", default="gaussian", help=_PRIORS)
     f.add_argument("--point", action="store_true", help="a point estimate (maximum a posteriori), which cannot be reduced")
-    f.add_argument("--seed", type=int, default=0)
-    f.add_argument("--epochs", type=int, default=defaults.epochs)
-    f.add_argument("--batch-size", type=int, default=defaults.batch_size)
-    f.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    f.add_argument("--temperature", type=float, default=defaults.temperature, help="1 is Bayes; less counts the data more often")
-    f.add_argument("--reduce-to", metavar="PRIOR", help="reduce during the fit, too; gaussian:0 is the point spike")
+    f.add_argument("--seed", type=int, default=0, help="of everything random")
+    _add_fit(f, defaults)
+    f.add_argument("--reduce-to", metavar="PRIOR", help=f"reduce during the fit, too, to one of: {TARGETS}")
     f.add_argument("--reduce-every", type=float, metavar="EPOCHS", help="interval of these reductions; by default a tenth of the fit")
-    f.add_argument("--kept", type=float, help="target fraction of weights for these reductions; by default the evidence decides")
-    f.add_argument("--start", type=float, default=defaults.start, help="fraction of the fit before the first reduction")
-    f.add_argument("--stop", type=float, default=defaults.stop, help="fraction of the fit after which nothing more is pruned")
-    f.add_argument("--draws", type=int, default=defaults.draws, help="posterior draws for the scores")
-    f.add_argument("--threads", type=int, default=1)
+    _add_groups(f)
+    f.add_argument("--kept", type=float, metavar="FRACTION", help="target fraction of weights for these reductions; by default the evidence decides")
+    _add_schedule(f, defaults)
+    _add_run(f, defaults)
     f.add_argument("--out", default="results/run", metavar="RUN", help="folder of the run")
     f.add_argument("--quiet", action="store_true", help="no progress bar")
-    f.set_defaults(run=_fit)
 
-    r = commands.add_parser("reduce", help="which weights of a run the evidence does without", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    r = command(
+        "reduce", _reduce, "say which weights of a run the evidence does without, and prune them", "No new fit; the posterior of the fit stays in the run."
+    )
     r.add_argument("run_folder", metavar="RUN", help="folder of a run of pyro-bmr fit; the reduction is saved in it")
-    r.add_argument("--to", default="gaussian:0", metavar="PRIOR", help=f"{', '.join([*PRIORS, 'gaussian:SCALE'])}; gaussian:0 is the point spike")
-    r.add_argument("--per", default="weight", help="what is kept or goes as one: weight, unit, input, channel, head or layer")
-    r.add_argument("--threshold", type=float, default=0.0, help="nats by which a weight has to be superfluous")
-    r.add_argument("--kept", type=float, help="instead of the threshold, the fraction of weights that stays")
-    r.add_argument("--draws", type=int, default=defaults.draws, help="posterior draws for the scores")
-    r.set_defaults(run=_reduce)
+    r.add_argument("--to", default="gaussian:0", metavar="PRIOR", help=TARGETS)
+    _add_groups(r)
+    r.add_argument("--threshold", type=float, default=0.0, metavar="NATS", help="by how much the evidence has to rise without a weight or group")
+    r.add_argument("--kept", type=float, metavar="FRACTION", help="instead of the threshold, the fraction of weights that stays")
+    r.add_argument("--draws", type=int, default=defaults.draws, metavar="N", help="posterior draws for predictions")
 
-    e = commands.add_parser("export", help="plain torch, smaller, in several formats", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    e = command("export", _export, "write a run as plain torch, smaller if asked, in several formats", "The files load without pyro_bmr.")
     e.add_argument("run_folder", metavar="RUN", help="folder of a run; its last reduction is exported if it has one")
     e.add_argument("--format", nargs="+", default=["safetensors"], metavar="FORMAT", help=", ".join(FORMATS))
     e.add_argument("--shrink", action="store_true", help="remove dead units, channels and heads")
-    e.add_argument("--ensemble", type=int, default=0, metavar="DRAWS", help="draws of the posterior to export as well")
+    e.add_argument("--ensemble", type=int, default=0, metavar="N", help="draws of the posterior to export as well")
     e.add_argument("--unreduced", action="store_true", help="export the posterior of the fit, whatever was reduced after it")
     e.add_argument("--seconds", type=float, default=0.3, help="length of each measurement of a latency")
-    e.add_argument("--threads", type=int, default=1)
-    e.add_argument("--out", default="results/export", metavar="DIR")
-    e.set_defaults(run=_export)
+    e.add_argument("--threads", type=int, default=1, metavar="N", help=_THREADS)
+    e.add_argument("--out", default="results/export", metavar="DIR", help="folder of the files")
 
-    d = commands.add_parser("data", help="the data sets: which are installed, how to install the others")
-    d.set_defaults(run=_data)
+    command("data", _data, "list the data sets: which are installed, how to install the others", "Files of your own need no installing: see --data.")
     return parser
+
+
+_PRIORS = ", ".join([*PRIORS, "gaussian:SCALE"])
+TARGETS = (
+    "gaussian:0 (the point spike), gaussian:SCALE, gaussian (the scale with the best evidence), laplace, student-t, horseshoe, horseshoe:unit, spike-and-slab"
+)
+_THREADS = "threads of torch; small networks are fastest with one"
+
+
+def _add_problem(parser: argparse.ArgumentParser) -> None:
+    own = "sizes after a colon, as in mlp:500-500; or FILE.py with build(data, prior). By default mlp, or linear_regression for real targets"
+    parser.add_argument("--model", help=f"{', '.join(model_names())}; {own}")
+    parser.add_argument("--data", default="digits", help=f"{', '.join(sources())}, FILE.npz, FILE.csv, or a folder of IDX files")
+    parser.add_argument("--target", metavar="COLUMN", help="the column of FILE.csv to predict")
+
+
+def _add_fit(parser: argparse.ArgumentParser, defaults: Settings) -> None:
+    rates = ", ".join(f"{rate:g} for {name}" for name, (_, rate) in OPTIMIZERS.items())
+    parser.add_argument("--epochs", type=int, default=defaults.epochs, metavar="N", help="passes over the training rows")
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, metavar="ROWS", help="rows of a step")
+    parser.add_argument("--optimizer", default=defaults.optimizer, metavar="NAME", help=", ".join(OPTIMIZERS))
+    parser.add_argument("--learning-rate", type=float, metavar="RATE", help=f"by default {rates}; it falls to 0 over the fit")
+    parser.add_argument("--temperature", type=float, default=defaults.temperature, metavar="T", help="1 is Bayes; less counts the data more often")
+
+
+def _add_groups(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--per", default="weight", metavar="GROUP", help=f"what stays or goes as one: weight, {', '.join(GROUPS)}")
+    parser.add_argument("--heads", type=int, metavar="N", help="the number of attention heads, for --per head")
+
+
+def _add_schedule(parser: argparse.ArgumentParser, defaults: Settings) -> None:
+    parser.add_argument("--start", type=float, default=defaults.start, metavar="FRACTION", help="of the fit, before the first reduction")
+    parser.add_argument("--stop", type=float, default=defaults.stop, metavar="FRACTION", help="of the fit, after which nothing more is pruned")
+
+
+def _add_run(parser: argparse.ArgumentParser, defaults: Settings) -> None:
+    parser.add_argument("--draws", type=int, default=defaults.draws, metavar="N", help="posterior draws for predictions")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help=_THREADS)
 
 
 if __name__ == "__main__":

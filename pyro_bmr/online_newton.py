@@ -73,6 +73,9 @@ def natural_gradient(
 
     Raises:
         FitError: an argument is out of range; in `fit`, the guide is not `MeanField`.
+
+    Example:
+        >>> fit(program, data, optimizer=natural_gradient())
     """
     return NaturalGradient(learning_rate, momentum, averaging, curvature, cap, adam_rate)
 

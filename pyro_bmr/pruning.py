@@ -115,6 +115,9 @@ class Every:
         stop: the fraction of the epochs at which the target is reached, or after which evidence prunes no more; the rest is for the
             survivors to settle.
         per, heads: what goes or stays as one, as in `reduce`. A fixed pattern, ``NofM(2, 4)``, is in force from the first reduction on and needs no target.
+
+    Example:
+        >>> fit(program, data, epochs=20, reduce=Every(epochs=1, per="unit", kept=0.1))
     """
 
     epochs: float = 1.0

@@ -61,6 +61,10 @@ def refit(
 
     Raises:
         FitError: the reduced prior is not Gaussian, or not that of the program, or the guide is not `MeanField`.
+
+    Example:
+        >>> again = refit(fit_, reduce(fit_.posterior, to=Gaussian(scale=0)), data, epochs=10)
+        >>> again.predicted, again.observed, again.standard_error  # nats
     """
     predicted = predicted_delta_f(reduction)
     result = fit(fit_.program, data, temperature=fit_.temperature, start=reduction.posterior, seed=seed, **settings)

@@ -13,7 +13,7 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr import plots
-from pyro_bmr.cli import PRIORS, main, prior_from_name
+from pyro_bmr.cli import PRIORS, TARGETS, main, prior_from_name
 from pyro_bmr.data import sources
 
 torch.set_num_threads(1)
@@ -107,6 +107,26 @@ def test_options_reach_the_settings(files, blank, capsys):
     kept = json.loads((files / "here" / "settings.json").read_text())
     assert {name: kept[name.removeprefix("--").replace("-", "_")] for name in options} == options
     assert (kept["epochs"], kept["draws"], kept["validation"], kept["model"], kept["data"]) == (1, 2, None, "mlp:4", "good")
+    assert kept["optimizer"] == "adam"
+
+
+@pytest.mark.parametrize("command", ["compare", "fit", "reduce", "export", "data"])
+def test_help_says_what_each_option_is(capsys, command):
+    assert run(command, "--help") == 0
+    out = capsys.readouterr().out
+    assert "None" not in out and "False" not in out and "['" not in out
+    options = out.partition("options:")[2].split("\n  -")[1:]
+    assert all(len(option.split()) > 2 for option in options), "an option without a word of help"
+    for name, choices in {"--per": "weight, unit, channel, input, head, layer", "--optimizer": "adam, natural-gradient"}.items():
+        assert name not in out or choices in " ".join(out.split())
+
+
+def test_targets_of_the_help_are_targets():
+    site = bmr.posterior.Site(torch.randn(4, 3), torch.full((4, 3), 0.2), bmr.Diagonal(torch.zeros(()), torch.tensor(0.7)))
+    names = re.sub(r" \([^)]*\)", "", TARGETS).replace("SCALE", "0.3").split(", ")
+    assert len(names) == 8
+    for name in names:
+        bmr.reduce(bmr.Posterior({"w": site}), to=prior_from_name(name))
 
 
 def test_prior_names():
@@ -121,6 +141,7 @@ ERRORS = {
     "unknown data": (["--data", "nope"], "'nope'; the data sets are: digits"),
     "unknown suffix": (["--data", "note.txt"], r"note\.txt.*\.npz, \.csv"),
     "unknown route": (["--routes", "fited"], "fited.*routes are point, fitted, reduced"),
+    "unknown optimizer": (["--optimizer", "sgd"], "no optimizer 'sgd'; the optimizers are: adam, natural-gradient"),
     "unknown model": (["--model", "nope"], "no model 'nope'; the models are: lenet, .*linear_regression, .*mlp"),
     "missing model file": (["--model", "gone.py"], "no model file 'gone.py'"),
     "model file without build": (["--model", "empty.py"], r"no function build\(data, prior\)"),

@@ -286,6 +286,30 @@ def test_the_temperature_is_used_and_written_down(diabetes):
     assert cold["temperature"] == 0.25 and cold["nll"] != one(diabetes)["nll"].iloc[0]
 
 
+def test_the_natural_gradient(diabetes, tmp_path, blank):
+    settings = Settings(epochs=3, batch_size=40, draws=4, optimizer="natural-gradient")
+    assert settings.learning_rate == 0.1 and Settings().learning_rate == 3e-3 and Settings(learning_rate=0.2).learning_rate == 0.2
+    table = one(diabetes, priors={"g": bmr.Gaussian(0.5)}, routes=["point", "fitted"], settings=settings, out=tmp_path)
+    program = comparison.load_model("linear_regression")(diabetes, bmr.Gaussian(0.5))
+    expected = []
+    for guide, optimizer in ((bmr.Point, bmr.adam(3e-3)), (bmr.MeanField, bmr.natural_gradient(0.1))):
+        fit = bmr.fit(program, diabetes, guide=guide, epochs=3, batch_size=40, optimizer=optimizer, progress=False)
+        prediction = bmr.predict(fit.program, fit.posterior, diabetes.x_test, draws=0 if guide is bmr.Point else 4)
+        expected.append(bmr.metrics.rmse(prediction.mean, diabetes.y_test) * diabetes.target_scale)
+    assert table["rmse"].tolist() == pytest.approx(expected)
+    assert strict(tmp_path / "settings.json")["optimizer"] == "natural-gradient"
+    with pytest.raises(bmr.PyroBMRError, match="optimizer was 'natural-gradient', is 'adam'"):
+        one(diabetes, priors={"g": bmr.Gaussian(0.5)}, routes=["fitted"], settings=replace(settings, optimizer="adam"), out=tmp_path)
+
+
+def test_going_on_in_a_folder_that_names_no_optimizer(diabetes, tmp_path, monkeypatch, blank):
+    table = one(diabetes, out=tmp_path)
+    kept = {key: value for key, value in strict(tmp_path / "settings.json").items() if key != "optimizer"}
+    (tmp_path / "settings.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(comparison, "fit", no_fits)
+    assert one(diabetes, out=tmp_path)["nll"].tolist() == table["nll"].tolist()
+
+
 def test_a_target_fraction(digits):
     table = one(digits, model="mlp:4", routes=["reduced"], settings=replace(QUICK, kept=0.3))
     assert table["kept_parameters"].tolist() == [round(0.3 * (64 * 4 + 4 + 4 * 10 + 10))]

@@ -80,6 +80,27 @@ def test_fit_reduce_export(run, files, capsys):
     assert json.loads((run.parent / "whole" / "report.json").read_text())["kept"] == 1.0
 
 
+def test_groups_and_natural_gradient_during_the_fit(files, tmp_path, capsys):
+    options = ["--model", str(files / "model.py"), "--data", str(files / "data.npz"), "--epochs", "4", "--batch-size", "15", "--draws", "4", "--quiet"]
+    reductions = ["--reduce-to", "gaussian:0", "--per", "unit", "--kept", "0.5", "--stop", "0.9", "--optimizer", "natural-gradient"]
+    assert main(["fit", *options, *reductions, "--out", str(tmp_path / "run")]) == 0
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert (settings["per"], settings["optimizer"], settings["learning_rate"]) == ("unit", "natural-gradient", 0.1)
+    masks = bmr.Posterior.load(tmp_path / "run" / "posterior.safetensors").masks
+    assert all(bool(row.all()) or not bool(row.any()) for row in masks["0.weight"]) and 0 < int(masks["0.bias"].sum()) < 8
+    assert torch.equal(masks["0.weight"].any(1), masks["0.bias"]), "a unit goes with its bias"
+    capsys.readouterr()
+    for argv, message in [
+        (["fit", *options, "--per", "unit"], "--per unit: .*--reduce-to"),
+        (["fit", *options, "--point", "--optimizer", "natural-gradient"], "it needs guide=MeanField.*adam"),
+        (["reduce", str(tmp_path / "run"), "--per", "row"], "'row': one of 'weight', 'unit', 'channel', 'input', 'head', 'layer'"),
+        (["reduce", str(tmp_path / "run"), "--heads", "2"], "heads=2.*per='head'"),
+    ]:
+        assert main([*argv, *(["--out", str(tmp_path / "other")] if argv[0] == "fit" else [])]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and re.search(message, err), err
+
+
 def loaders(folder):
     spec = importlib.util.spec_from_file_location("network", folder / "network.py")
     module = importlib.util.module_from_spec(spec)

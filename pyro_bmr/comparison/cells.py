@@ -6,7 +6,10 @@ Owns `Settings`, which all cells share, `Cell` and `run_cell`. Next: `results_fo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from pyro_bmr.exporting import point_weights
 from pyro_bmr.fitting import Fit, adam, fit
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.networks import BayesianNetwork
+from pyro_bmr.online_newton import natural_gradient
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import ClassPrediction, Prediction, predict
 from pyro_bmr.priors import Gaussian, Prior
@@ -27,19 +31,22 @@ from pyro_bmr.reduction.outcome import Reduction
 from pyro_bmr.reduction.sites import reduce
 
 ROUTES = ("point", "fitted", "reduced")
+OPTIMIZERS: dict[str, tuple[Callable[[float], Any], float]] = {"adam": (adam, 3e-3), "natural-gradient": (natural_gradient, 0.1)}
+"""Name → what makes the optimiser of `fit` from a learning rate, and the rate where none is given."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What every cell of a comparison shares; kept beside its results.
 
-    `kept`: target fraction for the reduced route, None for the evidence to decide. `reduce_every`: epochs, by default a tenth of the fit;
-    `start`, `stop`: as in `Every`. `draws`: of the predictive.
+    `optimizer`: one of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the point route takes adam at its own rate then. `learning_rate`: None for
+    that of the optimiser. `kept`: target fraction for the reduced route, None for the evidence to decide. `reduce_every`: epochs, by default a tenth of
+    the fit; `start`, `stop`: as in `Every`. `draws`: of the predictive.
     """
 
     epochs: int = 40
     batch_size: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
     temperature: float = 1.0
     kept: float | None = None
     reduce_every: float | None = None
@@ -47,12 +54,15 @@ class Settings:
     stop: float = 0.75
     draws: int = 32
     validation: float | None = None
+    optimizer: str = "adam"
 
     def __post_init__(self) -> None:
+        rate = optimizer_named(self.optimizer, self.learning_rate)[1]
+        object.__setattr__(self, "learning_rate", rate)  # as a number, which is kept beside the results
         rules = {
             "epochs": self.epochs >= 1,
             "batch_size": self.batch_size >= 1,
-            "learning_rate": 0 < self.learning_rate < math.inf,
+            "learning_rate": 0 < rate < math.inf,
             "temperature": 0 < self.temperature < math.inf,
             "kept": self.kept is None or 0 <= self.kept <= 1,
             "reduce_every": self.reduce_every is None or 0 < self.reduce_every < math.inf,
@@ -81,6 +91,23 @@ class Cell:
     weights: dict[str, Tensor]
 
 
+def optimizer_named(name: str, learning_rate: float | None = None) -> tuple[Callable[[], Any], float]:
+    """What makes the optimiser of that name for `fit`, and its learning rate, by default its own.
+
+    Raises:
+        ModelError: there is no such optimiser.
+
+    Example:
+        >>> make, rate = optimizer_named("natural-gradient")
+        >>> fit(program, data, optimizer=make())
+    """
+    if name not in OPTIMIZERS:
+        raise ModelError(f"no optimizer '{name}'; the optimizers are: {', '.join(OPTIMIZERS)}")
+    make, own = OPTIMIZERS[name]
+    rate = own if learning_rate is None else learning_rate
+    return partial(make, rate), rate
+
+
 def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, settings: Settings, progress: bool) -> Cell:
     """Fits, reduces and predicts, as the route says."""
     fitted_under = prior if route != "reduced" or isinstance(prior, Gaussian) else Gaussian()
@@ -91,13 +118,14 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
     schedule = (
         Every(settings.reduce_every or settings.epochs / 10, target, settings.start, kept=settings.kept, stop=settings.stop) if route == "reduced" else None
     )
+    make = adam if route == "point" and settings.optimizer != "adam" else optimizer_named(settings.optimizer, settings.learning_rate)[0]
     result = fit(
         program,
         data,
         guide=Point if route == "point" else MeanField,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
-        optimizer=adam(settings.learning_rate),
+        optimizer=make(),
         seed=seed,
         temperature=settings.temperature,
         reduce=schedule,

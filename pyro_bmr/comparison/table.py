@@ -52,6 +52,9 @@ def compare(
 
     Raises:
         PyroBMRError: an unknown name, settings that differ from those of the results in `out`, or an unwritable folder.
+
+    Example:
+        >>> compare("mlp:100-50", load("digits"), priors={"gaussian": Gaussian()}, seeds=2, settings=Settings(epochs=20))
     """
     settings = settings or Settings()
     priors = priors or {"gaussian": Gaussian(), "horseshoe": Horseshoe(), "spike-and-slab": SpikeAndSlab()}

@@ -62,7 +62,12 @@ def natural_delta_f(posterior: Distribution, prior: Distribution, reduced_prior:
 
 
 def natural_posterior(posterior: Distribution, prior: Distribution, reduced_prior: Distribution) -> Distribution:
-    r"""The posterior under the reduced prior, λ̃' = λ' + λ̃ − λ, as a distribution of the same family. Arguments and errors as for `natural_delta_f`."""
+    r"""The posterior under the reduced prior, λ̃' = λ' + λ̃ − λ, as a distribution of the same family. Arguments and errors as for `natural_delta_f`.
+
+    Example:
+        >>> natural_posterior(Beta(8.0, 3.0), Beta(1.0, 1.0), Beta(5.0, 5.0)).mean  # of Beta(12, 7)
+        tensor(0.6316)
+    """
     if isinstance(posterior, td.Independent):
         forms = _independent(posterior, prior, reduced_prior)
         return td.Independent(natural_posterior(*(d.base_dist for d in forms)), forms[0].reinterpreted_batch_ndims)

@@ -219,6 +219,9 @@ def prune_subset(posterior: Any, prior: Any, pruned: Tensor) -> tuple[Tensor, An
         \mu_R - \Sigma_{RS}\Sigma_{SS}^{-1}\mu_S, \quad \Sigma_{RR} - \Sigma_{RS}\Sigma_{SS}^{-1}\Sigma_{SR}
 
     The Savage–Dickey ratio for a block; the shift of the mean is the optimal-brain-surgeon update (Hassibi & Stork 1993).
+
+    Example:
+        >>> gain, rest = prune_subset(Dense(mean, cov), Gaussian(1.0), tensor([True, False, True]))  # without the first and the third
     """
     s, r = pruned, ~pruned
     prior = prior if isinstance(prior, Dense) else _dense(moments(prior, posterior.mean))

@@ -16,6 +16,9 @@ from pyro_bmr.errors import ReductionError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+GROUPS = ("unit", "channel", "input", "head", "layer")
+"""The groups that `group_labels` knows by name."""
+
 _IN_PROJECTIONS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -86,7 +89,7 @@ def group_labels(shapes: Shapes, per: str | Block | Mapping[str, Tensor], heads:
     if per == "head":
         return _heads(shapes, heads)
     if per not in kinds:
-        raise ReductionError(f"per={per!r}: one of 'weight', {', '.join(map(repr, [*kinds, 'head']))}, Block(...), NofM(...) or a mapping from sites to labels")
+        raise ReductionError(f"per={per!r}: one of 'weight', {', '.join(map(repr, GROUPS))}, Block(...), NofM(...) or a mapping from sites to labels")
     return kinds[per](shapes)
 
 

@@ -69,7 +69,11 @@ def monte_carlo_delta_f(draws: Mapping[str, Tensor] | Tensor, prior: Any, reduce
 
 
 def log_ratio_delta_f(log_ratio: Tensor) -> MonteCarlo:
-    """The same from log p̃(θ_s) − log p(θ_s) of each draw, a vector. Two programs give it by `log_prior_ratio`."""
+    """The same from log p̃(θ_s) − log p(θ_s) of each draw, a vector. Two programs give it by `log_prior_ratio`.
+
+    Example:
+        >>> log_ratio_delta_f(reduced.log_prob(draws) - prior.log_prob(draws)).khat  # above 0.7 the estimate is not to be trusted
+    """
     smoothed, khat = pareto_smoothed(log_ratio.double())
     total = smoothed.logsumexp(0)
     weights = smoothed - total

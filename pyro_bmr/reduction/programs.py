@@ -75,6 +75,11 @@ class ScaleFlow(nn.Module):
 
     Raises:
         ModelError: a latent of the program is not positive.
+
+    Example:
+        >>> program = reduction_program(posterior, "fc1.weight", to=Horseshoe.tiered())
+        >>> guide = ScaleFlow(program)
+        >>> svi = SVI(program, guide, ClippedAdam({"lr": 0.01}), Trace_ELBO(num_particles=8))
     """
 
     def __init__(self, program: Callable[..., Any]) -> None:
@@ -119,6 +124,9 @@ def log_prior_ratio(draws: Mapping[str, Tensor], program: Callable[..., Any], re
 
     Raises:
         ReductionError: a latent site of a program has no draws.
+
+    Example:
+        >>> log_ratio_delta_f(log_prior_ratio(mcmc.get_samples(), program, reduced_program, x, y))
     """
     count = len(next(iter(draws.values())))
 

@@ -37,6 +37,11 @@ def best_var(data: Message, prior_var: Tensor, groups: Tensor | None = None, shi
         data, prior_var: message and prior variance of each weight, of one shape.
         groups: an integer from 0 for each weight; None for a v of its own for each weight.
         shift: e, in units of the site.
+
+    Example:
+        >>> q, p = Diagonal(tensor([0.1, 2.0]), tensor([0.5, 0.5])), Diagonal(zeros(2), ones(2))
+        >>> best_var(message(q, p), p.var).var  # m = (0.2, 4), 1/L = 1: the first goes
+        tensor([ 0., 15.])
     """
     prior_var = prior_var.expand(data.h.shape)
     informed = data.precision > 0

@@ -64,6 +64,11 @@ def scale_mixture_reduction(data: Message, prior_var: Tensor, variances: Any, lo
         data, prior_var: message and prior variance of each weight, of one shape.
         variances, log_weights: arrays of K nodes; with `scale_groups`, of shape (groups, K).
         scale_groups: which row of the nodes is that of each weight (an integer per weight), where global scales differ between groups.
+
+    Example:
+        >>> data = message(Diagonal(tensor([0.1, 2.0]), tensor([0.5, 0.5])), Diagonal(zeros(2), ones(2)))
+        >>> scale_mixture_reduction(data, ones(2), *Horseshoe().mixture(0.1)).kappa  # above ½ for the first, below for the second
+        tensor([0.94, 0.38])
     """
     nodes = _nodes(variances, log_weights, data, scale_groups)
     shape = data.h.shape

@@ -120,6 +120,9 @@ def greedy_search(posterior: Any, prior: Any, groups: Any = None, *, threshold: 
 
     Raises:
         ReductionError: no group is given, groups do not fit, or a covariance is not positive definite.
+
+    Example:
+        >>> greedy_search(Dense(mean, cov), Gaussian(1.0)).mask  # the coefficients that stay
     """
     states, members, given = _start(posterior, prior, groups)
     count = len(members)
@@ -213,6 +216,9 @@ def exhaustive_search(posterior: Any, prior: Any, groups: Any = None, *, thresho
 
     Raises:
         ReductionError: there are more groups, or none; or as `greedy_search`.
+
+    Example:
+        >>> exhaustive_search(Dense(mean, cov), Gaussian(1.0)).inclusion  # the probability of each, over all models
     """
     states, members, given = _start(posterior, prior, groups)
     count = len(members)

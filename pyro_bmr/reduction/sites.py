@@ -63,6 +63,10 @@ def reduce(
 
     Raises:
         ReductionError: no site can be reduced, a pattern matches none, the posterior is a point estimate, or an argument is out of range.
+
+    Example:
+        >>> reduce(posterior, to=Gaussian(scale=0)).table()  # the point spike, weight by weight
+        >>> reduce(posterior, to={"fc*": Gaussian(scale=0)}, per="unit", kept=0.5)  # units with their biases, to half of the weights
     """
     _check_arguments(per, kept, heads)
     targets = _targets(posterior, to)

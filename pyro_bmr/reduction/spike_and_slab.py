@@ -128,6 +128,9 @@ def exact_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> I
     The integrand in t = logit π is analytic and falls at least as fast as exp(−min(α, β)|t|), so the trapezoid rule converges
     exponentially; against enumeration over all 2ⁿ subsets the error is below 1e-10. Cost: 257 passes over the weights,
     more for α or β far below 1, whose tails are long.
+
+    Example:
+        >>> exact_inclusion(tensor([1.5, -4.0, 0.3])).probability  # ΔF of three weights → how probably each is in the slab
     """
     d = delta_f.flatten().double()
 

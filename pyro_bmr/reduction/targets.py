@@ -266,6 +266,9 @@ def shared_inclusion(posterior: Posterior, to: SpikeAndSlab, names: Iterable[str
 
     Raises:
         ReductionError: no site can be reduced.
+
+    Example:
+        >>> reduce(posterior, to=shared_inclusion(posterior, SpikeAndSlab()))
     """
     chosen = list(names) if names is not None else [name for name in posterior if posterior[name].support == "real" and posterior[name].prior is not None]
     odds, targets = [], {}
