@@ -116,7 +116,8 @@ def random_guide(name, seed=2):
 @torch.no_grad()
 def test_every_structure_is_the_dense_gaussian_of_its_draws(name, mask):
     """Σ = AAᵀ with A read off draws of unit noise: marginals, determinant, entropy, density and KL against torch's own."""
-    q = random_guide(name).conditional("w", {}, mask)
+    guide = random_guide(name)
+    q = (guide.conditionals() if isinstance(guide, bmr.MeanField) else guide.conditional)("w", {}, mask)
     alive = (torch.ones(ROWS, COLUMNS, dtype=torch.bool) if mask is None else mask).flatten()
     root = torch.stack([(q.draw(e) - q.draw(torch.zeros_like(e))).flatten() for e in torch.eye(q.noise_size, dtype=torch.float64)], 1).detach()
     cov = root @ root.mT
