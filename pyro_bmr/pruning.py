@@ -117,7 +117,7 @@ class Every:
         per, heads: what goes or stays as one, as in `reduce`. A fixed pattern, ``NofM(2, 4)``, is in force from the first reduction on and needs no target.
 
     Example:
-        >>> fit(program, data, epochs=20, reduce=Every(epochs=1, per="unit", kept=0.1))
+        >>> fit(program, data, epochs=20, reduce=Every(epochs=1, per="unit"))
     """
 
     epochs: float = 1.0

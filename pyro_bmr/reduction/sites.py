@@ -66,7 +66,7 @@ def reduce(
 
     Example:
         >>> reduce(posterior, to=Gaussian(scale=0)).table()  # the point spike, weight by weight
-        >>> reduce(posterior, to={"fc*": Gaussian(scale=0)}, per="unit", kept=0.5)  # units with their biases, to half of the weights
+        >>> reduce(posterior, to={"fc1.*": Gaussian(scale=0)}, per="unit", kept=0.5)  # half of the units of one layer, with their biases
     """
     _check_arguments(per, kept, heads)
     targets = _targets(posterior, to)
