@@ -12,7 +12,7 @@ from pyro_bmr.guides import FullRank, LowRankPlusDiagonal, MatrixVariate, MeanFi
 from pyro_bmr.likelihoods import Categorical, Normal
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import natural_gradient
-from pyro_bmr.posterior import Posterior, Site
+from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import predict
 from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, ScaleMixture, SpikeAndSlab, StudentT
 from pyro_bmr.pruning import Every, Masked
@@ -32,6 +32,7 @@ from pyro_bmr.reduction.spike_and_slab import exact_inclusion
 from pyro_bmr.reduction.targets import shared_inclusion
 from pyro_bmr.refitting import Refit, refit
 from pyro_bmr.shrinking import ShrinkPlan, shrink, shrink_plan
+from pyro_bmr.site import Site
 
 __version__ = "0.2.0"
 

@@ -290,7 +290,7 @@ def test_the_natural_gradient(diabetes, tmp_path, blank):
     settings = Settings(epochs=3, batch_size=40, draws=4, optimizer="natural-gradient")
     assert settings.learning_rate == 0.1 and Settings().learning_rate == 3e-3 and Settings(learning_rate=0.2).learning_rate == 0.2
     table = one(diabetes, priors={"g": bmr.Gaussian(0.5)}, routes=["point", "fitted"], settings=settings, out=tmp_path)
-    program = comparison.load_model("linear_regression")(diabetes, bmr.Gaussian(0.5))
+    program = load_model("linear_regression")(diabetes, bmr.Gaussian(0.5))
     expected = []
     for guide, optimizer in ((bmr.Point, bmr.adam(3e-3)), (bmr.MeanField, bmr.natural_gradient(0.1))):
         fit = bmr.fit(program, diabetes, guide=guide, epochs=3, batch_size=40, optimizer=optimizer, progress=False)
@@ -306,7 +306,7 @@ def test_going_on_in_a_folder_that_names_no_optimizer(diabetes, tmp_path, monkey
     table = one(diabetes, out=tmp_path)
     kept = {key: value for key, value in strict(tmp_path / "settings.json").items() if key != "optimizer"}
     (tmp_path / "settings.json").write_text(json.dumps(kept))
-    monkeypatch.setattr(comparison, "fit", no_fits)
+    monkeypatch.setattr(cells, "fit", no_fits)
     assert one(diabetes, out=tmp_path)["nll"].tolist() == table["nll"].tolist()
 
 
