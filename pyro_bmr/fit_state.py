@@ -89,10 +89,9 @@ class FitState:
                 "give another optimiser, such as adam()"
             )
         rows = len(self.x) / self.temperature
-        views = self.guide.views(self.guide.log_scale.detach())
         for name, site in self.posterior().sites.items():
-            if site.prior is not None and site.support == "real" and not site.given:
-                views[name].fill_(-0.5 * math.log(rows * make.curvature))
+            if site.prior is not None and site.support == "real" and not site.given and not self.hold_scales:  # a start keeps its variances
+                self.flat.log_scale.detach()[self.flat.parts[name]].fill_(-0.5 * math.log(rows * make.curvature))
         return make.optimizer(self.flat, self.trained)
 
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
