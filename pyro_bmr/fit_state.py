@@ -53,7 +53,10 @@ class FitState:
             self.trained = [p for p in self.trained if p is not self.guide.loc and p is not self.guide.log_scale]
             self.masks = _masks_of(self.scaled, self.guide, self.few)
             self.flat.prune(self.masks)
-        self.has_variance = any(bool(site.var.any()) for site in self.posterior().sites.values())  # also refuses guides that cannot be read
+        sites = self.posterior().sites  # also refuses guides that cannot be read
+        self.has_variance = any(bool(site.var.any()) for site in sites.values())
+        empirical = {name: site.declared for name, site in sites.items() if isinstance(site.declared, Gaussian) and site.declared.scale == "empirical"}
+        self.empirical_priors = empirical if self.has_variance else {}
 
     @torch.no_grad()
     def begin(self, start: Posterior) -> None:
@@ -158,21 +161,27 @@ class FitState:
         for name, site in reduction.sites.items():
             mask = reduction.masks[name]
             went = ~mask if name not in self.masks else self.masks[name] & ~mask
-            gain += float(site.spike_delta_f[went].sum())
+            gain += float(site.spike_delta_f.where(went, 0).sum())
         self.masks = {**self.masks, **reduction.masks}
         if self.flat is not None:
             self.flat.prune(self.masks, optimizer)
         return gain
 
+    @torch.no_grad()
     def update_scales(self) -> None:
         """Sets the empirical scales to those of the best evidence, unless they are held."""
-        if self.hold_scales:
+        if self.hold_scales or not self.empirical_priors:
             return
-        for name, site in self.posterior().sites.items():
-            if self.has_variance and isinstance(site.declared, Gaussian) and site.declared.scale == "empirical":
-                self.empirical.update(name, site.declared, site.mean, site.var, site.mask)
-        if self.flat is not None:
+        if self.flat is None:
+            sites = self.posterior().sites
+            moments = {name: (sites[name].mean, sites[name].var) for name in self.empirical_priors}
+        else:
+            self.flat.write_back()
+            locs, log_scales = self.guide.views(self.guide.loc), self.guide.views(self.guide.log_scale)
+            moments = {name: (locs[name], (2 * log_scales[name]).exp()) for name in self.empirical_priors}
             self.flat.forget()
+        for name, (mean, var) in moments.items():
+            self.empirical.update(name, self.empirical_priors[name], mean, var, self.masks.get(name))
 
     def kept(self) -> float:
         """The fraction of the reduced sites' entries that live; 1 before any reduction."""
