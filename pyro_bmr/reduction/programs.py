@@ -3,7 +3,7 @@ r"""Reductions that are Pyro programs: hierarchies of scales with no quadrature,
 Owns `reduction_program`, the guide `ScaleFlow`, and `log_prior_ratio`. Given all scales z a hierarchical prior of a weight is
 N(0, γ²(z)), so that ΔF is the Gaussian form; a program that draws z and has ΔF(γ²(z)) as its only factor has the posterior of z given
 the data, without the data. Where the tiers are
-one global and one local scale per weight, `scale_mixture.py` is exact and some hundred times as fast.
+one global and one local scale per weight, `scale_mixture.py` is exact and much faster.
 """
 
 from __future__ import annotations
