@@ -149,6 +149,11 @@ class _Groups(NamedTuple):
         for k, name in enumerate(self.sites):
             prior, result = targets[name], results[name]
             here = self.home == k
+            if isinstance(prior, SpikeAndSlab) and prior.slab_scale is not None:
+                raise ReductionError(
+                    f"site '{name}': groups decide between the spike and the fit's slab, not one of slab_scale={prior.slab_scale!r}; leave slab_scale out, "
+                    'or decide per="weight"'
+                )
             if is_point_spike(prior):
                 total[here] = self.spike[here]
             elif isinstance(prior, SpikeAndSlab) and not bool(here.any()):

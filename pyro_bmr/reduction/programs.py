@@ -70,7 +70,7 @@ class ScaleFlow(nn.Module):
     """A guide for a `reduction_program`: independent scales, each with a density of its own on the log scale, by a monotone spline of eight pieces.
 
     The posterior of a local scale is far from a log-normal: below what the data can tell it falls as the half-Cauchy does, above it is cut off.
-    With log-normals (`MeanField`) the bound is loose by a fraction of a nat for each scale, enough to move τ by a factor of two; with splines it is tight.
+    With log-normals (`MeanField`) the bound is loose by a fraction of a nat for each scale, enough to move τ; with splines it is tight.
     Source of the splines: Durkan, Bekasov, Murray & Papamakarios 2019, Neural Spline Flows, NeurIPS.
 
     Raises:

@@ -200,3 +200,9 @@ def test_every_prunes_units_during_a_fit():
     fit = bmr.fit(bmr.BayesianNetwork(net, bmr.Gaussian(1.0), bmr.Normal()), data, epochs=8, batch_size=16, reduce=every, progress=False)
     rows, bias = fit.masks["0.weight"], fit.masks["0.bias"]
     assert torch.equal(rows, rows[:, :1].expand(6, 3)) and torch.equal(rows[:, 0], bias) and 0 < int(bias.sum()) < 6
+
+
+@pytest.mark.parametrize("width", [1.7, "empirical"])
+def test_groups_refuse_a_slab_of_its_own(width):
+    with pytest.raises(bmr.ReductionError, match="site 'conv.weight'.*slab_scale"):
+        bmr.reduce(posterior(), to=bmr.SpikeAndSlab(slab_scale=width), per="unit")
