@@ -59,7 +59,7 @@ class EveryUnit(bmr.Every):
         alive_now = sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
         result = bmr.reduce(posterior.masked(masks), self.to, kept=min(target, alive_now))
         everywhere = {n: replace(r, spike_delta_f=spikes[n]) for n, r in result.sites.items()}  # that of units gone at this very reduction included
-        return bmr.Reduction(everywhere, result.posterior)
+        return bmr.Reduction(everywhere, result.posterior, posterior)
 
     def _to_size(self, posterior: bmr.Posterior, units: dict[str, Tensor], alive: dict[str, Tensor], target: float) -> None:
         total = sum(site.mean.numel() for site in posterior.sites.values())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from pyro_bmr.fit_arguments import Program, check_program
 from pyro_bmr.guides import MeanField, Point, SiteWise
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.likelihoods import WholeData
-from pyro_bmr.mean_field_step import MeanFieldStep, Network
+from pyro_bmr.mean_field_step import Draw, MeanFieldStep, Network
 from pyro_bmr.online_newton import NaturalGradient, OnlineNewton
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
@@ -118,22 +118,20 @@ class FitState:
         self.whole.rows = len(batch[0])
         for parameter in self.trained:
             parameter.grad = None
-        if self.flat is not None:
-            draw = self.flat.run(batch, step)
-            gradients = draw.gradients
+        draw = None if self.flat is None else self.flat.run(batch, step)
+        if draw is not None:
             likelihood, kl = draw.expected_log_likelihood, draw.kl
         else:
             terms = self.terms(batch)
             ((self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)).backward()
-            gradients = {}
             likelihood, kl = float(terms.expected_log_likelihood.detach()), float(terms.kl.detach())
-        sums = sum(float(g.sum()) for g in (*gradients.values(), *(p.grad for p in self.trained if p.grad is not None)))
+        sums = sum(float(g.sum()) for g in (*(draw.gradients if draw else ()), *(p.grad for p in self.trained if p.grad is not None)))
         if not math.isfinite(likelihood + kl + sums):
-            raise FitError(self.diagnosis(step, likelihood, kl, gradients))
-        if isinstance(optimizer, OnlineNewton):
+            raise FitError(self.diagnosis(step, likelihood, kl, draw))
+        if draw is not None and isinstance(optimizer, OnlineNewton):
             optimizer.step(lambda: draw)
         else:
-            if self.flat is not None:
+            if draw is not None and self.flat is not None:
                 self.flat.write_gradients(draw)
             optimizer.step()
         return likelihood, kl
@@ -187,10 +185,11 @@ class FitState:
         """The fraction of the reduced sites' entries that live; 1 before any reduction."""
         return sum(int(m.sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values()) if self.masks else 1.0
 
-    def diagnosis(self, step: int, likelihood: float, kl: float, gradients: Mapping[str, Tensor]) -> str:
+    def diagnosis(self, step: int, likelihood: float, kl: float, draw: Draw | None) -> str:
         """What to say of a step whose loss or gradient is not finite, with the sites where it is not."""
-        named = dict(gradients)
-        if self.flat is not None:
+        named: dict[str, Tensor] = {}
+        if self.flat is not None and draw is not None:
+            named = self.flat.names(draw)
             named |= {f"{name} ": (self.flat.loc[part] + self.flat.log_scale[part]).detach() for name, part in self.flat.parts.items()}
         elif isinstance(self.guide, Point):
             named |= {

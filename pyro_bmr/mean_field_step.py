@@ -7,7 +7,7 @@ runs from the loss to the drawn weights only. The rest is written out, in chunks
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -66,22 +66,37 @@ class SitePrior(NamedTuple):
     weight: float
 
 
+class Pull(NamedTuple):
+    """The prior of a chunk: its mean η, its precision times how often the program counts the site, and that count, each a number or one per entry."""
+
+    loc: float | Tensor
+    precision: float | Tensor
+    weight: float | Tensor
+
+    def add_to(self, g: Tensor, loc: Tensor, factor: float, out: Tensor) -> Tensor:
+        """g + factor · p (μ − η), the gradient of a mean with the pull of its prior."""
+        if isinstance(self.precision, float) and isinstance(self.loc, float):
+            torch.add(g, loc, alpha=factor * self.precision, out=out)
+            return out.sub_(factor * self.precision * self.loc) if self.loc else out
+        return torch.add(g, (loc - self.loc) * self.precision, alpha=factor, out=out)
+
+
 class Draw(NamedTuple):
-    """What one run gives: both terms of the ELBO in nats (the closed part of `kl` may be up to eight steps old), and per site g, flat over the
-    living entries, and the prior."""
+    """What one run gives: both terms of the ELBO in nats (the closed part of `kl` may be up to eight steps old), and per chunk g and the prior."""
 
     expected_log_likelihood: float
     kl: float
-    gradients: dict[str, Tensor]
-    priors: dict[str, SitePrior]
+    gradients: list[Tensor]
+    pulls: list[Pull]
     noise: Tensor
     sign: float
 
 
 class Chunk(NamedTuple):
-    """A stretch of one site: its place in the site and in the flat vectors, views of these, and room for one intermediate."""
+    """A stretch of the flat vectors, a part of one site or several small sites: its place in the one site and in the vectors, views of these, and room for
+    one intermediate."""
 
-    name: str
+    names: tuple[str, ...]
     here: slice
     part: slice
     loc: Tensor
@@ -122,6 +137,7 @@ class MeanFieldStep:
         self.living: dict[str, Tensor] | None = None  # site → its living entries, flat; None for all
         self.declared: dict[str, SitePrior] = {}
         self.priors: dict[str, SitePrior] = {}
+        self.pulls: list[Pull] = []
         self.kl = 0.0
         self._lay_out()
 
@@ -137,11 +153,10 @@ class MeanFieldStep:
         chunk = _CHUNK if self.loc.device.type == "cpu" else max(self.loc.numel(), 1)
         scratch = self.std.new_empty(min(chunk, self.loc.numel()))
         self.chunks = []
-        for name, part in self.parts.items():
-            for a in range(part.start, part.stop, chunk):
-                b = min(a + chunk, part.stop)
-                loc, log_scale, std, draw = (vector.detach()[a:b] for vector in (self.loc, self.log_scale, self.std, self.draw))
-                self.chunks.append(Chunk(name, slice(a - part.start, b - part.start), slice(a, b), loc, log_scale, std, draw, scratch[: b - a]))
+        for names, a, b in _stretches(self.parts, chunk):
+            loc, log_scale, std, draw = (vector.detach()[a:b] for vector in (self.loc, self.log_scale, self.std, self.draw))
+            first = self.parts[names[0]].start
+            self.chunks.append(Chunk(names, slice(a - first, b - first), slice(a, b), loc, log_scale, std, draw, scratch[: b - a]))
         self.stale = [True] * len(self.chunks)  # where `std` is not that of `log_scale`
         self.noise = Noise(self.std, self.seed)
         self.declared = {}
@@ -170,8 +185,36 @@ class MeanFieldStep:
                 likelihood, priors, open_kl = self._run_program(args)
         if not self.loc.numel() > _LARGE or number % _KL_EVERY == 0 or priors is not self.priors:
             self.kl = sum(self._closed_kl(name, prior, noise) for name, prior in priors.items())
+        if priors is not self.priors:
+            self.pulls = [self._pull(chunk, [priors[name] for name in chunk.names]) for chunk in self.chunks]
         self.priors = priors
-        return Draw(float(likelihood.detach()), open_kl + self.kl, {name: self._gradient(name) for name in self.parts}, priors, noise, sign)
+        by_site = {name: self._gradient(name) for name in self.parts}
+        gradients = [by_site[c.names[0]][c.here] if len(c.names) == 1 else torch.cat([by_site[name] for name in c.names]) for c in self.chunks]
+        return Draw(float(likelihood.detach()), open_kl + self.kl, gradients, self.pulls, noise, sign)
+
+    def _pull(self, chunk: Chunk, priors: list[SitePrior]) -> Pull:
+        """The prior of the entries of a chunk: numbers where all of them share these."""
+        of_sites = [(p.loc, p.weight * p.precision, p.weight) for p in priors]
+        if len(chunk.names) == 1:
+            loc, precision, weight = of_sites[0]
+            return Pull(_at(loc, chunk.here), _at(precision, chunk.here), weight)
+        sizes = [self.parts[name].stop - self.parts[name].start for name in chunk.names]
+        columns = [
+            values[0]
+            if all(isinstance(v, float) and v == values[0] for v in values)
+            else torch.cat([torch.as_tensor(v, dtype=self.std.dtype, device=self.std.device).expand(size) for v, size in zip(values, sizes, strict=True)])
+            for values in zip(*of_sites, strict=True)
+        ]
+        return Pull(*columns)
+
+    def names(self, draw: Draw) -> dict[str, Tensor]:
+        """Site → what of g lies in its chunks."""
+        named: dict[str, Tensor] = {}
+        for chunk, g in zip(self.chunks, draw.gradients, strict=True):
+            parts = [g] if len(chunk.names) == 1 else g.split([self.parts[name].stop - self.parts[name].start for name in chunk.names])
+            for name, part in zip(chunk.names, parts, strict=True):
+                named[name] = torch.cat([named[name], part]) if name in named else part
+        return named
 
     def _run_program(self, args: tuple[Any, ...]) -> tuple[Tensor, dict[str, SitePrior], float]:
         """The whole program but for the weights that are known, and the backward pass."""
@@ -253,12 +296,10 @@ class MeanFieldStep:
     @torch.no_grad()
     def write_gradients(self, draw: Draw) -> None:
         """The gradient of the loss in `loc.grad` and `log_scale.grad`, for any optimiser. It takes the place of the draw: one call per run."""
-        for chunk in self.chunks:
-            prior, g, std = draw.priors[chunk.name], draw.gradients[chunk.name][chunk.here], chunk.std
-            w, mean, precision = self.kl_weight * prior.weight, at(prior.loc, chunk.here), at(prior.precision, chunk.here)
-            inner = torch.mul(std, w * precision, out=chunk.scratch)
-            std.mul_(inner.addcmul_(g, draw.noise[chunk.part], value=draw.sign)).sub_(w)
-            add_pull(g, chunk.loc, mean, precision, w, chunk.draw)
+        for chunk, g, pull in zip(self.chunks, draw.gradients, draw.pulls, strict=True):
+            inner = torch.mul(chunk.std, self.kl_weight * pull.precision, out=chunk.scratch)
+            chunk.std.mul_(inner.addcmul_(g, draw.noise[chunk.part], value=draw.sign)).sub_(self.kl_weight * pull.weight)
+            pull.add_to(g, chunk.loc, self.kl_weight, chunk.draw)
         self.stale = [True] * len(self.chunks)
         self.loc.grad, self.log_scale.grad = self.draw, self.std
 
@@ -290,17 +331,24 @@ class MeanFieldStep:
                     view.view(-1).scatter_(0, self.living[name], compact[self.parts[name]])
 
 
-def at(values: float | Tensor, here: slice) -> float | Tensor:
+def _at(values: float | Tensor, here: slice) -> float | Tensor:
     """A number, or a part of one number per entry."""
     return values if isinstance(values, float) else values[here]
 
 
-def add_pull(g: Tensor, loc: Tensor, mean: float | Tensor, precision: float | Tensor, weight: float, out: Tensor) -> Tensor:
-    """g + weight · p (μ − η), the gradient of a mean with the pull of its prior."""
-    if isinstance(precision, float) and isinstance(mean, float):
-        torch.add(g, loc, alpha=weight * precision, out=out)
-        return out.sub_(weight * precision * mean) if mean else out
-    return torch.add(g, (loc - mean) * precision, alpha=weight, out=out)
+def _stretches(parts: Mapping[str, slice], chunk: int) -> Iterator[tuple[tuple[str, ...], int, int]]:
+    """Cuts the flat vectors into stretches of at most `chunk` numbers: the sites' names, the start and the end. Small neighbours go together."""
+    together: list[str] = []
+    for name, part in [*parts.items(), ("", slice(0, _CHUNK + 1))]:
+        large = part.stop - part.start > _CHUNK
+        if together and (large or part.stop - parts[together[0]].start > _CHUNK):
+            yield tuple(together), parts[together[0]].start, parts[together[-1]].stop
+            together = []
+        if name and large:
+            for a in range(part.start, part.stop, chunk):
+                yield (name,), a, min(a + chunk, part.stop)
+        elif name and part.stop > part.start:
+            together.append(name)
 
 
 def _replaced(flat: nn.Parameter, kept: Tensor, optimizer: Optimizer | None) -> nn.Parameter:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from pyro_bmr.errors import FitError
-from pyro_bmr.mean_field_step import Draw, MeanFieldStep, add_pull, at
+from pyro_bmr.mean_field_step import Draw, MeanFieldStep
 
 # Bounds of one step of the log precision. A gradient out of all proportion narrows more than it widens, which is the stable side.
 _LARGEST_WIDENING, _LARGEST_NARROWING = 0.1, 0.5
@@ -101,19 +101,18 @@ class OnlineNewton(Optimizer):
         every = _CURVATURE_EVERY if self.steps > _ALWAYS and vectors.loc.numel() > _LARGE else 1
         rho = every * max(settings.averaging, 2 / (self.steps + _FIRST_AVERAGE))
         average = self.state[vectors.loc]["average"]
-        for k, chunk in enumerate(vectors.chunks):
-            prior, g, std = draw.priors[chunk.name], draw.gradients[chunk.name][chunk.here], chunk.std
-            mean, precision = at(prior.loc, chunk.here), at(prior.precision, chunk.here)
+        for k, (chunk, g, prior) in enumerate(zip(vectors.chunks, draw.gradients, draw.pulls, strict=True)):
+            std = chunk.std
             if (self.steps + k) % every == 0:
                 # change = σ(λgε + pσ) = (ĥ + δ)/(h + δ)
-                change = torch.mul(std, prior.weight * precision, out=chunk.scratch)
+                change = torch.mul(std, prior.precision, out=chunk.scratch)
                 change.addcmul_(g, draw.noise[chunk.part], value=draw.sign / vectors.kl_weight).mul_(std)
-                change.clamp_(prior.weight - _LARGEST_WIDENING / rho, prior.weight + _LARGEST_NARROWING / rho)
-                chunk.log_scale.sub_(change.sub_(prior.weight), alpha=0.5 * rho)
+                change.sub_(prior.weight).clamp_(-_LARGEST_WIDENING / rho, _LARGEST_NARROWING / rho)
+                chunk.log_scale.sub_(change, alpha=0.5 * rho)
                 vectors.stale[k] = True
             # pull = ḡ + δ(μ − η), up to the factor of the bias correction
             smooth = average[chunk.part].lerp_(g, 1 - settings.momentum)
-            pull = add_pull(smooth, chunk.loc, mean, precision, vectors.kl_weight * prior.weight * unbiased, chunk.scratch)
+            pull = prior.add_to(smooth, chunk.loc, vectors.kl_weight * unbiased, chunk.scratch)
             chunk.loc.sub_(pull.mul_(std).mul_(std).clamp_(-settings.cap / rate, settings.cap / rate), alpha=rate)
         if self.adam:
             self.adam.param_groups[0]["lr"] = self.param_groups[1]["lr"]
