@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides import MeanField, SiteWise
 from pyro_bmr.guides.mean_field import Latent, base_distribution, gaussian_on_the_line
-from pyro_bmr.guides.row_noise import RowNoise
+from pyro_bmr.guides.row_noise import PER_ROW, RowNoise
 from pyro_bmr.guides.site_normal import Independent, SiteNormal, entropy, gaussian_kl, log_density
 
 
@@ -63,7 +63,7 @@ def _site_wise_terms(
     """Guides with a Gaussian per site: noise where the guide's estimator wants it, the KL in closed form where the prior is Gaussian on the line, else −H(q) −
     log p at the draw; log q − log p for one noise vector over a `MeanField`, as in Pyro's `TraceMeanField_ELBO`."""
     conditional = guide.conditional if isinstance(guide, SiteWise) else guide.conditionals()
-    flat = guide if isinstance(guide, MeanField) and guide.estimator == "weight" else None
+    flat = guide if isinstance(guide, MeanField) and guide.estimator not in PER_ROW else None
     noise = torch.randn_like(flat.loc) if flat is not None and noise is None else noise
     gaussians: dict[str, SiteNormal] = {}
     draws: dict[str, Tensor] = {}
@@ -74,7 +74,7 @@ def _site_wise_terms(
         mask = masks.get(site.name, site.alive)
         mask = mask if mask is None or site.alive is None else mask & site.alive
         q = conditional(site.name, values, mask)
-        if guide.estimator != "weight" and isinstance(q, Independent) and site.transform is None and noise is None:
+        if guide.estimator in PER_ROW and isinstance(q, Independent) and site.transform is None and noise is None:
             z: Tensor = RowNoise(q.mean, q.std, len(args[0]), guide.estimator)
         else:
             own = torch.randn(q.noise_size, dtype=q.mean.dtype, device=q.mean.device) if noise is None else noise[used : used + q.noise_size]

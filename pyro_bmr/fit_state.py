@@ -20,6 +20,7 @@ from pyro_bmr.errors import FitError
 from pyro_bmr.fit_arguments import Program, check_program
 from pyro_bmr.guides import MeanField, Point, SiteWise
 from pyro_bmr.guides.mean_field import base_distribution
+from pyro_bmr.guides.row_noise import PER_ROW
 from pyro_bmr.likelihoods import WholeData
 from pyro_bmr.mean_field_step import Draw, MeanFieldStep, Network
 from pyro_bmr.online_newton import NaturalGradient, OnlineNewton
@@ -48,7 +49,7 @@ class FitState:
         self.masked = Masked({})
         self.flat: MeanFieldStep | None = None
         self.trained = self.parameters()  # whose gradients a step clears and checks
-        if isinstance(self.guide, MeanField) and self.guide.estimator == "weight":
+        if isinstance(self.guide, MeanField) and self.guide.estimator not in PER_ROW:
             self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, seed, cast(Network, program) if hasattr(program, "plain_weights") else None)
             self.trained = [p for p in self.trained if p is not self.guide.loc and p is not self.guide.log_scale]
             self.masks = _masks_of(self.scaled, self.guide, self.few)
@@ -88,7 +89,7 @@ class FitState:
             return make(self.parameters() if self.flat is None else [self.flat.loc, self.flat.log_scale, *self.trained])
         if self.flat is None:
             raise FitError(
-                f'optimizer=natural_gradient(): it needs guide=MeanField with estimator="weight", got {type(self.guide).__name__}; '
+                f'optimizer=natural_gradient(): it needs guide=MeanField with estimator="weight" or "antithetic", got {type(self.guide).__name__}; '
                 "give another optimiser, such as adam()"
             )
         rows = len(self.x) / self.temperature

@@ -81,12 +81,23 @@ class Pull(NamedTuple):
         return torch.add(g, (loc - self.loc) * self.precision, alpha=factor, out=out)
 
 
+    def halfway(self, other: Pull) -> Pull:
+        """The prior whose pull is the mean of both, wherever the mean and the standard deviation of the entries are."""
+        precision, weight = (self.precision + other.precision) / 2, (self.weight + other.weight) / 2
+        total = (2 * precision).clamp_min(torch.finfo(precision.dtype).tiny) if isinstance(precision, Tensor) else 2 * precision or 1.0
+        return Pull((self.precision * self.loc + other.precision * other.loc) / total, precision, weight)
+
+
 class Draw(NamedTuple):
-    """What one run gives: both terms of the ELBO in nats (the closed part of `kl` may be up to eight steps old), and per chunk g and the prior."""
+    """What one run gives: both terms of the ELBO in nats (the closed part of `kl` may be up to eight steps old), and per chunk the prior and the gradient g.
+
+    `gradients` is g as the mean has it, `odd` g as it multiplies the noise: the same at one draw; half the sum and half the difference at two with opposite signs.
+    """
 
     expected_log_likelihood: float
     kl: float
     gradients: list[Tensor]
+    odd: list[Tensor]
     pulls: list[Pull]
     noise: Tensor
     sign: float
@@ -125,6 +136,8 @@ class MeanFieldStep:
 
     The vectors are the guide's own until `prune` is called; then they hold the living entries alone, and a step costs what lives. `write_back`
     brings the guide up to date.
+
+    With the estimator "antithetic" a run takes two draws, μ ± σε. Their mean gradient of μ has no part that is odd in ε, the largest part of its noise.
 
     With a `network` (the `BayesianNetwork` inside `program`) its plain weights are declared in the first run alone. After that the network gets them as
     they are drawn, and where it has no other sites, only its likelihood is run. `forget` has them declared again, as after a change of the empirical scales.
@@ -169,6 +182,17 @@ class MeanFieldStep:
     def run(self, args: tuple[Any, ...], number: int) -> Draw:
         """The draw of step `number`. Trained tensors of the program that are no sites get their `.grad`."""
         noise, sign = self.noise.at(number)
+        if self.guide.estimator != "antithetic":
+            return self._at(args, number, noise, sign, 1.0)
+        one, other = (self._at(args, number, noise, s, 0.5) for s in (sign, -sign))
+        odd = [a - b for a, b in zip(one.gradients, other.gradients, strict=True)]
+        even = [a.add_(b) for a, b in zip(one.gradients, other.gradients, strict=True)]
+        pulls = one.pulls if one.pulls is other.pulls else [a.halfway(b) for a, b in zip(one.pulls, other.pulls, strict=True)]
+        likelihood, kl = (one.expected_log_likelihood + other.expected_log_likelihood) / 2, (one.kl + other.kl) / 2
+        return Draw(likelihood, kl, even, odd, pulls, noise, sign)
+
+    def _at(self, args: tuple[Any, ...], number: int, noise: Tensor, sign: float, share: float) -> Draw:
+        """One draw, whose gradients are multiplied by `share`."""
         for k, chunk in enumerate(self.chunks):
             if self.stale[k]:
                 torch.exp(chunk.log_scale, out=chunk.std)
@@ -180,9 +204,9 @@ class MeanFieldStep:
         with torch.enable_grad():
             if self.network is not None and len(self.declared) == len(self.parts) and self.network.has_log_likelihood:
                 likelihood, priors, open_kl = self.network.log_likelihood(self.leaves, *args) * (self.rows / len(args[0])), self.declared, 0.0
-                (likelihood / -self.rows).backward()
+                (likelihood * (-share / self.rows)).backward()
             else:
-                likelihood, priors, open_kl = self._run_program(args)
+                likelihood, priors, open_kl = self._run_program(args, share)
         if not self.loc.numel() > _LARGE or number % _KL_EVERY == 0 or priors is not self.priors:
             self.kl = sum(self._closed_kl(name, prior, noise) for name, prior in priors.items())
         if priors is not self.priors:
@@ -190,7 +214,7 @@ class MeanFieldStep:
         self.priors = priors
         by_site = {name: self._gradient(name) for name in self.parts}
         gradients = [by_site[c.names[0]][c.here] if len(c.names) == 1 else torch.cat([by_site[name] for name in c.names]) for c in self.chunks]
-        return Draw(float(likelihood.detach()), open_kl + self.kl, gradients, self.pulls, noise, sign)
+        return Draw(float(likelihood.detach()), open_kl + self.kl, gradients, gradients, self.pulls, noise, sign)
 
     def _pull(self, chunk: Chunk, priors: list[SitePrior]) -> Pull:
         """The prior of the entries of a chunk: numbers where all of them share these."""
@@ -216,7 +240,7 @@ class MeanFieldStep:
                 named[name] = torch.cat([named[name], part]) if name in named else part
         return named
 
-    def _run_program(self, args: tuple[Any, ...]) -> tuple[Tensor, dict[str, SitePrior], float]:
+    def _run_program(self, args: tuple[Any, ...], share: float) -> tuple[Tensor, dict[str, SitePrior], float]:
         """The whole program but for the weights that are known, and the backward pass."""
         values = {s.name: self.leaves[s.name] if s.transform is None else s.transform(self.leaves[s.name]) for s in self.guide.latents}
         with Values(values) as run:
@@ -237,7 +261,7 @@ class MeanFieldStep:
                 loss, open_kl = loss + self.kl_weight * counted, open_kl + float(counted.detach())
             if uncounted is not None:
                 loss, moving = loss + self.kl_weight * uncounted, True
-        loss.backward()  # type: ignore[no-untyped-call]
+        (share * loss).backward()  # type: ignore[no-untyped-call]
         if self.network is not None and not self.declared and not moving:
             self.declared = {name: prior for name, prior in priors.items() if name in self.network.plain_weights}
         return likelihood, priors, open_kl
@@ -296,9 +320,9 @@ class MeanFieldStep:
     @torch.no_grad()
     def write_gradients(self, draw: Draw) -> None:
         """The gradient of the loss in `loc.grad` and `log_scale.grad`, for any optimiser. It takes the place of the draw: one call per run."""
-        for chunk, g, pull in zip(self.chunks, draw.gradients, draw.pulls, strict=True):
+        for chunk, g, odd, pull in zip(self.chunks, draw.gradients, draw.odd, draw.pulls, strict=True):
             inner = torch.mul(chunk.std, self.kl_weight * pull.precision, out=chunk.scratch)
-            chunk.std.mul_(inner.addcmul_(g, draw.noise[chunk.part], value=draw.sign)).sub_(self.kl_weight * pull.weight)
+            chunk.std.mul_(inner.addcmul_(odd, draw.noise[chunk.part], value=draw.sign)).sub_(self.kl_weight * pull.weight)
             pull.add_to(g, chunk.loc, self.kl_weight, chunk.draw)
         self.stale = [True] * len(self.chunks)
         self.loc.grad, self.log_scale.grad = self.draw, self.std

@@ -101,12 +101,12 @@ class OnlineNewton(Optimizer):
         every = _CURVATURE_EVERY if self.steps > _ALWAYS and vectors.loc.numel() > _LARGE else 1
         rho = every * max(settings.averaging, 2 / (self.steps + _FIRST_AVERAGE))
         average = self.state[vectors.loc]["average"]
-        for k, (chunk, g, prior) in enumerate(zip(vectors.chunks, draw.gradients, draw.pulls, strict=True)):
+        for k, (chunk, g, odd, prior) in enumerate(zip(vectors.chunks, draw.gradients, draw.odd, draw.pulls, strict=True)):
             std = chunk.std
             if (self.steps + k) % every == 0:
                 # change = σ(λgε + pσ) = (ĥ + δ)/(h + δ)
                 change = torch.mul(std, prior.precision, out=chunk.scratch)
-                change.addcmul_(g, draw.noise[chunk.part], value=draw.sign / vectors.kl_weight).mul_(std)
+                change.addcmul_(odd, draw.noise[chunk.part], value=draw.sign / vectors.kl_weight).mul_(std)
                 change.sub_(prior.weight).clamp_(-_LARGEST_WIDENING / rho, _LARGEST_NARROWING / rho)
                 chunk.log_scale.sub_(change, alpha=0.5 * rho)
                 vectors.stale[k] = True

@@ -154,8 +154,9 @@ class MeanField(nn.Module):
         init_scale: the standard deviations at the start, relative to the root mean square of the start values that the program gives (a network's own
             weights); sites without such values start at a tenth of the prior's scale. Small, so that a network first learns as a plain one would.
         estimator: where noise is drawn in a step. ``"weight"``: once for all rows of a batch. ``"local"``, ``"flipout"``: for each row, in
-            the linear maps and convolutions that weights are used in, which lowers the variance of the gradient (`row_noise.RowNoise`). The bound is
-            the same; what it costs and when it pays is in docs/choose_a_guide.md.
+            the linear maps and convolutions that weights are used in (`row_noise.RowNoise`). ``"antithetic"``: once for all rows, used twice in each
+            step of `fit`, with either sign. All but the first lower the variance of the gradient; the bound is the same. What each costs and when it pays
+            is in docs/choose_a_guide.md.
 
     Raises:
         ModelError: as `latent_sites`.
@@ -163,7 +164,7 @@ class MeanField(nn.Module):
 
     def __init__(self, program: Callable[..., Any], *args: Any, init_scale: float = 0.3, estimator: str = "weight", **kwargs: Any) -> None:
         super().__init__()
-        self.estimator = check_estimator(estimator)
+        self.estimator = check_estimator(estimator, "weight", "antithetic")
         self.latents = latent_sites(program, *args, **kwargs)
         self.sizes = [latent.start.numel() for latent in self.latents]
         self.loc = nn.Parameter(torch.cat([latent.start.flatten() for latent in self.latents]))

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from pyro_bmr.errors import ModelError
 
-ESTIMATORS = ("weight", "local", "flipout")
+PER_ROW = ("local", "flipout")
 
 
-def check_estimator(estimator: str) -> str:
-    """`estimator`, if it is one of `ESTIMATORS`."""
-    if estimator not in ESTIMATORS:
-        raise ModelError(f"estimator={estimator!r}: one of {', '.join(map(repr, ESTIMATORS))} is wanted")
+def check_estimator(estimator: str, *others: str) -> str:
+    """`estimator`, if it draws noise per row or is one of the `others`."""
+    if estimator not in (*others, *PER_ROW):
+        raise ModelError(f"estimator={estimator!r}: one of {', '.join(map(repr, (*others, *PER_ROW)))} is wanted")
     return estimator
 
 

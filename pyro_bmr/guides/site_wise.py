@@ -34,7 +34,7 @@ class SiteWise(nn.Module):
         args, kwargs: one batch, to find the sites.
         sites: shell-style patterns of the names of the sites that get the structure; all others are independent Normals, as in `MeanField`.
         init_scale: as in `MeanField`.
-        estimator: as in `MeanField`, for the sites whose entries are independent.
+        estimator: as in `MeanField`, but for "antithetic", for the sites whose entries are independent.
 
     Raises:
         ModelError: as `latent_sites`; a pattern matches no site; a site is too large for the structure.
@@ -50,7 +50,7 @@ class SiteWise(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.estimator = check_estimator(estimator)
+        self.estimator = check_estimator(estimator, "weight")
         self.latents = latent_sites(program, *args, **kwargs)
         patterns = (sites,) if isinstance(sites, str) else tuple(sites)
         for pattern in patterns:

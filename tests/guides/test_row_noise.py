@@ -127,7 +127,7 @@ def test_a_weight_used_twice_is_one_weight_per_row_under_flipout_and_refused_by_
 
 
 def test_an_unknown_estimator_is_refused_with_the_choices():
-    with pytest.raises(bmr.ModelError, match="estimator='loca'.*'weight', 'local', 'flipout'"):
+    with pytest.raises(bmr.ModelError, match="estimator='loca'.*'weight', 'antithetic', 'local', 'flipout'"):
         bmr.MeanField(tied, LINEAR, LINEAR[:, 0], estimator="loca")
 
 
