@@ -5,7 +5,8 @@
 All contenders stand in one process on one thread and take turns of five steps, round after round, of which the first is not counted. Times are those of
 the processor in this process, which waiting for others does not count towards, and of the clock; given are the median, and the smallest of the medians
 of ten blocks of rounds. What is not installed is left out by name. The images are the embedded digits, enlarged to 28×28 pixels, so that networks learn
-and their activations are those of training; all contenders see the same batches in the same order, and ours does all that `fit` does in a step but fetch the batch.
+and their activations are those of training. All contenders see the same batches in the same order; ours does all that `fit` does in a step but fetch the
+batch.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -19,6 +20,7 @@ from pyro_bmr.exporting import deploy, ensemble, export, point_weights, save
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.fitting import fit
 from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.guides.row_noise import PER_ROW, PER_STEP
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import ClassPrediction, predict
@@ -116,7 +118,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     result = fit(
         program,
         data,
-        guide=Point if arguments.point else MeanField,
+        guide=Point if arguments.point else partial(MeanField, estimator=arguments.estimator),
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         optimizer=make(),
@@ -302,6 +304,7 @@ def _add_fit(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, metavar="ROWS", help="rows of a step")
     parser.add_argument("--optimizer", default=defaults.optimizer, metavar="NAME", help=", ".join(OPTIMIZERS))
     parser.add_argument("--learning-rate", type=float, metavar="RATE", help=f"by default {rates}; it falls to 0 over the fit")
+    parser.add_argument("--estimator", default=defaults.estimator, metavar="NAME", help=f"of mean field's gradient: {', '.join((*PER_STEP, *PER_ROW))}")
     parser.add_argument("--temperature", type=float, default=defaults.temperature, metavar="T", help="1 is Bayes; less counts the data more often")
 
 

@@ -80,7 +80,6 @@ class Pull(NamedTuple):
             return out.sub_(factor * self.precision * self.loc) if self.loc else out
         return torch.add(g, (loc - self.loc) * self.precision, alpha=factor, out=out)
 
-
     def halfway(self, other: Pull) -> Pull:
         """The prior whose pull is the mean of both, wherever the mean and the standard deviation of the entries are."""
         precision, weight = (self.precision + other.precision) / 2, (self.weight + other.weight) / 2
@@ -91,7 +90,8 @@ class Pull(NamedTuple):
 class Draw(NamedTuple):
     """What one run gives: both terms of the ELBO in nats (the closed part of `kl` may be up to eight steps old), and per chunk the prior and the gradient g.
 
-    `gradients` is g as the mean has it, `odd` g as it multiplies the noise: the same at one draw; half the sum and half the difference at two with opposite signs.
+    `gradients` is g as the mean has it, `odd` g as it multiplies the noise: the same at one draw, half the sum and half the difference at two with opposite
+    signs.
     """
 
     expected_log_likelihood: float

@@ -21,6 +21,7 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting import point_weights
 from pyro_bmr.fitting import Fit, adam, fit
 from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.guides.row_noise import PER_STEP, check_estimator
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import natural_gradient
 from pyro_bmr.posterior import Posterior
@@ -41,7 +42,7 @@ class Settings:
 
     `optimizer`: one of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the point route takes adam at its own rate then. `learning_rate`: None for
     that of the optimiser. `kept`: target fraction for the reduced route, None for the evidence to decide. `reduce_every`: epochs, by default a tenth of
-    the fit; `start`, `stop`: as in `Every`. `draws`: of the predictive.
+    the fit; `start`, `stop`: as in `Every`. `draws`: of the predictive. `estimator`: as in `MeanField`.
     """
 
     epochs: int = 40
@@ -55,10 +56,12 @@ class Settings:
     draws: int = 32
     validation: float | None = None
     optimizer: str = "adam"
+    estimator: str = "weight"
 
     def __post_init__(self) -> None:
         rate = optimizer_named(self.optimizer, self.learning_rate)[1]
         object.__setattr__(self, "learning_rate", rate)  # as a number, which is kept beside the results
+        check_estimator(self.estimator, *PER_STEP)
         rules = {
             "epochs": self.epochs >= 1,
             "batch_size": self.batch_size >= 1,
@@ -122,7 +125,7 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
     result = fit(
         program,
         data,
-        guide=Point if route == "point" else MeanField,
+        guide=Point if route == "point" else partial(MeanField, estimator=settings.estimator),
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         optimizer=make(),

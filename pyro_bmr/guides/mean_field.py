@@ -20,7 +20,7 @@ from torch.distributions import Transform, constraints
 from torch.distributions.transforms import ExpTransform, SigmoidTransform
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.guides.row_noise import check_estimator
+from pyro_bmr.guides.row_noise import PER_STEP, check_estimator
 from pyro_bmr.guides.site_normal import Independent
 
 SUPPORTS: dict[str, Transform | None] = {"real": None, "positive": ExpTransform(), "unit_interval": SigmoidTransform()}
@@ -164,7 +164,7 @@ class MeanField(nn.Module):
 
     def __init__(self, program: Callable[..., Any], *args: Any, init_scale: float = 0.3, estimator: str = "weight", **kwargs: Any) -> None:
         super().__init__()
-        self.estimator = check_estimator(estimator, "weight", "antithetic")
+        self.estimator = check_estimator(estimator, *PER_STEP)
         self.latents = latent_sites(program, *args, **kwargs)
         self.sizes = [latent.start.numel() for latent in self.latents]
         self.loc = nn.Parameter(torch.cat([latent.start.flatten() for latent in self.latents]))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_bmr.errors import ModelError
 
-PER_ROW = ("local", "flipout")
+PER_STEP, PER_ROW = ("weight", "antithetic"), ("local", "flipout")
 
 
 def check_estimator(estimator: str, *others: str) -> str:
