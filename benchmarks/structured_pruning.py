@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,6 +99,7 @@ class Task:
     epochs: int
     learning_rate: float = 4e-3
     batch_size: int = 128
+    estimator: str = "weight"
 
 
 TASKS = {
@@ -121,6 +123,7 @@ def run(task: Task, seed: int, validation: bool, folder: Path) -> None:
     fit = bmr.fit(
         program,
         (x, y),
+        guide=partial(bmr.MeanField, estimator=task.estimator),
         epochs=task.epochs,
         batch_size=task.batch_size,
         optimizer=bmr.adam(task.learning_rate),
@@ -208,10 +211,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/structured-pruning"))
     for name in ("kept", "size", "temperature", "learning_rate"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float)
-    parser.add_argument("--epochs", type=int)
+    for name in ("epochs", "batch_size"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    parser.add_argument("--estimator")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    changes = {name: getattr(arguments, name) for name in ("kept", "size", "temperature", "learning_rate", "epochs") if getattr(arguments, name) is not None}
+    changes = {field.name: value for field in fields(Task) if (value := getattr(arguments, field.name, None)) is not None}
     for name, task in TASKS.items():
         if arguments.only in (None, name):
             for seed in range(arguments.seeds):

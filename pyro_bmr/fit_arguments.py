@@ -18,6 +18,7 @@ from pyro_bmr.elbo import Values
 from pyro_bmr.errors import DataError, FitError
 
 Program = Callable[..., Any]
+_AT_ONCE = 1 << 16  # numbers of the data that are checked at once, so that the check needs no copy of them
 
 
 def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
@@ -25,9 +26,12 @@ def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
     if x.ndim < 1 or y.ndim < 1 or len(x) != len(y) or len(x) == 0:
         raise DataError(f"{where}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; the same number of rows, at least one, is wanted")
     for name, value in (("x", x), ("y", y)):
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            row = int((~value.reshape(len(value), -1).isfinite().all(1)).nonzero()[0])
-            raise DataError(f"{where}: {name} is NaN or infinite, first in row {row}; drop or impute such rows")
+        if value.is_floating_point():
+            rows = max(_AT_ONCE // max(value[0].numel(), 1), 1)
+            for first, part in zip(range(0, len(value), rows), value.split(rows), strict=True):
+                bad = (~part.reshape(len(part), -1).isfinite().all(1)).nonzero()
+                if len(bad):
+                    raise DataError(f"{where}: {name} is NaN or infinite, first in row {first + int(bad[0])}; drop or impute such rows")
 
 
 def like_program(program: Program, values: Tensor) -> Tensor:

@@ -18,11 +18,13 @@ from torch.optim import Optimizer
 from pyro_bmr.elbo import ELBOTerms, Values, collapsed, elbo_terms
 from pyro_bmr.errors import FitError
 from pyro_bmr.fit_arguments import Program, check_program
+from pyro_bmr.guide_moments import sites_of_guide
 from pyro_bmr.guides import MeanField, Point, SiteWise
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.guides.row_noise import PER_ROW
 from pyro_bmr.likelihoods import WholeData
 from pyro_bmr.mean_field_step import Draw, MeanFieldStep, Network
+from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import NaturalGradient, OnlineNewton
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
@@ -58,6 +60,7 @@ class FitState:
         self.has_variance = any(bool(site.var.any()) for site in sites.values())
         empirical = {name: site.declared for name, site in sites.items() if isinstance(site.declared, Gaussian) and site.declared.scale == "empirical"}
         self.empirical_priors = empirical if self.has_variance else {}
+        self.plain_sites = [name for name, site in sites.items() if site.prior is not None and site.support == "real" and not site.given]
 
     @torch.no_grad()
     def begin(self, start: Posterior) -> None:
@@ -81,7 +84,7 @@ class FitState:
     def parameters(self) -> list[Tensor]:
         """All that is trained, of guide and program."""
         modules = [m for m in (self.guide, self.program) if isinstance(m, nn.Module)]
-        return [p for m in modules for p in m.parameters() if p.requires_grad]
+        return [p for m in modules for p in (m.trained if isinstance(m, BayesianNetwork) else m.parameters()) if p.requires_grad]
 
     def optimizer(self, make: Callable[[Any], Optimizer] | NaturalGradient) -> Optimizer:
         """The optimiser of the guide's and the program's parameters."""
@@ -93,9 +96,8 @@ class FitState:
                 "give another optimiser, such as adam()"
             )
         rows = len(self.x) / self.temperature
-        for name, site in self.posterior().sites.items():
-            if site.prior is not None and site.support == "real" and not site.given and not self.hold_scales:  # a start keeps its variances
-                self.flat.log_scale.detach()[self.flat.parts[name]].fill_(-0.5 * math.log(rows * make.curvature))
+        for name in () if self.hold_scales else self.plain_sites:  # a start keeps its variances
+            self.flat.log_scale.detach()[self.flat.parts[name]].fill_(-0.5 * math.log(rows * make.curvature))
         return make.optimizer(self.flat, self.trained)
 
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -144,6 +146,13 @@ class FitState:
         self.masked.masks = self.masks
         return elbo_terms(self.masked(self.scaled), self.masked(self.guide), *batch)
 
+    def finish(self) -> Posterior:
+        """The posterior at the end of the fit, read when the vectors of the step are gone."""
+        if self.flat is not None:
+            self.flat.write_back()
+            self.flat = None
+        return self.posterior()
+
     def posterior(self) -> Posterior:
         """The posterior as it stands; the program is in evaluation mode while it is read."""
         if self.flat is not None:
@@ -171,16 +180,12 @@ class FitState:
         """Sets the empirical scales to those of the best evidence, unless they are held."""
         if self.hold_scales or not self.empirical_priors:
             return
-        if self.flat is None:
-            sites = self.posterior().sites
-            moments = {name: (sites[name].mean, sites[name].var) for name in self.empirical_priors}
-        else:
+        if self.flat is not None:
             self.flat.write_back()
-            locs, log_scales = self.guide.views(self.guide.loc), self.guide.views(self.guide.log_scale)
-            moments = {name: (locs[name], (2 * log_scales[name]).exp()) for name in self.empirical_priors}
             self.flat.forget()
-        for name, (mean, var) in moments.items():
-            self.empirical.update(name, self.empirical_priors[name], mean, var, self.masks.get(name))
+        sites = sites_of_guide(self.guide, self.few, {}, self.masks)
+        for name, prior in self.empirical_priors.items():
+            self.empirical.update(name, prior, sites[name].mean, sites[name].var, self.masks.get(name))
 
     def kept(self) -> float:
         """The fraction of the reduced sites' entries that live; 1 before any reduction."""

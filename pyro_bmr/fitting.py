@@ -25,6 +25,7 @@ from pyro_bmr.errors import FitError
 from pyro_bmr.fit_arguments import Program, check_arguments, check_rows, like_program, validation_split
 from pyro_bmr.fit_state import FitState, seed_generator
 from pyro_bmr.guides import MeanField
+from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import NaturalGradient
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import check_callable_without_y, predict
@@ -124,7 +125,8 @@ def fit(
     if held_out is not None:
         held_out = (like_program(program, held_out[0]), like_program(program, held_out[1]))
         check_callable_without_y(program, x)
-    program = copy.deepcopy(program) if isinstance(program, nn.Module) else program
+    if isinstance(program, nn.Module):
+        program = program.copy() if isinstance(program, BayesianNetwork) else copy.deepcopy(program)
     clock = time.perf_counter()
     with torch.random.fork_rng(), pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         seed_generator(x.device, seed)
@@ -175,7 +177,8 @@ def fit(
                     row["validation_nll"] = -float(prediction.log_prob(held_out[1]).mean())
                 rows.append(row)
                 bar.set_postfix(ell=f"{likelihood:.4g}", kl=f"{kl:.4g}", kept=f"{row['kept']:.3g}")
-        posterior = run.posterior()
+        del optimizer_, scheduler_
+        posterior = run.finish()
     if isinstance(program, nn.Module):
         program.eval()
     return Fit(

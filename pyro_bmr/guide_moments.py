@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_bmr.elbo import Values, collapsed
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.autoguides import Moments, autoguide_moments
-from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
+from pyro_bmr.guides.mean_field import SUPPORTS, Latent, MeanField, base_distribution, support_name
 from pyro_bmr.guides.scale_coupled import CoupledSite
 from pyro_bmr.guides.site_wise import SiteWise
 from pyro_bmr.reduction.gaussian import Diagonal, Message
@@ -30,6 +30,8 @@ def sites_of_guide(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     """Site name → `Site` without a prior; a guide with a Gaussian per site is read with `masks` in force."""
     if isinstance(guide, SiteWise):
         return _site_wise(guide, masks)
+    if isinstance(guide, MeanField):
+        return _mean_field(guide)
     with torch.no_grad(), torch.random.fork_rng():
         trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
         moments = autoguide_moments(guide, *args, **kwargs)
@@ -92,12 +94,21 @@ def with_priors(
 
 
 @torch.no_grad()
+def _mean_field(guide: MeanField) -> dict[str, Site]:
+    locs, log_scales = guide.views(guide.loc), guide.views(guide.log_scale)
+    return {s.name: Site(locs[s.name].clone(), log_scales[s.name].exp().square_(), support=_support(s)) for s in guide.latents}
+
+
+def _support(latent: Latent) -> str:
+    return next(key for key, transform in SUPPORTS.items() if transform is latent.transform)
+
+
+@torch.no_grad()
 def _site_wise(guide: SiteWise, masks: Mapping[str, Tensor]) -> dict[str, Site]:
     sites = {}
     for latent, part, q in zip(guide.latents, guide.parts.values(), guide.at_point(masks).values(), strict=True):
         message = Message(*(t.clone() for t in part.message())) if isinstance(part, CoupledSite) else None
-        support = next(key for key, transform in SUPPORTS.items() if transform is latent.transform)
-        sites[latent.name] = Site(q.mean.clone(), q.var.clone(), support=support, joint=q.joint(), message=message)
+        sites[latent.name] = Site(q.mean.clone(), q.var.clone(), support=_support(latent), joint=q.joint(), message=message)
     return sites
 
 

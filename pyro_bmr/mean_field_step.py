@@ -330,19 +330,17 @@ class MeanFieldStep:
     @torch.no_grad()
     def prune(self, masks: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> None:
         """Keeps the entries that live by `masks` (site → bool tensor) alone, in the vectors and in the state of `optimizer`."""
-        living: dict[str, Tensor] = {}
-        survivors = []
-        for latent in self.guide.latents:
-            name, part = latent.name, self.parts[latent.name]
-            before = torch.arange(latent.shape.numel(), device=self.loc.device) if self.living is None else self.living[name]
-            stays = masks[name].reshape(-1)[before] if name in masks else torch.ones_like(before, dtype=torch.bool)
-            living[name] = before[stays]
-            survivors.append(part.start + stays.nonzero()[:, 0])
-        kept = torch.cat(survivors)
-        if len(kept) == self.loc.numel():
+        stays: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            now = None if self.living is None else self.living[name]
+            flat = masks[name].reshape(-1) if name in masks else None
+            everything = self.loc.new_ones(part.stop - part.start, dtype=torch.bool)
+            stays[name] = everything if flat is None else flat if now is None else flat[now]
+        kept = torch.cat(list(stays.values()))
+        if bool(kept.all()):
             return
         self.write_back()
-        self.living = living
+        self.living = {name: stay.nonzero()[:, 0] if self.living is None else self.living[name][stay] for name, stay in stays.items()}
         self.loc, self.log_scale = (_replaced(flat, kept, optimizer) for flat in (self.loc, self.log_scale))
         self._lay_out()
 
@@ -376,7 +374,7 @@ def _stretches(parts: Mapping[str, slice], chunk: int) -> Iterator[tuple[tuple[s
 
 
 def _replaced(flat: nn.Parameter, kept: Tensor, optimizer: Optimizer | None) -> nn.Parameter:
-    """The kept entries of a parameter as a new one, which takes its place in an optimiser, state included."""
+    """The entries of a parameter where `kept` is true as a new one, which takes its place in an optimiser, state included."""
     compact = nn.Parameter(flat.detach()[kept])
     if optimizer is None:
         return compact

@@ -5,6 +5,7 @@ It lifts by parameter, not by layer class, and says what it lifted, what it left
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -81,6 +82,19 @@ class BayesianNetwork(nn.Module):
                 raise ModelError(f"prior for '{pattern}': expected a prior such as Gaussian() or Horseshoe(), got {value!r}")
             if names and not any(fnmatchcase(name, pattern) for name in names):
                 raise ModelError(f"prior pattern '{pattern}' matches no parameter; the parameters are: {', '.join(names)}")
+
+    def copy(self) -> BayesianNetwork:
+        """A copy for a fit. It shares the lifted parameters, of which a fit reads the shape and, at its start, the value; where a prior has its mean there, it
+        has its own."""
+        parameters = dict(self.net.named_parameters())
+        shared = [parameters[name] for name, prior in self.priors.items() if not (isinstance(prior, Gaussian) and isinstance(prior.mean, str))]
+        return copy.deepcopy(self, {id(parameter): parameter for parameter in shared})
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained as a point estimate: parameters that are no sites."""
+        lifted = {id(p) for name, p in self.net.named_parameters() if name in self.priors}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in lifted]
 
     @property
     def plain_weights(self) -> set[str]:

@@ -170,6 +170,8 @@ class MeanField(nn.Module):
         self.loc = nn.Parameter(torch.cat([latent.start.flatten() for latent in self.latents]))
         scales = [start_scale(latent, init_scale) for latent in self.latents]
         self.log_scale = nn.Parameter(torch.cat([scale.log().expand(size) for scale, size in zip(scales, self.sizes, strict=True)]))
+        locs = self.views(self.loc.detach())
+        self.latents = [latent._replace(start=locs[latent.name]) for latent in self.latents]  # no second copy of the start values is kept
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Site name → its part of a flat vector, in the site's shape; no copy."""
