@@ -1,0 +1,246 @@
+"""What a whole fit costs beside plain training: memory, epochs before and after pruning, reductions, predictions, and the time to a given NLL.
+
+    python benchmarks/fit_cost.py --json docs/results/fit_cost.json
+    python benchmarks/fit_cost.py --only memory
+
+One thread. Seconds are those of the processor in this process; contenders take turns, medians are given. `time_to_nll` needs Fashion-MNIST; the rest takes
+random images of its size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.optim
+import torch
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
+import pyro_bmr as bmr
+from pyro_bmr.fit_state import FitState, seed_generator
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.step import mlp
+from models.mlp import network as he_mlp
+
+LARGE, SMALL = (784, 500, 500, 500, 500, 10), (784, 300, 100, 10)
+SPIKE = bmr.Gaussian(scale=0.0)
+
+
+def random_images(rows: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.rand(rows, 784), torch.randint(10, (rows,))
+
+
+def network(*widths: int) -> bmr.BayesianNetwork:
+    torch.manual_seed(0)
+    return bmr.BayesianNetwork(mlp(*widths), bmr.Gaussian("empirical"), bmr.Categorical())
+
+
+def train_plainly(net: nn.Module, x: Tensor, y: Tensor, batch: int = 128) -> None:
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    for rows in torch.randperm(len(x)).split(batch):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+        optimizer.step()
+
+
+MEMORY: dict[str, dict[str, Any]] = {
+    "plain training, fused Adam": {},
+    "fit": {"optimizer": bmr.adam()},
+    "fit, natural gradient": {"optimizer": bmr.natural_gradient()},
+    "fit, antithetic": {"optimizer": bmr.adam(), "guide": lambda *a: bmr.MeanField(*a, estimator="antithetic")},
+    "fit with reductions": {"optimizer": bmr.adam(), "reduce": bmr.Every(0.25, SPIKE, kept=0.05)},
+}
+
+
+def peak_of(name: str) -> int:
+    """Bytes of this process at the peak of one epoch, the network included, above those before it."""
+    x, y = random_images(20_000)
+    train_plainly(mlp(784, 10), x[:256], y[:256])  # what is loaded at the first use of anything
+    bmr.fit(network(784, 10), (x[:512], y[:512]), epochs=1, progress=False)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    if MEMORY[name]:
+        bmr.fit(network(*LARGE), (x, y), epochs=1, progress=False, **MEMORY[name])
+    else:
+        train_plainly(mlp(*LARGE), x, y)
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def memory() -> dict[str, float]:
+    """Peak memory of one epoch of 784-500×4-10 over that of plain training; the median of five processes each. Linux."""
+    code = "import sys, torch; torch.set_num_threads(1); from benchmarks.fit_cost import peak_of; print(peak_of(sys.argv[1]))"
+    peaks = {name: statistics.median(int(subprocess.check_output([sys.executable, "-c", code, name], text=True)) for _ in range(5)) for name in MEMORY}
+    plain = peaks["plain training, fused Adam"]
+    return {f"{name}, MB": peak / 1e6 for name, peak in peaks.items()} | {f"{name}, over plain": peak / plain for name, peak in peaks.items()}
+
+
+def epochs(rounds: int = 5) -> dict[str, float]:
+    """Processor seconds of an epoch of `fit` on 784-300-100-10 before and after 95 % of the weights were pruned."""
+    data, program = random_images(60_000), network(*SMALL)
+    whole = bmr.fit(program, (data[0][:256], data[1][:256]), epochs=1, progress=False).posterior
+    pruned = bmr.reduce(whole, SPIKE, kept=0.05).posterior
+    times: dict[str, list[float]] = {"before": [], "after": []}
+    for _ in range(rounds):
+        for name, start in (("before", whole), ("after", pruned)):
+            began = time.process_time()
+            bmr.fit(program, data, epochs=1, progress=False, start=start)
+            times[name].append(time.process_time() - began)
+    before, after = (statistics.median(t) for t in times.values())
+    return {"epoch, s": before, "epoch, 95 % pruned, s": after, "ratio": after / before}
+
+
+def reductions(rounds: int = 3) -> dict[str, float]:
+    """The part of a fit's time that reductions and scales take: 784-300-100-10, 60,000 images, one reduction an epoch, five epochs."""
+    data, shares = random_images(60_000), {"evidence": [], "target": []}
+    for _ in range(rounds):
+        for name, kept in (("evidence", None), ("target", 0.05)):
+            fit = bmr.fit(network(*SMALL), data, epochs=5, progress=False, reduce=bmr.Every(1, SPIKE, kept=kept))
+            shares[name].append(fit.reduction_seconds / fit.seconds)
+    return {f"share of a fit, {name}": statistics.median(s) for name, s in shares.items()}
+
+
+def predictions(rounds: int = 5) -> dict[str, float]:
+    """32 draws × 10,000 inputs on 784-300-100-10 over 32 plain forward passes, of a dense and of a pruned posterior."""
+    (x, y), program = random_images(10_000), network(*SMALL)
+    fit = bmr.fit(program, (x[:256], y[:256]), epochs=1, progress=False)
+    pruned = bmr.reduce(fit.posterior, SPIKE, kept=0.05).posterior
+    net = program.net.eval()
+
+    def plain() -> None:
+        with torch.no_grad():
+            for _ in range(32):
+                net(x).softmax(1)
+
+    contenders: dict[str, Callable[[], object]] = {
+        "plain": plain,
+        "predict": lambda: bmr.predict(fit.program, fit.posterior, x, draws=32),
+        "predict, 95 % pruned": lambda: bmr.predict(fit.program, pruned, x, draws=32),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, run in contenders.items():
+            began = time.process_time()
+            run()
+            times[name].append(time.process_time() - began)
+    medians = {name: statistics.median(t[1:]) for name, t in times.items()}
+    return {f"{name}, s": t for name, t in medians.items()} | {f"{name}, over plain": medians[name] / medians["plain"] for name in list(contenders)[1:]}
+
+
+def time_to_nll(target: float = 0.40, every: int = 100, at_most: int = 6_000) -> dict[str, float]:
+    """Steps and processor seconds until the NLL of 10,000 held-out Fashion-MNIST images falls to `target`, at a constant rate; scoring is not counted.
+
+    784-300-100-10, batch 128, T = 1. The rate of each is the best of three on the same images, the point's included."""
+    data = bmr.load("fashion-mnist")
+    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
+    x, y, x_val, y_val = data.x_train[order[10_000:]], data.y_train[order[10_000:]], data.x_train[order[:10_000]], data.y_train[order[:10_000]]
+
+    def start() -> nn.Module:
+        torch.manual_seed(0)
+        return he_mlp(784, (300, 100), 10)
+
+    def nll(program: Any, posterior: bmr.Posterior, draws: int) -> float:
+        return -float(bmr.predict(program, posterior, x_val, draws=draws).log_prob(y_val).mean())
+
+    def ours(make: Any) -> tuple[Callable[[Tensor, int], None], Callable[[], float]]:
+        run = FitState(bmr.BayesianNetwork(start(), bmr.Gaussian(0.1), bmr.Categorical()), bmr.MeanField, x, y, 128, 1.0, 0)
+        optimizer = run.optimizer(make)
+
+        def step(rows: Tensor, number: int) -> None:
+            run.step(optimizer, (x[rows], y[rows]), number)
+
+        run.program.train()
+        return step, lambda: nll(run.program, run.posterior(), 8)
+
+    def plain(rate: float) -> tuple[Callable[[Tensor, int], None], Callable[[], float]]:
+        net = start()
+        optimizer = torch.optim.Adam(net.parameters(), lr=rate, fused=True)
+
+        def step(rows: Tensor, number: int) -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+            optimizer.step()
+
+        @torch.no_grad()
+        def score() -> float:
+            return float(nn.functional.cross_entropy(net(x_val), y_val))
+
+        return step, score
+
+    def stock(rate: float) -> tuple[Callable[[Tensor, int], None], Callable[[], float]]:
+        model = bmr.BayesianNetwork(start(), bmr.Gaussian(0.1), bmr.Categorical(size=len(x)))
+        guide = AutoNormal(model, init_scale=0.01)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": rate}), TraceMeanField_ELBO())
+        return lambda rows, number: svi.step(x[rows], y[rows]), lambda: nll(model, bmr.Posterior.from_guide(guide, model, x[:8], y[:8]), 8)
+
+    contenders: dict[str, list[Callable[[], Any]]] = {
+        "plain training": [lambda r=r: plain(r) for r in (1e-3, 2e-3, 4e-3)],
+        "fit": [lambda r=r: ours(bmr.adam(r)) for r in (2e-3, 4e-3, 8e-3)],
+        "fit, natural gradient": [lambda r=r: ours(bmr.natural_gradient(r)) for r in (0.05, 0.1, 0.2)],
+        "Pyro, AutoNormal, TraceMeanField_ELBO": [lambda r=r: stock(r) for r in (2e-3, 4e-3, 8e-3)],
+    }
+    results: dict[str, float] = {}
+    for name, makes in contenders.items():
+        best: tuple[float, int] | None = None
+        for make in makes:
+            step, score = make()
+            spent, number = 0.0, 0
+            while number < at_most and (best is None or spent < best[0]):
+                for rows in torch.randperm(len(x), generator=torch.Generator().manual_seed(number)).split(128)[:every]:
+                    number += 1
+                    began = time.process_time()
+                    seed_generator(x.device, number)
+                    step(rows, number)
+                    spent += time.process_time() - began
+                if score() <= target:
+                    best = (spent, number) if best is None or spent < best[0] else best
+                    break
+        results |= {f"{name}, s": best[0], f"{name}, steps": best[1]} if best else {f"{name}: not reached in {at_most} steps": float("nan")}
+        print(name, best, flush=True)
+    return results
+
+
+PARTS: dict[str, Callable[[], dict[str, float]]] = {
+    "memory": memory,
+    "epochs": epochs,
+    "reductions": reductions,
+    "predictions": predictions,
+    "time_to_nll": time_to_nll,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
+    parser.add_argument("--json", type=Path, help="where results are kept; parts that are not measured now stay as they are there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+    with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
+        for name in arguments.only:
+            results[name] = PARTS[name]()
+            print(f"\n{name}: {(PARTS[name].__doc__ or '').splitlines()[0]}")
+            for key, value in results[name].items():
+                print(f"  {key}: {value:.3g}", flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
