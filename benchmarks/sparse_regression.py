@@ -83,7 +83,12 @@ def variational(prior: bmr.Prior, guide: Callable[..., Any], x: torch.Tensor, y:
 
 def nuts(prior: bmr.Prior, x: torch.Tensor, y: torch.Tensor, seed: int, samples: int) -> tuple[torch.Tensor, float]:
     pyro.set_rng_seed(seed)
-    mcmc = MCMC(NUTS(make_program(prior), max_tree_depth=7, target_accept_prob=0.9, jit_compile=True, ignore_jit_warnings=True), num_samples=samples, warmup_steps=samples, disable_progbar=True)
+    mcmc = MCMC(
+        NUTS(make_program(prior), max_tree_depth=7, target_accept_prob=0.9, jit_compile=True, ignore_jit_warnings=True),
+        num_samples=samples,
+        warmup_steps=samples,
+        disable_progbar=True,
+    )
     mcmc.run(x, y)
     values = mcmc.get_samples()
     return torch.stack([weight_at(prior, "w", values["w"][k], {name: v[k] for name, v in values.items()}) for k in range(samples)]), float("nan")
