@@ -32,7 +32,7 @@ def main() -> None:
         optimizer.zero_grad()
         loss(program, guide, data.x_train[index], data.y_train[index]).backward()
         optimizer.step()
-    for guide.estimator in ("weight", "local", "flipout"):
+    for guide.estimator in ("weight", "antithetic", "local", "flipout"):
         gradients, seconds = [], []
         for _ in range(DRAWS):
             start = time.process_time()
@@ -43,8 +43,9 @@ def main() -> None:
 
 
 def loss(program, guide, x, y):
-    terms = bmr.elbo_terms(program, guide, x, y)
-    return terms.kl - terms.expected_log_likelihood
+    noise = torch.randn_like(guide.loc) if guide.estimator == "antithetic" else None
+    draws = [bmr.elbo_terms(program, guide, x, y, noise=n) for n in ((noise, -noise) if noise is not None else (None,))]
+    return sum(terms.kl - terms.expected_log_likelihood for terms in draws) / len(draws)
 
 
 if __name__ == "__main__":
