@@ -23,14 +23,26 @@ def make_folder(folder: Path) -> None:
         raise PyroBMRError(f"cannot write to '{folder}': {error.strerror or error}; choose another folder") from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary path)` and renames the result to `path`."""
+def write_atomically(path: Path, write: Callable[[Path], object], durable: bool = False) -> None:
+    """Calls `write(temporary path)` and renames the result to `path`; `durable` has it on the disk, and not only in the system's cache, on return."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        if durable:
+            _sync(temporary)
         os.replace(temporary, path)
+        if durable and os.name == "posix":
+            _sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise PyroBMRError(f"cannot write '{path}': {getattr(error, 'strerror', None) or error}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -281,6 +281,22 @@ class MeanFieldStep:
         self.loc, self.log_scale = (_replaced(flat, kept, optimizer) for flat in (self.loc, self.log_scale))
         self._lay_out()
 
+    def state(self) -> dict[str, Any]:
+        """What the steps so far have changed, for a checkpoint. The KL is up to eight steps old, and is evaluated anew when the declared priors change."""
+        declared = {name: tuple(prior) for name, prior in self.declared.items()}
+        return {"loc": self.loc, "log_scale": self.log_scale, "kl": self.kl, "declared": declared, "settled": self.priors is self.declared}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`, after `prune` with its masks."""
+        self.loc.copy_(state["loc"])
+        self.log_scale.copy_(state["log_scale"])
+        self.stale = [True] * len(self.chunks)
+        self.kl = state["kl"]
+        device = self.loc.device
+        self.declared = {n: SitePrior(*(v.to(device) if isinstance(v, Tensor) else v for v in prior)) for n, prior in state["declared"].items()}
+        self.priors = self.declared if state["settled"] else {}
+
     @torch.no_grad()
     def write_back(self) -> None:
         """The guide's vectors as the fit has them now; pruned entries stay as they were when they were pruned."""
