@@ -294,7 +294,7 @@ class MeanFieldStep:
         self.stale = [True] * len(self.chunks)
         self.kl = state["kl"]
         device = self.loc.device
-        self.declared = {n: SitePrior(*(v.to(device) if isinstance(v, Tensor) else v for v in prior)) for n, prior in state["declared"].items()}
+        self.declared = {n: SitePrior._make(v.to(device) if isinstance(v, Tensor) else v for v in prior) for n, prior in state["declared"].items()}
         self.priors = self.declared if state["settled"] else {}
 
     @torch.no_grad()
