@@ -245,7 +245,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if not (isinstance(settings, dict) and isinstance(state, dict)):
             raise ValueError("settings or state are no objects")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FitError(f"'{path}' is damaged ({str(error) or type(error).__name__})") from None
+        raise FitError(f"'{path}' is damaged ({' '.join(str(error).split()) or type(error).__name__})") from None
     return settings, state
 
 
