@@ -70,6 +70,8 @@ class Journal:
     """The checkpoints of a running fit; none if `checkpoint` is None."""
 
     def __init__(self, checkpoint: str | Path | Checkpoints | None) -> None:
+        if not isinstance(checkpoint, (str, Path, Checkpoints, type(None))):
+            raise FitError(f"checkpoint: a folder or Checkpoints(folder, ...) is wanted, got {checkpoint!r}")
         self.rule = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
         self.settings: dict[str, Any] = {}
         self.good: list[Path] = []  # checkpoints that can be read, the oldest first
@@ -102,6 +104,15 @@ class Journal:
                 _refuse_others(self.folder, its_settings, self.settings)
                 state = its_state
         return state
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Within it, a state that is whole but does not fit the fit is a FitError."""
+        try:
+            yield
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            what = " ".join(str(error).split())
+            raise FitError(f"'{self.good[-1]}' does not fit this fit ({type(error).__name__}: {what}); remove the folder, or choose another") from None
 
     def due(self, step: int, last: bool) -> bool:
         """Whether a checkpoint is to be written after `step`."""

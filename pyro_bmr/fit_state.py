@@ -32,7 +32,17 @@ from pyro_bmr.pruning import Every, Masked
 class FitState:
     """The state of a fit: program, guide, handlers, masks."""
 
-    def __init__(self, program: Program, guide: Program, x: Tensor, y: Tensor, batch_size: int, temperature: float, seed: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        guide: Program,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        temperature: float,
+        seed: int,
+        held_out: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.program, self.x, self.y, self.temperature = program, x, y, temperature
         self.batch_size = min(batch_size, len(x))
         self.masks: dict[str, Tensor] = {}
@@ -43,6 +53,8 @@ class FitState:
         self.scaled = self.empirical(self.whole(program))
         _set_training(program, False)
         check_program(program, self.few, y)
+        if held_out is not None:
+            check_program(program, (held_out[0][:8], held_out[1][:8]), held_out[1])
         self.guide: Any = _make_guide(guide, program, self.few)
         self.guide(*self.few)  # autoguides make their parameters at the first call
         self.masked = Masked({})
@@ -85,7 +97,13 @@ class FitState:
     def optimizer(self, make: Callable[[Any], Optimizer] | NaturalGradient) -> Optimizer:
         """The optimiser of the guide's and the program's parameters."""
         if not isinstance(make, NaturalGradient):
-            return make(self.parameters() if self.flat is None else [self.flat.loc, self.flat.log_scale, *self.trained])
+            try:
+                made = make(self.parameters() if self.flat is None else [self.flat.loc, self.flat.log_scale, *self.trained])
+            except (ValueError, TypeError) as error:
+                raise FitError(f"optimizer: it cannot be made ({error})") from error
+            if not isinstance(made, Optimizer) or isinstance(made, torch.optim.LBFGS):
+                raise FitError(f"optimizer: a torch optimiser whose step takes no closure is wanted, got {type(made).__name__}")
+            return made
         if self.flat is None:
             raise FitError(
                 f'optimizer=natural_gradient(): it needs guide=MeanField with estimator="weight", got {type(self.guide).__name__}; '

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from pyro_bmr.checkpoints import Checkpoints, Journal, fit_settings
 from pyro_bmr.errors import FitError
-from pyro_bmr.fit_arguments import Program, check_arguments, check_rows, like_program, validation_split
+from pyro_bmr.fit_arguments import Program, check_arguments, check_rows, like_program, rows_of, validation_split
 from pyro_bmr.fit_state import FitState, seed_generator
 from pyro_bmr.guides import MeanField
 from pyro_bmr.online_newton import NaturalGradient
@@ -121,8 +121,12 @@ def fit(
         DataError: rows disagree, values are not finite or outside the observed site's support.
         FitError: an argument is out of range, a loss or gradient is no longer finite (with the step and the sites), or `checkpoint` has another fit.
     """
-    x, y = data if isinstance(data, tuple) else (data.x_train, data.y_train)
-    check_arguments(epochs, batch_size, temperature)
+    x, y = rows_of(data)
+    functions = {"program": program, "guide": guide, "optimizer": optimizer or adam(), "scheduler": scheduler or cosine}
+    check_arguments(epochs, batch_size, temperature, seed, {k: v for k, v in functions.items() if not isinstance(v, NaturalGradient)})
+    for name, value, kind in (("reduce", reduce, Every), ("start", start, Posterior)):
+        if value is not None and not isinstance(value, kind):
+            raise FitError(f"{name}: {kind.__name__}(...) or None is wanted, got {value!r}")
     check_rows(x, y)
     journal = Journal(checkpoint)
     x, y = (like_program(program, t) for t in (x, y))
@@ -134,7 +138,7 @@ def fit(
     clock = time.perf_counter()
     with torch.random.fork_rng(), pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         seed_generator(x.device, seed)
-        run = FitState(program, guide, x, y, batch_size, temperature, seed)
+        run = FitState(program, guide, x, y, batch_size, temperature, seed, held_out)
         if start is not None:
             run.begin(start)
         optimizer_ = run.optimizer(optimizer or adam())
@@ -146,15 +150,18 @@ def fit(
         if reduce and not (due and run.has_variance):
             why = f"none falls between the warm-up ({math.ceil(warm_up)} steps) and the end ({total} steps)" if not due else "a point estimate has no variance"
             raise FitError(f"{reduce}: no reduction can be made, {why}; fit longer, raise stop, reduce more often, or use MeanField")
+        if reduce:
+            reduce.reduce(run.posterior(), 0.0)  # raises now what would stop the fit at its first reduction
         rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum = [], 0, 0.0, 0.0, 0.0, 0.0
         if checkpoint is not None:
             tensors = {"x": x, "y": y} | ({} if held_out is None else {"validation x": held_out[0], "validation y": held_out[1]})
             arguments = {"epochs": epochs, "batch_size": run.batch_size, "seed": seed, "temperature": temperature, "reduce": reduce, "start": start}
             saved = journal.latest(fit_settings(run, optimizer_, scheduler_, tensors, **arguments))
             if saved is not None:
-                run.restore(saved["run"], optimizer_, scheduler_)
-                rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, seconds = saved["loop"]
-                clock -= seconds
+                with journal.restoring():
+                    run.restore(saved["run"], optimizer_, scheduler_)
+                    rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, seconds = saved["loop"]
+                    clock -= seconds
         first = max(step - 1, 0) // per_epoch + 1  # the last step of an epoch is saved before the row of the epoch is there
         with tqdm(total=total, initial=step, disable=not progress, unit="step", leave=False) as bar, journal.interrupts():
             for epoch in range(first, epochs + 1):

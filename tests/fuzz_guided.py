@@ -3,6 +3,7 @@
 `python -m tests.fuzz_guided READER -runs=100000 -max_len=8192 [more options of libFuzzer]`. A crash ends it with a traceback and the input in a file.
 """
 
+import contextlib
 import sys
 import tempfile
 import warnings
@@ -24,10 +25,8 @@ if __name__ == "__main__":
 
         def once(raw: bytes) -> None:
             reader.file.write_bytes(raw)
-            try:
+            with contextlib.suppress(bmr.PyroBMRError):
                 reader.read()
-            except bmr.PyroBMRError:
-                pass
 
         warnings.simplefilter("ignore")
         atheris.Setup([sys.argv[0], str(folder / "corpus"), *sys.argv[2:]], once)
