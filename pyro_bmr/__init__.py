@@ -1,6 +1,7 @@
 """Bayesian deep learning with Pyro, sparse by Bayesian model reduction. The public names, in the order of the pipeline."""
 
 from pyro_bmr import metrics
+from pyro_bmr.checkpoints import Checkpoints
 from pyro_bmr.comparison import Settings, compare
 from pyro_bmr.data import load
 from pyro_bmr.data_set import Data
@@ -40,6 +41,7 @@ __all__ = [
     "BayesianNetwork",
     "Block",
     "Categorical",
+    "Checkpoints",
     "Data",
     "DataError",
     "Dense",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -58,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     except PyroBMRError as error:
         print(f"pyro-bmr: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(f"pyro-bmr: {str(stop) or 'stopped'}", file=sys.stderr)
+        return 130
 
 
 def prior_from_name(name: str) -> Prior:
@@ -126,8 +130,9 @@ def _fit(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         reduce=schedule or None,
         progress=not arguments.quiet and sys.stderr.isatty(),
+        checkpoint=Path(arguments.out) / "checkpoints" if arguments.resume else None,
     )
-    asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "out", "quiet", "threads", "draws")}
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "out", "quiet", "threads", "draws", "resume")}
     settings = {**asked, "model": model}
     scores = _scores(result.program, result.posterior, data, arguments.draws)
     save_run(result, arguments.out, {**settings, "seconds": result.seconds, **scores})
@@ -257,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     f.add_argument("--kept", type=float, metavar="FRACTION", help="target fraction of weights for these reductions; by default the evidence decides")
     _add_schedule(f, defaults)
     _add_run(f, defaults)
+    f.add_argument("--resume", action="store_true", help="save the fit in RUN/checkpoints as it runs, and go on from there if it was stopped before")
     f.add_argument("--out", default="results/run", metavar="RUN", help="folder of the run")
     f.add_argument("--quiet", action="store_true", help="no progress bar")
 

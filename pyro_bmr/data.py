@@ -56,6 +56,8 @@ def load(name: str | Path, target: str | None = None) -> Data:
     Raises:
         DataError: it does not exist, is not installed, or is not what its name says.
     """
+    if not isinstance(name, (str, Path)):
+        raise DataError(f"load: the name of a data set or a path is wanted, got {type(name).__name__}")
     path = Path(name)
     if str(name) in sources():
         return sources()[str(name)].load()

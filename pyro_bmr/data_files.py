@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import math
 import struct
-import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,13 +32,15 @@ def read_npz(path: Path) -> Data:
             missing = [key for key in IDX_FILES if key not in file.files]
             if missing:
                 raise DataError(
-                    f"'{path}': it has no {' and no '.join(missing)} (found: {', '.join(file.files) or 'nothing'}); "
+                    f"'{path}': it has no {' and no '.join(missing)} (found: {', '.join(map(_line, file.files)) or 'nothing'}); "
                     "x_train, y_train, x_test and y_test are wanted"
                 )
             keys = [*IDX_FILES, *(("x_val", "y_val") if "x_val" in file.files and "y_val" in file.files else ())]
             arrays = [file[key] for key in keys]
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, struct.error, zlib.error) as error:
-        raise DataError(f"'{path}': not a readable .npz file without pickles ({error})") from None
+    except DataError:
+        raise
+    except Exception as error:  # numpy and zipfile have a dozen kinds for bytes that are not theirs
+        raise DataError(f"'{path}': not a readable .npz file without pickles ({_line(error)})") from None
     if not all(isinstance(array, np.ndarray) for array in arrays):
         raise DataError(f"'{path}': not a readable .npz file (its members are no arrays); write it with numpy.savez")
     return standardised(path.stem, *arrays)
@@ -49,16 +50,14 @@ def read_csv(path: Path, target: str | None) -> Data:
     """`Data` of a table with a header, of which `target` is the column to predict."""
     try:
         table = pd.read_csv(path)
-    except (ValueError, OSError) as error:
-        raise DataError(f"'{path}': not a readable .csv file ({str(error).strip()})") from None
+    except (ValueError, OSError, OverflowError, MemoryError) as error:
+        raise DataError(f"'{path}': not a readable .csv file ({_line(error)})") from None
+    columns = ", ".join(_line(c) for c in table.columns)
     if target is None or target not in table.columns:
-        raise DataError(
-            f"'{path}': name the column to predict with --target; its columns are: {', '.join(map(str, table.columns))}"
-            + ("" if target is None else f"; got '{target}'")
-        )
+        raise DataError(f"'{path}': name the column to predict with --target; its columns are: {columns}" + ("" if target is None else f"; got '{target}'"))
     if len(table) < 5 or table.shape[1] < 2:
         raise DataError(f"'{path}': {table.shape[0]} rows and {table.shape[1]} columns; at least 5 rows and one feature are wanted")
-    text = [str(c) for c in table.columns if table[c].dtype.kind not in "iufb"]
+    text = [_line(c) for c in table.columns if table[c].dtype.kind not in "iufb"]
     if text:
         raise DataError(f"'{path}': columns {', '.join(text)} are not numbers; encode or drop them")
     return split(path.stem, table.drop(columns=target).to_numpy(dtype=np.float64), table[target].to_numpy())
@@ -102,3 +101,7 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
             f"'{path}': its contents differ from the published file (sha256 {hashlib.sha256(raw).hexdigest()[:12]}…, expected {sha256[:12]}…); install it again"
         )
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())

@@ -156,7 +156,7 @@ def does_not_split(name: str, base: Any) -> str:
 
 def collapsed(parameter: Tensor) -> Tensor:
     """A number that was expanded to a site's shape, as the number again."""
-    return parameter[(0,) * parameter.ndim] if parameter.ndim and not any(parameter.stride()) else parameter
+    return parameter[(0,) * parameter.ndim] if parameter.ndim and parameter.numel() and not any(parameter.stride()) else parameter
 
 
 class _GaussianKL(torch.autograd.Function):

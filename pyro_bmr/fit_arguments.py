@@ -6,7 +6,8 @@ Owns the checks and the split of the validation rows. Next: `fit_state.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -19,10 +20,40 @@ from pyro_bmr.errors import DataError, FitError
 
 Program = Callable[..., Any]
 _AT_ONCE = 1 << 16  # numbers of the data that are checked at once, so that the check needs no copy of them
+_LARGEST_SEED = 1 << 40  # seeds of steps are a million times as large
+_PROGRAM = "a plain network is made a program by BayesianNetwork(net, prior, likelihood)"
+_FUNCTIONS = {
+    "program": f"a Pyro program, called as program(x, y), ({_PROGRAM})",
+    "guide": "MeanField, another guide of this library or of Pyro, or a function from the program to a guide",
+    "optimizer": "a function from parameters to an optimiser, such as adam(1e-3) or partial(torch.optim.SGD, lr=0.1),",
+    "scheduler": "a function from the optimiser and the number of steps to a schedule, such as cosine, or None",
+}
+
+
+def rows_of(data: Any) -> tuple[Tensor, Tensor]:
+    """x and y of what `fit` is given as data."""
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        return data[0], data[1]
+    if hasattr(data, "x_train") and hasattr(data, "y_train"):
+        return data.x_train, data.y_train
+    raise DataError(f"data: a pair (x, y) of tensors, or something with x_train and y_train, is wanted; got {type(data).__name__}")
+
+
+def check_tensor(value: Any, name: str) -> None:
+    """Raises DataError unless `value` is a plain tensor with numbers in it."""
+    if not isinstance(value, Tensor):
+        raise DataError(f"{name}: a tensor is wanted, got {type(value).__name__}; make it one with torch.as_tensor")
+    if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+        kind = "quantized" if value.is_quantized else f"{value.layout} on '{value.device}'"
+        raise DataError(f"{name}: a dense tensor with values is wanted, got one that is {kind}")
+    if value.is_complex():
+        raise DataError(f"{name}: real numbers are wanted, got {value.dtype}")
 
 
 def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
-    """Raises DataError unless x and y have the same number of rows, at least one, all finite."""
+    """Raises DataError unless x and y are tensors with the same number of rows, at least one, all finite."""
+    check_tensor(x, f"{where}: x")
+    check_tensor(y, f"{where}: y")
     if x.ndim < 1 or y.ndim < 1 or len(x) != len(y) or len(x) == 0:
         raise DataError(f"{where}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; the same number of rows, at least one, is wanted")
     for name, value in (("x", x), ("y", y)):
@@ -34,6 +65,20 @@ def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
                     raise DataError(f"{where}: {name} is NaN or infinite, first in row {first + int(bad[0])}; drop or impute such rows")
 
 
+def check_labels(probs: Tensor, y: Tensor) -> None:
+    """Raises DataError unless `probs` is (rows, classes), of at least one row, without NaN, and y the class of each row."""
+    for name, value in (("probs", probs), ("y", y)):
+        check_tensor(value, name)
+    if probs.ndim != 2 or y.shape != probs.shape[:1] or len(y) == 0:
+        raise DataError(f"probs of shape {tuple(probs.shape)} and y {tuple(y.shape)}; (rows, classes) and (rows,) are wanted, one row at least")
+    if bool(probs.isnan().any()):
+        raise DataError(f"probs is NaN, first in row {int(probs.isnan().any(1).nonzero()[0])}")
+    wrong = (y < 0) | (y >= probs.shape[1]) | (y != y.long())
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise DataError(f"label {y[row].item()} in row {row} is out of range; labels are whole numbers from 0 to {probs.shape[1] - 1}")
+
+
 def like_program(program: Program, values: Tensor) -> Tensor:
     """`values` on the device and, if floating, in the dtype of a module's parameters; other programs take them as they are."""
     parameter = next((p for p in program.parameters() if p.is_floating_point()), None) if isinstance(program, nn.Module) else None
@@ -42,8 +87,16 @@ def like_program(program: Program, values: Tensor) -> Tensor:
     return values.to(parameter.device, parameter.dtype if values.is_floating_point() else values.dtype)
 
 
-def check_arguments(epochs: int, batch_size: int, temperature: float) -> None:
-    """Raises FitError unless each is in its range."""
+def check_arguments(epochs: int, batch_size: int, temperature: float, seed: int, functions: Mapping[str, Any]) -> None:
+    """Raises FitError unless each is in its range, and each of `functions` is one."""
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise FitError(f"{name}={value!r}: a whole number is wanted")
+    if not abs(seed) < _LARGEST_SEED:
+        raise FitError(f"seed={seed}: a number of size below {_LARGEST_SEED} is wanted")
+    for name, value in functions.items():
+        if not callable(value):
+            raise FitError(f"{name}: {_FUNCTIONS[name]} is wanted, got {value!r}")
     if epochs < 1:
         raise FitError(f"epochs={epochs}: at least 1 is wanted")
     if batch_size < 1:
@@ -55,7 +108,11 @@ def check_arguments(epochs: int, batch_size: int, temperature: float) -> None:
 def check_program(program: Program, few: tuple[Tensor, Tensor], y: Tensor) -> None:
     """No pyro.param, y in the shape of the observed site, and every y in its support, such as 0 … classes − 1."""
     with torch.no_grad(), pyro.get_param_store().scope(), Values({}) as run:
-        trace = poutine.trace(program).get_trace(*few)
+        try:
+            trace = poutine.trace(program).get_trace(*few)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            shapes = " and ".join(f"{name} of shape {tuple(t.shape)} and {t.dtype}" for name, t in zip("xy", few, strict=True))
+            raise FitError(f"the program does not run as program(x, y) on {shapes}: {str(error).splitlines()[0]}; {_PROGRAM}") from error
     params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
     if params and not isinstance(program, nn.Module):
         raise FitError(
@@ -89,7 +146,7 @@ def validation_split(
     if isinstance(validation, tuple):
         check_rows(*validation, "the validation rows")
         return (x, y), validation
-    rows = round(validation * len(x))
+    rows = round(validation * len(x)) if 0 < validation < 1 else 0
     if not 0 < rows < len(x):
         raise FitError(f"validation={validation}: a fraction that leaves rows on both sides is wanted; the data have {len(x)}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyro_bmr.elbo import ELBOTerms, Values, collapsed, elbo_terms
+from pyro_bmr.elbo import ELBOTerms, Values, collapsed, elbo_terms, likelihood_of
 from pyro_bmr.errors import FitError
 from pyro_bmr.fit_arguments import Program, check_program
 from pyro_bmr.guide_moments import sites_of_guide
@@ -35,7 +35,17 @@ from pyro_bmr.pruning import Every, Masked
 class FitState:
     """The state of a fit: program, guide, handlers, masks."""
 
-    def __init__(self, program: Program, guide: Program, x: Tensor, y: Tensor, batch_size: int, temperature: float, seed: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        guide: Program,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        temperature: float,
+        seed: int,
+        held_out: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.program, self.x, self.y, self.temperature = program, x, y, temperature
         self.batch_size = min(batch_size, len(x))
         self.masks: dict[str, Tensor] = {}
@@ -46,6 +56,8 @@ class FitState:
         self.scaled = self.empirical(self.whole(program))
         _set_training(program, False)
         check_program(program, self.few, y)
+        if held_out is not None:
+            check_program(program, (held_out[0][:8], held_out[1][:8]), held_out[1])
         self.guide: Any = _make_guide(guide, program, self.few)
         self.guide(*self.few)  # autoguides make their parameters at the first call
         self.masked = Masked({})
@@ -89,7 +101,13 @@ class FitState:
     def optimizer(self, make: Callable[[Any], Optimizer] | NaturalGradient) -> Optimizer:
         """The optimiser of the guide's and the program's parameters."""
         if not isinstance(make, NaturalGradient):
-            return make(self.parameters() if self.flat is None else [self.flat.loc, self.flat.log_scale, *self.trained])
+            try:
+                made = make(self.parameters() if self.flat is None else [self.flat.loc, self.flat.log_scale, *self.trained])
+            except (ValueError, TypeError) as error:
+                raise FitError(f"optimizer: it cannot be made ({error})") from error
+            if not isinstance(made, Optimizer) or isinstance(made, torch.optim.LBFGS):
+                raise FitError(f"optimizer: a torch optimiser whose step takes no closure is wanted, got {type(made).__name__}")
+            return made
         if self.flat is None:
             raise FitError(
                 f'optimizer=natural_gradient(): it needs guide=MeanField with estimator="weight" or "antithetic", got {type(self.guide).__name__}; '
@@ -100,10 +118,10 @@ class FitState:
             self.flat.log_scale.detach()[self.flat.parts[name]].fill_(-0.5 * math.log(rows * make.curvature))
         return make.optimizer(self.flat, self.trained)
 
-    def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, in an order that is a function of (seed, epoch)."""
+    def batches(self, seed: int, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch but for the first `skip`, in an order that is a function of (seed, epoch)."""
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(self.x.device)
-        for index in order.split(self.sizes()):
+        for index in order.split(self.sizes())[skip:]:
             yield self.x[index], self.y[index]
 
     def sizes(self) -> list[int]:
@@ -187,6 +205,60 @@ class FitState:
         for name, prior in self.empirical_priors.items():
             self.empirical.update(name, prior, sites[name].mean, sites[name].var, self.masks.get(name))
 
+    def state(self, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
+        """All that the steps so far have changed, for a checkpoint. Order of the data and draws are functions of the seed, the epoch and the step."""
+        return {
+            "tensors": _tensors(self.guide, self.program),
+            "flat": self.flat.state() if self.flat else None,
+            "masks": self.masks,
+            "scales": self.empirical.scales,
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict() if scheduler else None,
+            "generator": _generator(self.x.device).get_state(),
+            "log_likelihood": self.log_likelihood(),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any], optimizer: Optimizer, scheduler: Any) -> None:
+        """Goes on from `state`.
+
+        Raises:
+            FitError: the program does not give the log likelihood that it gave when the state was saved.
+        """
+        self.masks, self.empirical.scales = ({name: t.to(self.x.device) for name, t in state[key].items()} for key in ("masks", "scales"))
+        if self.flat:
+            self.flat.prune(self.masks, optimizer)
+        optimizer.load_state_dict(state["optimizer"])
+        if scheduler:
+            scheduler.load_state_dict(state["scheduler"])
+        for name, tensor in _tensors(self.guide, self.program).items():
+            tensor.copy_(state["tensors"][name])
+        if self.flat:
+            self.flat.restore(state["flat"])
+        was, now = state["log_likelihood"], self.log_likelihood()
+        if not math.isclose(was, now, rel_tol=1e-4, abs_tol=1e-4):
+            raise FitError(f"the program has changed: at its checkpoint the log likelihood of the first rows was {was:.6g}, now it is {now:.6g}; fit anew")
+        _generator(self.x.device).set_state(state["generator"])
+
+    @torch.no_grad()
+    def log_likelihood(self) -> float:
+        """That of the first rows at the posterior's point, by which a program that has changed is known."""
+        device = [self.x.device] if self.x.device.type == "cuda" else []
+        point = self.posterior().point()
+        with torch.random.fork_rng(device):
+            seed_generator(self.x.device, 0)
+            _set_training(self.program, False)
+            self.whole.rows = len(self.few[0])
+            with Values(point) as run:
+                self.scaled(*self.few)
+            _set_training(self.program, True)
+        return float(likelihood_of(run))
+
+    def is_finite(self) -> bool:
+        """Whether all that is trained is."""
+        flat = [] if self.flat is None else [self.flat.loc, self.flat.log_scale]
+        return all(bool(p.isfinite().all()) for p in (*self.trained, *flat))
+
     def kept(self) -> float:
         """The fraction of the reduced sites' entries that live; 1 before any reduction."""
         return sum(int(m.sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values()) if self.masks else 1.0
@@ -232,8 +304,17 @@ def _masks_of(program: Program, guide: MeanField, few: tuple[Tensor, Tensor]) ->
 
 def seed_generator(device: torch.device, seed: int) -> None:
     """Seeds the default generator of `device` (torch.manual_seed also records a stack trace per call for devices that are not there)."""
-    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-    generator.manual_seed(seed)
+    _generator(device).manual_seed(seed)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+
+
+def _tensors(guide: Any, program: Program) -> dict[str, Tensor]:
+    """The parameters and buffers of both, by name."""
+    modules = {key: m for key, m in (("guide", guide), ("program", program)) if isinstance(m, nn.Module)}
+    return {f"{key}.{name}": t.detach() for key, m in modules.items() for name, t in (*m.named_parameters(), *m.named_buffers())}
 
 
 def _set_training(program: Program, on: bool) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
@@ -21,8 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import tqdm
 
+from pyro_bmr.checkpoints import Checkpoints, Journal, fit_settings
 from pyro_bmr.errors import FitError
-from pyro_bmr.fit_arguments import Program, check_arguments, check_rows, like_program, validation_split
+from pyro_bmr.fit_arguments import Program, check_arguments, check_rows, like_program, rows_of, validation_split
 from pyro_bmr.fit_state import FitState, seed_generator
 from pyro_bmr.guides import MeanField
 from pyro_bmr.networks import BayesianNetwork
@@ -93,6 +95,7 @@ def fit(
     validation: float | tuple[Tensor, Tensor] | None = None,
     progress: bool = True,
     start: Posterior | None = None,
+    checkpoint: str | Path | Checkpoints | None = None,
 ) -> Fit:
     r"""Fits `guide` to the posterior of `program` given the data by stochastic variational inference, and returns a `Fit`.
 
@@ -112,14 +115,21 @@ def fit(
         validation: the fraction of the rows to hold out, or (x, y), scored after each epoch.
         progress: show a bar with both terms of the ELBO.
         start: a posterior of the same program to begin at, its masks in force and the scales of its Gaussian priors held; for `MeanField`.
+        checkpoint: a folder, or `Checkpoints(folder, ...)`, in which the fit is saved as it runs. After a kill, a crash or Ctrl-C the same call goes on
+            from there and ends as if never stopped, to the bit (docs/guarantees.md).
 
     Raises:
         DataError: rows disagree, values are not finite or outside the observed site's support.
-        FitError: an argument is out of range, or a loss or gradient is no longer finite (with the step and the sites).
+        FitError: an argument is out of range, a loss or gradient is no longer finite (with the step and the sites), or `checkpoint` has another fit.
     """
-    x, y = data if isinstance(data, tuple) else (data.x_train, data.y_train)
-    check_arguments(epochs, batch_size, temperature)
+    x, y = rows_of(data)
+    functions = {"program": program, "guide": guide, "optimizer": optimizer or adam(), "scheduler": scheduler or cosine}
+    check_arguments(epochs, batch_size, temperature, seed, {k: v for k, v in functions.items() if not isinstance(v, NaturalGradient)})
+    for name, value, kind in (("reduce", reduce, Every), ("start", start, Posterior)):
+        if value is not None and not isinstance(value, kind):
+            raise FitError(f"{name}: {kind.__name__}(...) or None is wanted, got {value!r}")
     check_rows(x, y)
+    journal = Journal(checkpoint)
     x, y = (like_program(program, t) for t in (x, y))
     (x, y), held_out = validation_split(x, y, validation, seed)
     if held_out is not None:
@@ -130,7 +140,7 @@ def fit(
     clock = time.perf_counter()
     with torch.random.fork_rng(), pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         seed_generator(x.device, seed)
-        run = FitState(program, guide, x, y, batch_size, temperature, seed)
+        run = FitState(program, guide, x, y, batch_size, temperature, seed, held_out)
         if start is not None:
             run.begin(start)
         optimizer_ = run.optimizer(optimizer or adam())
@@ -142,14 +152,31 @@ def fit(
         if reduce and not (due and run.has_variance):
             why = f"none falls between the warm-up ({math.ceil(warm_up)} steps) and the end ({total} steps)" if not due else "a point estimate has no variance"
             raise FitError(f"{reduce}: no reduction can be made, {why}; fit longer, raise stop, reduce more often, or use MeanField")
-        rows, step, delta_f, reduction_seconds = [], 0, 0.0, 0.0
-        with tqdm(total=total, disable=not progress, unit="step", leave=False) as bar:
-            for epoch in range(1, epochs + 1):
-                likelihood_sum = kl_sum = 0.0
-                for batch in run.batches(seed, epoch):
+        if reduce:
+            reduce.reduce(run.posterior(), 0.0)  # raises now what would stop the fit at its first reduction
+        rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum = [], 0, 0.0, 0.0, 0.0, 0.0
+        if checkpoint is not None:
+            tensors = {"x": x, "y": y} | ({} if held_out is None else {"validation x": held_out[0], "validation y": held_out[1]})
+            arguments = {"epochs": epochs, "batch_size": run.batch_size, "seed": seed, "temperature": temperature, "reduce": reduce, "start": start}
+            saved = journal.latest(fit_settings(run, optimizer_, scheduler_, tensors, **arguments))
+            if saved is not None:
+                with journal.restoring():
+                    run.restore(saved["run"], optimizer_, scheduler_)
+                    rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, seconds = saved["loop"]
+                    clock -= seconds
+        first = max(step - 1, 0) // per_epoch + 1  # the last step of an epoch is saved before the row of the epoch is there
+        with tqdm(total=total, initial=step, disable=not progress, unit="step", leave=False) as bar, journal.interrupts():
+            for epoch in range(first, epochs + 1):
+                done = step - (epoch - 1) * per_epoch
+                if not done:
+                    likelihood_sum = kl_sum = 0.0
+                for batch in run.batches(seed, epoch, done):
                     step += 1
                     seed_generator(x.device, seed * 1_000_003 + step)
-                    terms = run.step(optimizer_, batch, step)
+                    try:
+                        terms = run.step(optimizer_, batch, step)
+                    except FitError as error:
+                        raise FitError(f"{error}{journal.last_good()}") from None
                     if scheduler_:
                         scheduler_.step()
                     likelihood_sum, kl_sum = likelihood_sum + terms[0], kl_sum + terms[1]
@@ -160,6 +187,11 @@ def fit(
                         if reduce and step in due:
                             delta_f += run.prune(reduce, step / total, optimizer_)
                         reduction_seconds += time.perf_counter() - began
+                    if journal.due(step, step == total) and run.is_finite():
+                        seconds = time.perf_counter() - clock
+                        loop = (rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, seconds)
+                        journal.save(step, {"run": run.state(optimizer_, scheduler_), "loop": loop})
+                    journal.stop_if_interrupted(step)
                     bar.update()
                 likelihood, kl = likelihood_sum / per_epoch, kl_sum / per_epoch
                 row = {

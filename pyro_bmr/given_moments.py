@@ -25,6 +25,7 @@ from pyro_bmr.site import Site
 def sites_of_moments(mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prior: Any, supports: Mapping[str, str] | None) -> dict[str, Site]:
     """Site name → `Site` with independent entries."""
     sites = {}
+    _check_tensors({"mean": mean, "var": var})
     for name, value in mean.items():
         if name not in var:
             raise ModelError(f"site '{name}': it has a mean and no variance; give var['{name}'] (0 for a point estimate)")
@@ -39,9 +40,10 @@ def sites_of_moments(mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prio
 def sites_of_samples(samples: Mapping[str, Tensor], prior: Any, supports: Mapping[str, str] | None, joint_up_to: int) -> dict[str, Site]:
     """Site name → `Site` with the moments of its draws."""
     real = {}
+    _check_tensors({"samples": samples})
     for name, draws in samples.items():
-        if len(draws) < 2:
-            raise ModelError(f"site '{name}': {len(draws)} draw; a variance needs at least two, in the first dimension")
+        if draws.ndim == 0 or len(draws) < 2:
+            raise ModelError(f"site '{name}': {len(draws) if draws.ndim else 'not one'} draw; a variance needs at least two, in the first dimension")
         transform = SUPPORTS[_support(name, (supports or {}).get(name, "real"))]
         real[name] = draws.detach() if transform is None else transform.inv(draws.detach())
     sites = sites_of_moments({k: v.mean(0) for k, v in real.items()}, {k: v.var(0) for k, v in real.items()}, prior, supports)
@@ -69,6 +71,16 @@ def sites_of_curvature(mean: Mapping[str, Tensor], curvature: Mapping[str, Curva
         location, var, joint = laplace_moments(name, value.detach(), cooled, moments_, penalised)
         sites[name] = Site(location, var, moments_, declared, joint=joint)
     return sites
+
+
+def _check_tensors(given: Mapping[str, Mapping[str, Any]]) -> None:
+    for role, values in given.items():
+        if not values:
+            raise ModelError(f"{role}: it is empty; site name → tensor is wanted")
+        for name, value in values.items():
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise ModelError(f"site '{name}': {role} must be a tensor of floating-point numbers, got {got}")
 
 
 def _support(name: str, support: str) -> str:

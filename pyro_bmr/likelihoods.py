@@ -55,7 +55,7 @@ class Categorical:
 
     def log_prob(self, output: Tensor, y: Tensor) -> Tensor:
         """The log density of the batch, summed over its rows, nats: that of the site of `observe`, without the site."""
-        return -torch.nn.functional.cross_entropy(output, y, reduction="sum")
+        return -torch.nn.functional.cross_entropy(output, y.long(), reduction="sum")
 
 
 @dataclass(frozen=True)

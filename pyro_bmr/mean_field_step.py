@@ -209,12 +209,15 @@ class MeanFieldStep:
                 likelihood, priors, open_kl = self._run_program(args, share)
         if not self.loc.numel() > _LARGE or number % _KL_EVERY == 0 or priors is not self.priors:
             self.kl = sum(self._closed_kl(name, prior, noise) for name, prior in priors.items())
-        if priors is not self.priors:
-            self.pulls = [self._pull(chunk, [priors[name] for name in chunk.names]) for chunk in self.chunks]
-        self.priors = priors
+        self._follow(priors)
         by_site = {name: self._gradient(name) for name in self.parts}
         gradients = [by_site[c.names[0]][c.here] if len(c.names) == 1 else torch.cat([by_site[name] for name in c.names]) for c in self.chunks]
         return Draw(float(likelihood.detach()), open_kl + self.kl, gradients, gradients, self.pulls, noise, sign)
+
+    def _follow(self, priors: dict[str, SitePrior]) -> None:
+        if priors is not self.priors:
+            self.pulls = [self._pull(chunk, [priors[name] for name in chunk.names]) for chunk in self.chunks]
+        self.priors = priors
 
     def _pull(self, chunk: Chunk, priors: list[SitePrior]) -> Pull:
         """The prior of the entries of a chunk: numbers where all of them share these."""
@@ -343,6 +346,23 @@ class MeanFieldStep:
         self.living = {name: stay.nonzero()[:, 0] if self.living is None else self.living[name][stay] for name, stay in stays.items()}
         self.loc, self.log_scale = (_replaced(flat, kept, optimizer) for flat in (self.loc, self.log_scale))
         self._lay_out()
+
+    def state(self) -> dict[str, Any]:
+        """What the steps so far have changed, for a checkpoint. The KL is up to eight steps old, and is evaluated anew when the declared priors change."""
+        declared = {name: tuple(prior) for name, prior in self.declared.items()}
+        return {"loc": self.loc, "log_scale": self.log_scale, "kl": self.kl, "declared": declared, "settled": self.priors is self.declared}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`, after `prune` with its masks."""
+        self.loc.copy_(state["loc"])
+        self.log_scale.copy_(state["log_scale"])
+        self.stale = [True] * len(self.chunks)
+        self.kl = state["kl"]
+        device = self.loc.device
+        self.declared = {n: SitePrior._make(v.to(device) if isinstance(v, Tensor) else v for v in prior) for n, prior in state["declared"].items()}
+        if state["settled"]:
+            self._follow(self.declared)
 
     @torch.no_grad()
     def write_back(self) -> None:

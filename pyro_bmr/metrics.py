@@ -7,14 +7,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_bmr.errors import DataError
+from pyro_bmr.fit_arguments import check_labels, check_tensor
+
 
 def accuracy(probs: Tensor, y: Tensor) -> float:
     """The fraction of rows whose most probable class is y."""
+    check_labels(probs, y)
     return float((probs.argmax(1) == y.to(probs.device)).double().mean())
 
 
 def brier(probs: Tensor, y: Tensor) -> float:
     r"""Mean over rows of :math:`\sum_c (p_c - [y = c])^2`, between 0 and 2 (Brier 1950)."""
+    check_labels(probs, y)
     return float((probs - torch.nn.functional.one_hot(y.to(probs.device).long(), probs.shape[1])).square().sum(1).double().mean())
 
 
@@ -29,6 +34,9 @@ def ece(probs: Tensor, y: Tensor, bins: int = 15, binning: Literal["width", "mas
 
 def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Literal["width", "mass"] = "width") -> Tensor:
     """One row per non-empty bin: mean confidence, accuracy, fraction of the rows; float64."""
+    check_labels(probs, y)
+    if bins < 1:
+        raise DataError(f"bins={bins}: at least 1 is wanted")
     confidence, top = probs.double().max(1)
     correct = (top == y.to(probs.device)).double()
     by_width = (confidence * bins).ceil().long().clamp(1, bins) - 1
@@ -43,4 +51,8 @@ def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Literal["widt
 
 def rmse(mean: Tensor, y: Tensor) -> float:
     """Root mean squared error, in the units of y."""
+    for name, value in (("mean", mean), ("y", y)):
+        check_tensor(value, name)
+    if mean.shape != y.shape or mean.numel() == 0 or bool(mean.isnan().any()):
+        raise DataError(f"mean of shape {tuple(mean.shape)} and y {tuple(y.shape)}; the same shape, at least one row, and no NaN are wanted")
     return float((mean - y.to(mean.device)).double().square().mean().sqrt())

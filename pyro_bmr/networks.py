@@ -45,6 +45,10 @@ class BayesianNetwork(nn.Module):
 
     def __init__(self, net: nn.Module, prior: Prior | Mapping[str, Prior | None], likelihood: Likelihood) -> None:
         super().__init__()
+        if not isinstance(net, nn.Module):
+            raise ModelError(f"BayesianNetwork(net={net!r}): a torch.nn.Module is wanted")
+        if isinstance(likelihood, type) or not hasattr(likelihood, "observe"):
+            raise ModelError(f"BayesianNetwork(likelihood={likelihood!r}): Categorical(), Normal() or anything with their observe is wanted")
         self.net = net
         self.likelihood = likelihood
         self.priors: dict[str, Prior] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,3 +119,12 @@ class OnlineNewton(Optimizer):
             self.adam.param_groups[0]["lr"] = self.param_groups[1]["lr"]
             self.adam.step()
         return draw
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self.steps, "adam": self.adam.state_dict() if self.adam else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self.steps = state_dict["steps"]
+        if self.adam:
+            self.adam.load_state_dict(state_dict["adam"])

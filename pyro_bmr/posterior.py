@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pyro_bmr.errors import ModelError, ReductionError
 from pyro_bmr.files import write_atomically
 from pyro_bmr.given_moments import sites_of_curvature, sites_of_moments, sites_of_samples
 from pyro_bmr.guide_moments import sites_of_guide, sites_of_param_store, with_priors
+from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.guides.scale_coupled import conditional, multiplier
 from pyro_bmr.reduction.gaussian import Dense, Diagonal, Message
 from pyro_bmr.reduction.low_rank import LowRank
@@ -30,6 +31,7 @@ from pyro_bmr.reduction.matrix_normal import MatrixNormal
 from pyro_bmr.site import Site, joint_draw, joint_roots
 
 _FORMAT = "pyro_bmr posterior 1"
+_PRIORS: dict[str, Any] = {kind.__name__: kind for kind in vars(priors).values() if is_dataclass(kind) and isinstance(kind, type)}
 _JOINTS: dict[str | None, Any] = {structure.__name__: structure for structure in (Dense, LowRank, MatrixNormal)}
 
 
@@ -233,18 +235,44 @@ class Posterior:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: not a readable safetensors file ({error})") from None
+            raise ModelError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
         if metadata.get("format") != _FORMAT:
             raise ModelError(f"{path}: not a saved posterior (format {metadata.get('format')!r}, expected {_FORMAT!r})")
-        about = json.loads(metadata["posterior"])
-        sites = {}
-        for name, entry in about["sites"].items():
-            part: dict[str, Any] = {key: tensors.get(f"{name}/{key}") for key in ("mean", "var", "mask", "prior_mean", "prior_var")}
-            values = (entry["declared"] or {}) | {k.removeprefix(f"{name}/declared_"): t for k, t in tensors.items() if k.startswith(f"{name}/declared_")}
-            declared = getattr(priors, values.pop("type"))(**values) if values else None
-            prior = Diagonal(part["prior_mean"], part["prior_var"]) if part["prior_var"] is not None else None
-            structure = _JOINTS.get(entry.get("joint"))
-            joint = structure and structure(**{f.name: tensors[f"{name}/joint_{f.name}"] for f in fields(structure)})
-            message = Message(*(tensors[f"{name}/message_{field}"] for field in Message._fields)) if f"{name}/message_h" in tensors else None
-            sites[name] = Site(part["mean"], part["var"], prior, declared, entry["support"], part["mask"], tuple(entry["given"]), joint, message)
-        return cls(sites, about["temperature"])
+        try:
+            about = json.loads(metadata["posterior"])
+            sites = {name: _site_of_file(name, entry, tensors) for name, entry in about["sites"].items()}
+            temperature = about["temperature"]
+            if not sites or not isinstance(temperature, (int, float)):
+                raise ValueError("no sites, or no temperature")
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ModelError) as error:
+            raise ModelError(f"{path}: a damaged posterior ({' '.join(str(error).split()) or type(error).__name__})") from None
+        return cls(sites, temperature)
+
+
+def _site_of_file(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Site:
+    """The site that `Posterior.save` described by `entry`; raises unless its tensors fit each other."""
+    part: dict[str, Any] = {key: tensors.get(f"{name}/{key}") for key in ("mean", "var", "mask", "prior_mean", "prior_var")}
+    values = dict(entry["declared"] or {}) | {k.removeprefix(f"{name}/declared_"): t for k, t in tensors.items() if k.startswith(f"{name}/declared_")}
+    declared = _PRIORS[values.pop("type")](**values) if values else None
+    prior = Diagonal(part["prior_mean"], part["prior_var"]) if part["prior_var"] is not None else None
+    structure = _JOINTS.get(entry.get("joint"))
+    joint = structure and structure(**{f.name: tensors[f"{name}/joint_{f.name}"] for f in fields(structure)})
+    message = Message(*(tensors[f"{name}/message_{field}"] for field in Message._fields)) if f"{name}/message_h" in tensors else None
+    mean, var, mask = part["mean"], part["var"], part["mask"]
+    given = [mean, var, *((part["prior_mean"], part["prior_var"]) if prior else ()), *(message or ())]
+    if not all(t.is_floating_point() and torch.broadcast_shapes(t.shape, mean.shape) == mean.shape for t in given) or var.shape != mean.shape:
+        raise ValueError(f"site '{name}': its moments are not floating numbers of one shape")
+    if mask is not None and (mask.shape != mean.shape or mask.dtype != torch.bool):
+        raise ValueError(f"site '{name}': its mask is not bool of the shape of its mean")
+    if joint is not None and (joint.mean.numel() != mean.numel() or not _fits(joint)):
+        raise ValueError(f"site '{name}': its covariance does not fit its mean")
+    if entry["support"] not in SUPPORTS or not all(isinstance(other, str) for other in entry["given"]):
+        raise ValueError(f"site '{name}': support {entry['support']!r}, given {entry['given']!r}")
+    return Site(mean, var, prior, declared, entry["support"], mask, tuple(entry["given"]), joint, message)
+
+
+def _fits(joint: Dense | LowRank | MatrixNormal) -> bool:
+    d = joint.mean.shape
+    if isinstance(joint, MatrixNormal):
+        return len(d) == 2 and joint.row_cov.shape == (d[0], d[0]) and joint.col_cov.shape == (d[1], d[1])
+    return len(d) == 1 and (joint.cov.shape == (*d, *d) if isinstance(joint, Dense) else joint.var.shape == d and joint.factor.shape[:-1] == d)

@@ -17,7 +17,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_bmr.elbo import Values
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import DataError, ModelError
+from pyro_bmr.fit_arguments import check_labels, check_rows
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.posterior import Posterior
 
@@ -33,6 +34,7 @@ class ClassPrediction:
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log p(y | x, data), (n,), nats."""
+        check_labels(self.probs, y)
         return self.probs.gather(1, y.to(self.probs.device).long()[:, None])[:, 0].clamp_min(torch.finfo(self.probs.dtype).tiny).log()
 
 
@@ -59,6 +61,8 @@ class RealPrediction:
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log p(y | x, data), (n,), nats."""
+        if y.shape != self.locs.shape[1:]:
+            raise DataError(f"y has shape {tuple(y.shape)}, the prediction is of {self.locs.shape[1]} rows; one number per row is wanted")
         return torch.distributions.Normal(self.locs, self.scales).log_prob(y.to(self.locs.device)).logsumexp(0) - math.log(len(self.locs))
 
 
@@ -75,10 +79,12 @@ def predict(program: Callable[..., Any], posterior: Posterior, x: Tensor, *, dra
             `torch.func.vmap` if the program allows it.
 
     Raises:
+        DataError: `x` has no rows, or is not finite.
         ModelError: the program has no single observed site, or that site is neither Categorical nor Normal.
     """
-    if draws < 0 or batch_size < 1:
+    if not isinstance(draws, int) or draws < 0 or batch_size < 1:
         raise ModelError(f"predict(draws={draws}, batch_size={batch_size}): draws >= 0 and batch_size >= 1 are wanted")
+    check_rows(x, x, "the rows to predict")
     check_callable_without_y(program, x)
     like = next(iter(posterior.sites.values())).mean
     x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
@@ -188,8 +194,11 @@ def _observed(program: Callable[..., Any], values: dict[str, Tensor], x: Tensor,
     parts = []
     name = ""
     for batch in x.split(batch_size):
-        with Values(values) as run:
-            program(batch)
+        try:
+            with Values(values) as run:
+                program(batch)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ModelError(f"the program does not run on x of shape {tuple(batch.shape)} and {batch.dtype}: {str(error).splitlines()[0]}") from error
         fns = [base_distribution(msg["fn"]) for msg in run.observed.values()]
         if len(fns) != 1 or not isinstance(fns[0], (torch.distributions.Categorical, torch.distributions.Normal)):
             found = ", ".join(f"{name} ({type(base_distribution(msg['fn'])).__name__})" for name, msg in run.observed.items()) or "none"

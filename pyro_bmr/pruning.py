@@ -134,6 +134,8 @@ class Every:
             raise FitError(f"Every(epochs={self.epochs}): the interval must be > 0 epochs")
         if not 0 <= self.start <= self.stop <= 1:
             raise FitError(f"Every(start={self.start}, stop={self.stop}): 0 <= start <= stop <= 1 is wanted, as fractions of the fit")
+        if math.isnan(self.threshold):
+            raise FitError("Every(threshold=nan): a number of nats is wanted")
         if self.kept is not None and not 0 <= self.kept <= 1:
             raise FitError(f"Every(kept={self.kept}): a fraction between 0 and 1 is wanted")
 

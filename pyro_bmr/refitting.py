@@ -66,6 +66,8 @@ def refit(
         >>> again = refit(fit_, reduce(fit_.posterior, to=Gaussian(scale=0)), data, epochs=10)
         >>> again.predicted, again.observed, again.standard_error  # nats
     """
+    if not isinstance(reduction, Reduction):
+        raise FitError(f"refit: a Reduction is wanted, as reduce(...) gives it; got {type(reduction).__name__}")
     predicted = predicted_delta_f(reduction)
     result = fit(fit_.program, data, temperature=fit_.temperature, start=reduction.posterior, seed=seed, **settings)
     x, y = data if isinstance(data, tuple) else (data.x_train, data.y_train)

@@ -108,7 +108,7 @@ def load_run(folder: str | Path, reduced: bool = False) -> Run:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"'{path.parent}' is no run of pyro-bmr fit: {path.name} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return content if isinstance(content, dict) else {}
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from pyro_bmr import metrics, plots
 from pyro_bmr.comparison.cells import Cell, Settings
@@ -50,11 +51,11 @@ class ResultsFolder:
         self.settings = {"model": model, "data": data.name, "fingerprint": _fingerprint(model, data), **settings.__dict__}
         self.table = pd.DataFrame()
         if (path / "results.csv").exists():  # text stays text, whatever it looks like, and numbers are read back exactly
-            self.table = pd.read_csv(path / "results.csv", dtype=dict.fromkeys(_TEXT, str), converters=dict.fromkeys(_REAL, float), keep_default_na=False)
+            self.table = _table(path / "results.csv")
         kept = path / "settings.json"
         described = {name: repr(prior) for name, prior in priors.items() if type(prior).__repr__ is not object.__repr__}
         if kept.exists() and not self.table.empty:
-            old = {"optimizer": "adam", **json.loads(kept.read_text())}  # folders of 0.1.0 do not say
+            old = {"optimizer": "adam", **_settings(kept)}  # folders of 0.1.0 do not say
             old_priors = old.get("priors", {})
             differences = [f"{key} was {old.get(key)!r}, is {value!r}" for key, value in self.settings.items() if old.get(key) != value]
             differences += [f"prior '{name}' was {old_priors[name]}, is {text}" for name, text in described.items() if old_priors.get(name, text) != text]
@@ -95,9 +96,9 @@ class ResultsFolder:
         calibration = {}
         for row in table[table["seed"] == 0].to_dict("records"):
             name = f"{file_name(row['prior'])}-{row['route']}-0"
-            rows = json.loads((self.path / "networks" / name / "report.json").read_text())["calibration"]
-            if rows:
-                calibration[f"{row['prior']}, {row['route']}"] = torch.tensor(rows)
+            rows = calibration_of(self.path / "networks" / name / "report.json")
+            if rows is not None:
+                calibration[f"{row['prior']}, {row['route']}"] = rows
         plots.save_figure(plots.comparison_figure(table, calibration), self.path / "pictures" / "comparison.png")
         pictures = ["comparison.png", *sorted(p.name for p in (self.path / "pictures").glob("delta_f-*.png"))]
         first = table.iloc[0]
@@ -113,6 +114,42 @@ class ResultsFolder:
             "",
         ]
         write_atomically(self.path / "report.md", lambda p: p.write_text("\n".join(lines), encoding="utf-8"))
+
+
+def _table(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str), converters=dict.fromkeys(_REAL, float), keep_default_na=False)
+        if missing := {"prior", "route", "seed"} - set(table.columns):
+            raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+    except (ValueError, OSError, OverflowError, TypeError) as error:
+        raise PyroBMRError(f"'{path}' is no table of a comparison ({' '.join(str(error).split())}); remove it, or choose another folder") from None
+    return table
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(settings, dict) and isinstance(settings.get("priors", {}), dict)):
+            raise ValueError("no object of settings and priors")
+    except (OSError, ValueError, RecursionError) as error:
+        raise PyroBMRError(f"'{path}' is no settings of a comparison ({' '.join(str(error).split())}); choose another folder, or remove it") from None
+    return dict(settings)
+
+
+def calibration_of(path: Path) -> Tensor | None:
+    """The calibration in the report of a cell, (bins, 3); None for real targets.
+
+    Raises:
+        PyroBMRError: the file is no such report.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["calibration"]
+        calibration = None if rows is None else torch.tensor(rows, dtype=torch.float32)
+        if calibration is not None and (calibration.ndim != 2 or calibration.shape[1] != 3):
+            raise ValueError("calibration is no table of three columns")
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, RecursionError) as error:
+        raise PyroBMRError(f"'{path}' is no report of a comparison ({' '.join(str(error).split())}); remove its row from results.csv to fit it again") from None
+    return calibration
 
 
 def _fingerprint(model: str, data: Data) -> str:

@@ -17,7 +17,7 @@ from pyro_bmr.comparison.cells import ROUTES, Settings, run_cell, scores, sizes
 from pyro_bmr.comparison.models import Build, load_model
 from pyro_bmr.comparison.results_folder import ResultsFolder, file_name
 from pyro_bmr.data_set import Data
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import DataError, ModelError
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
 
 
@@ -56,6 +56,8 @@ def compare(
     Example:
         >>> compare("mlp:100-50", load("digits"), priors={"gaussian": Gaussian()}, seeds=2, settings=Settings(epochs=20))
     """
+    if not isinstance(data, Data):
+        raise DataError(f"compare: data as load(...) gives them are wanted, got {type(data).__name__}")
     settings = settings or Settings()
     priors = priors or {"gaussian": Gaussian(), "horseshoe": Horseshoe(), "spike-and-slab": SpikeAndSlab()}
     if callable(model):

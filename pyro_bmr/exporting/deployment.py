@@ -26,7 +26,7 @@ from pyro_bmr.errors import ModelError, PyroBMRError
 from pyro_bmr.exporting.costs import flops, latency, parameters
 from pyro_bmr.exporting.formats import FORMATS, Format, save_tensors
 from pyro_bmr.exporting.network_source import network_source
-from pyro_bmr.files import make_folder
+from pyro_bmr.files import make_folder, writing
 from pyro_bmr.shrinking.graphs import trace
 
 BATCHES = (1, 128)
@@ -76,7 +76,7 @@ def deploy(
     outputs = net.eval()(rows)
     folder = Path(folder)
     make_folder(folder)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".deploy-") as name:
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".deploy-") as name:
         inside = Path(name)
         table, files = [], dict[str, dict[str, Any]]()
         if before is not None:
@@ -114,10 +114,7 @@ def deploy(
             cache.unlink()
         for path in inside.iterdir():
             if path.is_file():
-                try:
-                    os.replace(path, folder / path.name)
-                except OSError as error:
-                    raise PyroBMRError(f"cannot write '{folder / path.name}': {error.strerror or error}") from None
+                os.replace(path, folder / path.name)
     return frame
 
 

@@ -124,6 +124,8 @@ def save(weights: nn.Module | Mapping[str, Tensor], folder: str | Path, report: 
     Raises:
         PyroBMRError: the folder cannot be written.
     """
+    if not isinstance(weights, (nn.Module, Mapping)) or (isinstance(weights, Mapping) and not all(isinstance(t, Tensor) for t in weights.values())):
+        raise ModelError(f"save: a network or a mapping from names to tensors is wanted, got {type(weights).__name__}")
     tensors = dict(weights.state_dict()) if isinstance(weights, nn.Module) else dict(weights)
     folder = Path(folder)
     about = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "nonzero": int(t.count_nonzero())} for name, t in tensors.items()}

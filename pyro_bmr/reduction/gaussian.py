@@ -156,6 +156,8 @@ def _informative(data: Message, reduced_var: Tensor) -> Message:
 
 def moments(gaussian: Any, like: Tensor | None = None) -> Diagonal:
     """`gaussian` (anything with `mean` and `var` or `variance`) as a `Diagonal`, expanded to the shape, dtype and device of `like`."""
+    if not (hasattr(gaussian, "mean") and (hasattr(gaussian, "var") or hasattr(gaussian, "variance"))):
+        raise ReductionError(f"a Gaussian, with mean and var, is wanted; got {gaussian!r}")
     var = gaussian.var if hasattr(gaussian, "var") else gaussian.variance
     if like is None:
         return Diagonal(torch.as_tensor(gaussian.mean), torch.as_tensor(var))
@@ -183,6 +185,7 @@ def _diagonals(posterior: Any, prior: Any, reduced_prior: Any) -> tuple[Diagonal
 @delta_f.register
 def _(posterior: Dense, prior: Dense, reduced_prior: Dense) -> Tensor:
     r"""½ log(|P||Π̃| / (|P̃||Π|)) − ½(μᵀPμ + η̃ᵀΠ̃η̃ − ηᵀΠη − μ̃ᵀP̃μ̃)."""
+    _check_sizes(posterior, prior, reduced_prior)
     chol_post, chol_prior, chol_reduced = (_cholesky(g.cov, role) for g, role in ((posterior, "posterior"), (prior, "prior"), (reduced_prior, "reduced prior")))
     reduced = reduced_posterior(posterior, prior, reduced_prior)
     chol_result = _cholesky(reduced.cov, "reduced posterior")
@@ -199,6 +202,7 @@ def _(posterior: Dense, prior: Dense, reduced_prior: Dense) -> Tensor:
 @reduced_posterior.register
 def _(posterior: Dense, prior: Dense, reduced_prior: Dense) -> Dense:
     """P̃ = P + Π̃ − Π must be positive definite: a posterior wider than its prior, under a wider reduced prior, has none."""
+    _check_sizes(posterior, prior, reduced_prior)
     inv_post, inv_prior, inv_reduced = (
         torch.cholesky_inverse(_cholesky(g.cov, role)) for g, role in ((posterior, "posterior"), (prior, "prior"), (reduced_prior, "reduced prior"))
     )
@@ -223,6 +227,8 @@ def prune_subset(posterior: Any, prior: Any, pruned: Tensor) -> tuple[Tensor, An
     Example:
         >>> gain, rest = prune_subset(Dense(mean, cov), Gaussian(1.0), tensor([True, False, True]))  # without the first and the third
     """
+    if pruned.dtype != torch.bool or pruned.shape != posterior.mean.shape:
+        raise ReductionError(f"pruned: a bool tensor of shape {tuple(posterior.mean.shape)} is wanted, got {pruned.dtype} of shape {tuple(pruned.shape)}")
     s, r = pruned, ~pruned
     prior = prior if isinstance(prior, Dense) else _dense(moments(prior, posterior.mean))
     chol_post, chol_prior = _cholesky(posterior.cov[s][:, s], "posterior"), _cholesky(prior.cov[s][:, s], "prior")
@@ -230,6 +236,13 @@ def prune_subset(posterior: Any, prior: Any, pruned: Tensor) -> tuple[Tensor, An
     cross = posterior.cov[r][:, s]
     solved = torch.cholesky_solve(cross.mT, chol_post)  # Σ_SS⁻¹ Σ_SR
     return gain, Dense(posterior.mean[r] - solved.mT @ posterior.mean[s], posterior.cov[r][:, r] - cross @ solved)
+
+
+def _check_sizes(*gaussians: Dense) -> None:
+    d = len(gaussians[0].mean)
+    if any(g.mean.shape != (d,) or g.cov.shape != (d, d) for g in gaussians):
+        shapes = ", ".join(f"{tuple(g.mean.shape)} and {tuple(g.cov.shape)}" for g in gaussians)
+        raise ReductionError(f"mean and cov of posterior, prior and reduced prior: shapes (d,) and (d, d) with one d are wanted, got {shapes}")
 
 
 def _dense(g: Diagonal) -> Dense:

@@ -62,8 +62,8 @@ def monte_carlo_delta_f(draws: Mapping[str, Tensor] | Tensor, prior: Any, reduce
     missing = set(prior) - set(draws)
     if missing:
         raise ReductionError(f"site '{min(missing)}': no draws of it; there are draws of: {', '.join(draws)}")
-    sizes = {name: len(draws[name]) for name in prior}
-    if len(set(sizes.values())) != 1:
+    sizes = {name: len(draws[name]) if draws[name].ndim else 0 for name in prior}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise ReductionError(f"as many draws of each site are wanted; got {sizes}")
     return log_ratio_delta_f(torch.stack([_log_prob(reduced_prior[n], draws[n], n) - _log_prob(prior[n], draws[n], n) for n in prior]).sum(0))
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_bmr.errors import ReductionError
 from pyro_bmr.reduction.gaussian import Message, log_evidence_ratio
 from pyro_bmr.reduction.line_search import line_maximum
 
@@ -43,6 +44,8 @@ def best_var(data: Message, prior_var: Tensor, groups: Tensor | None = None, shi
         >>> best_var(message(q, p), p.var).var  # m = (0.2, 4), 1/L = 1: the first goes
         tensor([ 0., 15.])
     """
+    if bool((data.h + data.precision).isnan().any()):
+        raise ReductionError("best_var: the message has NaN; the moments it was made of must be finite")
     prior_var = prior_var.expand(data.h.shape)
     informed = data.precision > 0
     precision = data.precision.masked_fill(~informed, 0.0)

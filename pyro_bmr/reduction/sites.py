@@ -5,6 +5,7 @@ Owns `reduce`. What one prior says of one site is in `targets.py`, the decision 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -68,6 +69,12 @@ def reduce(
         >>> reduce(posterior, to=Gaussian(scale=0)).table()  # the point spike, weight by weight
         >>> reduce(posterior, to={"fc1.*": Gaussian(scale=0)}, per="unit", kept=0.5)  # half of the units of one layer, with their biases
     """
+    if not isinstance(posterior, Posterior):
+        raise ReductionError(f"reduce: a Posterior is wanted, such as fit.posterior; got {type(posterior).__name__}")
+    if any(isinstance(prior, type) for prior in (to.values() if isinstance(to, Mapping) else [to])):
+        raise ReductionError(f"to={to!r}: a prior is wanted and not its class; call it, as in Gaussian(scale=0)")
+    if math.isnan(threshold):
+        raise ReductionError("threshold=nan: a number of nats is wanted")
     _check_arguments(per, kept, heads)
     targets = _targets(posterior, to)
     results = {}

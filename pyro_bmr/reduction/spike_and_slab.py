@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_bmr.errors import ReductionError
+
 _QUADRATURE_NODES = 257
 _SAMPLE = 1 << 16  # weights on which the fixed point is first sought
 _PIECE = 1 << 16  # weights at once, where a whole site would leave the cache
@@ -132,6 +134,8 @@ def exact_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> I
     Example:
         >>> exact_inclusion(tensor([1.5, -4.0, 0.3])).probability  # ΔF of three weights → how probably each is in the slab
     """
+    if not (0 < alpha < math.inf and 0 < beta < math.inf) or bool(delta_f.isnan().any()):
+        raise ReductionError(f"exact_inclusion: ΔF without NaN and finite alpha, beta > 0 are wanted; got {int(delta_f.isnan().sum())} NaN, {alpha}, {beta}")
     d = delta_f.flatten().double()
 
     def log_integrand(t: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""Fits killed by SIGKILL within a step, within a save and within a reduction, started again by the same call, against one that was never stopped.
+
+`python -m tests.test_killed_fits FOLDER [fashion-mnist]` is the fit that is killed. It says what it begins: `step`, `save` or `reduce`, and the step's number.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import pyro_bmr as bmr
+from pyro_bmr import checkpoints
+from pyro_bmr.data import sources
+from pyro_bmr.fit_state import FitState
+from tests.test_checkpoints import same
+from tests.test_fitting import blobs
+
+PHASES = ("step", "save", "reduce")
+
+
+def fit(folder: Path | None, name: str) -> bmr.Fit:
+    data = bmr.load(name) if name else blobs(900)
+    sizes, outputs = ((784, 32), 10) if name else ((4, 3000), 3)  # more than 10,000 weights, of which the KL is evaluated in every eighth step
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(*sizes), nn.BatchNorm1d(sizes[1]), nn.ReLU(), nn.Linear(sizes[1], outputs))
+    program = bmr.BayesianNetwork(net, bmr.Gaussian(), bmr.Categorical())
+    schedule = bmr.Every(epochs=0.05 if name else 0.5, kept=0.1, start=0.1, stop=0.95)
+    checkpoint = None if folder is None else bmr.Checkpoints(folder, every_steps=20 if name else 3)
+    return bmr.fit(program, data, epochs=5, batch_size=128, temperature=0.1, reduce=schedule, progress=False, checkpoint=checkpoint)
+
+
+def tell(owner: type, method: str, phase: str) -> None:
+    """Has `method` say that it begins."""
+    plain = getattr(owner, method)
+
+    def told(self, *arguments):
+        if phase == "step":
+            FitState.number = arguments[2]
+        print(phase, FitState.number, flush=True)
+        return plain(self, *arguments)
+
+    setattr(owner, method, told)
+
+
+def kill(folder: Path, name: str, phase: str, after: int, delay: float) -> int:
+    """Starts the fit, kills it `delay` seconds into the first such phase after the step `after`, and returns that step; 0 if the fit was over before."""
+    command = [sys.executable, "-m", "tests.test_killed_fits", str(folder), name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1]) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            what, number = line.split()
+            if what == phase and int(number) > after:
+                time.sleep(delay)
+                process.kill()
+                process.stdout.read()
+                return int(number)
+    assert process.returncode == 0
+    return 0
+
+
+def test_killed_three_times(tmp_path):
+    for phase, after, delay in (("save", 3, 0.002), ("reduce", 15, 0.0), ("step", 25, 0.0)):
+        assert kill(tmp_path, "", phase, after, delay) > after
+    assert any(tmp_path.glob("step-*.safetensors"))
+    assert same(fit(None, ""), fit(tmp_path, ""))
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_on_fashion_mnist(tmp_path):
+    if not sources()["fashion-mnist"].installed():
+        pytest.skip("fashion-mnist is not installed")
+    rng = random.Random(0)
+    began = time.perf_counter()
+    whole = fit(None, "fashion-mnist")
+    seconds = time.perf_counter() - began
+    at, counts, half_written = 0, dict.fromkeys(PHASES, 0), 0
+    for k in range(50):
+        phase = PHASES[k % 3]
+        at = kill(tmp_path, "fashion-mnist", phase, at + rng.randrange(60 if phase == "step" else 20), rng.random() * (0.02 if phase == "reduce" else 0.006))
+        assert at > 0
+        counts[phase] += 1
+        half_written += len(list(tmp_path.glob(".step-*")))
+        for path in tmp_path.glob("step-*.safetensors"):
+            checkpoints.read(path)
+    assert same(whole, fit(tmp_path, "fashion-mnist"))
+    print(f"\nkilled within {counts}, last at step {at} of {whole.history['step'].iloc[-1]}; {half_written} files left half written; unbroken {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    FitState.number = 0
+    for owner, method, phase in ((FitState, "step", "step"), (checkpoints.Journal, "save", "save"), (FitState, "prune", "reduce")):
+        tell(owner, method, phase)
+    fit(Path(sys.argv[1]), sys.argv[2])
