@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--guides", nargs="+", default=[*GUIDES, "NUTS"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[50, 200])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--nuts-samples", type=int, default=250, help="after as many of warm-up")
+    parser.add_argument("--nuts-samples", type=int, default=200, help="after as many of warm-up")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     CELLS.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ class FitState:
         self.has_variance = any(bool(site.var.any()) for site in sites.values())
         empirical = {name: site.declared for name, site in sites.items() if isinstance(site.declared, Gaussian) and site.declared.scale == "empirical"}
         self.empirical_priors = empirical if self.has_variance else {}
-        self.plain_sites = [name for name, site in sites.items() if site.prior is not None and site.support == "real" and not site.given]
+        self.weights = [name for name, site in sites.items() if site.support == "real" and not site.given]
 
     @torch.no_grad()
     def begin(self, start: Posterior) -> None:
@@ -114,7 +114,7 @@ class FitState:
                 "give another optimiser, such as adam()"
             )
         rows = len(self.x) / self.temperature
-        for name in () if self.hold_scales else self.plain_sites:  # a start keeps its variances
+        for name in () if self.hold_scales else self.weights:  # a start keeps its variances
             self.flat.log_scale.detach()[self.flat.parts[name]].fill_(-0.5 * math.log(rows * make.curvature))
         return make.optimizer(self.flat, self.trained)
 
@@ -137,6 +137,7 @@ class FitState:
     def step(self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float]:
         """Both terms of the ELBO at one draw, after which the optimiser has gone a step down their gradient."""
         self.whole.rows = len(batch[0])
+        torch.clear_autocast_cache()  # holds weights of lower precision as they were in the step before, if the fit runs under torch.autocast
         for parameter in self.trained:
             parameter.grad = None
         draw = None if self.flat is None else self.flat.run(batch, step)

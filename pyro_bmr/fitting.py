@@ -101,6 +101,7 @@ def fit(
 
     Minimised is the mean over mini-batches of −(E_q[log p(y|θ)] − T·KL(q‖p))/N, which has the optimum of the negative ELBO of the posterior
     ∝ p(y|θ)^{1/T} p(θ) and the step size of ordinary training. N comes from the data, through the plate; KL is never weighted by hand.
+    Under `torch.autocast` the layers of the network compute in its lower precision; weights, densities and the posterior keep their own.
 
     Args:
         program: called as `program(x, y)`. Its observed site may stand in a plate of the batch's rows, or of N rows subsampled, or in none.

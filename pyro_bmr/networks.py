@@ -116,7 +116,7 @@ class BayesianNetwork(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The observed site; parameters whose values are given as `weights` have no site in this run."""
-        return self.likelihood.observe(functional_call(self.net, self.weights(weights), (x,)), y)
+        return self.likelihood.observe(self._output(self.weights(weights), x), y)
 
     @property
     def has_log_likelihood(self) -> bool:
@@ -125,7 +125,11 @@ class BayesianNetwork(nn.Module):
 
     def log_likelihood(self, weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         """Σ log p(y | x, weights) over the rows of a batch, nats: the observed site of `forward`, without the Pyro statements around it."""
-        return self.likelihood.log_prob(functional_call(self.net, dict(weights), (x,)), y)  # type: ignore[attr-defined]
+        return self.likelihood.log_prob(self._output(weights, x), y)  # type: ignore[attr-defined]
+
+    def _output(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """What the network returns, in the precision of the weights: under `torch.autocast` its layers may have less, densities not."""
+        return functional_call(self.net, dict(weights), (x,)).to(next(iter(weights.values())).dtype)
 
     def table(self) -> pd.DataFrame:
         """One row per parameter of the net: name, shape, size, prior (or None) and, if it was left, why."""

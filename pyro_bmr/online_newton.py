@@ -61,7 +61,7 @@ def natural_gradient(
     where 1/σ² = λ(h + δ), λδ = 1/s², and ĥ = gε/σ estimates the curvature of the mean loss from its gradient g at the draw μ + σε. So h is a
     running average of ĥ, and no second vector is trained: variational online Newton (Khan et al. 2018, arXiv 1806.04854), in the
     form that keeps σ positive (Lin, Schmidt & Khan 2020, arXiv 2002.10060; IVON, Shen et al. 2024, arXiv 2402.17641), here with ρ acting on log σ.
-    It holds for every site of the guide, whatever its prior; sites with a Gaussian prior start with the standard deviation of `curvature`. Parameters
+    It holds for every site of the guide, whatever its prior; real sites start with the standard deviation of `curvature`. Parameters
     that are no sites, such as gains of norm layers, are trained by Adam.
 
     Args:

@@ -270,3 +270,36 @@ def test_a_single_row_left_over_joins_its_neighbours():
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     fit = quick(bmr.BayesianNetwork(net, bmr.Gaussian(0.5), bmr.Categorical()), (x, y), batch_size=32)
     assert fit.history["step"].tolist() == [1, 2, 3]
+
+
+class InLowPrecision(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("prior", [bmr.Gaussian(0.5), bmr.Horseshoe()], ids=["plain", "hierarchical"])
+def test_a_fit_under_autocast_is_that_of_a_network_in_lower_precision(prior):
+    torch.manual_seed(0)
+    x = torch.randn(64, 5)
+    y = (x[:, 0] > 0).long()
+
+    def net():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def fitted(module):
+        return bmr.fit(bmr.BayesianNetwork(module, prior, bmr.Categorical()), (x, y), epochs=20, batch_size=32, optimizer=bmr.adam(0.02), progress=False)
+
+    inside, full = fitted(InLowPrecision(net())), fitted(net())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outside = fitted(net())
+    likelihood = [fit.history["expected_log_likelihood"].to_numpy() for fit in (inside, outside, full)]
+    assert outside.posterior["0.weight"].mean.dtype == torch.float32
+    assert likelihood[0] == pytest.approx(likelihood[1], rel=1e-4)  # weights cached at the first step would not learn
+    assert likelihood[1][-1] > 0.6 * likelihood[1][0]
+    assert likelihood[1] == pytest.approx(likelihood[2], rel=0.05) and not (likelihood[1] == likelihood[2]).any()
