@@ -1,0 +1,47 @@
+"""The programs behind the results pages load, and the schedule that one of them brings does what its page says. Their figures are not tested here."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyro_bmr as bmr
+from pyro_bmr.comparison import load_model
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+def load(name):
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_it_loads_and_says_how_it_is_run(path):
+    module = load(path.stem)
+    assert callable(module.main) and f"benchmarks/{path.name}" in module.__doc__
+
+
+@pytest.mark.parametrize("size", [None, 0.4])
+def test_structured_pruning_takes_units_first_and_then_weights(size):
+    structured = load("structured_pruning")
+    data = bmr.load("digits")
+    torch.manual_seed(0)
+    program = load_model("mlp:20-12")(data, bmr.Gaussian())
+    chain = (("1", "3", 1), ("3", "5", 1))
+    schedule = structured.EveryUnit(1, kept=0.3, start=0.2, stop=1.0, chain=chain, size=size)
+    fit = bmr.fit(program, data, epochs=8, temperature=0.1, reduce=schedule, progress=False)
+    assert fit.history["kept"].iloc[-1] == pytest.approx(0.3, abs=0.01)
+    left = {}
+    for layer, reader, _ in chain:
+        alive = fit.masks[f"{layer}.weight"].any(1)
+        assert not fit.masks[f"{reader}.weight"][:, ~alive].any() and not fit.masks[f"{layer}.bias"][~alive].any()
+        left[layer] = int(alive.sum())
+    if size is not None:
+        parameters = 65 * left["1"] + (left["1"] + 1) * left["3"] + (left["3"] + 1) * 10
+        assert parameters <= size * sum(p.numel() for p in program.net.parameters())
+    assert fit.history["delta_f"].iloc[-1] != 0
