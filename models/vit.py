@@ -1,0 +1,51 @@
+"""A vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) on images padded to whole patches: `--model vit`, `--model vit:paper`.
+
+Other sizes: `--model vit:PATCH-DIM-DEPTH-HEADS-RATIO`, with RATIO the width of the hidden layer over DIM. Run it by itself: python models/vit.py
+"""
+
+import torch
+from torch import Tensor, nn
+
+import pyro_bmr as bmr
+from pyro_bmr.models.mlp_mixer import pad_to, sizes_of
+
+PRESETS = {"small": "4-32-2-4-2", "paper": "4-256-6-8-2"}
+
+
+class ViT(nn.Module):
+    """Patches → tokens with a class token in front → encoder, norms first → the class token's logits."""
+
+    def __init__(self, shape: tuple[int, int, int], patch: int, dim: int, depth: int, heads: int, ratio: int, outputs: int, side: int | None = None) -> None:
+        super().__init__()
+        self.pad, tokens = pad_to(shape, patch, side)
+        self.patch = nn.Conv2d(shape[0], dim, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.position = nn.Parameter(0.02 * torch.randn(1, tokens + 1, dim))
+        layer = nn.TransformerEncoderLayer(dim, heads, ratio * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(self.pad(x)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.size(0), -1, -1), x], 1) + self.position
+        return self.head(self.norm(self.encoder(x))[:, 0])
+
+
+def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
+    shape, (patch, dim, depth, heads, ratio) = sizes_of(data, "vit", sizes, PRESETS)
+    if dim % heads:
+        raise bmr.ModelError(f"vit:{sizes}: the dimension {dim} is not a multiple of the {heads} heads")
+    net = ViT(shape, patch, dim, depth, heads, ratio, data.outputs, side=32 if sizes == "paper" else None)
+    return bmr.BayesianNetwork(net, prior, data.likelihood())
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    data = bmr.load("digits")
+    fit = bmr.fit(build(data, bmr.Gaussian(), "2-32-2-4-2"), data, epochs=40, temperature=0.1, reduce=bmr.Every(2, to=bmr.Gaussian(scale=0)))
+    prediction = bmr.predict(fit.program, fit.posterior, data.x_test)
+    print(f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with {fit.history['kept'].iloc[-1]:.1%} of the weights")
+
+
+if __name__ == "__main__":
+    main()
