@@ -4,8 +4,6 @@ Other sizes: `--model mlp_mixer:PATCH-DIM-DEPTH-TOKEN-CHANNEL`, the last two the
 python models/mlp_mixer.py
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,23 +19,6 @@ def pad_to(shape: tuple[int, int, int], patch: int, side: int | None = None) -> 
     top, left = (height - shape[1]) // 2, (width - shape[2]) // 2
     pad = nn.ZeroPad2d((left, width - shape[2] - left, top, height - shape[1] - top))
     return (pad if (height, width) != shape[1:] else nn.Identity()), (height // patch) * (width // patch)
-
-
-def sizes_of(data: bmr.Data, model: str, sizes: str, presets: Mapping[str, str]) -> tuple[tuple[int, int, int], list[int]]:
-    """The shape of the images and the numbers of `sizes`, a preset or as many numbers with hyphens between.
-
-    Raises:
-        DataError: the rows are no images.
-        ModelError: the sizes are neither.
-    """
-    shape = tuple(data.x_train.shape[1:])
-    if len(shape) != 3:
-        raise bmr.DataError(f"{model} wants images (channels, height, width), got rows of shape {shape}")
-    wanted = presets["small"]
-    numbers = [int(size) if size.isdecimal() else 0 for size in presets.get(sizes, sizes).split("-")]
-    if len(numbers) != len(wanted.split("-")) or min(numbers) < 1:
-        raise bmr.ModelError(f"{model}:{sizes}: {' or '.join(presets)} is wanted, or numbers such as {model}:{wanted}")
-    return shape, numbers
 
 
 class MixerBlock(nn.Module):
@@ -68,7 +49,13 @@ class Mixer(nn.Module):
 
 
 def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
-    shape, (patch, dim, depth, tokens, channels) = sizes_of(data, "mlp_mixer", sizes, PRESETS)
+    shape = tuple(data.x_train.shape[1:])
+    if len(shape) != 3:
+        raise bmr.DataError(f"mlp_mixer wants images (channels, height, width), got rows of shape {shape}")
+    numbers = [int(size) if size.isdecimal() else 0 for size in PRESETS.get(sizes, sizes).split("-")]
+    if len(numbers) != 5 or min(numbers) < 1:
+        raise bmr.ModelError(f"mlp_mixer:{sizes}: {' or '.join(PRESETS)} is wanted, or five numbers such as mlp_mixer:{PRESETS['small']}")
+    patch, dim, depth, tokens, channels = numbers
     net = Mixer(shape, patch, dim, depth, (tokens, channels), data.outputs, side=32 if sizes == "paper" else None)
     return bmr.BayesianNetwork(net, prior, data.likelihood())
 

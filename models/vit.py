@@ -7,9 +7,16 @@ import torch
 from torch import Tensor, nn
 
 import pyro_bmr as bmr
-from pyro_bmr.models.mlp_mixer import pad_to, sizes_of
 
 PRESETS = {"small": "4-32-2-4-2", "paper": "4-256-6-8-2"}
+
+
+def pad_to(shape: tuple[int, int, int], patch: int, side: int | None = None) -> tuple[nn.Module, int]:
+    """Zeros around an image up to whole patches, or to `side`; and the number of patches."""
+    height, width = (side or -(-size // patch) * patch for size in shape[1:])
+    top, left = (height - shape[1]) // 2, (width - shape[2]) // 2
+    pad = nn.ZeroPad2d((left, width - shape[2] - left, top, height - shape[1] - top))
+    return (pad if (height, width) != shape[1:] else nn.Identity()), (height // patch) * (width // patch)
 
 
 class ViT(nn.Module):
@@ -32,7 +39,13 @@ class ViT(nn.Module):
 
 
 def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
-    shape, (patch, dim, depth, heads, ratio) = sizes_of(data, "vit", sizes, PRESETS)
+    shape = tuple(data.x_train.shape[1:])
+    if len(shape) != 3:
+        raise bmr.DataError(f"vit wants images (channels, height, width), got rows of shape {shape}")
+    numbers = [int(size) if size.isdecimal() else 0 for size in PRESETS.get(sizes, sizes).split("-")]
+    if len(numbers) != 5 or min(numbers) < 1:
+        raise bmr.ModelError(f"vit:{sizes}: {' or '.join(PRESETS)} is wanted, or five numbers such as vit:{PRESETS['small']}")
+    patch, dim, depth, heads, ratio = numbers
     if dim % heads:
         raise bmr.ModelError(f"vit:{sizes}: the dimension {dim} is not a multiple of the {heads} heads")
     net = ViT(shape, patch, dim, depth, heads, ratio, data.outputs, side=32 if sizes == "paper" else None)
