@@ -1,6 +1,6 @@
 """Networks that are really smaller: structured reductions of three LeNets on MNIST and Fashion-MNIST, then shrunk, exported and timed.
 
-    python benchmarks/structured_pruning.py            # what is not in results/structured-pruning yet, then the table of the results page
+    python benchmarks/structured_pruning.py            # what is not in results/structured-pruning yet, then the table of the results page, of what is finished
     python benchmarks/structured_pruning.py --only mlp --validation --seeds 1 --epochs 5    # one task on held-out training rows
 
 The ΔF of a unit (or channel) is the sum of the point spike's ΔF over its row of its layer and its bias. Where a size is wanted (LeNet-5, LeNet), the
@@ -224,8 +224,10 @@ def main() -> None:
                 if not (folder / "report.json").exists():
                     folder.mkdir(parents=True, exist_ok=True)
                     run(replace(task, **changes), seed, arguments.validation, folder)
-    if not arguments.validation and arguments.only is None:
-        fill_page({name: [measured(task, arguments.out / name / str(seed)) for seed in range(arguments.seeds)] for name, task in TASKS.items()})
+    if not arguments.validation:
+        folders = {name: [arguments.out / name / str(seed) for seed in range(arguments.seeds)] for name in TASKS}
+        finished = {name: seeds for name, seeds in folders.items() if all((seed / "report.json").exists() for seed in seeds)}
+        fill_page({name: [measured(TASKS[name], seed) for seed in seeds] for name, seeds in finished.items()})
 
 
 if __name__ == "__main__":
