@@ -239,6 +239,16 @@ def test_a_program_that_has_changed_inside_is_refused(tmp_path, monkeypatch):
         fit(program(0.31), regression(), checkpoint=tmp_path)
 
 
+def test_a_state_that_is_whole_but_does_not_fit_is_refused(halfway):
+    folder, call, _ = halfway
+    for path in folder.iterdir():
+        settings, state = checkpoints.read(path)
+        state["run"]["tensors"]["guide.loc"] = torch.ones(3)
+        checkpoints.write(path, settings, state)
+    with pytest.raises(bmr.FitError, match=r"step-000000006\.safetensors' does not fit this fit \(RuntimeError: .*remove the folder"):
+        call(checkpoint=folder)
+
+
 def test_another_number_of_threads_is_a_warning(halfway):
     folder, call, _ = halfway
     torch.set_num_threads(2)
