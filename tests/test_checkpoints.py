@@ -82,6 +82,7 @@ one_cycle = lambda o, steps: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.005
 CASES = {
     "adam": lambda **k: fit(classifier(), blobs(), **k),
     "empirical and pruned": lambda **k: fit(classifier(bmr.Gaussian()), blobs(), reduce=REDUCE, epochs=6, **k),
+    "large, with a KL of an earlier step": lambda **k: fit(large(bmr.Gaussian(0.5)), blobs(), epochs=6, **k),
     "large": lambda **k: fit(large(bmr.Gaussian(mean="init")), blobs(), reduce=REDUCE, epochs=6, **k),
     "large, natural gradient": lambda **k: fit(large(bmr.Gaussian(0.5)), blobs(), reduce=REDUCE, epochs=6, optimizer=bmr.natural_gradient(), **k),
     "natural gradient with norms": lambda **k: fit(normed(bmr.Gaussian()), blobs(), reduce=REDUCE, epochs=6, optimizer=bmr.natural_gradient(), **k),
