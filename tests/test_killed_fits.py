@@ -8,6 +8,7 @@ import signal
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,15 +24,29 @@ from tests.test_fitting import blobs
 PHASES = ("step", "save", "reduce")
 
 
+class Size(NamedTuple):
+    """Of a network with more than 10,000 weights, of which the KL is evaluated in every eighth step, and of its fit."""
+
+    inputs: int
+    units: int
+    outputs: int
+    epochs: int
+    checkpoint_steps: int
+    reduction_epochs: float
+
+
+SIZES = {"blobs": Size(4, 3000, 3, 5, 3, 0.5), "digits": Size(64, 200, 10, 150, 20, 2), "fashion-mnist": Size(784, 32, 10, 5, 20, 0.05)}
+
+
 def fit(folder: Path | None, name: str) -> bmr.Fit:
-    data = bmr.load(name) if name else blobs(900)
-    sizes, outputs = ((784, 32), 10) if name else ((4, 3000), 3)  # more than 10,000 weights, of which the KL is evaluated in every eighth step
+    size = SIZES[name]
+    data = blobs(900) if name == "blobs" else bmr.load(name)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(*sizes), nn.BatchNorm1d(sizes[1]), nn.ReLU(), nn.Linear(sizes[1], outputs))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(size.inputs, size.units), nn.BatchNorm1d(size.units), nn.ReLU(), nn.Linear(size.units, size.outputs))
     program = bmr.BayesianNetwork(net, bmr.Gaussian(), bmr.Categorical())
-    schedule = bmr.Every(epochs=0.05 if name else 0.5, kept=0.1, start=0.1, stop=0.95)
-    checkpoint = None if folder is None else bmr.Checkpoints(folder, every_steps=20 if name else 3)
-    return bmr.fit(program, data, epochs=5, batch_size=128, temperature=0.1, reduce=schedule, progress=False, checkpoint=checkpoint)
+    schedule = bmr.Every(epochs=size.reduction_epochs, kept=0.1, start=0.1, stop=0.95)
+    checkpoint = None if folder is None else bmr.Checkpoints(folder, every_steps=size.checkpoint_steps)
+    return bmr.fit(program, data, epochs=size.epochs, batch_size=128, temperature=0.1, reduce=schedule, progress=False, checkpoint=checkpoint)
 
 
 def child(sender: Connection, folder: Path, name: str) -> None:
@@ -76,26 +91,25 @@ def kill(folder: Path, name: str, phase: str, after: int, delay: float) -> int:
 
 def test_killed_three_times(tmp_path):
     for phase, after, delay in (("save", 3, 0.002), ("reduce", 15, 0.0), ("step", 25, 0.0)):
-        assert kill(tmp_path, "", phase, after, delay) > after
+        assert kill(tmp_path, "blobs", phase, after, delay) > after
     assert any(tmp_path.glob("step-*.safetensors"))
-    assert same(fit(None, ""), fit(tmp_path, ""))
+    assert same(fit(None, "blobs"), fit(tmp_path, "blobs"))
 
 
 @pytest.mark.slow
-def test_killed_fifty_times_on_fashion_mnist(tmp_path):
-    if not sources()["fashion-mnist"].installed():
-        pytest.skip("fashion-mnist is not installed")
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+def test_killed_fifty_times(name, tmp_path):
+    if not sources()[name].installed():
+        pytest.skip(f"{name} is not installed")
     rng = random.Random(0)
-    began = time.perf_counter()
-    whole = fit(None, "fashion-mnist")
-    seconds = time.perf_counter() - began
+    whole = fit(None, name)
     at, counts, half_written = 0, dict.fromkeys(PHASES, 0), 0
     for k in range(50):
         phase = PHASES[k % 3]
-        at = kill(tmp_path, "fashion-mnist", phase, at + rng.randrange(60 if phase == "step" else 20), rng.random() * (0.02 if phase == "reduce" else 0.006))
+        at = kill(tmp_path, name, phase, at + rng.randrange(60 if phase == "step" else 20), rng.random() * (0.02 if phase == "reduce" else 0.006))
         counts[phase] += 1
         half_written += len(list(tmp_path.glob(".step-*")))
         for path in tmp_path.glob("step-*.safetensors"):
             checkpoints.read(path)
-    assert same(whole, fit(tmp_path, "fashion-mnist"))
-    print(f"\nkilled within {counts}, last at step {at} of {whole.history['step'].iloc[-1]}; {half_written} files left half written; unbroken {seconds:.0f} s")
+    assert same(whole, fit(tmp_path, name))
+    print(f"\n{name}: killed within {counts}, last at step {at} of {whole.history['step'].iloc[-1]}; {half_written} times a file was left half written")
