@@ -226,6 +226,17 @@ def test_a_network_that_starts_elsewhere_goes_on_all_the_same(halfway):
     assert same(whole, fit(classifier(seed=7), blobs(), checkpoint=folder))
 
 
+def test_a_start_is_known_by_its_values_and_not_by_what_was_drawn_from_it(tmp_path, monkeypatch):
+    draws = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
+    start = bmr.Posterior.from_samples({"w": draws}, bmr.Gaussian(0.5))
+    call = partial(fit, linear, regression(), start=start)
+    stopped(call, tmp_path, monkeypatch, 3)
+    start.draw()
+    assert start.roots and same(call(), call(checkpoint=tmp_path))
+    with pytest.raises(bmr.FitError, match=r"start\.sites\.w\.mean was"):
+        fit(linear, regression(), start=bmr.Posterior.from_samples({"w": draws + 1}, bmr.Gaussian(0.5)), checkpoint=tmp_path)
+
+
 def test_a_program_that_has_changed_inside_is_refused(tmp_path, monkeypatch):
     def program(noise):
         def linear(x, y=None):
