@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -320,7 +320,7 @@ def _description(value: Any) -> Any:
         return {str(key): _description(v) for key, v in value.items()}
     kind = value if hasattr(value, "__qualname__") else type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    parts = {key: _description(v) for key, v in vars(value).items()} if hasattr(value, "__dataclass_fields__") and not isinstance(value, type) else {}
+    parts = {f.name: _description(getattr(value, f.name)) for f in fields(value) if f.compare} if is_dataclass(value) and not isinstance(value, type) else {}
     if isinstance(value, nn.Module):
         shapes = {key: f"{tuple(t.shape)} {t.dtype}" for key, t in [*value.named_parameters(), *value.named_buffers()]}
         more = {key: _description(v) for key, v in vars(value).items() if key in ("priors", "likelihood", "estimator")}

@@ -91,14 +91,14 @@ def mutated_safetensors(rng: random.Random, raw: bytes, sign: bool = False) -> b
     if rng.randrange(2):
         text = json.dumps(mutated_json(rng, header)).encode()
         return struct.pack("<Q", len(text)) + text + raw[8 + size :]
-    tensors, metadata = load(raw), header["__metadata__"]
+    tensors, metadata = load(raw), header.get("__metadata__", {})
     if rng.randrange(2):
         name = rng.choice(list(tensors))
         odd = (torch.zeros(()), torch.zeros(0, 3), torch.ones(2, 2, dtype=torch.int64), torch.full((3,), torch.nan), torch.ones(3, dtype=torch.bool))
         tensors[name] = rng.choice(odd)
         if rng.randrange(2):
             del tensors[name]
-    else:
+    elif metadata:
         metadata = mutated_json(rng, metadata)
         metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
     if sign and {"settings", "state", "sha256"} <= metadata.keys():
@@ -182,6 +182,14 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
         checkpoints.write(path, {"seed": 0}, state)
         return Reader([path.read_bytes()], partial(mutated_safetensors, sign=True), path, lambda: checkpoints.read(path))
 
+    def reduction(file: str = "reduction.json", mutate: Callable[[random.Random, bytes], bytes] = mutated_text) -> Reader:
+        posterior = bmr.Posterior.from_moments({"w": torch.ones(3, 2)}, {"w": torch.ones(3, 2)}, bmr.Gaussian(0.5))
+        bmr.reduce(posterior, to=bmr.Gaussian(scale=0), per="unit").save(folder)
+        return Reader([(folder / file).read_bytes()], mutate, folder / file, lambda: bmr.Reduction.load(folder).table())
+
+    def decisions() -> Reader:
+        return reduction("sites.safetensors", mutated_safetensors)
+
     def report() -> Reader:
         good = json.dumps({"row": {"seed": 0}, "settings": {}, "calibration": [[0.1, 0.2, 3.0], [0.6, 0.7, 5.0]]}).encode()
         return Reader([good], mutated_text, folder / "report.json", lambda: results_folder.calibration_of(folder / "report.json"))
@@ -204,7 +212,7 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
 
         return Reader([f"{header}{row}".encode()], mutated_bytes, folder / "results" / "results.csv", read)
 
-    made = (npz, csv, idx, posterior, checkpoint, report, run, results)
+    made: tuple[Callable[[], Reader], ...] = (npz, csv, idx, posterior, checkpoint, reduction, decisions, report, run, results)
     return {make.__name__: make for make in made}
 
 

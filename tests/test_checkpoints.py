@@ -82,6 +82,7 @@ one_cycle = lambda o, steps: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.005
 CASES = {
     "adam": lambda **k: fit(classifier(), blobs(), **k),
     "empirical and pruned": lambda **k: fit(classifier(bmr.Gaussian()), blobs(), reduce=REDUCE, epochs=6, **k),
+    "large, with a KL of an earlier step": lambda **k: fit(large(bmr.Gaussian(0.5)), blobs(), epochs=6, **k),
     "large": lambda **k: fit(large(bmr.Gaussian(mean="init")), blobs(), reduce=REDUCE, epochs=6, **k),
     "large, natural gradient": lambda **k: fit(large(bmr.Gaussian(0.5)), blobs(), reduce=REDUCE, epochs=6, optimizer=bmr.natural_gradient(), **k),
     "natural gradient with norms": lambda **k: fit(normed(bmr.Gaussian()), blobs(), reduce=REDUCE, epochs=6, optimizer=bmr.natural_gradient(), **k),
@@ -225,6 +226,17 @@ def test_a_network_that_starts_elsewhere_goes_on_all_the_same(halfway):
     assert same(whole, fit(classifier(seed=7), blobs(), checkpoint=folder))
 
 
+def test_a_start_is_known_by_its_values_and_not_by_what_was_drawn_from_it(tmp_path, monkeypatch):
+    draws = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
+    start = bmr.Posterior.from_samples({"w": draws}, bmr.Gaussian(0.5))
+    call = partial(fit, linear, regression(), start=start)
+    stopped(call, tmp_path, monkeypatch, 3)
+    start.draw()
+    assert start.roots and same(call(), call(checkpoint=tmp_path))
+    with pytest.raises(bmr.FitError, match=r"start\.sites\.w\.mean was"):
+        fit(linear, regression(), start=bmr.Posterior.from_samples({"w": draws + 1}, bmr.Gaussian(0.5)), checkpoint=tmp_path)
+
+
 def test_a_program_that_has_changed_inside_is_refused(tmp_path, monkeypatch):
     def program(noise):
         def linear(x, y=None):
@@ -237,6 +249,16 @@ def test_a_program_that_has_changed_inside_is_refused(tmp_path, monkeypatch):
     stopped(lambda checkpoint: fit(program(0.3), regression(), checkpoint=checkpoint), tmp_path, monkeypatch, 3)
     with pytest.raises(bmr.FitError, match=r"the program has changed.*log likelihood of the first rows was -?[\d.]+, now it is"):
         fit(program(0.31), regression(), checkpoint=tmp_path)
+
+
+def test_a_state_that_is_whole_but_does_not_fit_is_refused(halfway):
+    folder, call, _ = halfway
+    for path in folder.iterdir():
+        settings, state = checkpoints.read(path)
+        state["run"]["tensors"]["guide.loc"] = torch.ones(3)
+        checkpoints.write(path, settings, state)
+    with pytest.raises(bmr.FitError, match=r"step-000000006\.safetensors' does not fit this fit \(RuntimeError: .*remove the folder"):
+        call(checkpoint=folder)
 
 
 def test_another_number_of_threads_is_a_warning(halfway):

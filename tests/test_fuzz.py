@@ -9,7 +9,7 @@ import pyro_bmr as bmr
 from tests.fuzz import fuzz, readers
 from tests.test_data import Bomb
 
-NAMES = ("npz", "csv", "idx", "posterior", "checkpoint", "report", "run", "results")
+NAMES = ("npz", "csv", "idx", "posterior", "checkpoint", "reduction", "decisions", "report", "run", "results")
 
 
 def test_every_reader_is_fuzzed(tmp_path):

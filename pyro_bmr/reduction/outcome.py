@@ -14,10 +14,11 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError
+from pyro_bmr.errors import ModelError, ReductionError
 from pyro_bmr.files import make_folder, write_atomically
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.reduction.correlations import pruned_site
@@ -161,17 +162,23 @@ class Reduction:
         try:
             about = json.loads((folder / "reduction.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "sites.safetensors")
-        except (OSError, ValueError) as error:
-            raise ReductionError(f"{folder}: not a saved reduction ({error}); give the folder that Reduction.save wrote") from None
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            raise ReductionError(f"{folder}: not a saved reduction ({' '.join(str(error).split())}); give the folder that Reduction.save wrote") from None
         if not isinstance(about, dict) or about.get("format") != _FORMAT:
             raise ReductionError(f"{folder}: not a saved reduction of format {_FORMAT!r}; give the folder that Reduction.save wrote")
         before, after = (Posterior.load(folder / f"{part}.safetensors") for part in ("before", "after"))
         sites = {}
-        for name, numbers in about["sites"].items():
-            own: dict[str, Any] = {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name}
-            own.pop("groups", None)
-            sites[name] = SiteReduction(**numbers, **own, site=after[name])
-        groups = {name: tensors[f"{name}/groups"] for name in sites} if about["groups"] else None
+        try:
+            for name, numbers in about["sites"].items():
+                own: dict[str, Any] = {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name}
+                own.pop("groups", None)
+                sites[name] = SiteReduction(**numbers, **own, site=after[name])
+                numeric = all(isinstance(sites[name].__dict__[part], (int, float)) for part in ("delta_f", "wider"))
+                if not numeric or any(t.shape != after[name].mean.shape for t in (sites[name].drop, sites[name].spike_delta_f)):
+                    raise ValueError(f"site '{name}': its decisions do not fit its moments")
+            groups = {name: tensors[f"{name}/groups"] for name in sites} if about["groups"] else None
+        except (KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
+            raise ReductionError(f"{folder}: a damaged reduction ({' '.join(str(error).split())}); reduce again") from None
         return cls(sites, after, before, groups)
 
     def _ranks(self) -> dict[str, Tensor]:
