@@ -10,6 +10,7 @@ looked for in this order. For a rule of your own register the class with `reduce
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import singledispatch
@@ -116,6 +117,8 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None, groups: Te
     """
     site = posterior[name]
     _not_a_point(site)
+    if isinstance(to, SpikeAndSlab):
+        to = with_slab(posterior, name, to, groups)
     if groups is not None and (groups.shape != site.mean.shape or groups.is_floating_point() or groups.dtype == torch.bool):
         raise ReductionError(
             f"groups must be an integer tensor of the site's shape {tuple(site.mean.shape)}; got {groups.dtype} of shape {tuple(groups.shape)}"
@@ -203,17 +206,24 @@ def _best_gaussian(to: Gaussian, living: Living) -> Reduced:
 @reduced.register
 def _(to: SpikeAndSlab, living: Living) -> Reduced:
     """Odds of the spike over the slab, with the inclusion learned from the site, or given."""
-    width = _slab_width(to, living) if to.slab_scale == "empirical" else to.slab_scale
-    odds, base = _spike_odds(to, width, living)
+    odds, base = _spike_odds(to, to.slab_scale, living)
     drop, gain, zeta = inclusion(to, odds)
-    if width is None:
+    if to.slab_scale is None:
         return Reduced(gain, living.spread(drop), living.q, living.p, zeta)
-    slab = living.target(Gaussian(width))
+    slab = living.target(Gaussian(to.slab_scale))
     return Reduced(gain + base, living.spread(drop), reduced_posterior(living.q, living.p, slab), slab, zeta)
 
 
+def spike_odds(posterior: Posterior, name: str, to: SpikeAndSlab) -> tuple[Tensor, float]:
+    """log p(y | spike)/p(y | slab) of each living weight by itself, as a vector, and the gain of a site that is all slab over the prior of the fit, nats."""
+    site = posterior[name]
+    if site.prior is None:
+        raise ReductionError(f"site '{name}': its prior in the fit is not Gaussian; leave it out")
+    return _spike_odds(to, to.slab_scale, _living(site, point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask), None))
+
+
 def _spike_odds(to: SpikeAndSlab, width: float | None, living: Living) -> tuple[Tensor, float]:
-    """log p(y | spike)/p(y | slab) per decision, and the gain of a site that is all slab."""
+    """The same per decision."""
     each, base = living.spike, 0.0
     if to.spike_scale:
         each = delta_f(living.q, living.p, Gaussian(to.spike_scale))
@@ -226,7 +236,7 @@ def _spike_odds(to: SpikeAndSlab, width: float | None, living: Living) -> tuple[
 def inclusion(to: SpikeAndSlab, odds: Tensor) -> tuple[Tensor, float, float]:
     """(log odds by which each decision is the spike's, gain over all slab, ζ), with π given, or learned from the decisions."""
     if to.inclusion is not None:
-        zeta = math.log(to.inclusion / (1 - to.inclusion))
+        zeta = _logit(to.inclusion)
         return odds - zeta, fixed_inclusion(odds, zeta), zeta
     if len(odds) <= _EXACT_INCLUSION_UP_TO:
         exact = exact_inclusion(odds, to.alpha, to.beta)
@@ -235,24 +245,45 @@ def inclusion(to: SpikeAndSlab, odds: Tensor) -> tuple[Tensor, float, float]:
     return odds - zeta, gain, zeta
 
 
-def _slab_width(to: SpikeAndSlab, living: Living) -> float:
-    """The scale of the slab that has, with the inclusion, the best evidence: on at most 8,192 weights at equal distances, to 1 %."""
-    part = living
-    if living.groups is None:
-        stride = max(math.ceil(len(living.spike) / _WEIGHTS_FOR_WIDTH), 1)
+def with_slab(posterior: Posterior, name: str, to: SpikeAndSlab, groups: Tensor | None = None) -> SpikeAndSlab:
+    r"""`to` with a number for an "empirical" slab: the width that has, with the inclusion, the best evidence, to 1 %.
+
+    Without groups 8,192 weights at equal distances stand for all. Searched from a seventh of the prior's scale to twice the largest √(μ² + σ²): a weight of
+    which the data say at least as much as the prior (L ≥ 1/σ₀²) has |m| ≤ 2|μ|, so that none that is informed asks for more. Of one with σ ≈ σ₀ the message
+    m = h/L is noise over nearly nothing, and may be anywhere. A best width at an end of the search is given with a warning.
+
+    `groups`: the group of each entry, in the shape of the site; negative: in none, and so in the slab.
+    """
+    site = posterior[name]
+    if to.slab_scale != "empirical" or site.prior is None or not bool(site.alive.any()):
+        return replace(to, slab_scale=None) if to.slab_scale == "empirical" else to
+    living = _living(site, point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask), groups)
+    if groups is None:
+        stride = math.ceil(len(living.spike) / _WEIGHTS_FOR_WIDTH)
         q, p = (Diagonal(g.mean[::stride].double(), g.var[::stride].double()) for g in (living.q, living.p))
-        part = Living(living.site, q, p, living.spike[::stride].double())
+        living = Living(site, q, p, living.spike[::stride].double())
+    stay = groups is not None and bool((groups[site.alive] < 0).any())  # they are counted as the first group
 
     def gain(log_scale: Tensor) -> Tensor:
-        odds, base = _spike_odds(to, math.exp(float(log_scale)), part)
-        return torch.tensor(
-            base + (fixed_inclusion(odds, math.log(to.inclusion / (1 - to.inclusion))) if to.inclusion else mean_field_log_odds(odds, to.alpha, to.beta)[1])
-        )
+        odds, base = _spike_odds(to, math.exp(float(log_scale)), living)
+        odds = odds[int(stay) :]
+        over = mean_field_log_odds(odds, to.alpha, to.beta)[1] if to.inclusion is None else fixed_inclusion(odds, _logit(to.inclusion))
+        return torch.tensor(base + over, dtype=torch.float64)
 
-    if not len(living.spike):
-        return 1.0
-    centre = torch.tensor(0.5 * math.log(float(living.p.var.mean())))
-    return math.exp(float(line_maximum(gain, centre - 2, centre + 6, points=24, tolerance=1e-2)))
+    high = math.log(2) + 0.5 * (living.q.mean.square() + living.q.var).max().double().log()
+    low = torch.minimum(0.5 * living.p.var.double().mean().log(), high) - 2
+    if to.spike_scale:  # a slab is wider than its spike
+        low = low.clamp(min=math.log(1.01 * to.spike_scale))
+        high = torch.maximum(high, low + 1)
+    best = line_maximum(gain, low, high, points=24, tolerance=1e-2)
+    width = math.exp(float(best))
+    if not float(low) + 0.02 < float(best) < float(high) - 0.02:
+        warnings.warn(
+            f"site '{name}': the evidence for the width of its slab is best at an end of the search, {width:.3g}, from {math.exp(float(low)):.3g} to "
+            f"{math.exp(float(high)):.3g}; the weights do not say how wide it is: give slab_scale a number",
+            stacklevel=2,
+        )
+    return replace(to, slab_scale=width)
 
 
 def shared_inclusion(posterior: Posterior, to: SpikeAndSlab, names: Iterable[str] | None = None) -> dict[str, SpikeAndSlab]:
@@ -273,13 +304,8 @@ def shared_inclusion(posterior: Posterior, to: SpikeAndSlab, names: Iterable[str
     chosen = list(names) if names is not None else [name for name in posterior if posterior[name].support == "real" and posterior[name].prior is not None]
     odds, targets = [], {}
     for name in chosen:
-        site = posterior[name]
-        if site.prior is None:
-            raise ReductionError(f"site '{name}': its prior in the fit is not Gaussian; leave it out of names=")
-        living = _living(site, point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask), None)
-        width = _slab_width(to, living) if to.slab_scale == "empirical" else to.slab_scale
-        odds.append(_spike_odds(to, width, living)[0])
-        targets[name] = replace(to, slab_scale=width)
+        targets[name] = with_slab(posterior, name, to)
+        odds.append(spike_odds(posterior, name, targets[name])[0])
     if not odds:
         raise ReductionError("no site to share an inclusion: none is real with a Gaussian prior")
     zeta = mean_field_log_odds(torch.cat(odds), to.alpha, to.beta)[0]
@@ -334,6 +360,10 @@ def _density(to: Any, living: Living) -> Reduced:
         drop = torch.logit(kappa)
         drop = living.spread(living.summed(drop)) if living.groups is not None else drop
     return Reduced(float(result.delta_f.sum(dtype=torch.float64)), drop, Diagonal(result.mean, result.var), None)
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
 
 
 def _own_decision(posterior: Posterior, name: str) -> SiteReduction:
