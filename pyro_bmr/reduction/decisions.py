@@ -20,8 +20,9 @@ from pyro_bmr.reduction.correlations import Correlated, correlated
 from pyro_bmr.reduction.gaussian import Diagonal
 from pyro_bmr.reduction.groups import NofM
 from pyro_bmr.reduction.search import Search
+from pyro_bmr.reduction.slabs import inclusion, spike_odds
 from pyro_bmr.reduction.states import initial_state
-from pyro_bmr.reduction.targets import SiteReduction, inclusion, spike_odds
+from pyro_bmr.reduction.targets import SiteReduction
 
 Results = Mapping[str, SiteReduction]
 Kept = float | Mapping[str, float] | None

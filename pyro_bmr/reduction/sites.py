@@ -20,7 +20,8 @@ from pyro_bmr.reduction.decisions import SearchMethod, decide, is_point_spike, p
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
 from pyro_bmr.reduction.outcome import Reduction
 from pyro_bmr.reduction.search import greedy_search
-from pyro_bmr.reduction.targets import SiteReduction, site_reduction, with_slab
+from pyro_bmr.reduction.slabs import with_slab
+from pyro_bmr.reduction.targets import SiteReduction, site_reduction
 from pyro_bmr.site import Site
 
 

@@ -16,8 +16,9 @@ from scipy import integrate, special, stats
 import pyro_bmr as bmr
 from pyro_bmr.reduction.quadrature import density_reduction
 from pyro_bmr.reduction.scale_mixture import best_scale, scale_mixture_reduction
+from pyro_bmr.reduction.slabs import shared_inclusion
 from pyro_bmr.reduction.spike_and_slab import exact_inclusion
-from pyro_bmr.reduction.targets import shared_inclusion, site_reduction
+from pyro_bmr.reduction.targets import site_reduction
 from pyro_bmr.site import Site
 
 RNG = np.random.default_rng(7)
