@@ -28,7 +28,7 @@ _EXACT_INCLUSION_UP_TO = 4096  # decisions; above it the mean-field update and t
 
 def spike_and_slab(to: SpikeAndSlab, living: Living) -> Reduced:
     """Odds of the spike over the slab, with the inclusion learned from the site, or given."""
-    odds, base = _spike_odds(to, to.slab_scale, living)
+    odds, base = _spike_odds(to, living)
     drop, gain, zeta = inclusion(to, odds)
     if to.slab_scale is None:
         return Reduced(gain, living.spread(drop), living.q, living.p, zeta)
@@ -41,16 +41,17 @@ def spike_odds(posterior: Posterior, name: str, to: SpikeAndSlab) -> tuple[Tenso
     site = posterior[name]
     if site.prior is None:
         raise ReductionError(f"site '{name}': its prior in the fit is not Gaussian; leave it out")
-    return _spike_odds(to, to.slab_scale, living_part(site, point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask), None))
+    return _spike_odds(to, living_part(site, point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask), None))
 
 
-def _spike_odds(to: SpikeAndSlab, width: float | None, living: Living) -> tuple[Tensor, float]:
-    """The same per decision."""
+def _spike_odds(to: SpikeAndSlab, living: Living, width: float | None = None) -> tuple[Tensor, float]:
+    """The same per decision; `width` in the place of the slab's own, which is a number or None here."""
+    slab_scale = to.slab_scale if width is None else width
     each, base = living.spike, 0.0
     if to.spike_scale:
         each = delta_f(living.q, living.p, Gaussian(to.spike_scale))
-    if width is not None:
-        slab = delta_f(living.q, living.p, Gaussian(width))
+    if slab_scale is not None:
+        slab = delta_f(living.q, living.p, Gaussian(slab_scale))
         each, base = each - slab, float(slab.sum(dtype=torch.float64))
     return living.summed(each), base
 
@@ -87,7 +88,7 @@ def with_slab(posterior: Posterior, name: str, to: SpikeAndSlab, groups: Tensor 
     stay = groups is not None and bool((groups[site.alive] < 0).any())  # they are counted as the first group
 
     def gain(log_scale: Tensor) -> Tensor:
-        odds, base = _spike_odds(to, math.exp(float(log_scale)), living)
+        odds, base = _spike_odds(to, living, math.exp(float(log_scale)))
         odds = odds[int(stay) :]
         over = mean_field_log_odds(odds, to.alpha, to.beta)[1] if to.inclusion is None else fixed_inclusion(odds, _logit(to.inclusion))
         return torch.tensor(base + over, dtype=torch.float64)
