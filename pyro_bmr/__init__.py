@@ -29,8 +29,8 @@ from pyro_bmr.reduction.relevance import best_var
 from pyro_bmr.reduction.scale_mixture import scale_mixture_reduction
 from pyro_bmr.reduction.search import Search, exhaustive_search, greedy_search
 from pyro_bmr.reduction.sites import reduce
+from pyro_bmr.reduction.slabs import shared_inclusion
 from pyro_bmr.reduction.spike_and_slab import exact_inclusion
-from pyro_bmr.reduction.targets import shared_inclusion
 from pyro_bmr.refitting import Refit, refit
 from pyro_bmr.shrinking import ShrinkPlan, shrink, shrink_plan
 from pyro_bmr.site import Site

@@ -21,7 +21,7 @@ ORDER = [
     "errors", "files",
     *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "fit_arguments", "mean_field_step", "online_newton",
     "site", "curvature", "given_moments", "guide_moments", "posterior",
-    "reduction.programs", "reduction.targets",
+    "reduction.programs", "reduction.living", "reduction.slabs", "reduction.targets",
     "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
     "pruning", "prediction", "metrics", "fit_state", "checkpoints", "fitting", "refitting",
     *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "plan")), "shrinking",

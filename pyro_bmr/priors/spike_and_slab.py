@@ -55,7 +55,8 @@ class SpikeAndSlab:
         block: how many neighbouring units or inputs share an indicator, such as the rows of an attention head.
         slab_scale: of a reduction. None (default): the slab is the prior of the fit. A number: N(0, slab_scale²), in units of the site.
             ``"empirical"``: the width that has, together with π, the best evidence; ask for it when the prior's scale was fitted to all weights of a
-            layer, of which most are not needed, and is too narrow to tell slab from spike.
+            layer, of which most are not needed, and is too narrow to tell slab from spike. Where the data say little of many weights its evidence has no
+            maximum; it is bounded by the widest weights then, with a warning: give a number.
         inclusion: of a reduction. A known π, instead of one that is learned.
     """
 

@@ -17,11 +17,12 @@ from pyro_bmr.errors import ReductionError
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
 from pyro_bmr.reduction.correlations import Correlated, correlated
-from pyro_bmr.reduction.gaussian import Diagonal, delta_f
+from pyro_bmr.reduction.gaussian import Diagonal
 from pyro_bmr.reduction.groups import NofM
 from pyro_bmr.reduction.search import Search
+from pyro_bmr.reduction.slabs import inclusion, spike_odds
 from pyro_bmr.reduction.states import initial_state
-from pyro_bmr.reduction.targets import SiteReduction, inclusion
+from pyro_bmr.reduction.targets import SiteReduction
 
 Results = Mapping[str, SiteReduction]
 Kept = float | Mapping[str, float] | None
@@ -31,6 +32,11 @@ SearchMethod = Callable[..., Search]
 def is_point_spike(prior: Prior | None) -> bool:
     """Whether a reduced prior is the point zero, so that ΔF is all that decides."""
     return isinstance(prior, Gaussian) and prior.scale == 0
+
+
+def has_width(prior: Prior | None) -> bool:
+    """Whether a reduced prior is a spike and slab other than the point against the prior of the fit: its groups count by their marginals."""
+    return isinstance(prior, SpikeAndSlab) and bool(prior.spike_scale or prior.slab_scale)
 
 
 class Decision(NamedTuple):
@@ -61,7 +67,7 @@ def decide(
         if kept is not None:
             masks |= _by_size(results, kept)
         return Decision({**masks, **found}, dict(results))
-    groups = _Groups.of(posterior, results, labels)
+    groups = _Groups.of(posterior, results, targets, labels)
     results = dict(results)
     drop = groups.drop(posterior, results, targets)
     goes = drop > threshold if kept is None else groups.beyond(kept, drop > threshold)
@@ -122,7 +128,7 @@ class _Groups(NamedTuple):
     entries: dict[str, int]
 
     @classmethod
-    def of(cls, posterior: Posterior, results: Results, labels: Mapping[str, Tensor]) -> _Groups:
+    def of(cls, posterior: Posterior, results: Results, targets: Mapping[str, Prior | None], labels: Mapping[str, Tensor]) -> _Groups:
         own = {name: labels[name].to(r.drop.device) for name, r in results.items()}
         count = max(int(label.max()) if label.numel() else -1 for label in own.values()) + 1
         like = next(iter(results.values())).drop
@@ -133,7 +139,7 @@ class _Groups(NamedTuple):
             index = own[name][inside]
             size.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
             home.index_fill_(0, index[home[index] > k], k)
-            block = correlated(posterior[name], own[name])
+            block = None if has_width(targets[name]) else correlated(posterior[name], own[name])
             if block is None:
                 spike.index_add_(0, index, result.spike_delta_f[inside].double())
             else:
@@ -145,34 +151,31 @@ class _Groups(NamedTuple):
 
         Of a spike and slab, `results` gets the gain in evidence and the log odds ζ of the groups, booked to their first site.
         """
-        total = torch.zeros_like(self.spike)
+        total, odds, base = torch.zeros_like(self.spike), *self._odds(posterior, results, targets)
         for k, name in enumerate(self.sites):
             prior, result = targets[name], results[name]
             here = self.home == k
-            if isinstance(prior, SpikeAndSlab) and prior.slab_scale is not None:
-                raise ReductionError(
-                    f"site '{name}': groups decide between the spike and the fit's slab, not one of slab_scale={prior.slab_scale!r}; leave slab_scale out, "
-                    'or decide per="weight"'
-                )
             if is_point_spike(prior):
                 total[here] = self.spike[here]
             elif isinstance(prior, SpikeAndSlab) and not bool(here.any()):
-                results[name] = replace(result, delta_f=0.0, scale=None)
+                results[name] = replace(result, delta_f=base[name], scale=None)
             elif isinstance(prior, SpikeAndSlab):
-                against = self.spike[here] if not prior.spike_scale else self._narrow(posterior, results, prior.spike_scale)[here]
-                total[here], gain, zeta = inclusion(prior, against)
-                results[name] = replace(result, delta_f=gain, scale=zeta)
+                total[here], gain, zeta = inclusion(prior, odds[here])
+                results[name] = replace(result, delta_f=gain + base[name], scale=zeta)
             else:
                 self._add(total, name, result, result.drop)
         return total
 
-    def _narrow(self, posterior: Posterior, results: Results, spike_scale: float) -> Tensor:
-        total = torch.zeros_like(self.spike)
+    def _odds(self, posterior: Posterior, results: Results, targets: Mapping[str, Prior | None]) -> tuple[Tensor, dict[str, float]]:
+        """log p(y | spike)/p(y | slab) per group, and for each site the gain of all slab over the prior of the fit."""
+        total, base = self.spike.clone(), dict.fromkeys(results, 0.0)
         for name, result in results.items():
-            site = posterior[name]
-            if site.prior is not None:
-                self._add(total, name, result, delta_f(site, site.prior, Gaussian(spike_scale)))
-        return total
+            prior = targets[name]
+            if isinstance(prior, SpikeAndSlab) and has_width(prior):
+                each, base[name] = spike_odds(posterior, name, prior)
+                alive = result.site.alive
+                self._add(total, name, result, torch.zeros_like(result.spike_delta_f).masked_scatter(alive, each - result.spike_delta_f[alive]))
+        return total, base
 
     def _add(self, total: Tensor, name: str, result: SiteReduction, each: Tensor) -> None:
         """Adds the living entries of a site to the number of each group."""

@@ -175,7 +175,7 @@ def _own_labels(shapes: Shapes, per: Mapping[str, Tensor]) -> dict[str, Tensor]:
     labels = {}
     for name, shape in shapes.items():
         own = per[name].long().cpu() if name in per else torch.tensor(-1)
-        labels[name] = torch.where(own >= 0, torch.searchsorted(distinct, own), -1).expand(shape)
+        labels[name] = torch.where(own >= 0, torch.searchsorted(distinct, own.contiguous()), -1).expand(shape)
     return labels
 
 

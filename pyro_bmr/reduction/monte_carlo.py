@@ -20,7 +20,8 @@ _TRUSTED = 0.7
 
 
 class MonteCarlo(NamedTuple):
-    """`delta_f` in nats; `standard_error` of it, for independent draws; `khat`, the tail shape of the ratios; `log_weights` of the draws, normalised.
+    """`delta_f` in nats; its `standard_error`, by the effective sample size of the ratios in the order of the draws, so that it holds for a Markov chain, or
+    for several one after the other; `khat`, the tail shape of the ratios; `log_weights` of the draws, normalised.
 
     Σ exp(log_weights) f(draw) is the mean of f under the reduced posterior.
     """
@@ -78,7 +79,17 @@ def log_ratio_delta_f(log_ratio: Tensor) -> MonteCarlo:
     total = smoothed.logsumexp(0)
     weights = smoothed - total
     spread = ((2 * weights).logsumexp(0).exp() - 1 / len(weights)).clamp(min=0).sqrt()
-    return MonteCarlo(float(total) - math.log(len(weights)), float(spread), khat, weights)
+    return MonteCarlo(float(total) - math.log(len(weights)), float(spread) * math.sqrt(_draws_for_one(weights.exp())), khat, weights)
+
+
+def _draws_for_one(values: Tensor) -> float:
+    """How many draws of a chain count as one independent draw, at least 1: 1 + 2Σρ_k over the lags, by Geyer's monotone sequence (1992, Stat. Sci. 7(4))."""
+    n = len(values)
+    autocov = torch.fft.irfft(torch.fft.rfft(values - values.mean(), 2 * n).abs().square())[:n]
+    if n < 4 or float(autocov[0]) <= 0:
+        return 1.0
+    pairs = (autocov[: n // 2 * 2] / autocov[0]).view(-1, 2).sum(1)  # positive and falling for a reversible chain, and then noise
+    return max(float(2 * pairs.clamp(min=0).cummin(0).values.sum()) - 1, 1.0)
 
 
 def pareto_smoothed(log_ratio: Tensor) -> tuple[Tensor, float]:

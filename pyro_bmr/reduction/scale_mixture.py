@@ -25,7 +25,7 @@ from pyro_bmr.reduction.gaussian import Message
 from pyro_bmr.reduction.line_search import line_maximum
 
 _CHUNK = 1 << 15  # weights at once: the arrays of one pass over the nodes stay in a core's cache
-_FEW = 1 << 10  # weights for which one array of all nodes is faster than a pass over them
+_FEW = 400  # weights for which one array of all nodes is faster than a pass over them
 _MERGE = 1e-6  # nodes that no weight can tell apart better than this are one node: the error in ΔF is its square
 _WEIGHTS_FOR_SCALE = 8192
 _WEIGHTS_PER_GROUP_FOR_SCALE = 512

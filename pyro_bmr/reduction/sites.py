@@ -10,16 +10,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.posterior import Posterior
-from pyro_bmr.priors import Gaussian, Prior
+from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
 from pyro_bmr.reduction.correlations import pruned_site, rescaled_site
 from pyro_bmr.reduction.decisions import SearchMethod, decide, is_point_spike, pattern_masks
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
 from pyro_bmr.reduction.outcome import Reduction
 from pyro_bmr.reduction.search import greedy_search
+from pyro_bmr.reduction.slabs import with_slab
 from pyro_bmr.reduction.targets import SiteReduction, site_reduction
 from pyro_bmr.site import Site
 
@@ -57,7 +59,9 @@ def reduce(
             constraint instead: of every 4 neighbours along the inputs the 2 with the smallest ΔF live, whatever the evidence says.
         threshold: in nats, per weight or group.
         kept: instead of the threshold, prune the weights with the largest spike ΔF, or the groups with the largest per weight, until this fraction of all the
-            sites' entries lives. Patterns of site names → fraction set a target for each site of its own; sites that none names follow the evidence.
+            sites' entries lives. Of several layers the last one's units, which are the outputs of a network, stay then (with ``"unit"`` and ``"channel"``; a
+            mapping of your own for `per` says otherwise). Patterns of site names → fraction set a target for each site of its own; sites that none names
+            follow the evidence.
         heads: the number of attention heads for ``per="head"``, or module path → number.
         search: how sites with correlations are searched when they are reduced to the point spike: `greedy_search`, `exhaustive_search`, a `partial` of them,
             or None for one decision per weight or group without regard to the others. With a `kept` per site there is no search.
@@ -77,17 +81,18 @@ def reduce(
         raise ReductionError("threshold=nan: a number of nats is wanted")
     _check_arguments(per, kept, heads)
     targets = _targets(posterior, to)
+    labels = _labels(posterior, targets, per, kept, heads)
     results = {}
-    for name, prior in targets.items():
+    for name, prior in list(targets.items()):
         try:
+            if isinstance(prior, SpikeAndSlab) and labels is not None:
+                targets[name] = prior = with_slab(posterior, name, prior, labels[name].to(posterior[name].mean.device))
             results[name] = _rescaled(posterior[name], prior, site_reduction(posterior, name, prior))
         except ReductionError as error:
             raise ReductionError(f"site '{name}': {error}") from None
-    labels = None
     if isinstance(per, NofM):
         masks = pattern_masks(results, per)
     else:
-        labels = None if per == "weight" else group_labels({name: tuple(r.drop.shape) for name, r in results.items()}, per, heads)
         masks, results = decide(posterior, results, targets, labels, threshold, kept, search)
     for name, result in results.items():
         site, gain = pruned_site(result.site, masks[name])
@@ -106,6 +111,24 @@ def _rescaled(site: Site, to: Prior | None, result: SiteReduction) -> SiteReduct
     if exact is None:
         return replace(result, site=replace(result.site, joint=None))
     return replace(result, site=exact[0], delta_f=exact[1])
+
+
+def _labels(
+    posterior: Posterior,
+    targets: Mapping[str, Prior | None],
+    per: str | Block | NofM | Mapping[str, Tensor],
+    kept: float | Mapping[str, float] | None,
+    heads: int | Mapping[str, int] | None,
+) -> dict[str, Tensor] | None:
+    """The group of each entry, None for single weights. For a target size over several layers the units of the network's last one are in no group."""
+    if isinstance(per, NofM) or per == "weight":
+        return None
+    labels = group_labels({name: tuple(posterior[name].mean.shape) for name in targets}, per, heads)
+    matrices = [name for name in posterior if posterior[name].support == "real" and posterior[name].mean.ndim > 1]
+    if per in ("unit", "channel") and isinstance(kept, float | int) and matrices and {matrices[-1]} < set(matrices) & set(targets):
+        outputs = labels[matrices[-1]].flatten()
+        labels = {name: torch.where(torch.isin(own, outputs), -1, own) for name, own in labels.items()}
+    return labels
 
 
 def _check_arguments(per: object, kept: float | Mapping[str, float] | None, heads: object) -> None:

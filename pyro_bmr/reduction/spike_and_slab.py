@@ -1,6 +1,7 @@
 r"""Which weights stay under a spike-and-slab prior whose inclusion probability is learned from the weights themselves.
 
-Owns the two answers, `mean_field_inclusion` (cheap, any size) and `exact_inclusion` (a one-dimensional integral). Imports torch only.
+Owns the two answers, `mean_field_log_odds` (cheap, any size) and `exact_inclusion` (a one-dimensional integral), and `fixed_inclusion` for a known π.
+Imports torch only.
 Given is each weight's ΔF_i, the log of r_i = p(y | w_i = 0) / p(y | w_i in the slab), in nats:
 
     p(w_i) = π slab(w_i) + (1 − π) spike(w_i),   π ~ Beta(α₀, β₀),   evidence gain = log E_π[ ∏ᵢ (π + (1 − π) rᵢ) ].
@@ -25,7 +26,7 @@ _TAIL_NATS = 40.0  # the integrand is followed on each side until it has fallen 
 
 class Inclusion(NamedTuple):
     """`drop`: the log odds of each weight being in the spike, the shape of ΔF. `log_evidence_gain`: of the whole layer over all slab, nats.
-    `log_odds`: ζ, the ΔF above which a weight goes; for the exact answer, that of a weight whose probability is ½ given the posterior mean of π."""
+    `log_odds`: logit of the posterior mean of π, given which a weight with that ΔF is as likely in the slab as in the spike."""
 
     drop: Tensor
     log_evidence_gain: Tensor
@@ -37,23 +38,16 @@ class Inclusion(NamedTuple):
         return torch.sigmoid(-self.drop)
 
 
-def mean_field_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Inclusion:
-    r"""The fixed point of the mean-field update over inclusion and π, started at even odds (ζ = 0); the gain is its lower bound.
+def mean_field_log_odds(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> tuple[float, float]:
+    r"""ζ at the fixed point of the mean-field update over inclusion and π, started at ζ = 0, and the evidence gain, whose lower bound it is, nats.
 
     .. math:: \rho_i = \sigma(\zeta - \Delta F_i), \quad \zeta = \psi(\alpha_0 + \textstyle\sum\rho) - \psi(\beta_0 + \sum(1 - \rho))
 
     Source: Marković, Friston & Kiebel 2024, IEEE Access 12 (arXiv 2309.12095), there with four rounds instead of convergence.
-    """
-    zeta, gain = mean_field_log_odds(delta_f, alpha, beta)
-    return Inclusion(delta_f - zeta, delta_f.new_tensor(gain), delta_f.new_tensor(zeta))
 
-
-def mean_field_log_odds(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> tuple[float, float]:
-    r"""ζ and the evidence gain of `mean_field_inclusion`, without a tensor of the probabilities: for any number of weights in a few passes.
-
-    The update is iterated on at most 65,536 weights at equal distances. From there a pass over all of them gives the sums of σ(ζ − ΔF_i) and of its
-    first three derivatives in ζ, and with these the fixed point, by Newton's rule. Since the fourth derivative of σ is at most 1/7, a step δ is
-    exact to n δ⁴/168 in Σρ; passes go on until |δ| ≤ 0.03, when that is below 5·10⁻⁹ n.
+    No tensor of the ρ is made. The update is iterated on at most 65,536 weights at equal distances. From there a pass over all of them gives the sums of
+    σ(ζ − ΔF_i) and of its first three derivatives in ζ, and with these the fixed point, by Newton's rule. Since the fourth derivative of σ is at most 1/7, a
+    step δ is exact to n δ⁴/168 in Σρ; passes go on until |δ| ≤ 0.03, when that is below 5·10⁻⁹ n.
     """
     d = delta_f.reshape(-1)
     n = d.numel()

@@ -9,8 +9,6 @@ looked for in this order. For a rule of your own register the class with `reduce
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
@@ -21,16 +19,13 @@ from torch import Tensor
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, ScaleMixture, SpikeAndSlab
-from pyro_bmr.reduction.gaussian import Diagonal, delta_f, message, moments, point_spike_delta_f, reduced_posterior
-from pyro_bmr.reduction.line_search import line_maximum
+from pyro_bmr.reduction.gaussian import Diagonal, delta_f, message, point_spike_delta_f, reduced_posterior
+from pyro_bmr.reduction.living import Living, Reduced, living_part, number
 from pyro_bmr.reduction.quadrature import density_reduction
 from pyro_bmr.reduction.relevance import best_var
 from pyro_bmr.reduction.scale_mixture import best_scale, grouped_reduction, scale_mixture_reduction
-from pyro_bmr.reduction.spike_and_slab import exact_inclusion, fixed_inclusion, mean_field_log_odds
+from pyro_bmr.reduction.slabs import spike_and_slab, with_slab
 from pyro_bmr.site import Site
-
-_WEIGHTS_FOR_WIDTH = 8192
-_EXACT_INCLUSION_UP_TO = 4096  # decisions; above it the mean-field update and the integral give the same
 
 
 @dataclass(frozen=True)
@@ -58,53 +53,6 @@ class SiteReduction:
         return torch.sigmoid(-self.drop)
 
 
-@dataclass(frozen=True)
-class Living:
-    """The living entries of a site as vectors: posterior `q` and prior `p` of the fit, the point spike's ΔF of each, and the group of each.
-
-    `groups`: an integer from 0 for each; None where each weight decides for itself.
-    """
-
-    site: Site
-    q: Diagonal
-    p: Diagonal
-    spike: Tensor
-    groups: Tensor | None = None
-
-    @property
-    def rows(self) -> Tensor:
-        """The output unit of each entry, counted over those with a living entry."""
-        shape = self.site.mean.shape
-        return numbered(_column(torch.arange(shape[0] if shape else 1, device=self.site.mean.device).view(-1, *[1] * (len(shape) - 1)), self.site))
-
-    def target(self, gaussian: Any) -> Diagonal:
-        """A Gaussian of the site's shape, or of one that broadcasts to it, at the living entries."""
-        full = moments(gaussian, self.site.mean)
-        return Diagonal(_column(full.mean, self.site), _column(full.var, self.site))
-
-    def summed(self, each: Tensor) -> Tensor:
-        """One number per decision: the sum over its entries."""
-        if self.groups is None:
-            return each
-        return each.new_zeros(int(self.groups.max()) + 1 if len(each) else 0).index_add_(0, self.groups, each)
-
-    def spread(self, decisions: Tensor) -> Tensor:
-        """The decision of each entry."""
-        return decisions if self.groups is None else decisions[self.groups]
-
-
-@dataclass(frozen=True)
-class Reduced:
-    """What a rule answers: ΔF of the site, log odds by which each living entry goes, their moments and their prior from now on."""
-
-    delta_f: float
-    drop: Tensor
-    moments: Diagonal
-    prior: Diagonal | None
-    scale: float | None = None
-    scales: Tensor | None = None
-
-
 def site_reduction(posterior: Posterior, name: str, to: Prior | None, groups: Tensor | None = None) -> SiteReduction:
     """Everything but the mask: `drop` and the reduced moments of all living entries, and for continuous targets ΔF.
 
@@ -126,9 +74,11 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None, groups: Te
         raise ReductionError(
             f"its prior in the fit ({site.declared!r}) is not Gaussian; reduce a posterior fitted under Gaussian(), or pass to=None for its own decision"
         )
+    if isinstance(to, SpikeAndSlab):
+        to = with_slab(posterior, name, to, groups)
     wider = int(torch.count_nonzero(site.var > site.prior.var))
     spike = point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask)
-    living = _living(site, spike, groups)
+    living = living_part(site, spike, groups)
     answer = reduced(to, living)
     whole = site.mask is None
 
@@ -142,7 +92,7 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None, groups: Te
     drop = spike.masked_fill(~site.alive, torch.inf) if answer.drop is living.spike and not whole else back(answer.drop, torch.inf)
     prior = site.prior if answer.prior is living.p else None
     if answer.prior is not None and answer.prior is not living.p:
-        prior = Diagonal(*(t if t.ndim == 0 else back(t, 1.0) for t in map(_number, (answer.prior.mean, answer.prior.var))))
+        prior = Diagonal(*(t if t.ndim == 0 else back(t, 1.0) for t in map(number, (answer.prior.mean, answer.prior.var))))
     site = replace(site, mean=mean, var=var, prior=prior, joint=site.joint if kept else None, message=site.message if kept else None)
     return SiteReduction(answer.delta_f, spike, drop, site, wider, answer.scale, answer.scales)
 
@@ -201,92 +151,6 @@ def _best_gaussian(to: Gaussian, living: Living) -> Reduced:
 
 
 @reduced.register
-def _(to: SpikeAndSlab, living: Living) -> Reduced:
-    """Odds of the spike over the slab, with the inclusion learned from the site, or given."""
-    width = _slab_width(to, living) if to.slab_scale == "empirical" else to.slab_scale
-    odds, base = _spike_odds(to, width, living)
-    drop, gain, zeta = inclusion(to, odds)
-    if width is None:
-        return Reduced(gain, living.spread(drop), living.q, living.p, zeta)
-    slab = living.target(Gaussian(width))
-    return Reduced(gain + base, living.spread(drop), reduced_posterior(living.q, living.p, slab), slab, zeta)
-
-
-def _spike_odds(to: SpikeAndSlab, width: float | None, living: Living) -> tuple[Tensor, float]:
-    """log p(y | spike)/p(y | slab) per decision, and the gain of a site that is all slab."""
-    each, base = living.spike, 0.0
-    if to.spike_scale:
-        each = delta_f(living.q, living.p, Gaussian(to.spike_scale))
-    if width is not None:
-        slab = delta_f(living.q, living.p, Gaussian(width))
-        each, base = each - slab, float(slab.sum(dtype=torch.float64))
-    return living.summed(each), base
-
-
-def inclusion(to: SpikeAndSlab, odds: Tensor) -> tuple[Tensor, float, float]:
-    """(log odds by which each decision is the spike's, gain over all slab, ζ), with π given, or learned from the decisions."""
-    if to.inclusion is not None:
-        zeta = math.log(to.inclusion / (1 - to.inclusion))
-        return odds - zeta, fixed_inclusion(odds, zeta), zeta
-    if len(odds) <= _EXACT_INCLUSION_UP_TO:
-        exact = exact_inclusion(odds, to.alpha, to.beta)
-        return exact.drop, float(exact.log_evidence_gain), float(exact.log_odds)
-    zeta, gain = mean_field_log_odds(odds, to.alpha, to.beta)
-    return odds - zeta, gain, zeta
-
-
-def _slab_width(to: SpikeAndSlab, living: Living) -> float:
-    """The scale of the slab that has, with the inclusion, the best evidence: on at most 8,192 weights at equal distances, to 1 %."""
-    part = living
-    if living.groups is None:
-        stride = max(math.ceil(len(living.spike) / _WEIGHTS_FOR_WIDTH), 1)
-        q, p = (Diagonal(g.mean[::stride].double(), g.var[::stride].double()) for g in (living.q, living.p))
-        part = Living(living.site, q, p, living.spike[::stride].double())
-
-    def gain(log_scale: Tensor) -> Tensor:
-        odds, base = _spike_odds(to, math.exp(float(log_scale)), part)
-        return torch.tensor(
-            base + (fixed_inclusion(odds, math.log(to.inclusion / (1 - to.inclusion))) if to.inclusion else mean_field_log_odds(odds, to.alpha, to.beta)[1])
-        )
-
-    if not len(living.spike):
-        return 1.0
-    centre = torch.tensor(0.5 * math.log(float(living.p.var.mean())))
-    return math.exp(float(line_maximum(gain, centre - 2, centre + 6, points=24, tolerance=1e-2)))
-
-
-def shared_inclusion(posterior: Posterior, to: SpikeAndSlab, names: Iterable[str] | None = None) -> dict[str, SpikeAndSlab]:
-    r"""Site → a spike and slab whose inclusion probability π is one for all of them, learned from all their weights together.
-
-    To be given to `reduce` as its `to`. The sites' ΔF are then those at this π; what learning one number costs, some ½ log n nats, is left out.
-
-    Args:
-        to: the Beta prior, spike and slab of each site; an "empirical" slab is found for each site by itself first.
-        names: default every real site with a Gaussian prior.
-
-    Raises:
-        ReductionError: no site can be reduced.
-
-    Example:
-        >>> reduce(posterior, to=shared_inclusion(posterior, SpikeAndSlab()))
-    """
-    chosen = list(names) if names is not None else [name for name in posterior if posterior[name].support == "real" and posterior[name].prior is not None]
-    odds, targets = [], {}
-    for name in chosen:
-        site = posterior[name]
-        if site.prior is None:
-            raise ReductionError(f"site '{name}': its prior in the fit is not Gaussian; leave it out of names=")
-        living = _living(site, point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask), None)
-        width = _slab_width(to, living) if to.slab_scale == "empirical" else to.slab_scale
-        odds.append(_spike_odds(to, width, living)[0])
-        targets[name] = replace(to, slab_scale=width)
-    if not odds:
-        raise ReductionError("no site to share an inclusion: none is real with a Gaussian prior")
-    zeta = mean_field_log_odds(torch.cat(odds), to.alpha, to.beta)[0]
-    return {name: replace(target, inclusion=1 / (1 + math.exp(-zeta))) for name, target in targets.items()}
-
-
-@reduced.register
 def _(to: Horseshoe, living: Living) -> Reduced:
     if to.slab_df is not None or to.block != 1 or to.tiers not in (("layer", "weight"), ("weight",), ("layer", "unit"), ("unit",), ("unit", "weight")):
         raise ReductionError(
@@ -336,6 +200,9 @@ def _density(to: Any, living: Living) -> Reduced:
     return Reduced(float(result.delta_f.sum(dtype=torch.float64)), drop, Diagonal(result.mean, result.var), None)
 
 
+reduced.register(SpikeAndSlab, spike_and_slab)
+
+
 def _own_decision(posterior: Posterior, name: str) -> SiteReduction:
     site = posterior[name]
     drop = torch.full_like(site.mean, -torch.inf)
@@ -353,27 +220,3 @@ def _not_a_point(site: Site) -> None:
         smallest = site.var.min() if site.mask is None else site.var.where(site.mask, torch.inf).min()
         if float(smallest) == 0:
             raise ReductionError("its posterior is a point estimate (variance 0) and says nothing of other priors; fit it with MeanField")
-
-
-def _living(site: Site, spike: Tensor, groups: Tensor | None) -> Living:
-    assert site.prior is not None
-    p = Diagonal(*(_column(t.to(site.mean), site) for t in (site.prior.mean, site.prior.var)))
-    index = None if groups is None else numbered(_column(groups, site))
-    return Living(site, Diagonal(_column(site.mean, site), _column(site.var, site)), p, _column(spike, site), index)
-
-
-def _column(t: Tensor, site: Site) -> Tensor:
-    """The living entries of `t`, which broadcasts to the site, as a vector: a view where everything lives or `t` is one number."""
-    if t.numel() == 1:
-        return t.reshape(()).expand(site.mean.numel() if site.mask is None else int(site.mask.sum()))
-    return t.expand(site.mean.shape).reshape(-1) if site.mask is None else t.expand(site.mean.shape)[site.mask]
-
-
-def _number(t: Tensor) -> Tensor:
-    """A number that was expanded, as a number again."""
-    return t.as_strided((), ()) if t.numel() and t.stride() == (0,) else t
-
-
-def numbered(groups: Tensor) -> Tensor:
-    """The same partition with its groups counted from 0."""
-    return torch.unique(groups, return_inverse=True)[1]

@@ -1,14 +1,18 @@
 """Groups: which entries go together, their evidence, and the decision on them."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy import special, stats
 
 import pyro_bmr as bmr
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
-from pyro_bmr.reduction.spike_and_slab import exact_inclusion
+from pyro_bmr.reduction.slabs import spike_odds
+from pyro_bmr.reduction.spike_and_slab import exact_inclusion, mean_field_log_odds
 from pyro_bmr.site import Site
 
 SHAPES = {"conv.weight": (3, 2, 2, 2), "conv.bias": (3,), "fc.weight": (2, 6), "fc.bias": (2,), "gain": (4,)}
@@ -106,16 +110,17 @@ def test_the_evidence_decides_on_whole_groups():
 @pytest.mark.parametrize("_draw", range(5))
 def test_a_target_takes_the_groups_that_cost_least_per_weight(_draw):
     post = posterior()
-    result = bmr.reduce(post, to=bmr.Gaussian(0), per="unit", kept=0.5)
+    units = group_labels(SHAPES, "unit")  # the outputs too
+    result = bmr.reduce(post, to=bmr.Gaussian(0), per=units, kept=0.5)
     costs = {}
-    for group in partition(group_labels(SHAPES, "unit")):
+    for group in partition(units):
         alive = {bool(result.masks[name].flatten()[k]) for name, k in group}
         assert len(alive) == 1
         costs.setdefault(alive.pop(), []).append(np.mean([float(spike(post, name).flatten()[k]) for name, k in group]))
     assert max(costs[True]) <= min(costs[False])
     assert 0.5 <= result.kept < 0.5 + 9 / 45  # a group is left whole
-    assert bmr.reduce(post, to=bmr.Gaussian(0), per="unit", kept=0.0).kept == 0
-    assert bmr.reduce(post, to=bmr.Gaussian(0), per="unit", kept=1.0).kept == 1
+    assert bmr.reduce(post, to=bmr.Gaussian(0), per=units, kept=0.0).kept == 0
+    assert bmr.reduce(post, to=bmr.Gaussian(0), per=units, kept=1.0).kept == 1
 
 
 @pytest.mark.parametrize("per", ["weight", "unit"])
@@ -202,7 +207,119 @@ def test_every_prunes_units_during_a_fit():
     assert torch.equal(rows, rows[:, :1].expand(6, 3)) and torch.equal(rows[:, 0], bias) and 0 < int(bias.sum()) < 6
 
 
-@pytest.mark.parametrize("width", [1.7, "empirical"])
-def test_groups_refuse_a_slab_of_its_own(width):
-    with pytest.raises(bmr.ReductionError, match="site 'conv.weight'.*slab_scale"):
-        bmr.reduce(posterior(), to=bmr.SpikeAndSlab(slab_scale=width), per="unit")
+def linear_model(width, seed=4):
+    """y = Xw + noise with orthogonal regressors, whose exact posterior is factorised: three units of four weights and a bias, of which one is needed."""
+    rng = np.random.default_rng(seed)
+    x = np.linalg.qr(rng.normal(size=(40, 15)))[0] * rng.uniform(1, 4, 15)
+    w = np.zeros((3, 5))
+    w[1] = rng.normal(0, 1.3, 5)
+    y = x @ w.flatten() + 0.7 * rng.normal(size=40)
+    var = 1 / ((x**2).sum(0) / 0.49 + 1 / 1.9)
+    mean = var * (x.T @ y) / 0.49
+    prior = bmr.Diagonal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.9, dtype=torch.float64))
+    moments = [torch.tensor(part).view(3, 5) for part in (mean, var)]
+    sites = {"fc.weight": Site(moments[0][:, :4], moments[1][:, :4], prior), "fc.bias": Site(moments[0][:, 4], moments[1][:, 4], prior)}
+
+    def log_evidence(alive, variances):
+        """log N(y; 0, X V Xᵀ + noise² I) with the units `alive`, dense."""
+        v = np.where(np.repeat(alive, 5), variances.flatten(), 0.0)
+        return stats.multivariate_normal(np.zeros(40), (x * v) @ x.T + 0.49 * np.eye(40)).logpdf(y)
+
+    slab = np.full((3, 5), width**2) if np.ndim(width) == 0 else np.broadcast_to(np.array(width) ** 2, (3, 5))
+    return bmr.Posterior(sites), log_evidence, slab
+
+
+def enumerated(log_evidence, slab, alpha, beta):
+    """Gain over the fit's prior and inclusion of each unit, by all eight models' exact evidences."""
+    models = list(itertools.product([False, True], repeat=3))
+    prior = [special.betaln(alpha + sum(m), beta + 3 - sum(m)) - special.betaln(alpha, beta) for m in models]
+    terms = np.array([p + log_evidence(m, slab) for p, m in zip(prior, models, strict=True)])
+    total = special.logsumexp(terms)
+    return total - log_evidence((True,) * 3, np.full((3, 5), 1.9)), np.exp(terms - total) @ np.array(models)
+
+
+@pytest.mark.parametrize("width, bias", [(0.8, 0.8), (2.3, 0.6)])
+def test_groups_have_a_slab_of_their_own(width, bias):
+    """A spike and slab on units, the slab other than the prior of the fit and another one for the bias: against dense exact evidences of all models."""
+    post, log_evidence, slab = linear_model([width] * 4 + [bias])
+    to = {"*.weight": bmr.SpikeAndSlab(slab_scale=width, alpha=1.5, beta=2.5), "*.bias": bmr.SpikeAndSlab(slab_scale=bias, alpha=1.5, beta=2.5)}
+    result = bmr.reduce(post, to=to, per="unit")
+    gain, inclusion = enumerated(log_evidence, slab, 1.5, 2.5)
+    assert result.delta_f == pytest.approx(gain, abs=1e-8)
+    np.testing.assert_allclose(result.sites["fc.weight"].inclusion, np.repeat(inclusion[:, None], 4, 1), atol=1e-8)
+    np.testing.assert_allclose(result.sites["fc.bias"].inclusion, inclusion, atol=1e-8)
+    assert torch.equal(result.masks["fc.bias"], torch.tensor(inclusion >= 0.5)) and not result.masks["fc.bias"].all()
+    alive = result.masks["fc.bias"]
+    reduced = bmr.reduced_posterior(post["fc.bias"], post["fc.bias"].prior, bmr.Gaussian(bias))
+    torch.testing.assert_close(result.posterior["fc.bias"].mean, reduced.mean * alive)
+
+
+def test_the_empirical_slab_of_groups_has_the_best_evidence():
+    post, _, _ = linear_model(1.0)
+    to = {"*.weight": bmr.SpikeAndSlab(slab_scale="empirical"), "*.bias": bmr.SpikeAndSlab(slab_scale=0.6)}
+    found = bmr.reduce(post, to=to, per="unit")
+    width = found.posterior["fc.weight"].prior.var.sqrt().item()
+    own = {"fc.weight": torch.arange(3)[:, None]}  # the width is that of the site's own part of the groups
+
+    def bound(scale):
+        return with_only_weights(post, bmr.SpikeAndSlab(slab_scale=scale), own)
+
+    assert bound(width) > max(bound(width * 0.9), bound(width * 1.1))
+    by_weight = bmr.reduce(post, to=to).posterior["fc.weight"].prior.var.sqrt().item()
+    assert abs(width / by_weight - 1) > 0.02  # weights that decide one by one want another
+
+
+def with_only_weights(post, to, own):
+    site = bmr.Posterior({"fc.weight": post["fc.weight"]})
+    odds, base = spike_odds(site, "fc.weight", to)
+    return mean_field_log_odds(odds.view(3, 4).sum(1), to.alpha, to.beta)[1] + base
+
+
+def test_entries_in_no_group_are_in_the_slab():
+    """Their ΔF is the slab's whatever the groups do, and so they pull the width of an empirical one."""
+    post, log_evidence, slab = linear_model(2.3)
+    own = {"fc.weight": torch.tensor([[0], [1], [-1]]), "fc.bias": torch.tensor([-1, -1, -1])}
+    to = bmr.SpikeAndSlab(slab_scale=2.3, inclusion=0.3)
+    result = bmr.reduce(post, to=to, per=own)
+    weights = [0.09, 0.21, 0.21, 0.49]
+
+    def evidence(m):
+        alive = slab.copy()
+        alive[0, :4] *= m[0]
+        alive[1, :4] *= m[1]
+        return log_evidence((True,) * 3, alive)
+
+    terms = [math.log(p) + evidence(m) for p, m in zip(weights, [(1, 1), (1, 0), (0, 1), (0, 0)], strict=True)]
+    assert result.delta_f == pytest.approx(special.logsumexp(terms) - log_evidence((True,) * 3, np.full((3, 5), 1.9)), abs=1e-8)
+    assert result.masks["fc.bias"].all() and result.masks["fc.weight"][2].all() and not result.masks["fc.weight"].all()
+    widths = [
+        bmr.reduce(post, to={"fc.weight": bmr.SpikeAndSlab(slab_scale="empirical", inclusion=0.3)}, per={"fc.weight": part}).posterior["fc.weight"].prior.var
+        for part in (torch.tensor([[0], [1], [-1]]), torch.tensor([[0], [1], [2]]))
+    ]
+    assert widths[0] < 0.9 * widths[1]
+
+
+def test_a_narrow_spike_of_groups_leaves_the_dead_alone():
+    post = posterior({"fc.weight": (4, 5)}, mask=0.7)
+    result = bmr.reduce(post, to=bmr.SpikeAndSlab(spike_scale=0.07), per="unit")
+    each = torch.zeros(4, 5, dtype=torch.float64)
+    alive = post["fc.weight"].alive
+    each[alive] = bmr.delta_f(bmr.Diagonal(post["fc.weight"].mean[alive], post["fc.weight"].var[alive]), PRIOR, bmr.Gaussian(0.07))
+    assert result.delta_f == pytest.approx(exact_inclusion(each.sum(1), 1, 1).log_evidence_gain.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("per", ["unit", "channel"])
+def test_a_target_size_leaves_the_outputs_of_a_network(per):
+    """Three layers of which the last is needed least: its rows stay, the size is reached without them; by the evidence, or by name, they go."""
+    post = posterior({"a.weight": (6, 4), "a.bias": (6,), "b.weight": (6, 6), "b.bias": (6,), "c.weight": (3, 6), "c.bias": (3,)})
+    weak = {name: replace(site, mean=0.01 * site.mean) if name.startswith("c") else site for name, site in post.sites.items()}
+    post = bmr.Posterior(weak)
+    result = bmr.reduce(post, to=bmr.Gaussian(0), per=per, kept=0.5)
+    assert result.masks["c.weight"].all() and result.masks["c.bias"].all() and result.kept == pytest.approx(0.5, abs=7 / 93)
+    assert not bmr.reduce(post, to=bmr.Gaussian(0), per=per, threshold=-1e9).masks["c.bias"].any()
+    assert not bmr.reduce(post, to={"c.*": bmr.Gaussian(0)}, per=per, kept=0.4).masks["c.bias"].all()
+    assert not bmr.reduce(post, to=bmr.Gaussian(0), per=per, kept={"c.weight": 0.4}).masks["c.bias"].all()
+    hidden = bmr.reduce(post, to={"a.*": bmr.Gaussian(0), "b.*": bmr.Gaussian(0)}, per=per, kept=0.1)
+    assert not hidden.masks["b.bias"].all()  # the last of those reduced, but not of the network
+    shapes = {name: tuple(site.mean.shape) for name, site in post.sites.items()}
+    assert not bmr.reduce(post, to=bmr.Gaussian(0), per=group_labels(shapes, per), kept=0.5).masks["c.weight"].all()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import signal
 from torch.distributions import Laplace, Normal, StudentT
 
 import pyro_bmr as bmr
@@ -31,6 +32,33 @@ def test_draws_give_the_gaussian_form():
     mean = (got.log_weights.exp() * draws_of(q, 20_000)).sum().item()
     assert mean == pytest.approx(bmr.reduced_posterior(q, p, r).mean.item(), abs=0.02)
     assert got.log_weights.logsumexp(0).item() == pytest.approx(0, abs=1e-9)
+
+
+def chain(count, rho, seed):
+    """Draws of N(0.83, 0.43²), each correlated with the one before."""
+    noise = np.random.default_rng(seed).normal(size=count) * math.sqrt(1 - rho**2)
+    noise[0] /= math.sqrt(1 - rho**2)
+    return torch.tensor(0.83 + 0.43 * signal.lfilter([1.0], [1.0, -rho], noise))
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.9, -0.7])
+def test_the_standard_error_is_that_of_a_chain(rho):
+    """Over 100 chains the errors are as large as the standard errors say; with 0.9 those of independent draws would be four times too small."""
+    p, r = normal(0.3, 1.7), normal(-0.1, 0.9)
+    exact = bmr.delta_f(normal(0.83, 0.43), p, r).item()
+    scores = []
+    for seed in range(100):
+        got = monte_carlo_delta_f(chain(2000, rho, seed), p, r)
+        scores.append((got.delta_f - exact) / got.standard_error)
+    assert np.square(scores).mean() ** 0.5 == pytest.approx(1, abs=0.25) if rho >= 0 else np.square(scores).mean() < 1
+
+
+def test_draws_that_alternate_have_the_error_of_independent_ones():
+    """Their effective sample size has no meaning beyond their number, in small samples not even a sign."""
+    alternating = torch.tensor([0.4, -0.4]).repeat(30).double() + 0.01 * torch.randn(60, generator=torch.Generator().manual_seed(0)).double()
+    got = log_ratio_delta_f(alternating)
+    weights = got.log_weights.exp()
+    assert got.standard_error == pytest.approx((weights.square().sum() - 1 / 60).sqrt().item())
 
 
 def test_sites_of_any_shape_and_priors_of_any_kind():

@@ -89,6 +89,24 @@ def test_tau_of_a_large_layer_is_that_of_its_sample():
     assert gain[1] > max(gain[0], gain[2])
 
 
+def test_a_sample_counts_for_the_whole_layer():
+    """Against a sharp hyper-prior the sampled third would lose: τ is that of all the weights, by scipy."""
+    rng = np.random.default_rng(2)
+    mean = np.tile(np.where(rng.random(100) < 0.2, rng.normal(0, 1.2, 100), rng.normal(0, 0.1, 100)), 200)  # what every third sees is what there is
+    p = Diagonal(torch.zeros(20_000, dtype=torch.float64), torch.full((20_000,), PRIOR_VAR, dtype=torch.float64))
+    data = message(Diagonal(torch.tensor(mean), torch.full((20_000,), 0.01, dtype=torch.float64)), p)
+    few = Message(data.h[:100], data.precision[:100])
+
+    def hyper(tau):
+        return -5000 * np.log(tau) ** 2
+
+    def loss(log_tau):
+        return -200 * scale_mixture_reduction(few, p.var[:100], *HORSESHOE.mixture(np.exp(log_tau))).delta_f.sum().item() - hyper(np.exp(log_tau))
+
+    best = optimize.minimize_scalar(loss, bounds=(-6, 1), method="bounded", options={"xatol": 1e-5}).x
+    assert np.log(best_scale(data, p.var, HORSESHOE.mixture, hyper).item()) == pytest.approx(best, abs=2e-3) and best < -0.1
+
+
 def numbers(*values):
     return [torch.tensor(v, dtype=torch.float64) for v in values]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,8 +16,9 @@ from scipy import integrate, special, stats
 import pyro_bmr as bmr
 from pyro_bmr.reduction.quadrature import density_reduction
 from pyro_bmr.reduction.scale_mixture import best_scale, scale_mixture_reduction
+from pyro_bmr.reduction.slabs import shared_inclusion
 from pyro_bmr.reduction.spike_and_slab import exact_inclusion
-from pyro_bmr.reduction.targets import shared_inclusion, site_reduction
+from pyro_bmr.reduction.targets import site_reduction
 from pyro_bmr.site import Site
 
 RNG = np.random.default_rng(7)
@@ -164,6 +166,30 @@ def test_an_empirical_slab_has_the_best_evidence_and_tells_the_needed_from_the_r
     assert (needed & (found.drop <= 0)).sum() > 0.9 * (found.drop <= 0).sum()
 
 
+def test_a_slab_that_noise_would_widen_is_bounded_and_told():
+    """A layer as of a short fit: of most weights the data say next to nothing, and their m = h/L is noise over nearly nothing, hundreds of prior scales out."""
+    generator = torch.Generator().manual_seed(5)
+    precision = torch.where(torch.rand(4000, generator=generator) < 0.05, 20.0, 0.03).double() * torch.rand(4000, generator=generator, dtype=torch.float64)
+    var = 1 / (1 + precision)
+    mean = torch.where(precision > 0.03, 1.5, 0.25) * torch.randn(4000, generator=generator, dtype=torch.float64)
+    q = bmr.Posterior({"w": Site(mean, var, bmr.Diagonal(torch.zeros((), dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)))})
+    widest = 2 * (mean.square() + var).max().sqrt().item()
+    further = [site_reduction(q, "w", bmr.SpikeAndSlab(slab_scale=widest * f)).delta_f for f in (1, 10, 50)]
+    assert further[0] < further[1] < further[2]  # the evidence would go on
+    with pytest.warns(UserWarning, match=r"site 'w': .* an end of the search, .* give slab_scale a number"):
+        found = site_reduction(q, "w", bmr.SpikeAndSlab(slab_scale="empirical"))
+    assert found.site.prior.var.sqrt().item() == pytest.approx(widest, rel=0.02)
+
+
+def test_the_bound_is_no_hindrance_where_the_data_speak():
+    """One weight, whose best width is √(m² − 1/L), beyond itself: the prior took nearly half of it."""
+    q = bmr.Posterior({"w": Site(*torch.tensor([[[1.2]], [[0.045]]], dtype=torch.float64), bmr.Diagonal(*torch.tensor([0.0, 0.1], dtype=torch.float64)))})
+    precision = 1 / 0.045 - 10
+    best = ((1.2 / 0.045 / precision) ** 2 - 1 / precision) ** 0.5
+    found = site_reduction(q, "w", bmr.SpikeAndSlab(slab_scale="empirical", inclusion=0.999999))
+    assert best > 2.1 and found.site.prior.var.sqrt().item() == pytest.approx(best, rel=0.01)
+
+
 def test_one_inclusion_for_all_sites():
     q = bmr.Posterior({"a": Site(MEAN, VAR, PRIOR), "b": Site(2 * MEAN[0], VAR[0], PRIOR), "noise": Site(MEAN[0], VAR[0], support="positive")})
     targets = shared_inclusion(q, bmr.SpikeAndSlab(alpha=1.5, beta=2.5))
@@ -237,7 +263,9 @@ def test_every_target_answers_for_every_site(to, dtype, shape, seed, masked, gro
     if mask is not None:
         mean, var = mean.where(mask, 0), var.where(mask, 0)
     q = bmr.Posterior({"w": Site(mean, var, bmr.Diagonal(torch.zeros(()), torch.tensor(1.3)), mask=mask)})
-    got = site_reduction(q, "w", to, torch.zeros(shape, dtype=torch.long) if grouped else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an empirical slab may stand at an end of its search
+        got = site_reduction(q, "w", to, torch.zeros(shape, dtype=torch.long) if grouped else None)
     alive = got.site.alive
     assert got.drop.shape == shape and got.drop.dtype == dtype and not got.drop.isnan().any() and (got.drop[~alive] == math.inf).all()
     assert math.isfinite(got.delta_f) and got.site.mean.isfinite().all() and (got.site.var >= 0).all()
