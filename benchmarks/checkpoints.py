@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr import checkpoints
+from pyro_bmr import checkpoint_files, checkpoints
 from pyro_bmr.fit_state import FitState
 
 
@@ -51,7 +51,7 @@ def main() -> None:
             bmr.fit(program, (x, y), epochs=1, batch_size=200, checkpoint=bmr.Checkpoints(name, every_steps=1), progress=False)
             path = max(Path(name).iterdir())
             began = time.perf_counter()
-            checkpoints.read(path)
+            checkpoint_files.read(path)
             read, size = time.perf_counter() - began, path.stat().st_size
         wall, processor = (sum(each.stop(k) for each in seconds.values()) for k in (0, 1))
         weights = sum(p.numel() for p in program.parameters())

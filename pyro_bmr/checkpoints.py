@@ -1,13 +1,12 @@
 """Checkpoints of a fit: files from which a fit that was stopped goes on, to the bit.
 
-Owns `Checkpoints`, which `fit` takes, the format of the files, and the `Journal` of one fit. What a fit has in it to be saved is said in `fit_state.py`.
-A file is safetensors: the tensors, and in its header as JSON all other state, the settings of the fit, and a SHA-256 of everything. Next: `fitting.py`.
+Owns `Checkpoints`, which `fit` takes, the `Journal` of one fit, and what must be equal for it to go on. What is saved is said in `fit_state.py`, and how
+in `checkpoint_files.py`. Next: `fitting.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -22,16 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_bmr.checkpoint_files import digest, read, write
 from pyro_bmr.errors import FitError, PyroBMRError
-from pyro_bmr.files import make_folder, write_atomically
+from pyro_bmr.files import make_folder
 from pyro_bmr.fit_state import FitState
 
-_FORMAT = "pyro_bmr checkpoint 1"
 _SHOWN = 60  # characters of a setting in a message
 
 
@@ -186,7 +183,7 @@ def fit_settings(run: FitState, optimizer: Optimizer, scheduler: Any, data: Mapp
     for name, site in run.posterior().sites.items():
         prior = _description(site.declared)
         if site.declared is None and site.prior is not None and not site.given:
-            prior = _digest({"mean": site.prior.mean, "var": site.prior.var})
+            prior = digest({"mean": site.prior.mean, "var": site.prior.var})
         sites[name] = {"shape": list(site.mean.shape), "dtype": str(site.mean.dtype), "support": site.support, "prior": prior}
     groups = [{key: _description(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     schedule = {key: _description(value) for key, value in scheduler.state_dict().items()} if scheduler is not None else {}
@@ -194,7 +191,7 @@ def fit_settings(run: FitState, optimizer: Optimizer, scheduler: Any, data: Mapp
         "program": _description(run.program),
         "sites": sites,
         "guide": _description(run.guide),
-        "data": {name: f"{tuple(t.shape)} {t.dtype}, sha256 {_digest({name: t})[:12]}" for name, t in data.items()},
+        "data": {name: f"{tuple(t.shape)} {t.dtype}, sha256 {digest({name: t})[:12]}" for name, t in data.items()},
         "optimizer": {"type": _description(type(optimizer)), "groups": groups},
         "scheduler": {"type": _description(type(scheduler)), **schedule},
         **{name: _description(value) for name, value in arguments.items()},
@@ -223,89 +220,6 @@ def refuse_hidden_state(optimizer: Optimizer, scheduler: Any) -> None:
         raise FitError(f"checkpoint: the scheduler {type(scheduler).__name__} has no state_dict and load_state_dict; add them, or fit without checkpoint")
 
 
-def write(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Writes a checkpoint so that `path` is either whole or not there.
-
-    Raises:
-        FitError: the state holds something that is no tensor, number, string or container of such.
-        PyroBMRError: the file cannot be written.
-    """
-    tensors: dict[str, Tensor] = {}
-    texts = {"settings": json.dumps(settings), "state": json.dumps(_packed(state, "", tensors, {}))}
-    metadata = {"format": _FORMAT, **texts, "sha256": _digest(tensors, *texts.values())}
-    write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata), durable=True)
-
-
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings and the state in a checkpoint; nothing is unpickled.
-
-    Raises:
-        FitError: it is damaged, or no checkpoint.
-    """
-    try:
-        opened: Any = safe_open(path, framework="pt")
-        with opened as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise FitError(f"'{path}' is no checkpoint (format {metadata.get('format')!r}, expected {_FORMAT!r})")
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
-        texts = metadata["settings"], metadata["state"]
-        if _digest(tensors, *texts) != metadata["sha256"]:
-            raise FitError(f"'{path}' is damaged (its SHA-256 is not that of its contents)")
-        settings, state = json.loads(texts[0]), _unpacked(json.loads(texts[1]), tensors)
-        if not (isinstance(settings, dict) and isinstance(state, dict)):
-            raise ValueError("settings or state are no objects")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FitError(f"'{path}' is damaged ({' '.join(str(error).split()) or type(error).__name__})") from None
-    return settings, state
-
-
-def _packed(value: Any, where: str, tensors: dict[str, Tensor], names: dict[Any, str]) -> Any:
-    """`value` as JSON, its tensors added to `tensors` under the path that leads to them, each once."""
-    inner = partial(_packed, tensors=tensors, names=names)
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous()
-        key = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else where
-        if key not in names:
-            names[key] = where
-            shared = any(plain.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values())
-            tensors[where] = plain.clone() if shared else plain
-        return {"__tensor__": names[key]}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, tuple):
-        return {"__tuple__": [inner(v, f"{where}/{k}") for k, v in enumerate(value)]}
-    if isinstance(value, list):
-        return [inner(v, f"{where}/{k}") for k, v in enumerate(value)]
-    if isinstance(value, Mapping):
-        if all(isinstance(k, str) and not k.startswith("__") for k in value):
-            return {k: inner(v, f"{where}/{k}") for k, v in value.items()}
-        return {"__items__": [[inner(k, f"{where}/key"), inner(v, f"{where}/{k}")] for k, v in value.items()]}
-    raise FitError(f"checkpoint: {where[1:]} is a {type(value).__name__}, which cannot be saved without pickling; fit without checkpoint, or without it")
-
-
-def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpacked(v, tensors) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if "__tensor__" in value:
-        return tensors[value["__tensor__"]]
-    if "__tuple__" in value:
-        return tuple(_unpacked(v, tensors) for v in value["__tuple__"])
-    if "__items__" in value:
-        return {_unpacked(k, tensors): _unpacked(v, tensors) for k, v in value["__items__"]}
-    return {k: _unpacked(v, tensors) for k, v in value.items()}
-
-
-def _digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
-    content = hashlib.sha256("\0".join(texts).encode())
-    for name, tensor in sorted(tensors.items()):
-        content.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return content.hexdigest()
-
-
 def _description(value: Any) -> Any:
     """`value` in words that are the same in another process."""
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -313,7 +227,7 @@ def _description(value: Any) -> Any:
     if isinstance(value, partial):
         return {"function": _description(value.func), **{key: _description(v) for key, v in value.keywords.items()}}
     if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {value.dtype}, sha256 {_digest({'': value})[:12]}"
+        return f"{tuple(value.shape)} {value.dtype}, sha256 {digest({'': value})[:12]}"
     if isinstance(value, (list, tuple)):
         return [_description(v) for v in value]
     if isinstance(value, Mapping):

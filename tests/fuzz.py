@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load, save
 
 import pyro_bmr as bmr
-from pyro_bmr import checkpoints
+from pyro_bmr import checkpoint_files
 from pyro_bmr.comparison import Settings, results_folder
 from pyro_bmr.data_files import IDX_FILES
 from pyro_bmr.runs import load_run
@@ -102,7 +102,7 @@ def mutated_safetensors(rng: random.Random, raw: bytes, sign: bool = False) -> b
         metadata = mutated_json(rng, metadata)
         metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
     if sign and {"settings", "state", "sha256"} <= metadata.keys():
-        metadata["sha256"] = checkpoints._digest(tensors, metadata["settings"], metadata["state"])
+        metadata["sha256"] = checkpoint_files.digest(tensors, metadata["settings"], metadata["state"])
     return save(tensors, metadata)
 
 
@@ -179,8 +179,8 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
     def checkpoint() -> Reader:
         state = {"loop": ([{"kl": 1.5}], 3), "run": {"w": torch.ones(3), "state": {0: (torch.zeros(2), None)}}}
         path = folder / "step-000000001.safetensors"
-        checkpoints.write(path, {"seed": 0}, state)
-        return Reader([path.read_bytes()], partial(mutated_safetensors, sign=True), path, lambda: checkpoints.read(path))
+        checkpoint_files.write(path, {"seed": 0}, state)
+        return Reader([path.read_bytes()], partial(mutated_safetensors, sign=True), path, lambda: checkpoint_files.read(path))
 
     def reduction(file: str = "reduction.json", mutate: Callable[[random.Random, bytes], bytes] = mutated_text) -> Reader:
         posterior = bmr.Posterior.from_moments({"w": torch.ones(3, 2)}, {"w": torch.ones(3, 2)}, bmr.Gaussian(0.5))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr import checkpoints, fitting
+from pyro_bmr import checkpoint_files, checkpoints, fitting
 from pyro_bmr.cli import main
 from tests.test_fitting import blobs, classifier, linear, regression
 
@@ -254,9 +254,9 @@ def test_a_program_that_has_changed_inside_is_refused(tmp_path, monkeypatch):
 def test_a_state_that_is_whole_but_does_not_fit_is_refused(halfway):
     folder, call, _ = halfway
     for path in folder.iterdir():
-        settings, state = checkpoints.read(path)
+        settings, state = checkpoint_files.read(path)
         state["run"]["tensors"]["guide.loc"] = torch.ones(3)
-        checkpoints.write(path, settings, state)
+        checkpoint_files.write(path, settings, state)
     with pytest.raises(bmr.FitError, match=r"step-000000006\.safetensors' does not fit this fit \(RuntimeError: .*remove the folder"):
         call(checkpoint=folder)
 
@@ -336,12 +336,12 @@ def test_a_full_disk_stops_the_first_checkpoint_and_warns_of_later_ones(tmp_path
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_file", full)
+        patch.setattr(checkpoint_files, "save_file", full)
         with pytest.raises(bmr.PyroBMRError, match=r"cannot write '.*step-000000001\.safetensors': No space left"):
             CASES["adam"](checkpoint=tmp_path)
         assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_file", lambda t, p, metadata: (full if "step-000000012" in p.name else save_file)(t, p, metadata=metadata))
+        patch.setattr(checkpoint_files, "save_file", lambda t, p, metadata: (full if "step-000000012" in p.name else save_file)(t, p, metadata=metadata))
         with pytest.warns(UserWarning, match=r"No space left on device; the fit goes on, its last checkpoint is step-000000001\.safetensors"):
             assert same(CASES["adam"](), CASES["adam"](checkpoint=tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001.safetensors"]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr import checkpoints
+from pyro_bmr import checkpoint_files, checkpoints
 from pyro_bmr.data import sources
 from pyro_bmr.fit_state import FitState
 from tests.test_checkpoints import same
@@ -110,6 +110,6 @@ def test_killed_fifty_times(name, tmp_path):
         counts[phase] += 1
         half_written += len(list(tmp_path.glob(".step-*")))
         for path in tmp_path.glob("step-*.safetensors"):
-            checkpoints.read(path)
+            checkpoint_files.read(path)
     assert same(whole, fit(tmp_path, name))
     print(f"\n{name}: killed within {counts}, last at step {at} of {whole.history['step'].iloc[-1]}; {half_written} times a file was left half written")
