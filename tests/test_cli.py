@@ -142,7 +142,7 @@ ERRORS = {
     "unknown suffix": (["--data", "note.txt"], r"note\.txt.*\.npz, \.csv"),
     "unknown route": (["--routes", "fited"], "fited.*routes are point, fitted, reduced"),
     "unknown optimizer": (["--optimizer", "sgd"], "no optimizer 'sgd'; the optimizers are: adam, natural-gradient"),
-    "unknown model": (["--model", "nope"], "no model 'nope'; the models are: lenet, .*linear_regression, .*mlp"),
+    "unknown model": (["--model", "nope"], "no model 'nope'; the models are: gru, lenet, .*linear_regression, .*mlp"),
     "missing model file": (["--model", "gone.py"], "no model file 'gone.py'"),
     "model file without build": (["--model", "empty.py"], r"no function build\(data, prior\)"),
     "model for other data": (["--model", "linear_regression"], "linear_regression wants real targets"),

@@ -114,7 +114,7 @@ def test_what_is_refused():
         (lambda: curvature({"w": one}, {"w": one}, {"v": Gaussian(1.0)}), "a Laplace posterior needs a Gaussian prior"),
         (lambda: curvature({"w": one}, {"w": one}, bmr.Horseshoe()), "no mean and variance"),
         (lambda: curvature({"w": one}, {"w": one}, Gaussian(1.0), temperature=0.0), "temperature=0.0"),
-        (lambda: moments({"w": one}, {}, None), "a mean and no variance"),
+        (lambda: moments({"w": one, "v": one}, {"w": one}, None), "a mean and no variance"),
         (lambda: moments({"w": one}, {"w": -one}, None), "finite means and variances >= 0"),
         (lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(0 * one, 0 * one)), "the prior's variance must be > 0"),
         (lambda: moments({"w": one}, {"w": one}, None, supports={"w": "simplex"}), "support 'simplex'; one of 'real'"),
