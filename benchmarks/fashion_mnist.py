@@ -20,6 +20,7 @@ RUNS = {
     "evidence": ("reduced, the evidence decides, T = 1", f"{OURS} --temperature 1 --start 0.1 --stop 1"),
     "cold-2": ("reduced to 1.95 %, T = 0.07", f"{OURS} --temperature 0.07 --kept 0.0195 --learning-rate 4e-3"),
     "cold-6": ("reduced to 5.9 %, T = 0.1", f"{OURS} --temperature 0.1 --kept 0.059 --learning-rate 4e-3 --batch-size 256"),
+    "cold-6-calibrated": ("reduced to 5.9 %, T = 0.2", f"{OURS} --temperature 0.2 --kept 0.059 --learning-rate 4e-3 --batch-size 256"),
     "magnitude-2": ("magnitude pruning to 1.95 %", f"{BASELINE} --kept 0.0195 --stop 0.5"),
     "magnitude-6": ("magnitude pruning to 5.9 %", f"{BASELINE} --kept 0.059 --stop 0.5"),
     "dense": ("dense point estimate", f"{BASELINE} --kept 1 --learning-rate 1e-3"),

@@ -211,7 +211,7 @@ def time_to_nll(target: float = 0.42, every: int = 100, at_most: int = 3_000) ->
                 if score() <= target:
                     best = (spent, number) if best is None or spent < best[0] else best
                     break
-        results |= {f"{name}, s": best[0], f"{name}, steps": best[1]} if best else {f"{name}: not reached in {at_most} steps": float("nan")}
+        results |= {f"{name}, s": best[0], f"{name}, steps": best[1]} if best else {f"{name}, steps, more than": at_most}
         print(name, best, flush=True)
     return results
 
