@@ -309,6 +309,15 @@ def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, mon
     assert same(CASES["adam"](), CASES["adam"](checkpoint=tmp_path))
 
 
+@pytest.fixture
+def keyboard():
+    """Ctrl-C as at a terminal: a shell that runs the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keyboard")
 @pytest.mark.parametrize("again", [False, True])
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch, again):
     step = fitting.FitState.step
@@ -375,6 +384,7 @@ def test_every_so_many_seconds(tmp_path, monkeypatch):
 COMMAND = ["fit", "--model", "mlp:8", "--epochs", "4", "--threads", "1", "--draws", "2", "--quiet", "--resume"]
 
 
+@pytest.mark.usefixtures("keyboard")
 def test_the_command_line_stops_and_goes_on(tmp_path, monkeypatch, capsys):
     folders = {name: tmp_path / f"{name} ü" for name in ("whole", "stopped")}
     assert main([*COMMAND, "--out", str(folders["whole"])]) == 0
