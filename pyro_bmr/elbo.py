@@ -2,7 +2,7 @@
 
 Owns `elbo_terms`. The guides of this library have the KL of Gaussian sites in closed form; for `MeanField` the value and gradient at a fixed draw are those of
 Pyro's `TraceMeanField_ELBO`. Every other guide goes through Pyro's traces, with the value of `Trace_ELBO`.
-Next: `mean_field_step.py`, the same for a fit, without autograd where it can be had without.
+Next: `mean_field_noise.py` and `mean_field_step.py`, the same for a fit, without autograd where it can be had without.
 """
 
 from __future__ import annotations

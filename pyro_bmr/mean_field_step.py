@@ -1,6 +1,6 @@
 """One step of a `MeanField` fit: the draw, the gradient of the loss and the two terms of the ELBO, in few passes over the weights.
 
-Owns `MeanFieldStep` and its `Noise`. `elbo.elbo_terms` gives the same numbers through autograd, for any guide; tests hold the two together. Here autograd
+Owns `MeanFieldStep`. `elbo.elbo_terms` gives the same numbers through autograd, for any guide; tests hold the two together. Here autograd
 runs from the loss to the drawn weights only. The rest is written out, in chunks that stay in the cache. Next: `online_newton.py`.
 """
 
@@ -19,39 +19,10 @@ from pyro_bmr.elbo import Values, collapsed, does_not_split, likelihood_of
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides import MeanField
 from pyro_bmr.guides.mean_field import Latent, base_distribution, gaussian_on_the_line
+from pyro_bmr.mean_field_noise import Noise
 
 _CHUNK = 1 << 16  # numbers; a few such vectors fit into a core's second-level cache
-_STEPS_PER_BATCH, _OFFSETS = 8, 1 << 12
 _LARGE, _KL_EVERY = 10_000, 8  # a guide with more numbers evaluates its KL, a slow quantity that is only reported, in every eighth step
-
-
-class Noise:
-    r"""Standard-normal vectors, one per step, as a function of (seed, step).
-
-    A batch of size + 4096 numbers serves eight steps: each takes the window at a random offset of its own, with a random sign. Each step's
-    vector is exactly N(0, I), each of its entries is new in every step, and its mean given all earlier steps is exactly 0, so the gradient stays
-    unbiased. What the eight steps share is the size of a number, at entries that lie the difference of their offsets apart.
-    """
-
-    def __init__(self, like: Tensor, seed: int) -> None:
-        self.size, self.seed, self.number = like.numel(), seed, -1
-        self.generator, self.choice = torch.Generator(device=like.device), torch.Generator()
-        self.batch = torch.empty(self.size + _OFFSETS, dtype=like.dtype, device=like.device)
-        self.windows: list[tuple[int, float]] = []
-
-    def at(self, step: int) -> tuple[Tensor, float]:
-        """The numbers and the sign of `step`."""
-        number, turn = divmod(step, _STEPS_PER_BATCH)
-        if number != self.number:
-            self.number = number
-            self.choice.manual_seed(2 * (self.seed * 1_000_003 + number))
-            self.generator.manual_seed(2 * (self.seed * 1_000_003 + number) + 1)
-            self.batch.normal_(generator=self.generator)
-            offsets = torch.randperm(_OFFSETS, generator=self.choice)[:_STEPS_PER_BATCH].tolist()
-            signs = (2.0 * torch.randint(2, (_STEPS_PER_BATCH,), generator=self.choice) - 1).tolist()
-            self.windows = list(zip(offsets, signs, strict=True))
-        offset, sign = self.windows[turn]
-        return self.batch[offset : offset + self.size], sign
 
 
 class SitePrior(NamedTuple):

@@ -19,7 +19,8 @@ FORMULAS = (
 )  # fmt: skip
 ORDER = [
     "errors", "files",
-    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "fit_arguments", "mean_field_step", "online_newton",
+    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "fit_arguments", "mean_field_noise",
+    "mean_field_step", "online_newton",
     "site", "curvature", "given_moments", "guide_moments", "posterior",
     "reduction.programs", "reduction.living", "reduction.slabs", "reduction.targets",
     "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
@@ -161,5 +162,5 @@ def test_the_checks_see_what_they_look_for():
     )
     assert imports(tree, FILES) == {"os.path", "pyro_bmr.cli", "pyro_bmr.metrics", "pyro_bmr", "torch", "pickle"}
     assert [call.lineno for call in loads(tree, {"torch"})] == [6]
-    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 15 and rank("pyro_bmr.reduction.sites") == 35 and rank("pyro_bmr.new") is None
+    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 15 and rank("pyro_bmr.reduction.sites") == 36 and rank("pyro_bmr.new") is None
     assert len(FILES) > 25 and {"pyro_bmr", "pyro_bmr.guides.point"} <= set(FILES)

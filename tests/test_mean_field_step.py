@@ -8,7 +8,8 @@ from scipy import stats
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr.mean_field_step import MeanFieldStep, Noise
+from pyro_bmr.mean_field_noise import Noise
+from pyro_bmr.mean_field_step import MeanFieldStep
 from tests.test_elbo import PRIORS, X, Y, hand_written, masks_for, network
 
 ROWS, TEMPERATURE = 50, 0.4
