@@ -25,30 +25,12 @@ from pyro_bmr.guides.row_noise import PER_ROW, PER_STEP
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import ClassPrediction, predict
-from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, SpikeAndSlab, StudentT
+from pyro_bmr.prior_names import PRIORS, prior_from_name
 from pyro_bmr.pruning import Every
 from pyro_bmr.reduction.groups import GROUPS
 from pyro_bmr.reduction.sites import reduce
 from pyro_bmr.runs import load_run, save_run
 from pyro_bmr.shrinking import shrink_plan
-
-PRIORS: dict[str, Prior] = {
-    "gaussian": Gaussian(),
-    "gaussian:layer": Gaussian("layer"),
-    "gaussian:unit": Gaussian("layer", per="unit"),
-    "gaussian:input": Gaussian("layer", per="input"),
-    "gaussian:weight": Gaussian("layer", per="weight"),
-    "gaussian:pretrained": Gaussian(mean="init"),
-    "laplace": Laplace(),
-    "student-t": StudentT(),
-    "horseshoe": Horseshoe(),
-    "horseshoe:unit": Horseshoe(tiers=("layer", "unit")),
-    "horseshoe:input": Horseshoe(tiers=("layer", "input")),
-    "horseshoe:tiered": Horseshoe.tiered(),
-    "spike-and-slab": SpikeAndSlab(),
-    "spike-and-slab:relaxed": SpikeAndSlab(temperature=0.5),
-    "spike-and-slab:unit": SpikeAndSlab(temperature=0.5, per="unit"),
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,23 +44,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"pyro-bmr: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
-
-
-def prior_from_name(name: str) -> Prior:
-    """A prior by its name on the command line; ``gaussian:0.1`` is `Gaussian(scale=0.1)`.
-
-    Raises:
-        ModelError: there is no such prior.
-    """
-    if name in PRIORS:
-        return PRIORS[name]
-    family, _, number = name.partition(":")
-    try:
-        if family == "gaussian":
-            return Gaussian(float(number))
-    except ValueError:
-        pass
-    raise ModelError(f"no prior '{name}'; the priors are: {', '.join(PRIORS)} and gaussian:SCALE with a number")
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -13,8 +13,9 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr import plots
-from pyro_bmr.cli import PRIORS, TARGETS, main, prior_from_name
+from pyro_bmr.cli import TARGETS, main
 from pyro_bmr.data import sources
+from pyro_bmr.prior_names import PRIORS, prior_from_name
 
 torch.set_num_threads(1)
 

@@ -19,7 +19,7 @@ FORMULAS = (
 )  # fmt: skip
 ORDER = [
     "errors", "files",
-    *(f"reduction.{name}" for name in FORMULAS), "priors*", "likelihoods", "networks", "guides*", "elbo", "fit_arguments", "mean_field_noise",
+    *(f"reduction.{name}" for name in FORMULAS), "priors*", "prior_names", "likelihoods", "networks", "guides*", "elbo", "fit_arguments", "mean_field_noise",
     "mean_field_step", "online_newton",
     "site", "curvature", "given_moments", "guide_moments", "posterior",
     "reduction.programs", "reduction.living", "reduction.slabs", "reduction.targets",
@@ -28,7 +28,7 @@ ORDER = [
     *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "plan")), "shrinking",
     *(f"exporting.{name}" for name in ("plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
     "data_set", "data_files", "data", "plots",
-    *(f"comparison.{name}" for name in ("models", "cells", "results_folder", "table")), "comparison",
+    *(f"comparison.{name}" for name in ("models", "cells", "methods", "results_folder", "table")), "comparison",
     "runs", "cli",
 ]  # fmt: skip
 
@@ -162,5 +162,5 @@ def test_the_checks_see_what_they_look_for():
     )
     assert imports(tree, FILES) == {"os.path", "pyro_bmr.cli", "pyro_bmr.metrics", "pyro_bmr", "torch", "pickle"}
     assert [call.lineno for call in loads(tree, {"torch"})] == [6]
-    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 15 and rank("pyro_bmr.reduction.sites") == 36 and rank("pyro_bmr.new") is None
+    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 15 and rank("pyro_bmr.reduction.sites") == 37 and rank("pyro_bmr.new") is None
     assert len(FILES) > 25 and {"pyro_bmr", "pyro_bmr.guides.point"} <= set(FILES)

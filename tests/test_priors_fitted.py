@@ -9,9 +9,9 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 import pyro_bmr as bmr
-from pyro_bmr.cli import PRIORS
 from pyro_bmr.comparison import load_model
 from pyro_bmr.elbo import Values
+from pyro_bmr.prior_names import PRIORS
 
 N, W = 60, torch.tensor([1.2, 0.0, -0.7, 0.0, 0.05, 0.0], dtype=torch.float64)
 
