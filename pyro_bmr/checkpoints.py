@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,13 @@ class Checkpoints:
 
 
 class Journal:
-    """The checkpoints of a running fit; none if `checkpoint` is None."""
+    """The checkpoints of a running fit; none if `checkpoint` is None. Without `writes` they are read alone."""
 
-    def __init__(self, checkpoint: str | Path | Checkpoints | None) -> None:
+    def __init__(self, checkpoint: str | Path | Checkpoints | None, writes: bool = True) -> None:
         if not isinstance(checkpoint, (str, Path, Checkpoints, type(None))):
             raise FitError(f"checkpoint: a folder or Checkpoints(folder, ...) is wanted, got {checkpoint!r}")
         self.rule = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
+        self.writes = writes
         self.settings: dict[str, Any] = {}
         self.good: list[Path] = []  # checkpoints that can be read, the oldest first
         self.saved_at: float | None = None  # None before the first of this process
@@ -113,10 +114,10 @@ class Journal:
 
     def due(self, step: int, last: bool) -> bool:
         """Whether a checkpoint is to be written after `step`."""
-        if self.rule is None:
+        if self.rule is None or not self.writes:
             return False
         by_steps = self.rule.every_steps is not None and step % self.rule.every_steps == 0
-        return last or self.interrupted or by_steps or self.saved_at is None or time.monotonic() - self.saved_at >= self.rule.every_seconds
+        return last or by_steps or self.saved_at is None or time.monotonic() - self.saved_at >= self.rule.every_seconds
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Writes a checkpoint and removes those that are too many. A folder that cannot be written stops the first one; later ones warn.
@@ -162,14 +163,14 @@ class Journal:
         finally:
             signal.signal(signal.SIGINT, previous)
 
-    def stop_if_interrupted(self, step: int) -> None:
-        """Raises KeyboardInterrupt, saying how to go on, if there was a Ctrl-C."""
-        if self.interrupted:
-            raise KeyboardInterrupt(f"stopped after step {step}{self.last_good()}")
+    def stop(self, step: int) -> NoReturn:
+        """Raises KeyboardInterrupt, saying how to go on."""
+        raise KeyboardInterrupt(f"stopped after step {step}{self.last_good()}")
 
     def last_good(self) -> str:
         """What to add to the message of a fit that broke off."""
-        return f"; the last good checkpoint is '{self.good[-1]}', from which the same call goes on" if self.good else ""
+        good = self.good if self.writes or self.rule is None else sorted(self.folder.glob("step-*.safetensors"))
+        return f"; the last good checkpoint is '{good[-1]}', from which the same call goes on" if good else ""
 
 
 def fit_settings(run: FitState, optimizer: Optimizer, scheduler: Any, data: Mapping[str, Tensor], **arguments: Any) -> dict[str, Any]:
@@ -199,6 +200,7 @@ def fit_settings(run: FitState, optimizer: Optimizer, scheduler: Any, data: Mapp
             "torch": torch.__version__,
             "pyro_bmr": importlib.metadata.version("pyro_bmr"),
             "threads": torch.get_num_threads(),
+            "processes": run.processes.size,
             "device": str(run.x.device),
             "processor": platform.machine(),
         },
@@ -242,12 +244,16 @@ def _description(value: Any) -> Any:
     return {"type": name, **parts} if parts else name
 
 
-def _refuse_others(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What is not the same in two settings of a fit, a line each; what begins with ``environment`` matters to the last bits alone."""
     was, now = _flat(old), _flat(new)
-    changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-    differences = {key: "{} was {}, is {}".format(key, *_shown(was.get(key), now.get(key))) for key in changed}
-    machine = [text for key, text in differences.items() if key.startswith("environment")]
-    others = [text for key, text in differences.items() if not key.startswith("environment")]
+    return ["{} was {}, is {}".format(key, *_shown(was.get(key), now.get(key))) for key in {**was, **now} if was.get(key) != now.get(key)]
+
+
+def _refuse_others(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    found = differences(old, new)
+    machine = [text for text in found if text.startswith("environment")]
+    others = [text for text in found if not text.startswith("environment")]
     if others:
         more = f"; and {len(others) - 5} more" if len(others) > 5 else ""
         raise FitError(f"'{folder}' has checkpoints of another fit ({'; '.join(others[:5])}{more}); give the same arguments, or another folder")

@@ -26,6 +26,7 @@ from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import ClassPrediction, predict
 from pyro_bmr.prior_names import PRIORS, prior_from_name
+from pyro_bmr.processes import process_group
 from pyro_bmr.pruning import Every
 from pyro_bmr.reduction.groups import GROUPS
 from pyro_bmr.reduction.sites import reduce
@@ -84,19 +85,22 @@ def _fit(arguments: argparse.Namespace) -> int:
     every = arguments.reduce_every or arguments.epochs / 10
     schedule = target and Every(every, target, arguments.start, kept=arguments.kept, stop=arguments.stop, per=arguments.per, heads=arguments.heads)
     make, arguments.learning_rate = optimizer_named(arguments.optimizer, arguments.learning_rate)
-    result = fit(
-        program,
-        data,
-        guide=Point if arguments.point else partial(MeanField, estimator=arguments.estimator),
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        optimizer=make(),
-        seed=arguments.seed,
-        temperature=arguments.temperature,
-        reduce=schedule or None,
-        progress=not arguments.quiet and sys.stderr.isatty(),
-        checkpoint=Path(arguments.out) / "checkpoints" if arguments.resume else None,
-    )
+    with process_group() as rank:
+        result = fit(
+            program,
+            data,
+            guide=Point if arguments.point else partial(MeanField, estimator=arguments.estimator),
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            optimizer=make(),
+            seed=arguments.seed,
+            temperature=arguments.temperature,
+            reduce=schedule or None,
+            progress=not arguments.quiet and sys.stderr.isatty(),
+            checkpoint=Path(arguments.out) / "checkpoints" if arguments.resume else None,
+        )
+    if rank > 0:
+        return 0  # the first process has it all
     asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "out", "quiet", "threads", "draws", "resume")}
     settings = {**asked, "model": model}
     scores = _scores(result.program, result.posterior, data, arguments.draws)

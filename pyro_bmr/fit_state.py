@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from pyro_bmr.elbo import ELBOTerms, Values, collapsed, elbo_terms, likelihood_of
 from pyro_bmr.errors import FitError
+from pyro_bmr.faults import Faults
 from pyro_bmr.fit_arguments import Program, check_program
 from pyro_bmr.guide_moments import sites_of_guide
 from pyro_bmr.guides import MeanField, Point, SiteWise
@@ -29,7 +30,9 @@ from pyro_bmr.online_newton import NaturalGradient, OnlineNewton
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
 from pyro_bmr.priors.gaussian import Gaussian
+from pyro_bmr.processes import Processes
 from pyro_bmr.pruning import Every, Masked
+from pyro_bmr.reduction.outcome import Reduction
 
 
 class FitState:
@@ -45,8 +48,13 @@ class FitState:
         temperature: float,
         seed: int,
         held_out: tuple[Tensor, Tensor] | None = None,
+        skip_faulty: int = 0,
     ) -> None:
         self.program, self.x, self.y, self.temperature = program, x, y, temperature
+        self.processes, self.faults, self.interrupted = Processes(), Faults(skip_faulty), False
+        self.processes.check_rows(len(x), batch_size)
+        if isinstance(program, nn.Module):
+            self.processes.copy_from_first((*program.parameters(), *program.buffers()))
         self.batch_size = min(batch_size, len(x))
         self.masks: dict[str, Tensor] = {}
         self.hold_scales = False
@@ -60,11 +68,13 @@ class FitState:
             check_program(program, (held_out[0][:8], held_out[1][:8]), held_out[1])
         self.guide: Any = _make_guide(guide, program, self.few)
         self.guide(*self.few)  # autoguides make their parameters at the first call
+        self.processes.copy_from_first(_tensors(self.guide, program).values())
         self.masked = Masked({})
         self.flat: MeanFieldStep | None = None
         self.trained = self.parameters()  # whose gradients a step clears and checks
         if isinstance(self.guide, MeanField) and self.guide.estimator not in PER_ROW:
-            self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, seed, cast(Network, program) if hasattr(program, "plain_weights") else None)
+            own = self.processes.seed(seed)
+            self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, own, cast(Network, program) if hasattr(program, "plain_weights") else None)
             self.trained = [p for p in self.trained if p is not self.guide.loc and p is not self.guide.log_scale]
             self.masks = _masks_of(self.scaled, self.guide, self.few)
             self.flat.prune(self.masks)
@@ -119,23 +129,24 @@ class FitState:
         return make.optimizer(self.flat, self.trained)
 
     def batches(self, seed: int, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch but for the first `skip`, in an order that is a function of (seed, epoch)."""
+        """This process's rows of the batches of an epoch but for the first `skip`, in an order that is a function of (seed, epoch)."""
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(self.x.device)
         for index in order.split(self.sizes())[skip:]:
-            yield self.x[index], self.y[index]
+            own, self.share = self.processes.rows(index)
+            yield self.x[own], self.y[own]
 
     def sizes(self) -> list[int]:
-        """Of the batches of an epoch; a single row left over joins the batch before (batch norm cannot take it alone)."""
+        """Of the batches of an epoch; less than two rows a process left over join the batch before (batch norm cannot take one alone)."""
         full, left = divmod(len(self.x), self.batch_size)
         sizes = [self.batch_size] * full
-        if left == 1 and full:
-            sizes[-1] += 1
+        if left < 2 * self.processes.size and full:
+            sizes[-1] += left
         elif left:
             sizes.append(left)
         return sizes
 
-    def step(self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float]:
-        """Both terms of the ELBO at one draw, after which the optimiser has gone a step down their gradient."""
+    def step(self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float] | None:
+        """Both terms of the ELBO at one draw in each process, after which the optimiser has gone a step down their gradient; None if the step is skipped."""
         self.whole.rows = len(batch[0])
         torch.clear_autocast_cache()  # holds weights of lower precision as they were in the step before, if the fit runs under torch.autocast
         for parameter in self.trained:
@@ -148,8 +159,14 @@ class FitState:
             ((self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)).backward()
             likelihood, kl = float(terms.expected_log_likelihood.detach()), float(terms.kl.detach())
         sums = sum(float(g.sum()) for g in (*(draw.gradients if draw else ()), *(p.grad for p in self.trained if p.grad is not None)))
-        if not math.isfinite(likelihood + kl + sums):
-            raise FitError(self.diagnosis(step, likelihood, kl, draw))
+        faulty, where = not math.isfinite(likelihood + kl + sums), ""
+        if self.processes.size > 1:
+            draw, likelihood, kl, ranks = self._of_all(draw, likelihood, kl, faulty)
+            faulty, where = bool(ranks), f", in process {', '.join(map(str, ranks))} of {self.processes.size}"
+        fault = f"{self.diagnosis(likelihood, kl, draw)}{where}" if faulty else self.faults.jump(likelihood)
+        if fault:
+            self.faults.skip(f"step {step}: {fault}; lower the learning rate, or check the scale of the data and of the priors")
+            return None
         if draw is not None and isinstance(optimizer, OnlineNewton):
             optimizer.step(lambda: draw)
         else:
@@ -157,6 +174,24 @@ class FitState:
                 self.flat.write_gradients(draw)
             optimizer.step()
         return likelihood, kl
+
+    def _of_all(self, draw: Draw | None, likelihood: float, kl: float, faulty: bool) -> tuple[Draw | None, float, float, list[int]]:
+        """What all processes found, each in its rows with its own noise, as one mean over the batch, and which have a fault; whether one is interrupted."""
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        vectors = [] if draw is None or self.flat is None else [*draw.gradients, *self.flat.times_noise(draw)]
+        numbers = self.x.new_zeros(3 + self.processes.size, dtype=torch.float32)
+        numbers[:3] = torch.tensor([likelihood, kl, float(self.interrupted)])
+        numbers[3 + self.processes.rank] = float(faulty)
+        *summed, numbers = self.processes.sum([*vectors, *(p.grad for p in self.trained if p.grad is not None), numbers], self.share)
+        for parameter, grad in zip(reversed(self.trained), reversed(summed), strict=False):
+            parameter.grad = grad
+        likelihood, kl, interrupted, *faults = numbers.tolist()
+        self.interrupted = interrupted > 0
+        if draw is not None:
+            half = len(draw.gradients)
+            draw = Draw(likelihood, kl, summed[:half], summed[half : 2 * half], draw.pulls, draw.noise.new_ones(1).expand_as(draw.noise), 1.0)
+        return draw, likelihood, kl, [rank for rank, fault in enumerate(faults) if fault]
 
     def terms(self, batch: tuple[Tensor, Tensor]) -> ELBOTerms:
         """Both terms of the ELBO by autograd, masks in force."""
@@ -183,16 +218,33 @@ class FitState:
 
     def prune(self, schedule: Every, done: float, optimizer: Optimizer) -> float:
         """Reduces, puts the masks in force, and returns the predicted gain in evidence of what went, nats."""
-        reduction = schedule.reduce(self.posterior(), done)
+        posterior = self.posterior()
+        masks, gain = self.processes.decided_by_first(lambda: self._decided(schedule.reduce(posterior, done)), self.x.device)
+        self.masks = {**self.masks, **masks}
+        self.faults.forget()
+        if self.flat is not None:
+            self.flat.prune(self.masks, optimizer)
+        return gain
+
+    def _decided(self, reduction: Reduction) -> tuple[dict[str, Tensor], float]:
+        """The masks of a reduction, and the predicted gain in evidence of what goes now, nats."""
         gain = 0.0
         for name, site in reduction.sites.items():
             mask = reduction.masks[name]
             went = ~mask if name not in self.masks else self.masks[name] & ~mask
             gain += float(site.spike_delta_f.where(went, 0).sum())
-        self.masks = {**self.masks, **reduction.masks}
-        if self.flat is not None:
-            self.flat.prune(self.masks, optimizer)
-        return gain
+        return reduction.masks, gain
+
+    def agree(self, step: int) -> None:
+        """Gives all processes the buffers of the first, such as running means, and checks that they have the same weights and masks."""
+        if self.processes.size > 1:
+            program = self.program
+            if isinstance(program, nn.Module):
+                self.processes.copy_from_first(program.buffers())
+            flat = {} if self.flat is None else {"loc": self.flat.loc, "log_scale": self.flat.log_scale}
+            tensors = {**_tensors(self.guide, program), **flat, **{f"mask {n}": m for n, m in self.masks.items()}, **self.empirical.scales}
+            why = "the program or the optimiser does not do the same in each, perhaps because it draws random numbers of its own"
+            self.processes.check_equal(tensors, self.x.device, f"has other weights or masks than process 0 after step {step}; {why}")
 
     @torch.no_grad()
     def update_scales(self) -> None:
@@ -217,6 +269,7 @@ class FitState:
             "scheduler": scheduler.state_dict() if scheduler else None,
             "generator": _generator(self.x.device).get_state(),
             "log_likelihood": self.log_likelihood(),
+            "faults": self.faults.state(),
         }
 
     @torch.no_grad()
@@ -236,6 +289,7 @@ class FitState:
             tensor.copy_(state["tensors"][name])
         if self.flat:
             self.flat.restore(state["flat"])
+        self.faults.restore(state["faults"])
         was, now = state["log_likelihood"], self.log_likelihood()
         if not math.isclose(was, now, rel_tol=1e-4, abs_tol=1e-4):
             raise FitError(f"the program has changed: at its checkpoint the log likelihood of the first rows was {was:.6g}, now it is {now:.6g}; fit anew")
@@ -264,7 +318,7 @@ class FitState:
         """The fraction of the reduced sites' entries that live; 1 before any reduction."""
         return sum(int(m.sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values()) if self.masks else 1.0
 
-    def diagnosis(self, step: int, likelihood: float, kl: float, draw: Draw | None) -> str:
+    def diagnosis(self, likelihood: float, kl: float, draw: Draw | None) -> str:
         """What to say of a step whose loss or gradient is not finite, with the sites where it is not."""
         named: dict[str, Tensor] = {}
         if self.flat is not None and draw is not None:
@@ -281,10 +335,7 @@ class FitState:
                 named |= {name: p.detach() if p.grad is None else p.grad + p.detach() for name, p in module.named_parameters()}
         bad = {name.strip() for name, values in named.items() if not bool(values.isfinite().all())}
         where = ", ".join(sorted(bad)) or "the observed site"
-        return (
-            f"step {step}: the loss or its gradient is not finite at {where} (expected log likelihood {likelihood:.6g}, KL {kl:.6g}); "
-            "lower the learning rate, or check the scale of the data and of the priors"
-        )
+        return f"the loss or its gradient is not finite at {where} (expected log likelihood {likelihood:.6g}, KL {kl:.6g})"
 
 
 def _make_guide(guide: Program, program: Program, few: tuple[Tensor, Tensor]) -> Program:

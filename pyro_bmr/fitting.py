@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import tqdm
 
-from pyro_bmr.checkpoints import Checkpoints, Journal, fit_settings
+from pyro_bmr.checkpoints import Checkpoints, Journal, differences, fit_settings
 from pyro_bmr.errors import FitError
 from pyro_bmr.fit_arguments import Program, check_arguments, check_rows, like_program, rows_of, validation_split
 from pyro_bmr.fit_state import FitState, seed_generator
@@ -31,6 +31,7 @@ from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import NaturalGradient
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import check_callable_without_y, predict
+from pyro_bmr.processes import Processes
 from pyro_bmr.pruning import Every
 
 # The data speak first: no empirical scale is set and no weight pruned before this many steps, or this part of a shorter fit. Earlier, on
@@ -53,7 +54,7 @@ class Fit:
 
     `posterior`: the moments, masks in force. `program`: the fitted program (a trained copy if it is a module; the argument is never
     changed). `guide`: the trained guide. `masks`: site → bool tensor, empty without reductions. `scales`: site → empirical prior scale.
-    `history`: one row per epoch — epoch, step, expected_log_likelihood, kl, elbo (nats per data set, the likelihood divided by the
+    `history`: one row per epoch — epoch, step, skipped (steps, so far), expected_log_likelihood, kl, elbo (nats per data set, the likelihood divided by the
     temperature in elbo), kept (of the reduced sites' entries), delta_f (predicted gain in evidence of all that was pruned so far, nats),
     learning_rate and, with a validation split, validation_nll (nats per row, at the posterior's point). `reduction_seconds` are part of `seconds`.
     """
@@ -96,6 +97,7 @@ def fit(
     progress: bool = True,
     start: Posterior | None = None,
     checkpoint: str | Path | Checkpoints | None = None,
+    skip_faulty: int = 0,
 ) -> Fit:
     r"""Fits `guide` to the posterior of `program` given the data by stochastic variational inference, and returns a `Fit`.
 
@@ -118,10 +120,16 @@ def fit(
         start: a posterior of the same program to begin at, its masks in force and the scales of its Gaussian priors held; for `MeanField`.
         checkpoint: a folder, or `Checkpoints(folder, ...)`, in which the fit is saved as it runs. After a kill, a crash or Ctrl-C the same call goes on
             from there and ends as if never stopped, to the bit (docs/guarantees.md).
+        skip_faulty: how many steps may be skipped, counted in the history, because the loss or its gradient is not finite or the expected log likelihood
+            falls by twenty of its recent standard deviations. One more stops the fit.
+
+    In a process group of torch.distributed, every process calls `fit` with the same arguments. Each takes its part of the rows of a batch and draws noise of
+    its own, gradients are averaged, the first process decides reductions and writes checkpoints, and all return the same `Fit` (docs/several_processes.md).
 
     Raises:
         DataError: rows disagree, values are not finite or outside the observed site's support.
-        FitError: an argument is out of range, a loss or gradient is no longer finite (with the step and the sites), or `checkpoint` has another fit.
+        FitError: an argument is out of range, a loss or gradient is no longer finite (with the step and the sites), `checkpoint` has another fit, or the
+            processes of a group do not agree, or one is gone.
     """
     x, y = rows_of(data)
     functions = {"program": program, "guide": guide, "optimizer": optimizer or adam(), "scheduler": scheduler or cosine}
@@ -130,7 +138,7 @@ def fit(
         if value is not None and not isinstance(value, kind):
             raise FitError(f"{name}: {kind.__name__}(...) or None is wanted, got {value!r}")
     check_rows(x, y)
-    journal = Journal(checkpoint)
+    journal = Journal(checkpoint, writes=Processes().rank == 0)
     x, y = (like_program(program, t) for t in (x, y))
     (x, y), held_out = validation_split(x, y, validation, seed)
     if held_out is not None:
@@ -141,7 +149,8 @@ def fit(
     clock = time.perf_counter()
     with torch.random.fork_rng(), pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         seed_generator(x.device, seed)
-        run = FitState(program, guide, x, y, batch_size, temperature, seed, held_out)
+        run = FitState(program, guide, x, y, batch_size, temperature, seed, held_out, skip_faulty)
+        processes = run.processes
         if start is not None:
             run.begin(start)
         optimizer_ = run.optimizer(optimizer or adam())
@@ -155,49 +164,59 @@ def fit(
             raise FitError(f"{reduce}: no reduction can be made, {why}; fit longer, raise stop, reduce more often, or use MeanField")
         if reduce:
             reduce.reduce(run.posterior(), 0.0)  # raises now what would stop the fit at its first reduction
-        rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum = [], 0, 0.0, 0.0, 0.0, 0.0
-        if checkpoint is not None:
+        rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, taken = [], 0, 0.0, 0.0, 0.0, 0.0, 0
+        if checkpoint is not None or processes.size > 1:
             tensors = {"x": x, "y": y} | ({} if held_out is None else {"validation x": held_out[0], "validation y": held_out[1]})
             arguments = {"epochs": epochs, "batch_size": run.batch_size, "seed": seed, "temperature": temperature, "reduce": reduce, "start": start}
-            saved = journal.latest(fit_settings(run, optimizer_, scheduler_, tensors, **arguments))
+            settings = fit_settings(run, optimizer_, scheduler_, tensors, **arguments)
+            processes.check_arguments({k: v for k, v in settings.items() if k != "environment"}, differences, x.device)
+            saved = journal.latest(settings)
             if saved is not None:
                 with journal.restoring():
                     run.restore(saved["run"], optimizer_, scheduler_)
-                    rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, seconds = saved["loop"]
+                    rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, taken, seconds = saved["loop"]
                     clock -= seconds
+            found = "found another checkpoint than process 0; the folder must be one that all processes see"
+            processes.check_equal({"step": torch.tensor([step])}, x.device, found)
         first = max(step - 1, 0) // per_epoch + 1  # the last step of an epoch is saved before the row of the epoch is there
-        with tqdm(total=total, initial=step, disable=not progress, unit="step", leave=False) as bar, journal.interrupts():
+        with tqdm(total=total, initial=step, disable=not progress or processes.rank > 0, unit="step", leave=False) as bar, journal.interrupts():
             for epoch in range(first, epochs + 1):
                 done = step - (epoch - 1) * per_epoch
                 if not done:
-                    likelihood_sum = kl_sum = 0.0
+                    likelihood_sum, kl_sum, taken = 0.0, 0.0, 0
                 for batch in run.batches(seed, epoch, done):
                     step += 1
-                    seed_generator(x.device, seed * 1_000_003 + step)
+                    seed_generator(x.device, processes.seed(seed) * 1_000_003 + step)
+                    run.interrupted = journal.interrupted
                     try:
                         terms = run.step(optimizer_, batch, step)
                     except FitError as error:
                         raise FitError(f"{error}{journal.last_good()}") from None
                     if scheduler_:
                         scheduler_.step()
-                    likelihood_sum, kl_sum = likelihood_sum + terms[0], kl_sum + terms[1]
+                    if terms is not None:
+                        likelihood_sum, kl_sum, taken = likelihood_sum + terms[0], kl_sum + terms[1], taken + 1
                     if step in due or step % per_epoch == 0:
                         began = time.perf_counter()
                         if step >= warm_up:
                             run.update_scales()
                         if reduce and step in due:
                             delta_f += run.prune(reduce, step / total, optimizer_)
+                        run.agree(step)
                         reduction_seconds += time.perf_counter() - began
-                    if journal.due(step, step == total) and run.is_finite():
+                    stopping = run.interrupted if processes.size > 1 else journal.interrupted
+                    if journal.due(step, step == total or stopping) and run.is_finite():
                         seconds = time.perf_counter() - clock
-                        loop = (rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, seconds)
+                        loop = (rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, taken, seconds)
                         journal.save(step, {"run": run.state(optimizer_, scheduler_), "loop": loop})
-                    journal.stop_if_interrupted(step)
+                    if stopping:
+                        journal.stop(step)
                     bar.update()
-                likelihood, kl = likelihood_sum / per_epoch, kl_sum / per_epoch
+                likelihood, kl = (total_ / taken if taken else math.nan for total_ in (likelihood_sum, kl_sum))
                 row = {
                     "epoch": epoch,
                     "step": step,
+                    "skipped": run.faults.skipped,
                     "expected_log_likelihood": likelihood,
                     "kl": kl,
                     "elbo": likelihood / temperature - kl,

@@ -291,6 +291,10 @@ class MeanFieldStep:
         flat, leaf.grad = leaf.grad.reshape(-1), None
         return flat if self.living is None else flat.index_select(0, self.living[name])
 
+    def times_noise(self, draw: Draw) -> list[Tensor]:
+        """Per chunk g ε, the gradient of a standard deviation."""
+        return [odd * draw.noise[chunk.part] * draw.sign for chunk, odd in zip(self.chunks, draw.odd, strict=True)]
+
     @torch.no_grad()
     def write_gradients(self, draw: Draw) -> None:
         """The gradient of the loss in `loc.grad` and `log_scale.grad`, for any optimiser. It takes the place of the draw: one call per run."""

@@ -24,12 +24,12 @@ ORDER = [
     "site", "curvature", "given_moments", "guide_moments", "posterior",
     "reduction.programs", "reduction.living", "reduction.slabs", "reduction.targets",
     "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
-    "pruning", "prediction", "metrics", "fit_state", "checkpoint_files", "checkpoints", "fitting", "refitting",
+    "pruning", "prediction", "metrics", "checkpoint_files", "processes", "faults", "fit_state", "checkpoints", "fitting", "refitting",
     *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "plan")), "shrinking",
     *(f"exporting.{name}" for name in ("plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
     "data_set", "data_files", "data", "plots",
     *(f"comparison.{name}" for name in ("models", "cells", "methods", "results_folder", "table")), "comparison",
-    "runs", "cli",
+    "runs", "cli", "__main__",
 ]  # fmt: skip
 
 
