@@ -25,6 +25,7 @@ from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.guides.row_noise import PER_ROW
 from pyro_bmr.likelihoods import WholeData
 from pyro_bmr.mean_field_step import Draw, MeanFieldStep, Network
+from pyro_bmr.memory import check_memory
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import NaturalGradient, OnlineNewton
 from pyro_bmr.posterior import Posterior
@@ -33,6 +34,8 @@ from pyro_bmr.priors.gaussian import Gaussian
 from pyro_bmr.processes import Processes
 from pyro_bmr.pruning import Every, Masked
 from pyro_bmr.reduction.outcome import Reduction
+
+_NUMBERS = 8  # for each weight: noise, draw, standard deviation and the gradient of the draw; the moments of Adam for both vectors
 
 
 class FitState:
@@ -73,7 +76,9 @@ class FitState:
         self.flat: MeanFieldStep | None = None
         self.trained = self.parameters()  # whose gradients a step clears and checks
         if isinstance(self.guide, MeanField) and self.guide.estimator not in PER_ROW:
-            own = self.processes.seed(seed)
+            own, needed = self.processes.seed(seed), _NUMBERS * self.guide.loc.numel() * self.guide.loc.element_size()
+            mend = "make the network smaller, fit in a lower precision, or see docs/several_processes.md"
+            check_memory(f"a fit of {self.guide.loc.numel():,} weights, beside the guide's vectors and the data,", needed, x.device, mend)
             self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, own, cast(Network, program) if hasattr(program, "plain_weights") else None)
             self.trained = [p for p in self.trained if p is not self.guide.loc and p is not self.guide.log_scale]
             self.masks = _masks_of(self.scaled, self.guide, self.few)

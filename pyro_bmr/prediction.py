@@ -20,6 +20,7 @@ from pyro_bmr.elbo import Values
 from pyro_bmr.errors import DataError, ModelError
 from pyro_bmr.fit_arguments import check_labels, check_rows
 from pyro_bmr.guides.mean_field import base_distribution
+from pyro_bmr.memory import check_memory
 from pyro_bmr.posterior import Posterior
 
 
@@ -80,6 +81,7 @@ def predict(program: Callable[..., Any], posterior: Posterior, x: Tensor, *, dra
 
     Raises:
         DataError: `x` has no rows, or is not finite.
+        ModelError: draws times rows of a real target are more than the memory that is free.
         ModelError: the program has no single observed site, or that site is neither Categorical nor Normal.
     """
     if not isinstance(draws, int) or draws < 0 or batch_size < 1:
@@ -112,6 +114,9 @@ def _over_draws(program: Callable[..., Any], values: Iterator[dict[str, Tensor]]
     at_once = min(batch_size // max(len(x), 1), draws)
     name, fns = _observed(program, next(values), x, batch_size)  # raises what is wrong with the program
     alone = _parameters(fns)
+    if len(alone) > 1:  # those of classes are averaged as they come
+        needed = 2 * draws * sum(t.numel() * t.element_size() for t in alone)
+        check_memory(f"a prediction of {draws} draws at {len(x)} rows", needed, x.device, "predict fewer rows at a time, or with fewer draws")
     yield alone
     while group := list(islice(values, max(at_once, 1))):
         stacked = _together(program, name, group, x, alone) if len(group) > 1 else None

@@ -50,7 +50,7 @@ def test_none_is_a_jump_where_none_may_be_skipped():
 
 
 def test_skipped_steps_change_nothing_and_are_counted():
-    with pytest.raises(bmr.FitError, match=r"^step 12: the loss or its gradient is not finite at 0.bias, 0.weight .*; lower the learning rate.*; steps skipped before: 1$"):
+    with pytest.raises(bmr.FitError, match=r"^step 12: the loss or its gradient is not finite at 0.bias, 0.weight .*; steps skipped before: 1$"):
         fit({5, 12}, epochs=2, skip_faulty=1)
     with pytest.raises(bmr.FitError, match=r"^step 5: the loss or its gradient is not finite at 0.bias, 0.weight .*; lower the learning rate"):
         fit({5, 12}, epochs=2)

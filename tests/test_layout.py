@@ -18,7 +18,7 @@ FORMULAS = (
     "groups", "states", "search",
 )  # fmt: skip
 ORDER = [
-    "errors", "files",
+    "errors", "files", "memory",
     *(f"reduction.{name}" for name in FORMULAS), "priors*", "prior_names", "likelihoods", "networks", "guides*", "elbo", "fit_arguments", "mean_field_noise",
     "mean_field_step", "online_newton",
     "site", "curvature", "given_moments", "guide_moments", "posterior",
@@ -162,5 +162,5 @@ def test_the_checks_see_what_they_look_for():
     )
     assert imports(tree, FILES) == {"os.path", "pyro_bmr.cli", "pyro_bmr.metrics", "pyro_bmr", "torch", "pickle"}
     assert [call.lineno for call in loads(tree, {"torch"})] == [6]
-    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 15 and rank("pyro_bmr.reduction.sites") == 37 and rank("pyro_bmr.new") is None
+    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 16 and rank("pyro_bmr.reduction.sites") == 38 and rank("pyro_bmr.new") is None
     assert len(FILES) > 25 and {"pyro_bmr", "pyro_bmr.guides.point"} <= set(FILES)

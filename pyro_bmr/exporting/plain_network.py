@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyro_bmr.elbo import Values
 from pyro_bmr.errors import ModelError
 from pyro_bmr.files import make_folder, write_atomically
+from pyro_bmr.memory import check_memory
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.shrinking.plan import shrink
@@ -66,12 +67,14 @@ def ensemble(program: BayesianNetwork, posterior: Posterior, *, draws: int = 8, 
     With `example` (rows of the input) each draw is shrunk; pruned weights are 0 in every draw, so all have the shapes of the shrunk mean.
 
     Raises:
-        ModelError: as `export`, or draws shrink to different shapes.
+        ModelError: as `export`, draws shrink to different shapes, or are more than the memory that is free.
         ShrinkError: as `shrink`.
     """
     if draws < 1:
         raise ModelError(f"ensemble(draws={draws}): at least 1 is wanted")
-    export(program, posterior)  # its checks
+    numbers = [p for p in export(program, posterior).parameters()]  # with its checks
+    size = sum(p.numel() * p.element_size() for p in numbers)
+    check_memory(f"an ensemble of {draws} networks", 2 * draws * size, numbers[0].device, "take fewer draws")
     generator = torch.Generator(device=next(iter(posterior.sites.values())).mean.device).manual_seed(seed)
     nets = [_network(program, posterior.draw(generator)) for _ in range(draws)]
     states = [(net if example is None else shrink(net, {}, example)).state_dict() for net in nets]

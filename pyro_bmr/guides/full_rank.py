@@ -14,6 +14,7 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.mean_field import Latent
 from pyro_bmr.guides.site_normal import living
 from pyro_bmr.guides.site_wise import SiteWise
+from pyro_bmr.memory import check_memory
 from pyro_bmr.reduction.gaussian import Dense
 
 
@@ -27,7 +28,7 @@ class FullRank(SiteWise):
         others: as in `SiteWise`; `sites="head.*"` gives a matrix to those sites alone.
 
     Raises:
-        ModelError: a site is larger than `limit`; the message says what it would take.
+        ModelError: a site is larger than `limit`, or its matrix than the memory that is free; the message says what it would take.
 
     Example:
         >>> fit(model, data, guide=partial(FullRank, sites="head.weight"))
@@ -45,6 +46,12 @@ class FullRank(SiteWise):
                 f"site '{latent.name}': a full covariance of its {size} entries takes {gigabytes:.3g} GB with its gradient and Adam's moments, more than the "
                 f"limit of {self.limit} entries allows; use LowRankPlusDiagonal or MatrixVariate, name smaller sites in `sites`, or raise `limit`"
             )
+        check_memory(
+            f"site '{latent.name}': a full covariance of its {size} entries, with its gradient and Adam's moments,",
+            4 * size**2 * latent.start.element_size(),
+            latent.start.device,
+            "use LowRankPlusDiagonal or MatrixVariate",
+        )
         return FullSite(latent, scale) if size > 1 else None
 
 

@@ -16,6 +16,7 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.mean_field import Latent
 from pyro_bmr.guides.site_normal import living
 from pyro_bmr.guides.site_wise import SiteWise
+from pyro_bmr.memory import check_memory
 from pyro_bmr.reduction.low_rank import LowRank
 
 
@@ -43,6 +44,12 @@ class LowRankPlusDiagonal(SiteWise):
 
     def site(self, latent: Latent, scale: Tensor) -> nn.Module | None:
         size = latent.start.numel()
+        check_memory(
+            f"site '{latent.name}': rank {self.rank} plus diagonal of its {size} entries, with their gradients and Adam's moments,",
+            4 * (2 + self.rank) * size * latent.start.element_size(),
+            latent.start.device,
+            "use a smaller rank, MatrixVariate or MeanField",
+        )
         return LowRankSite(latent, scale, min(self.rank, size)) if size > 1 else None
 
 
