@@ -89,6 +89,7 @@ def kill(folder: Path, name: str, phase: str, after: int, delay: float) -> int:
     return number
 
 
+@pytest.mark.slow
 def test_killed_three_times(tmp_path):
     for phase, after, delay in (("save", 3, 0.002), ("reduce", 15, 0.0), ("step", 25, 0.0)):
         assert kill(tmp_path, "blobs", phase, after, delay) > after
