@@ -28,6 +28,7 @@ ORDER = [
     *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "plan")), "shrinking",
     *(f"exporting.{name}" for name in ("plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
     "data_set", "data_files", "data", "plots",
+    *(f"baselines.{name}" for name in ("training", "point", "magnitude")), "baselines",
     *(f"comparison.{name}" for name in ("models", "cells", "methods", "results_folder", "table")), "comparison",
     "runs", "cli",
 ]  # fmt: skip
