@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_bmr.baselines import BASELINES, Trained, options_of
+from pyro_bmr.baselines import BASELINES, EverySignalToNoise, Trained, options_of
 from pyro_bmr.comparison.cells import ROUTES, Settings, run_cell
 from pyro_bmr.comparison.models import Build
 from pyro_bmr.data_set import Data
@@ -21,6 +21,7 @@ from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.prediction import predict
 from pyro_bmr.prior_names import prior_from_name
 from pyro_bmr.priors import Gaussian
+from pyro_bmr.pruning import Every
 
 __all__ = ["METHODS", "Method", "Trained", "method_named"]
 
@@ -28,15 +29,17 @@ Method = Callable[[Build, Data, int, Mapping[str, Any], bool], Trained]
 """(build, data, seed, options, progress) → what was trained. Options that the method doesn't know are refused by name."""
 
 
-def _of_route(route: str) -> Method:
+def _of_route(route: str, every: Callable[..., Every] = Every) -> Method:
     def run(build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool) -> Trained:
         given = dict(options)
         prior = prior_from_name(str(given.pop("prior", "gaussian")))
         unknown = set(given) - set(Settings.__dataclass_fields__)
         if unknown:
             raise ModelError(f"{route}: no option {', '.join(sorted(unknown))}; the options are: prior, {', '.join(Settings.__dataclass_fields__)}")
+        if every is EverySignalToNoise and not isinstance(prior, Gaussian):
+            raise ModelError(f"snr: a Gaussian prior is wanted, such as gaussian or gaussian:0.1, got {prior!r}")
         settings = Settings(**given)
-        cell = run_cell(build, data, prior, route, seed, settings, progress)
+        cell = run_cell(build, data, prior, route, seed, settings, progress, every)
         program, posterior = cell.fit.program, cell.posterior
         draws = 0 if route == "point" else settings.draws
         return Trained(
@@ -77,6 +80,7 @@ METHODS: dict[str, Method] = {
     **{name: _of_baseline(name) for name in BASELINES},
     "map": _of_route("point"),
     **{route: _of_route(route) for route in ROUTES if route != "point"},
+    "snr": _of_route("reduced", EverySignalToNoise),
 }
 """Name → method: the baselines, then the routes of `compare`, of which the point estimate under a prior is called map here."""
 
