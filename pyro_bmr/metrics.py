@@ -1,4 +1,4 @@
-"""What a prediction is worth: accuracy, negative log likelihood, Brier score, calibration error, RMSE. Tensors in, numbers out."""
+"""What a prediction is worth: accuracy, negative log likelihood, Brier score, calibration error, RMSE, predictive entropy, AUROC. Tensors in, numbers out."""
 
 from __future__ import annotations
 
@@ -56,3 +56,26 @@ def rmse(mean: Tensor, y: Tensor) -> float:
     if mean.shape != y.shape or mean.numel() == 0 or bool(mean.isnan().any()):
         raise DataError(f"mean of shape {tuple(mean.shape)} and y {tuple(y.shape)}; the same shape, at least one row, and no NaN are wanted")
     return float((mean - y.to(mean.device)).double().square().mean().sqrt())
+
+
+def predictive_entropy(probs: Tensor) -> Tensor:
+    r"""The entropy of each row's predictive distribution, nats: :math:`-\sum_c p_c \log p_c`, a score of being out of distribution (Ovadia et al. 2019)."""
+    check_tensor(probs, "probs")
+    if probs.ndim != 2 or bool(probs.isnan().any()):
+        raise DataError(f"probs of shape {tuple(probs.shape)}; (rows, classes) without NaN is wanted")
+    return torch.special.entr(probs).sum(1)
+
+
+def auroc(scores_in: Tensor, scores_out: Tensor) -> float:
+    """The probability that a row out of distribution has a larger score than one in it, ties counting half: the area under the ROC curve.
+
+    Source: Mann & Whitney 1947; Hanley & McNeil 1982.
+    """
+    for name, value in (("scores_in", scores_in), ("scores_out", scores_out)):
+        check_tensor(value, name)
+        if value.ndim != 1 or value.numel() == 0 or bool(value.isnan().any()):
+            raise DataError(f"{name} of shape {tuple(value.shape)}; one number per row, at least one row, and no NaN are wanted")
+    ordered = scores_in.sort().values
+    outside = scores_out.to(ordered)
+    below, not_above = torch.searchsorted(ordered, outside), torch.searchsorted(ordered, outside, right=True)
+    return float((below + not_above).double().mean() / 2 / len(ordered))

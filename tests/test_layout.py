@@ -27,7 +27,8 @@ ORDER = [
     "pruning", "prediction", "metrics", "checkpoint_files", "processes", "faults", "fit_state", "checkpoints", "fitting", "refitting",
     *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "plan")), "shrinking",
     *(f"exporting.{name}" for name in ("plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
-    "data_set", "data_files", "data", "plots",
+    "data_set", "data_files", "data", "plots", "shift",
+    *(f"baselines.{name}" for name in ("training", "point", "magnitude", "dropout", "variational_dropout", "signal_to_noise")), "baselines",
     *(f"comparison.{name}" for name in ("models", "cells", "methods", "results_folder", "table")), "comparison",
     "runs", "cli", "__main__",
 ]  # fmt: skip

@@ -111,15 +111,15 @@ def optimizer_named(name: str, learning_rate: float | None = None) -> tuple[Call
     return partial(make, rate), rate
 
 
-def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, settings: Settings, progress: bool) -> Cell:
-    """Fits, reduces and predicts, as the route says."""
+def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, settings: Settings, progress: bool, every: Callable[..., Every] = Every) -> Cell:
+    """Fits, reduces and predicts, as the route says; `every` makes the schedule of the reduced route."""
     fitted_under = prior if route != "reduced" or isinstance(prior, Gaussian) else Gaussian()
     target: Prior = Gaussian(scale=0.0) if isinstance(prior, Gaussian) else prior
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         program = build(data, fitted_under)
     schedule = (
-        Every(settings.reduce_every or settings.epochs / 10, target, settings.start, kept=settings.kept, stop=settings.stop) if route == "reduced" else None
+        every(settings.reduce_every or settings.epochs / 10, target, settings.start, kept=settings.kept, stop=settings.stop) if route == "reduced" else None
     )
     make = adam if route == "point" and settings.optimizer != "adam" else optimizer_named(settings.optimizer, settings.learning_rate)[0]
     result = fit(

@@ -1,59 +1,45 @@
 """The methods of a study by name: what trains a network on a data set with one seed, and what it leaves behind.
 
-Owns `Trained`, `METHODS` and `method_named`. Next: `results_folder.py`.
+Owns `METHODS` and `method_named`; `Trained` and the baselines are in `baselines/`. Next: `results_folder.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import pandas as pd
-from torch import Tensor, nn
+import torch
+from torch import nn
 
+from pyro_bmr.baselines import BASELINES, EverySignalToNoise, Trained, options_of
 from pyro_bmr.comparison.cells import ROUTES, Settings, run_cell
 from pyro_bmr.comparison.models import Build
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting import export
 from pyro_bmr.networks import BayesianNetwork
-from pyro_bmr.prediction import Prediction, predict
+from pyro_bmr.prediction import predict
 from pyro_bmr.prior_names import prior_from_name
+from pyro_bmr.priors import Gaussian
+from pyro_bmr.pruning import Every
 
-
-@dataclass(frozen=True)
-class Trained:
-    """What a method leaves behind.
-
-    `predict`: rows → prediction. `weights`: those of the exported network, by name. `network`: that network as plain torch, None for a program that is no
-    network. `history`: a row per epoch, with columns as in `Fit.history` where they have a meaning. `elbo`, `delta_f`: nats, NaN where there is none.
-    `extra`: further figures of the method, each a column of the table.
-    """
-
-    predict: Callable[[Tensor], Prediction]
-    weights: dict[str, Tensor]
-    network: nn.Module | None
-    history: pd.DataFrame
-    seconds: float
-    elbo: float = float("nan")
-    delta_f: float = float("nan")
-    extra: dict[str, float] = field(default_factory=dict)
-
+__all__ = ["METHODS", "Method", "Trained", "method_named"]
 
 Method = Callable[[Build, Data, int, Mapping[str, Any], bool], Trained]
 """(build, data, seed, options, progress) → what was trained. Options that the method doesn't know are refused by name."""
 
 
-def _of_route(route: str) -> Method:
+def _of_route(route: str, every: Callable[..., Every] = Every) -> Method:
     def run(build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool) -> Trained:
         given = dict(options)
         prior = prior_from_name(str(given.pop("prior", "gaussian")))
         unknown = set(given) - set(Settings.__dataclass_fields__)
         if unknown:
             raise ModelError(f"{route}: no option {', '.join(sorted(unknown))}; the options are: prior, {', '.join(Settings.__dataclass_fields__)}")
+        if every is EverySignalToNoise and not isinstance(prior, Gaussian):
+            raise ModelError(f"snr: a Gaussian prior is wanted, such as gaussian or gaussian:0.1, got {prior!r}")
         settings = Settings(**given)
-        cell = run_cell(build, data, prior, route, seed, settings, progress)
+        cell = run_cell(build, data, prior, route, seed, settings, progress, every)
         program, posterior = cell.fit.program, cell.posterior
         draws = 0 if route == "point" else settings.draws
         return Trained(
@@ -69,8 +55,34 @@ def _of_route(route: str) -> Method:
     return run
 
 
-METHODS: dict[str, Method] = {route: _of_route(route) for route in ROUTES}
-"""Name → method."""
+def _of_baseline(name: str) -> Method:
+    train, kind = BASELINES[name]
+
+    def run(build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool) -> Trained:
+        chosen = options_of(kind, name, options)
+        if data.classes is None:
+            raise ModelError(f"{name}: the baselines are for classes, '{data.name}' has real targets; take map, fitted or reduced")
+
+        def make(seed: int) -> nn.Module:
+            torch.manual_seed(seed)
+            program = build(data, Gaussian())
+            if not isinstance(program, BayesianNetwork):
+                raise ModelError(f"{name}: a model whose build gives a BayesianNetwork is wanted, got {type(program).__name__}; take map, fitted or reduced")
+            return program.net
+
+        with torch.random.fork_rng():
+            return train(make, data, seed, chosen, progress)
+
+    return run
+
+
+METHODS: dict[str, Method] = {
+    **{name: _of_baseline(name) for name in BASELINES},
+    "map": _of_route("point"),
+    **{route: _of_route(route) for route in ROUTES if route != "point"},
+    "snr": _of_route("reduced", EverySignalToNoise),
+}
+"""Name → method: the baselines, then the routes of `compare`, of which the point estimate under a prior is called map here."""
 
 
 def method_named(name: str) -> Method:

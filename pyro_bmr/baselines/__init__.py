@@ -1,0 +1,24 @@
+"""What the reductions are compared with: the baselines of a study, each in plain torch and for one budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro_bmr.baselines.dropout import DropoutOptions, dropout
+from pyro_bmr.baselines.magnitude import MagnitudeOptions, RewindingOptions, magnitude, rewinding
+from pyro_bmr.baselines.point import EnsembleOptions, PointOptions, best_temperature, deep_ensemble, point
+from pyro_bmr.baselines.signal_to_noise import EverySignalToNoise
+from pyro_bmr.baselines.training import Trained, options_of
+from pyro_bmr.baselines.variational_dropout import VariationalDropoutOptions, variational_dropout
+
+BASELINES: dict[str, tuple[Any, type[Any]]] = {
+    "point": (point, PointOptions),
+    "ensemble": (deep_ensemble, EnsembleOptions),
+    "magnitude": (magnitude, MagnitudeOptions),
+    "rewinding": (rewinding, RewindingOptions),
+    "dropout": (dropout, DropoutOptions),
+    "sparse-variational-dropout": (variational_dropout, VariationalDropoutOptions),
+}
+"""Name → (function of what makes a network, data, seed, options and progress; the class of its options)."""
+
+__all__ = ["BASELINES", "EverySignalToNoise", "Trained", "best_temperature", "options_of"]

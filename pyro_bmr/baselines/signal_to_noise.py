@@ -1,0 +1,52 @@
+"""Pruning by signal-to-noise ratio: the weights of a mean-field posterior with the least |μ|/σ go (Graves 2011; Blundell et al. 2015).
+
+Owns `EverySignalToNoise`, which a fit takes in the place of `Every`. Next: `comparison/`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from pyro_bmr.errors import FitError
+from pyro_bmr.posterior import Posterior
+from pyro_bmr.pruning import Every
+from pyro_bmr.reduction.outcome import Reduction
+from pyro_bmr.reduction.sites import reduce
+
+
+@dataclass(frozen=True)
+class EverySignalToNoise(Every):
+    """The reductions of a fit on the schedule of `Every` with a target `kept`, where not the evidence but |μ|/σ says which weights stay.
+
+    All sites are ranked together. ΔF is reported as for `Every`: it is that of the weights that went, whatever they went for. Sources: Graves 2011 (NeurIPS,
+    "Practical variational inference for neural networks"); Blundell et al. 2015, arXiv 1505.05424, section 5.1.
+
+    Raises:
+        FitError: there is no `kept`, or `per` is not ``"weight"``.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kept is None or self.per != "weight":
+            raise FitError(f"EverySignalToNoise(kept={self.kept}, per={self.per!r}): a kept fraction between 0 and 1, and per='weight', are wanted")
+
+    def reduce(self, posterior: Posterior, done: float) -> Reduction:
+        every = reduce(posterior, self.to, threshold=math.inf)  # all that lives, with its spike ΔF
+        target = self.target(done)
+        assert target is not None
+        ratios = {}
+        for name in every.sites:
+            site = posterior[name]
+            ratios[name] = (site.mean.abs() / site.var.clamp_min(torch.finfo(site.var.dtype).tiny).sqrt()).masked_fill(~site.alive, -1.0)
+        pooled = torch.cat([ratio.flatten() for ratio in ratios.values()])
+        gone = pooled.numel() - round(target * pooled.numel())
+        limit = pooled.kthvalue(gone).values if gone else pooled.new_tensor(-1.0)
+        sites = {}
+        for name, result in every.sites.items():
+            mask = ratios[name] > limit
+            went = result.site.alive & ~mask
+            sites[name] = replace(result, site=posterior[name].masked(mask), delta_f=float(result.spike_delta_f[went].sum()))
+        return Reduction(sites, replace(posterior, sites={**posterior.sites, **{name: r.site for name, r in sites.items()}}), posterior)
