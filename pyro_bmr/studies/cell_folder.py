@@ -153,31 +153,38 @@ def _one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _into(log: io.TextIOBase) -> Iterator[None]:
-    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):  # type: ignore[type-var]
-        yield
-        log.flush()
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            yield
+        finally:
+            log.close()
 
 
 class _Log(io.TextIOBase):
-    """A text file in which a progress bar is a line now and then."""
+    """A text file in which a progress bar is a line now and then, and its last state one when the log is closed."""
 
     def __init__(self, file: io.TextIOBase | Any) -> None:
-        self.file, self.shown = file, 0.0
+        self.file, self.shown, self.waiting = file, 0.0, ""
 
     def writable(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
         if text.startswith("\r"):
-            now = time.monotonic()
-            if now - self.shown < _SECONDS_BETWEEN_LINES or not text.strip():
-                return len(text)
-            self.shown = now
-            self.file.write(text.strip() + "\n")
+            self.waiting = text.strip() or self.waiting
+            if time.monotonic() - self.shown > _SECONDS_BETWEEN_LINES:
+                self._write_line()
         else:
             self.file.write(text)
-        self.file.flush()
+            self.file.flush()
         return len(text)
 
-    def flush(self) -> None:
+    def close(self) -> None:
+        if self.waiting:
+            self._write_line()
+        super().close()
+
+    def _write_line(self) -> None:
+        self.file.write(f"{self.waiting}\n")
         self.file.flush()
+        self.shown, self.waiting = time.monotonic(), ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -56,9 +57,19 @@ def known_options(method: Method, data: Data, options: Mapping[str, list[Value]]
     return found
 
 
-@lru_cache(maxsize=2)
 def data_named(name: str, validation: float | None) -> Data:
-    """`load(name)`, or FILE.csv:COLUMN, and with `validation` what `validation_data` makes of it."""
-    path, csv, column = name.rpartition(".csv:")
-    data = load(f"{path}.csv", column) if csv else load(name)
+    """`load(name)`, or FILE.csv:COLUMN, and with `validation` what `validation_data` makes of it; from memory while the files have not changed.
+
+    Raises:
+        PyroBMRError: as `load` and `validation_data`.
+    """
+    stem, csv, column = name.rpartition(".csv:")
+    path = Path(f"{stem}.csv" if csv else name)
+    files = [path, *path.glob("*")] if path.exists() else []
+    return _loaded(str(path), column if csv else None, validation, tuple((str(file.absolute()), file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=2)
+def _loaded(name: str, column: str | None, validation: float | None, files: tuple[tuple[str, int], ...]) -> Data:
+    data = load(name, column)
     return data if validation is None else validation_data(data, validation)

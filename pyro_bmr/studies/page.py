@@ -13,6 +13,8 @@ from html import escape
 
 import pandas as pd
 
+from pyro_bmr.plots import DPI
+
 _TEXT = ("model", "data", "method")
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60666d; --line: #d9dde1; --paper: #fff; --shade: #f3f5f7; --mark: #0b63b0; }
@@ -36,6 +38,7 @@ figure { margin: 0 0 1.25rem; padding: .75rem; background: #fff; border: 1px sol
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; } figcaption { color: #60666d; font-size: .85rem; padding-top: .5rem; }
 pre { margin: 0; padding: .9rem 1rem; overflow-x: auto; background: var(--shade); border-radius: 8px; font: 13px/1.45 ui-monospace, monospace; }
 .failed code { overflow-wrap: anywhere; }
+@page { size: landscape; margin: 12mm; }
 @media print { :root { --ink: #000; --soft: #444; --line: #ccc; --paper: #fff; --shade: #f3f3f3; } body { max-width: none; padding: 0; font-size: 9pt; }
   .controls { display: none !important; } .wide { overflow: visible; border: 0; } th, td { padding: .15rem .3rem; font-size: 7pt; white-space: normal; }
   pre { white-space: pre-wrap; } thead { display: table-header-group; } h2 { break-after: avoid; } tr { break-inside: avoid; } }
@@ -103,7 +106,8 @@ def page(
         parts.append(f"<h2>{escape(section.title)}</h2>")
         for caption, png in section.pictures:
             source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-            parts.append(f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>')
+            width = int.from_bytes(png[16:20], "big") * 96 // DPI  # all letters in one size
+            parts.append(f'<figure><img alt="{escape(caption)}" width="{width}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>')
     if failures:
         lines = "".join(f"<li><code>{escape(name)}</code>: {escape(line)}</li>" for name, line in failures.items())
         parts.append(f'<h2>Failed</h2><ul class="failed">{lines}</ul>')

@@ -57,7 +57,7 @@ def draw(table: pd.DataFrame, mean: pd.DataFrame, spread: pd.DataFrame, folder: 
             ("reliability", f"Calibration on the scored rows, {size}, first seed", _reliability(calibration, looks)),
             ("learning", f"Epoch by epoch, {size}, first seed", _learning(first, looks)),
             ("layers", f"What is kept of the weights of each layer, {size}, mean over seeds", _layers(chosen, folder, looks)),
-            ("weights", f"The {_UNITS} units of the first layer with the largest norm, {size}, first seed; white is zero", _first_weights(first)),
+            ("weights", f"The {_UNITS} units of the first layer with the largest norm, {size}, first seed; blank is zero", _first_weights(first)),
             ("cost", "Seconds of training on one core, mean over seeds and sizes", _cost(here, looks)),
         ]
         for name, caption, figure in drawn:
@@ -102,9 +102,8 @@ def _fraction_axis(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_xlim()
-    if high / low < 12:
-        ticks = [c * 10.0**e for e in range(-7, 1) for c in (1, 2, 5) if low <= c * 10.0**e <= high]
-        axes.set_xticks(ticks)
+    steps = (1, 2, 5) if high / low < 200 else (1,)
+    axes.set_xticks([c * 10.0**e for e in range(-7, 1) for c in steps if low <= c * 10.0**e <= high])
     axes.set_xlabel("parameters kept")
 
 

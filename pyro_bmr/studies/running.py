@@ -63,6 +63,8 @@ def study(
     """
     if jobs is not None and (type(jobs) is not int or jobs == 0):
         raise ModelError(f"jobs={jobs!r}: a number of processes is wanted, -1 for one per core, or None")
+    if isinstance(declaration, Study) and (seeds, validation) != (None, None):
+        raise ModelError("seeds and validation are those of the declared study; give them to declare")
     declared = declaration if isinstance(declaration, Study) else declare(declaration, seeds=seeds, validation=validation)
     folder = Path(out)
     make_folder(folder / "cells")
