@@ -34,6 +34,7 @@ from pyro_bmr.reduction.spike_and_slab import exact_inclusion
 from pyro_bmr.refitting import Refit, refit
 from pyro_bmr.shrinking import ShrinkPlan, shrink, shrink_plan
 from pyro_bmr.site import Site
+from pyro_bmr.studies import StudyResults, study
 
 __version__ = "0.2.0"
 
@@ -81,6 +82,7 @@ __all__ = [
     "Site",
     "SpikeAndSlab",
     "StudentT",
+    "StudyResults",
     "adam",
     "best_var",
     "compare",
@@ -114,4 +116,5 @@ __all__ = [
     "shared_inclusion",
     "shrink",
     "shrink_plan",
+    "study",
 ]  # fmt: skip

@@ -1,8 +1,9 @@
-"""The command line: `pyro-bmr compare`, `fit`, `reduce`, `export` and `data`. Errors that users can cause are one line and exit status 2."""
+"""The command line: `pyro-bmr compare`, `study`, `fit`, `reduce`, `export` and `data`. Errors that users can cause are one line and exit status 2."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -32,6 +33,7 @@ from pyro_bmr.reduction.groups import GROUPS
 from pyro_bmr.reduction.sites import reduce
 from pyro_bmr.runs import load_run, save_run
 from pyro_bmr.shrinking import shrink_plan
+from pyro_bmr.studies import cells_left, declare, study, summary_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,6 +70,31 @@ def _compare(arguments: argparse.Namespace) -> int:
     print(summary(table).to_string(index=False))
     print(f"\nresults.csv, report.md, pictures and {len(table)} exported networks are in {arguments.out}")
     return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    plots.headless()
+    declared = declare(arguments.file, seeds=arguments.seeds, validation=arguments.validation)
+    if arguments.list:
+        cells, seconds = cells_left(declared, arguments.out, only=arguments.only, jobs=arguments.jobs)
+        print(cells.to_string(index=False, float_format="%.1f", na_rep="?"))
+        counts = cells["state"].value_counts()
+        print(f"\n{', '.join(f'{counts.get(state, 0)} {state}' for state in ('finished', 'failed', 'open'))}; {_duration(seconds)} to go")
+        return 0
+    done = study(declared, arguments.out, jobs=arguments.jobs, only=arguments.only, progress=not arguments.quiet and sys.stderr.isatty())
+    if not done.table.empty:
+        print(summary_of(done.table).to_string(index=False))
+        print(f"\nresults.csv, report.html, report.md and pictures of {len(done.table)} finished cells are in {arguments.out}")
+    for cell, line in done.failures.items():
+        print(f"pyro-bmr: {cell} failed: {line}", file=sys.stderr)
+    return 1 if done.failures else 0
+
+
+def _duration(seconds: float) -> str:
+    """About how long, in words."""
+    if math.isnan(seconds):
+        return "unknown time"
+    return f"about {seconds:.0f} s" if seconds < 120 else f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
 
 
 def _fit(arguments: argparse.Namespace) -> int:
@@ -218,6 +245,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(c, defaults)
     c.add_argument("--out", default="results/compare", metavar="DIR", help="folder of the results; finished rows in it are kept")
     c.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    s = command(
+        "study", _study, "run a declared grid of models, data, methods and seeds, and report it", "Finished cells are not run again; see docs/studies.md."
+    )
+    s.add_argument("file", metavar="FILE", help="the declaration, a TOML file")
+    s.add_argument("--out", default="results/study", metavar="DIR", help="folder of the results; finished cells in it are kept")
+    s.add_argument("--jobs", type=int, default=1, metavar="N", help="cells that run at once, each in a process with one thread; -1 for one per core")
+    s.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run these methods and no others")
+    s.add_argument("--seeds", type=int, metavar="N", help="seeds 0 … N − 1 in the place of the declared ones")
+    s.add_argument("--validation", type=float, metavar="FRACTION", help="score a held-out part of the training rows instead of the test rows")
+    s.add_argument("--list", action="store_true", help="print the cells, which are finished and what the others may take, and run nothing")
+    s.add_argument("--quiet", action="store_true", help="no progress bar")
 
     f = command("fit", _fit, "fit one network and save it as a run", "pyro-bmr reduce and pyro-bmr export take the run from there.")
     _add_problem(f)

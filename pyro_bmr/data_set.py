@@ -1,18 +1,18 @@
 """A data set as tensors ready to fit: inputs standardised with the training rows' moments.
 
-Owns `Data`, and `standardised` and `split`, which make it of raw arrays. Next: `data_files.py`.
+Owns `Data`, `standardised` and `split`, which make it of raw arrays, and `validation_data`, which hides the test rows. Next: `data_files.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import DataError
+from pyro_bmr.errors import DataError, ModelError
 from pyro_bmr.fit_arguments import check_rows
 from pyro_bmr.likelihoods import Categorical, Likelihood, Normal
 
@@ -119,3 +119,21 @@ def split(name: str, x: np.ndarray, y: np.ndarray) -> Data:
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(x))
     test = max(len(x) // 5, 1)
     return standardised(name, x[order[test:]], y[order[test:]], x[order[:test]], y[order[:test]])
+
+
+def validation_data(data: Data, fraction: float) -> Data:
+    """`Data` whose test rows are its validation rows, the test rows being out of sight; without any, the held-out `fraction` of the training rows.
+
+    Raises:
+        ModelError: no row is left on one of the sides.
+    """
+    if data.x_val is not None and data.y_val is not None:
+        return replace(data, name=f"{data.name} (validation)", x_test=data.x_val, y_test=data.y_val)
+    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
+    rows = round(fraction * len(order))
+    if not 0 < rows < len(order):
+        raise ModelError(f"validation={fraction}: a fraction that leaves rows on both sides is wanted")
+    held, rest = order[:rows], order[rows:]
+    return replace(
+        data, name=f"{data.name} (validation)", x_train=data.x_train[rest], y_train=data.y_train[rest], x_test=data.x_train[held], y_test=data.y_train[held]
+    )

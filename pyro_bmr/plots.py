@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+DPI = 130
 _STYLE = {"point": "o", "fitted": "s", "reduced": "D"}
 
 
@@ -54,7 +55,7 @@ def delta_f_histogram(delta_f: Mapping[str, Tensor]) -> Figure:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG and closes the figure."""
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -6,7 +6,7 @@ Owns `Settings`, which all cells share, `Cell` and `run_cell`. Next: `results_fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -160,14 +160,17 @@ def scores(prediction: Prediction, data: Data) -> dict[str, float]:
     }
 
 
-def sizes(cell: Cell) -> dict[str, float]:
-    """The parameters of the network, and how many of them are not zero."""
+def counted(cell: Cell) -> list[str]:
+    """The names of the weights that count as parameters: those of the network, or of another program its sites on all numbers."""
     program = cell.fit.program
-    names = (
-        [name for name, _ in program.net.named_parameters()]
-        if isinstance(program, BayesianNetwork)
-        else [name for name in cell.weights if cell.posterior[name].support == "real"]
-    )
-    total = sum(cell.weights[name].numel() for name in names)
-    nonzero = sum(int(cell.weights[name].count_nonzero()) for name in names)
+    if isinstance(program, BayesianNetwork):
+        return [name for name, _ in program.net.named_parameters()]
+    return [name for name in cell.weights if cell.posterior[name].support == "real"]
+
+
+def sizes(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """How many parameters the weights of these names have, and how many of them are not zero."""
+    names = list(names)
+    total = sum(weights[name].numel() for name in names)
+    nonzero = sum(int(weights[name].count_nonzero()) for name in names)
     return {"parameters": total, "kept_parameters": nonzero, "kept": nonzero / total}

@@ -1,6 +1,6 @@
 """The results of a comparison on disk, which is also how an interrupted one goes on; tables as text.
 
-Owns `ResultsFolder`, `summary` and `markdown`. Next: `table.py`.
+Owns `ResultsFolder`, `summary` and `markdown`, and `fingerprint`, which tells data and models apart. Next: `table.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,26 @@ from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.reduction.sites import reduce
 
 _TEXT = ("model", "data", "prior", "route")
+_MEASURES = ("accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
 _REAL = ("temperature", "accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds, one row per prior and route, as text."""
-    measures = [c for c in ("accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds") if c in table and table[c].notna().any()]
+def summary(table: pd.DataFrame, by: Sequence[str] = ("prior", "route"), measures: Sequence[str] = _MEASURES) -> pd.DataFrame:
+    """Mean ± standard deviation over seeds of the measures that there are, one row per combination of `by`, as text."""
+    measures = [c for c in measures if c in table and table[c].notna().any()]
 
     def text(values: pd.Series[Any]) -> str:
-        digits = {"seconds": 1, "delta_f": 0}.get(str(values.name), 4 if values.name == "kept" else 3)
-        spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-        return f"{values.mean():.{digits}f}{spread}"
+        return mean_and_spread(str(values.name), values.mean(), values.std())
 
-    return table.groupby(["prior", "route"], sort=False)[measures].agg(text).reset_index()
+    return table.groupby(list(by), sort=False, dropna=False)[measures].agg(text).reset_index()
+
+
+def mean_and_spread(measure: str, mean: float, spread: float) -> str:
+    """``0.893 ± 0.002``, with the digits of the measure; without the spread where there is but one value."""
+    digits = {"seconds": 1, "kilobytes": 1, "elbo": 0, "delta_f": 0, "kept": 4, "size": 4}.get(measure, 3)
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
 
 
 class ResultsFolder:
@@ -48,7 +55,7 @@ class ResultsFolder:
     def __init__(self, path: Path, model: str, data: Data, settings: Settings, priors: Mapping[str, Prior]) -> None:
         self.path = path
         make_folder(path)
-        self.settings = {"model": model, "data": data.name, "fingerprint": _fingerprint(model, data), **settings.__dict__}
+        self.settings = {"model": model, "data": data.name, "fingerprint": fingerprint(model, data), **settings.__dict__}
         self.table = pd.DataFrame()
         if (path / "results.csv").exists():  # text stays text, whatever it looks like, and numbers are read back exactly
             self.table = _table(path / "results.csv")
@@ -74,11 +81,9 @@ class ResultsFolder:
     def keep(self, row: dict[str, Any], cell: Cell, data: Data) -> None:
         """Weights and pictures first, the row last: a row in results.csv is a finished cell."""
         name = f"{file_name(row['prior'])}-{row['route']}-{row['seed']}"
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-        sites = cell.reduction.table().to_dict("records") if cell.reduction else []
-        sites = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in site.items()} for site in sites]
+        sites = [finite(site) for site in cell.reduction.table().to_dict("records")] if cell.reduction else []
         calibration = metrics.calibration(cell.prediction.probs, data.y_test).tolist() if isinstance(cell.prediction, ClassPrediction) else None
-        save(cell.weights, self.path / "networks" / name, {"row": finite, "settings": self.settings, "sites": sites, "calibration": calibration})
+        save(cell.weights, self.path / "networks" / name, {"row": finite(row), "settings": self.settings, "sites": sites, "calibration": calibration})
         cell.fit.history.to_csv(self.path / "networks" / name / "history.csv", index=False)
         if cell.reduction is not None and row["route"] == "reduced" and row["seed"] == 0:
             make_folder(self.path / "pictures")
@@ -152,7 +157,7 @@ def calibration_of(path: Path) -> Tensor | None:
     return calibration
 
 
-def _fingerprint(model: str, data: Data) -> str:
+def fingerprint(model: str, data: Data) -> str:
     """A hash of the data, and of the model if it is a file: results of others are never taken for these."""
     content = hashlib.sha256()
     for tensor in (data.x_train, data.y_train, data.x_test, data.y_test):
@@ -161,6 +166,11 @@ def _fingerprint(model: str, data: Data) -> str:
     if path.suffix == ".py" and path.is_file():
         content.update(path.read_bytes())
     return content.hexdigest()[:16]
+
+
+def finite(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The same for JSON, which has no NaN and no infinity: null."""
+    return {str(key): None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
 def file_name(prior: str) -> str:

@@ -6,17 +6,15 @@ Owns `compare`. Next: `runs.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
-from pyro_bmr.comparison.cells import ROUTES, Settings, run_cell, scores, sizes
+from pyro_bmr.comparison.cells import ROUTES, Settings, counted, run_cell, scores, sizes
 from pyro_bmr.comparison.models import Build, load_model
 from pyro_bmr.comparison.results_folder import ResultsFolder, file_name
-from pyro_bmr.data_set import Data
+from pyro_bmr.data_set import Data, validation_data
 from pyro_bmr.errors import DataError, ModelError
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
 
@@ -68,7 +66,7 @@ def compare(
     if unknown or not routes or seeds < 1:
         raise ModelError(f"routes={list(routes)}, seeds={seeds}: routes are {', '.join(ROUTES)}; at least one of each is wanted")
     if settings.validation is not None:
-        data = _validation_data(data, settings.validation)
+        data = validation_data(data, settings.validation)
     if len({file_name(prior) for prior in priors}) < len(priors):
         raise ModelError(f"priors {', '.join(priors)}: two of the names give one folder; rename one")
     folder = ResultsFolder(Path(out), model_name, data, settings, priors) if out is not None else None
@@ -86,7 +84,7 @@ def compare(
                 "seed": seed,
                 "temperature": settings.temperature,
                 **scores(cell.prediction, data),
-                **sizes(cell),
+                **sizes(cell.weights, counted(cell)),
                 "delta_f": cell.delta_f,
                 "seconds": cell.fit.seconds,
             }
@@ -97,17 +95,3 @@ def compare(
     if folder:
         folder.report(table)
     return table
-
-
-def _validation_data(data: Data, fraction: float) -> Data:
-    """The training rows, and the validation rows in place of the test rows, which are out of sight; without any, a part of the training rows."""
-    if data.x_val is not None and data.y_val is not None:
-        return replace(data, name=f"{data.name} (validation)", x_test=data.x_val, y_test=data.y_val)
-    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
-    rows = round(fraction * len(order))
-    if not 0 < rows < len(order):
-        raise ModelError(f"validation={fraction}: a fraction that leaves rows on both sides is wanted")
-    held, rest = order[:rows], order[rows:]
-    return replace(
-        data, name=f"{data.name} (validation)", x_train=data.x_train[rest], y_train=data.y_train[rest], x_test=data.x_train[held], y_test=data.y_train[held]
-    )

@@ -1,0 +1,57 @@
+"""What a trained network of a study is worth: the figures of one row of its table.
+
+Owns `MEASURES`, to which further figures are added, and `measured`. Next: `cell_folder.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from pyro_bmr import metrics
+from pyro_bmr.comparison.cells import scores, sizes
+from pyro_bmr.comparison.methods import Trained
+from pyro_bmr.data_set import Data
+from pyro_bmr.errors import ShrinkError
+from pyro_bmr.prediction import ClassPrediction, Prediction
+from pyro_bmr.shrinking import shrink_plan
+
+Measure = Callable[[Trained, Data, Prediction], dict[str, float]]
+"""(trained, data, prediction on the test rows) → column → figure; NaN where it has no meaning."""
+
+
+def _scores(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
+    by_mass = metrics.ece(prediction.probs, data.y_test, 20, "mass") if isinstance(prediction, ClassPrediction) else math.nan
+    return {**scores(prediction, data), "ece_mass": by_mass}
+
+
+def _sizes(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
+    names = trained.weights if trained.network is None else (name for name, _ in trained.network.named_parameters())
+    return {**sizes(trained.weights, names), "size": _structured_size(trained, data)}
+
+
+def _structured_size(trained: Trained, data: Data) -> float:
+    """The fraction of the parameters that is left when whole units, channels and heads that are dead go; NaN for what `shrink` refuses."""
+    if trained.network is None:
+        return math.nan
+    try:
+        before, after = shrink_plan(trained.network, {}, data.x_test[:1]).parameters
+    except ShrinkError:
+        return math.nan
+    return after / before
+
+
+def _costs(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
+    return {"elbo": trained.elbo, "delta_f": trained.delta_f, "seconds": trained.seconds, **trained.extra}
+
+
+MEASURES: tuple[Measure, ...] = (_scores, _sizes, _costs)
+"""In the order of the columns."""
+
+
+def measured(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
+    """All measures of a trained network: accuracy or rmse, nll, brier, ece (15 bins of equal width), ece_mass (20 of equal mass), parameters and more.
+
+    Units as in `compare`; elbo and delta_f in nats, size as a fraction of the parameters, seconds of training.
+    """
+    return {name: value for measure in MEASURES for name, value in measure(trained, data, prediction).items()}
