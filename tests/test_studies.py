@@ -129,7 +129,7 @@ def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
         ("epochs = 2", "epochs = 1979-05-27", r"study\.toml: settings\.epochs: .* got datetime"),
         ("epochs = 2", "epochs = inf", r"study\.toml: settings\.epochs: a finite number"),
         ("epochs = 2", "epocs = 2", r"study\.toml: settings\.epocs: no method of the study knows this option"),
-        ("epochs = 2", "epochs = 0", r"study\.toml: method 'MAP & co': epochs=0"),
+        ("epochs = 2", "epochs = 0", r"study\.toml: method 'MAP & co': .*epochs=0"),
         ("epochs = 2", "validation = 0.2", r"study\.toml: settings\.validation: .*at the top of the file"),
         ("epochs = 2", "for.lenet.epochs = 3", r"study\.toml: settings\.for\.lenet: no such key; the keys are mlp:3, digits\.npz"),
         ('method = "point"', 'method = "pint"', r"study\.toml: method 'MAP & co'\.method: no method 'pint'; the methods are: point"),
@@ -269,7 +269,7 @@ def test_damaged_rows_are_errors_of_one_line(here, blank):
     row = done.folder / "cells" / done.table["cell"][0] / "row.json"
     for content in ("", "[1]", "{}", '{"nll": "1"}', "[" * 100_000):
         row.write_text(content)
-        with pytest.raises(bmr.PyroBMRError, match=r"row\.json' is .*remove .* to run the cell again"):
+        with pytest.raises(bmr.PyroBMRError, match=r"row\.json' is .*remove .* to run (the cell|it) again"):
             quiet("study.toml", seeds=1)
 
 
@@ -334,6 +334,9 @@ def test_the_report(here):
         assert [row[2][0], row[4][0]] == [group["method"].iloc[0], "2"]
         for name, (shown, value) in list(zip(names, row, strict=True))[5:]:
             a, b = group[name]
+            if math.isnan(a + b):  # a point estimate has no bound on its evidence
+                assert value == "" and name in ("elbo", "delta_f", "scale", "best_epoch")
+                continue
             assert float(value) == pytest.approx((a + b) / 2, rel=1e-12, abs=1e-15), name
             digits = len(shown.split(" ")[0].partition(".")[2])
             assert shown == f"{float(value):.{digits}f} ± {abs(a - b) / math.sqrt(2):.{digits}f}", name
@@ -350,7 +353,8 @@ def test_a_report_of_real_targets(here):
     assert 20 < row["rmse"] < 300 and math.isnan(row["ece"]) and math.isnan(row["size"])
     page = Page(Path("out/report.html").read_text(encoding="utf-8"))
     names = [name for name, _ in page.rows[0]]
-    assert "rmse" in names and "ece" not in names and "size" not in names and len(page.pictures) == 4
+    assert "rmse" in names and "ece" not in names and "size" not in names
+    assert sorted(file.name for file in Path("out/pictures").iterdir()) == ["1-cost.png", "1-fronts.png", "1-learning.png"] and len(page.pictures) == 3
     assert json.loads(Path("out/study.json").read_text()) == declaration
 
 
