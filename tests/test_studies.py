@@ -376,7 +376,7 @@ def test_control_c(here):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and error == "pyro-bmr: stopped\n"
+    assert process.returncode == 130 and error.startswith("pyro-bmr: stopped\n") and "Traceback" not in error  # joblib may add a warning
     finished = len(list(Path("out").rglob("row.json")))
     assert 3 <= finished < 120 and len(pd.read_csv("out/results.csv")) == finished and Path("out/report.html").exists()
 
