@@ -18,6 +18,7 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr.comparison import load_model
+from pyro_bmr.comparison.cells import scores, sizes
 from pyro_bmr.comparison.methods import method_named
 
 
@@ -45,16 +46,10 @@ def main() -> None:
         for scaled in (False, True):
             trained = method_named("magnitude")(build, data, seed, {**options, "prune_every": settings.reduce_every, "scaled": scaled}, True)
             prediction = trained.predict(data.x_test)
-            assert trained.network is not None and isinstance(prediction, bmr.prediction.ClassPrediction)
-            counts = [int(p.count_nonzero()) for p in trained.network.parameters()]
-            kept = sum(counts) / sum(p.numel() for p in trained.network.parameters())
-            result = {
-                "accuracy": bmr.metrics.accuracy(prediction.probs, data.y_test),
-                "nll": -float(prediction.log_prob(data.y_test).mean()),
-                "ece": bmr.metrics.ece(prediction.probs, data.y_test),
-            }
+            measured = {**scores(prediction, data), **sizes(trained.weights, trained.weights), **trained.extra}
+            result = {name: measured[name] for name in ("scale", "accuracy", "nll", "ece", "kept")}
             route = "temperature-scaled" if scaled else "plain"
-            rows.append({"prior": "none", "route": route, "seed": seed, **trained.extra, **result, "kept": kept, "seconds": trained.seconds})
+            rows.append({"prior": "none", "route": route, "seed": seed, **result, "seconds": trained.seconds})
             settings.out.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(rows).to_csv(settings.out / "results.csv", index=False)
     (settings.out / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(settings).items()}, indent=1))

@@ -1,6 +1,6 @@
 """Checkpoints of a fit: files from which a fit that was stopped goes on, to the bit.
 
-Owns `Checkpoints`, which `fit` takes, the `Journal` of one fit, and what must be equal for it to go on. What is saved is said in `fit_state.py`, and how
+Owns `Checkpoints`, which `fit` takes, the `Journal` of one fit, and what must be equal for it to go on. What is saved is said in `fit_snapshot.py`, and how
 in `checkpoint_files.py`. Next: `fitting.py`.
 """
 
@@ -77,6 +77,7 @@ class Journal:
         self.interrupted = False
         if self.rule is not None:
             self.folder = Path(self.rule.folder)
+        if self.rule is not None and writes:
             make_folder(self.folder)
             for left in self.folder.glob(".step-*.safetensors.*.tmp"):  # of a process that was killed while it wrote
                 left.unlink(missing_ok=True)

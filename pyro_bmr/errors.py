@@ -3,6 +3,8 @@
 The command line prints them in one line and exits with status 2; everything else is a bug and keeps its traceback.
 """
 
+from collections.abc import Iterable
+
 
 class PyroBMRError(Exception):
     """Base of every error that pyro_bmr raises on purpose."""
@@ -14,6 +16,14 @@ class DataError(PyroBMRError):
 
 class ModelError(PyroBMRError):
     """A program, prior, likelihood or guide is declared in a way that cannot be fitted."""
+
+
+class OptionError(ModelError):
+    """A method of a study does not know some of its options, `unknown`; those that it knows are `known`."""
+
+    def __init__(self, method: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+        self.unknown, self.known = sorted(unknown), list(known)
+        super().__init__(f"{method}: no option {', '.join(self.unknown)}; the options are: {', '.join(self.known)}")
 
 
 class FitError(PyroBMRError):

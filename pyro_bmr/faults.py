@@ -1,13 +1,18 @@
-"""What a fit does with a step that it cannot take: stop, or skip it and count.
+"""What a fit does with a step that it cannot take: say where, and stop, or skip it and count.
 
-Owns `Faults`. Next: `fit_state.py`.
+Owns `Faults` and `diagnosis`. Next: `fit_state.py`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from torch import Tensor, nn
 
 from pyro_bmr.errors import FitError
+from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.mean_field_step import Draw, MeanFieldStep
 
 _FORGETS, _SURE, _JUMP = 0.01, 100, 20.0  # weight of a new step in the averages, steps before they are trusted, standard deviations
 
@@ -56,3 +61,21 @@ class Faults:
         """Goes on from `state`."""
         self.skipped, self.steps = int(state[0]), int(state[1])
         self.mean, self.var = float(state[2]), float(state[3])
+
+
+def diagnosis(guide: Any, program: Any, flat: MeanFieldStep | None, draw: Draw | None, likelihood: float, kl: float) -> str:
+    """What to say of a step whose loss or gradient is not finite, with the sites where it is not."""
+    named: dict[str, Tensor] = {}
+    if flat is not None and draw is not None:
+        named = flat.names(draw)
+        named |= {f"{name} ": (flat.loc[part] + flat.log_scale[part]).detach() for name, part in flat.parts.items()}
+    elif isinstance(guide, Point):
+        named |= {f"{name} ": part for name, part in zip((s.name for s in guide.latents), guide.loc.detach().split(guide.sizes), strict=True)}
+        if guide.loc.grad is not None:
+            named |= dict(zip((s.name for s in guide.latents), guide.loc.grad.split(guide.sizes), strict=True))
+    for module in (guide, program) if not isinstance(guide, (MeanField, Point)) else (program,):
+        if isinstance(module, nn.Module):
+            named |= {name: p.detach() if p.grad is None else p.grad + p.detach() for name, p in module.named_parameters()}
+    bad = {name.strip() for name, values in named.items() if not bool(values.isfinite().all())}
+    where = ", ".join(sorted(bad)) or "the observed site"
+    return f"the loss or its gradient is not finite at {where} (expected log likelihood {likelihood:.6g}, KL {kl:.6g})"

@@ -1,10 +1,12 @@
 """What a fit is given, checked before any work: rows, arguments, and the program on a handful of rows.
 
-Owns the checks and the split of the validation rows. Next: `fit_state.py`.
+Owns the checks, the guide, the sizes of batches and the split of the validation rows. Next: `fit_state.py`.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping
@@ -87,9 +89,9 @@ def like_program(program: Program, values: Tensor) -> Tensor:
     return values.to(parameter.device, parameter.dtype if values.is_floating_point() else values.dtype)
 
 
-def check_arguments(epochs: int, batch_size: int, temperature: float, seed: int, functions: Mapping[str, Any]) -> None:
+def check_arguments(epochs: int, batch_size: int, temperature: float, seed: int, skip_faulty: int, functions: Mapping[str, Any]) -> None:
     """Raises FitError unless each is in its range, and each of `functions` is one."""
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("seed", seed)):
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("seed", seed), ("skip_faulty", skip_faulty)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise FitError(f"{name}={value!r}: a whole number is wanted")
     if not abs(seed) < _LARGEST_SEED:
@@ -101,6 +103,8 @@ def check_arguments(epochs: int, batch_size: int, temperature: float, seed: int,
         raise FitError(f"epochs={epochs}: at least 1 is wanted")
     if batch_size < 1:
         raise FitError(f"batch_size={batch_size}: at least 1 row is wanted")
+    if skip_faulty < 0:
+        raise FitError(f"skip_faulty={skip_faulty}: a number of steps >= 0 is wanted")
     if not 0 < temperature < math.inf:
         raise FitError(f"temperature={temperature}: a finite number > 0 is wanted (1 is Bayes)")
 
@@ -135,6 +139,24 @@ def check_program(program: Program, few: tuple[Tensor, Tensor], y: Tensor) -> No
                     f"y is outside the support of observed site '{name}' ({support}): got {y[row].item()} in row {row}; "
                     "number the classes from 0, or give the network more outputs"
                 )
+
+
+def make_guide(guide: Program, program: Program, few: tuple[Tensor, Tensor]) -> Program:
+    """The guide that a fit trains: a copy of the module, or what the function makes of the program and, if it takes one, of a batch."""
+    if isinstance(guide, nn.Module):
+        return copy.deepcopy(guide)
+    takes_batch = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(guide).parameters.values())  # MeanField(program, *batch), AutoNormal(program)
+    return guide(program, *few) if takes_batch else guide(program)
+
+
+def batch_sizes(rows: int, batch_size: int, least: int = 2) -> list[int]:
+    """Of the batches of an epoch. Less than `least` rows left over join the batch before: batch norm cannot take one alone."""
+    full, left = divmod(rows, min(batch_size, rows))
+    sizes = [min(batch_size, rows)] * full
+    if left < least:
+        sizes[-1] += left
+        return sizes
+    return [*sizes, left]
 
 
 def validation_split(

@@ -1,26 +1,24 @@
 """The state of a fit: program, guide, masks and empirical scales, and what one step, reduction or update does to them.
 
-Owns `FitState` and the seeding of a step. Next: `fitting.py`.
+Owns `FitState` and the seeding of a step. Next: `fit_snapshot.py`.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyro_bmr.elbo import ELBOTerms, Values, collapsed, elbo_terms, likelihood_of
+from pyro_bmr.elbo import ELBOTerms, Values, collapsed, elbo_terms
 from pyro_bmr.errors import FitError
-from pyro_bmr.faults import Faults
-from pyro_bmr.fit_arguments import Program, check_program
+from pyro_bmr.faults import Faults, diagnosis
+from pyro_bmr.fit_arguments import Program, batch_sizes, check_program, make_guide
 from pyro_bmr.guide_moments import sites_of_guide
-from pyro_bmr.guides import MeanField, Point, SiteWise
+from pyro_bmr.guides import MeanField, SiteWise
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.guides.row_noise import PER_ROW
 from pyro_bmr.likelihoods import WholeData
@@ -65,13 +63,13 @@ class FitState:
         self.few = (x[: min(len(x), 8)], y[: min(len(x), 8)])
         self.whole = WholeData(len(x), len(self.few[0]))
         self.scaled = self.empirical(self.whole(program))
-        _set_training(program, False)
+        set_training(program, False)
         check_program(program, self.few, y)
         if held_out is not None:
             check_program(program, (held_out[0][:8], held_out[1][:8]), held_out[1])
-        self.guide: Any = _make_guide(guide, program, self.few)
+        self.guide: Any = make_guide(guide, program, self.few)
         self.guide(*self.few)  # autoguides make their parameters at the first call
-        self.processes.copy_from_first(_tensors(self.guide, program).values())
+        self.processes.copy_from_first(tensors_of(self.guide, program).values())
         self.masked = Masked({})
         self.flat: MeanFieldStep | None = None
         self.trained = self.parameters()  # whose gradients a step clears and checks
@@ -142,13 +140,7 @@ class FitState:
 
     def sizes(self) -> list[int]:
         """Of the batches of an epoch; less than two rows a process left over join the batch before (batch norm cannot take one alone)."""
-        full, left = divmod(len(self.x), self.batch_size)
-        sizes = [self.batch_size] * full
-        if left < 2 * self.processes.size and full:
-            sizes[-1] += left
-        elif left:
-            sizes.append(left)
-        return sizes
+        return batch_sizes(len(self.x), self.batch_size, 2 * self.processes.size)
 
     def step(self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float] | None:
         """Both terms of the ELBO at one draw in each process, after which the optimiser has gone a step down their gradient; None if the step is skipped."""
@@ -168,7 +160,7 @@ class FitState:
         if self.processes.size > 1:
             draw, likelihood, kl, ranks = self._of_all(draw, likelihood, kl, faulty)
             faulty, where = bool(ranks), f", in process {', '.join(map(str, ranks))} of {self.processes.size}"
-        fault = f"{self.diagnosis(likelihood, kl, draw)}{where}" if faulty else self.faults.jump(likelihood)
+        fault = f"{diagnosis(self.guide, self.program, self.flat, draw, likelihood, kl)}{where}" if faulty else self.faults.jump(likelihood)
         if fault:
             self.faults.skip(f"step {step}: {fault}; lower the learning rate, or check the scale of the data and of the priors")
             return None
@@ -216,15 +208,14 @@ class FitState:
         """The posterior as it stands; the program is in evaluation mode while it is read."""
         if self.flat is not None:
             self.flat.write_back()
-        _set_training(self.program, False)
+        set_training(self.program, False)
         posterior = Posterior.from_guide(self.guide, self.empirical(self.program), *self.few, masks=self.masks, temperature=self.temperature)
-        _set_training(self.program, True)
+        set_training(self.program, True)
         return posterior
 
     def prune(self, schedule: Every, done: float, optimizer: Optimizer) -> float:
         """Reduces, puts the masks in force, and returns the predicted gain in evidence of what went, nats."""
-        posterior = self.posterior()
-        masks, gain = self.processes.decided_by_first(lambda: self._decided(schedule.reduce(posterior, done)), self.x.device)
+        masks, gain = self.processes.decided_by_first(lambda: self._decided(schedule.reduce(self.posterior(), done)), self.x.device)
         self.masks = {**self.masks, **masks}
         self.faults.forget()
         if self.flat is not None:
@@ -244,10 +235,12 @@ class FitState:
         """Gives all processes the buffers of the first, such as running means, and checks that they have the same weights and masks."""
         if self.processes.size > 1:
             program = self.program
+            if self.flat is not None:
+                self.flat.write_back()  # the first process has done so at each of its checkpoints
             if isinstance(program, nn.Module):
                 self.processes.copy_from_first(program.buffers())
             flat = {} if self.flat is None else {"loc": self.flat.loc, "log_scale": self.flat.log_scale}
-            tensors = {**_tensors(self.guide, program), **flat, **{f"mask {n}": m for n, m in self.masks.items()}, **self.empirical.scales}
+            tensors = {**tensors_of(self.guide, program), **flat, **{f"mask {n}": m for n, m in self.masks.items()}, **self.empirical.scales}
             why = "the program or the optimiser does not do the same in each, perhaps because it draws random numbers of its own"
             self.processes.check_equal(tensors, self.x.device, f"has other weights or masks than process 0 after step {step}; {why}")
 
@@ -263,57 +256,6 @@ class FitState:
         for name, prior in self.empirical_priors.items():
             self.empirical.update(name, prior, sites[name].mean, sites[name].var, self.masks.get(name))
 
-    def state(self, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
-        """All that the steps so far have changed, for a checkpoint. Order of the data and draws are functions of the seed, the epoch and the step."""
-        return {
-            "tensors": _tensors(self.guide, self.program),
-            "flat": self.flat.state() if self.flat else None,
-            "masks": self.masks,
-            "scales": self.empirical.scales,
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict() if scheduler else None,
-            "generator": _generator(self.x.device).get_state(),
-            "log_likelihood": self.log_likelihood(),
-            "faults": self.faults.state(),
-        }
-
-    @torch.no_grad()
-    def restore(self, state: Mapping[str, Any], optimizer: Optimizer, scheduler: Any) -> None:
-        """Goes on from `state`.
-
-        Raises:
-            FitError: the program does not give the log likelihood that it gave when the state was saved.
-        """
-        self.masks, self.empirical.scales = ({name: t.to(self.x.device) for name, t in state[key].items()} for key in ("masks", "scales"))
-        if self.flat:
-            self.flat.prune(self.masks, optimizer)
-        optimizer.load_state_dict(state["optimizer"])
-        if scheduler:
-            scheduler.load_state_dict(state["scheduler"])
-        for name, tensor in _tensors(self.guide, self.program).items():
-            tensor.copy_(state["tensors"][name])
-        if self.flat:
-            self.flat.restore(state["flat"])
-        self.faults.restore(state["faults"])
-        was, now = state["log_likelihood"], self.log_likelihood()
-        if not math.isclose(was, now, rel_tol=1e-4, abs_tol=1e-4):
-            raise FitError(f"the program has changed: at its checkpoint the log likelihood of the first rows was {was:.6g}, now it is {now:.6g}; fit anew")
-        _generator(self.x.device).set_state(state["generator"])
-
-    @torch.no_grad()
-    def log_likelihood(self) -> float:
-        """That of the first rows at the posterior's point, by which a program that has changed is known."""
-        device = [self.x.device] if self.x.device.type == "cuda" else []
-        point = self.posterior().point()
-        with torch.random.fork_rng(device):
-            seed_generator(self.x.device, 0)
-            _set_training(self.program, False)
-            self.whole.rows = len(self.few[0])
-            with Values(point) as run:
-                self.scaled(*self.few)
-            _set_training(self.program, True)
-        return float(likelihood_of(run))
-
     def is_finite(self) -> bool:
         """Whether all that is trained is."""
         flat = [] if self.flat is None else [self.flat.loc, self.flat.log_scale]
@@ -322,32 +264,6 @@ class FitState:
     def kept(self) -> float:
         """The fraction of the reduced sites' entries that live; 1 before any reduction."""
         return sum(int(m.sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values()) if self.masks else 1.0
-
-    def diagnosis(self, likelihood: float, kl: float, draw: Draw | None) -> str:
-        """What to say of a step whose loss or gradient is not finite, with the sites where it is not."""
-        named: dict[str, Tensor] = {}
-        if self.flat is not None and draw is not None:
-            named = self.flat.names(draw)
-            named |= {f"{name} ": (self.flat.loc[part] + self.flat.log_scale[part]).detach() for name, part in self.flat.parts.items()}
-        elif isinstance(self.guide, Point):
-            named |= {
-                f"{name} ": part for name, part in zip((s.name for s in self.guide.latents), self.guide.loc.detach().split(self.guide.sizes), strict=True)
-            }
-            if self.guide.loc.grad is not None:
-                named |= dict(zip((s.name for s in self.guide.latents), self.guide.loc.grad.split(self.guide.sizes), strict=True))
-        for module in (self.guide, self.program) if not isinstance(self.guide, (MeanField, Point)) else (self.program,):
-            if isinstance(module, nn.Module):
-                named |= {name: p.detach() if p.grad is None else p.grad + p.detach() for name, p in module.named_parameters()}
-        bad = {name.strip() for name, values in named.items() if not bool(values.isfinite().all())}
-        where = ", ".join(sorted(bad)) or "the observed site"
-        return f"the loss or its gradient is not finite at {where} (expected log likelihood {likelihood:.6g}, KL {kl:.6g})"
-
-
-def _make_guide(guide: Program, program: Program, few: tuple[Tensor, Tensor]) -> Program:
-    if isinstance(guide, nn.Module):
-        return copy.deepcopy(guide)
-    takes_batch = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(guide).parameters.values())  # MeanField(program, *batch), AutoNormal(program)
-    return guide(program, *few) if takes_batch else guide(program)
 
 
 def _masks_of(program: Program, guide: MeanField, few: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -361,19 +277,21 @@ def _masks_of(program: Program, guide: MeanField, few: tuple[Tensor, Tensor]) ->
 
 def seed_generator(device: torch.device, seed: int) -> None:
     """Seeds the default generator of `device` (torch.manual_seed also records a stack trace per call for devices that are not there)."""
-    _generator(device).manual_seed(seed)
+    generator_of(device).manual_seed(seed)
 
 
-def _generator(device: torch.device) -> torch.Generator:
+def generator_of(device: torch.device) -> torch.Generator:
+    """The default generator of `device`."""
     return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
-def _tensors(guide: Any, program: Program) -> dict[str, Tensor]:
+def tensors_of(guide: Any, program: Program) -> dict[str, Tensor]:
     """The parameters and buffers of both, by name."""
     modules = {key: m for key, m in (("guide", guide), ("program", program)) if isinstance(m, nn.Module)}
     return {f"{key}.{name}": t.detach() for key, m in modules.items() for name, t in (*m.named_parameters(), *m.named_buffers())}
 
 
-def _set_training(program: Program, on: bool) -> None:
+def set_training(program: Program, on: bool) -> None:
+    """Puts a program that is a module in training or evaluation mode."""
     if isinstance(program, nn.Module):
         program.train(on)

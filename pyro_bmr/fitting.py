@@ -25,6 +25,7 @@ from tqdm import tqdm
 from pyro_bmr.checkpoints import Checkpoints, Journal, differences, fit_settings
 from pyro_bmr.errors import FitError
 from pyro_bmr.fit_arguments import Program, check_arguments, check_rows, like_program, rows_of, validation_split
+from pyro_bmr.fit_snapshot import restore, snapshot
 from pyro_bmr.fit_state import FitState, seed_generator
 from pyro_bmr.guides import MeanField
 from pyro_bmr.networks import BayesianNetwork
@@ -133,7 +134,7 @@ def fit(
     """
     x, y = rows_of(data)
     functions = {"program": program, "guide": guide, "optimizer": optimizer or adam(), "scheduler": scheduler or cosine}
-    check_arguments(epochs, batch_size, temperature, seed, {k: v for k, v in functions.items() if not isinstance(v, NaturalGradient)})
+    check_arguments(epochs, batch_size, temperature, seed, skip_faulty, {k: v for k, v in functions.items() if not isinstance(v, NaturalGradient)})
     for name, value, kind in (("reduce", reduce, Every), ("start", start, Posterior)):
         if value is not None and not isinstance(value, kind):
             raise FitError(f"{name}: {kind.__name__}(...) or None is wanted, got {value!r}")
@@ -173,7 +174,7 @@ def fit(
             saved = journal.latest(settings)
             if saved is not None:
                 with journal.restoring():
-                    run.restore(saved["run"], optimizer_, scheduler_)
+                    restore(run, saved["run"], optimizer_, scheduler_)
                     rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, taken, seconds = saved["loop"]
                     clock -= seconds
             found = "found another checkpoint than process 0; the folder must be one that all processes see"
@@ -208,11 +209,11 @@ def fit(
                     if journal.due(step, step == total or stopping) and run.is_finite():
                         seconds = time.perf_counter() - clock
                         loop = (rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, taken, seconds)
-                        journal.save(step, {"run": run.state(optimizer_, scheduler_), "loop": loop})
+                        journal.save(step, {"run": snapshot(run, optimizer_, scheduler_), "loop": loop})
                     if stopping:
                         journal.stop(step)
                     bar.update()
-                likelihood, kl = (total_ / taken if taken else math.nan for total_ in (likelihood_sum, kl_sum))
+                likelihood, kl = (terms_sum / taken if taken else math.nan for terms_sum in (likelihood_sum, kl_sum))
                 row = {
                     "epoch": epoch,
                     "step": step,

@@ -1,6 +1,6 @@
 """Posterior predictive distributions, averaged over draws of the weights, with their epistemic and aleatoric parts apart.
 
-Owns `predict`. Next: `metrics.py`.
+Owns `predict`, and `prediction_of`, which averages over draws or members of any origin. Next: `metrics.py`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def predict(program: Callable[..., Any], posterior: Posterior, x: Tensor, *, dra
                 parts = _over_draws(program, (posterior.draw(generator) for _ in range(draws)), draws, x, batch_size)
             else:
                 parts = iter([_parameters(_observed(program, posterior.point(), x, batch_size)[1])])
-            return _prediction(parts, max(draws, 1))
+            return prediction_of(parts, max(draws, 1))
     finally:
         if was_training:
             program.train()  # type: ignore[attr-defined]
@@ -142,8 +142,8 @@ def _parameters(fns: list[Any]) -> Parameters:
     return torch.cat([fn.loc for fn in fns]), torch.cat([fn.scale for fn in fns])
 
 
-def _prediction(parts: Iterable[Parameters], draws: int) -> Prediction:
-    """Classes are averaged draw by draw, so that the draws are never all in memory."""
+def prediction_of(parts: Iterable[Parameters], draws: int) -> Prediction:
+    """The prediction of `draws` whose parameters come in `parts`, several stacked or one at a time; those of classes are never all in memory."""
     kept: list[Parameters] = []
     probs: Tensor | None = None
     aleatoric = torch.zeros(())

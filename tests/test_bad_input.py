@@ -161,6 +161,8 @@ BAD_FITS = {
     "validation out of range": (lambda: fit(classifier(), (X, Y), validation=(X, Y + 5)), bmr.DataError, "got 5 in row 0"),
     "validation NaN": (lambda: fit(classifier(), (X, Y), validation=NAN), bmr.FitError, "validation=nan"),
     "epochs of 1.5": (lambda: fit(classifier(), (X, Y), epochs=1.5), bmr.FitError, r"epochs=1\.5: a whole number"),
+    "skip -1": (lambda: fit(classifier(), (X, Y), skip_faulty=-1), bmr.FitError, r"skip_faulty=-1: a number of steps >= 0"),
+    "skip all": (lambda: fit(classifier(), (X, Y), skip_faulty=True), bmr.FitError, r"skip_faulty=True: a whole number"),
     "batch of 2.5": (lambda: fit(classifier(), (X, Y), batch_size=2.5), bmr.FitError, r"batch_size=2\.5: a whole number"),
     "seed of 1.5": (lambda: fit(classifier(), (X, Y), seed=1.5), bmr.FitError, r"seed=1\.5: a whole number"),
     "a seed too large": (lambda: fit(classifier(), (X, Y), seed=2**63), bmr.FitError, "seed=9223372036854775808"),

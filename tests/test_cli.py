@@ -13,7 +13,8 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr import plots
-from pyro_bmr.cli import TARGETS, main
+from pyro_bmr.cli import main
+from pyro_bmr.cli_options import TARGETS
 from pyro_bmr.data import sources
 from pyro_bmr.prior_names import PRIORS, prior_from_name
 

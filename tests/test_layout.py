@@ -24,14 +24,14 @@ ORDER = [
     "site", "curvature", "given_moments", "guide_moments", "posterior",
     "reduction.programs", "reduction.living", "reduction.slabs", "reduction.targets",
     "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
-    "pruning", "prediction", "metrics", "checkpoint_files", "processes", "faults", "fit_state", "checkpoints", "fitting", "refitting",
+    "pruning", "prediction", "metrics", "checkpoint_files", "processes", "faults", "fit_state", "fit_snapshot", "checkpoints", "fitting", "refitting",
     *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "plan")), "shrinking",
     *(f"exporting.{name}" for name in ("plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
     "data_set", "data_files", "data", "plots", "shift",
     *(f"baselines.{name}" for name in ("training", "point", "magnitude", "dropout", "variational_dropout", "signal_to_noise")), "baselines",
     *(f"comparison.{name}" for name in ("models", "cells", "methods", "results_folder", "table")), "comparison",
     *(f"studies.{name}" for name in ("options", "declaration", "measures", "cell_folder", "pictures", "page", "report", "running")), "studies",
-    "runs", "cli", "__main__",
+    "runs", "cli_options", "cli", "__main__",
 ]  # fmt: skip
 
 

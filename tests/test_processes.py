@@ -52,6 +52,14 @@ def test_without_noise_two_processes_find_what_one_finds(together):
     assert ours == pytest.approx(one, rel=1e-4)
 
 
+def test_checkpoints_of_the_first_are_no_difference(together):
+    assert [both["saved"] for both in together] == ["no error", "no error"]
+
+
+def test_each_process_draws_its_own_noise(together):
+    assert together[0]["seed"] == 7 != together[1]["seed"]
+
+
 def test_faults_are_said_in_both(together):
     for rank in range(2):
         nan, start, small, seed = together[rank]["errors"]

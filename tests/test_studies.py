@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 import pyro_bmr as bmr
 from pyro_bmr.cli import main
 from pyro_bmr.comparison import Settings, methods
+from pyro_bmr.errors import OptionError
 from pyro_bmr.studies import cell_folder, declare, report, study
 from pyro_bmr.studies.running import cells_left
 
@@ -103,7 +104,7 @@ def test_what_makes_another_cell(here):
 def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
     def other(build, data, seed, options, progress):
         if unknown := set(options) - {"rewind"}:
-            raise bmr.ModelError(f"other: no option {', '.join(sorted(unknown))}; the options are: rewind")
+            raise OptionError("other", unknown, ["rewind"])
         build(data, bmr.Gaussian())
 
     monkeypatch.setitem(methods.METHODS, "other", other)
@@ -129,7 +130,7 @@ def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
         ("epochs = 2", "epochs = 1979-05-27", r"study\.toml: settings\.epochs: .* got datetime"),
         ("epochs = 2", "epochs = inf", r"study\.toml: settings\.epochs: a finite number"),
         ("epochs = 2", "epocs = 2", r"study\.toml: settings\.epocs: no method of the study knows this option"),
-        ("epochs = 2", "epochs = 0", r"study\.toml: method 'MAP & co': .*epochs=0"),
+        ("epochs = 2", "epochs = 0", r"study\.toml: method 'MAP & co': epochs=0"),
         ("epochs = 2", "validation = 0.2", r"study\.toml: settings\.validation: .*at the top of the file"),
         ("epochs = 2", "for.lenet.epochs = 3", r"study\.toml: settings\.for\.lenet: no such key; the keys are mlp:3, digits\.npz"),
         ('method = "point"', 'method = "pint"', r"study\.toml: method 'MAP & co'\.method: no method 'pint'; the methods are: point"),
@@ -269,7 +270,7 @@ def test_damaged_rows_are_errors_of_one_line(here, blank):
     row = done.folder / "cells" / done.table["cell"][0] / "row.json"
     for content in ("", "[1]", "{}", '{"nll": "1"}', "[" * 100_000):
         row.write_text(content)
-        with pytest.raises(bmr.PyroBMRError, match=r"row\.json' is .*remove .* to run (the cell|it) again"):
+        with pytest.raises(bmr.PyroBMRError, match=r"row\.json' is .*remove .* to run the cell again"):
             quiet("study.toml", seeds=1)
 
 
@@ -376,7 +377,7 @@ def test_control_c(here):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and error.startswith("pyro-bmr: stopped\n") and "Traceback" not in error  # joblib may add a warning
+    assert process.returncode == 130 and error == "pyro-bmr: stopped\n"
     finished = len(list(Path("out").rglob("row.json")))
     assert 3 <= finished < 120 and len(pd.read_csv("out/results.csv")) == finished and Path("out/report.html").exists()
 

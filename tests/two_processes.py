@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import pyro_bmr as bmr
+from pyro_bmr.processes import Processes
 
 X = torch.randn(101, 6, generator=torch.Generator().manual_seed(1))
 Y = (X @ torch.tensor([2.0, -1.0, 0.5, 0.0, 0.0, 0.0]) > 0).long()
@@ -70,6 +71,12 @@ def killed(folder, at):
     return bmr.fit(program, (X, Y), epochs=8, batch_size=25, progress=False, reduce=bmr.Every(1), checkpoint=bmr.Checkpoints(folder, every_steps=4))
 
 
+def saved_while_running(folder):
+    """A fixed scale and epochs without a reduction, in which the checkpoints of the first process alone read the posterior."""
+    rule = bmr.Checkpoints(folder, every_steps=3)
+    return bmr.fit(model(), (X, Y), epochs=12, batch_size=25, progress=False, reduce=bmr.Every(4, kept=0.5), checkpoint=rule)
+
+
 def message(run, *arguments):
     try:
         run(*arguments)
@@ -93,7 +100,8 @@ def main():
         errors = [message(faulty), message(point, rank), message(lambda: bmr.fit(model(), (X, Y), batch_size=1, progress=False))]
         seed = message(lambda: bmr.fit(model(), (X, Y), seed=rank, epochs=1, progress=False))
         found = {"natural": tensors(natural_fit), "point": tensors(point_fit), "history": [f.history.to_dict("list") for f in (natural_fit, point_fit)]}
-        torch.save({**found, "errors": [*errors, seed], "skipped": faulty_skipped()}, folder / f"{rank}.pt")
+        saved = message(saved_while_running, folder / "checkpoints")
+        torch.save({**found, "errors": [*errors, seed], "skipped": faulty_skipped(), "saved": saved, "seed": Processes().seed(7)}, folder / f"{rank}.pt")
     elif case == "killed":
         (folder / f"{rank}.txt").write_text(message(killed, folder / "checkpoints", 14))
     else:

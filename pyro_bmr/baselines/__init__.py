@@ -6,7 +6,7 @@ from typing import Any
 
 from pyro_bmr.baselines.dropout import DropoutOptions, dropout
 from pyro_bmr.baselines.magnitude import MagnitudeOptions, RewindingOptions, magnitude, rewinding
-from pyro_bmr.baselines.point import EnsembleOptions, PointOptions, best_temperature, deep_ensemble, point
+from pyro_bmr.baselines.point import EnsembleOptions, PointOptions, deep_ensemble, point
 from pyro_bmr.baselines.signal_to_noise import EverySignalToNoise
 from pyro_bmr.baselines.training import Trained, options_of
 from pyro_bmr.baselines.variational_dropout import VariationalDropoutOptions, variational_dropout
@@ -21,4 +21,4 @@ BASELINES: dict[str, tuple[Any, type[Any]]] = {
 }
 """Name → (function of what makes a network, data, seed, options and progress; the class of its options)."""
 
-__all__ = ["BASELINES", "EverySignalToNoise", "Trained", "best_temperature", "options_of"]
+__all__ = ["BASELINES", "EverySignalToNoise", "Trained", "options_of"]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_bmr.baselines.point import MakeNetwork
-from pyro_bmr.baselines.training import Budget, Trained, averaged, held_out, is_between, is_whole, logits, train
+from pyro_bmr.baselines.training import Budget, Trained, held_out, is_between, is_whole, logits, train
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError
-from pyro_bmr.prediction import ClassPrediction
+from pyro_bmr.prediction import Prediction, prediction_of
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -83,9 +83,9 @@ def dropout(make: MakeNetwork, data: Data, seed: int, options: DropoutOptions, p
         history = train(net, held_out(data, None), options, progress)
     net.eval()
 
-    def predict(x: Tensor) -> ClassPrediction:
+    def predict(x: Tensor) -> Prediction:
         with torch.random.fork_rng(), dropped_out(net, options.dropout, few):
             torch.manual_seed(seed)
-            return averaged(torch.stack([logits(net, x).softmax(1) for _ in range(options.draws)]))
+            return prediction_of(((logits(net, x).softmax(1),) for _ in range(options.draws)), options.draws)
 
     return Trained(predict, dict(net.state_dict()), net, history, time.perf_counter() - clock)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_bmr.baselines.training import Budget, Rows, Trained, averaged, held_out, is_between, is_whole, logits, train
+from pyro_bmr.baselines.training import Budget, Rows, Trained, held_out, is_between, is_whole, logits, train
 from pyro_bmr.data_set import Data
-from pyro_bmr.prediction import ClassPrediction
+from pyro_bmr.prediction import Prediction, prediction_of
 
 MakeNetwork = Callable[[int], nn.Module]
 """seed → a new network to train; it leaves torch's global generator where the start weights left it, so that a training follows from the seed too."""
@@ -83,8 +83,8 @@ def trained_point(net: nn.Module, history: pd.DataFrame, seconds: float, rows: R
     net.eval()
     scale = best_temperature(logits(net, rows.x_held), rows.y_held) if scaled and rows.x_held is not None and rows.y_held is not None else 1.0
 
-    def predict(x: Tensor) -> ClassPrediction:
-        return averaged((logits(net, x) / scale).softmax(1)[None])
+    def predict(x: Tensor) -> Prediction:
+        return prediction_of([((logits(net, x) / scale).softmax(1),)], 1)
 
     return Trained(predict, dict(net.state_dict()), net, history, seconds, extra={"scale": scale, **(extra or {})})
 
@@ -128,4 +128,6 @@ def deep_ensemble(make: MakeNetwork, data: Data, seed: int, options: EnsembleOpt
     nets = [one.network for one in members if one.network is not None]
     net = MeanOfNetworks(nets, [one.extra["scale"] for one in members]).eval()
     extra = {"members": float(options.members), "epochs_total": float(options.members * options.epochs)}
-    return Trained(lambda x: averaged(net.member_probs(x)), dict(net.state_dict()), net, history, time.perf_counter() - clock, extra=extra)
+    return Trained(
+        lambda x: prediction_of([(net.member_probs(x),)], options.members), dict(net.state_dict()), net, history, time.perf_counter() - clock, extra=extra
+    )

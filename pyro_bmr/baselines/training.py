@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from pyro_bmr.data_set import Data
-from pyro_bmr.errors import FitError, ModelError
-from pyro_bmr.prediction import ClassPrediction, Prediction
+from pyro_bmr.data_set import Data, validation_data
+from pyro_bmr.errors import FitError, ModelError, OptionError
+from pyro_bmr.fit_arguments import batch_sizes
+from pyro_bmr.prediction import Prediction
 
 _AT_ONCE = 2000  # rows that go through a network at once when nothing is trained
 
@@ -56,7 +57,7 @@ class Budget:
     def __post_init__(self) -> None:
         broken = [f"{name}={getattr(self, name)!r} ({wanted})" for name, (good, wanted) in self.rules().items() if not good]
         if broken:
-            raise ModelError(f"{type(self).__name__}: {', '.join(broken)} is wanted")
+            raise ModelError(f"{', '.join(broken)} is wanted")
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         """Option → whether its value is in its range, and that range."""
@@ -85,12 +86,12 @@ def options_of(kind: type[Options], method: str, given: Mapping[str, Any]) -> Op
     """The options of a method from their names.
 
     Raises:
-        ModelError: the method has no such option, or a value is out of its range.
+        OptionError: the method has no such option.
+        ModelError: a value is out of its range.
     """
     names = [f.name for f in fields(kind)]
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        raise ModelError(f"{method}: no option {', '.join(unknown)}; the options are: {', '.join(names)}")
+    if unknown := set(given) - set(names):
+        raise OptionError(method, unknown, names)
     return kind(**given)
 
 
@@ -108,14 +109,8 @@ def held_out(data: Data, fraction: float | None) -> Rows:
     came with are taken instead, and all training rows are trained on."""
     if fraction is None:
         return Rows(data.x_train, data.y_train)
-    if data.x_val is not None and data.y_val is not None:
-        return Rows(data.x_train, data.y_train, data.x_val, data.y_val)
-    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
-    count = int(fraction * len(order))
-    if not 0 < count < len(order):
-        raise ModelError(f"validation={fraction}: {count} of {len(order)} training rows are held out; a fraction that leaves rows on both sides is wanted")
-    held, rest = order[:count], order[count:]
-    return Rows(data.x_train[rest], data.y_train[rest], data.x_train[held], data.y_train[held])
+    split = validation_data(data, fraction)
+    return Rows(split.x_train, split.y_train, split.x_test, split.y_test)
 
 
 def train(
@@ -146,7 +141,7 @@ def train(
         FitError: the loss is no longer finite.
     """
     optimiser = torch.optim.Adam(groups or [{"params": list(net.parameters())}], lr=budget.learning_rate, weight_decay=budget.weight_decay, fused=True)
-    sizes = _batch_sizes(len(rows.x), budget.batch_size)
+    sizes = batch_sizes(len(rows.x), budget.batch_size)
     total = budget.epochs * len(sizes)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: 0.5 * (1 + math.cos(math.pi * (first + done) / total)))
     history: list[dict[str, float]] = []
@@ -186,15 +181,6 @@ def train(
     return pd.DataFrame(history)
 
 
-def _batch_sizes(rows: int, batch_size: int) -> list[int]:
-    """Of the batches of an epoch; a single row left over joins the batch before (batch norm cannot take it alone)."""
-    full, left = divmod(rows, min(batch_size, rows))
-    sizes = [min(batch_size, rows)] * full
-    if left == 1:
-        sizes[-1] += 1
-    return sizes + ([left] if left > 1 else [])
-
-
 def kept(net: nn.Module) -> float:
     """The fraction of all parameters, biases included, that are not zero."""
     return sum(int(p.count_nonzero()) for p in net.parameters()) / sum(p.numel() for p in net.parameters())
@@ -204,10 +190,3 @@ def kept(net: nn.Module) -> float:
 def logits(net: nn.Module, x: Tensor) -> Tensor:
     """What the network returns for every row, batch by batch."""
     return torch.cat([net(batch) for batch in x.split(_AT_ONCE)])
-
-
-def averaged(probs: Tensor) -> ClassPrediction:
-    """The prediction of members or draws with `probs` (members, rows, classes), each of the same weight: their mean, the mean of their entropies, and the
-    mutual information of class and member."""
-    mean, aleatoric = probs.mean(0), torch.special.entr(probs).sum(-1).mean(0)
-    return ClassPrediction(mean, aleatoric, (torch.special.entr(mean).sum(-1) - aleatoric).clamp_min(0))

@@ -15,7 +15,7 @@ from pyro_bmr.baselines import BASELINES, EverySignalToNoise, Trained, options_o
 from pyro_bmr.comparison.cells import ROUTES, Settings, run_cell
 from pyro_bmr.comparison.models import Build
 from pyro_bmr.data_set import Data
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, OptionError
 from pyro_bmr.exporting import export
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.prediction import predict
@@ -26,18 +26,19 @@ from pyro_bmr.pruning import Every
 __all__ = ["METHODS", "Method", "Trained", "method_named"]
 
 Method = Callable[[Build, Data, int, Mapping[str, Any], bool], Trained]
-"""(build, data, seed, options, progress) → what was trained. Options that the method doesn't know are refused by name."""
+"""(build, data, seed, options, progress) → what was trained. Options that the method does not know are an OptionError, raised before `build` is called."""
 
 
-def _of_route(route: str, every: Callable[..., Every] = Every) -> Method:
+def _of_route(name: str, route: str, every: Callable[..., Every] = Every) -> Method:
+    known = ("prior", *Settings.__dataclass_fields__)
+
     def run(build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool) -> Trained:
+        if unknown := set(options) - set(known):
+            raise OptionError(name, unknown, known)
         given = dict(options)
         prior = prior_from_name(str(given.pop("prior", "gaussian")))
-        unknown = set(given) - set(Settings.__dataclass_fields__)
-        if unknown:
-            raise ModelError(f"{route}: no option {', '.join(sorted(unknown))}; the options are: prior, {', '.join(Settings.__dataclass_fields__)}")
         if every is EverySignalToNoise and not isinstance(prior, Gaussian):
-            raise ModelError(f"snr: a Gaussian prior is wanted, such as gaussian or gaussian:0.1, got {prior!r}")
+            raise ModelError(f"{name}: a Gaussian prior is wanted, such as gaussian or gaussian:0.1, got {prior!r}")
         settings = Settings(**given)
         cell = run_cell(build, data, prior, route, seed, settings, progress, every)
         program, posterior = cell.fit.program, cell.posterior
@@ -78,9 +79,9 @@ def _of_baseline(name: str) -> Method:
 
 METHODS: dict[str, Method] = {
     **{name: _of_baseline(name) for name in BASELINES},
-    "map": _of_route("point"),
-    **{route: _of_route(route) for route in ROUTES if route != "point"},
-    "snr": _of_route("reduced", EverySignalToNoise),
+    "map": _of_route("map", "point"),
+    **{route: _of_route(route, route) for route in ROUTES if route != "point"},
+    "snr": _of_route("snr", "reduced", EverySignalToNoise),
 }
 """Name → method: the baselines, then the routes of `compare`, of which the point estimate under a prior is called map here."""
 

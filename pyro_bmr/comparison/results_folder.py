@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,17 @@ from pyro_bmr.reduction.sites import reduce
 
 _TEXT = ("model", "data", "prior", "route")
 _MEASURES = ("accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
-_REAL = ("temperature", "accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
+_REAL = ("temperature", *_MEASURES)
 
 
-def summary(table: pd.DataFrame, by: Sequence[str] = ("prior", "route"), measures: Sequence[str] = _MEASURES) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds of the measures that there are, one row per combination of `by`, as text."""
-    measures = [c for c in measures if c in table and table[c].notna().any()]
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean ± standard deviation over seeds, one row per prior and route, as text."""
+    measures = [c for c in _MEASURES if c in table and table[c].notna().any()]
 
     def text(values: pd.Series[Any]) -> str:
         return mean_and_spread(str(values.name), values.mean(), values.std())
 
-    return table.groupby(list(by), sort=False, dropna=False)[measures].agg(text).reset_index()
+    return table.groupby(["prior", "route"], sort=False)[measures].agg(text).reset_index()
 
 
 def mean_and_spread(measure: str, mean: float, spread: float) -> str:

@@ -101,7 +101,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("no object")
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise PyroBMRError(f"'{path}' is not what a study writes ({reason}); remove the folder of the cell to run it again") from None
+        raise PyroBMRError(f"'{path}' is not what a study writes ({reason}); remove its folder to run the cell again") from None
     return value
 
 

@@ -15,7 +15,7 @@ import torch
 from pyro_bmr.comparison.methods import Method
 from pyro_bmr.data import load
 from pyro_bmr.data_set import Data, validation_data
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import OptionError, PyroBMRError
 from pyro_bmr.priors import Prior
 
 Value = TypeVar("Value")
@@ -46,15 +46,13 @@ def refuse_options(method: Method, data: Data, options: Mapping[str, Any]) -> No
 
 def known_options(method: Method, data: Data, options: Mapping[str, list[Value]]) -> dict[str, list[Value]]:
     """Those of the options that the method knows, whatever it says of their values."""
-    found = {}
-    for name, values in options.items():
-        try:
-            refuse_options(method, data, {name: values[0]})
-        except ModelError as error:
-            if f"no option {name}" in str(error):
-                continue
-        found[name] = values
-    return found
+    try:
+        refuse_options(method, data, {name: values[0] for name, values in options.items()})
+    except OptionError as error:
+        return {name: values for name, values in options.items() if name not in error.unknown}
+    except PyroBMRError:  # of a value, which is refused with the rest of them later
+        pass
+    return dict(options)
 
 
 def data_named(name: str, validation: float | None) -> Data:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import pandas as pd
@@ -94,6 +95,7 @@ def _run(name: str, todo: list[Cell], cells: Path, jobs: int | None, progress: b
 
 
 def _succeeds(cell: Cell, cells: Path) -> bool:
+    tqdm.set_lock(RLock())  # the bars of a cell go to its log; the lock of all processes is a semaphore, which one that is stopped leaves behind
     run_cell(cell, cells)
     return failure(cells / cell.slug) is None
 
