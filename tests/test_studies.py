@@ -120,6 +120,7 @@ def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
         ("seeds = 2", "seeds = 0", r"study\.toml: seeds: .* got 0"),
         ("seeds = 2", "seeds = [1, 1]", r"study\.toml: seeds: .* got \[1, 1\]"),
         ("seeds = 2", "seeds = true", r"study\.toml: seeds: .* got True"),
+        ("seeds = 2", "shift = 3", r"study\.toml: shift: true or false is wanted, got 3"),
         ("seeds = 2", "validation = 1.5", r"study\.toml: validation: .* got 1\.5"),
         ('name = "tiny"\n', "", r"study\.toml: name: is missing"),
         ('["mlp:3"]', "[]", r"study\.toml: models: .* got \[\]"),
@@ -363,6 +364,13 @@ def test_the_same_numbers_in_two_processes(here, blank):
     write(BOTH)
     tables = [quiet("study.toml", f"out-{jobs}", jobs=jobs, only=["half"]).table for jobs in (1, 2)]
     pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables), check_exact=True)
+
+
+def test_scores_under_shift_if_asked(here, blank):
+    table = quiet(write(POINT.replace("seeds = 2", "seeds = 1\nshift = true").replace("epochs = 2", "epochs = 30"))).table
+    nll = [table[f"shift_nll_{severity}"][0] for severity in range(1, 6)]
+    assert table["nll"][0] < nll[0] < nll[2] < nll[4] and math.isnan(table["ood_auroc"][0])
+    assert not any(name.startswith("shift") for name in quiet(write(POINT), "plain", seeds=1).table)
 
 
 @pytest.mark.slow

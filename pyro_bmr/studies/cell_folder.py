@@ -52,7 +52,7 @@ def run_cell(cell: Cell, cells: Path) -> None:
         try:
             data = data_named(cell.data, cell.validation)
             trained = method_named(cell.method)(load_model(cell.model), data, cell.seed, cell.options, True)
-            row = _keep(trained, data, folder)
+            row = _keep(trained, data, folder, cell.shift)
         except Exception as problem:
             error = problem
             traceback.print_exc()
@@ -65,13 +65,13 @@ def run_cell(cell: Cell, cells: Path) -> None:
         write_atomically(folder / "failed.txt", lambda path: path.write_text(line, encoding="utf-8"))
 
 
-def _keep(trained: Trained, data: Data, folder: Path) -> dict[str, Any]:
+def _keep(trained: Trained, data: Data, folder: Path, shift: bool) -> dict[str, Any]:
     """Writes all that tables and pictures want of a trained network, and returns its row."""
     prediction = trained.predict(data.x_test)
     calibration = metrics.calibration(prediction.probs, data.y_test).tolist() if isinstance(prediction, ClassPrediction) else None
     save(trained.weights, folder, {"calibration": calibration, "input_shape": list(data.x_train.shape[1:])})
     write_atomically(folder / "history.csv", lambda path: trained.history.to_csv(path, index=False, na_rep="nan"))
-    return finite({**measured(trained, data, prediction), "kilobytes": (folder / "model.safetensors").stat().st_size / 1000})
+    return finite({**measured(trained, data, prediction, shift), "kilobytes": (folder / "model.safetensors").stat().st_size / 1000})
 
 
 def finished_row(folder: Path) -> dict[str, float] | None:

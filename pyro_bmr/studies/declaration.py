@@ -27,7 +27,7 @@ else:
     import tomli as tomllib
 
 Scalar = str | int | float | bool
-_KEYS = ("name", "seeds", "data", "models", "validation", "settings", "method")
+_KEYS = ("name", "seeds", "data", "models", "validation", "shift", "settings", "method")
 _METHOD_KEYS = ("name", "method", "models", "data", "for")
 
 
@@ -44,12 +44,13 @@ class Cell:
     varying: tuple[str, ...]
     seed: int
     validation: float | None
+    shift: bool
     fingerprint: str
 
     @property
     def definition(self) -> dict[str, Any]:
         """All that decides the numbers, and so not what a line is called in a table."""
-        keys = ("model", "data", "fingerprint", "method", "seed", "validation")
+        keys = ("model", "data", "fingerprint", "method", "seed", "validation", "shift")
         return {**{key: getattr(self, key) for key in keys}, "options": dict(self.options)}
 
     @property
@@ -142,6 +143,9 @@ def declare(source: str | Path | Mapping[str, Any], *, seeds: int | None = None,
     data, models = (given.names(key, values[key]) for key in ("data", "models"))
     seed_list = given.seeds(values.get("seeds", 1) if seeds is None else seeds)
     held_out = given.validation(values.get("validation") if validation is None else validation)
+    shift = values.get("shift", False)
+    if not isinstance(shift, bool):
+        raise given.wrong("shift", f"true or false is wanted, got {shift!r}")
     shared = given.table("settings", values.get("settings", {}))
     methods = values["method"]
     if not isinstance(methods, list) or not methods or not all(isinstance(method, Mapping) for method in methods):
@@ -188,7 +192,7 @@ def declare(source: str | Path | Mapping[str, Any], *, seeds: int | None = None,
                 except PyroBMRError as error:
                     raise given.wrong(key, str(error)) from None
                 line = ", ".join([label, *(f"{name} {options[name]}" for name in varying if name != "kept")])
-                cells += [Cell(model, data_name, label, line, str(method), options, varying, s, held_out, marks[model, data_name]) for s in seed_list]
+                cells += [Cell(model, data_name, label, line, str(method), options, varying, s, held_out, shift, marks[model, data_name]) for s in seed_list]
     if unused := [name for name in shared if name != "for" and name not in used]:
         raise given.wrong(f"settings.{unused[0]}", "no method of the study knows this option")
     cells.sort(key=lambda cell: (models.index(cell.model), data.index(cell.data)))

@@ -14,6 +14,7 @@ from pyro_bmr.comparison.methods import Trained
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ShrinkError
 from pyro_bmr.prediction import ClassPrediction, Prediction
+from pyro_bmr.shift import shifted_scores
 from pyro_bmr.shrinking import shrink_plan
 
 Measure = Callable[[Trained, Data, Prediction], dict[str, float]]
@@ -49,9 +50,11 @@ MEASURES: tuple[Measure, ...] = (_scores, _sizes, _costs)
 """In the order of the columns."""
 
 
-def measured(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
+def measured(trained: Trained, data: Data, prediction: Prediction, shift: bool = False) -> dict[str, float]:
     """All measures of a trained network: accuracy or rmse, nll, brier, ece (15 bins of equal width), ece_mass (20 of equal mass), parameters and more.
 
-    Units as in `compare`; elbo and delta_f in nats, size as a fraction of the parameters, seconds of training.
+    Units as in `compare`; elbo and delta_f in nats, size as a fraction of the parameters, seconds of training. With `shift`, those of
+    `shift.shifted_scores` as well, which takes 41 predictions of 2,000 images.
     """
-    return {name: value for measure in MEASURES for name, value in measure(trained, data, prediction).items()}
+    further = shifted_scores(trained.predict, data) if shift else {}
+    return {name: value for measure in MEASURES for name, value in measure(trained, data, prediction).items()} | further
