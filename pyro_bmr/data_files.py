@@ -100,7 +100,10 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
         raise DataError(
             f"'{path}': its contents differ from the published file (sha256 {hashlib.sha256(raw).hexdigest()[:12]}…, expected {sha256[:12]}…); install it again"
         )
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+    try:
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+    except ValueError:  # more axes than NumPy has, or a length of 0 beside lengths beyond its range
+        raise DataError(f"'{path}': an array of {' × '.join(map(str, shape))} cannot be held; install it again") from None
 
 
 def _line(text: object) -> str:

@@ -303,6 +303,8 @@ BAD_IDX = {
     "truncated": (GOOD[:-3], "10 × 20.*197.*truncated"),
     "too long": (GOOD + b"\x00", "10 × 20.*201"),
     "short header": (GOOD[:7], "not an IDX file"),
+    "a length of 0 beside huge ones": (b"\x00\x00\x08\x04" + struct.pack(">4I", 0, 2**32 - 1, 2**32 - 1, 7), "0 × 4294967295 × 4294967295 × 7 cannot be held"),
+    "more axes than an array has": (b"\x00\x00\x08\x64" + struct.pack(">100I", *[1] * 100) + b"\x07", "cannot be held"),
     "empty": (b"", "not an IDX file.*nothing"),
     "wrong magic": (b"\x00\x00\x0d" + GOOD[3:], "not an IDX file.*00000d02"),
     "text": (b"<!DOCTYPE html>", "not an IDX file"),
