@@ -1,12 +1,7 @@
 """Predicted against observed change of free energy along a pruning path, for two data sets: `python benchmarks/refit.py concrete --data <folder>`.
 
 `concrete`: strength of 1030 mixtures of 8 ingredients; `boston`: median value of homes in 506 tracts, 13 regressors. A network with one layer of 50 ReLU units,
-mean field, all rows. The data come from two Debian packages; R is not needed, `pip install rdata` is. In a folder of your own:
-
-    apt-get download r-cran-modeldata r-cran-mlbench
-    for package in *.deb; do dpkg -x $package R; done
-
-and `--data R/usr/lib/R/site-library` it is.
+mean field, all rows. `--data` is the folder of the two packages that `regression_tables.py` says how to get.
 
 One shot: every size is reduced from the one fit of the full model, and refitted. Iterated: every size is reduced from the refit of the size before; its
 prediction is the sum of those along the way. The free energies are those of the fits, 256 draws each, with the same noise; each refit starts where its
@@ -19,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import rdata
 import torch
+from regression_tables import READERS
 from torch import nn
 
 import pyro_bmr as bmr
@@ -35,22 +29,6 @@ KEPT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.0
 PRIOR_SCALES = (0.3, 0.5, 1.0, 2.0, 4.0)
 
 
-def concrete(library: Path) -> pd.DataFrame:
-    folder = library / "modeldata/data"
-    index = rdata.conversion.convert(rdata.parser.parse_file(folder / "Rdata.rdx", extension=".rds"))
-    offset, length = index["variables"]["concrete"]
-    packed = (folder / "Rdata.rdb").read_bytes()[offset : offset + length]
-    if packed[4:5] != b"Z":  # R's code for xz, after the size in four bytes
-        raise SystemExit(f"{folder}: the table concrete is not packed with xz; this reads r-cran-modeldata 1.1.0")
-    raw = lzma.decompress(packed[5:], lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME}])
-    return rdata.conversion.convert(rdata.parser.parse_data(raw, extension=".rds"))
-
-
-def boston(library: Path) -> pd.DataFrame:
-    return rdata.read_rda(library / "mlbench/data/BostonHousing.rda")["BostonHousing"]
-
-
-READERS = {"concrete": concrete, "boston": boston}
 SCALES = {"concrete": 4.0, "boston": 0.5}  # of the prior: see --choose
 
 
@@ -69,7 +47,7 @@ def model(columns: int, scale: float, seed: int) -> bmr.BayesianNetwork:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=READERS)
+    parser.add_argument("name", choices=SCALES)
     parser.add_argument("--data", type=Path, required=True, help="the folder of R's packages")
     parser.add_argument("--choose", action="store_true", help="only print what the rows held out say of the prior's scale")
     parser.add_argument("--scale", type=float, help="of the prior of every weight")

@@ -15,8 +15,9 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
 def load(name):
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
+    for folder in (str(ROOT), str(ROOT / "benchmarks")):  # the second for what one of them takes from another
+        if folder not in sys.path:
+            sys.path.append(folder)
     return importlib.import_module(f"benchmarks.{name}")
 
 

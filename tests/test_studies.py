@@ -25,7 +25,7 @@ import pyro_bmr as bmr
 from pyro_bmr.cli import main
 from pyro_bmr.comparison import Settings, methods
 from pyro_bmr.errors import OptionError
-from pyro_bmr.studies import cell_folder, declare, report, study
+from pyro_bmr.studies import cell_folder, declare, pictures, report, study
 from pyro_bmr.studies.running import cells_left
 
 matplotlib.use("Agg")
@@ -347,6 +347,17 @@ def test_the_report(here):
     markdown = Path("out/report.md").read_text(encoding="utf-8")
     assert all(f"| {row[5][0]} |" in markdown for row in page.rows[1:]) and all(f"(pictures/{file.name})" in markdown for file in files)
     assert Path("out/study.toml").read_text() == BOTH
+
+
+def test_an_axis_of_fractions_ends_at_100_percent():
+    for least in (1.0, 0.03):
+        figure, axes = matplotlib.pyplot.subplots()
+        axes.plot([least, 1.0], [0.5, 0.6])
+        pictures._in_percent(axes, "x", "kept")
+        figure.canvas.draw()
+        low, high = axes.get_xlim()
+        assert low < least and 1 < high < 2 and [label.get_text() for label in axes.get_xticklabels()][-1] == "100 %"
+        matplotlib.pyplot.close(figure)
 
 
 def test_a_report_of_real_targets(here):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -97,14 +97,17 @@ def _panels(columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Figu
     return figure, list(panels[0])
 
 
-def _fraction_axis(axes: Axes) -> None:
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    low, high = axes.get_xlim()
+def _in_percent(axes: Axes, which: Literal["x", "y"], label: str) -> None:
+    """A logarithmic axis of fractions, which ends at 100 %."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axes.set(**{f"{which}scale": "log"})
+    low, high = axis.get_view_interval()
+    low, high = min(float(low), 0.5), min(float(high), 1.15)
     steps = (1, 2, 5) if high / low < 200 else (1,)
-    axes.set_xticks([c * 10.0**e for e in range(-7, 1) for c in steps if low <= c * 10.0**e <= high])
-    axes.set_xlabel("parameters kept")
+    axis.set_ticks([c * 10.0**e for e in range(-7, 1) for c in steps if low <= c * 10.0**e <= high])
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axis.set_minor_formatter(NullFormatter())
+    axes.set(**{f"{which}lim": (low, high), f"{which}label": label})
 
 
 def _fronts(mean: pd.DataFrame, spread: pd.DataFrame, looks: Mapping[str, dict[str, Any]]) -> Figure:
@@ -122,7 +125,7 @@ def _fronts(mean: pd.DataFrame, spread: pd.DataFrame, looks: Mapping[str, dict[s
                 axes.errorbar(rows["kept"], rows[measure], yerr=band, capsize=3, label=method, **look)
         axes.set_ylabel(_NAMES[measure])
         axes.set_title(_BETTER.get(measure, "lower is better"), fontsize=8, color="0.4")
-        _fraction_axis(axes)
+        _in_percent(axes, "x", "parameters kept")
     _legend(figure, panels[0])
     return figure
 
@@ -166,9 +169,7 @@ def _learning(folders: Mapping[str, Path], looks: Mapping[str, dict[str, Any]]) 
         axes.set(xlabel="epoch", ylabel=wanted[column])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if column == "kept":
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            _in_percent(axes, "y", wanted[column])
         elif column != "validation_nll":
             finite = pd.concat([history[column] for history in histories.values() if column in history]).dropna()
             if len(finite) > 4:  # the first epochs would hide all others
@@ -203,8 +204,7 @@ def _layers(chosen: Mapping[str, pd.DataFrame], folder: Path, looks: Mapping[str
             error_kw={"elinewidth": 0.8},
         )
     axes.set_xticks(range(len(layers)), layers, rotation=0 if len(layers) < 6 else 60, fontsize=8)
-    axes.set(yscale="log", ylabel="weights kept")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    _in_percent(axes, "y", "weights kept")
     axes.grid(visible=False, axis="x")
     _legend(figure, axes)
     return figure
