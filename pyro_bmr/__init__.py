@@ -1,6 +1,7 @@
 """Bayesian deep learning with Pyro, sparse by Bayesian model reduction. The public names, in the order of the pipeline."""
 
 from pyro_bmr import metrics
+from pyro_bmr.calibration import best_temperature, best_widening
 from pyro_bmr.checkpoints import Checkpoints
 from pyro_bmr.comparison import Settings, compare
 from pyro_bmr.data import load
@@ -84,7 +85,9 @@ __all__ = [
     "StudentT",
     "StudyResults",
     "adam",
+    "best_temperature",
     "best_var",
+    "best_widening",
     "compare",
     "cosine",
     "delta_f",

@@ -60,6 +60,8 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     c.add_argument("--kept", type=float, metavar="FRACTION", help="target fraction of weights for the reduced route; by default the evidence decides")
     c.add_argument("--reduce-every", type=float, metavar="EPOCHS", help="interval of reductions during the fit; by default a tenth of it")
     _add_schedule(c, defaults)
+    c.add_argument("--widen", type=float, default=defaults.widen, metavar="FACTOR", help="of the posterior variances in predictions; 1 is as fitted")
+    c.add_argument("--scaled", action="store_true", help="find that factor on a sixth of the training rows, which the fits do without")
     c.add_argument("--validation", type=float, metavar="FRACTION", help="score a held-out part of the training rows instead of the test rows")
     _add_run(c, defaults)
     c.add_argument("--out", default="results/compare", metavar="DIR", help="folder of the results; finished rows in it are kept")

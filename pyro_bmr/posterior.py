@@ -6,6 +6,7 @@ Owns `Posterior`: drawing from it, masks, saving and loading. How it is read is 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -95,6 +96,19 @@ class Posterior:
                 )
         pruned = {name: site.masked(masks[name]) for name, site in self.sites.items() if name in masks}
         return replace(self, sites={**self.sites, **pruned})
+
+    def widened(self, factor: float) -> Posterior:
+        """The same posterior with `factor` times the covariance of every real site, pruned entries still 0: what to draw predictions from after a fit at a
+        temperature below 1 (`best_widening`). What `reduce` says of a posterior holds for the one that was fitted, not for this one.
+
+        Raises:
+            ModelError: `factor` is not a number ≥ 0, or a site's draws follow those of its scales (`ScaleCoupled`).
+        """
+        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise ModelError(f"widened({factor!r}): a finite number >= 0 is wanted")
+        if coupled := [name for name, site in self.sites.items() if site.message is not None]:
+            raise ModelError(f"site '{coupled[0]}': its draws follow those of its scales (ScaleCoupled) and have no variance of their own to widen")
+        return replace(self, sites={name: site.widened(factor) for name, site in self.sites.items()})
 
     @classmethod
     def from_guide(

@@ -1,6 +1,6 @@
 """Posterior predictive distributions, averaged over draws of the weights, with their epistemic and aleatoric parts apart.
 
-Owns `predict`, and `prediction_of`, which averages over draws or members of any origin. Next: `metrics.py`.
+Owns `predict`, and `prediction_of`, which averages over draws or members of any origin. Next: `calibration.py`.
 """
 
 from __future__ import annotations

@@ -59,6 +59,20 @@ class Site:
         """The same site with `mask` in force: moments of pruned entries 0, and the joint covariance that of the others."""
         return replace(self, mean=self.mean.where(mask, 0), var=self.var.where(mask, 0), mask=mask, joint=_masked_joint(self.joint, mask))
 
+    def widened(self, factor: float) -> Site:
+        """The same site with `factor` times the covariance; one that is not on all numbers stays as it is."""
+        if self.support != "real":
+            return self
+        return replace(self, var=self.var * factor, joint=_widened_joint(self.joint, factor))
+
+
+def _widened_joint(joint: Joint | None, factor: float) -> Joint | None:
+    if isinstance(joint, Dense):
+        return replace(joint, cov=joint.cov * factor)
+    if isinstance(joint, LowRank):
+        return replace(joint, var=joint.var * factor, factor=joint.factor * factor**0.5)
+    return joint if joint is None else replace(joint, row_cov=joint.row_cov * factor)
+
 
 def _masked_joint(joint: Joint | None, mask: Tensor) -> Joint | None:
     """The covariance of the living entries, rows and columns of the others 0; None where a matrix normal loses its form."""

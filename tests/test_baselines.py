@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 import pyro_bmr as bmr
 from pyro_bmr.baselines.magnitude import Pruning
-from pyro_bmr.baselines.point import best_temperature
 from pyro_bmr.baselines.variational_dropout import log_uniform_kl
 from pyro_bmr.comparison import load_model
 from pyro_bmr.comparison.methods import METHODS, method_named
@@ -55,17 +53,6 @@ def test_dropout_averages_over_masks_and_leaves_a_plain_network():
     probs = result.predict(DATA.x_test).probs
     assert (probs - plain).abs().max() > 0.02 and (probs - plain).abs().mean() < 0.1
     assert not any("ropout" in type(m).__name__ for m in result.network.modules())
-
-
-def test_the_temperature_is_the_best_of_a_grid():
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(400, 5, generator=generator)
-    y = torch.distributions.Categorical(logits=logits / 2.7).sample()
-    grid = torch.linspace(0.5, 6, 2001)
-    losses = torch.stack([F.cross_entropy(logits / t, y) for t in grid])
-    assert best_temperature(logits, y) == pytest.approx(float(grid[losses.argmin()]), abs=4e-3)
-    plain, scaled = trained("magnitude", kept=0.9, scaled=True), trained("magnitude", kept=0.9)
-    assert plain.extra["scale"] != 1 and scaled.extra["scale"] == 1
 
 
 def test_the_divergence_from_the_log_uniform_prior():

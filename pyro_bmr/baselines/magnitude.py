@@ -118,7 +118,7 @@ def magnitude(make: MakeNetwork, data: Data, seed: int, options: MagnitudeOption
     rows = options.rows(data)
     net = make(seed)
     history = train(net, rows, options, progress, after=Pruning(list(net.parameters())).on(options))
-    return trained_point(net, history, time.perf_counter() - clock, rows, options.scaled)
+    return trained_point(net, history, time.perf_counter() - clock, rows, options)
 
 
 def rewinding(make: MakeNetwork, data: Data, seed: int, options: RewindingOptions, progress: bool = False) -> Trained:
@@ -148,4 +148,4 @@ def rewinding(make: MakeNetwork, data: Data, seed: int, options: RewindingOption
         history.append(train(net, rows, options, progress, after=lambda step, total: pruning.hold(), first=steps))
     per_epoch = len(history[0]) and int(history[0]["step"].iloc[-1]) // options.epochs
     extra = {"epochs_total": options.epochs * (options.rounds + 1) - options.rounds * steps / per_epoch}
-    return trained_point(net, pd.concat(history, ignore_index=True), time.perf_counter() - clock, rows, options.scaled, extra)
+    return trained_point(net, pd.concat(history, ignore_index=True), time.perf_counter() - clock, rows, options, extra)

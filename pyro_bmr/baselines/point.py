@@ -1,12 +1,11 @@
 """A point estimate with early stopping and with temperature scaling (Guo et al. 2017), and the deep ensemble of such (Lakshminarayanan et al. 2017).
 
-Owns `Scaled`, `PointOptions` and `EnsembleOptions`, `point`, `deep_ensemble`, and `best_temperature`, which all point estimates share.
+Owns `Scaled`, `PointOptions` and `EnsembleOptions`, `point`, `deep_ensemble`, and `trained_point`, which all point estimates share.
 Next: `magnitude.py`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyro_bmr.baselines.training import Budget, Rows, Trained, held_out, is_between, is_whole, logits, train
+from pyro_bmr.calibration import best_temperature
 from pyro_bmr.data_set import Data
 from pyro_bmr.prediction import Prediction, prediction_of
 
@@ -27,14 +26,21 @@ MakeNetwork = Callable[[int], nn.Module]
 @dataclass(frozen=True)
 class Scaled(Budget):
     """A budget with temperature scaling: `scaled` trains without the rows that are held out, the fraction `validation` of the training rows or those that the
-    data came with, and divides the logits by the one temperature that is best there."""
+    data came with, and divides the logits by the one temperature that is best there. `scale` is a temperature known beforehand, from such a run: then nothing
+    is held out."""
 
     validation: float = 1 / 6
     scaled: bool = False
+    scale: float = 1.0
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         good = is_between(self.validation, 0, 1) and 0 < self.validation < 1
-        return {**super().rules(), "validation": (good, "0 < validation < 1"), "scaled": (isinstance(self.scaled, bool), "true or false")}
+        return {
+            **super().rules(),
+            "validation": (good, "0 < validation < 1"),
+            "scaled": (isinstance(self.scaled, bool), "true or false"),
+            "scale": (is_between(self.scale, 0.05, 20) and (self.scale == 1 or not self.scaled), "0.05 <= scale <= 20, and not scaled as well"),
+        }
 
     def rows(self, data: Data) -> Rows:
         """The rows to train on, and those held out if anything asks for them."""
@@ -64,24 +70,12 @@ class EnsembleOptions(PointOptions):
         return {**super().rules(), "members": (is_whole(self.members, 1), "a whole number >= 1")}
 
 
-def best_temperature(logits: Tensor, y: Tensor) -> float:
-    r"""The T > 0 with the least mean cross entropy of softmax(logits / T), between 0.05 and 20, by golden section in log T.
-
-    The cross entropy is convex in 1/T, so that it has one minimum. Source: Guo et al. 2017, arXiv 1706.04599.
-    """
-    low, high, ratio = math.log(0.05), math.log(20.0), (math.sqrt(5) - 1) / 2
-    logits = logits.double()
-    while high - low > 1e-4:
-        a, b = high - ratio * (high - low), low + ratio * (high - low)
-        losses = [float(F.cross_entropy(logits / math.exp(t), y.long())) for t in (a, b)]
-        low, high = (low, b) if losses[0] < losses[1] else (a, high)
-    return math.exp((low + high) / 2)
-
-
-def trained_point(net: nn.Module, history: pd.DataFrame, seconds: float, rows: Rows, scaled: bool, extra: dict[str, float] | None = None) -> Trained:
-    """What a method leaves behind whose prediction is that of one network; `scaled` fits the temperature on the rows held out."""
+def trained_point(net: nn.Module, history: pd.DataFrame, seconds: float, rows: Rows, options: Scaled, extra: dict[str, float] | None = None) -> Trained:
+    """What a method leaves behind whose prediction is that of one network, with the temperature that its options ask for."""
     net.eval()
-    scale = best_temperature(logits(net, rows.x_held), rows.y_held) if scaled and rows.x_held is not None and rows.y_held is not None else 1.0
+    scale = options.scale
+    if options.scaled and rows.x_held is not None and rows.y_held is not None:
+        scale = best_temperature(logits(net, rows.x_held), rows.y_held)
 
     def predict(x: Tensor) -> Prediction:
         return prediction_of([((logits(net, x) / scale).softmax(1),)], 1)
@@ -96,7 +90,7 @@ def point(make: MakeNetwork, data: Data, seed: int, options: PointOptions, progr
     net = make(seed)
     history = train(net, rows, options, progress, keep_best=options.early_stopping)
     best = int(history["validation_nll"].argmin()) if options.early_stopping else len(history) - 1
-    return trained_point(net, history, time.perf_counter() - clock, rows, options.scaled, {"best_epoch": float(history["epoch"].iloc[best])})
+    return trained_point(net, history, time.perf_counter() - clock, rows, options, {"best_epoch": float(history["epoch"].iloc[best])})
 
 
 class MeanOfNetworks(nn.Module):

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from pyro_bmr.baselines.dropout import called
 from pyro_bmr.baselines.magnitude import Gradual, Pruning
-from pyro_bmr.baselines.point import MakeNetwork, trained_point
-from pyro_bmr.baselines.training import Trained, held_out, is_between, train
+from pyro_bmr.baselines.point import MakeNetwork, Scaled, trained_point
+from pyro_bmr.baselines.training import Trained, is_between, train
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError
 
@@ -26,7 +26,7 @@ _TINY = 1e-16  # beside variances, so that no gradient is infinite at zero
 
 
 @dataclass(frozen=True)
-class VariationalDropoutOptions(Gradual):
+class VariationalDropoutOptions(Gradual, Scaled):
     """`threshold`: weights with log α above it are zero at the end. `kept` below 1: instead, the weights of largest log α go during the training, on the
     schedule of `magnitude`, until that fraction of all parameters is left. `warm_up`: the part of the training over which the weight of the KL rises from 0
     to 1. `log_variance`: log σ² at the start. `variance_rate`: by which the learning rate of log σ² is larger than that of the weights."""
@@ -102,7 +102,7 @@ def variational_dropout(make: MakeNetwork, data: Data, seed: int, options: Varia
         ModelError: `kept` is less than the parameters that are no such weights.
     """
     clock = time.perf_counter()
-    net, rows = make(seed), held_out(data, None)
+    net, rows = make(seed), options.rows(data)
     noise = NoisyLayers(called(net, data.x_train[:2]), options.log_variance)
     weights = {id(layer.weight) for layer in noise.layers}
     others = [p for p in net.parameters() if id(p) not in weights]
@@ -133,4 +133,4 @@ def variational_dropout(make: MakeNetwork, data: Data, seed: int, options: Varia
         noise.pruning.masks = [alive.to(mask) for alive, mask in zip(lives, noise.pruning.masks, strict=True)]
         noise.pruning.hold()
     extra = {"threshold_kept": (rest + sum(int(alive.sum()) for alive in lives)) / total}
-    return trained_point(net, history, time.perf_counter() - clock, rows, False, extra)
+    return trained_point(net, history, time.perf_counter() - clock, rows, options, extra)

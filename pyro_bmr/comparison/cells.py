@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_bmr import metrics
+from pyro_bmr.calibration import best_widening
 from pyro_bmr.comparison.models import Build
-from pyro_bmr.data_set import Data
+from pyro_bmr.data_set import Data, validation_data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting import point_weights
 from pyro_bmr.fitting import Fit, adam, fit
@@ -42,7 +43,9 @@ class Settings:
 
     `optimizer`: one of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the point route takes adam at its own rate then. `learning_rate`: None for
     that of the optimiser. `kept`: target fraction for the reduced route, None for the evidence to decide. `reduce_every`: epochs, by default a tenth of
-    the fit; `start`, `stop`: as in `Every`. `draws`: of the predictive. `estimator`: as in `MeanField`.
+    the fit; `start`, `stop`: as in `Every`. `draws`: of the predictive. `estimator`: as in `MeanField`. `widen`: the
+    predictive draws from `posterior.widened(widen)`; `scaled` finds that factor on a sixth of the training rows, or the validation rows that the data came
+    with, which the fit does without.
     """
 
     epochs: int = 40
@@ -57,6 +60,8 @@ class Settings:
     validation: float | None = None
     optimizer: str = "adam"
     estimator: str = "weight"
+    widen: float = 1.0
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         rate = optimizer_named(self.optimizer, self.learning_rate)[1]
@@ -73,21 +78,23 @@ class Settings:
             "stop": self.start <= self.stop <= 1,
             "draws": self.draws >= 0,
             "validation": self.validation is None or 0 < self.validation < 1,
+            "widen": 0 <= self.widen < math.inf and (self.widen == 1 or not self.scaled),
         }
         broken = [f"{name}={getattr(self, name)}" for name, good in rules.items() if not good]
         if broken:
             raise ModelError(
                 f"{', '.join(broken)}: wanted are epochs, batch_size >= 1, learning_rate, temperature, reduce_every > 0, 0 <= start <= stop <= 1, "
-                "0 <= kept <= 1, draws >= 0, 0 < validation < 1"
+                "0 <= kept <= 1, draws >= 0, 0 < validation < 1, widen >= 0 and not scaled as well"
             )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one prior, route and seed gave."""
+    """What one prior, route and seed gave. `posterior`: what the prediction is drawn from, with `widen` times the variances of the one that was fitted."""
 
     fit: Fit
     posterior: Posterior
+    widen: float
     reduction: Reduction | None
     prediction: Prediction
     delta_f: float
@@ -113,18 +120,21 @@ def optimizer_named(name: str, learning_rate: float | None = None) -> tuple[Call
 
 def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, settings: Settings, progress: bool, every: Callable[..., Every] = Every) -> Cell:
     """Fits, reduces and predicts, as the route says; `every` makes the schedule of the reduced route."""
+    if route == "point" and (settings.scaled or settings.widen != 1):
+        raise ModelError("widen, scaled: a point estimate has no variances to widen; leave them out for this route")
+    fitted_on = validation_data(data, 1 / 6) if settings.scaled else data
     fitted_under = prior if route != "reduced" or isinstance(prior, Gaussian) else Gaussian()
     target: Prior = Gaussian(scale=0.0) if isinstance(prior, Gaussian) else prior
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        program = build(data, fitted_under)
+        program = build(fitted_on, fitted_under)
     schedule = (
         every(settings.reduce_every or settings.epochs / 10, target, settings.start, kept=settings.kept, stop=settings.stop) if route == "reduced" else None
     )
     make = adam if route == "point" and settings.optimizer != "adam" else optimizer_named(settings.optimizer, settings.learning_rate)[0]
     result = fit(
         program,
-        data,
+        fitted_on,
         guide=Point if route == "point" else partial(MeanField, estimator=settings.estimator),
         epochs=settings.epochs,
         batch_size=settings.batch_size,
@@ -142,8 +152,13 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
         reduction = reduce(posterior, to=None)
     if reduction is not None:
         posterior = reduction.posterior
+    widen = settings.widen
+    if settings.scaled:
+        widen = best_widening(result.program, posterior, (fitted_on.x_test, fitted_on.y_test), draws=settings.draws, seed=seed)
+    if widen != 1:
+        posterior = posterior.widened(widen)
     prediction = predict(result.program, posterior, data.x_test, draws=0 if route == "point" else settings.draws, seed=seed)
-    return Cell(result, posterior, reduction, prediction, delta_f, point_weights(result.program, posterior))
+    return Cell(result, posterior, widen, reduction, prediction, delta_f, point_weights(result.program, posterior))
 
 
 def scores(prediction: Prediction, data: Data) -> dict[str, float]:

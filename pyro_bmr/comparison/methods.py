@@ -51,6 +51,7 @@ def _of_route(name: str, route: str, every: Callable[..., Every] = Every) -> Met
             cell.fit.seconds,
             float(cell.fit.history["elbo"].iloc[-1]),
             cell.delta_f,
+            {} if cell.widen == 1 else {"widen": cell.widen},
         )
 
     return run

@@ -1,0 +1,81 @@
+"""The comparative study: runs what is not finished of `benchmarks/study_*.toml`, and fills the tables of docs/results/study.md.
+
+    python benchmarks/study.py --jobs 2
+    python benchmarks/study.py --only mlp lenet       # some of them
+    python benchmarks/study.py --fill                 # no run, the tables of what is finished
+
+The tables of regression want `results/regression-data`, which `regression_tables.py` makes. Finished cells are kept in results/study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import pandas as pd
+
+import pyro_bmr as bmr
+from pyro_bmr.comparison.results_folder import mean_and_spread
+from pyro_bmr.studies.cell_folder import read_json
+from pyro_bmr.studies.declaration import declare
+from pyro_bmr.studies.report import results
+
+PAGE = Path("docs/results/study.md")
+ROOT = Path("results/study")
+COLUMNS = {
+    "": ("accuracy", "nll", "brier", "ece", "kept", "size", "seconds"),
+    "paper": ("accuracy", "nll", "ece", "ece_mass", "kept", "seconds"),
+    "regression": ("rmse", "nll", "kept", "elbo", "seconds"),
+}
+"""Study → the columns of its table; "" for all others. Those of shift are added where a study has them."""
+SHIFTED = ("shift_nll_1", "shift_nll_3", "shift_nll_5", "shift_ece_1", "shift_ece_3", "shift_ece_5", "ood_auroc")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    found = {path.stem.removeprefix("study_"): path for path in sorted(Path("benchmarks").glob("study_*.toml"))}
+    parser.add_argument("--only", nargs="+", choices=found, default=list(found))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--fill", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    for name in arguments.only:
+        if not arguments.fill:
+            bmr.study(found[name], ROOT / name, jobs=arguments.jobs)
+        declared = declare(found[name])
+        table = results(declared, ROOT / name)
+        if not table.empty:
+            fill(name, table, len(declared.cells))
+
+
+def fill(name: str, table: pd.DataFrame, cells: int) -> None:
+    """Puts the means of a study between its marks on the page."""
+    table["data"] = [
+        Path(str(data)).stem.rsplit("-", 1)[0] if str(data).endswith(".npz") else data for data in table["data"]
+    ]  # the splits of one table together
+    keys = [key for key in ("model", "data", "method", "option_kept") if key in table]
+    columns = [column for column in (*COLUMNS.get(name, COLUMNS[""]), *SHIFTED) if column in table and table[column].notna().any()]
+    shown = [key for key in keys if key in ("method", "option_kept") or table[key].nunique() > 1]
+    names = {"option_kept": "target"}
+    lines = ["| " + " | ".join([*(names.get(key, key) for key in shown), "fits", *columns]) + " |", "|" + "---|" * (len(shown) + 1 + len(columns))]
+    for key, group in table.groupby(keys, sort=False, dropna=False):
+        place = dict(zip(keys, key, strict=True))
+        words = [
+            "" if isinstance(place[k], float) and math.isnan(place[k]) else f"{place[k]:g}" if isinstance(place[k], float) else str(place[k]) for k in shown
+        ]
+        lines.append("| " + " | ".join([*words, str(len(group)), *(mean_and_spread(c, group[c].mean(), group[c].std()) for c in columns)]) + " |")
+    commits = sorted({read_json(ROOT / name / "cells" / cell / "config.json")["versions"].get("commit", "?") for cell in table["cell"]})
+    note = f"`pyro-bmr study benchmarks/study_{name}.toml --out {ROOT / name}`, {len(table)} of {cells} cells, commit {', '.join(commits)}."
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(f"<!-- {name} -->")
+    after = rest.split(f"<!-- end of {name} -->")[1]
+    PAGE.write_text("\n".join([f"{before}<!-- {name} -->", *lines, "", note, f"<!-- end of {name} -->{after}"]), encoding="utf-8")
+
+
+def table_of(data: str) -> str:
+    """The table that a file is a split of, results/regression-data/concrete-0.npz of concrete; other data as they are called."""
+    return Path(data).stem.rsplit("-", 1)[0] if data.endswith(".npz") else data
+
+
+if __name__ == "__main__":
+    main()
