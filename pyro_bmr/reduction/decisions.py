@@ -100,7 +100,11 @@ def _by_size(results: Results, kept: float | Mapping[str, float]) -> dict[str, T
     if count == 0:
         return {name: torch.zeros_like(rank, dtype=torch.bool) for name, rank in ranks.items()}
     limit = pooled.kthvalue(count).values
-    return {name: (rank <= limit) & rank.isfinite() for name, rank in ranks.items()}
+    stays = pooled < limit
+    ties = (pooled == limit).nonzero()[: count - int(stays.sum())]  # weights that the data say nothing of all have the ΔF of the prior
+    stays[ties[:, 0]] = bool(limit.isfinite())
+    parts = stays.split([rank.numel() for rank in ranks.values()])
+    return {name: part.view_as(rank) for (name, rank), part in zip(ranks.items(), parts, strict=True)}
 
 
 def _check_ranks(ranks: Tensor) -> None:

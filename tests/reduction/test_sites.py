@@ -51,6 +51,18 @@ def test_target_sparsity_keeps_the_best_by_evidence():
     assert bmr.reduce(posterior(), to=bmr.Gaussian(0), kept=1.0).kept == 1.0
 
 
+def test_a_target_is_met_among_weights_that_the_data_say_nothing_of():
+    """All of those have the ΔF of the prior, to the last digit: 12 of 20 here, and 6 are to stay."""
+    mean, var = torch.zeros(20), torch.full((20,), 0.49)
+    mean[:4], var[:4] = torch.tensor([2.0, -3.0, 1.5, 4.0]), 0.01  # needed
+    var[16:] = 0.01  # not needed
+    silent = bmr.Posterior.from_moments({"w": mean.view(4, 5)}, {"w": var.view(4, 5)}, bmr.Gaussian(0.7))
+    for kept, count in ((0.3, 6), (0.2, 4), (0.85, 17), (0.05, 1)):
+        mask = bmr.reduce(silent, to=bmr.Gaussian(0), kept=kept).masks["w"].flatten()
+        assert int(mask.sum()) == count and int(mask[:4].sum()) == min(count, 4)
+    assert bmr.reduce(silent, to=bmr.Gaussian(0), kept=0.85).masks["w"].flatten()[:16].all()
+
+
 def test_pruned_weights_stay_pruned_and_count_nowhere():
     mask = torch.rand(4, 6) < 0.5
     result = bmr.reduce(posterior(mask), to=bmr.SpikeAndSlab(alpha=1.5, beta=2.5))
