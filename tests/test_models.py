@@ -9,10 +9,12 @@ import pyro_bmr as bmr
 from pyro_bmr.comparison import load_model, model_names
 
 DIGITS = bmr.load("digits")
-SHRINKS = {"mlp", "lenet", "lenet_caffe", "resnet", "resnet:16-32-group", "vit", "mlp_mixer", "gru"}
+SHRINKS = {"mlp", "lenet", "lenet_caffe", "resnet", "lenet:6-16-120-84-relu", "resnet:16-32-group", "vit", "mlp_mixer", "gru"}
 
 
-@pytest.mark.parametrize("name", [*sorted(set(model_names()) - {"linear_regression", "logistic_regression", "lenet_caffe"}), "resnet:16-32-group"])
+@pytest.mark.parametrize(
+    "name", [*sorted(set(model_names()) - {"linear_regression", "logistic_regression", "lenet_caffe"}), "lenet:6-16-120-84-relu", "resnet:16-32-group"]
+)
 def test_lifted_fitted_reduced_exported_and_shrunk(name):
     torch.manual_seed(0)
     program = load_model(name)(DIGITS, bmr.Gaussian())
@@ -43,7 +45,8 @@ def test_logistic_regression_learns_the_digits():
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("mlp:500-500-500-500", 1_149_010), ("lenet", 61_706), ("vit:paper", 3_186_954), ("mlp_mixer:paper", 1_987_722)]
+    ("name", "parameters"),
+    [("mlp:500-500-500-500", 1_149_010), ("lenet", 61_706), ("lenet:6-16-120-84-relu", 61_706), ("vit:paper", 3_186_954), ("mlp_mixer:paper", 1_987_722)],
 )
 def test_sizes_of_the_paper_on_fashion_mnist(name, parameters):
     images = replace(DIGITS, x_train=torch.zeros(8, 1, 28, 28), x_test=torch.zeros(8, 1, 28, 28))
