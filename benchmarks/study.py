@@ -25,7 +25,6 @@ PAGE = Path("docs/results/study.md")
 ROOT = Path("results/study")
 COLUMNS = {
     "": ("accuracy", "nll", "brier", "ece", "kept", "size", "seconds"),
-    "paper": ("accuracy", "nll", "ece", "ece_mass", "kept", "seconds"),
     "regression": ("rmse", "nll", "kept", "elbo", "seconds"),
 }
 """Study → the columns of its table; "" for all others. Those of shift are added where a study has them."""
