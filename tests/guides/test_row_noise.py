@@ -13,8 +13,14 @@ import pyro_bmr as bmr
 from pyro_bmr.guides.row_noise import RowNoise
 
 ROWS = 5
-LINEAR = torch.randn(ROWS, 4, dtype=torch.float64)
-PLACES = torch.randn(ROWS, 2, 6, dtype=torch.float64)
+LINEAR = torch.randn(ROWS, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+PLACES = torch.randn(ROWS, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same draws whatever ran before."""
+    torch.manual_seed(7)
 
 
 def weight(*shape, estimator="local", seed=1):
