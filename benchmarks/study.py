@@ -39,19 +39,15 @@ def main() -> None:
     parser.add_argument("--fill", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     for name in arguments.only:
-        if not arguments.fill:
-            bmr.study(found[name], ROOT / name, jobs=arguments.jobs)
         declared = declare(found[name])
-        table = results(declared, ROOT / name)
+        table = results(declared, ROOT / name) if arguments.fill else bmr.study(declared, ROOT / name, jobs=arguments.jobs).table
         if not table.empty:
             fill(name, table, len(declared.cells))
 
 
 def fill(name: str, table: pd.DataFrame, cells: int) -> None:
     """Puts the means of a study between its marks on the page."""
-    table["data"] = [
-        Path(str(data)).stem.rsplit("-", 1)[0] if str(data).endswith(".npz") else data for data in table["data"]
-    ]  # the splits of one table together
+    table["data"] = [table_of(str(data)) for data in table["data"]]
     keys = [key for key in ("model", "data", "method", "option_kept") if key in table]
     columns = [column for column in (*COLUMNS.get(name, COLUMNS[""]), *SHIFTED) if column in table and table[column].notna().any()]
     shown = [key for key in keys if key in ("method", "option_kept") or table[key].nunique() > 1]
@@ -59,9 +55,7 @@ def fill(name: str, table: pd.DataFrame, cells: int) -> None:
     lines = ["| " + " | ".join([*(names.get(key, key) for key in shown), "fits", *columns]) + " |", "|" + "---|" * (len(shown) + 1 + len(columns))]
     for key, group in table.groupby(keys, sort=False, dropna=False):
         place = dict(zip(keys, key, strict=True))
-        words = [
-            "" if isinstance(place[k], float) and math.isnan(place[k]) else f"{place[k]:g}" if isinstance(place[k], float) else str(place[k]) for k in shown
-        ]
+        words = [place[k] if isinstance(place[k], str) else "" if math.isnan(place[k]) else f"{place[k]:g}" for k in shown]
         lines.append("| " + " | ".join([*words, str(len(group)), *(mean_and_spread(c, group[c].mean(), group[c].std()) for c in columns)]) + " |")
     commits = sorted({read_json(ROOT / name / "cells" / cell / "config.json")["versions"].get("commit", "?") for cell in table["cell"]})
     note = f"`pyro-bmr study benchmarks/study_{name}.toml --out {ROOT / name}`, {len(table)} of {cells} cells, commit {', '.join(commits)}."

@@ -5,15 +5,16 @@ Owns `best_temperature` and `best_widening`. Next: `metrics.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import predict
+from pyro_bmr.reduction.line_search import line_maximum
 
 
 def best_temperature(logits: Tensor, y: Tensor) -> float:
@@ -22,7 +23,7 @@ def best_temperature(logits: Tensor, y: Tensor) -> float:
     The cross entropy is convex in 1/T, so that it has one minimum. Source: Guo et al. 2017, arXiv 1706.04599.
     """
     logits = logits.double()
-    return math.exp(_golden_section(lambda t: float(F.cross_entropy(logits / math.exp(t), y.long())), math.log(0.05), math.log(20.0), 1e-4))
+    return _least(lambda temperature: float(F.cross_entropy(logits / temperature, y.long())), 0.05, 20.0, 1e-4)
 
 
 def best_widening(
@@ -32,12 +33,12 @@ def best_widening(
 
     .. math:: \hat c = \arg\min_c -\sum_i \log \tfrac1S \sum_s p(y_i \mid x_i, w_s), \qquad w_s = \mu + \sqrt{c}\,\sigma \epsilon_s
 
-    with the same noise ε for every c. A posterior fitted at a temperature T < 1 finds better means and has variances near T times too small: c, of the order
-    of 1/T, gives them back. Like the temperature of logits (Guo et al. 2017) it is one number on held-out rows; unlike it, it is spent where the data say
-    little. Cold posteriors: Wenzel et al. 2020, arXiv 2002.02405; the same for a Laplace approximation: Ritter, Botev & Barber 2018, section 3.
+    with the same noise ε for every c. A posterior fitted at a temperature T < 1 has variances up to 1/T times too small. Like the temperature of logits (Guo
+    et al. 2017) c is one number on held-out rows; unlike it, it widens the predictive where the posterior is wide. Cold posteriors: Wenzel et al. 2020,
+    arXiv 2002.02405. A Laplace approximation widened by held-out rows: Ritter, Botev & Barber 2018.
 
     Args:
-        draws, seed: as for `predict`. About 12 predictions are made.
+        draws, seed: as for `predict`. Up to 20 predictions are made.
 
     Raises:
         DataError, ModelError: as `predict`; or a site's draws follow those of its scales (`Posterior.widened`).
@@ -48,24 +49,13 @@ def best_widening(
     """
     x, y = rows
 
-    def nll(log_factor: float) -> float:
-        return -float(predict(program, posterior.widened(math.exp(log_factor)), x, draws=draws, seed=seed).log_prob(y).mean())
+    def nll(factor: float) -> float:
+        return -float(predict(program, posterior.widened(factor), x, draws=draws, seed=seed).log_prob(y).mean())
 
-    return math.exp(_golden_section(nll, -math.log(most), math.log(most), 0.05))
+    return _least(nll, 1 / most, most, 0.05)
 
 
-def _golden_section(f: Callable[[float], float], low: float, high: float, within: float) -> float:
-    """Where f, which falls and then rises in low … high, is least."""
-    ratio = (math.sqrt(5) - 1) / 2
-    a, b = high - ratio * (high - low), low + ratio * (high - low)
-    f_a, f_b = f(a), f(b)
-    while high - low > within:
-        if f_a < f_b:
-            high, b, f_b = b, a, f_a
-            a = high - ratio * (high - low)
-            f_a = f(a)
-        else:
-            low, a, f_a = a, b, f_b
-            b = low + ratio * (high - low)
-            f_b = f(b)
-    return (low + high) / 2
+def _least(f: Callable[[float], float], low: float, high: float, within: float) -> float:
+    """Where f is least in low … high, to within the fraction `within`."""
+    bounds = torch.tensor([low, high], dtype=torch.float64).log()
+    return float(line_maximum(lambda log: torch.tensor(-f(float(log.exp())), dtype=torch.float64), *bounds, points=5, tolerance=within).exp())

@@ -38,6 +38,12 @@ def test_pruning_takes_the_smallest_and_never_gives_back():
     assert [w.tolist() for w in weights] == [[0.0, -3.0, 0.0], [[2.0, 0.0]]]
 
 
+def test_pruning_meets_its_size_among_equal_weights():
+    weights = [torch.nn.Parameter(torch.tensor([1.0, 2.0, 1.0, 1.0])), torch.nn.Parameter(torch.tensor([[1.0, -1.0]]))]
+    Pruning(weights).prune(0.5)
+    assert [w.tolist() for w in weights] == [[0.0, 2.0, 0.0, 0.0], [[1.0, -1.0]]]
+
+
 def test_an_ensemble_is_the_mean_of_its_members():
     result = trained("ensemble", members=2)
     with torch.no_grad():

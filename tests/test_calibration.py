@@ -111,11 +111,11 @@ def test_options_of_a_study():
         method_named("map")(build, data, 3, {"epochs": 2, "scaled": True}, False)
 
 
-def test_a_temperature_known_beforehand():
+@pytest.mark.parametrize("name", ["magnitude", "sparse-variational-dropout"])
+def test_a_temperature_known_beforehand(name):
     data, build = bmr.load("digits"), load_model("mlp:12")
     plain, fixed, found = (
-        method_named("magnitude")(build, data, 3, {"epochs": 5, "learning_rate": 2e-2, "kept": 0.9, **more}, False)
-        for more in ({}, {"scale": 1.7}, {"scaled": True})
+        method_named(name)(build, data, 3, {"epochs": 5, "learning_rate": 2e-2, "kept": 0.9, **more}, False) for more in ({}, {"scale": 1.7}, {"scaled": True})
     )
     assert [result.extra["scale"] for result in (plain, fixed)] == [1.0, 1.7] and found.extra["scale"] != 1
     logits = plain.predict(data.x_test).probs.log()

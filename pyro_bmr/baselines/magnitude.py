@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyro_bmr.baselines.point import MakeNetwork, Scaled, trained_point
 from pyro_bmr.baselines.training import Budget, Trained, is_between, is_whole, train
 from pyro_bmr.data_set import Data
+from pyro_bmr.reduction.decisions import lowest
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,8 @@ class Pruning:
         """Sets all but the fraction `kept` of the entries to zero, those of the least scores (≥ 0) first."""
         scores = [p.abs() for p in self.parameters] if scores is None else scores
         ranks = torch.cat([score.masked_fill(mask == 0, -1.0).flatten() for score, mask in zip(scores, self.masks, strict=True)])
-        gone = ranks.numel() - round(kept * ranks.numel())
-        if gone:
-            limit = ranks.kthvalue(gone).values
-            self.masks = [((score > limit) & (mask > 0)).to(mask) for score, mask in zip(scores, self.masks, strict=True)]
+        stays = (~lowest(ranks, ranks.numel() - round(kept * ranks.numel()))).split([mask.numel() for mask in self.masks])
+        self.masks = [(part.view_as(mask) & (mask > 0)).to(mask) for part, mask in zip(stays, self.masks, strict=True)]
         self.hold()
 
     @torch.no_grad()

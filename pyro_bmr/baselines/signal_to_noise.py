@@ -13,6 +13,7 @@ import torch
 from pyro_bmr.errors import FitError
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.pruning import Every
+from pyro_bmr.reduction.decisions import lowest
 from pyro_bmr.reduction.outcome import Reduction
 from pyro_bmr.reduction.sites import reduce
 
@@ -42,11 +43,10 @@ class EverySignalToNoise(Every):
             site = posterior[name]
             ratios[name] = (site.mean.abs() / site.var.clamp_min(torch.finfo(site.var.dtype).tiny).sqrt()).masked_fill(~site.alive, -1.0)
         pooled = torch.cat([ratio.flatten() for ratio in ratios.values()])
-        gone = pooled.numel() - round(target * pooled.numel())
-        limit = pooled.kthvalue(gone).values if gone else pooled.new_tensor(-1.0)
+        stays = (~lowest(pooled, pooled.numel() - round(target * pooled.numel()))).split([ratio.numel() for ratio in ratios.values()])
         sites = {}
-        for name, result in every.sites.items():
-            mask = ratios[name] > limit
+        for part, (name, result) in zip(stays, every.sites.items(), strict=True):
+            mask = part.view_as(ratios[name]) & result.site.alive
             went = result.site.alive & ~mask
             sites[name] = replace(result, site=posterior[name].masked(mask), delta_f=float(result.spike_delta_f[went].sum()))
         return Reduction(sites, replace(posterior, sites={**posterior.sites, **{name: r.site for name, r in sites.items()}}), posterior)

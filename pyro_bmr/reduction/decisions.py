@@ -97,14 +97,18 @@ def _by_size(results: Results, kept: float | Mapping[str, float]) -> dict[str, T
     pooled = torch.cat([rank.flatten() for rank in ranks.values()])
     _check_ranks(pooled)
     count = round(kept * pooled.numel())
-    if count == 0:
-        return {name: torch.zeros_like(rank, dtype=torch.bool) for name, rank in ranks.items()}
-    limit = pooled.kthvalue(count).values
-    stays = pooled < limit
-    ties = (pooled == limit).nonzero()[: count - int(stays.sum())]  # weights that the data say nothing of all have the ΔF of the prior
-    stays[ties[:, 0]] = bool(limit.isfinite())
-    parts = stays.split([rank.numel() for rank in ranks.values()])
+    parts = (lowest(pooled, count) & pooled.isfinite()).split([rank.numel() for rank in ranks.values()])
     return {name: part.view_as(rank) for (name, rank), part in zip(ranks.items(), parts, strict=True)}
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Where the `count` least of flat `scores` are, as bools; of equal ones, such as those of weights that the data say nothing of, the first."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    limit = scores.kthvalue(count).values
+    chosen = scores < limit
+    chosen[(scores == limit).nonzero()[: count - int(chosen.sum()), 0]] = True
+    return chosen
 
 
 def _check_ranks(ranks: Tensor) -> None:

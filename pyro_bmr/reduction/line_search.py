@@ -1,6 +1,7 @@
 """The maximum of a function of one number, for many groups at once: a scan, then golden-section search.
 
-Owns `line_maximum`. Used where a scale is found by its evidence: `scale_mixture.py` and `relevance.py`. Imports torch only.
+Owns `line_maximum`. Used where a scale is found by its evidence, `scale_mixture.py` and `relevance.py`, or by held-out rows, `calibration.py`.
+Imports torch only.
 """
 
 from __future__ import annotations
