@@ -57,5 +57,5 @@ def best_widening(
 
 def _least(f: Callable[[float], float], low: float, high: float, within: float) -> float:
     """Where f is least in low … high, to within the fraction `within`."""
-    bounds = torch.tensor([low, high], dtype=torch.float64).log()
-    return float(line_maximum(lambda log: torch.tensor(-f(float(log.exp())), dtype=torch.float64), *bounds, points=5, tolerance=within).exp())
+    start, end = (torch.tensor(bound, dtype=torch.float64).log() for bound in (low, high))
+    return float(line_maximum(lambda log: torch.tensor(-f(float(log.exp())), dtype=torch.float64), start, end, points=5, tolerance=within).exp())

@@ -106,8 +106,9 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     limit = scores.kthvalue(count).values
-    chosen = scores < limit
-    chosen[(scores == limit).nonzero()[: count - int(chosen.sum()), 0]] = True
+    chosen = scores <= limit
+    if spare := int(chosen.sum()) - count:
+        chosen[(scores == limit).nonzero()[-spare:, 0]] = False
     return chosen
 
 
