@@ -57,7 +57,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     c.add_argument("--routes", nargs="+", default=list(ROUTES), metavar="ROUTE", help="point estimate, fitted under the prior, reduced to it")
     c.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds 0 … N − 1")
     _add_fit(c, defaults)
-    c.add_argument("--kept", type=float, metavar="FRACTION", help="target fraction of weights for the reduced route; by default the evidence decides")
+    c.add_argument("--kept", type=float, metavar="FRACTION", help="target fraction of weights for the reduced route and fitted shrinkage priors; by default the evidence decides")
     c.add_argument("--reduce-every", type=float, metavar="EPOCHS", help="interval of reductions during the fit; by default a tenth of it")
     _add_schedule(c, defaults)
     c.add_argument("--widen", type=float, default=defaults.widen, metavar="FACTOR", help="of the posterior variances in predictions; 1 is as fitted")

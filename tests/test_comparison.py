@@ -114,6 +114,15 @@ def test_kept(done):
     assert (pruned["kept"] < 0.95).all() and (pruned["kept"] > 0.05).all() and (pruned["delta_f"] > 1).all()
 
 
+@pytest.mark.parametrize(("kept", "left"), [(1.0, 11), (0.4, 5)])  # 10 weights and an intercept, which the prior leaves alone
+def test_size_of_a_fitted_shrinkage_prior(diabetes, kept, left):
+    table = one(diabetes, priors={"horseshoe": bmr.Horseshoe()}, settings=replace(QUICK, kept=kept))
+    own = one(diabetes, priors={"horseshoe": bmr.Horseshoe()})
+    assert table["kept_parameters"].item() == left != own["kept_parameters"].item()
+    gaussian = one(diabetes, settings=replace(QUICK, kept=kept))
+    assert gaussian["kept"].iloc[0] == 1
+
+
 def test_files(done):
     table, folder = done
     pd.testing.assert_frame_equal(pd.read_csv(folder / "results.csv"), table)

@@ -42,9 +42,9 @@ class Settings:
     """What every cell of a comparison shares; kept beside its results.
 
     `optimizer`: one of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the point route takes adam at its own rate then. `learning_rate`: None for
-    that of the optimiser. `kept`: target fraction for the reduced route, None for the evidence to decide. `reduce_every`: epochs, by default a tenth of
-    the fit; `start`, `stop`: as in `Every`. `draws`: of the predictive. `estimator`: as in `MeanField`. `widen`: the
-    predictive draws from `posterior.widened(widen)`; `scaled` finds that factor on a sixth of the training rows, or the validation rows that the data came
+    that of the optimiser. `kept`: target fraction for the reduced route and for fitted shrinkage priors (1: as fitted), None for the evidence to decide.
+    `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as in `Every`. `draws`: of the predictive. `estimator`: as in `MeanField`. `widen`:
+    the predictive draws from `posterior.widened(widen)`; `scaled` finds that factor on a sixth of the training rows, or the validation rows that the data came
     with, which the fit does without.
     """
 
@@ -149,7 +149,7 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
         reduction = reduce(posterior, to=target, kept=settings.kept)
         delta_f = float(result.history["delta_f"].iloc[-1]) + reduction.delta_f
     elif route == "fitted" and prior.shrinkage:
-        reduction = reduce(posterior, to=None)
+        reduction = reduce(posterior, to=None, kept=settings.kept)
     if reduction is not None:
         posterior = reduction.posterior
     widen = settings.widen
