@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from pyro_bmr.comparison import OPTIMIZERS, ROUTES, Settings, model_names
+from pyro_bmr.comparison import GUIDES, OPTIMIZERS, ROUTES, Settings, model_names
 from pyro_bmr.data import sources
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.guides.row_noise import PER_ROW, PER_STEP
@@ -57,7 +57,9 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     c.add_argument("--routes", nargs="+", default=list(ROUTES), metavar="ROUTE", help="point estimate, fitted under the prior, reduced to it")
     c.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds 0 … N − 1")
     _add_fit(c, defaults)
-    c.add_argument("--kept", type=float, metavar="FRACTION", help="target fraction of weights for the reduced route and fitted shrinkage priors; by default the evidence decides")
+    c.add_argument("--guide", default=defaults.guide, metavar="NAME", help=f"of the fitted and reduced routes: {', '.join(GUIDES)}")
+    of = "target fraction of weights for the reduced route and fitted shrinkage priors; by default the evidence decides"
+    c.add_argument("--kept", type=float, metavar="FRACTION", help=of)
     c.add_argument("--reduce-every", type=float, metavar="EPOCHS", help="interval of reductions during the fit; by default a tenth of it")
     _add_schedule(c, defaults)
     c.add_argument("--widen", type=float, default=defaults.widen, metavar="FACTOR", help="of the posterior variances in predictions; 1 is as fitted")

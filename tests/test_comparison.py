@@ -114,6 +114,30 @@ def test_kept(done):
     assert (pruned["kept"] < 0.95).all() and (pruned["kept"] > 0.05).all() and (pruned["delta_f"] > 1).all()
 
 
+def test_guides(diabetes):
+    prior, settings = bmr.Horseshoe(), replace(QUICK, kept=1.0, draws=6)
+    found = one(diabetes, priors={"h": prior}, settings=replace(settings, guide="scale-coupled"))
+    torch.manual_seed(0)
+    program = load_model("linear_regression")(diabetes, prior)
+    fit = bmr.fit(program, diabetes, guide=bmr.ScaleCoupled, epochs=2, batch_size=40, optimizer=bmr.adam(1e-2), seed=0, progress=False)
+    prediction = bmr.predict(fit.program, fit.posterior, diabetes.x_test, draws=6)
+    assert found["rmse"].item() == pytest.approx(bmr.metrics.rmse(prediction.mean, diabetes.y_test) * diabetes.target_scale)
+    assert found["rmse"].item() != one(diabetes, priors={"h": prior}, settings=settings)["rmse"].item()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guide": "full"}, "no guide 'full'; the guides are: mean-field, scale-coupled, matrix-variate, low-rank"),
+        ({"guide": "low-rank", "estimator": "antithetic"}, "estimator 'antithetic' is for the guide mean-field, got guide 'low-rank'"),
+        ({"guide": "scale-coupled", "optimizer": "natural-gradient"}, "optimizer 'natural-gradient' is for the guide mean-field"),
+    ],
+)
+def test_guides_that_are_refused(options, message):
+    with pytest.raises(bmr.ModelError, match=message):
+        Settings(**options)
+
+
 @pytest.mark.parametrize(("kept", "left"), [(1.0, 11), (0.4, 5)])  # 10 weights and an intercept, which the prior leaves alone
 def test_size_of_a_fitted_shrinkage_prior(diabetes, kept, left):
     table = one(diabetes, priors={"horseshoe": bmr.Horseshoe()}, settings=replace(QUICK, kept=kept))
@@ -311,9 +335,9 @@ def test_the_natural_gradient(diabetes, tmp_path, blank):
         one(diabetes, priors={"g": bmr.Gaussian(0.5)}, routes=["fitted"], settings=replace(settings, optimizer="adam"), out=tmp_path)
 
 
-def test_going_on_in_a_folder_that_names_no_optimizer(diabetes, tmp_path, monkeypatch, blank):
+def test_going_on_in_a_folder_from_before_some_settings(diabetes, tmp_path, monkeypatch, blank):
     table = one(diabetes, out=tmp_path)
-    kept = {key: value for key, value in strict(tmp_path / "settings.json").items() if key != "optimizer"}
+    kept = {key: value for key, value in strict(tmp_path / "settings.json").items() if key not in ("optimizer", "widen", "guide")}
     (tmp_path / "settings.json").write_text(json.dumps(kept))
     monkeypatch.setattr(cells, "fit", no_fits)
     assert one(diabetes, out=tmp_path)["nll"].tolist() == table["nll"].tolist()

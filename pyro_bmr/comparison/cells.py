@@ -21,7 +21,7 @@ from pyro_bmr.data_set import Data, validation_data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting import point_weights
 from pyro_bmr.fitting import Fit, adam, fit
-from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.guides import LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
 from pyro_bmr.guides.row_noise import PER_STEP, check_estimator
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import natural_gradient
@@ -35,6 +35,13 @@ from pyro_bmr.reduction.sites import reduce
 ROUTES = ("point", "fitted", "reduced")
 OPTIMIZERS: dict[str, tuple[Callable[[float], Any], float]] = {"adam": (adam, 3e-3), "natural-gradient": (natural_gradient, 0.1)}
 """Name → what makes the optimiser of `fit` from a learning rate, and the rate where none is given."""
+GUIDES: dict[str, Callable[..., Any]] = {
+    "mean-field": MeanField,
+    "scale-coupled": ScaleCoupled,
+    "matrix-variate": MatrixVariate,
+    "low-rank": partial(LowRankPlusDiagonal, rank=10),
+}
+"""Name → guide of the fitted and reduced routes (docs/choose_a_guide.md)."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,9 @@ class Settings:
 
     `optimizer`: one of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the point route takes adam at its own rate then. `learning_rate`: None for
     that of the optimiser. `kept`: target fraction for the reduced route and for fitted shrinkage priors (1: as fitted), None for the evidence to decide.
-    `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as in `Every`. `draws`: of the predictive. `estimator`: as in `MeanField`. `widen`:
-    the predictive draws from `posterior.widened(widen)`; `scaled` finds that factor on a sixth of the training rows, or the validation rows that the data came
-    with, which the fit does without.
+    `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as in `Every`. `draws`: of the predictive. `guide`: one of `GUIDES`, of which
+    ``"mean-field"`` alone is for natural-gradient; `estimator`: as in `MeanField`, and for it. `widen`: the predictive draws from `posterior.widened(widen)`;
+    `scaled` finds that factor on a sixth of the training rows, or the validation rows that the data came with, which the fit does without.
     """
 
     epochs: int = 40
@@ -59,6 +66,7 @@ class Settings:
     draws: int = 32
     validation: float | None = None
     optimizer: str = "adam"
+    guide: str = "mean-field"
     estimator: str = "weight"
     widen: float = 1.0
     scaled: bool = False
@@ -67,6 +75,11 @@ class Settings:
         rate = optimizer_named(self.optimizer, self.learning_rate)[1]
         object.__setattr__(self, "learning_rate", rate)  # as a number, which is kept beside the results
         check_estimator(self.estimator, *PER_STEP)
+        if self.guide not in GUIDES:
+            raise ModelError(f"no guide '{self.guide}'; the guides are: {', '.join(GUIDES)}")
+        for name, plain in {"optimizer": "adam", "estimator": "weight"}.items():
+            if self.guide != "mean-field" and getattr(self, name) != plain:
+                raise ModelError(f"{name} '{getattr(self, name)}' is for the guide mean-field, got guide '{self.guide}'; leave it out")
         rules = {
             "epochs": self.epochs >= 1,
             "batch_size": self.batch_size >= 1,
@@ -131,11 +144,12 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
     schedule = (
         every(settings.reduce_every or settings.epochs / 10, target, settings.start, kept=settings.kept, stop=settings.stop) if route == "reduced" else None
     )
+    guide = partial(MeanField, estimator=settings.estimator) if settings.guide == "mean-field" else GUIDES[settings.guide]
     make = adam if route == "point" and settings.optimizer != "adam" else optimizer_named(settings.optimizer, settings.learning_rate)[0]
     result = fit(
         program,
         fitted_on,
-        guide=Point if route == "point" else partial(MeanField, estimator=settings.estimator),
+        guide=Point if route == "point" else guide,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         optimizer=make(),

@@ -62,7 +62,7 @@ class ResultsFolder:
         kept = path / "settings.json"
         described = {name: repr(prior) for name, prior in priors.items() if type(prior).__repr__ is not object.__repr__}
         if kept.exists() and not self.table.empty:
-            old = {"optimizer": "adam", **_settings(kept)}  # folders of 0.1.0 do not say
+            old = {**Settings().__dict__, **_settings(kept)}  # older folders do not say what had but one value then
             old_priors = old.get("priors", {})
             differences = [f"{key} was {old.get(key)!r}, is {value!r}" for key, value in self.settings.items() if old.get(key) != value]
             differences += [f"prior '{name}' was {old_priors[name]}, is {text}" for name, text in described.items() if old_priors.get(name, text) != text]
