@@ -23,8 +23,10 @@ from pyro_bmr.studies.report import results
 
 PAGE = Path("docs/results/study.md")
 ROOT = Path("results/study")
+BESIDE_THE_PAPER = ("accuracy", "nll", "ece", "ece_mass", "kept", "size", "seconds")
 COLUMNS = {
     "": ("accuracy", "nll", "brier", "ece", "kept", "size", "seconds"),
+    **dict.fromkeys(("paper_mlp", "paper_lenet", "transformers"), BESIDE_THE_PAPER),
     "regression": ("rmse", "nll", "kept", "elbo", "seconds"),
 }
 """Study → the columns of its table; "" for all others. Those of shift are added where a study has them."""
