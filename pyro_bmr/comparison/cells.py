@@ -41,7 +41,7 @@ GUIDES: dict[str, Callable[..., Any]] = {
     "matrix-variate": MatrixVariate,
     "low-rank": partial(LowRankPlusDiagonal, rank=10),
 }
-"""Name → guide of the fitted and reduced routes (docs/choose_a_guide.md)."""
+"""Name → guide of the fitted and reduced routes (docs/choose_a_guide.md); low-rank has ten directions a site."""
 
 
 @dataclass(frozen=True)
