@@ -239,7 +239,7 @@ def _searched(
     """Masks by a search, for the sites of a point spike: those with correlations, and those that share groups or a target size with them."""
     spikes = [name for name in results if is_point_spike(targets[name])]
     blocks = {name: correlated(posterior[name], None if labels is None else labels[name]) for name in spikes}
-    joint = [name for name in spikes if blocks[name] is not None]
+    joint = [name for name in spikes if blocks[name] is not None and bool(posterior[name].alive.any())]
     if not joint or (kept is not None and len(spikes) < len(results)):
         return {}
     if labels is None and kept is None:
