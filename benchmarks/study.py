@@ -3,14 +3,17 @@
     python benchmarks/study.py --jobs 2
     python benchmarks/study.py --only mlp lenet       # some of them
     python benchmarks/study.py --fill                 # no run, the tables of what is finished
+    python benchmarks/study.py --anew --jobs 2        # the cells of docs/results/study as well
 
-The tables of regression want `results/regression-data`, which `regression_tables.py` makes. Finished cells are kept in results/study.
+The tables of regression want `results/regression-data`, which `regression_tables.py` makes. What is finished is in results/study, its figures and the
+commit of each fit in docs/results/study, a row per cell; a cell of either is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,10 +21,11 @@ import pandas as pd
 import pyro_bmr as bmr
 from pyro_bmr.comparison.results_folder import mean_and_spread
 from pyro_bmr.studies.cell_folder import read_json
-from pyro_bmr.studies.declaration import declare
+from pyro_bmr.studies.declaration import Study, declare
 from pyro_bmr.studies.report import results
 
 PAGE = Path("docs/results/study.md")
+CELLS = Path("docs/results/study")
 ROOT = Path("results/study")
 BESIDE_THE_PAPER = ("accuracy", "nll", "ece", "ece_mass", "kept", "size", "seconds")
 COLUMNS = {
@@ -39,12 +43,33 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=found, default=list(found))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--fill", action="store_true", help="run nothing")
+    parser.add_argument("--anew", action="store_true", help="run what is in docs/results/study, too")
     arguments = parser.parse_args()
     for name in arguments.only:
         declared = declare(found[name])
-        table = results(declared, ROOT / name) if arguments.fill else bmr.study(declared, ROOT / name, jobs=arguments.jobs).table
+        before = pd.DataFrame({"cell": []}) if arguments.anew else cells_of_the_page(name)
+        left = replace(declared, cells=tuple(cell for cell in declared.cells if cell.slug not in set(before["cell"])))
+        if not arguments.fill and left.cells:
+            bmr.study(left, ROOT / name, jobs=arguments.jobs)
+        table = with_those_before(declared, before, results(left, ROOT / name) if left.cells else pd.DataFrame(), ROOT / name)
         if not table.empty:
+            table.to_csv(CELLS / f"{name}.csv", index=False, float_format="%.7g")
             fill(name, table, len(declared.cells))
+
+
+def cells_of_the_page(name: str) -> pd.DataFrame:
+    """The rows of a study in docs/results/study, with the commit of each."""
+    path = CELLS / f"{name}.csv"
+    return pd.read_csv(path) if path.exists() else pd.DataFrame({"cell": []})
+
+
+def with_those_before(declared: Study, before: pd.DataFrame, new: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """All rows, in the order of the declaration; those of cells that are not declared any more go."""
+    if not new.empty:
+        new = new.assign(commit=[read_json(folder / "cells" / cell / "config.json")["versions"].get("commit", "?") for cell in new["cell"]])
+    order = [cell.slug for cell in declared.cells]
+    table = pd.concat([part for part in (before, new) if not part.empty] or [new], ignore_index=True)
+    return table[table["cell"].isin(order)].sort_values("cell", key=lambda cells: cells.map(order.index), ignore_index=True) if not table.empty else table
 
 
 def fill(name: str, table: pd.DataFrame, cells: int) -> None:
@@ -59,8 +84,9 @@ def fill(name: str, table: pd.DataFrame, cells: int) -> None:
         place = dict(zip(keys, key, strict=True))
         words = [place[k] if isinstance(place[k], str) else "" if math.isnan(place[k]) else f"{place[k]:g}" for k in shown]
         lines.append("| " + " | ".join([*words, str(len(group)), *(mean_and_spread(c, group[c].mean(), group[c].std()) for c in columns)]) + " |")
-    commits = sorted({read_json(ROOT / name / "cells" / cell / "config.json")["versions"].get("commit", "?") for cell in table["cell"]})
-    note = f"`pyro-bmr study benchmarks/study_{name}.toml --out {ROOT / name}`, {len(table)} of {cells} cells, commit {', '.join(commits)}."
+    commits = ", ".join(sorted(set(table["commit"])))
+    command = f"pyro-bmr study benchmarks/study_{name}.toml --out {ROOT / name}"
+    note = f"`{command}`, {len(table)} of {cells} cells, commit {commits}; [each cell](study/{name}.csv)."
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(f"<!-- {name} -->")
     after = rest.split(f"<!-- end of {name} -->")[1]

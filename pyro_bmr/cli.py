@@ -6,20 +6,19 @@ import argparse
 import math
 import sys
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from pyro_bmr import metrics, plots
 from pyro_bmr.cli_options import parser
-from pyro_bmr.comparison import Settings, compare, load_model, optimizer_named, summary
+from pyro_bmr.comparison import Settings, compare, guide_named, load_model, optimizer_named, summary
 from pyro_bmr.data import load, sources
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError, PyroBMRError
 from pyro_bmr.exporting import deploy, ensemble, export, point_weights, save
 from pyro_bmr.fitting import fit
-from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.guides import Point
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import ClassPrediction, predict
@@ -107,12 +106,15 @@ def _fit(arguments: argparse.Namespace) -> int:
         raise ModelError(f"--per {arguments.per}: groups need reductions during the fit; add --reduce-to gaussian:0")
     every = arguments.reduce_every or arguments.epochs / 10
     schedule = target and Every(every, target, arguments.start, kept=arguments.kept, stop=arguments.stop, per=arguments.per, heads=arguments.heads)
+    if arguments.point and arguments.guide != "mean-field":
+        raise ModelError(f"--guide {arguments.guide}: a point estimate has none; leave out --point or --guide")
+    guide = Point if arguments.point else guide_named(arguments.guide, arguments.optimizer, arguments.estimator)
     make, arguments.learning_rate = optimizer_named(arguments.optimizer, arguments.learning_rate)
     with process_group() as rank:
         result = fit(
             program,
             data,
-            guide=Point if arguments.point else partial(MeanField, estimator=arguments.estimator),
+            guide=guide,
             epochs=arguments.epochs,
             batch_size=arguments.batch_size,
             optimizer=make(),

@@ -57,7 +57,6 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     c.add_argument("--routes", nargs="+", default=list(ROUTES), metavar="ROUTE", help="point estimate, fitted under the prior, reduced to it")
     c.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds 0 … N − 1")
     _add_fit(c, defaults)
-    c.add_argument("--guide", default=defaults.guide, metavar="NAME", help=f"of the fitted and reduced routes: {', '.join(GUIDES)}")
     of = "target fraction of weights for the reduced route and fitted shrinkage priors; by default the evidence decides"
     c.add_argument("--kept", type=float, metavar="FRACTION", help=of)
     c.add_argument("--reduce-every", type=float, metavar="EPOCHS", help="interval of reductions during the fit; by default a tenth of it")
@@ -130,6 +129,7 @@ def _add_fit(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, metavar="ROWS", help="rows of a step")
     parser.add_argument("--optimizer", default=defaults.optimizer, metavar="NAME", help=", ".join(OPTIMIZERS))
     parser.add_argument("--learning-rate", type=float, metavar="RATE", help=f"by default {rates}; it falls to 0 over the fit")
+    parser.add_argument("--guide", default=defaults.guide, metavar="NAME", help=f"of all but point estimates: {', '.join(GUIDES)}")
     parser.add_argument("--estimator", default=defaults.estimator, metavar="NAME", help=f"of mean field's gradient: {', '.join((*PER_STEP, *PER_ROW))}")
     parser.add_argument("--temperature", type=float, default=defaults.temperature, metavar="T", help="1 is Bayes; less counts the data more often")
 

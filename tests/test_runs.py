@@ -101,6 +101,24 @@ def test_groups_and_natural_gradient_during_the_fit(files, tmp_path, capsys):
         assert err.count("\n") == 1 and re.search(message, err), err
 
 
+def test_a_guide_by_name(files, tmp_path, capsys):
+    options = ["--model", str(files / "model.py"), "--data", str(files / "data.npz"), "--epochs", "4", "--batch-size", "15", "--draws", "4", "--quiet"]
+    assert main(["fit", *options, "--guide", "low-rank", "--reduce-to", "gaussian:0", "--kept", "0.5", "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["guide"] == "low-rank"
+    site = bmr.Posterior.load(tmp_path / "run" / "posterior.safetensors")["0.weight"]
+    assert isinstance(site.joint, bmr.LowRank) and float(site.joint.factor.abs().max()) > 0
+    assert main(["reduce", str(tmp_path / "run"), "--kept", "0.2", "--draws", "4"]) == 0
+    capsys.readouterr()
+    for words, message in [
+        (["--guide", "lowrank"], "no guide 'lowrank'; the guides are: mean-field, "),
+        (["--guide", "low-rank", "--optimizer", "natural-gradient"], "optimizer 'natural-gradient' is for the guide mean-field"),
+        (["--guide", "low-rank", "--point"], "--guide low-rank: a point estimate has none"),
+    ]:
+        assert main(["fit", *options, *words, "--out", str(tmp_path / "other")]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and re.search(message, err) and not (tmp_path / "other").exists(), err
+
+
 def loaders(folder):
     spec = importlib.util.spec_from_file_location("network", folder / "network.py")
     module = importlib.util.module_from_spec(spec)

@@ -75,11 +75,7 @@ class Settings:
         rate = optimizer_named(self.optimizer, self.learning_rate)[1]
         object.__setattr__(self, "learning_rate", rate)  # as a number, which is kept beside the results
         check_estimator(self.estimator, *PER_STEP)
-        if self.guide not in GUIDES:
-            raise ModelError(f"no guide '{self.guide}'; the guides are: {', '.join(GUIDES)}")
-        for name, plain in {"optimizer": "adam", "estimator": "weight"}.items():
-            if self.guide != "mean-field" and getattr(self, name) != plain:
-                raise ModelError(f"{name} '{getattr(self, name)}' is for the guide mean-field, got guide '{self.guide}'; leave it out")
+        guide_named(self.guide, self.optimizer, self.estimator)
         rules = {
             "epochs": self.epochs >= 1,
             "batch_size": self.batch_size >= 1,
@@ -131,6 +127,25 @@ def optimizer_named(name: str, learning_rate: float | None = None) -> tuple[Call
     return partial(make, rate), rate
 
 
+def guide_named(name: str, optimizer: str = "adam", estimator: str = "weight") -> Callable[..., Any]:
+    """What makes the guide of that name for `fit`; an optimiser other than adam, and an estimator other than ``"weight"``, are for mean field.
+
+    Raises:
+        ModelError: there is no such guide, or it does not go with the optimiser or the estimator.
+
+    Example:
+        >>> fit(program, data, guide=guide_named("low-rank"))
+    """
+    if name not in GUIDES:
+        raise ModelError(f"no guide '{name}'; the guides are: {', '.join(GUIDES)}")
+    if name == "mean-field":
+        return partial(MeanField, estimator=estimator)
+    for option, value, plain in (("optimizer", optimizer, "adam"), ("estimator", estimator, "weight")):
+        if value != plain:
+            raise ModelError(f"{option} '{value}' is for the guide mean-field, got guide '{name}'; leave it out")
+    return GUIDES[name]
+
+
 def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, settings: Settings, progress: bool, every: Callable[..., Every] = Every) -> Cell:
     """Fits, reduces and predicts, as the route says; `every` makes the schedule of the reduced route."""
     if route == "point" and (settings.scaled or settings.widen != 1):
@@ -144,7 +159,7 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
     schedule = (
         every(settings.reduce_every or settings.epochs / 10, target, settings.start, kept=settings.kept, stop=settings.stop) if route == "reduced" else None
     )
-    guide = partial(MeanField, estimator=settings.estimator) if settings.guide == "mean-field" else GUIDES[settings.guide]
+    guide = guide_named(settings.guide, settings.optimizer, settings.estimator)
     make = adam if route == "point" and settings.optimizer != "adam" else optimizer_named(settings.optimizer, settings.learning_rate)[0]
     result = fit(
         program,
