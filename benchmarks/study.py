@@ -51,7 +51,7 @@ def main() -> None:
         left = replace(declared, cells=tuple(cell for cell in declared.cells if cell.slug not in set(before["cell"])))
         if not arguments.fill and left.cells:
             bmr.study(left, ROOT / name, jobs=arguments.jobs)
-        table = with_those_before(declared, before, results(left, ROOT / name) if left.cells else pd.DataFrame(), ROOT / name)
+        table = with_those_before(declared, before, results(left, ROOT / name), ROOT / name)
         if not table.empty:
             table.to_csv(CELLS / f"{name}.csv", index=False, float_format="%.7g")
             fill(name, table, len(declared.cells))
@@ -64,12 +64,16 @@ def cells_of_the_page(name: str) -> pd.DataFrame:
 
 
 def with_those_before(declared: Study, before: pd.DataFrame, new: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """All rows, in the order of the declaration; those of cells that are not declared any more go."""
+    """All rows, in the order of the declaration and with its labels; those of cells that are not declared any more go."""
     if not new.empty:
         new = new.assign(commit=[read_json(folder / "cells" / cell / "config.json")["versions"].get("commit", "?") for cell in new["cell"]])
-    order = [cell.slug for cell in declared.cells]
-    table = pd.concat([part for part in (before, new) if not part.empty] or [new], ignore_index=True)
-    return table[table["cell"].isin(order)].sort_values("cell", key=lambda cells: cells.map(order.index), ignore_index=True) if not table.empty else table
+    labels = {cell.slug: cell.label for cell in declared.cells}
+    parts = [part for part in (before, new) if not part.empty]
+    if not parts:
+        return new
+    table = pd.concat(parts, ignore_index=True)
+    table = table[table["cell"].isin(labels)].sort_values("cell", key=lambda cells: cells.map(list(labels).index), ignore_index=True)
+    return table.assign(method=table["cell"].map(labels))
 
 
 def fill(name: str, table: pd.DataFrame, cells: int) -> None:

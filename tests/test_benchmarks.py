@@ -57,10 +57,10 @@ def test_structured_pruning_takes_units_first_and_then_weights(size):
 
 def test_the_study_keeps_rows_of_declared_cells(tmp_path):
     study = load("study")
-    cells = [SimpleNamespace(slug=slug) for slug in ("a", "b", "c")]
-    before = pd.DataFrame({"cell": ["c", "gone"], "nll": [0.3, 0.9], "commit": ["1111111", "0000000"]})
+    cells = [SimpleNamespace(slug=slug, label=slug.upper()) for slug in ("a", "b", "c")]
+    before = pd.DataFrame({"method": ["renamed", "gone"], "cell": ["c", "gone"], "nll": [0.3, 0.9], "commit": ["1111111", "0000000"]})
     (tmp_path / "cells" / "b").mkdir(parents=True)
     (tmp_path / "cells" / "b" / "config.json").write_text('{"versions": {"commit": "2222222"}}')
-    table = study.with_those_before(SimpleNamespace(cells=cells), before, pd.DataFrame({"cell": ["b"], "nll": [0.2]}), tmp_path)
-    assert table.to_dict("list") == {"cell": ["b", "c"], "nll": [0.2, 0.3], "commit": ["2222222", "1111111"]}
+    table = study.with_those_before(SimpleNamespace(cells=cells), before, pd.DataFrame({"method": ["B"], "cell": ["b"], "nll": [0.2]}), tmp_path)
+    assert table.to_dict("list") == {"method": ["B", "C"], "cell": ["b", "c"], "nll": [0.2, 0.3], "commit": ["2222222", "1111111"]}
     assert study.with_those_before(SimpleNamespace(cells=cells), before[["cell"]][:0], pd.DataFrame(), tmp_path).empty
