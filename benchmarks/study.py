@@ -27,11 +27,11 @@ from pyro_bmr.studies.report import results
 PAGE = Path("docs/results/study.md")
 CELLS = Path("docs/results/study")
 ROOT = Path("results/study")
-BESIDE_THE_PAPER = ("accuracy", "nll", "ece", "ece_mass", "kept", "size", "seconds")
+BESIDE_THE_PAPER = ("accuracy", "nll", "ece", "ece_mass", "kept", "size", "seconds", "step_ratio")
 COLUMNS = {
-    "": ("accuracy", "nll", "brier", "ece", "kept", "size", "seconds"),
+    "": ("accuracy", "nll", "brier", "ece", "kept", "size", "seconds", "step_ratio"),
     **dict.fromkeys(("paper_mlp", "paper_lenet", "transformers"), BESIDE_THE_PAPER),
-    "regression": ("rmse", "nll", "kept", "elbo", "seconds"),
+    "regression": ("rmse", "nll", "kept", "elbo", "seconds", "step_ratio"),
 }
 """Study → the columns of its table; "" for all others. Those of shift are added where a study has them."""
 SHIFTED = ("shift_nll_1", "shift_nll_3", "shift_nll_5", "shift_ece_1", "shift_ece_3", "shift_ece_5", "ood_auroc")

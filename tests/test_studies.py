@@ -1,6 +1,8 @@
 """Studies: what a declaration may say, cells that are run once, fail alone and do not depend on the number of processes, and reports with the numbers."""
 
 import base64
+import copy
+import dataclasses
 import json
 import math
 import os
@@ -25,7 +27,7 @@ import pyro_bmr as bmr
 from pyro_bmr.cli import main
 from pyro_bmr.comparison import Settings, methods
 from pyro_bmr.errors import OptionError
-from pyro_bmr.studies import cell_folder, declare, pictures, report, study
+from pyro_bmr.studies import cell_folder, declare, measures, pictures, report, study
 from pyro_bmr.studies.running import cells_left
 
 matplotlib.use("Agg")
@@ -330,7 +332,7 @@ def test_the_report(here):
     assert [file.name for file in files] == [f"1-{name}.png" for name in ("cost", "fronts", "layers", "learning", "reliability", "weights")]
     assert sorted(page.pictures) == sorted(f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}" for file in files)
     names = [name for name, _ in page.rows[0]]
-    assert names[:5] == ["model", "data", "method", "target", "seeds"] and {"accuracy", "nll", "ece_mass", "size", "seconds"} < set(names)
+    assert names[:5] == ["model", "data", "method", "target", "seeds"] and {"accuracy", "nll", "ece_mass", "size", "seconds", "step_ratio"} < set(names)
     groups = [table[table["method"] == "MAP & co"], table[table["option_kept"] == 0.5], table[table["option_kept"] == 0.25]]
     for row, group in zip(page.rows[1:], groups, strict=True):
         assert [row[2][0], row[4][0]] == [group["method"].iloc[0], "2"]
@@ -374,7 +376,31 @@ def test_a_report_of_real_targets(here):
 def test_the_same_numbers_in_two_processes(here, blank):
     write(BOTH)
     tables = [quiet("study.toml", f"out-{jobs}", jobs=jobs, only=["half"]).table for jobs in (1, 2)]
-    pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables), check_exact=True)
+    pd.testing.assert_frame_equal(*(table.drop(columns=["seconds", "step_ratio"]) for table in tables), check_exact=True)
+
+
+@pytest.mark.parametrize("classes", [3, None])
+def test_step_ratio_is_the_training_over_as_many_plain_steps(classes, monkeypatch):
+    rows, clock = [], [0.0]
+
+    class Slow(torch.nn.Linear):
+        def forward(self, x):
+            rows.append(len(x))
+            clock[0] += 0.01
+            return super().forward(torch.nn.functional.dropout(x, 0.5, self.training))
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    x = torch.randn(20, 4)
+    y = torch.randint(3, (20,)) if classes else torch.randn(20)
+    net = Slow(4, classes or 1)
+    before = copy.deepcopy(net.state_dict())
+    trained = methods.Trained(None, {}, net, pd.DataFrame({"step": [4, 8, 12]}), 5, seconds=12 * 0.04)
+    state = torch.get_rng_state()
+    data = bmr.Data("made up", x, y, x, y, classes)
+    assert measures.step_ratio(trained, data) == pytest.approx(4)
+    assert set(rows) == {5} and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()), "the trained network was trained further"
+    assert math.isnan(measures.step_ratio(dataclasses.replace(trained, network=None), data))
 
 
 def test_scores_under_shift_if_asked(here, blank):
@@ -416,4 +442,6 @@ def test_on_a_dask_cluster(here, blank):
         table = quiet("study.toml", "on-cluster").table
         cells = sum(len(tasks) for tasks in client.run(lambda dask_worker: list(dask_worker.state.log)).values())
     assert cells > 0, "the cluster has seen no task"
-    pd.testing.assert_frame_equal(table.drop(columns="seconds"), quiet("study.toml", "alone").table.drop(columns="seconds"), check_exact=True)
+    pd.testing.assert_frame_equal(
+        table.drop(columns=["seconds", "step_ratio"]), quiet("study.toml", "alone").table.drop(columns=["seconds", "step_ratio"]), check_exact=True
+    )

@@ -88,4 +88,4 @@ def dropout(make: MakeNetwork, data: Data, seed: int, options: DropoutOptions, p
             torch.manual_seed(seed)
             return prediction_of(((logits(net, x).softmax(1),) for _ in range(options.draws)), options.draws)
 
-    return Trained(predict, dict(net.state_dict()), net, history, time.perf_counter() - clock)
+    return Trained(predict, dict(net.state_dict()), net, history, options.batch_size, time.perf_counter() - clock)

@@ -80,7 +80,7 @@ def trained_point(net: nn.Module, history: pd.DataFrame, seconds: float, rows: R
     def predict(x: Tensor) -> Prediction:
         return prediction_of([((logits(net, x) / scale).softmax(1),)], 1)
 
-    return Trained(predict, dict(net.state_dict()), net, history, seconds, extra={"scale": scale, **(extra or {})})
+    return Trained(predict, dict(net.state_dict()), net, history, options.batch_size, seconds, extra={"scale": scale, **(extra or {})})
 
 
 def point(make: MakeNetwork, data: Data, seed: int, options: PointOptions, progress: bool = False) -> Trained:
@@ -123,5 +123,11 @@ def deep_ensemble(make: MakeNetwork, data: Data, seed: int, options: EnsembleOpt
     net = MeanOfNetworks(nets, [one.extra["scale"] for one in members]).eval()
     extra = {"members": float(options.members), "epochs_total": float(options.members * options.epochs)}
     return Trained(
-        lambda x: prediction_of([(net.member_probs(x),)], options.members), dict(net.state_dict()), net, history, time.perf_counter() - clock, extra=extra
+        lambda x: prediction_of([(net.member_probs(x),)], options.members),
+        dict(net.state_dict()),
+        net,
+        history,
+        options.batch_size,
+        time.perf_counter() - clock,
+        extra=extra,
     )

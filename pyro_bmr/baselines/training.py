@@ -30,14 +30,15 @@ class Trained:
     """What a method leaves behind.
 
     `predict`: rows → prediction. `weights`: those of the exported network, by name. `network`: that network as plain torch, None for a program that is no
-    network. `history`: a row per epoch, with columns as in `Fit.history` where they have a meaning. `elbo`, `delta_f`: nats, NaN where there is none.
-    `extra`: further figures of the method, each a column of the table.
+    network. `history`: a row per epoch, with columns as in `Fit.history` where they have a meaning. `batch_size`: rows of a step. `seconds`: of the training.
+    `elbo`, `delta_f`: nats, NaN where there is none. `extra`: further figures of the method, each a column of the table.
     """
 
     predict: Callable[[Tensor], Prediction]
     weights: dict[str, Tensor]
     network: nn.Module | None
     history: pd.DataFrame
+    batch_size: int
     seconds: float
     elbo: float = float("nan")
     delta_f: float = float("nan")

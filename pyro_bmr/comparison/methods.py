@@ -48,6 +48,7 @@ def _of_route(name: str, route: str, every: Callable[..., Every] = Every) -> Met
             cell.weights,
             export(program, posterior) if isinstance(program, BayesianNetwork) else None,
             cell.fit.history,
+            settings.batch_size,
             cell.fit.seconds,
             float(cell.fit.history["elbo"].iloc[-1]),
             cell.delta_f,

@@ -43,7 +43,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def mean_and_spread(measure: str, mean: float, spread: float) -> str:
     """``0.893 ± 0.002``, with the digits of the measure; without the spread where there is but one value."""
-    digits = {"seconds": 1, "kilobytes": 1, "elbo": 0, "delta_f": 0, "kept": 4, "size": 4}.get(measure, 3)
+    digits = {"seconds": 1, "step_ratio": 2, "kilobytes": 1, "elbo": 0, "delta_f": 0, "kept": 4, "size": 4}.get(measure, 3)
     if math.isnan(mean):
         return ""
     return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")

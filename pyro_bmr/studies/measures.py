@@ -1,18 +1,24 @@
 """What a trained network of a study is worth: the figures of one row of its table.
 
-Owns `MEASURES`, to which further figures are added, and `measured`. Next: `cell_folder.py`.
+Owns `MEASURES`, to which further figures are added, `measured`, and `step_ratio`, one of them. Next: `cell_folder.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from pyro_bmr import metrics
 from pyro_bmr.comparison.cells import scores, sizes
 from pyro_bmr.comparison.methods import Trained
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ShrinkError
+from pyro_bmr.exporting.costs import latency
 from pyro_bmr.prediction import ClassPrediction, Prediction
 from pyro_bmr.shift import shifted_scores
 from pyro_bmr.shrinking import shrink_plan
@@ -43,7 +49,30 @@ def _structured_size(trained: Trained, data: Data) -> float:
 
 
 def _costs(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
-    return {"elbo": trained.elbo, "delta_f": trained.delta_f, "seconds": trained.seconds, **trained.extra}
+    return {"elbo": trained.elbo, "delta_f": trained.delta_f, "seconds": trained.seconds, "step_ratio": step_ratio(trained, data), **trained.extra}
+
+
+def step_ratio(trained: Trained, data: Data) -> float:
+    """Seconds of the training a step over those of a step of plain training: the same network and as many rows, fused Adam, measured right after the training
+    on the machine as it is then. Reductions and all else that the training did between its steps are in it. NaN for what is no network."""
+    if trained.network is None or trained.history.empty:
+        return math.nan
+    net = copy.deepcopy(trained.network).train().requires_grad_(True)
+    optimiser = torch.optim.Adam(net.parameters(), fused=True)
+    y = data.y_train[torch.arange(trained.batch_size) % len(data.y_train)]
+
+    @torch.enable_grad()
+    def step(x: Tensor) -> None:
+        optimiser.zero_grad()
+        outputs = net(x)
+        loss = F.mse_loss(outputs.reshape(y.shape), y) if data.classes is None else F.cross_entropy(outputs, y.long())
+        loss.backward()
+        optimiser.step()
+
+    with torch.random.fork_rng():
+        plain = latency(step, data.x_train, trained.batch_size, seconds=1.0) / 1e3
+    steps = len(trained.history) * float(trained.history["step"].iloc[0])
+    return trained.seconds / steps / plain
 
 
 MEASURES: tuple[Measure, ...] = (_scores, _sizes, _costs)
@@ -53,8 +82,8 @@ MEASURES: tuple[Measure, ...] = (_scores, _sizes, _costs)
 def measured(trained: Trained, data: Data, prediction: Prediction, shift: bool = False) -> dict[str, float]:
     """All measures of a trained network: accuracy or rmse, nll, brier, ece (15 bins of equal width), ece_mass (20 of equal mass), parameters and more.
 
-    Units as in `compare`; elbo and delta_f in nats, size as a fraction of the parameters, seconds of training. With `shift`, those of
-    `shift.shifted_scores` as well, which takes 41 predictions of 2,000 images.
+    Units as in `compare`; elbo and delta_f in nats, size as a fraction of the parameters, seconds of training, step_ratio over a step
+    of plain training. With `shift`, those of `shift.shifted_scores` as well, which takes 41 predictions of 2,000 images.
     """
     further = shifted_scores(trained.predict, data) if shift else {}
     return {name: value for measure in MEASURES for name, value in measure(trained, data, prediction).items()} | further

@@ -16,7 +16,7 @@ from pyro_bmr.studies.declaration import Study
 from pyro_bmr.studies.page import Section, page
 from pyro_bmr.studies.pictures import KEYS, draw
 
-_MEASURES = ("accuracy", "rmse", "nll", "brier", "ece", "ece_mass", "kept", "size", "kilobytes", "elbo", "delta_f", "seconds")
+_MEASURES = ("accuracy", "rmse", "nll", "brier", "ece", "ece_mass", "kept", "size", "kilobytes", "elbo", "delta_f", "seconds", "step_ratio")
 _NOT_AVERAGED = ("seed", "cell", "parameters", "kept_parameters")
 
 
