@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -64,3 +65,17 @@ def test_the_study_keeps_rows_of_declared_cells(tmp_path):
     table = study.with_those_before(SimpleNamespace(cells=cells), before, pd.DataFrame({"method": ["B"], "cell": ["b"], "nll": [0.2]}), tmp_path)
     assert table.to_dict("list") == {"method": ["B", "C"], "cell": ["b", "c"], "nll": [0.2, 0.3], "commit": ["2222222", "1111111"]}
     assert study.with_those_before(SimpleNamespace(cells=cells), before[["cell"]][:0], pd.DataFrame(), tmp_path).empty
+
+
+def test_moved_digits_are_one_pixel_off():
+    images = np.arange(1, 2 * 12 + 1).reshape(2, 1, 3, 4)
+    five = load("moved_mnist").moved(images).reshape(5, 2, 3, 4)
+    left, right, up, down = five[1:, 1]
+    assert np.array_equal(five[0], images[:, 0])
+    assert np.array_equal(left[0], [14, 15, 16, 0]) and np.array_equal(right[0], [0, 13, 14, 15])
+    assert np.array_equal(up[:, 0], [17, 21, 0]) and np.array_equal(down[:, 0], [0, 13, 17])
+
+
+def test_grey_values_of_standardised_images():
+    raw = np.array([[0, 255], [7, 128]], dtype=np.uint8)
+    assert np.array_equal(load("moved_mnist").grey((raw.astype(np.float32) - 33.3) / 78.6), raw)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -445,3 +446,24 @@ def test_on_a_dask_cluster(here, blank):
     pd.testing.assert_frame_equal(
         table.drop(columns=["seconds", "step_ratio"]), quiet("study.toml", "alone").table.drop(columns=["seconds", "step_ratio"]), check_exact=True
     )
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed (apt-get install git)")
+def test_the_commit_says_whether_the_code_was_changed_and_not_the_pages(tmp_path, monkeypatch):
+    def git(*words):
+        words = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *words)
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+    code, page = tmp_path / "pyro_bmr/studies/cell_folder.py", tmp_path / "docs/study.md"
+    for path in (code, page):
+        path.parent.mkdir(parents=True)
+        path.write_text("as committed")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    commit = git("rev-parse", "--short", "HEAD")
+    monkeypatch.setattr(cell_folder, "__file__", str(code))
+    page.write_text("a new table")
+    assert cell_folder.versions.__wrapped__()["commit"] == commit
+    code.write_text("other code")
+    assert cell_folder.versions.__wrapped__()["commit"] == commit + "+"

@@ -127,14 +127,14 @@ def failure(folder: Path) -> str | None:
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """What a number may depend on: Python, torch, Pyro and pyro_bmr, and the git commit of a checkout, with a + if it has changes."""
+    """What a number may depend on: Python, torch, Pyro and pyro_bmr, and the git commit of a checkout, with a + if its pyro_bmr or models has changes."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__), "pyro": pyro.__version__, "pyro_bmr": version("pyro_bmr")}
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             commit, changes = (
                 subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-                for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+                for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", "pyro_bmr", "models"])
             )
             found["commit"] = commit + ("+" if changes else "")
     return found
