@@ -5,8 +5,9 @@
     python benchmarks/study.py --fill                 # no run, the tables of what is finished
     python benchmarks/study.py --anew --jobs 2        # the cells of docs/results/study as well
 
-The tables of regression want `results/regression-data`, which `regression_tables.py` makes. What is finished is in results/study, its figures and the
-commit of each fit in docs/results/study, a row per cell; a cell of either is not run again.
+The tables of regression want `results/regression-data`, which `regression_tables.py` makes, that of MNIST `results/mnist-moved.npz`, which
+`moved_mnist.py` makes. What is finished is in results/study, its figures and the commit of each fit in docs/results/study, a row per cell; a cell of
+either is not run again.
 """
 
 from __future__ import annotations
