@@ -7,7 +7,7 @@ from pyro_bmr.comparison import Settings, compare
 from pyro_bmr.data import load
 from pyro_bmr.data_set import Data
 from pyro_bmr.elbo import elbo_terms
-from pyro_bmr.errors import DataError, FitError, ModelError, PyroBMRError, ReductionError, ShrinkError
+from pyro_bmr.errors import DataError, FitError, ModelError, PyroBMRError, PyroBMRWarning, ReductionError, ShrinkError
 from pyro_bmr.exporting import deploy, ensemble, export, save
 from pyro_bmr.fitting import Fit, adam, cosine, fit
 from pyro_bmr.guides import FullRank, LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
@@ -70,6 +70,7 @@ __all__ = [
     "Posterior",
     "Prior",
     "PyroBMRError",
+    "PyroBMRWarning",
     "Reduction",
     "ReductionError",
     "Refit",

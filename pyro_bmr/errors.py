@@ -1,6 +1,7 @@
 """The errors that users can cause. Each says what was asked, which rule it broke, what was got, and how to mend it.
 
-The command line prints them in one line and exits with status 2; everything else is a bug and keeps its traceback.
+The command line prints them in one line and exits with status 2; everything else is a bug and keeps its traceback. A result that stands but may
+mislead comes with a `PyroBMRWarning`.
 """
 
 from collections.abc import Iterable
@@ -36,3 +37,7 @@ class ReductionError(PyroBMRError):
 
 class ShrinkError(PyroBMRError):
     """A network cannot be made smaller: its masks do not fit it, or it has a part that is not a supported pattern."""
+
+
+class PyroBMRWarning(UserWarning):
+    """A result that is not wrong but may mislead: the message says which figure shows it, and the mend. `warnings.filterwarnings` takes the class."""
