@@ -17,7 +17,7 @@ from pyro_bmr.elbo import ELBOTerms, Values, collapsed, elbo_terms
 from pyro_bmr.errors import FitError
 from pyro_bmr.faults import Faults, diagnosis
 from pyro_bmr.fit_arguments import Program, batch_sizes, check_program, make_guide
-from pyro_bmr.guide_moments import sites_of_guide
+from pyro_bmr.guide_moments import masks_in_force, sites_of_guide
 from pyro_bmr.guides import MeanField, SiteWise
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.guides.row_noise import PER_ROW
@@ -57,7 +57,7 @@ class FitState:
         if isinstance(program, nn.Module):
             self.processes.copy_from_first((*program.parameters(), *program.buffers()))
         self.batch_size = min(batch_size, len(x))
-        self.masks: dict[str, Tensor] = {}
+        self.masks = masks_in_force(program, {}, x.device)
         self.hold_scales = False
         self.empirical = EmpiricalScales()
         self.few = (x[: min(len(x), 8)], y[: min(len(x), 8)])
@@ -79,7 +79,7 @@ class FitState:
             check_memory(f"a fit of {self.guide.loc.numel():,} weights, beside the guide's vectors and the data,", needed, x.device, mend)
             self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, own, cast(Network, program) if hasattr(program, "plain_weights") else None)
             self.trained = [p for p in self.trained if p is not self.guide.loc and p is not self.guide.log_scale]
-            self.masks = _masks_of(self.scaled, self.guide, self.few)
+            self.masks |= _masks_of(self.scaled, self.guide, self.few)
             self.flat.prune(self.masks)
         sites = self.posterior().sites  # also refuses guides that cannot be read
         self.has_variance = any(bool(site.var.any()) for site in sites.values())
@@ -99,7 +99,7 @@ class FitState:
             living = site.alive & (site.var > 0)
             locs[name].copy_(site.mean)
             log_scales[name].copy_((0.5 * site.var.log()).where(living, log_scales[name]))
-        self.masks = dict(start.masks)
+        self.masks = masks_in_force(self.program, start.masks, self.x.device)
         held = {name: site for name, site in start.sites.items() if isinstance(site.declared, Gaussian) and site.prior is not None}
         self.empirical.scales = {name: collapsed(site.prior.var).sqrt() for name, site in held.items() if site.prior is not None}
         self.hold_scales = True
@@ -155,7 +155,7 @@ class FitState:
             terms = self.terms(batch)
             ((self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)).backward()
             likelihood, kl = float(terms.expected_log_likelihood.detach()), float(terms.kl.detach())
-        sums = sum(float(g.sum()) for g in (*(draw.gradients if draw else ()), *(p.grad for p in self.trained if p.grad is not None)))
+        sums = sum(_total(g) for g in (*(draw.gradients if draw else ()), *(p.grad for p in self.trained if p.grad is not None)))
         faulty, where = not math.isfinite(likelihood + kl + sums), ""
         if self.processes.size > 1:
             draw, likelihood, kl, ranks = self._of_all(draw, likelihood, kl, faulty)
@@ -273,6 +273,10 @@ def _masks_of(program: Program, guide: MeanField, few: tuple[Tensor, Tensor]) ->
         program(*few)
     bases = {name: base_distribution(msg["fn"]) for name, msg in run.latent.items()}
     return {name: base.alive for name, base in bases.items() if hasattr(base, "alive")}
+
+
+def _total(gradient: Tensor) -> float:
+    return float(torch.view_as_real(gradient).sum() if gradient.is_complex() else gradient.sum())
 
 
 def seed_generator(device: torch.device, seed: int) -> None:

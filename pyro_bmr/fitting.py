@@ -73,8 +73,13 @@ class Fit:
 
 
 def adam(learning_rate: float = 3e-3) -> Callable[[Any], Optimizer]:
-    """The default optimiser: Adam, fused."""
-    return partial(torch.optim.Adam, lr=learning_rate, fused=True)
+    """The default optimiser: Adam, fused where all parameters are real."""
+    return partial(_adam, learning_rate)
+
+
+def _adam(learning_rate: float, parameters: Any) -> Optimizer:
+    parameters = list(parameters)
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=not any(isinstance(p, Tensor) and p.is_complex() for p in parameters))
 
 
 def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:

@@ -22,8 +22,15 @@ from pyro_bmr.guides.autoguides import Moments, autoguide_moments
 from pyro_bmr.guides.mean_field import SUPPORTS, Latent, MeanField, base_distribution, support_name
 from pyro_bmr.guides.scale_coupled import CoupledSite
 from pyro_bmr.guides.site_wise import SiteWise
+from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.reduction.gaussian import Diagonal, Message
 from pyro_bmr.site import Site
+
+
+def masks_in_force(program: Callable[..., Any], masks: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
+    """`masks` and those of a `BayesianNetwork` of its own: what `torch.nn.utils.prune` has pruned stays so."""
+    own = {name: mask.to(device) for name, mask in program.masks.items()} if isinstance(program, BayesianNetwork) else {}
+    return {**own, **{name: mask & own[name].to(mask.device) if name in own else mask for name, mask in masks.items()}}
 
 
 def sites_of_guide(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], masks: Mapping[str, Tensor]) -> dict[str, Site]:

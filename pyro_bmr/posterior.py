@@ -23,7 +23,7 @@ from pyro_bmr.curvature import Curvature
 from pyro_bmr.errors import ModelError, ReductionError
 from pyro_bmr.files import write_atomically
 from pyro_bmr.given_moments import sites_of_curvature, sites_of_moments, sites_of_samples
-from pyro_bmr.guide_moments import sites_of_guide, sites_of_param_store, with_priors
+from pyro_bmr.guide_moments import masks_in_force, sites_of_guide, sites_of_param_store, with_priors
 from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.guides.scale_coupled import conditional, multiplier
 from pyro_bmr.reduction.gaussian import Dense, Diagonal, Message
@@ -130,7 +130,7 @@ class Posterior:
         Raises:
             ModelError: a site's posterior cannot be read as Gaussian moments.
         """
-        masks = masks or {}
+        masks = masks_in_force(program, masks or {}, next((t.device for t in args if isinstance(t, Tensor)), None))
         return cls(with_priors(sites_of_guide(guide, args, kwargs, masks), program, args, kwargs, masks), temperature)
 
     @classmethod
@@ -147,7 +147,8 @@ class Posterior:
         Raises:
             ModelError: a site of the program is not found in the store.
         """
-        return cls(with_priors(sites_of_param_store(store, program, args, kwargs, names), program, args, kwargs, {}), temperature)
+        masks = masks_in_force(program, {})
+        return cls(with_priors(sites_of_param_store(store, program, args, kwargs, names), program, args, kwargs, masks), temperature)
 
     @classmethod
     def from_moments(cls, mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None) -> Posterior:

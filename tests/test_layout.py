@@ -18,7 +18,7 @@ FORMULAS = (
     "groups", "states", "search",
 )  # fmt: skip
 ORDER = [
-    "errors", "files", "memory",
+    "errors", "files", "memory", "plain_module", "constraints",
     *(f"reduction.{name}" for name in FORMULAS), "priors*", "prior_names", "likelihoods", "networks", "guides*", "elbo", "fit_arguments", "mean_field_noise",
     "mean_field_step", "online_newton",
     "site", "curvature", "given_moments", "guide_moments", "posterior",
@@ -27,7 +27,7 @@ ORDER = [
     "pruning", "prediction", "calibration", "metrics",
     "checkpoint_files", "processes", "faults", "fit_state", "fit_snapshot", "checkpoints", "fitting", "refitting",
     *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "plan")), "shrinking",
-    *(f"exporting.{name}" for name in ("plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
+    *(f"exporting.{name}" for name in ("finite", "plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
     "data_set", "data_files", "data", "plots", "shift",
     *(f"baselines.{name}" for name in ("training", "point", "magnitude", "dropout", "variational_dropout", "signal_to_noise")), "baselines",
     *(f"comparison.{name}" for name in ("models", "cells", "methods", "results_folder", "table")), "comparison",
@@ -166,5 +166,6 @@ def test_the_checks_see_what_they_look_for():
     )
     assert imports(tree, FILES) == {"os.path", "pyro_bmr.cli", "pyro_bmr.metrics", "pyro_bmr", "torch", "pickle"}
     assert [call.lineno for call in loads(tree, {"torch"})] == [6]
-    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == 16 and rank("pyro_bmr.reduction.sites") == 38 and rank("pyro_bmr.new") is None
+    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == ORDER.index("priors*") > ORDER.index("reduction.gaussian")
+    assert rank("pyro_bmr.reduction.sites") == ORDER.index("reduction.sites") and rank("pyro_bmr.new") is None
     assert len(FILES) > 25 and {"pyro_bmr", "pyro_bmr.guides.point"} <= set(FILES)

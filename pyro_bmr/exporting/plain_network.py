@@ -6,7 +6,6 @@ Next: `costs.py`; `deployment.py` writes more formats.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 
 from pyro_bmr.elbo import Values
 from pyro_bmr.errors import ModelError
+from pyro_bmr.exporting.finite import check_finite, check_network
 from pyro_bmr.files import make_folder, write_atomically
 from pyro_bmr.memory import check_memory
 from pyro_bmr.networks import BayesianNetwork
+from pyro_bmr.plain_module import module_copy, plain_module
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.shrinking.plan import shrink
 
@@ -33,18 +34,16 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
     trained on. It has the size of the original; `shrink` makes it smaller. Parameters that were not lifted are those of `program.net`, so pass `fit.program`.
 
     `program` may also be a plain module, for a posterior whose sites have the names of its parameters (`Posterior.from_curvature` and the like): a copy of
-    it then, with the posterior's point in the place of those parameters.
+    it then, with the posterior's point in the place of those parameters, made plain (`plain_module`): what `torch.nn.utils.prune` has pruned in it is 0.
 
     Raises:
-        ModelError: the program is not a network, or the posterior is not one of its own.
+        ModelError: the program is not a network, the posterior is not one of its own, or a value would not be finite.
     """
-    if isinstance(program, nn.Module) and not isinstance(program, BayesianNetwork) and _names_parameters(program, posterior):
-        net = copy.deepcopy(program).eval()
-        for name, parameter in net.named_parameters():
-            parameter.grad = None
-            if name in posterior.sites:
-                parameter.copy_(posterior[name].value(posterior[name].mean))
-        return net
+    if isinstance(program, nn.Module) and not isinstance(program, BayesianNetwork):
+        net = _filled(program, posterior)
+        if net is not None:
+            check_network(net, "export")
+            return net
     if not isinstance(program, BayesianNetwork):
         raise ModelError(f"export wants a BayesianNetwork, got {type(program).__name__}; for another program take its weights from posterior.point()")
     missing = [name for name in program.priors if name not in posterior.sites]
@@ -57,7 +56,7 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
                 f"site '{name}' has shape {tuple(posterior[name].mean.shape)} in the posterior, {tuple(shapes[name])} in the network; "
                 "pass the program and the posterior of the same fit"
             )
-    return _network(program, posterior.point())
+    return _network(program, posterior.point(), "export")
 
 
 @torch.no_grad()
@@ -67,7 +66,7 @@ def ensemble(program: BayesianNetwork, posterior: Posterior, *, draws: int = 8, 
     With `example` (rows of the input) each draw is shrunk; pruned weights are 0 in every draw, so all have the shapes of the shrunk mean.
 
     Raises:
-        ModelError: as `export`, draws shrink to different shapes, or are more than the memory that is free.
+        ModelError: as `export`, a draw is not finite, draws shrink to different shapes, or are more than the memory that is free.
         ShrinkError: as `shrink`.
     """
     if draws < 1:
@@ -76,7 +75,7 @@ def ensemble(program: BayesianNetwork, posterior: Posterior, *, draws: int = 8, 
     size = sum(p.numel() * p.element_size() for p in numbers)
     check_memory(f"an ensemble of {draws} networks", 2 * draws * size, numbers[0].device, "take fewer draws")
     generator = torch.Generator(device=next(iter(posterior.sites.values())).mean.device).manual_seed(seed)
-    nets = [_network(program, posterior.draw(generator)) for _ in range(draws)]
+    nets = [_network(program, posterior.draw(generator), "ensemble") for _ in range(draws)]
     states = [(net if example is None else shrink(net, {}, example)).state_dict() for net in nets]
     shapes = [{name: t.shape for name, t in state.items()} for state in states]
     if any(other != shapes[0] for other in shapes):
@@ -86,15 +85,35 @@ def ensemble(program: BayesianNetwork, posterior: Posterior, *, draws: int = 8, 
     return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
 
-def _network(program: BayesianNetwork, values: dict[str, Tensor]) -> nn.Module:
+def _network(program: BayesianNetwork, values: dict[str, Tensor], what: str) -> nn.Module:
     with Values(values):
         weights = program.weights()
-    net = copy.deepcopy(program.net).eval()
+    net = module_copy(program.net).eval()
+    _fill(net, weights)
+    check_network(net, what)
+    return net
+
+
+def _filled(net: nn.Module, posterior: Posterior) -> nn.Module | None:
+    """A plain copy of `net` at the posterior's point, whose sites have the names of its parameters or of those that it has when it is plain; else None."""
+    point = posterior.point()
+    if _names_parameters(net, posterior):
+        net = module_copy(net)
+        _fill(net, point)
+        return plain_module(net).net.eval()
+    plain, masks = plain_module(net)
+    if not _names_parameters(plain, posterior):
+        return None
+    plain = module_copy(plain)
+    _fill(plain, {name: value * masks[name] if name in masks else value for name, value in point.items()})
+    return plain.eval()
+
+
+def _fill(net: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, parameter in net.named_parameters():
         parameter.grad = None
-        if name in weights:
-            parameter.copy_(weights[name])
-    return net
+        if name in values:
+            parameter.copy_(values[name])
 
 
 def _names_parameters(net: nn.Module, posterior: Posterior) -> bool:
@@ -122,18 +141,39 @@ def point_weights(program: Any, posterior: Posterior) -> dict[str, Tensor]:
 def save(weights: nn.Module | Mapping[str, Tensor], folder: str | Path, report: Mapping[str, Any] | None = None) -> None:
     """Writes `model.safetensors` (a state_dict) and `report.json` to `folder`, each through a temporary file, so that none is ever half there.
 
+    A module is saved as the plain one that it stands for (`plain_module`), so that the file loads where nothing is compiled, wrapped or pruned by hooks.
     `report` is kept as it is, beside the parameter names, shapes and numbers of non-zeros. Load with `net.load_state_dict(safetensors.torch.load_file(path))`.
 
     Raises:
+        ModelError: a tensor is not finite or cannot be written, or the report is no JSON; nothing is written then.
         PyroBMRError: the folder cannot be written.
     """
     if not isinstance(weights, (nn.Module, Mapping)) or (isinstance(weights, Mapping) and not all(isinstance(t, Tensor) for t in weights.values())):
         raise ModelError(f"save: a network or a mapping from names to tensors is wanted, got {type(weights).__name__}")
-    tensors = dict(weights.state_dict()) if isinstance(weights, nn.Module) else dict(weights)
+    if isinstance(weights, nn.Module):
+        plain = plain_module(weights).net
+        tensors = dict(plain.state_dict())
+        _check_tensors(tensors)
+        check_network(plain, "save")
+    else:
+        tensors = dict(weights)
+        _check_tensors(tensors)
+        check_finite(tensors, "save")
     folder = Path(folder)
     about = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "nonzero": int(t.count_nonzero())} for name, t in tensors.items()}
+    try:
+        content = json.dumps({"format": "pyro_bmr report 1", **(report or {}), "tensors": about}, indent=1, allow_nan=False, default=str)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"save(report=...): it is no JSON ({error}); finite numbers, strings, lists and dicts are wanted") from None
     make_folder(folder)
     # .clone(): tied parameters are stored once each, which safetensors wants
     write_atomically(folder / "model.safetensors", lambda path: save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path))
-    content = json.dumps({"format": "pyro_bmr report 1", **(report or {}), "tensors": about}, indent=1, allow_nan=False, default=str)
     write_atomically(folder / "report.json", lambda path: path.write_text(content))
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ModelError if safetensors has no place for one of them."""
+    for name, tensor in tensors.items():
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype == torch.complex128:
+            kind = "without a shape" if nn.parameter.is_lazy(tensor) else f"{tensor.dtype}, {tensor.layout}, on '{tensor.device}'"
+            raise ModelError(f"save: tensor '{name}' is {kind}; dense values of a dtype that safetensors knows are wanted, such as float32 or complex64")

@@ -1,6 +1,6 @@
 """From masks to a smaller network with the same function: dead units, channels and heads removed, their constants folded into biases.
 
-Owns `shrink`, `shrink_plan` and `ShrinkPlan`. How the network is read is in `graphs.py`, what lives in `channels.py`. Next: `exporting/plain_network.py`.
+Owns `shrink`, `shrink_plan` and `ShrinkPlan`. How the network is read is in `graphs.py`, what lives in `channels.py`. Next: `exporting/finite.py`.
 """
 
 from __future__ import annotations
