@@ -26,7 +26,7 @@ ORDER = [
     "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
     "pruning", "prediction", "calibration", "metrics",
     "checkpoint_files", "processes", "faults", "fit_state", "fit_snapshot", "checkpoints", "fitting", "refitting",
-    *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "rebuilding", "plan")), "shrinking",
+    *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "sizes", "rebuilding", "verification", "plan")), "shrinking",
     *(f"exporting.{name}" for name in ("finite", "plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
     "data_set", "data_files", "data", "plots", "shift",
     *(f"baselines.{name}" for name in ("training", "point", "magnitude", "dropout", "variational_dropout", "signal_to_noise")), "baselines",

@@ -9,7 +9,7 @@ Owns `Channels`, the analysis of a graph. Each operation says three things of it
 - a `Read`, if it weighs channels: a channel is needed when a living output reads it with a weight other than zero, unless it is constant
   and its constant can be folded into the bias.
 
-What is not needed goes. Next: `rebuilding.py`.
+What is not needed goes. Next: `sizes.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.shrinking.graphs import MASKED, values_of
+from pyro_bmr.shrinking.graphs import MASKED, foreign_errors, values_of
 from pyro_bmr.shrinking.operations import function_state, layer_state, states_in
 from pyro_bmr.shrinking.ties import Axes, State, Ties, fixed
 
@@ -38,10 +38,11 @@ class Channels:
         self.values = values_of(graph, x)
         self.modules = dict(graph.named_modules())
         self.states: dict[fx.Node, Any] = {}
-        _refuse_layers_used_twice(graph, self.modules)
         with torch.no_grad():
             for node in graph.graph.nodes:
-                self.states[node] = self._visit(node)
+                with foreign_errors(f"'{node.name}' ({_title(node, self.modules)})"):
+                    self.states[node] = self._visit(node)
+        self._ties.agree()
         self.reads, self.kept = self._ties.reads, self._ties.kept
         self._living = self._ties.living()
 
@@ -62,7 +63,8 @@ class Channels:
         if node.op == "get_attr":
             if not isinstance(value, Tensor):
                 return value
-            axes = tuple(self._ties.new(n) if n > 1 else np.zeros(1, dtype=np.int64) for n in value.shape)
+            new = (self._ties.new(n) if n > 1 else np.zeros(n, dtype=np.int64) for n in value.shape)
+            axes = tuple(self._ties.shared(f"{node.target} {k}", axis) for k, axis in enumerate(new))
             return State(value, torch.zeros_like(value, dtype=torch.bool), axes)
         args: tuple[Any, ...] = fx.node.map_arg(node.args, lambda n: self.states[n])
         kwargs: dict[str, Any] = fx.node.map_arg(node.kwargs, lambda n: self.states[n])
@@ -70,22 +72,17 @@ class Channels:
             for state in states_in(args):
                 self._ties.fix_all(state)
             return None
-        if not states_in((args, kwargs)) or not _has_tensor(value):
+        if not states_in((args, kwargs)) or not has_tensor(value):
             return value  # sizes and other numbers
         if node.op == "call_module":
             return layer_state(self._ties, node, self.modules[str(node.target)], value, args, kwargs)
         return function_state(self._ties, node, args, kwargs)
 
 
-def _refuse_layers_used_twice(graph: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
-    used: dict[str, int] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_module" and any(True for _ in modules[str(node.target)].parameters()):
-            used[str(node.target)] = used.get(str(node.target), 0) + 1
-    twice = next((name for name, count in used.items() if count > 1), None)
-    if twice is not None:
-        raise ShrinkError(f"layer '{twice}' is used more than once, so its channels cannot be cut for one use; {MASKED}")
+def has_tensor(value: Any) -> bool:
+    """Whether a value of the graph is a tensor or holds one; else it is a size or another number."""
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(has_tensor(part) for part in value))
 
 
-def _has_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(_has_tensor(part) for part in value))
+def _title(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    return type(modules[str(node.target)]).__name__ if node.op == "call_module" else str(getattr(node.target, "__name__", node.target))

@@ -5,15 +5,33 @@ Owns `trace`. What each operation means for channels is in `channels.py`; the sm
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_bmr.errors import ShrinkError
+from pyro_bmr.errors import PyroBMRError, ShrinkError
 
-MASKED = "the masked network (zeros in tensors of the old shape) is the answer here"
+MASKED = "the masked network (zeros in tensors of the old shape, as `export` gives it) is the answer here"
+
+
+@contextmanager
+def foreign_errors(what: str) -> Iterator[None]:
+    """Inside it an error that is not the library's own becomes a ShrinkError that says of what."""
+    try:
+        yield
+    except PyroBMRError:
+        raise
+    except Exception as error:  # whatever an operation raises that the analysis meets for the first time
+        raise ShrinkError(f"{what} cannot be read ({type(error).__name__}: {first_line(error)}); {MASKED}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().split("\n")[0][:200]
 
 
 class Attention(nn.Module):
@@ -99,13 +117,47 @@ def trace(net: nn.Module) -> fx.GraphModule:
     root = holder["net"]
     if type(root).__module__.startswith("torch.nn") and not isinstance(root, nn.Sequential):
         root = nn.Sequential(root)  # a single layer
+    name = type(root).__name__
     try:
-        return fx.symbolic_trace(root.eval())
+        argument = _read_one_input(root)
+        graph = fx.symbolic_trace(root.eval())
     except ShrinkError:
         raise
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
-        reason = str(error).split("\n")[0]
-        raise ShrinkError(f"{type(net).__name__} cannot be traced, its control flow depends on the data or on shapes ({reason}); {MASKED}") from None
+        raise ShrinkError(f"{name} cannot be traced, its control flow depends on the data or on shapes ({first_line(error)}); {MASKED}") from None
+    for node in graph.graph.nodes:
+        node.type = None  # annotations name what the graph does not know
+        if node.op == "placeholder" and argument is not None:
+            node.target = argument
+    graph.recompile()
+    return graph
+
+
+def other_arguments(net: nn.Module) -> tuple[str, bool]:
+    """The name of the argument of `net` that is its input, and whether there are others, which all have defaults.
+
+    Raises:
+        ShrinkError: the network wants more than one.
+    """
+    _, first, *others = inspect.signature(type(net).forward).parameters.values()
+    several = [p.name for p in others if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if several:
+        raise ShrinkError(f"{type(net).__name__}.forward wants {', '.join([first.name, *several])}; networks of one input tensor are supported; {MASKED}")
+    return first.name, bool(others)
+
+
+def _read_one_input(root: nn.Module) -> str | None:
+    """Leaves `root` a forward of its input alone, whose name is given back, if it had others: a flag at its default is no value of the data."""
+    name, others = other_arguments(root)
+    if not others:
+        return None
+    plain = type(root)
+
+    def forward(self: nn.Module, x: Tensor) -> Any:
+        return plain.forward(self, x)
+
+    root.__class__ = type(plain.__name__, (plain,), {"forward": forward})
+    return name
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

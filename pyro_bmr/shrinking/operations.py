@@ -63,9 +63,11 @@ def layer_state(ties: Ties, node: fx.Node, layer: nn.Module, value: Any, args: t
         ties.fix_all(x)
         same = (layer.weight == layer.weight[:1]).all(0)
         unknown = ~same.expand(value.shape)
-        return State(layer.weight[0].expand(value.shape).masked_fill(unknown, 0), unknown, (*x.axes, ties.new(layer.embedding_dim)))
+        outputs = ties.shared(f"{node.target} out", ties.new(layer.embedding_dim))
+        return State(layer.weight[0].expand(value.shape).masked_fill(unknown, 0), unknown, (*x.axes, outputs))
     if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) and layer.running_mean is not None:
         gone = torch.zeros_like(x.unknown) if layer.weight is None else (layer.weight == 0).view(1, -1, *[1] * (x.unknown.ndim - 2)).expand_as(x.unknown)
+        ties.shared(f"{node.target} in", x.axes[1])
         return _state(layer(x.value), x.unknown & ~gone, x.axes)
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
         return _coupled(ties, node, layer, x, range(x.value.ndim - len(layer.normalized_shape), x.value.ndim))
@@ -75,7 +77,9 @@ def layer_state(ties: Ties, node: fx.Node, layer: nn.Module, value: Any, args: t
         return _state(layer(x.value), unknown, x.axes)
     if isinstance(layer, (nn.Softmax, nn.LogSoftmax)) and layer.dim is not None:
         return _coupled(ties, node, layer, x, [layer.dim])
-    if isinstance(layer, _ELEMENTWISE_LAYERS) or (isinstance(layer, nn.PReLU) and layer.num_parameters == 1):
+    if isinstance(layer, nn.PReLU) and layer.num_parameters > 1:
+        ties.shared(f"{node.target} in", x.axes[1])
+    if isinstance(layer, (*_ELEMENTWISE_LAYERS, nn.PReLU)):
         return _state(layer(x.value), x.unknown, x.axes)
     if isinstance(layer, _POOLS) and not getattr(layer, "return_indices", False):
         return _pool(ties, layer, x, _channel_axis(layer, x))
@@ -93,7 +97,8 @@ def function_state(ties: Ties, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     """The state of what a function or method gives. Raises ShrinkError if it is not a supported one."""
     target: Any = node.target
     refusal = _refusal(f"'{getattr(target, '__name__', target)}' at '{node.name}'")
-    run: Callable[..., Any] = (lambda first, *rest, **named: getattr(first, target)(*rest, **named)) if node.op == "call_method" else target
+    name = "reshape" if target == "view" else target  # what is known of a value need not lie in memory as the value does
+    run: Callable[..., Any] = (lambda first, *rest, **named: getattr(first, name)(*rest, **named)) if node.op == "call_method" else target
     x = args[0] if args else None
     if target in _BINARY and all(isinstance(a, (State, int, float)) for a in args) and not kwargs:
         return _binary(ties, run, args)
@@ -133,7 +138,7 @@ def function_state(ties: Ties, node: fx.Node, args: tuple[Any, ...], kwargs: dic
 def _linear(ties: Ties, node: fx.Node, layer: nn.Linear, x: State) -> State:
     nonzero = layer.weight != 0
     unknown = F.linear(x.unknown.to(layer.weight.dtype), nonzero.to(layer.weight.dtype)) > 0.5
-    outputs = ties.new(layer.out_features)
+    outputs = ties.shared(f"{node.target} out", ties.new(layer.out_features))
     ties.read(node, x, -1, outputs, nonzero, padded=False)
     return _state(layer(x.value), unknown, (*x.axes[:-1], outputs))
 
@@ -147,11 +152,11 @@ def _conv(ties: Ties, node: fx.Node, layer: nn.Conv1d | nn.Conv2d, x: State) -> 
     for axis in space:
         ties.fix(axis)
     if layer.groups == 1:
-        outputs = ties.new(channels)
+        outputs = ties.shared(f"{node.target} out", ties.new(channels))
         padded = layer.padding_mode == "zeros" and layer.padding != "valid" and (layer.padding == "same" or any(layer.padding))  # type: ignore[arg-type]
         ties.read(node, x, 1, outputs, nonzero.flatten(2).any(2), padded=padded)
     elif layer.groups == layer.in_channels:
-        outputs = np.repeat(x.axes[1], channels // layer.groups)
+        outputs = np.repeat(ties.shared(f"{node.target} in", x.axes[1]), channels // layer.groups)
     else:
         ties.fix(x.axes[1])
         outputs = fixed((channels,))[0]

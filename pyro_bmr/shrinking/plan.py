@@ -5,22 +5,26 @@ Owns `shrink`, `shrink_plan` and `ShrinkPlan`. How the network is read is in `gr
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.shrinking.channels import Channels
-from pyro_bmr.shrinking.graphs import trace, values_of
-from pyro_bmr.shrinking.rebuilding import Rebuilt, batch_axis, depends
+from pyro_bmr.plain_module import module_copy, plain_module
+from pyro_bmr.shrinking.channels import Channels, has_tensor
+from pyro_bmr.shrinking.graphs import foreign_errors, other_arguments, trace, values_of
+from pyro_bmr.shrinking.rebuilding import Rebuilt, depends
 from pyro_bmr.shrinking.reshapes import RESHAPES
+from pyro_bmr.shrinking.sizes import batch_axis, size_in_rows
 from pyro_bmr.shrinking.ties import State
+from pyro_bmr.shrinking.verification import answers, check_same_function, inputs_like
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class ShrinkPlan:
     parameters: tuple[int, int]
     _channels: Channels
     _batch_axes: Mapping[fx.Node, int]
+    _sizes: Mapping[fx.Node, Any]
     _name: str
     _sequential: bool
 
@@ -57,9 +62,11 @@ class ShrinkPlan:
         Raises:
             ShrinkError: a value that has become a constant has no axis of rows of its own.
         """
-        build = Rebuilt(self._channels, self._batch_axes)
-        if self._sequential and all(node.op in ("placeholder", "call_module", "output") and "." not in str(node.target) for node in build.graph.nodes):
-            return nn.Sequential(OrderedDict((str(n.target), build.parts[str(n.target)]) for n in build.graph.nodes if n.op == "call_module")).eval()
+        build = Rebuilt(self._channels, self._batch_axes, self._sizes)
+        layers = [str(n.target) for n in build.graph.nodes if n.op == "call_module"]
+        chain = all(n.op in ("placeholder", "call_module", "output") and "." not in str(n.target) for n in build.graph.nodes)
+        if self._sequential and chain and len(set(layers)) == len(layers):
+            return nn.Sequential(OrderedDict((name, build.parts[name]) for name in layers)).eval()
         return fx.GraphModule(build.parts, build.graph, self._name).eval()
 
 
@@ -83,24 +90,29 @@ def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) ->
     copied = masked(net, masks)
     sequential = type(net) is nn.Sequential
     before = sum(p.numel() for p in copied.parameters())
-    graph = trace(copied)
     if not isinstance(example, Tensor) or example.ndim < 1 or len(example) < 1:
-        raise ShrinkError(f"example: rows of the network's input are wanted, as one tensor; got {example!r}")
-    rows = example[:1].expand(2, *example.shape[1:])
-    try:
-        values_of(graph, rows)
-    except Exception as error:  # whatever a user's forward raises on rows that are not its own
-        reason = str(error).split("\n")[0]
-        raise ShrinkError(f"the network does not run on two rows of the example, of shape {tuple(rows.shape)} ({reason}); pass rows of its input") from None
-    channels = Channels(graph, rows)
-    more = values_of(graph, rows[:1].expand(3, *rows.shape[1:]))
-    batch_axes = {n: batch_axis(v.shape, more[n].shape) for n, v in channels.values.items() if isinstance(v, Tensor)}
-    plan = ShrinkPlan(pd.DataFrame(), {}, _unread(channels), (before, 0), channels, batch_axes, type(net).__name__, sequential)
-    small = plan.apply()
-    table = _table(channels)
+        got = f"{example.dtype} of shape {tuple(example.shape)}" if isinstance(example, Tensor) else type(example).__name__
+        raise ShrinkError(f"example: rows of the network's input are expected, as one tensor with at least one row, got {got}; pass some rows of its data")
+    with foreign_errors(f"the forward of {type(net).__name__}"):
+        other_arguments(copied)
+    rows = example[:1].repeat(2, *[1] * (example.ndim - 1))
+    inputs = [rows, *inputs_like(example, copied)]
+    want = answers(copied, inputs)
+    if want.outputs[0] is None:
+        raise ShrinkError(f"the network does not run on two rows of the example, of shape {tuple(rows.shape)} ({want.error}); pass rows of its input")
+    graph = trace(copied)
+    with foreign_errors(f"the graph of {type(net).__name__}"):
+        channels = Channels(graph, rows)
+        more = values_of(graph, example[:1].repeat(3, *[1] * (example.ndim - 1)))
+        batch_axes = {n: batch_axis(v.shape, more[n].shape) for n, v in channels.values.items() if isinstance(v, Tensor)}
+        sizes = {n: size_in_rows(v, more[n]) for n, v in channels.values.items() if n.op in ("call_function", "call_method") and not has_tensor(v)}
+        plan = ShrinkPlan(pd.DataFrame(), {}, _unread(channels), (before, 0), channels, batch_axes, sizes, type(net).__name__, sequential)
+        small = plan.apply()
+        check_same_function(want, small, inputs)
+        table = _table(channels)
     after = sum(p.numel() for p in small.parameters())
     kept = {name: why for name, why in channels.kept.items() if any(str(n.target) == name and depends(channels, n) for n in graph.graph.nodes)}
-    return ShrinkPlan(table, kept, plan.unread_inputs, (before, after), channels, batch_axes, type(net).__name__, sequential)
+    return dataclasses.replace(plan, layers=table, kept=kept, parameters=(before, after))
 
 
 def shrink(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) -> nn.Module:
@@ -114,12 +126,12 @@ def shrink(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) -> nn.M
 
 @torch.no_grad()
 def masked(net: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of `net`, in evaluation mode, with exact zeros where the masks say so.
+    """A copy of `net`, in evaluation mode, with exact zeros where the masks say so, and plain: what `torch.nn.utils.prune` has pruned is zero as well.
 
     Raises:
         ShrinkError: a mask is not a bool tensor in the shape of a parameter of that name.
     """
-    copied = copy.deepcopy(net).eval()
+    copied = module_copy(plain_module(net).net).eval()
     parameters = dict(copied.named_parameters(remove_duplicate=False))
     for name, mask in masks.items():
         if name not in parameters:
@@ -128,42 +140,44 @@ def masked(net: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
             got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ShrinkError(f"mask '{name}': a bool tensor of shape {tuple(parameters[name].shape)} is wanted, got {got}; pass the masks of this network")
         parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
-    return copied
+    return plain_module(copied, constraints=True).net.eval()
 
 
 def _table(channels: Channels) -> pd.DataFrame:
-    rows = []
+    uses: dict[str, list[fx.Node]] = {}
     for node in channels.graph.graph.nodes:
-        layer = channels.modules.get(str(node.target)) if node.op == "call_module" else None
-        weight = getattr(layer, "weight", None)
-        if not isinstance(weight, Tensor):
-            continue
-        state = channels.states[node]
-        gone = not isinstance(state, State) or not depends(channels, node)
-        positions = state.value.numel() // 2 // weight.shape[0] if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) else 0
-        before = list(weight.shape)
-        after = before
-        if gone:
-            after = [0] * len(before)
-        elif isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            out = state.axes[-1] if isinstance(layer, nn.Linear) else state.axes[1]
-            source = channels.states[node.args[0]]
-            inputs = int(channels.living(source.axes[-1] if isinstance(layer, nn.Linear) else source.axes[1]).sum())
-            after = (
-                [int(channels.living(out).sum()), inputs if layer.groups == 1 else 1, *before[2:]]
-                if not isinstance(layer, nn.Linear)
-                else [int(channels.living(out).sum()), inputs]
-            )
-        elif isinstance(layer, nn.Embedding):
-            after = [before[0], int(channels.living(state.axes[-1]).sum())]
-        elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            after = [int(channels.living(state.axes[1]).sum())]
-        rest = {name: p for name, p in layer.named_parameters() if name != "weight"}  # type: ignore[union-attr]
-        counts = [math.prod(size) + sum(math.prod([size[0], *p.shape[1:]]) for p in rest.values()) if math.prod(size) else 0 for size in (before, after)]
-        flops = [2 * math.prod(size) * positions for size in (before, after)]
-        rows.append((node.target, type(layer).__name__, "×".join(map(str, before)), "×".join(map(str, after)), *counts, *flops))
+        if node.op == "call_module" and isinstance(getattr(channels.modules[str(node.target)], "weight", None), Tensor):
+            uses.setdefault(str(node.target), []).append(node)
     columns = ["layer", "type", "before", "after", "parameters before", "parameters after", "FLOPs before", "FLOPs after"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame([_row(channels, name, nodes) for name, nodes in uses.items()], columns=columns)
+
+
+def _row(channels: Channels, name: str, nodes: list[fx.Node]) -> tuple[Any, ...]:
+    layer = channels.modules[name]
+    weight: Any = layer.weight
+    living = [n for n in nodes if isinstance(channels.states[n], State) and depends(channels, n)]
+    before = list(weight.shape)
+    after = _size_after(channels, layer, living[0]) if living else [0] * len(before)
+    rest = {key: p for key, p in layer.named_parameters() if key != "weight"}
+    counts = [math.prod(size) + sum(math.prod([size[0], *p.shape[1:]]) for p in rest.values()) if math.prod(size) else 0 for size in (before, after)]
+    weighs = isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    positions = [sum(channels.values[n].numel() // 2 // weight.shape[0] for n in ns) if weighs else 0 for ns in (nodes, living)]
+    flops = [2 * math.prod(size) * n for size, n in zip((before, after), positions, strict=True)]
+    return (name, type(layer).__name__, "×".join(map(str, before)), "×".join(map(str, after)), *counts, *flops)
+
+
+def _size_after(channels: Channels, layer: Any, node: fx.Node) -> list[int]:
+    """The shape of the layer's weight, cut."""
+    state, before = channels.states[node], list(layer.weight.shape)
+    if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        inputs = int(channels.living(channels.states[node.args[0]].axes[axis]).sum())  # type: ignore[index]
+        return [int(channels.living(state.axes[axis]).sum()), inputs if getattr(layer, "groups", 1) == 1 else before[1], *before[2:]]
+    if isinstance(layer, nn.Embedding):
+        return [before[0], int(channels.living(state.axes[-1]).sum())]
+    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) or (isinstance(layer, nn.PReLU) and layer.num_parameters > 1):
+        return [int(channels.living(state.axes[1]).sum())]
+    return before
 
 
 def _unread(channels: Channels) -> Tensor:

@@ -1,11 +1,12 @@
 """The graph of the smaller network: every layer and tensor cut to its living channels, what has become a constant put in as one.
 
-Owns `Rebuilt`. What lives is decided in `channels.py`. Next: `plan.py`.
+Owns `Rebuilt`. What lives is decided in `channels.py`. Next: `verification.py`.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor, fx, nn
 
 from pyro_bmr.errors import ShrinkError
 from pyro_bmr.shrinking.channels import Channels
-from pyro_bmr.shrinking.graphs import MASKED, linear
+from pyro_bmr.shrinking.graphs import MASKED, foreign_errors, linear
 from pyro_bmr.shrinking.reshapes import RESHAPES
+from pyro_bmr.shrinking.sizes import Rows
 from pyro_bmr.shrinking.ties import State
 
 
@@ -27,11 +29,11 @@ class Rebuilt:
         ShrinkError: a value that has become a constant, or is reshaped, has no axis of rows of its own.
     """
 
-    def __init__(self, channels: Channels, batch_axes: Mapping[fx.Node, int]) -> None:
-        self.channels, self.batch_axes = channels, batch_axes
+    def __init__(self, channels: Channels, batch_axes: Mapping[fx.Node, int], sizes: Mapping[fx.Node, Any]) -> None:
+        self.channels, self.batch_axes, self.sizes = channels, batch_axes, sizes
         self.parts: dict[str, Any] = {}
         self.graph = fx.Graph()
-        self.new: dict[fx.Node, fx.Node] = {}
+        self.new: dict[fx.Node, Any] = {}  # nodes of the smaller network, and numbers
         reads = {read.node: read for read in channels.reads}
         static = set[fx.Node]()  # what never depended on the input, such as an expanded class token, stays as it is written
         for node in channels.graph.graph.nodes:
@@ -41,20 +43,18 @@ class Rebuilt:
         constants = {n for n in channels.graph.graph.nodes if n not in static and self._constant(n)}
         for node in channels.graph.graph.nodes:
             if node in constants:
-                if any(user not in constants for user in node.users):
+                if any(user not in constants and user not in sizes for user in node.users):
                     self.new[node] = self._constant_node(node)
                 continue
             same = self._unchanged_sum(node, constants)
             if same is not None:
                 self.new[node] = self.new[same]
-                continue
-            if any(arg in constants and arg not in self.new for arg in node.all_input_nodes):  # a size of something that is a constant now
-                raise ShrinkError(f"'{node.name}' asks a value that has become a constant for its size; {MASKED}")
-            self.new[node] = self._reshape_node(node) or self.graph.node_copy(node, lambda n: self.new[n])
-            if node.op == "call_module":
-                self.parts[str(node.target)] = self._layer(node, channels.modules[str(node.target)], reads)
-            elif node.op == "get_attr":
-                self.parts[str(node.target)] = self._attribute(node)
+            elif node in sizes:
+                self.new[node] = self._size(node)
+            else:
+                with foreign_errors(f"'{node.name}' in a smaller size"):
+                    self.new[node] = self._resized(node) or self._reshape_node(node) or self.graph.node_copy(node, lambda n: self.new[n])
+                    self._part(node, reads)
         self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         used = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")}
         self.parts = {name: part for name, part in self.parts.items() if name in used}
@@ -92,6 +92,65 @@ class Rebuilt:
                 if alive is not None and same and not bool(cut(self.channels.states[zero].value, alive).any()):
                     return other
         return None
+
+    def _part(self, node: fx.Node, reads: Mapping[fx.Node, Any]) -> None:
+        """Enters the layer or the tensor of the node, cut; what was frozen stays frozen."""
+        if node.op == "call_module":
+            layer = self.channels.modules[str(node.target)]
+            self.parts[str(node.target)] = small = self._layer(node, layer, reads)
+            before = dict(layer.named_parameters())
+            for name, parameter in small.named_parameters():
+                parameter.requires_grad_(before[name].requires_grad if name in before else True)
+        elif node.op == "get_attr":
+            self.parts[str(node.target)] = self._attribute(node)
+
+    def _size(self, node: fx.Node) -> Any:
+        """A size, or what is computed of sizes alone: as the original network has it. It is asked for anew where nothing of that axis went."""
+        source = node.args[0]
+        if isinstance(source, fx.Node) and isinstance(self.channels.states[source], State):
+            alive = self._alive(source)
+            assert alive is not None
+            whole = [source in self.new and bool(a.all()) for a in alive]
+            if all(whole):
+                return self.graph.node_copy(node, lambda n: self.new[n])
+            size = self.sizes[node]
+            if isinstance(size, tuple):  # the whole shape
+                return tuple(self.graph.call_method("size", (self.new[source], k)) if whole[k] else self._number(node, n) for k, n in enumerate(size))
+            if node.target == "size" and len(node.args) == 2 and whole[int(node.args[1])]:  # type: ignore[arg-type]
+                return self.graph.node_copy(node, lambda n: self.new[n])
+            return self._number(node, size)
+        if node.target is operator.getitem and isinstance(source, fx.Node) and isinstance(self.new[source], tuple):
+            return self.new[source][node.args[1]]  # type: ignore[index]
+        return self.graph.node_copy(node, lambda n: self.new[n])
+
+    def _number(self, node: fx.Node, size: Any) -> Any:
+        if size is None:
+            raise ShrinkError(f"'{node.name}' is a size that is no multiple of the number of rows, of a value that is cut; {MASKED}")
+        if not isinstance(size, Rows):
+            return size
+        rows = self.graph.call_method("size", (next(iter(self.graph.nodes)), 0))
+        return rows if size.times == 1 else self.graph.call_function(operator.mul, (rows, size.times))
+
+    def _resized(self, node: fx.Node) -> fx.Node | None:
+        """A view, reshape or expand of which something was cut, with the sizes that are left."""
+        alive = self._alive(node)
+        if node.target not in ("view", "reshape", "expand", torch.reshape) or alive is None or all(a.all() for a in alive):
+            return None
+        asked: Any = node.args[1] if len(node.args) == 2 else node.args[1:]
+        if isinstance(asked, fx.Node) and isinstance(self.new[asked], tuple):
+            asked = self.new[asked]
+        if not isinstance(asked, (tuple, list)) or len(asked) != len(alive):
+            return None
+        source = node.all_input_nodes[0]
+        before = (1,) * (len(alive) - self.channels.values[source].ndim) + tuple(self.channels.values[source].shape)
+        sizes = []
+        for a, old, size in zip(alive, before, asked, strict=True):
+            if bool(a.all()):
+                sizes.append(self.new[size] if isinstance(size, fx.Node) and size in self.new else size)
+            else:
+                inferred = size == -1 if isinstance(size, int) else False
+                sizes.append(-1 if inferred or (node.target == "expand" and old == len(a)) else int(a.sum()))
+        return self.graph.call_method("expand" if node.target == "expand" else "reshape", (self.new[source], *sizes))
 
     def _reshape_node(self, node: fx.Node) -> fx.Node | None:
         layer = self.channels.modules.get(str(node.target)) if node.op == "call_module" else None
@@ -131,6 +190,11 @@ class Rebuilt:
             alive = torch.from_numpy(channels.living(state.axes[1]))
             groups = int(channels.living(channels.states[node.args[0]].axes[1]).sum())  # type: ignore[index]
             return _conv(layer, layer.weight.detach()[alive], None if layer.bias is None else layer.bias.detach()[alive], groups)
+        if isinstance(layer, nn.PReLU) and layer.num_parameters > 1:
+            slopes = layer.weight.detach()[torch.from_numpy(channels.living(state.axes[1]))].clone()
+            cut_layer = nn.PReLU(len(slopes), device="meta")
+            cut_layer.weight = nn.Parameter(slopes)
+            return cut_layer
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             alive = torch.from_numpy(channels.living(state.axes[1]))
             small = type(layer)(int(alive.sum()), layer.eps, layer.momentum, layer.affine, device=layer.running_mean.device, dtype=layer.running_mean.dtype)  # type: ignore[union-attr]
@@ -161,12 +225,6 @@ def cut(value: Tensor, alive: tuple[np.ndarray, ...]) -> Tensor:
         if not positions.all():
             value = value.index_select(k, torch.from_numpy(positions.nonzero()[0]).to(value.device))
     return value
-
-
-def batch_axis(two: torch.Size, three: torch.Size) -> int:
-    """The axis that has the size of the batch; −1 if there is none, or it is merged with another."""
-    axes = [k for k, (a, b) in enumerate(zip(two, three, strict=True)) if (a, b) == (2, 3)]
-    return axes[0] if len(axes) == 1 else -1
 
 
 def depends(channels: Channels, node: fx.Node) -> bool:

@@ -6,7 +6,8 @@ Owns `State`, `Read` and `Ties`. The entries are made by `operations.py`. Next: 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
@@ -44,6 +45,7 @@ class Ties:
         self._parent = [FIXED]
         self.reads: list[Read] = []
         self.kept: dict[str, str] = {}
+        self._first_use: dict[str, np.ndarray] = {}
 
     def new(self, count: int) -> np.ndarray:
         """As many identities that nothing shares yet."""
@@ -71,6 +73,11 @@ class Ties:
         """They stay, whatever reads them."""
         self.tie(ids, np.zeros_like(ids))
 
+    def shared(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """`ids`, tied to those of the first use of `name`: what is used more than once is cut for all its uses alike."""
+        self.tie(self._first_use.setdefault(name, ids), ids)
+        return ids
+
     def tie_all(self, ids: np.ndarray) -> None:
         """Ties them to each other."""
         self.tie(ids[1:], ids[:-1])
@@ -92,13 +99,25 @@ class Ties:
 
     def read(self, node: fx.Node, x: State, axis: int, outputs: np.ndarray, nonzero: Tensor, padded: bool) -> None:
         """Enters a layer that weighs the channels of `axis`; `padded`: it pads with zeros, so that only the constant 0 can be folded."""
+        self.shared(f"{node.target} in", x.axes[axis])
         value, unknown = (t.movedim(axis, 0).flatten(1) for t in (x.value, x.unknown))
         constant = ~unknown.any(1) & (value == value[:, :1]).all(1)
         foldable = constant & (value[:, 0] == 0) if padded else constant
         if bool((constant & ~foldable & nonzero.any(0)).any()):
             where = (constant & ~foldable & nonzero.any(0)).nonzero().flatten().tolist()
             self.kept[str(node.target)] = f"reads the constant input channels {where} through zero padding, where a constant is not a bias; they are kept"
-        self.reads.append(Read(node, x.axes[axis], outputs, nonzero.cpu().numpy(), foldable.cpu().numpy(), value[:, 0]))
+        self.reads.append(Read(node, x.axes[axis], outputs, nonzero.cpu().numpy(), foldable.cpu().numpy(), value[:, 0].clone()))
+
+    def agree(self) -> None:
+        """A layer that is used more than once has one bias: only a constant that is the same in every use can be folded into it."""
+        uses: dict[Any, list[int]] = {}
+        for k, read in enumerate(self.reads):
+            uses.setdefault(read.node.target, []).append(k)
+        for same in (ks for ks in uses.values() if len(ks) > 1):
+            first = self.reads[same[0]]
+            foldable = np.logical_and.reduce([self.reads[k].foldable & (self.reads[k].level == first.level).cpu().numpy() for k in same])
+            for k in same:
+                self.reads[k] = replace(self.reads[k], foldable=foldable)
 
     def living(self) -> np.ndarray:
         """The least set of identities that is closed under: what a living output reads, lives."""
