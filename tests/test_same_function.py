@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import pyro_bmr as bmr
 from pyro_bmr.shrinking import masked
@@ -179,6 +180,15 @@ def test_a_constant_that_differs_between_the_uses_of_a_layer_is_no_bias():
     with torch.no_grad():
         net.b.bias.copy_(net.a.bias)  # now they are the same constants
     assert check(net, masks, torch.randn(5, 6).double()).c.weight.shape == (3, 8)
+
+
+def test_what_torch_has_pruned_is_gone():
+    net = made(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), 0)
+    prune.ln_structured(net[0], "weight", 0.5, n=2, dim=0)
+    net(x := torch.randn(5, 6).double())
+    small = bmr.shrink(net, {}, x)
+    torch.testing.assert_close(small(x), net.eval()(x), rtol=0, atol=1e-12)
+    assert small[0].weight.shape == (4, 6) and not any(name.endswith("_mask") for name, _ in small.named_buffers())
 
 
 class Recursion(nn.Module):

@@ -88,12 +88,12 @@ def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) ->
         ShrinkError: a mask fits no parameter, the example does not fit the network, or a pattern is not supported, by name.
     """
     copied = masked(net, masks)
-    sequential = type(net) is nn.Sequential
+    sequential, name = type(copied) is nn.Sequential, type(copied).__name__
     before = sum(p.numel() for p in copied.parameters())
     if not isinstance(example, Tensor) or example.ndim < 1 or len(example) < 1:
         got = f"{example.dtype} of shape {tuple(example.shape)}" if isinstance(example, Tensor) else type(example).__name__
         raise ShrinkError(f"example: rows of the network's input are expected, as one tensor with at least one row, got {got}; pass some rows of its data")
-    with foreign_errors(f"the forward of {type(net).__name__}"):
+    with foreign_errors(f"the forward of {name}"):
         other_arguments(copied)
     rows = example[:1].repeat(2, *[1] * (example.ndim - 1))
     inputs = [rows, *inputs_like(example, copied)]
@@ -101,17 +101,17 @@ def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) ->
     if want.outputs[0] is None:
         raise ShrinkError(f"the network does not run on two rows of the example, of shape {tuple(rows.shape)} ({want.error}); pass rows of its input")
     graph = trace(copied)
-    with foreign_errors(f"the graph of {type(net).__name__}"):
+    with foreign_errors(f"the graph of {name}"):
         channels = Channels(graph, rows)
         more = values_of(graph, example[:1].repeat(3, *[1] * (example.ndim - 1)))
         batch_axes = {n: batch_axis(v.shape, more[n].shape) for n, v in channels.values.items() if isinstance(v, Tensor)}
         sizes = {n: size_in_rows(v, more[n]) for n, v in channels.values.items() if n.op in ("call_function", "call_method") and not has_tensor(v)}
-        plan = ShrinkPlan(pd.DataFrame(), {}, _unread(channels), (before, 0), channels, batch_axes, sizes, type(net).__name__, sequential)
+        plan = ShrinkPlan(pd.DataFrame(), {}, _unread(channels), (before, 0), channels, batch_axes, sizes, name, sequential)
         small = plan.apply()
         check_same_function(want, small, inputs)
         table = _table(channels)
     after = sum(p.numel() for p in small.parameters())
-    kept = {name: why for name, why in channels.kept.items() if any(str(n.target) == name and depends(channels, n) for n in graph.graph.nodes)}
+    kept = {layer: why for layer, why in channels.kept.items() if any(str(n.target) == layer and depends(channels, n) for n in graph.graph.nodes)}
     return dataclasses.replace(plan, layers=table, kept=kept, parameters=(before, after))
 
 
