@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,7 @@ from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
 from pyro_bmr.priors.gaussian import Gaussian
 from pyro_bmr.processes import Processes
+from pyro_bmr.products import with_products
 from pyro_bmr.pruning import Every, Masked
 from pyro_bmr.reduction.outcome import Reduction
 
@@ -202,7 +204,8 @@ class FitState:
         if self.flat is not None:
             self.flat.write_back()
             self.flat = None
-        return self.posterior()
+        posterior = self.posterior()
+        return replace(posterior, sites=with_products(posterior.sites, self.program, self.few, {})) if self.has_variance else posterior
 
     def posterior(self) -> Posterior:
         """The posterior as it stands; the program is in evaluation mode while it is read."""

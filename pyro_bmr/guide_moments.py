@@ -1,6 +1,6 @@
 """Sites of a posterior out of a guide or a param store, on the unconstrained scale, with the priors that the program declares.
 
-Owns `sites_of_guide`, `sites_of_param_store` and `with_priors`; `Posterior.from_guide` and `from_param_store` say what is read. Next: `posterior.py`.
+Owns `sites_of_guide`, `sites_of_param_store` and `with_priors`; `Posterior.from_guide` and `from_param_store` say what is read. Next: `products.py`.
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ class Posterior:
             tensors |= {f"{name}/declared_{key}": t.contiguous().clone() for key, t in values.items() if isinstance(t, Tensor)}
             declared = {"type": type(site.declared).__name__, **{k: v for k, v in values.items() if not isinstance(v, Tensor)}} if known else None
             joint = type(site.joint).__name__ if site.joint else None
-            about[name] = {"support": site.support, "given": site.given, "declared": declared, "joint": joint}
+            about[name] = {"support": site.support, "given": site.given, "declared": declared, "joint": joint, "multiplies": site.multiplies}
         metadata = {"format": _FORMAT, "posterior": json.dumps({"sites": about, "temperature": self.temperature})}
         write_atomically(Path(path), lambda p: save_file(tensors, p, metadata=metadata))
 
@@ -281,9 +281,10 @@ def _site_of_file(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Ten
         raise ValueError(f"site '{name}': its mask is not bool of the shape of its mean")
     if joint is not None and (joint.mean.numel() != mean.numel() or not _fits(joint)):
         raise ValueError(f"site '{name}': its covariance does not fit its mean")
-    if entry["support"] not in SUPPORTS or not all(isinstance(other, str) for other in entry["given"]):
+    multiplies = entry.get("multiplies", [])
+    if entry["support"] not in SUPPORTS or not all(isinstance(other, str) for other in (*entry["given"], *multiplies)):
         raise ValueError(f"site '{name}': support {entry['support']!r}, given {entry['given']!r}")
-    return Site(mean, var, prior, declared, entry["support"], mask, tuple(entry["given"]), joint, message)
+    return Site(mean, var, prior, declared, entry["support"], mask, tuple(entry["given"]), joint, message, tuple(multiplies))
 
 
 def _fits(joint: Dense | LowRank | MatrixNormal) -> bool:

@@ -32,6 +32,7 @@ class Site:
     `var` are its marginals. None for independent entries.
     `message`: where q couples the site with the scales that `declared` multiplies it by (`ScaleCoupled`), what the data said of the weight, in the weight's
     units; a draw of the site then follows the draw of its scales, and `mean` and `var` are those given the scales at their medians. Else None.
+    `multiplies`: the sites by which the program multiplies this one, slice by slice (`products.with_products`); empty also where nobody looked.
     """
 
     mean: Tensor
@@ -43,6 +44,7 @@ class Site:
     given: tuple[str, ...] = ()
     joint: Joint | None = None
     message: Message | None = None
+    multiplies: tuple[str, ...] = ()
 
     @property
     def alive(self) -> Tensor:
