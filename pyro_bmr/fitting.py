@@ -5,7 +5,6 @@ Owns `fit` and its result `Fit`; the state that its steps change is in `fit_stat
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from pyro_bmr.fit_state import FitState, seed_generator
 from pyro_bmr.guides import MeanField
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import NaturalGradient
+from pyro_bmr.plain_module import module_copy
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import check_callable_without_y, predict
 from pyro_bmr.processes import Processes
@@ -151,7 +151,7 @@ def fit(
         held_out = (like_program(program, held_out[0]), like_program(program, held_out[1]))
         check_callable_without_y(program, x)
     if isinstance(program, nn.Module):
-        program = program.copy() if isinstance(program, BayesianNetwork) else copy.deepcopy(program)
+        program = program.copy() if isinstance(program, BayesianNetwork) else module_copy(program)
     clock = time.perf_counter()
     with torch.random.fork_rng(), pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         seed_generator(x.device, seed)

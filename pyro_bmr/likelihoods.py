@@ -35,6 +35,12 @@ def data_plate(rows: int, size: int | None, device: torch.device) -> pyro.plate:
     return pyro.plate("data", size, subsample=torch.arange(rows, device=device), dim=-1)
 
 
+def _check_output(name: str, output: Any, wanted: str) -> None:
+    if not isinstance(output, Tensor) or output.is_complex():
+        got = output.dtype if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise DataError(f"{name}: the network must return one tensor of real numbers, {wanted}, got {got}; a likelihood of your own, with observe, may take it")
+
+
 def _check_target(output: Tensor, y: Tensor | None) -> None:
     if y is not None and y.shape != output.shape[:1]:
         raise DataError(f"y has shape {tuple(y.shape)}, the network returned {output.shape[0]} rows; y must have shape ({output.shape[0]},)")
@@ -47,6 +53,7 @@ class Categorical:
     size: int | None = None
 
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
+        _check_output("Categorical", output, "(rows, classes)")
         if output.ndim != 2:
             raise DataError(f"Categorical: the network must return (rows, classes), got shape {tuple(output.shape)}")
         _check_target(output, y)
@@ -68,6 +75,7 @@ class Normal:
     size: int | None = None
 
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
+        _check_output("Normal", output, "(rows,) or (rows, 1)")
         if output.ndim == 2 and output.shape[1] == 1:
             output = output[:, 0]
         if output.ndim != 1:

@@ -206,10 +206,8 @@ def _refuse(net: nn.Module) -> None:
         if ".quantized" in type(module).__module__:
             raise ModelError(f"{where}: a quantised layer has no parameters; give the network as it was before it was quantised")
     for name, parameter in net.named_parameters():
-        lazy = nn.parameter.is_lazy(parameter)
-        if lazy or parameter.is_meta or parameter.layout != torch.strided:
-            kind = "not initialised yet" if lazy else "on the device 'meta'" if parameter.is_meta else f"of layout {parameter.layout}"
-            mend = (
-                "run the network once on a row of data" if lazy else "give it values, as net.to_empty(device='cpu')" if parameter.is_meta else "use to_dense()"
-            )
-            raise ModelError(f"parameter '{name}' is {kind}; dense values are wanted: {mend}")
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(f"parameter '{name}' has no shape yet; run the network once on a row of data")
+        if parameter.is_meta or parameter.layout != torch.strided:
+            kind = "on the device 'meta', without values" if parameter.is_meta else f"of layout {parameter.layout}"
+            raise ModelError(f"parameter '{name}' is {kind}; a dense parameter with values is wanted")

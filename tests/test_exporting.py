@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 
 import pyro_bmr as bmr
 from pyro_bmr.exporting import point_weights
@@ -207,12 +209,80 @@ def test_report(exported, tmp_path):
     assert report["tensors"]["0.weight"]["nonzero"] < 35
 
 
+def broken(net, name, value):
+    """A copy with two such values in the parameter or buffer `name`."""
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        net.state_dict()[name].flatten()[:2] = value
+    return net
+
+
+@pytest.mark.parametrize("name", ["0.weight", "3.bias", "1.running_var", "1.weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nothing_is_saved_that_is_not_finite(exported, tmp_path, name, value):
+    net = broken(exported, name, value)
+    size = net.state_dict()[name].numel()
+    for weights in (net, net.state_dict()):
+        with pytest.raises(bmr.ModelError, match=rf"save: '{name}'.* has 2 of {size} values that are NaN or infinite"):
+            bmr.save(weights, tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.running_mean"])
+def test_nothing_is_exported_that_is_not_finite(pruned, name):
+    program, posterior = pruned[1].program.copy(), pruned[1].posterior
+    if name in posterior.sites:
+        site = posterior[name]
+        posterior = bmr.Posterior({**posterior.sites, name: bmr.Site(site.mean.clone().index_fill_(0, torch.tensor([2]), math.nan), site.var, site.prior)})
+    else:
+        program.net = broken(program.net, name, math.nan)
+    bad = 5 if name in posterior.sites else 2
+    for make in (bmr.export, partial(bmr.ensemble, draws=2)):
+        with pytest.raises(bmr.ModelError, match=rf"'{name}'.* has {bad} of \d+ values that are NaN or infinite"):
+            make(program, posterior)
+    with pytest.raises(bmr.ModelError, match=f"export: '{name}'"):
+        bmr.export(program.net, posterior)
+
+
+def test_an_additive_mask_may_be_infinite(tmp_path):
+    net = nn.Sequential(nn.Linear(2, 2))
+    net.register_buffer("causal", torch.full((3, 3), -math.inf).triu(1))
+    bmr.save(net, tmp_path / "module")
+    bmr.save(net.state_dict(), tmp_path / "tensors")
+    assert torch.equal(load_file(tmp_path / "tensors" / "model.safetensors")["causal"], net.causal)
+    net.causal[0, 0] = 1.0
+    with pytest.raises(bmr.ModelError, match="'causal'.* has 3 of 9"):
+        bmr.save(net, tmp_path / "no mask")
+
+
+@pytest.mark.parametrize(
+    "value", [torch.eye(2).to_sparse(), torch.zeros(2, device="meta"), torch.zeros(2, dtype=torch.complex128)], ids=["sparse", "meta", "c128"]
+)
+def test_what_safetensors_has_no_place_for_is_refused_by_name(tmp_path, value):
+    with pytest.raises(bmr.ModelError, match=r"save: tensor 'b' is torch\..*dense values"):
+        bmr.save({"a": torch.ones(1), "b": value}, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_network_that_torch_has_pruned_is_exported_under_either_name():
+    net = nn.Sequential(nn.Linear(5, 3))
+    prune.custom_from_mask(net[0], "weight", torch.arange(15).view(3, 5) % 3 > 0)
+    net(X).sum().backward()
+    raw = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+    for names in ({}, {"0.weight_orig": "0.weight"}):
+        values = {names.get(name, name): t for name, t in raw.items()}
+        posterior = bmr.Posterior.from_curvature(values, {name: torch.ones_like(t) for name, t in values.items()}, prior=bmr.Gaussian(1e3))
+        made = bmr.export(net, posterior)
+        assert torch.equal(made[0].weight, raw["0.weight_orig"] * net[0].weight_mask) and torch.equal(made[0].bias, raw["0.bias"]) and copy.deepcopy(made)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_report_with_nan_is_refused_and_the_old_one_stays(tmp_path, bad):
     weights = {"w": torch.ones(2)}
     bmr.save(weights, tmp_path, {"nll": 1.5})
-    with pytest.raises((ValueError, bmr.PyroBMRError)):
-        bmr.save(weights, tmp_path, {"nll": bad})
+    with pytest.raises(bmr.ModelError, match="report.*JSON"):
+        bmr.save({"w": torch.zeros(2)}, tmp_path, {"nll": bad})
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], torch.ones(2))
     assert strict((tmp_path / "report.json").read_text())["nll"] == 1.5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "report.json"]
 

@@ -7,6 +7,7 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 
@@ -97,6 +98,109 @@ def test_frozen_parameters_are_left():
 def test_integer_parameters_are_left():
     program = lift(Counted())
     assert list(program.priors) == ["linear.weight", "linear.bias"] and "floating-point" in program.left["steps"] and "int64" in program.left["steps"]
+
+
+class Spectral(nn.Module):
+    """A Fourier layer: complex weights between real ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter, self.out = nn.Parameter(torch.randn(3, dtype=torch.cfloat)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=4))
+
+
+def test_complex_parameters_are_point_estimates_and_keep_their_imaginary_part(tmp_path):
+    net = Spectral()
+    program = lift(net)
+    assert list(program.priors) == ["out.weight", "out.bias"] and "complex64" in program.table().set_index("parameter").loc["filter", "why left"]
+    fit = bmr.fit(program, (X, Y), epochs=3, batch_size=8, progress=False)
+    exported = bmr.export(fit.program, bmr.reduce(fit.posterior, to=bmr.Gaussian(scale=0)).posterior)
+    moved = exported.filter - net.filter
+    assert exported.filter.dtype == torch.cfloat and moved.real.abs().min() > 0 and moved.imag[1] != 0, "the other two frequencies have no imaginary part"
+    bmr.save(exported, tmp_path)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["filter"], exported.filter.detach())
+    with pytest.raises(bmr.DataError, match="Categorical.*real.*complex64"):
+        lift(nn.Sequential(nn.Linear(4, 3), Complex()))(X, Y)
+
+
+class Complex(nn.Module):
+    def forward(self, x):
+        return torch.complex(x, x)
+
+
+def test_a_parameter_without_entries_is_left():
+    net = plain()
+    net.extra = nn.Parameter(torch.zeros(0, 3))
+    assert "no entries" in lift(net).left["extra"]
+    assert "extra" not in bmr.fit(lift(net), (X, Y), epochs=1, batch_size=8, progress=False).posterior.sites
+
+
+def sparse():
+    net = nn.Linear(4, 3)
+    net.weight = nn.Parameter(net.weight.detach().to_sparse())
+    return net
+
+
+def mixed():
+    net = plain()
+    net[2].double()
+    return net
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.jit.trace(plain(), X), "a scripted module.*give the torch.nn.Module"),
+        (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 3))), r"'0' .*a scripted module"),
+        (lambda: torch.export.export(plain(), (X,)).module(), "an exported program.*give the torch.nn.Module"),
+        (lambda: torch.ao.quantization.quantize_dynamic(plain(), {nn.Linear}), r"'0' \(Linear\): a quantised layer.*before it was quantised"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), r"'0\.weight' has no shape yet; run the network once"),
+        (lambda: nn.Linear(4, 3, device="meta"), "'weight' is on the device 'meta'"),
+        (sparse, "'weight' is of layout torch.sparse_coo"),
+        (mixed, r"dtypes torch.float32, torch.float64.*net\.float\(\)"),
+    ],
+    ids=["traced", "scripted", "exported", "quantised", "lazy", "meta", "sparse", "mixed"],
+)
+def test_a_network_without_weights_of_its_own_is_refused_by_name(make, message):
+    with pytest.raises(bmr.ModelError, match=message):
+        lift(make())
+
+
+def test_a_graph_module_and_a_frozen_half_are_taken():
+    net = torch.fx.symbolic_trace(plain())
+    assert list(bmr.fit(lift(net), (X, Y), epochs=1, batch_size=8, progress=False).posterior) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    net = mixed()
+    net[2].requires_grad_(False)
+    assert list(lift(net).priors) == ["0.weight", "0.bias"]
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.box, self.label = nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return {"box": self.box(h), "labels": [self.label(h), len(x)], "indices": torch.arange(3)}
+
+
+class Labels:
+    """A likelihood of an output that is no single tensor."""
+
+    def observe(self, output, y):
+        assert output["indices"].dtype == torch.int64 and output["labels"][1] == len(output["box"])
+        with pyro.plate("data", len(output["box"])):
+            return pyro.sample("y", pyro.distributions.Categorical(logits=output["labels"][0]), obs=y)
+
+
+def test_a_likelihood_may_take_an_output_of_several_tensors():
+    fit = bmr.fit(lift(Heads(), likelihood=Labels()), (X, Y), epochs=2, batch_size=8, progress=False)
+    assert bmr.predict(fit.program, fit.posterior, X, draws=2).probs.shape == (24, 3)
+    with pytest.raises(bmr.DataError, match="Categorical.*one tensor.*dict"):
+        lift(Heads())(X, Y)
 
 
 def test_the_first_pattern_that_matches_counts():

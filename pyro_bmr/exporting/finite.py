@@ -27,9 +27,10 @@ def check_network(net: nn.Module, what: str) -> None:
     check_finite({**weights, **dict(net.named_buffers())}, what, weights)
 
 
-def check_finite(tensors: Mapping[str, Tensor], what: str, weights: Collection[str] = ()) -> None:
-    """Raises ModelError if one of `tensors` is not finite, with its name and the number of such values. One of them that is not among `weights` may be
-    an additive mask, as that of causal attention: −∞ beside numbers that are not above 0."""
+def check_finite(tensors: Mapping[str, Tensor], what: str, weights: Collection[str] | None = None) -> None:
+    """Raises ModelError if one of `tensors` is not finite, with its name and the number of such values. One of them that is not among `weights`, by default
+    those called so or biases, may be an additive mask, as that of causal attention: −∞ beside numbers that are not above 0."""
+    weights = [name for name in tensors if name.endswith(("weight", "bias"))] if weights is None else weights
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_quantized:
             continue
