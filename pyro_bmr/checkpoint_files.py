@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pyro_bmr.errors import FitError
-from pyro_bmr.files import write_atomically
+from pyro_bmr.files import reading, write_atomically
 
 _FORMAT = "pyro_bmr checkpoint 1"
 
@@ -42,21 +42,19 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         FitError: it is damaged, or no checkpoint.
     """
-    try:
+    with reading(f"'{path}' is damaged, or no checkpoint", FitError, "remove it"):
         opened: Any = safe_open(path, framework="pt")
         with opened as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise FitError(f"'{path}' is no checkpoint (format {metadata.get('format')!r}, expected {_FORMAT!r})")
+                raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
         texts = metadata["settings"], metadata["state"]
         if digest(tensors, *texts) != metadata["sha256"]:
-            raise FitError(f"'{path}' is damaged (its SHA-256 is not that of its contents)")
+            raise ValueError("its SHA-256 is not that of its contents")
         settings, state = json.loads(texts[0]), _unpacked(json.loads(texts[1]), tensors)
         if not (isinstance(settings, dict) and isinstance(state, dict)):
             raise ValueError("settings or state are no objects")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FitError(f"'{path}' is damaged ({' '.join(str(error).split()) or type(error).__name__})") from None
     return settings, state
 
 
@@ -77,8 +75,9 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor], names: dict[Any,
         key = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else where
         if key not in names:
             names[key] = where
-            shared = any(plain.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values())
-            tensors[where] = plain.clone() if shared else plain
+            storage = ("storage", plain.untyped_storage().data_ptr())
+            tensors[where] = plain.clone() if storage in names else plain
+            names[storage] = where
         return {"__tensor__": names[key]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

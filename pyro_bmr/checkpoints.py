@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_bmr.checkpoint_files import digest, read, write
-from pyro_bmr.errors import FitError, PyroBMRError
-from pyro_bmr.files import make_folder
+from pyro_bmr.errors import FitError, PyroBMRError, PyroBMRWarning
+from pyro_bmr.files import locked, make_folder
 from pyro_bmr.fit_state import FitState
 
 _SHOWN = 60  # characters of a setting in a message
@@ -79,8 +79,6 @@ class Journal:
             self.folder = Path(self.rule.folder)
         if self.rule is not None and writes:
             make_folder(self.folder)
-            for left in self.folder.glob(".step-*.safetensors.*.tmp"):  # of a process that was killed while it wrote
-                left.unlink(missing_ok=True)
 
     def latest(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """The state in the newest checkpoint that can be read, with a warning for each that cannot; None if there is none.
@@ -96,7 +94,7 @@ class Journal:
             try:
                 its_settings, its_state = read(path)
             except FitError as error:
-                warnings.warn(f"{error}; the one before is used, or the fit begins anew if there is none", stacklevel=3)
+                warnings.warn(f"{error}; the one before is used, or the fit begins anew if there is none", PyroBMRWarning, stacklevel=3)
                 continue
             self.good.insert(0, path)
             if state is None:
@@ -136,7 +134,7 @@ class Journal:
         except PyroBMRError as error:
             if self.saved_at is None:
                 raise
-            warnings.warn(f"{error}; the fit goes on, its last checkpoint is {self.good[-1].name}", stacklevel=3)
+            warnings.warn(f"{error}; the fit goes on, its last checkpoint is {self.good[-1].name}", PyroBMRWarning, stacklevel=3)
         else:
             self.good = [*(p for p in self.good if p != path), path]
             for old in set(self.folder.glob("step-*.safetensors")) - set(self.good[-self.rule.keep :]):
@@ -147,7 +145,20 @@ class Journal:
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
-        """Within it the first Ctrl-C only sets `interrupted`, so that a step is never left half done; the second is as ever."""
+        """Within it the folder is that of this fit alone, and the first Ctrl-C only sets `interrupted`, so that a step is never left half done; the second is
+        as ever.
+
+        Raises:
+            FitError: another fit has the folder.
+        """
+        with locked(self.folder, FitError) if self.rule is not None and self.writes else contextlib.nullcontext():
+            for left in self.folder.glob(".step-*.safetensors.*.tmp") if self.rule is not None and self.writes else ():
+                left.unlink(missing_ok=True)  # of a process that was killed while it wrote
+            with self._first_interrupt_noted():
+                yield
+
+    @contextlib.contextmanager
+    def _first_interrupt_noted(self) -> Iterator[None]:
         previous = signal.getsignal(signal.SIGINT)
         if self.rule is None or threading.current_thread() is not threading.main_thread() or previous in (None, signal.SIG_IGN):
             yield
@@ -259,7 +270,7 @@ def _refuse_others(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
         more = f"; and {len(others) - 5} more" if len(others) > 5 else ""
         raise FitError(f"'{folder}' has checkpoints of another fit ({'; '.join(others[:5])}{more}); give the same arguments, or another folder")
     if machine:
-        warnings.warn(f"'{folder}': the fit goes on from its checkpoint, but not to the bit ({'; '.join(machine)})", stacklevel=4)
+        warnings.warn(f"'{folder}': the fit goes on from its checkpoint, but not to the bit ({'; '.join(machine)})", PyroBMRWarning, stacklevel=4)
 
 
 def _flat(settings: Any, where: str = "") -> dict[str, Any]:

@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import math
 import struct
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,40 +17,31 @@ import pandas as pd
 
 from pyro_bmr.data_set import Data, split, standardised
 from pyro_bmr.errors import DataError
+from pyro_bmr.files import reading
 
 IDX_FILES = {"x_train": "train-images-idx3-ubyte", "y_train": "train-labels-idx1-ubyte", "x_test": "t10k-images-idx3-ubyte", "y_test": "t10k-labels-idx1-ubyte"}
 
 
 def read_npz(path: Path) -> Data:
     """`Data` of the arrays x_train, y_train, x_test, y_test, and x_val, y_val if there are."""
-    try:
+    with reading(f"'{path}' is not a readable .npz file without pickles", DataError, "write x_train, y_train, x_test and y_test with numpy.savez"):
         with path.open("rb") as opened:
             file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"'{path}': not a readable .npz file (it holds one array without a name); write it with numpy.savez")
-            missing = [key for key in IDX_FILES if key not in file.files]
-            if missing:
-                raise DataError(
-                    f"'{path}': it has no {' and no '.join(missing)} (found: {', '.join(map(_line, file.files)) or 'nothing'}); "
-                    "x_train, y_train, x_test and y_test are wanted"
-                )
+                raise ValueError("it holds one array without a name")
+            if missing := [key for key in IDX_FILES if key not in file.files]:
+                raise ValueError(f"it has no {' and no '.join(missing)}; found: {', '.join(file.files) or 'nothing'}")
             keys = [*IDX_FILES, *(("x_val", "y_val") if "x_val" in file.files and "y_val" in file.files else ())]
             arrays = [file[key] for key in keys]
-    except DataError:
-        raise
-    except Exception as error:  # numpy and zipfile have a dozen kinds for bytes that are not theirs
-        raise DataError(f"'{path}': not a readable .npz file without pickles ({_line(error)})") from None
-    if not all(isinstance(array, np.ndarray) for array in arrays):
-        raise DataError(f"'{path}': not a readable .npz file (its members are no arrays); write it with numpy.savez")
+        if not all(isinstance(array, np.ndarray) for array in arrays):
+            raise ValueError("its members are no arrays")
     return standardised(path.stem, *arrays)
 
 
 def read_csv(path: Path, target: str | None) -> Data:
     """`Data` of a table with a header, of which `target` is the column to predict."""
-    try:
+    with reading(f"'{path}' is not a readable .csv file", DataError, "a header and rows of numbers are wanted"):
         table = pd.read_csv(path)
-    except (ValueError, OSError, OverflowError, MemoryError) as error:
-        raise DataError(f"'{path}': not a readable .csv file ({_line(error)})") from None
     columns = ", ".join(_line(c) for c in table.columns)
     if target is None or target not in table.columns:
         raise DataError(f"'{path}': name the column to predict with --target; its columns are: {columns}" + ("" if target is None else f"; got '{target}'"))
@@ -85,12 +75,10 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
     Raises:
         DataError: it is something else, truncated, or altered.
     """
-    try:
+    with reading(f"'{path}' is not readable", DataError, "install it again"):
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"'{path}': not readable ({error}); install it again") from None
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
         raise DataError(f"'{path}': not an IDX file of unsigned bytes (it begins with {raw[:4].hex() or 'nothing'}); install it again")
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])

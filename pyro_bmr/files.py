@@ -1,16 +1,29 @@
-"""Writing files so that none is ever half there. Owns `make_folder`, `write_atomically` and `writing`."""
+"""Writing files so that none is ever half there, nor a folder half of one result and half of another; reading them, or saying in one line why not.
+
+Owns `make_folder`, `write_atomically`, `write_json` and `writing`; `replacing` and `check_digests`, for files that belong together; `reading` and
+`read_json`; and `locked`, for a folder that one process has to itself.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
+import platform
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import filelock
 from safetensors import SafetensorError
 
 from pyro_bmr.errors import PyroBMRError
+
+_STAGE, _STAGE_SECONDS = ".writing-", 86400.0  # a folder of files on their way; older ones were left by processes that were killed
 
 
 def make_folder(folder: Path) -> None:
@@ -39,6 +52,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], durable: bool 
             temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Mapping[str, Any], durable: bool = False) -> None:
+    """Writes an object as JSON, as `write_atomically` does."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1), encoding="utf-8"), durable)
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Within it, what keeps `path` from being written is a PyroBMRError that says so."""
@@ -46,6 +64,122 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise PyroBMRError(f"cannot write '{path}': {getattr(error, 'strerror', None) or error}") from None
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, *heads: str, gone: Iterable[str] = (), durable: bool = False) -> Iterator[Path]:
+    """An empty folder for files that belong together, which take the places of those in `folder` when the block ends.
+
+    The files `heads`, without the last of which nobody reads the others, are removed first and come last, in their order: a process that is killed at any
+    moment leaves all old files, all new ones, or no head. A block that raises, as when the disk is full, changes nothing. `gone`: files of before that go, where the block wrote none.
+
+    Raises:
+        PyroBMRError: the folder, or a file of it, cannot be written.
+    """
+    make_folder(folder)
+    for old in folder.glob(f"{_STAGE}*"):
+        if time.time() - old.stat().st_mtime > _STAGE_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=_STAGE) as name:
+        stage = Path(name)
+        yield stage
+        order = {head: number for number, head in enumerate(heads)}
+        new = sorted((path for path in stage.iterdir() if path.is_file()), key=lambda path: order.get(path.name, -1))
+        names = {path.name for path in new}
+        for path in new:
+            if (folder / path.name).is_dir():
+                raise PyroBMRError(f"cannot write '{folder / path.name}': it is a folder; choose another folder, or remove it")
+            if durable:
+                _sync(path)
+        for old_name in (*reversed(heads), *(name for name in gone if name not in names)):
+            (folder / old_name).unlink(missing_ok=True)
+        for path in new:
+            os.replace(path, folder / path.name)
+        if durable and os.name == "posix":
+            _sync(folder)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Name → SHA-256 of each file in a folder, for the head of files that belong together."""
+    return {path.name: digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            content.update(part)
+    return content.hexdigest()
+
+
+def check_digests(head: Path, wanted: Any, error: type[PyroBMRError], mend: str) -> None:
+    """Raises `error` unless the files beside `head` are those that it was written with: `wanted` as `digests` gave it; None, of an older version, fits all."""
+    with reading(f"'{head}' is damaged", error, mend):
+        if not isinstance(wanted, (dict, type(None))) or not all(Path(name).name == name for name in wanted or ()):
+            raise ValueError("files: no names with a SHA-256 each")
+    for name, sha256 in (wanted or {}).items():
+        path = head.parent / name
+        with reading(f"'{path}' is damaged or missing", error, mend):
+            found = digest(path)
+        if found != sha256:
+            raise error(f"'{path}' does not fit what {head.name} says of it: it is damaged, or of another time than {head.name}; {mend}")
+
+
+@contextlib.contextmanager
+def reading(fault: str, error: type[PyroBMRError], mend: str) -> Iterator[None]:
+    """Within it, whatever a reader meets in a file is one `error` of one line: the `fault` with the file's name, the reason, and the `mend`."""
+    try:
+        yield
+    except Exception as problem:  # readers have a dozen kinds for bytes that are not theirs
+        raise error(f"{fault} ({_reason(problem)}); {mend}") from None
+
+
+def read_json(path: Path, fault: str, error: type[PyroBMRError], mend: str) -> dict[str, Any]:
+    """The object in a JSON file; what else may be there is an error as of `reading`."""
+    with reading(fault, error, mend):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+    return value
+
+
+@contextlib.contextmanager
+def locked(folder: Path, error: type[PyroBMRError] = PyroBMRError) -> Iterator[None]:
+    """Within it no other process, nor another thread of this one, has `folder` locked. The system ends the lock with the process, whatever ends it.
+
+    Raises:
+        PyroBMRError: `folder` cannot be written; `error`: it is locked already, with the process that has it.
+    """
+    make_folder(folder)
+    lock, owner = filelock.FileLock(folder / ".lock", timeout=0), folder / ".owner"
+    with writing(folder / ".lock"):
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise error(f"'{folder}' is in use by {_owner(owner)}; wait for its end, or choose another folder") from None
+    try:
+        with writing(owner):
+            owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        yield
+    finally:
+        for path in (owner, folder / ".lock"):
+            with contextlib.suppress(OSError):  # Windows removes no file that is open; a lock without an owner keeps nobody out
+                path.unlink()
+        lock.release()
+
+
+def _owner(path: Path) -> str:
+    try:
+        return " ".join(path.read_text(encoding="utf-8", errors="replace").split()[:4])[:100] or "another process"
+    except OSError:
+        return "another process"
+
+
+def _reason(problem: Exception) -> str:
+    """What went wrong, in one line."""
+    text = getattr(problem, "strerror", None) or " ".join(str(problem).split())
+    return f"no {text}" if isinstance(problem, KeyError) else text or type(problem).__name__
 
 
 def _sync(path: Path) -> None:

@@ -227,12 +227,12 @@ class FitState:
 
     def _decided(self, reduction: Reduction) -> tuple[dict[str, Tensor], float]:
         """The masks of a reduction, and the predicted gain in evidence of what goes now, nats."""
-        gain = 0.0
+        gain, masks = 0.0, reduction.masks
         for name, site in reduction.sites.items():
-            mask = reduction.masks[name]
+            mask = masks[name]
             went = ~mask if name not in self.masks else self.masks[name] & ~mask
             gain += float(site.spike_delta_f.where(went, 0).sum())
-        return reduction.masks, gain
+        return masks, gain
 
     def agree(self, step: int) -> None:
         """Gives all processes the buffers of the first, such as running means, and checks that they have the same weights and masks."""

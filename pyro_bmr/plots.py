@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pyro_bmr.files import write_atomically
+
 DPI = 130
 _STYLE = {"point": "o", "fitted": "s", "reduced": "D"}
 
@@ -54,9 +56,15 @@ def delta_f_histogram(delta_f: Mapping[str, Tensor]) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG and closes the figure."""
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    plt.close(figure)
+    """Writes a PNG, whole or not at all, and closes the figure.
+
+    Raises:
+        PyroBMRError: it cannot be written.
+    """
+    try:
+        write_atomically(path, lambda p: figure.savefig(p, dpi=DPI, bbox_inches="tight", format="png"))
+    finally:
+        plt.close(figure)
 
 
 def comparison_figure(table: pd.DataFrame, calibration: Mapping[str, Tensor]) -> Figure:

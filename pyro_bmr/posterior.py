@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pyro_bmr import priors
 from pyro_bmr.curvature import Curvature
 from pyro_bmr.errors import ModelError, ReductionError
-from pyro_bmr.files import write_atomically
+from pyro_bmr.files import reading, write_atomically
 from pyro_bmr.given_moments import sites_of_curvature, sites_of_moments, sites_of_samples
 from pyro_bmr.guide_moments import masks_in_force, sites_of_guide, sites_of_param_store, with_priors
 from pyro_bmr.guides.mean_field import SUPPORTS
@@ -244,38 +244,37 @@ class Posterior:
         Raises:
             ModelError: the file is not one, or is damaged.
         """
-        try:
-            opened: AbstractContextManager[Any] = safe_open(Path(path), framework="pt")
+        path, mend = Path(path), "give a file that Posterior.save wrote"
+        parts: dict[str, dict[str, Tensor]] = {}  # site → its tensors; nobody looks through those of all sites for one
+        with reading(f"{path}: not a readable safetensors file", ModelError, mend):
+            opened: AbstractContextManager[Any] = safe_open(path, framework="pt")
             with opened as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    name, _, part = key.rpartition("/")
+                    parts.setdefault(name, {})[part] = file.get_tensor(key)
         if metadata.get("format") != _FORMAT:
-            raise ModelError(f"{path}: not a saved posterior (format {metadata.get('format')!r}, expected {_FORMAT!r})")
-        try:
+            raise ModelError(f"{path}: not a saved posterior (format {metadata.get('format')!r}, expected {_FORMAT!r}); {mend}")
+        with reading(f"{path}: a damaged posterior", ModelError, mend):
             about = json.loads(metadata["posterior"])
-            sites = {name: _site_of_file(name, entry, tensors) for name, entry in about["sites"].items()}
+            sites = {name: _site_of_file(name, entry, parts[name]) for name, entry in about["sites"].items()}
             temperature = about["temperature"]
             if not sites or not isinstance(temperature, (int, float)):
                 raise ValueError("no sites, or no temperature")
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ModelError) as error:
-            raise ModelError(f"{path}: a damaged posterior ({' '.join(str(error).split()) or type(error).__name__})") from None
         return cls(sites, temperature)
 
 
-def _site_of_file(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Site:
-    """The site that `Posterior.save` described by `entry`; raises unless its tensors fit each other."""
-    part: dict[str, Any] = {key: tensors.get(f"{name}/{key}") for key in ("mean", "var", "mask", "prior_mean", "prior_var")}
-    values = dict(entry["declared"] or {}) | {k.removeprefix(f"{name}/declared_"): t for k, t in tensors.items() if k.startswith(f"{name}/declared_")}
+def _site_of_file(name: str, entry: Mapping[str, Any], part: Mapping[str, Any]) -> Site:
+    """The site that `Posterior.save` described by `entry`, from its tensors by name; raises unless they fit each other."""
+    values = dict(entry["declared"] or {}) | {key.removeprefix("declared_"): t for key, t in part.items() if key.startswith("declared_")}
     declared = _PRIORS[values.pop("type")](**values) if values else None
-    prior = Diagonal(part["prior_mean"], part["prior_var"]) if part["prior_var"] is not None else None
+    prior = Diagonal(part["prior_mean"], part["prior_var"]) if "prior_var" in part else None
     structure = _JOINTS.get(entry.get("joint"))
-    joint = structure and structure(**{f.name: tensors[f"{name}/joint_{f.name}"] for f in fields(structure)})
-    message = Message(*(tensors[f"{name}/message_{field}"] for field in Message._fields)) if f"{name}/message_h" in tensors else None
-    mean, var, mask = part["mean"], part["var"], part["mask"]
+    joint = structure and structure(**{f.name: part[f"joint_{f.name}"] for f in fields(structure)})
+    message = Message(*(part[f"message_{field}"] for field in Message._fields)) if "message_h" in part else None
+    mean, var, mask = part["mean"], part["var"], part.get("mask")
     given = [mean, var, *((part["prior_mean"], part["prior_var"]) if prior else ()), *(message or ())]
-    if not all(t.is_floating_point() and torch.broadcast_shapes(t.shape, mean.shape) == mean.shape for t in given) or var.shape != mean.shape:
+    if var.shape != mean.shape or not all(t.is_floating_point() and _broadcasts(t, mean) for t in given):
         raise ValueError(f"site '{name}': its moments are not floating numbers of one shape")
     if mask is not None and (mask.shape != mean.shape or mask.dtype != torch.bool):
         raise ValueError(f"site '{name}': its mask is not bool of the shape of its mean")
@@ -285,6 +284,10 @@ def _site_of_file(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Ten
     if entry["support"] not in SUPPORTS or not all(isinstance(other, str) for other in (*entry["given"], *multiplies)):
         raise ValueError(f"site '{name}': support {entry['support']!r}, given {entry['given']!r}")
     return Site(mean, var, prior, declared, entry["support"], mask, tuple(entry["given"]), joint, message, tuple(multiplies))
+
+
+def _broadcasts(value: Tensor, to: Tensor) -> bool:
+    return value.shape == to.shape or torch.broadcast_shapes(value.shape, to.shape) == to.shape
 
 
 def _fits(joint: Dense | LowRank | MatrixNormal) -> bool:

@@ -1,7 +1,8 @@
 """A fit on disk: a folder that `pyro-bmr reduce` and `pyro-bmr export` take up again.
 
-Owns `Run`. In the folder are `settings.json` (model, data, prior, and how it was fitted), `posterior.safetensors`, `network.safetensors` (what the
-program holds besides its posterior: parameters that were left, running statistics) and, after a reduction, `reduced.safetensors` and `reduction.json`.
+Owns `Run`. In the folder are `settings.json` (model, data, prior, how it was fitted, and the SHA-256 of the two files that follow), `posterior.safetensors`,
+`network.safetensors` (what the program holds besides its posterior: parameters that were left, running statistics) and, after a reduction,
+`reduced.safetensors` and `reduction.json` (with the SHA-256 of that and of the posterior that was reduced).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -23,13 +23,14 @@ from pyro_bmr.data import load
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting.formats import save_tensors
-from pyro_bmr.files import make_folder, write_atomically
+from pyro_bmr.files import check_digests, digests, read_json, reading, replacing, write_atomically, write_json
 from pyro_bmr.fitting import Fit
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Prior
 from pyro_bmr.reduction.outcome import Reduction
 
 _FORMAT = "pyro_bmr run 1"
+_FILES, _REDUCTION = ("posterior.safetensors", "network.safetensors"), ("reduced.safetensors", "reduction.json")
 
 
 @dataclass(frozen=True)
@@ -59,34 +60,31 @@ class Run:
             program = load_model(model)(data, prior)
         if isinstance(program, nn.Module):
             path = self.folder / "network.safetensors"
-            try:
+            with reading(f"'{path}' does not fit what '{model}' builds, or is damaged", ModelError, "fit again"):
                 program.load_state_dict(load_file(path))
-            except (RuntimeError, OSError, SafetensorError) as error:
-                reason = " ".join(str(error).split())
-                raise ModelError(f"'{path}' does not fit what '{model}' builds, or is damaged ({reason}); fit again") from None
             program.eval()
         return program
 
     def reduced(self, reduction: Reduction, about: Mapping[str, Any]) -> Run:
         """The run with this reduction saved in its folder, in place of an earlier one."""
         content = {**about, "kept": reduction.kept, "delta_f": reduction.delta_f, "sites": json.loads(reduction.table().to_json(orient="records"))}
-        reduction.posterior.save(self.folder / "reduced.safetensors")
-        write_atomically(self.folder / "reduction.json", lambda path: path.write_text(json.dumps(content, indent=1)))
+        with replacing(self.folder, "reduction.json") as stage:
+            reduction.posterior.save(stage / "reduced.safetensors")
+            content = {**content, "files": digests(stage), "fit": self.settings.get("files")}
+            write_json(stage / "reduction.json", content)
         return Run(self.folder, self.settings, reduction.posterior, content)
 
 
 def save_run(fit: Fit, folder: str | Path, settings: Mapping[str, Any]) -> Run:
-    """Writes a fit to `folder`; `settings` as in `Run`. A reduction that an earlier fit left there is removed."""
+    """Writes a fit to `folder`; `settings` as in `Run`. It takes the place of an earlier fit there, whose reduction is removed; one of the two is whole."""
     folder = Path(folder)
-    make_folder(folder)
-    for name in ("reduced.safetensors", "reduction.json"):
-        (folder / name).unlink(missing_ok=True)
-    settings = {"format": _FORMAT, **settings, "model_sha256": _digest(str(settings["model"]))}
-    fit.posterior.save(folder / "posterior.safetensors")
-    if isinstance(fit.program, nn.Module):
-        state = fit.program.state_dict()
-        write_atomically(folder / "network.safetensors", lambda path: save_tensors(state, path))
-    write_atomically(folder / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+    with replacing(folder, "settings.json", gone=(*_FILES, *_REDUCTION)) as stage:
+        fit.posterior.save(stage / "posterior.safetensors")
+        if isinstance(fit.program, nn.Module):
+            state = fit.program.state_dict()
+            write_atomically(stage / "network.safetensors", lambda path: save_tensors(state, path))
+        settings = {"format": _FORMAT, **settings, "model_sha256": _digest(str(settings["model"])), "files": digests(stage)}
+        write_json(stage / "settings.json", settings)
     return Run(folder, settings, fit.posterior, {})
 
 
@@ -94,23 +92,25 @@ def load_run(folder: str | Path, reduced: bool = False) -> Run:
     """A run saved by `save_run`, with the posterior of its last reduction if there is one and `reduced` asks for it.
 
     Raises:
-        ModelError: the folder is no run, or a file of it is damaged.
+        ModelError: the folder is no run, or a file of it is damaged, or of another fit or reduction than the rest.
     """
     folder = Path(folder)
-    settings = _json(folder / "settings.json")
+    killed = (folder / _FILES[0]).exists()
+    mend = "its process was perhaps killed as it wrote: fit into it again" if killed else "give a folder that pyro-bmr fit wrote"
+    settings = read_json(folder / "settings.json", f"'{folder}' is no run of pyro-bmr fit: settings.json cannot be read", ModelError, mend)
     if settings.get("format") != _FORMAT:
-        raise ModelError(f"'{folder}' is no run of pyro-bmr fit (format {settings.get('format')!r}, expected {_FORMAT!r})")
-    after = reduced and (folder / "reduction.json").exists()
-    reduction = _json(folder / "reduction.json") if after else {}
-    return Run(folder, settings, Posterior.load(folder / ("reduced.safetensors" if after else "posterior.safetensors")), reduction)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"'{path.parent}' is no run of pyro-bmr fit: {path.name} cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    return content if isinstance(content, dict) else {}
+        raise ModelError(f"'{folder}' is no run of pyro-bmr fit (format {settings.get('format')!r}, expected {_FORMAT!r}); fit into it again")
+    after = reduced and any((folder / name).exists() for name in _REDUCTION)
+    reduction, path = {}, folder / "reduction.json"
+    if after:
+        reduction = read_json(path, f"'{path}' cannot be read", ModelError, "its process was perhaps killed as it wrote: reduce again")
+    posterior = Posterior.load(folder / ("reduced.safetensors" if after else "posterior.safetensors"))
+    check_digests(folder / "settings.json", settings.get("files"), ModelError, "fit into the folder again")
+    if after:
+        check_digests(path, reduction.get("files"), ModelError, "reduce again")
+        if reduction.get("fit", settings.get("files")) != settings.get("files"):
+            raise ModelError(f"'{path}' is the reduction of another fit than that in the folder; reduce again")
+    return Run(folder, settings, posterior, reduction)
 
 
 def _digest(model: str) -> str | None:

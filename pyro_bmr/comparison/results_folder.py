@@ -21,7 +21,7 @@ from pyro_bmr.comparison.cells import Cell, Settings
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import PyroBMRError
 from pyro_bmr.exporting import save
-from pyro_bmr.files import make_folder, write_atomically
+from pyro_bmr.files import make_folder, read_json, reading, write_atomically, write_json
 from pyro_bmr.prediction import ClassPrediction
 from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.reduction.sites import reduce
@@ -61,7 +61,7 @@ class ResultsFolder:
             self.table = _table(path / "results.csv")
         kept = path / "settings.json"
         described = {name: repr(prior) for name, prior in priors.items() if type(prior).__repr__ is not object.__repr__}
-        if kept.exists() and not self.table.empty:
+        if not self.table.empty:
             old = {**Settings().__dict__, **_settings(kept)}  # older folders do not say what had but one value then
             old_priors = old.get("priors", {})
             differences = [f"{key} was {old.get(key)!r}, is {value!r}" for key, value in self.settings.items() if old.get(key) != value]
@@ -69,7 +69,7 @@ class ResultsFolder:
             described = {**old_priors, **described}
             if differences:
                 raise PyroBMRError(f"'{path}' holds results of other settings ({'; '.join(differences)}); choose another folder, or remove it")
-        write_atomically(kept, lambda p: p.write_text(json.dumps({**self.settings, "priors": described}, indent=1)))
+        write_json(kept, {**self.settings, "priors": described})
 
     def finished(self, prior: str, route: str, seed: int) -> dict[str, Any] | None:
         """The row of a cell that is there already."""
@@ -84,7 +84,7 @@ class ResultsFolder:
         sites = [finite(site) for site in cell.reduction.table().to_dict("records")] if cell.reduction else []
         calibration = metrics.calibration(cell.prediction.probs, data.y_test).tolist() if isinstance(cell.prediction, ClassPrediction) else None
         save(cell.weights, self.path / "networks" / name, {"row": finite(row), "settings": self.settings, "sites": sites, "calibration": calibration})
-        cell.fit.history.to_csv(self.path / "networks" / name / "history.csv", index=False)
+        write_atomically(self.path / "networks" / name / "history.csv", lambda p: cell.fit.history.to_csv(p, index=False))
         if cell.reduction is not None and row["route"] == "reduced" and row["seed"] == 0:
             make_folder(self.path / "pictures")
             before = reduce(cell.fit.posterior, to=Gaussian(scale=0.0))  # of the weights that survived the fit
@@ -105,7 +105,8 @@ class ResultsFolder:
             if rows is not None:
                 calibration[f"{row['prior']}, {row['route']}"] = rows
         plots.save_figure(plots.comparison_figure(table, calibration), self.path / "pictures" / "comparison.png")
-        pictures = ["comparison.png", *sorted(p.name for p in (self.path / "pictures").glob("delta_f-*.png"))]
+        drawn = [f"delta_f-{file_name(str(prior))}.png" for prior in sorted(set(table["prior"]))]
+        pictures = ["comparison.png", *(name for name in drawn if (self.path / "pictures" / name).exists())]
         first = table.iloc[0]
         lines = [
             f"# {first['model']} on {first['data']}",
@@ -122,23 +123,20 @@ class ResultsFolder:
 
 
 def _table(path: Path) -> pd.DataFrame:
-    try:
+    with reading(f"'{path}' is no table of a comparison", PyroBMRError, "remove it, or choose another folder"):
         table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str), converters=dict.fromkeys(_REAL, float), keep_default_na=False)
         if missing := {"prior", "route", "seed"} - set(table.columns):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-    except (ValueError, OSError, OverflowError, TypeError) as error:
-        raise PyroBMRError(f"'{path}' is no table of a comparison ({' '.join(str(error).split())}); remove it, or choose another folder") from None
     return table
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not (isinstance(settings, dict) and isinstance(settings.get("priors", {}), dict)):
-            raise ValueError("no object of settings and priors")
-    except (OSError, ValueError, RecursionError) as error:
-        raise PyroBMRError(f"'{path}' is no settings of a comparison ({' '.join(str(error).split())}); choose another folder, or remove it") from None
-    return dict(settings)
+    fault, mend = f"'{path}' is no settings of a comparison", "choose another folder, or remove this one"
+    settings = read_json(path, fault, PyroBMRError, mend)
+    with reading(fault, PyroBMRError, mend):
+        if not isinstance(settings.get("priors", {}), dict):
+            raise ValueError("no object of priors")
+    return settings
 
 
 def calibration_of(path: Path) -> Tensor | None:
@@ -147,13 +145,11 @@ def calibration_of(path: Path) -> Tensor | None:
     Raises:
         PyroBMRError: the file is no such report.
     """
-    try:
+    with reading(f"'{path}' is no report of a comparison", PyroBMRError, "remove its row from results.csv to fit it again"):
         rows = json.loads(path.read_text(encoding="utf-8"))["calibration"]
         calibration = None if rows is None else torch.tensor(rows, dtype=torch.float32)
         if calibration is not None and (calibration.ndim != 2 or calibration.shape[1] != 3):
             raise ValueError("calibration is no table of three columns")
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, RecursionError) as error:
-        raise PyroBMRError(f"'{path}' is no report of a comparison ({' '.join(str(error).split())}); remove its row from results.csv to fit it again") from None
     return calibration
 
 

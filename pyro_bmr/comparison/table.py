@@ -6,6 +6,7 @@ Owns `compare`. Next: `runs.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +17,7 @@ from pyro_bmr.comparison.models import Build, load_model
 from pyro_bmr.comparison.results_folder import ResultsFolder, file_name
 from pyro_bmr.data_set import Data, validation_data
 from pyro_bmr.errors import DataError, ModelError
+from pyro_bmr.files import locked
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
 
 
@@ -49,7 +51,8 @@ def compare(
         settings: see `Settings`. With `validation`, that fraction of the training rows is held out and scored instead of the test rows, for tuning.
 
     Raises:
-        PyroBMRError: an unknown name, settings that differ from those of the results in `out`, or an unwritable folder.
+        PyroBMRError: an unknown name, settings that differ from those of the results in `out`, or an `out` that cannot be written or is in use by another
+            process.
 
     Example:
         >>> compare("mlp:100-50", load("digits"), priors={"gaussian": Gaussian()}, seeds=2, settings=Settings(epochs=20))
@@ -69,8 +72,26 @@ def compare(
         data = validation_data(data, settings.validation)
     if len({file_name(prior) for prior in priors}) < len(priors):
         raise ModelError(f"priors {', '.join(priors)}: two of the names give one folder; rename one")
-    folder = ResultsFolder(Path(out), model_name, data, settings, priors) if out is not None else None
     cells = [(prior, route, seed) for prior in priors for route in routes for seed in range(seeds)]
+    with nullcontext() if out is None else locked(Path(out)):
+        folder = ResultsFolder(Path(out), model_name, data, settings, priors) if out is not None else None
+        table = _rows(build, model_name, data, priors, cells, settings, folder, progress)
+        if folder:
+            folder.report(table)
+    return table
+
+
+def _rows(
+    build: Build,
+    model_name: str,
+    data: Data,
+    priors: Mapping[str, Prior],
+    cells: Sequence[tuple[str, str, int]],
+    settings: Settings,
+    folder: ResultsFolder | None,
+    progress: bool,
+) -> pd.DataFrame:
+    """A row for each cell: that of the folder, or of a fit, which is kept there."""
     rows = []
     for prior, route, seed in tqdm(cells, disable=not progress, unit="fit", desc=f"{model_name} on {data.name}"):
         row = folder.finished(prior, route, seed) if folder else None
@@ -91,7 +112,4 @@ def compare(
             if folder:
                 folder.keep(row, cell, data)
         rows.append(row)
-    table = pd.DataFrame(rows)
-    if folder:
-        folder.report(table)
-    return table
+    return pd.DataFrame(rows)

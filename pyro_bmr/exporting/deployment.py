@@ -9,8 +9,6 @@ import copy
 import hashlib
 import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +24,7 @@ from pyro_bmr.errors import ModelError, PyroBMRError
 from pyro_bmr.exporting.costs import flops, latency, parameters
 from pyro_bmr.exporting.formats import FORMATS, Format, save_tensors
 from pyro_bmr.exporting.network_source import network_source
-from pyro_bmr.files import make_folder, writing
+from pyro_bmr.files import replacing
 from pyro_bmr.shrinking.graphs import trace
 
 BATCHES = (1, 128)
@@ -47,7 +45,7 @@ def deploy(
     """Writes `net` to `folder` in each format, with `network.py` and `report.json`, and returns the table of what each costs.
 
     Every file is read back by its loader in `network.py` and has to give the outputs of `net` before any of them is put in the folder; either all
-    files are there afterwards or none is new.
+    files are there afterwards or none is new. Files that an earlier `deploy` wrote there, such as another format or an ensemble, go.
 
     Args:
         net: an exported network, shrunk or not; plain torch, traceable by `torch.fx`.
@@ -75,9 +73,7 @@ def deploy(
     rows = example[torch.arange(max(2, min(len(example), 16))) % len(example)]
     outputs = net.eval()(rows)
     folder = Path(folder)
-    make_folder(folder)
-    with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".deploy-") as name:
-        inside = Path(name)
+    with replacing(folder, "report.json", "network.py", gone=_written_before(folder)) as inside:
         table, files = [], dict[str, dict[str, Any]]()
         if before is not None:
             _write(FORMATS["safetensors"], before, rows, inside / "before.safetensors")
@@ -110,12 +106,16 @@ def deploy(
             "tensors": {k: {"shape": list(t.shape), "nonzero": int(t.count_nonzero())} for k, t in graph.state_dict().items()},
         }
         (inside / "report.json").write_text(json.dumps(content, indent=1, allow_nan=False, default=str))
-        for cache in inside.glob("__pycache__/*"):
-            cache.unlink()
-        for path in inside.iterdir():
-            if path.is_file():
-                os.replace(path, folder / path.name)
     return frame
+
+
+def _written_before(folder: Path) -> list[str]:
+    """The names of the files that the report in a folder lists; none if there is no report of a deployment."""
+    try:
+        files = json.loads((folder / "report.json").read_text(encoding="utf-8"))["files"]
+        return [name for name in files if Path(name).name == name and (folder / name).is_file()]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return []
 
 
 def _write(form: Format, net: nn.Module, rows: Tensor, path: Path) -> None:

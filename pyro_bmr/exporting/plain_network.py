@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_bmr.elbo import Values
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting.finite import check_finite, check_network
-from pyro_bmr.files import make_folder, write_atomically
+from pyro_bmr.files import digests, replacing, write_atomically, write_json
 from pyro_bmr.memory import check_memory
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.plain_module import module_copy, plain_module
@@ -139,10 +139,11 @@ def point_weights(program: Any, posterior: Posterior) -> dict[str, Tensor]:
 
 
 def save(weights: nn.Module | Mapping[str, Tensor], folder: str | Path, report: Mapping[str, Any] | None = None) -> None:
-    """Writes `model.safetensors` (a state_dict) and `report.json` to `folder`, each through a temporary file, so that none is ever half there.
+    """Writes `model.safetensors` (a state_dict) and `report.json` to `folder`, so that none is ever half there, nor one beside another of before.
 
     A module is saved as the plain one that it stands for (`plain_module`), so that the file loads where nothing is compiled, wrapped or pruned by hooks.
-    `report` is kept as it is, beside the parameter names, shapes and numbers of non-zeros. Load with `net.load_state_dict(safetensors.torch.load_file(path))`.
+    `report` is kept as it is, beside the parameter names, shapes and numbers of non-zeros, and the SHA-256 of the file. Load with
+    `net.load_state_dict(safetensors.torch.load_file(path))`.
 
     Raises:
         ModelError: a tensor is not finite or cannot be written, or the report is no JSON; nothing is written then.
@@ -161,14 +162,11 @@ def save(weights: nn.Module | Mapping[str, Tensor], folder: str | Path, report: 
         check_finite(tensors, "save")
     folder = Path(folder)
     about = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "nonzero": int(t.count_nonzero())} for name, t in tensors.items()}
-    try:
-        content = json.dumps({"format": "pyro_bmr report 1", **(report or {}), "tensors": about}, indent=1, allow_nan=False, default=str)
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"save(report=...): it is no JSON ({error}); finite numbers, strings, lists and dicts are wanted") from None
-    make_folder(folder)
-    # .clone(): tied parameters are stored once each, which safetensors wants
-    write_atomically(folder / "model.safetensors", lambda path: save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path))
-    write_atomically(folder / "report.json", lambda path: path.write_text(content))
+    with replacing(folder, "report.json") as stage:
+        # .clone(): tied parameters are stored once each, which safetensors wants
+        write_atomically(stage / "model.safetensors", lambda path: save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path))
+        files = {name: {"sha256": sha256} for name, sha256 in digests(stage).items()}
+        write_json(stage / "report.json", {"format": "pyro_bmr report 1", **(report or {}), "files": files, "tensors": about})
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:

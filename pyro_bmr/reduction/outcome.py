@@ -5,7 +5,6 @@ Owns `Reduction`. Next: `decisions.py`, then `sites.py`, which makes it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -14,12 +13,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError, ReductionError
-from pyro_bmr.files import make_folder, write_atomically
+from pyro_bmr.errors import ReductionError
+from pyro_bmr.files import check_digests, digests, read_json, reading, replacing, write_atomically, write_json
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.reduction.correlations import pruned_site
 from pyro_bmr.reduction.targets import SiteReduction
@@ -136,49 +134,47 @@ class Reduction:
         return Reduction(sites, _with_sites(self.before, sites), self.before)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `before.safetensors`, `after.safetensors` (two posteriors), `sites.safetensors` and `reduction.json` to `folder`, none ever half there."""
-        folder = Path(folder)
-        make_folder(folder)
+        """Writes `before.safetensors`, `after.safetensors` (two posteriors), `sites.safetensors` and `reduction.json` to `folder`, all four or none."""
         tensors: dict[str, Tensor] = {f"{name}/groups": group for name, group in (self.groups or {}).items()}
         about: dict[str, dict[str, Any]] = {}
         for name, result in self.sites.items():
             parts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "site"}
             tensors |= {f"{name}/{part}": value for part, value in parts.items() if isinstance(value, Tensor)}
             about[name] = {part: value for part, value in parts.items() if not isinstance(value, Tensor)}
-        self.before.save(folder / "before.safetensors")
-        self.posterior.save(folder / "after.safetensors")
-        write_atomically(folder / "sites.safetensors", lambda path: save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, path))
-        content = json.dumps({"format": _FORMAT, "groups": self.groups is not None, "sites": about})
-        write_atomically(folder / "reduction.json", lambda path: path.write_text(content, encoding="utf-8"))
+        with replacing(Path(folder), "reduction.json") as stage:
+            self.before.save(stage / "before.safetensors")
+            self.posterior.save(stage / "after.safetensors")
+            write_atomically(stage / "sites.safetensors", lambda path: save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, path))
+            write_json(stage / "reduction.json", {"format": _FORMAT, "groups": self.groups is not None, "sites": about, "files": digests(stage)})
 
     @classmethod
     def load(cls, folder: str | Path) -> Reduction:
         """A reduction saved by `save`; nothing is unpickled.
 
         Raises:
-            ReductionError: the folder does not hold one.
+            ReductionError: the folder does not hold one, or a file of it is damaged, or of another reduction than the rest.
         """
         folder = Path(folder)
-        try:
-            about = json.loads((folder / "reduction.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "sites.safetensors")
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            raise ReductionError(f"{folder}: not a saved reduction ({' '.join(str(error).split())}); give the folder that Reduction.save wrote") from None
-        if not isinstance(about, dict) or about.get("format") != _FORMAT:
-            raise ReductionError(f"{folder}: not a saved reduction of format {_FORMAT!r}; give the folder that Reduction.save wrote")
+        head, fault, mend = folder / "reduction.json", f"{folder}: not a saved reduction", "give the folder that Reduction.save wrote, or reduce and save again"
+        about = read_json(head, fault, ReductionError, mend)
+        if about.get("format") != _FORMAT:
+            raise ReductionError(f"{fault} of format {_FORMAT!r}; {mend}")
+        parts: dict[str, dict[str, Any]] = {}
+        with reading(fault, ReductionError, mend):
+            for key, tensor in load_file(folder / "sites.safetensors").items():
+                name, _, part = key.rpartition("/")
+                parts.setdefault(name, {})[part] = tensor
         before, after = (Posterior.load(folder / f"{part}.safetensors") for part in ("before", "after"))
+        check_digests(head, about.get("files"), ReductionError, "reduce and save again")
         sites = {}
-        try:
+        with reading(f"{folder}: a damaged reduction", ReductionError, "reduce and save again"):
+            groups = {name: parts[name].pop("groups") for name in about["sites"]} if about["groups"] else None
             for name, numbers in about["sites"].items():
-                own: dict[str, Any] = {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name}
-                own.pop("groups", None)
+                own = {part: tensor for part, tensor in parts.get(name, {}).items() if part != "groups"}
                 sites[name] = SiteReduction(**numbers, **own, site=after[name])
                 numeric = all(isinstance(sites[name].__dict__[part], (int, float)) for part in ("delta_f", "wider"))
                 if not numeric or any(t.shape != after[name].mean.shape for t in (sites[name].drop, sites[name].spike_delta_f)):
                     raise ValueError(f"site '{name}': its decisions do not fit its moments")
-            groups = {name: tensors[f"{name}/groups"] for name in sites} if about["groups"] else None
-        except (KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
-            raise ReductionError(f"{folder}: a damaged reduction ({' '.join(str(error).split())}); reduce again") from None
         return cls(sites, after, before, groups)
 
     def _ranks(self) -> dict[str, Tensor]:

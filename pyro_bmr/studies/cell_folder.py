@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import platform
 import subprocess
@@ -30,7 +29,7 @@ from pyro_bmr.comparison.results_folder import finite
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import PyroBMRError
 from pyro_bmr.exporting import save
-from pyro_bmr.files import make_folder, write_atomically
+from pyro_bmr.files import make_folder, read_json, reading, write_atomically, write_json, writing
 from pyro_bmr.prediction import ClassPrediction
 from pyro_bmr.studies.declaration import Cell
 from pyro_bmr.studies.measures import measured
@@ -46,9 +45,11 @@ def run_cell(cell: Cell, cells: Path) -> None:
         return
     make_folder(folder)
     config = {**cell.definition, "versions": versions()}
-    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1), encoding="utf-8"))
+    write_json(folder / "config.json", config)
     error: Exception | None = None
-    with _one_thread(), (folder / "log.txt").open("w", encoding="utf-8") as log, _into(_Log(log)):
+    with writing(folder / "log.txt"):
+        log = _Log((folder / "log.txt").open("w", encoding="utf-8"))
+    with _one_thread(), _into(log):
         try:
             data = data_named(cell.data, cell.validation)
             trained = method_named(cell.method)(load_model(cell.model), data, cell.seed, cell.options, True)
@@ -58,7 +59,7 @@ def run_cell(cell: Cell, cells: Path) -> None:
             traceback.print_exc()
     if error is None:
         (folder / "failed.txt").unlink(missing_ok=True)
-        write_atomically(folder / "row.json", lambda path: path.write_text(json.dumps(row, indent=1), encoding="utf-8"), durable=True)
+        write_json(folder / "row.json", row, durable=True)
     else:
         name = "" if isinstance(error, PyroBMRError) else f"{type(error).__name__}: "
         line = name + (" ".join(str(error).split()) or "no message")
@@ -83,26 +84,19 @@ def finished_row(folder: Path) -> dict[str, float] | None:
     path = folder / "row.json"
     if not path.exists():
         return None
-    row = read_json(path)
+    row = read_cell(path)
     if not row or not all(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in row.values()):
         raise PyroBMRError(f"'{path}' is no row of a study (figures are wanted); remove it to run the cell again")
     return {name: math.nan if value is None else value for name, value in row.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_cell(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a cell.
 
     Raises:
         PyroBMRError: the file is not readable, or is something else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise PyroBMRError(f"'{path}' is not what a study writes ({reason}); remove its folder to run the cell again") from None
-    return value
+    return read_json(path, f"'{path}' is not what a study writes", PyroBMRError, "remove its folder to run the cell again")
 
 
 def read_history(folder: Path) -> pd.DataFrame:
@@ -111,12 +105,11 @@ def read_history(folder: Path) -> pd.DataFrame:
     Raises:
         PyroBMRError: history.csv is no table.
     """
-    try:
-        return pd.read_csv(folder / "history.csv")
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    except (OSError, ValueError) as error:
-        raise PyroBMRError(f"'{folder / 'history.csv'}' is no history ({' '.join(str(error).split())}); remove the folder to run the cell again") from None
+    with reading(f"'{folder / 'history.csv'}' is no history", PyroBMRError, "remove the folder to run the cell again"):
+        try:
+            return pd.read_csv(folder / "history.csv")
+        except pd.errors.EmptyDataError:
+            return pd.DataFrame()
 
 
 def failure(folder: Path) -> str | None:
@@ -161,7 +154,7 @@ def _into(log: io.TextIOBase) -> Iterator[None]:
 
 
 class _Log(io.TextIOBase):
-    """A text file in which a progress bar is a line now and then, and its last state one when the log is closed."""
+    """A text file in which a progress bar is a line now and then, and its last state one when the log is closed. No cell fails for want of its log."""
 
     def __init__(self, file: io.TextIOBase | Any) -> None:
         self.file, self.shown, self.waiting = file, 0.0, ""
@@ -175,16 +168,21 @@ class _Log(io.TextIOBase):
             if time.monotonic() - self.shown > _SECONDS_BETWEEN_LINES:
                 self._write_line()
         else:
-            self.file.write(text)
-            self.file.flush()
+            self._put(text)
         return len(text)
 
     def close(self) -> None:
         if self.waiting:
             self._write_line()
+        with contextlib.suppress(OSError):
+            self.file.close()
         super().close()
 
+    def _put(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.file.write(text)
+            self.file.flush()
+
     def _write_line(self) -> None:
-        self.file.write(f"{self.waiting}\n")
-        self.file.flush()
+        self._put(f"{self.waiting}\n")
         self.shown, self.waiting = time.monotonic(), ""

@@ -19,6 +19,7 @@ from pyro_bmr.comparison.methods import method_named
 from pyro_bmr.comparison.models import load_model
 from pyro_bmr.comparison.results_folder import fingerprint
 from pyro_bmr.errors import ModelError, PyroBMRError
+from pyro_bmr.files import reading
 from pyro_bmr.studies.options import data_named, known_options, refuse_options
 
 if sys.version_info >= (3, 11):
@@ -206,13 +207,10 @@ def declare(source: str | Path | Mapping[str, Any], *, seeds: int | None = None,
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, str, str, Mapping[str, Any]]:
     if isinstance(source, Mapping):
         return "study", json.dumps(source, indent=1, default=str), ".json", source
-    try:
+    with reading(f"'{source}' cannot be read", PyroBMRError, "a TOML file that declares a study is wanted"):
         text = Path(source).read_text(encoding="utf-8")
+    with reading(f"{source}: this is no TOML", PyroBMRError, "docs/studies.md has an example"):
         return str(source), text, ".toml", tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise PyroBMRError(f"'{source}' cannot be read ({getattr(error, 'strerror', None) or error}); a TOML file that declares a study is wanted") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise PyroBMRError(f"{source}: this is no TOML ({error})") from None
 
 
 def _fingerprints(given: _Declaration, models: list[str], data: list[str], validation: float | None) -> dict[tuple[str, str], str]:

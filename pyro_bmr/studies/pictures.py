@@ -19,12 +19,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pyro_bmr import plots
 from pyro_bmr.errors import PyroBMRError
-from pyro_bmr.studies.cell_folder import read_history, read_json
+from pyro_bmr.files import reading
+from pyro_bmr.studies.cell_folder import read_cell, read_history
 
 KEYS = ("model", "data", "method", "option_kept")
 _MARKERS = "osD^vP*X<>"
@@ -51,7 +51,7 @@ def draw(table: pd.DataFrame, mean: pd.DataFrame, spread: pd.DataFrame, folder: 
         chosen = _sparsest(here, mean_here)
         first = {method: folder / "cells" / str(rows["cell"].iloc[0]) for method, rows in chosen.items()}
         size = "each method at its smallest size"
-        calibration = {method: read_json(path / "report.json").get("calibration") for method, path in first.items()}
+        calibration = {method: read_cell(path / "report.json").get("calibration") for method, path in first.items()}
         drawn = [
             ("fronts", "Size against quality: mean over seeds, band or bar of one standard deviation", _fronts(mean_here, spread_here, looks)),
             ("reliability", f"Calibration on the scored rows, {size}, first seed", _reliability(calibration, looks)),
@@ -182,7 +182,7 @@ def _layers(chosen: Mapping[str, pd.DataFrame], folder: Path, looks: Mapping[str
     fractions: dict[str, dict[str, list[float]]] = {}
     for method, rows in chosen.items():
         for cell in rows["cell"]:
-            tensors = read_json(folder / "cells" / cell / "report.json").get("tensors", {})
+            tensors = read_cell(folder / "cells" / cell / "report.json").get("tensors", {})
             for layer, about in tensors.items():
                 if len(about["shape"]) > 1:
                     fractions.setdefault(method, {}).setdefault(layer, []).append(about["nonzero"] / max(math.prod(about["shape"]), 1))
@@ -230,15 +230,14 @@ def _first_weights(folders: Mapping[str, Path]) -> Figure | None:
 
 def _first_layer(folder: Path) -> np.ndarray | None:
     """(units, height, width) of the units with the largest norm, if the first layer reads images: kernels, or dense rows in the shape of the input."""
-    report = read_json(folder / "report.json")
+    report = read_cell(folder / "report.json")
     shape = report.get("input_shape", [])
     name = next((name for name, about in report.get("tensors", {}).items() if len(about["shape"]) > 1), None)
     if len(shape) != 3 or name is None:
         return None
-    try:
-        weight = load_file(folder / "model.safetensors")[name].float()
-    except (OSError, SafetensorError, KeyError) as error:
-        raise PyroBMRError(f"'{folder / 'model.safetensors'}' is not what a study writes ({error}); remove the folder to run the cell again") from None
+    path = folder / "model.safetensors"
+    with reading(f"'{path}' is not what a study writes", PyroBMRError, "remove the folder to run the cell again"):
+        weight = load_file(path)[name].float()
     if weight.ndim == 2 and weight.shape[1] == math.prod(shape):
         weight = weight.reshape(-1, *shape)
     if weight.ndim != 4:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from pyro_bmr.comparison.results_folder import markdown, mean_and_spread
 from pyro_bmr.files import make_folder, write_atomically
-from pyro_bmr.studies.cell_folder import failure, finished_row, read_json
+from pyro_bmr.studies.cell_folder import failure, finished_row, read_cell
 from pyro_bmr.studies.declaration import Study
 from pyro_bmr.studies.page import Section, page
 from pyro_bmr.studies.pictures import KEYS, draw
@@ -72,10 +72,11 @@ def write_report(declared: Study, folder: Path, table: pd.DataFrame) -> None:
         return
     write_atomically(folder / "results.csv", lambda path: table.to_csv(path, index=False, na_rep="nan"))
     make_folder(folder / "pictures")
-    for old in (folder / "pictures").glob("*.png"):
-        old.unlink()
     mean, spread = means(table)
     pictures = draw(table, mean, spread, folder)
+    for old in (folder / "pictures").glob("*.png"):
+        if old.name not in {picture.file for picture in pictures}:
+            old.unlink()
     texts = as_text(mean, spread)
     failures = {cell.slug: line for cell in declared.cells if (line := failure(folder / "cells" / cell.slug)) is not None}
     made_with = list(dict.fromkeys(_versions(folder / "cells" / name) for name in table["cell"]))
@@ -99,4 +100,4 @@ def write_report(declared: Study, folder: Path, table: pd.DataFrame) -> None:
 
 
 def _versions(folder: Path) -> str:
-    return ", ".join(f"{name} {value}" for name, value in read_json(folder / "config.json").get("versions", {}).items())
+    return ", ".join(f"{name} {value}" for name, value in read_cell(folder / "config.json").get("versions", {}).items())

@@ -20,7 +20,7 @@ from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 from pyro_bmr.errors import ModelError, PyroBMRError
-from pyro_bmr.files import make_folder, write_atomically
+from pyro_bmr.files import locked, make_folder, write_atomically
 from pyro_bmr.studies.cell_folder import failure, finished_row, run_cell
 from pyro_bmr.studies.declaration import Cell, Study, declare
 from pyro_bmr.studies.report import results, write_report
@@ -57,7 +57,8 @@ def study(
         seeds, validation: in the place of those of the declaration; `validation` scores that fraction of the training rows instead of the test rows.
 
     Raises:
-        PyroBMRError: something in the declaration is wrong, with file and key, and nothing was run; or `out` cannot be written.
+        PyroBMRError: something in the declaration is wrong, with file and key, and nothing was run; or `out` cannot be written, or is in
+            use by another process.
 
     Example:
         >>> found = study("fashion_mnist.toml", "results/fashion-mnist", jobs=2)
@@ -67,16 +68,17 @@ def study(
     if isinstance(declaration, Study) and (seeds, validation) != (None, None):
         raise ModelError("seeds and validation are those of the declared study; give them to declare")
     declared = declaration if isinstance(declaration, Study) else declare(declaration, seeds=seeds, validation=validation)
-    folder = Path(out)
-    make_folder(folder / "cells")
-    write_atomically(folder / f"study{declared.suffix}", lambda path: path.write_text(declared.text, encoding="utf-8"))
-    todo = [cell for cell in chosen(declared, only) if finished_row(folder / "cells" / cell.slug) is None]
-    try:
-        _run(declared.name, todo, folder / "cells", jobs, progress)
-    finally:
-        table = results(declared, folder)
-        write_report(declared, folder, table)
-    failures = {cell.slug: line for cell in chosen(declared, only) if (line := failure(folder / "cells" / cell.slug)) is not None}
+    folder, wanted = Path(out), chosen(declared, only)
+    with locked(folder):
+        make_folder(folder / "cells")
+        write_atomically(folder / f"study{declared.suffix}", lambda path: path.write_text(declared.text, encoding="utf-8"))
+        todo = [cell for cell in wanted if finished_row(folder / "cells" / cell.slug) is None]
+        try:
+            _run(declared.name, todo, folder / "cells", jobs, progress)
+        finally:
+            table = results(declared, folder)
+            write_report(declared, folder, table)
+    failures = {cell.slug: line for cell in wanted if (line := failure(folder / "cells" / cell.slug)) is not None}
     return StudyResults(table, failures, folder)
 
 
