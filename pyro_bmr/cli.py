@@ -5,23 +5,26 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pyro_bmr import metrics, plots
 from pyro_bmr.cli_options import parser
-from pyro_bmr.comparison import Settings, compare, guide_named, load_model, optimizer_named, summary
+from pyro_bmr.comparison import Settings, compare, guide_named, load_model, optimizer_named, scores, summary
 from pyro_bmr.data import load, sources
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError, PyroBMRError
 from pyro_bmr.exporting import deploy, ensemble, export, point_weights, save
+from pyro_bmr.files import finite
 from pyro_bmr.fitting import fit
 from pyro_bmr.guides import Point
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.posterior import Posterior
-from pyro_bmr.prediction import ClassPrediction, predict
+from pyro_bmr.prediction import predict
 from pyro_bmr.prior_names import prior_from_name
 from pyro_bmr.processes import process_group
 from pyro_bmr.pruning import Every
@@ -128,9 +131,9 @@ def _fit(arguments: argparse.Namespace) -> int:
         return 0  # the first process has it all
     asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "out", "quiet", "threads", "draws", "resume")}
     settings = {**asked, "model": model}
-    scores = _scores(result.program, result.posterior, data, arguments.draws)
-    save_run(result, arguments.out, {**settings, "seconds": result.seconds, **scores})
-    print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    found = _scores(result.program, result.posterior, data, arguments.draws, arguments.seed)
+    save_run(result, arguments.out, {**settings, "seconds": result.seconds, **found})
+    print(_listed(found, data))
     print(f"the run is in {arguments.out}; next: pyro-bmr reduce {arguments.out}, pyro-bmr export {arguments.out}")
     return 0
 
@@ -141,9 +144,10 @@ def _reduce(arguments: argparse.Namespace) -> int:
     about = {name: getattr(arguments, name) for name in ("to", "per", "heads", "threshold")} | {"target": arguments.kept}
     run.reduced(reduction, about)
     data = run.data()
-    scores = _scores(run.program(prior_from_name(run.settings["prior"]), data), reduction.posterior, data, arguments.draws)
+    program = run.program(prior_from_name(run.settings["prior"]), data)
+    found = _scores(program, reduction.posterior, data, arguments.draws, int(run.settings["seed"]))
     print(reduction.table().to_string(index=False))
-    print(", ".join(f"{name} {value:.4g}" for name, value in {"kept": reduction.kept, "delta_f": reduction.delta_f, **scores}.items()))
+    print(_listed({"kept": reduction.kept, "delta_f": reduction.delta_f, **found}, data))
     return 0
 
 
@@ -154,7 +158,7 @@ def _export(arguments: argparse.Namespace) -> int:
     program = run.program(prior_from_name(run.settings["prior"]), data)
     masks = run.posterior.masks
     sizes = {"kept": sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())} if masks else {"kept": 1.0}
-    report = {"settings": dict(run.settings), "reduction": dict(run.reduction), **sizes}
+    report: dict[str, Any] = finite({"settings": run.settings, "reduction": run.reduction, **sizes})
     if not isinstance(program, BayesianNetwork):
         if arguments.format != ["safetensors"] or arguments.shrink or arguments.ensemble:
             raise ModelError(f"'{run.settings['model']}' is a program of its own and no network: its weights can be exported, as safetensors, and nothing else")
@@ -173,7 +177,8 @@ def _export(arguments: argparse.Namespace) -> int:
     if data.task == "classification":
         report["accuracy"] = metrics.accuracy(outputs.softmax(1), data.y_test)
     else:
-        report["rmse"] = metrics.rmse(outputs[:, 0] if outputs.ndim > 1 else outputs, data.y_test)
+        report["rmse"] = metrics.rmse(outputs[:, 0] if outputs.ndim > 1 else outputs, data.y_test) * data.target_scale
+        report["target"] = {"mean": data.target_mean, "scale": data.target_scale}  # the network gives (target − mean) / scale
     draws = ensemble(program, run.posterior, draws=arguments.ensemble, example=example if arguments.shrink else None) if arguments.ensemble else None
     table = deploy(net, arguments.out, example, formats=arguments.format, before=dense, ensemble=draws, report=report, seconds=arguments.seconds)
     print(table.to_string(index=False))
@@ -181,12 +186,15 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _scores(program: object, posterior: Posterior, data: Data, draws: int) -> dict[str, float]:
-    prediction = predict(program, posterior, data.x_test, draws=draws)  # type: ignore[arg-type]
-    nll = -float(prediction.log_prob(data.y_test).mean())
-    if isinstance(prediction, ClassPrediction):
-        return {"accuracy": metrics.accuracy(prediction.probs, data.y_test), "nll": nll, "ece": metrics.ece(prediction.probs, data.y_test)}
-    return {"rmse": metrics.rmse(prediction.mean, data.y_test), "nll": nll}
+def _scores(program: object, posterior: Posterior, data: Data, draws: int, seed: int) -> dict[str, float]:
+    """Those of `compare`, which has NaN for what a task has not: rmse and nll (nats per row) in the units of the target."""
+    prediction = predict(program, posterior, data.x_test, draws=draws, seed=seed)  # type: ignore[arg-type]
+    return {name: value for name, value in scores(prediction, data).items() if not math.isnan(value)}
+
+
+def _listed(values: Mapping[str, float], data: Data) -> str:
+    units = " (rmse and nll in the units of the target)" if data.task == "regression" else ""
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items()) + units
 
 
 def _set_threads(threads: int) -> None:

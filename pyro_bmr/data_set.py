@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import DataError, ModelError
-from pyro_bmr.fit_arguments import check_rows
+from pyro_bmr.errors import DataError
+from pyro_bmr.fit_arguments import check_rows, validation_split
 from pyro_bmr.likelihoods import Categorical, Likelihood, Normal
 
 _SPLIT_SEED = 0
@@ -24,7 +24,9 @@ class Data:
     """A data set split into training and test rows.
 
     x: float32, (n, features), (n, channels, height, width) or (n, length); standardised. y: int64 classes from 0, or float32 standardised targets, whose
-    `target_mean` and `target_scale` are in the original units. `x_val` and `y_val`: validation rows, if the data came with some.
+    `target_mean` and `target_scale` are in the original units: what is predicted times `target_scale` plus `target_mean` is in them. Scores of the command
+    line, of `compare` and of `study` are in the original units (rmse · target_scale, nll + log target_scale); an ELBO, and the `validation_nll` of a fit's
+    history, are of the y that the fit was given. `x_val` and `y_val`: validation rows, if the data came with some.
     """
 
     name: str
@@ -125,15 +127,10 @@ def validation_data(data: Data, fraction: float) -> Data:
     """`Data` whose test rows are its validation rows, the test rows being out of sight; without any, the held-out `fraction` of the training rows.
 
     Raises:
-        ModelError: no row is left on one of the sides.
+        FitError: no row is left on one of the sides.
     """
     if data.x_val is not None and data.y_val is not None:
         return replace(data, name=f"{data.name} (validation)", x_test=data.x_val, y_test=data.y_val)
-    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
-    rows = round(fraction * len(order))
-    if not 0 < rows < len(order):
-        raise ModelError(f"validation={fraction}: a fraction that leaves rows on both sides is wanted")
-    held, rest = order[:rows], order[rows:]
-    return replace(
-        data, name=f"{data.name} (validation)", x_train=data.x_train[rest], y_train=data.y_train[rest], x_test=data.x_train[held], y_test=data.y_train[held]
-    )
+    (x, y), held = validation_split(data.x_train, data.y_train, float(fraction), _SPLIT_SEED)
+    assert held is not None
+    return replace(data, name=f"{data.name} (validation)", x_train=x, y_train=y, x_test=held[0], y_test=held[1])

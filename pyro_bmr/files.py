@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -21,7 +22,7 @@ from typing import Any
 import filelock
 from safetensors import SafetensorError
 
-from pyro_bmr.errors import PyroBMRError
+from pyro_bmr.errors import ModelError, PyroBMRError
 
 _STAGE, _STAGE_SECONDS = ".writing-", 86400.0  # a folder of files on their way; older ones were left by processes that were killed
 
@@ -53,8 +54,26 @@ def write_atomically(path: Path, write: Callable[[Path], object], durable: bool 
 
 
 def write_json(path: Path, content: Mapping[str, Any], durable: bool = False) -> None:
-    """Writes an object as JSON, as `write_atomically` does."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1), encoding="utf-8"), durable)
+    """Writes an object as `write_atomically` does, as JSON proper, with what JSON does not know as text.
+
+    Raises:
+        ModelError: it is no JSON: a number in it is NaN or infinite, or it holds itself.
+        PyroBMRError: the file cannot be written.
+    """
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False, default=str)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"cannot write '{path.name}': it is no JSON ({error}); finite numbers, strings, lists and dicts are wanted") from None
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"), durable)
+
+
+def finite(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinity: null."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager
@@ -71,7 +90,8 @@ def replacing(folder: Path, *heads: str, gone: Iterable[str] = (), durable: bool
     """An empty folder for files that belong together, which take the places of those in `folder` when the block ends.
 
     The files `heads`, without the last of which nobody reads the others, are removed first and come last, in their order: a process that is killed at any
-    moment leaves all old files, all new ones, or no head. A block that raises, as when the disk is full, changes nothing. `gone`: files of before that go, where the block wrote none.
+    moment leaves all old files, all new ones, or no head. A block that raises, as when the disk is full, changes nothing. `gone`: files of before that go,
+    where the block wrote none.
 
     Raises:
         PyroBMRError: the folder, or a file of it, cannot be written.

@@ -1,6 +1,7 @@
 """Pruned means zero and gone: masks applied to any Pyro program, and the schedule of reductions during a fit.
 
-Owns the effect handler `Masked` and the schedule `Every`. A mask is a bool tensor in the shape of its site, True where the weight lives. Next: `prediction.py`.
+Owns the effect handler `Masked`, the schedule `Every`, and `cubic`, along which kept fractions fall. A mask is a bool tensor in the shape of its site,
+True where the weight lives. Next: `prediction.py`.
 """
 
 from __future__ import annotations
@@ -151,9 +152,17 @@ class Every:
         """The kept fraction wanted when the fraction `done` of the fit is over; None when evidence decides."""
         if self.kept is None:
             return None
-        progress = min(max((done - self.start) / max(self.stop - self.start, 1e-12), 0.0), 1.0)
-        return self.kept + (1 - self.kept) * (1 - progress) ** 3
+        return cubic(self.kept, done, self.start, self.stop)
 
     def reduce(self, posterior: Posterior, done: float) -> Reduction:
         """The reduction of the fit's posterior at that point."""
         return reduce(posterior, self.to, self.per, threshold=self.threshold, kept=self.target(done), heads=self.heads)
+
+
+def cubic(kept: float, done: float, start: float, stop: float) -> float:
+    """The fraction to keep when the fraction `done` of a fit is over: kept + (1 − kept)(1 − t)³, t the part of the way from `start` to `stop`.
+
+    Source: Zhu & Gupta 2017, arXiv 1710.01878.
+    """
+    t = min(max((done - start) / max(stop - start, 1e-12), 0.0), 1.0)
+    return kept + (1 - kept) * (1 - t) ** 3

@@ -23,7 +23,7 @@ from pyro_bmr.data import load
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting.formats import save_tensors
-from pyro_bmr.files import check_digests, digests, read_json, reading, replacing, write_atomically, write_json
+from pyro_bmr.files import check_digests, digests, finite, read_json, reading, replacing, write_atomically, write_json
 from pyro_bmr.fitting import Fit
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Prior
@@ -71,7 +71,7 @@ class Run:
         with replacing(self.folder, "reduction.json") as stage:
             reduction.posterior.save(stage / "reduced.safetensors")
             content = {**content, "files": digests(stage), "fit": self.settings.get("files")}
-            write_json(stage / "reduction.json", content)
+            write_json(stage / "reduction.json", finite(content))
         return Run(self.folder, self.settings, reduction.posterior, content)
 
 
@@ -84,7 +84,7 @@ def save_run(fit: Fit, folder: str | Path, settings: Mapping[str, Any]) -> Run:
             state = fit.program.state_dict()
             write_atomically(stage / "network.safetensors", lambda path: save_tensors(state, path))
         settings = {"format": _FORMAT, **settings, "model_sha256": _digest(str(settings["model"])), "files": digests(stage)}
-        write_json(stage / "settings.json", settings)
+        write_json(stage / "settings.json", finite(settings))
     return Run(folder, settings, fit.posterior, {})
 
 

@@ -5,11 +5,13 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import pyro_bmr as bmr
+from pyro_bmr import plots
 from pyro_bmr.cli import main
 from pyro_bmr.runs import load_run, save_run
 
@@ -146,6 +148,28 @@ def test_a_program_of_ones_own_exports_its_weights(tmp_path, capsys):
     assert main(["export", folder, "--shrink", "--out", str(tmp_path / "no")]) == 2
     err = capsys.readouterr().err
     assert "no network" in err and err.count("\n") == 1 and not (tmp_path / "no").exists()
+
+
+def test_one_fit_has_one_score_in_the_units_of_the_target(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "comparison_figure", lambda *args: plots.plt.figure(figsize=(0.1, 0.1)))
+    options = ["--data", "diabetes", "--model", "mlp:3", "--epochs", "1", "--draws", "3", "--quiet"]
+    assert main(["fit", *options, "--seed", "1", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    compared = ["--priors", "gaussian", "--routes", "fitted", "--seeds", "2", "--out", str(tmp_path / "compared")]
+    assert main(["compare", *options, *compared]) == 0
+    row = pd.read_csv(tmp_path / "compared" / "results.csv").iloc[1]
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert row["seed"] == settings["seed"] == 1 and 20 < row["rmse"] < 300 and 4 < row["nll"] < 9
+    assert settings["rmse"] == pytest.approx(row["rmse"], rel=1e-5) and settings["nll"] == pytest.approx(row["nll"], rel=1e-5)
+    assert f"rmse {row['rmse']:.4g}, nll {row['nll']:.4g} (rmse and nll in the units of the target)" in said
+    assert main(["reduce", str(tmp_path / "run"), "--threshold", "inf", "--draws", "3"]) == 0
+    assert f"rmse {row['rmse']:.4g}, nll {row['nll']:.4g} (" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "run"), "--seconds", "0", "--out", str(tmp_path / "out")]) == 0
+    report, data = json.loads((tmp_path / "out" / "report.json").read_text()), bmr.load("diabetes")
+    with torch.no_grad():
+        outputs = loaders(tmp_path / "out").load()(data.x_test)[:, 0] * report["target"]["scale"] + report["target"]["mean"]
+    y = data.y_test * data.target_scale + data.target_mean
+    assert float(y.min()) >= 25 and report["rmse"] == pytest.approx(float((outputs - y).square().mean().sqrt()), rel=1e-5)
 
 
 def change(path, old, new):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyro_bmr.baselines.point import MakeNetwork, Scaled, trained_point
 from pyro_bmr.baselines.training import Budget, Trained, is_between, is_whole, train
 from pyro_bmr.data_set import Data
+from pyro_bmr.pruning import cubic
 from pyro_bmr.reduction.decisions import lowest
 
 
@@ -25,7 +26,7 @@ class Gradual(Budget):
     """`kept`: the fraction of all parameters, biases included, that is not zero at the end. It falls on a cubic schedule from 1 at the fraction `start` of the
     training to `kept` at `stop`, in steps of `prune_every` epochs.
 
-    The schedule: kept + (1 − kept)(1 − t)³ with t the fraction of the way from `start` to `stop`. Source: Zhu & Gupta 2017, arXiv 1710.01878.
+    Source: Zhu & Gupta 2017, arXiv 1710.01878.
     """
 
     kept: float = 0.1
@@ -49,8 +50,7 @@ class Gradual(Budget):
         interval = max(round(self.prune_every * total / self.epochs), 1)
         if self.kept == 1 or not self.start * total <= step <= self.stop * total + 1 or (step % interval and step != last):
             return None
-        done = min(max((step / total - self.start) / (self.stop - self.start), 0.0), 1.0) if step < last else 1.0
-        return self.kept + (1 - self.kept) * (1 - done) ** 3
+        return cubic(self.kept, step / total if step < last else self.stop, self.start, self.stop)
 
 
 @dataclass(frozen=True)

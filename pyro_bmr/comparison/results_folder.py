@@ -21,7 +21,7 @@ from pyro_bmr.comparison.cells import Cell, Settings
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import PyroBMRError
 from pyro_bmr.exporting import save
-from pyro_bmr.files import make_folder, read_json, reading, write_atomically, write_json
+from pyro_bmr.files import finite, make_folder, read_json, reading, write_atomically, write_json
 from pyro_bmr.prediction import ClassPrediction
 from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.reduction.sites import reduce
@@ -69,7 +69,7 @@ class ResultsFolder:
             described = {**old_priors, **described}
             if differences:
                 raise PyroBMRError(f"'{path}' holds results of other settings ({'; '.join(differences)}); choose another folder, or remove it")
-        write_json(kept, {**self.settings, "priors": described})
+        write_json(kept, finite({**self.settings, "priors": described}))
 
     def finished(self, prior: str, route: str, seed: int) -> dict[str, Any] | None:
         """The row of a cell that is there already."""
@@ -81,9 +81,9 @@ class ResultsFolder:
     def keep(self, row: dict[str, Any], cell: Cell, data: Data) -> None:
         """Weights and pictures first, the row last: a row in results.csv is a finished cell."""
         name = f"{file_name(row['prior'])}-{row['route']}-{row['seed']}"
-        sites = [finite(site) for site in cell.reduction.table().to_dict("records")] if cell.reduction else []
+        sites = cell.reduction.table().to_dict("records") if cell.reduction else []
         calibration = metrics.calibration(cell.prediction.probs, data.y_test).tolist() if isinstance(cell.prediction, ClassPrediction) else None
-        save(cell.weights, self.path / "networks" / name, {"row": finite(row), "settings": self.settings, "sites": sites, "calibration": calibration})
+        save(cell.weights, self.path / "networks" / name, finite({"row": row, "settings": self.settings, "sites": sites, "calibration": calibration}))
         write_atomically(self.path / "networks" / name / "history.csv", lambda p: cell.fit.history.to_csv(p, index=False))
         if cell.reduction is not None and row["route"] == "reduced" and row["seed"] == 0:
             make_folder(self.path / "pictures")
@@ -162,11 +162,6 @@ def fingerprint(model: str, data: Data) -> str:
     if path.suffix == ".py" and path.is_file():
         content.update(path.read_bytes())
     return content.hexdigest()[:16]
-
-
-def finite(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """The same for JSON, which has no NaN and no infinity: null."""
-    return {str(key): None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
 def file_name(prior: str) -> str:

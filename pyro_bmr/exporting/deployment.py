@@ -24,7 +24,7 @@ from pyro_bmr.errors import ModelError, PyroBMRError
 from pyro_bmr.exporting.costs import flops, latency, parameters
 from pyro_bmr.exporting.formats import FORMATS, Format, save_tensors
 from pyro_bmr.exporting.network_source import network_source
-from pyro_bmr.files import replacing
+from pyro_bmr.files import replacing, write_json
 from pyro_bmr.shrinking.graphs import trace
 
 BATCHES = (1, 128)
@@ -105,7 +105,7 @@ def deploy(
             "files": files,
             "tensors": {k: {"shape": list(t.shape), "nonzero": int(t.count_nonzero())} for k, t in graph.state_dict().items()},
         }
-        (inside / "report.json").write_text(json.dumps(content, indent=1, allow_nan=False, default=str))
+        write_json(inside / "report.json", content)
     return frame
 
 

@@ -6,7 +6,6 @@ Next: `costs.py`; `deployment.py` writes more formats.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

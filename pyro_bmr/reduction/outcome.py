@@ -5,6 +5,7 @@ Owns `Reduction`. Next: `decisions.py`, then `sites.py`, which makes it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.files import check_digests, digests, read_json, reading, replacing, write_atomically, write_json
+from pyro_bmr.files import check_digests, digests, read_json, reading, replacing, write_atomically
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.reduction.correlations import pruned_site
 from pyro_bmr.reduction.targets import SiteReduction
@@ -145,7 +146,8 @@ class Reduction:
             self.before.save(stage / "before.safetensors")
             self.posterior.save(stage / "after.safetensors")
             write_atomically(stage / "sites.safetensors", lambda path: save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, path))
-            write_json(stage / "reduction.json", {"format": _FORMAT, "groups": self.groups is not None, "sites": about, "files": digests(stage)})
+            content = json.dumps({"format": _FORMAT, "groups": self.groups is not None, "sites": about, "files": digests(stage)})  # with NaN, as they are
+            write_atomically(stage / "reduction.json", lambda path: path.write_text(content, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: str | Path) -> Reduction:

@@ -25,11 +25,10 @@ import torch
 from pyro_bmr import metrics
 from pyro_bmr.comparison.methods import Trained, method_named
 from pyro_bmr.comparison.models import load_model
-from pyro_bmr.comparison.results_folder import finite
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import PyroBMRError
 from pyro_bmr.exporting import save
-from pyro_bmr.files import make_folder, read_json, reading, write_atomically, write_json, writing
+from pyro_bmr.files import finite, make_folder, read_json, reading, write_atomically, write_json, writing
 from pyro_bmr.prediction import ClassPrediction
 from pyro_bmr.studies.declaration import Cell
 from pyro_bmr.studies.measures import measured
@@ -72,7 +71,7 @@ def _keep(trained: Trained, data: Data, folder: Path, shift: bool) -> dict[str, 
     calibration = metrics.calibration(prediction.probs, data.y_test).tolist() if isinstance(prediction, ClassPrediction) else None
     save(trained.weights, folder, {"calibration": calibration, "input_shape": list(data.x_train.shape[1:])})
     write_atomically(folder / "history.csv", lambda path: trained.history.to_csv(path, index=False, na_rep="nan"))
-    return finite({**measured(trained, data, prediction, shift), "kilobytes": (folder / "model.safetensors").stat().st_size / 1000})
+    return dict(finite({**measured(trained, data, prediction, shift), "kilobytes": (folder / "model.safetensors").stat().st_size / 1000}))
 
 
 def finished_row(folder: Path) -> dict[str, float] | None:
