@@ -12,6 +12,7 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.reduction.gaussian import Dense, Diagonal
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
 
+_ASYMMETRY = 1e-4  # of the largest entry: more is no rounding
 Curvature = Tensor | tuple[Tensor, Tensor]
 
 
@@ -26,15 +27,21 @@ def laplace_moments(name: str, value: Tensor, curvature: Curvature, prior: Diago
     if isinstance(curvature, tuple):
         return _kronecker(name, value, curvature, prior, pull)
     if tuple(curvature.shape) == (size, size) and size > 1:
-        cov = _inverse(name, curvature.to(value) + torch.diag(prec.flatten()))
+        cov = _inverse(name, _symmetric(name, curvature) + torch.diag(prec.flatten()))
         mean = value - (cov @ pull.flatten()).view(value.shape)
         return mean, cov.diagonal().view(value.shape).clone(), Dense(mean.flatten(), cov)
-    if curvature.shape != value.shape or not bool((curvature >= 0).all()):
+    if curvature.shape != value.shape:
         raise ModelError(
-            f"site '{name}': a curvature >= 0 of shape {tuple(value.shape)}, or ({size}, {size}), or a pair of Kronecker factors is wanted; got shape "
-            f"{tuple(curvature.shape)} with {int((~(curvature >= 0)).sum())} entries negative or NaN; the Gauss–Newton and Fisher matrices are never negative"
+            f"site '{name}': expected a curvature of shape {tuple(value.shape)}, or ({size}, {size}), or a pair of Kronecker factors; got shape "
+            f"{tuple(curvature.shape)}"
         )
-    var = 1 / (curvature.to(value) + prec)
+    total = curvature + prec
+    if bad := int((~((total > 0) & total.isfinite())).sum()):
+        raise ModelError(
+            f"site '{name}': expected curvature + prior precision > 0 and finite, got {bad} of {size} entries that are not; Gauss–Newton and Fisher "
+            "matrices are never negative, and IVON's Hessian only as far as the prior allows: curvature λh, prior Gaussian((λδ) ** -0.5)"
+        )
+    var = 1 / total
     return value - var * pull, var, None
 
 
@@ -45,7 +52,7 @@ def _kronecker(name: str, value: Tensor, factors: tuple[Tensor, Tensor], prior: 
         raise ModelError(
             f"site '{name}': Kronecker factors of shapes {wanted} and a prior of one variance are wanted; got {got}, {prior.var.numel()} variances"
         )
-    rows, columns = (factor.to(value) for factor in factors)
+    rows, columns = (_semidefinite(name, factor) for factor in factors)
     ratio = ((rows.trace() / len(rows)) / (columns.trace() / len(columns))).sqrt()
     if not bool(ratio.isfinite() & (ratio > 0)):
         raise ModelError(f"site '{name}': Kronecker factors of positive trace are wanted; for a site without curvature give zeros in its own shape")
@@ -55,6 +62,20 @@ def _kronecker(name: str, value: Tensor, factors: tuple[Tensor, Tensor], prior: 
     mean = matrix - row_cov @ pull.view(matrix.shape) @ col_cov
     var = row_cov.diagonal()[:, None] * col_cov.diagonal()
     return mean.view(value.shape), var.view(value.shape), MatrixNormal(mean, row_cov, col_cov)
+
+
+def _symmetric(name: str, matrix: Tensor) -> Tensor:
+    """The matrix without the rounding that makes it asymmetric."""
+    if not bool(((matrix - matrix.mT).abs() <= _ASYMMETRY * matrix.abs().max()).all()):  # NaN is refused too
+        raise ModelError(f"site '{name}': its curvature, or a factor of it, is not symmetric, or not finite; give a symmetric Gauss–Newton or Fisher matrix")
+    return (matrix + matrix.mT) / 2
+
+
+def _semidefinite(name: str, factor: Tensor) -> Tensor:
+    matrix = _symmetric(name, factor)
+    if len(matrix) and float(torch.linalg.eigvalsh(matrix)[0]) < -_ASYMMETRY * float(matrix.abs().max()):
+        raise ModelError(f"site '{name}': expected Kronecker factors without negative eigenvalues; give those of the Gauss–Newton or Fisher matrix")
+    return matrix
 
 
 def _inverse(name: str, matrix: Tensor) -> Tensor:

@@ -255,7 +255,7 @@ class FitState:
         if self.flat is not None:
             self.flat.write_back()
             self.flat.forget()
-        sites = sites_of_guide(self.guide, self.few, {}, self.masks)
+        sites = sites_of_guide(self.guide, self.program, self.few, {}, self.masks)
         for name, prior in self.empirical_priors.items():
             self.empirical.update(name, prior, sites[name].mean, sites[name].var, self.masks.get(name))
 

@@ -1,24 +1,27 @@
-"""Sites of a posterior out of a guide or a param store, on the unconstrained scale, with the priors that the program declares.
+"""Sites of a posterior out of a guide, on the unconstrained scale, and the priors that the program declares for them.
 
-Owns `sites_of_guide`, `sites_of_param_store` and `with_priors`; `Posterior.from_guide` and `from_param_store` say what is read. Next: `products.py`.
+Owns `sites_of_guide`, `with_priors` and what reading a guide or a param store shares; `Posterior.from_guide` says what is read. Next: `store_moments.py`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import pyro.distributions as dist
+import pyro
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from pyro.poutine.util import prune_subsample_sites
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_bmr.elbo import Values, collapsed
 from pyro_bmr.errors import ModelError
-from pyro_bmr.guides.autoguides import Moments, autoguide_moments
+from pyro_bmr.guides.autoguides import autoguide_moments
+from pyro_bmr.guides.marginals import check_plates
 from pyro_bmr.guides.mean_field import SUPPORTS, Latent, MeanField, base_distribution, support_name
 from pyro_bmr.guides.scale_coupled import CoupledSite
 from pyro_bmr.guides.site_wise import SiteWise
@@ -33,42 +36,74 @@ def masks_in_force(program: Callable[..., Any], masks: Mapping[str, Tensor], dev
     return {**own, **{name: mask & own[name].to(mask.device) if name in own else mask for name, mask in masks.items()}}
 
 
-def sites_of_guide(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], masks: Mapping[str, Tensor]) -> dict[str, Site]:
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """The random state and the param store are afterwards what they were, also after an error."""
+    store, state = pyro.get_param_store(), get_rng_state()
+    parts: list[dict[Any, Any]] = [store._params, store._constraints, store._param_to_name]
+    before = [dict(part) for part in parts]
+    try:
+        with torch.random.fork_rng(), torch.inference_mode(False):
+            yield
+    finally:
+        set_rng_state(state)
+        for part, old in zip(parts, before, strict=True):
+            part.clear()
+            part.update(old)
+
+
+def sites_of_guide(
+    guide: Callable[..., Any], program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], masks: Mapping[str, Tensor]
+) -> dict[str, Site]:
     """Site name → `Site` without a prior; a guide with a Gaussian per site is read with `masks` in force."""
     if isinstance(guide, SiteWise):
         return _site_wise(guide, masks)
     if isinstance(guide, MeanField):
         return _mean_field(guide)
-    with torch.no_grad(), torch.random.fork_rng():
-        trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
-        moments = autoguide_moments(guide, *args, **kwargs)
-    if moments is None:
-        moments = {name: _guide_moments(name, trace) for name, site in trace.iter_stochastic_nodes() if not (site["infer"] or {}).get("is_auxiliary")}
-    return {name: Site(m.mean, m.var, support=m.support, joint=m.joint) for name, m in moments.items()}
+    _check_store(guide)
+    nodes = declared_sites(program, args, kwargs)
+
+    def support(name: str) -> str:
+        return support_name(name, base_distribution(nodes[name]["fn"]).support) if name in nodes else "real"
+
+    sites = {}
+    for name, moments in autoguide_moments(guide, args, kwargs, support).items():
+        if name in nodes:
+            check_plates(name, nodes[name]["cond_indep_stack"])
+            check_shape(name, "the guide's value", moments.mean, nodes[name]["value"].shape)
+        if not bool(moments.mean.isfinite().all() & moments.var.isfinite().all()):
+            raise ModelError(f"site '{name}': its mean or variance in the guide is infinite or NaN, on the unconstrained scale; the fit has diverged there")
+        sites[name] = Site(moments.mean, moments.var, support=moments.support, joint=moments.joint)
+    return sites
 
 
-def sites_of_param_store(
-    store: Any, program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Mapping[str, tuple[str, str]] | None
-) -> dict[str, Site]:
-    """Site name → `Site` without a prior."""
-    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
-        trace = prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
-    keys = list(store.keys())
-    bare = {}
-    for name, site in trace.iter_stochastic_nodes():
-        if names is not None:
-            pair = names.get(name, (None, None))
-        else:
-            pair = tuple(next((k for k in keys if k == f"{kind}.{name}" or k.endswith(f".{kind}.{name}")), None) for kind in ("locs", "scales"))  # type: ignore[assignment]
-        if pair[0] not in keys or pair[1] not in keys:
+def _check_store(guide: Any) -> None:
+    """Raises a ModelError where the guide has values of its own for names that stand for others in Pyro's param store: a call takes those in the store."""
+    if not isinstance(guide, PyroModule) or pyro.settings.get("module_local_params"):
+        return
+    store = dict(pyro.get_param_store().named_parameters())
+    for own, value in guide.named_parameters(guide._pyro_name):
+        stored = store.get(own.removesuffix("_unconstrained"))
+        if stored is not None and stored is not value and not torch.equal(stored, value):
             raise ModelError(
-                f"site '{name}': no location and scale in the param store ({', '.join(keys) or 'it is empty'}); "
-                f"pass names={{'{name}': ('<loc>', '<scale>'), ...}}"
+                f"'{own}': the guide's own value is not that of Pyro's param store, which an earlier fit or a loaded file left there and which the guide takes "
+                "up when it is called; call pyro.clear_param_store() to read the guide's own, or the guide once, to read those of the store"
             )
-        support = support_name(name, base_distribution(site["fn"]).support)
-        loc, scale = (store[key].detach().clone() for key in pair)
-        bare[name] = Site(loc, scale.square().expand(loc.shape), support=support)
-    return bare
+
+
+def declared_sites(program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Site name → message of each latent site in one run of the program on draws from its priors."""
+    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+        return dict(prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs)).iter_stochastic_nodes())
+
+
+def check_shape(name: str, what: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Raises a ModelError unless `tensor` has the `shape` of the site in the program."""
+    if tensor.shape != shape:
+        raise ModelError(
+            f"site '{name}': {what} has shape {tuple(tensor.shape)}, expected {tuple(shape)} as in the program; use the program, and as many rows, that it "
+            "was fitted with"
+        )
 
 
 @torch.enable_grad()
@@ -76,28 +111,39 @@ def with_priors(
     read: Mapping[str, Site], program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], masks: Mapping[str, Tensor]
 ) -> dict[str, Site]:
     """The sites with `masks` in force and the priors of one run of the program at their point."""
+    for name, mask in masks.items():
+        if name not in read:
+            raise ModelError(f"masks: the guide has no site '{name}'; its sites are: {', '.join(read)}")
+        if mask.dtype != torch.bool or mask.shape != read[name].mean.shape:
+            wanted = tuple(read[name].mean.shape)
+            raise ModelError(f"mask of site '{name}': expected a bool tensor of shape {wanted}, got {mask.dtype} of shape {tuple(mask.shape)}")
     bare = {name: site.masked(masks[name]) if name in masks else site for name, site in read.items()}
     values = {name: site.value(site.mean).detach().requires_grad_() for name, site in bare.items()}
-    with torch.random.fork_rng(), Values(values) as run:
+    with Values(values) as run:
         program(*args, **kwargs)
     sites = {}
     for name, msg in run.latent.items():
-        base = base_distribution(msg["fn"])
-        if bare[name].support == "real" and not bool(bare[name].var.any()):  # a point guide gives the value itself
-            support = support_name(name, base.support)
-            transform = SUPPORTS[support]
-            bare[name] = replace(bare[name], mean=bare[name].mean if transform is None else transform.inv(bare[name].mean), support=support)
-        prior = None
-        given: tuple[str, ...] = ()
-        if isinstance(base, torch.distributions.Normal):
-            loc, scale = collapsed(base.loc), collapsed(base.scale)
-            given = _dependencies(loc, scale, {k: v for k, v in values.items() if k != name})
-            prior = Diagonal(loc.detach(), scale.detach().square())
+        prior, given = _prior(name, bare[name], base_distribution(msg["fn"]), {k: v for k, v in values.items() if k != name})
         sites[name] = replace(bare[name], prior=prior, declared=msg["infer"].get("prior"), given=given)
     missing = set(bare) - set(sites)
     if missing:
         raise ModelError(f"the guide has sites that the program has not: {', '.join(sorted(missing))}; use the program that the guide was fitted to")
     return sites
+
+
+def _prior(name: str, site: Site, base: Any, others: Mapping[str, Tensor]) -> tuple[Diagonal | None, tuple[str, ...]]:
+    """The moments of a Gaussian prior, and the sites that they follow."""
+    if (declared := support_name(name, base.support)) != site.support:
+        raise ModelError(f"site '{name}': its support is {declared!r} in the program and {site.support!r} in the guide; they must be the same")
+    if not isinstance(base, torch.distributions.Normal):
+        return None, ()
+    loc, scale = collapsed(base.loc), collapsed(base.scale)
+    if not bool(loc.isfinite().all() & scale.isfinite().all() & (scale > 0).all()):
+        raise ModelError(
+            f"site '{name}': its prior has a mean or scale that is infinite, NaN or 0 where the sites it follows stand at their posterior point; reparametrise "
+            "the program, or bound the scale"
+        )
+    return Diagonal(loc.detach(), scale.detach().square()), _dependencies(loc, scale, others)
 
 
 @torch.no_grad()
@@ -119,39 +165,8 @@ def _site_wise(guide: SiteWise, masks: Mapping[str, Tensor]) -> dict[str, Site]:
     return sites
 
 
-def _guide_moments(name: str, trace: Any) -> Moments:
-    """The moments of one site of a guide's trace, on the unconstrained scale."""
-    unconstrained = trace.nodes.get(f"{name}_unconstrained")
-    fn = base_distribution(trace.nodes[name]["fn"])
-    if unconstrained is not None:
-        base = base_distribution(unconstrained["fn"])
-        if isinstance(base, torch.distributions.Normal):
-            return Moments(base.loc.detach().clone(), base.variance.detach(), _autoguide_support(trace.nodes, name))
-    if isinstance(fn, torch.distributions.Normal):
-        return Moments(fn.loc.detach().clone(), fn.variance.detach(), "real")
-    if isinstance(fn, torch.distributions.TransformedDistribution) and len(fn.transforms) == 1:
-        base = base_distribution(fn.base_dist)
-        if isinstance(base, torch.distributions.Normal):
-            return Moments(base.loc.detach().clone(), base.variance.detach(), support_name(name, fn.support))
-    if isinstance(fn, dist.Delta) and not any(site["infer"].get("is_auxiliary") for site in trace.nodes.values() if site["type"] == "sample"):
-        return Moments(fn.v.detach().clone(), torch.zeros_like(fn.v), "real")
-    raise ModelError(
-        f"site '{name}': the guide's {type(fn).__name__} cannot be read as independent Gaussian moments; use MeanField or AutoNormal, or a guide "
-        "with a Normal or log-normal per site"
-    )
-
-
-def _autoguide_support(nodes: Mapping[str, Any], name: str) -> str:
-    """AutoNormal's value site is a Delta, which knows no support: the transform it applied tells."""
-    value, raw = nodes[name]["value"], nodes[f"{name}_unconstrained"]["value"]
-    for support, transform in SUPPORTS.items():
-        if torch.allclose(raw if transform is None else transform(raw), value, rtol=1e-5, atol=1e-8):
-            return support
-    raise ModelError(f"site '{name}': its support is not the reals, the positives or the unit interval, so its posterior cannot be read as Gaussian moments")
-
-
 def _dependencies(loc: Tensor, scale: Tensor, values: Mapping[str, Tensor]) -> tuple[str, ...]:
     if not (loc.requires_grad or scale.requires_grad) or not values:
         return ()
     grads = torch.autograd.grad(loc.sum() + scale.sum(), list(values.values()), allow_unused=True, retain_graph=True)
-    return tuple(name for name, grad in zip(values, grads, strict=True) if grad is not None and math.isfinite(float(grad.abs().sum())))
+    return tuple(name for name, grad in zip(values, grads, strict=True) if grad is not None)

@@ -20,16 +20,18 @@ from torch import Tensor
 
 from pyro_bmr import priors
 from pyro_bmr.curvature import Curvature
+from pyro_bmr.drawn_moments import sites_of_samples
 from pyro_bmr.errors import ModelError, ReductionError
 from pyro_bmr.files import reading, write_atomically
-from pyro_bmr.given_moments import sites_of_curvature, sites_of_moments, sites_of_samples
-from pyro_bmr.guide_moments import masks_in_force, sites_of_guide, sites_of_param_store, with_priors
+from pyro_bmr.given_moments import sites_of_curvature, sites_of_moments
+from pyro_bmr.guide_moments import masks_in_force, sites_of_guide, undisturbed, with_priors
 from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.guides.scale_coupled import conditional, multiplier
 from pyro_bmr.reduction.gaussian import Dense, Diagonal, Message
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
 from pyro_bmr.site import Site, joint_draw, joint_roots
+from pyro_bmr.store_moments import sites_of_param_store
 
 _FORMAT = "pyro_bmr posterior 1"
 _PRIORS: dict[str, Any] = {kind.__name__: kind for kind in vars(priors).values() if is_dataclass(kind) and isinstance(kind, type)}
@@ -49,6 +51,8 @@ class Posterior:
     roots: dict[str, tuple[Tensor, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)  # of joint covariances, once drawn from
 
     def __post_init__(self) -> None:
+        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
+            raise ModelError(f"temperature={self.temperature!r}: a finite number > 0 is wanted (1 is Bayes)")
         object.__setattr__(self, "masks", {name: site.mask for name, site in self.sites.items() if site.mask is not None})
 
     def __getitem__(self, name: str) -> Site:
@@ -122,16 +126,17 @@ class Posterior:
     ) -> Posterior:
         """The posterior that `guide` holds for `program(*args, **kwargs)`, with the priors that the program declares.
 
-        Read are the guides of this library, with the correlations they have within a site (`Site.joint`); Pyro's AutoNormal, AutoDelta, AutoDiagonalNormal,
-        AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoLaplaceApproximation (a point, and after its `laplace_approximation(...)` the Gaussian) and
-        AutoStructured, whose covariance between sites is dropped; and guides whose trace has a Normal or log-normal per site, or a point (variance 0).
-        Random state and param store stay as they were. `args` is one batch; a handful of rows is enough.
+        Read are the guides of this library, and any guide whose sites are Gaussian or points on the unconstrained scale: Pyro's, in an AutoGuideList too, and
+        your own. Each site has its marginal, with the correlations within it (`Site.joint`), also where it follows other sites, linearly and with a constant
+        scale; covariance between sites is dropped. AutoLaplaceApproximation is a point, its `laplace_approximation(...)` the Gaussian. Two calls give the same
+        to the bit; random state and param store stay as they were. `args` is one batch; a handful of rows is enough.
 
         Raises:
-            ModelError: a site's posterior cannot be read as Gaussian moments.
+            ModelError: a site's marginal is not Gaussian, it stands in a subsampled plate, or a shape, a support, a mask or a moment is not what it must be.
         """
         masks = masks_in_force(program, masks or {}, next((t.device for t in args if isinstance(t, Tensor)), None))
-        return cls(with_priors(sites_of_guide(guide, args, kwargs, masks), program, args, kwargs, masks), temperature)
+        with undisturbed():
+            return cls(with_priors(sites_of_guide(guide, program, args, kwargs, masks), program, args, kwargs, masks), temperature)
 
     @classmethod
     def from_param_store(
@@ -140,45 +145,56 @@ class Posterior:
         """The posterior whose locations and scales (on the unconstrained scale) are in a Pyro param store, after any SVI script.
 
         Args:
-            store: `pyro.get_param_store()` or any mapping from names to tensors.
+            store: `pyro.get_param_store()`, after its `load()` if it comes from a file; or its `get_state()`, with the constraints. In any other mapping values
+                are taken as they stand, so it needs `names`: Pyro's own names there may hold unconstrained values.
             names: site → (name of its location, name of its scale) in the store. By default those that `AutoNormal` writes are looked for:
-                names that end in ``locs.<site>`` and ``scales.<site>``.
+                names that end in ``locs.<site>`` and ``scales.<site>``, with one prefix.
 
         Raises:
-            ModelError: a site of the program is not found in the store.
+            ModelError: a site is not found, or twice; a value does not fit it; a scale is not > 0, or not known to be one, or not all that its guide keeps.
         """
         masks = masks_in_force(program, {})
-        return cls(with_priors(sites_of_param_store(store, program, args, kwargs, names), program, args, kwargs, masks), temperature)
+        with undisturbed():
+            return cls(with_priors(sites_of_param_store(store, program, args, kwargs, names), program, args, kwargs, masks), temperature)
 
     @classmethod
     def from_moments(cls, mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None) -> Posterior:
         """The posterior of given means and variances, from wherever they come; independent entries.
 
         Args:
-            mean, var: site → tensor; of one shape, or `var` one that broadcasts. On the unconstrained scale (`supports`).
+            mean, var: site → tensor; of one shape, or `var` one that broadcasts. On the unconstrained scale (`supports`). Lower precision than float32 is
+                raised to it.
             prior: under which they were found: ``Gaussian(<number>)`` or anything with `mean` and `var`; or patterns of site names → such, where None, and
                 sites that no pattern names, have no Gaussian prior and are not reduced.
             supports: site → "positive" or "unit_interval" for those that are not real.
 
         Raises:
-            ModelError: names or shapes disagree, a variance is negative or not finite, or a prior has no moments.
+            ModelError: names or shapes disagree, a variance is negative or not finite, a prior has no finite moments, or a pattern names no site.
         """
         return cls(sites_of_moments(mean, var, prior, supports))
 
     @classmethod
-    def from_samples(cls, samples: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None, joint_up_to: int = 64) -> Posterior:
+    def from_samples(
+        cls, samples: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None, joint_up_to: int = 64, chains: bool | None = None
+    ) -> Posterior:
         """The posterior with the moments of draws, such as those of NUTS or of an ensemble.
 
         Args:
-            samples: site → (draws, ...) tensor of constrained values, at least two draws.
+            samples: site → (draws, ...) tensor of constrained values, at least two draws, as many for each site. An entry that is 0 in all draws is pruned.
             prior, supports: as for `from_moments`.
             joint_up_to: real sites of 2 to so many entries get the covariance of their draws too, if there are at least ten draws for each entry (fewer
                 would make it too near to singular). Correlations between sites are not kept.
+            chains: True: the samples are (chains, draws, ...), as of ``MCMC.get_samples(group_by_chain=True)``. False: they are (draws, ...). None: the same,
+                but refused where they may be chains: all shapes begin with the same (c, n), n ≥ 20, 1 < c < n, and c ≤ 32 or the means of the n columns differ
+                no more than those of draws of one number. An ensemble of few networks may have to say False.
 
         Raises:
-            ModelError: as `from_moments`, or there are fewer than two draws.
+            ModelError: as `from_moments`, or there are fewer than two draws, an entry does not move, or the shapes may be those of chains.
+
+        Warns:
+            PyroBMRWarning: chains disagree (split R-hat > 1.1), or one draw of 100 or more makes up a quarter of a variance, as in heavy tails.
         """
-        return cls(sites_of_samples(samples, prior, supports, joint_up_to))
+        return cls(sites_of_samples(samples, prior, supports, joint_up_to, chains))
 
     @classmethod
     def from_curvature(
@@ -195,7 +211,7 @@ class Posterior:
         .. math:: P = H + \Pi, \qquad \mu = \hat w \text{ (MAP)}, \qquad \mu = \hat w - P^{-1}\Pi(\hat w - \eta) \text{ (maximum likelihood)}
 
         Sources: MacKay 1992; Ritter, Botev & Barber 2018 for Kronecker factors; Shen et al. 2024 (IVON), whose mean m, Hessian h, effective sample size λ and
-        weight decay δ are `mean=m`, `curvature=λh`, `prior=Gaussian((λδ) ** -0.5)`.
+        weight decay δ are `mean=m`, `curvature=λh`, `prior=Gaussian((λδ) ** -0.5)`. An entry of h may be negative as long as h + δ > 0.
 
         Args:
             mean: site → trained value ŵ; the names are those of the network's parameters, so that `export` finds them.
@@ -209,7 +225,7 @@ class Posterior:
                 sum of many gains in evidence is too good then; a small T, chosen on held-out rows, prunes what the loss hardly feels first.
 
         Raises:
-            ModelError: as `from_moments`, or a curvature does not fit its site or is negative.
+            ModelError: as `from_moments`, or a curvature does not fit its site, is not symmetric, or curvature + prior precision is not > 0.
         """
         return cls(sites_of_curvature(mean, curvature, prior, penalised, temperature), temperature)
 

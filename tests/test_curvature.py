@@ -68,6 +68,27 @@ def test_an_online_newton_optimiser():
     assert post["w"].prior.var.item() == pytest.approx(1 / (lam * delta))
 
 
+def test_a_curvature_may_be_negative_as_far_as_the_prior_allows():
+    """IVON's own Hessian is, by its noise; only the sum is a precision."""
+    h, prior = torch.tensor([-0.3, 2.0]).double(), bmr.Diagonal(torch.tensor(0.1).double(), torch.tensor(2.5).double())
+    post = bmr.Posterior.from_curvature({"w": torch.tensor([0.7, -0.2]).double()}, {"w": h}, prior, penalised=False)
+    torch.testing.assert_close(post["w"].var, 1 / (h + 0.4))
+    torch.testing.assert_close(post["w"].mean, torch.tensor([0.7 - 10 * 0.4 * 0.6, -0.2 + 0.4 * 0.3 / 2.4]).double())
+    with pytest.raises(bmr.ModelError, match="got 1 of 2 entries"):
+        bmr.Posterior.from_curvature({"w": h}, {"w": torch.tensor([-0.4, 2.0]).double()}, prior)
+
+
+def test_a_curvature_out_of_a_graph_and_of_low_precision_is_reduced():
+    weight = torch.nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
+    whole = (weight.square() + 0.1).diag()
+    for curvature in (weight.square() + 0.1, whole, (whole, torch.ones(1, 1, requires_grad=True)), (weight.square() + 0.1).bfloat16()):
+        post = bmr.Posterior.from_curvature({"w": weight}, {"w": curvature}, Gaussian(1.3))
+        assert not post["w"].var.requires_grad and post["w"].var.dtype == torch.float32
+        if not isinstance(curvature, tuple):
+            torch.testing.assert_close(post["w"].var, 1 / (weight.detach().square() + 0.1 + 1.3**-2), rtol=3e-3, atol=0)
+        bmr.reduce(post, to=Gaussian(0))
+
+
 def test_draws_of_the_exact_posterior_reduce_as_it_does():
     draws = torch.tensor(np.random.default_rng(0).multivariate_normal(EXACT_MEAN, EXACT_COV, size=40_000))
     noise = torch.tensor(np.random.default_rng(1).lognormal(0.3, 0.2, size=40_000))
@@ -106,7 +127,7 @@ def test_what_is_refused():
     curvature, moments, samples = bmr.Posterior.from_curvature, bmr.Posterior.from_moments, bmr.Posterior.from_samples
     for call, message in (
         (lambda: curvature({"w": one}, {}, Gaussian(1.0)), "site 'w': it has no curvature"),
-        (lambda: curvature({"w": one}, {"w": -one}, Gaussian(1.0)), "3 entries negative or NaN"),
+        (lambda: curvature({"w": one}, {"w": -one}, Gaussian(1.0)), "prior precision > 0 and finite, got 3 of 3 entries"),
         (lambda: curvature({"w": one}, {"w": one[:2]}, Gaussian(1.0)), r"of shape \(3,\), or \(3, 3\)"),
         (lambda: curvature({"w": one}, {"w": -torch.eye(3).double()}, Gaussian(3.0)), "not positive definite"),
         (lambda: curvature({"w": one}, {"w": (torch.eye(2), torch.eye(1))}, Gaussian(3.0)), r"shapes \[\(3, 3\), \(1, 1\)\]"),
@@ -114,7 +135,28 @@ def test_what_is_refused():
         (lambda: curvature({"w": one}, {"w": one}, {"v": Gaussian(1.0)}), "a Laplace posterior needs a Gaussian prior"),
         (lambda: curvature({"w": one}, {"w": one}, bmr.Horseshoe()), "no mean and variance"),
         (lambda: curvature({"w": one}, {"w": one}, Gaussian(1.0), temperature=0.0), "temperature=0.0"),
+        (lambda: curvature({"w": one}, {"w": one * torch.nan}, Gaussian(1.0)), "finite, got 3 of 3 entries"),
+        (lambda: curvature({"w": one}, {"w": one * torch.inf}, Gaussian(1.0)), "finite, got 3 of 3 entries"),
+        (lambda: curvature({"w": one}, {"w": one.long()}, Gaussian(1.0)), "curvature must be a tensor of floating-point numbers, got torch.int64"),
+        (lambda: curvature({"w": one.long()}, {"w": one}, Gaussian(1.0)), "mean must be a tensor"),
+        (lambda: curvature({"w": one * torch.nan}, {"w": one}, Gaussian(1.0)), "expected finite means, got 3"),
+        (lambda: curvature({"w": one}, {"w": (torch.eye(3),) * 3}, Gaussian(1.0)), "a pair of Kronecker factors, got 3 parts"),
+        (lambda: curvature({"w": one}, {"w": torch.ones(3, 3).double().triu()}, Gaussian(1.0)), "not symmetric"),
+        (lambda: curvature({"w": one}, {"w": torch.eye(3).double() * torch.nan}, Gaussian(1.0)), "not symmetric, or not finite"),
+        (lambda: curvature({"w": one}, {"w": (torch.ones(3, 3).triu(), torch.eye(1))}, Gaussian(1.0)), "not symmetric"),
+        (lambda: curvature({"w": one}, {"w": (-0.01 * torch.eye(3), -0.01 * torch.eye(1))}, Gaussian(1.0)), "without negative eigenvalues"),
+        (lambda: curvature({"w": one}, {"w": one}, bmr.Diagonal(0 * one, one * torch.inf)), "moments finite"),
+        (lambda: curvature({"w": one}, {"w": one}, {"w": Gaussian(1.0), "*.bias": Gaussian(2.0)}), r"prior: '\*.bias' names none of the sites \(w\)"),
         (lambda: moments({"w": one, "v": one}, {"w": one}, None), "a mean and no variance"),
+        (lambda: moments({"w": one}, {"w": one, "v": one}, None), "site 'v': it has a variance and no mean"),
+        (lambda: moments({"w": one}, {"w": one[:2]}, None), r"of one shape.*shapes \(3,\), \(2,\)"),
+        (lambda: moments({"w": one}, {"w": one * torch.inf}, None), "3 variances infinite or NaN"),
+        (lambda: moments({"w": one}, {"w": one}, torch.distributions.HalfCauchy(1.0)), "no mean and variance"),
+        (lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(one * torch.nan, one)), "moments finite"),
+        (lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(one[:2], one[:2])), r"a shape that fits \(3,\)"),
+        (lambda: moments({"w": one}, {"w": one}, Gaussian(1.0, mean="init")), "no mean and variance"),
+        (lambda: moments({"w": one}, {"w": one}, None, supports={"v": "positive"}), "supports: 'v' names none of the sites"),
+        (lambda: bmr.Posterior(moments({"w": one}, {"w": one}, None).sites, temperature=float("nan")), "temperature=nan"),
         (lambda: moments({"w": one}, {"w": -one}, None), "finite means and variances >= 0"),
         (lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(0 * one, 0 * one)), "the prior's variance must be > 0"),
         (lambda: moments({"w": one}, {"w": one}, None, supports={"w": "simplex"}), "support 'simplex'; one of 'real'"),

@@ -21,7 +21,7 @@ ORDER = [
     "errors", "files", "memory", "plain_module", "constraints",
     *(f"reduction.{name}" for name in FORMULAS), "priors*", "prior_names", "likelihoods", "networks", "guides*", "elbo", "fit_arguments", "mean_field_noise",
     "mean_field_step", "online_newton",
-    "site", "curvature", "given_moments", "guide_moments", "products", "posterior",
+    "site", "curvature", "given_moments", "drawn_moments", "guide_moments", "store_moments", "products", "posterior",
     "reduction.programs", "reduction.living", "reduction.slabs", "reduction.targets",
     "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
     "pruning", "prediction", "calibration", "metrics",

@@ -5,12 +5,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import (
+    AutoDelta,
     AutoDiagonalNormal,
+    AutoGaussian,
+    AutoGuideList,
     AutoIAFNormal,
     AutoLaplaceApproximation,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
+    AutoNormal,
     AutoNormalizingFlow,
     AutoStructured,
 )
@@ -30,7 +35,16 @@ GUIDES = {
     "full": AutoMultivariateNormal,
     "low rank": lambda program: AutoLowRankMultivariateNormal(program, rank=2),
     "structured": lambda program: AutoStructured(program, **STRUCTURED),
+    "gaussian": AutoGaussian,
+    "list": lambda program: listed(program, {"scale": AutoNormal, "w": AutoMultivariateNormal, "v": AutoDiagonalNormal}),
 }
+
+
+def listed(program, members, of=None):
+    guide = AutoGuideList(program)
+    for name, kind in members.items():
+        guide.append(kind(poutine.block(of or program, expose=[name])))
+    return guide
 
 
 def hierarchical(x, y=None):
@@ -51,7 +65,7 @@ def conjugate(x, y=None):
 @pytest.mark.parametrize("name", GUIDES)
 def test_the_moments_are_those_of_the_guides_draws(name):
     guide = GUIDES[name](hierarchical)
-    batch = (X.float(), Y.float()) if name == "structured" else (X, Y)  # AutoStructured's dependencies know the default dtype alone
+    batch = (X.float(), Y.float()) if name in ("structured", "gaussian") else (X, Y)  # they know the default dtype alone
     guide(*batch)
     with torch.no_grad():
         for parameter in guide.parameters():
@@ -70,6 +84,28 @@ def test_the_moments_are_those_of_the_guides_draws(name):
         assert ((z.mean(0) - mean).abs() < 5 * z.std(0) / 150**0.5).all()
         assert ((products.mean(0) - cov).abs() < 5 * products.std(0) / 150**0.5).all()
     assert (posterior["w"].joint is None) == (name == "diagonal")
+
+
+def test_the_members_of_a_list_are_read_one_by_one_points_and_lists_in_it_included():
+    def inner(program):
+        return listed(hierarchical, {"w": AutoMultivariateNormal, "v": AutoDelta}, of=program)
+
+    guide = AutoGuideList(hierarchical)
+    guide.append(AutoDelta(poutine.block(hierarchical, expose=["scale"])))
+    guide.append(inner(hierarchical))
+    first = bmr.Posterior.from_guide(guide, hierarchical, X, Y)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter += 0.3
+    posterior = bmr.Posterior.from_guide(guide, hierarchical, X, Y)
+    assert not posterior["scale"].var.any() and not posterior["v"].var.any() and posterior["scale"].support == "positive"
+    torch.testing.assert_close(posterior["v"].mean, first["v"].mean + 0.3)
+    torch.testing.assert_close(posterior["scale"].mean, first["scale"].mean + 0.3)
+    q = guide[1][0].get_posterior()
+    torch.testing.assert_close(posterior["w"].mean, q.mean.detach())
+    torch.testing.assert_close(posterior["w"].joint.cov, q.covariance_matrix.detach())
+    with pytest.raises(bmr.ModelError, match="site 'w': the posterior of AutoIAFNormal"):
+        bmr.Posterior.from_guide(listed(hierarchical, {"scale": AutoNormal, "w": AutoIAFNormal, "v": AutoDelta}), hierarchical, X.float(), Y.float())
 
 
 def test_a_laplace_approximation_is_a_point_in_the_fit_and_the_exact_posterior_after_its_second_stage():
@@ -93,7 +129,7 @@ def test_fit_takes_them(guide):
     [
         (AutoIAFNormal, "site 'w'.*AutoIAFNormal.*TransformedDistribution"),
         (lambda program: AutoNormalizingFlow(program, lambda n: dist.transforms.planar(n)), "site 'w'.*AutoNormalizingFlow"),
-        (lambda program: AutoStructured(program, conditionals={"w": lambda: torch.zeros(3).double()}, dependencies={}), "AutoStructured.*function of your own"),
+        (lambda program: AutoStructured(program, conditionals={"w": lambda: torch.randn(3)}, dependencies={}), "site 'w'.*nothing that the guide draws by"),
     ],
     ids=["IAF", "flow", "own conditional"],
 )
