@@ -179,7 +179,7 @@ REFUSED = {
     "csr of a dense network": (lambda: sparse_net()[0], ["state_dict", "csr"], bmr.ModelError, r"'csr' pays from 97% zeros.*sparsest has 0\.0%"),
     "2:4 on a CPU": (lambda: sparse_net()[0], ["half", "2:4"], bmr.ModelError, r"'2:4' needs a CUDA device.*'cpu'"),
     "no layers to prune": (lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)), ["prune"], bmr.ModelError, r"'prune': the network has no Linear"),
-    "control flow": (Odd, [], bmr.ShrinkError, r"Odd cannot be traced"),
+    "control flow": (Odd, ["program"], bmr.ModelError, r"format 'program' cannot hold this network .*leave it out of `formats`"),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -23,9 +24,18 @@ def parameters(net: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def flops(net: nn.Module, example: Tensor) -> int:
-    """Floating-point operations for one row of `example`: matrix products and convolutions, a multiplication and an addition counted as two."""
-    with FlopCounterMode(display=False) as counter:
-        net(example[:1])
+    """Floating-point operations for one row of `example`: matrix products, those of attention too, and convolutions.
+
+    A multiplication and an addition are counted as two.
+    """
+    constants = {name: t.detach() for name, t in (*net.named_parameters(), *net.named_buffers())}  # the counter follows gradients, there are none here
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # attention in one step, on a CPU, is nothing that the counter knows
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(net, constants, (example[:1],))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())
 
 

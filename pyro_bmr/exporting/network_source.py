@@ -1,11 +1,13 @@
 """A network as a readable Python file that needs torch alone: its layers, its forward, and a loader for each format.
 
-Owns `network_source`. The files that it loads are written in `formats.py`, which is next.
+Owns `network_source` and `loaders_source`. The files that it loads are written in `formats.py`, which is next.
 """
 
 from __future__ import annotations
 
+import builtins
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import fx, nn
@@ -23,7 +25,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import nn{imports}
 
 HERE = Path(__file__).parent
 
@@ -55,7 +57,7 @@ def load_program(file="model.pt2"):
 
 
 def load_onnx(file="model.onnx"):
-    """The network run by onnxruntime, which has to be installed: tensors in, tensors out."""
+    """The network run by onnxruntime, which has to be installed: tensors in, tensors out; of several outputs, a tuple in their order."""
     import onnxruntime
 
     check(file, (HERE / file).read_bytes())
@@ -63,7 +65,12 @@ def load_onnx(file="model.onnx"):
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(HERE / file), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+    def run(x):
+        outputs = [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    return run
 
 
 def load_prune(file="prune.safetensors"):
@@ -126,8 +133,8 @@ def read(file):
             raise ValueError
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{file} is truncated or no safetensors file") from None
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-             "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+             "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
     tensors = {}
     for name, entry in header.items():
         start, stop = (8 + size + offset for offset in entry["data_offsets"])
@@ -145,40 +152,68 @@ def check(file, raw):
 '''
 
 
+_NO_CLASS = '''def Network():
+    """Not here: {reason}.
+
+    `load_program()` and `load_onnx()` need no class, `read("model.safetensors")` gives the weights. The other loaders fill your own class:
+    `network.Network = YourNetwork; net = network.load()`.
+    """
+    raise ValueError("the class of the network is not in this file; set network.Network to it, or use load_program() or read(file)")
+'''
+
+_IMPORTS = {"inf": "from math import inf", "nan": "from math import nan", "device": "from torch import device"}
+
+
 def network_source(graph: fx.GraphModule, title: str, version: str) -> str:
     """The text of a Python file with the class `Network`, whose state_dict has the keys of `graph`, and loaders of all formats.
 
     Raises:
-        ModelError: a layer cannot be written as a line of Python.
+        ModelError: a layer, or an operation of the forward, cannot be written as a line of Python.
     """
     parts = [n for n in graph.graph.nodes if n.op in ("call_module", "get_attr")]
     names = list(dict.fromkeys(str(n.target) for n in parts))
     lines = {name: _constructor(name, graph) for name in names}
-    chain = all(n.op in ("placeholder", "call_module", "output") and len(n.all_input_nodes) <= 1 for n in graph.graph.nodes)
-    chain &= len(names) == len(parts) and not any("." in name for name in names)
-    if chain:
+    chain = all(n.op == "placeholder" or (n.op in ("call_module", "output") and n.args == (n.prev,)) for n in graph.graph.nodes)
+    if chain and len(names) == len(parts) and not any("." in name for name in names):
         layers = "\n".join(f'            ("{name}", {line}),' for name, line in lines.items())
         code = f"class Network(nn.Sequential):\n    def __init__(self):\n        super().__init__(OrderedDict([\n{layers}\n        ]))\n"
-    else:
-        made, body = set[str](), []
-        for name, line in lines.items():
-            path = name.split(".")
-            for k in range(1, len(path)):
-                if (inner := ".".join(path[:k])) not in made:
-                    made.add(inner)
-                    body.append(_placed(inner, "nn.Module()"))
-            body.append(_placed(name, line))
-        forward = graph.graph.python_code("self")
-        unknown = [key for key in forward.globals if key not in ("torch", "NoneType") and re.search(rf"\b{key}\b", forward.src)]
-        if unknown:
-            raise ModelError(f"the network's forward uses '{unknown[0]}', which is not torch's; export its weights alone with save()")
-        text = re.sub(r";  ?[\w, ]+(= [\w]+ )*= None", "", forward.src)
-        text = re.sub(r"^def forward\(self, (\w+)[^)]*\)[^:]*:", r"def forward(self, \1):", text.strip(), flags=re.M)
-        text = "\n".join(line.split("  #")[0].rstrip() for line in text.splitlines() if line.strip())
-        text = re.sub(r"torch\._C\._nn\.(\w+)|torch\.nn\.functional\.(\w+)", lambda m: f"nn.functional.{m[1] or m[2]}", text)
-        indented = "\n".join(f"    {line}" for line in text.splitlines())
-        code = "class Network(nn.Module):\n    def __init__(self):\n        super().__init__()\n" + "\n".join(body) + f"\n\n{indented}\n"
-    return _HEAD.format(title=title, version=version) + code + "\n" + _LOADERS
+        return _text(title, version, code)
+    made, body = set[str](), []
+    for name, line in lines.items():
+        path = name.split(".")
+        for k in range(1, len(path)):
+            if (inner := ".".join(path[:k])) not in made:
+                made.add(inner)
+                body.append(_placed(inner, "nn.Module()"))
+        body.append(_placed(name, line))
+    forward, imports = _forward(graph)
+    code = "class Network(nn.Module):\n    def __init__(self):\n        super().__init__()\n" + "\n".join(body) + f"\n\n{forward}\n"
+    return _text(title, version, code, imports)
+
+
+def loaders_source(reason: str, title: str, version: str) -> str:
+    """The text of a Python file with the loaders alone, for a network that cannot be written as Python, for this `reason`."""
+    plain = reason.translate({ord(c): "'" for c in '"\\'})
+    return _text(title, version, _NO_CLASS.replace("{reason}", plain))
+
+
+def _text(title: str, version: str, code: str, imports: Iterable[str] = ()) -> str:
+    head = _HEAD.format(title=title, version=version, imports="".join(f"\n{line}" for line in sorted(imports)))
+    return head + code + "\n" + _LOADERS
+
+
+def _forward(graph: fx.GraphModule) -> tuple[str, list[str]]:
+    """The forward of the graph as an indented method, and the imports that it needs."""
+    forward = graph.graph.python_code("self")
+    used = {key: value for key, value in forward.globals.items() if key not in ("torch", "NoneType") and re.search(rf"\b{key}\b", forward.src)}
+    unknown = [key for key, value in used.items() if key not in _IMPORTS and value is not getattr(builtins, key, None)]
+    if unknown:
+        raise ModelError(f"the forward uses '{unknown[0]}', which is not torch's")
+    text = re.sub(r";  ?[\w, ]+(= [\w]+ )*= None", "", forward.src)
+    text = re.sub(r"^def forward\(self, (\w+)[^)]*\)[^:]*:", r"def forward(self, \1):", text.strip(), flags=re.M)
+    text = "\n".join(line.split("  #")[0].rstrip() for line in text.splitlines() if line.strip())
+    text = re.sub(r"torch\._C\._nn\.(\w+)|torch\.nn\.functional\.(\w+)", lambda m: f"nn.functional.{m[1] or m[2]}", text)
+    return "\n".join(f"    {line}" for line in text.splitlines()), [line for key, line in _IMPORTS.items() if key in used]
 
 
 def _placed(name: str, value: str) -> str:
@@ -188,6 +223,8 @@ def _placed(name: str, value: str) -> str:
         where = f"{where}.{step}" if step.isidentifier() else f'getattr({where}, "{step}")'
     if value.startswith("torch."):
         return f'        {where}.register_buffer("{last}", {value})'
+    if value.startswith("nn.Parameter(") and not last.isidentifier():
+        return f'        {where}.register_parameter("{last}", {value})'
     if last.isidentifier():
         return f"        {where}.{last} = {value}"
     return f'        {where}.add_module("{last}", {value})'
@@ -198,8 +235,8 @@ def _constructor(name: str, graph: fx.GraphModule) -> str:
     part = getattr(graph.get_submodule(parent), last)
     if isinstance(part, torch.Tensor):
         empty = f"torch.empty({tuple(part.shape)}, dtype={part.dtype})"
-        return f"nn.Parameter({empty})" if isinstance(part, nn.Parameter) else empty
+        return f"nn.Parameter({empty}{'' if part.requires_grad else ', requires_grad=False'})" if isinstance(part, nn.Parameter) else empty
     line = re.sub(r"padding_mode=(\w+)", r'padding_mode="\1"', f"nn.{part!r}")  # torch prints it without quotes
     if type(part).__module__.startswith("torch.nn") and "\n" not in line and hasattr(nn, type(part).__name__):
         return line
-    raise ModelError(f"layer '{name}' ({type(part).__name__}) cannot be written as a line of Python; export its weights alone with save()")
+    raise ModelError(f"layer '{name}' ({type(part).__name__}) cannot be written as a line of Python")
