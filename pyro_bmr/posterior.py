@@ -27,6 +27,7 @@ from pyro_bmr.given_moments import sites_of_curvature, sites_of_moments
 from pyro_bmr.guide_moments import masks_in_force, sites_of_guide, undisturbed, with_priors
 from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.guides.scale_coupled import conditional, multiplier
+from pyro_bmr.isolation import isolated
 from pyro_bmr.reduction.gaussian import Dense, Diagonal, Message
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
@@ -115,6 +116,7 @@ class Posterior:
         return replace(self, sites={name: site.widened(factor) for name, site in self.sites.items()})
 
     @classmethod
+    @isolated()
     def from_guide(
         cls,
         guide: Callable[..., Any],
@@ -139,6 +141,7 @@ class Posterior:
             return cls(with_priors(sites_of_guide(guide, program, args, kwargs, masks), program, args, kwargs, masks), temperature)
 
     @classmethod
+    @isolated()
     def from_param_store(
         cls, store: Any, program: Callable[..., Any], *args: Any, names: Mapping[str, tuple[str, str]] | None = None, temperature: float = 1.0, **kwargs: Any
     ) -> Posterior:

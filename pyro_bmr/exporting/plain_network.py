@@ -18,6 +18,7 @@ from pyro_bmr.elbo import Values
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting.finite import check_finite, check_network
 from pyro_bmr.files import digests, replacing, write_atomically, write_json
+from pyro_bmr.isolation import isolated
 from pyro_bmr.memory import check_memory
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.plain_module import module_copy, plain_module
@@ -25,6 +26,7 @@ from pyro_bmr.posterior import Posterior
 from pyro_bmr.shrinking.plan import shrink
 
 
+@isolated()
 @torch.no_grad()
 def export(program: nn.Module, posterior: Posterior) -> nn.Module:
     """The plain network at the posterior's point: a copy of `program.net` whose lifted parameters are their posterior means, pruned ones exactly 0.
@@ -58,6 +60,7 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
     return _network(program, posterior.point(), "export")
 
 
+@isolated()
 @torch.no_grad()
 def ensemble(program: BayesianNetwork, posterior: Posterior, *, draws: int = 8, seed: int = 0, example: Tensor | None = None) -> dict[str, Tensor]:
     """Name → (draws, ...), the state_dicts of exported networks whose weights are draws from the posterior: uncertainty that survives the export.
@@ -120,6 +123,7 @@ def _names_parameters(net: nn.Module, posterior: Posterior) -> bool:
     return all(name in shapes and site.mean.shape == shapes[name] for name, site in posterior.sites.items())
 
 
+@isolated()
 @torch.no_grad()
 def point_weights(program: Any, posterior: Posterior) -> dict[str, Tensor]:
     """Name → tensor at the posterior's point: the exported network's parameters and buffers, or any other program's weights and sites.

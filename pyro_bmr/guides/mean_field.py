@@ -22,6 +22,7 @@ from torch.distributions.transforms import ExpTransform, SigmoidTransform
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.row_noise import PER_STEP, check_estimator
 from pyro_bmr.guides.site_normal import Independent
+from pyro_bmr.isolation import isolated
 
 SUPPORTS: dict[str, Transform | None] = {"real": None, "positive": ExpTransform(), "unit_interval": SigmoidTransform()}
 """The supports with a Gaussian posterior, and the transform from the real line to each."""
@@ -43,6 +44,7 @@ class Latent(NamedTuple):
     alive: Tensor | None  # the mask in force in a program under `pruning.Masked`
 
 
+@isolated()
 def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Latent]:
     """The latent sites of `program(*args, **kwargs)` in order, with start values; leaves the random state as it was.
 
@@ -52,7 +54,7 @@ def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list
     Raises:
         ModelError: a site is discrete, has a support other than the reals, the positives or the unit interval, or stands in a subsampled plate.
     """
-    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+    with torch.no_grad():
         trace = prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
         latents = [_latent(name, site) for name, site in trace.iter_stochastic_nodes()]
     if not latents:

@@ -83,7 +83,7 @@ class Gaussian:
         check_tier(self.per, self.block, f"Gaussian(per={self.per!r})")
         if isinstance(self.mean, str) and self.mean != "init":
             raise ModelError(f'Gaussian(mean={self.mean!r}): the mean is a number, a tensor, or "init" for the start value of the weight')
-        if not isinstance(self.mean, str) and not bool(torch.as_tensor(self.mean).isfinite().all()):
+        if not isinstance(self.mean, str) and not bool(torch.as_tensor(self.mean, device="cpu").isfinite().all()):
             raise ModelError(f"Gaussian(mean={self.mean}): finite numbers are wanted")
         if isinstance(self.scale, str):
             if self.scale not in ("layer", "empirical"):

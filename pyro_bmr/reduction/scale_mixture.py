@@ -50,6 +50,7 @@ class ScaleMixtureReduction(NamedTuple):
         return torch.sigmoid(self.log_odds)
 
 
+@torch.inference_mode(False)  # whose threads do not have the caller's mode
 def scale_mixture_reduction(data: Message, prior_var: Tensor, variances: Any, log_weights: Any, scale_groups: Tensor | None = None) -> ScaleMixtureReduction:
     r"""ΔF, logit κ and reduced moments of weights with prior N(0, σ₀²) when that prior becomes the mixture Σ_k w_k N(0, v_k).
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
+from pyro_bmr.isolation import isolated
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
 from pyro_bmr.reduction.correlations import pruned_site, rescaled_site
@@ -26,6 +27,7 @@ from pyro_bmr.reduction.targets import SiteReduction, site_reduction
 from pyro_bmr.site import Site
 
 
+@isolated()
 def reduce(
     posterior: Posterior,
     to: Prior | Mapping[str, Prior | None] | None,

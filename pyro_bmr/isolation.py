@@ -1,0 +1,177 @@
+"""A call of the library in a world of its own: what is set around it, in Pyro or in torch, does not reach the programs that it runs, nor the other way round.
+
+Owns `isolated`, for every public function that runs a Pyro program, and `plain`. Next: `priors/`.
+
+Pyro keeps its handlers, and torch its default generator, once for the whole process. So calls in several threads take turns, each with an empty stack of
+handlers; between the steps of a fit the other threads come first.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import pyro
+import torch
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class _World:
+    """What is kept once for the whole process: Pyro's handlers, plates and settings, torch's default generators."""
+
+    handlers: list[Any]
+    plates: list[Any]
+    settings: dict[str, Any]
+    generators: list[Tensor]
+
+    @classmethod
+    def now(cls, settings: bool = True) -> _World:
+        cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(list(_PYRO_STACK), list(_DIM_ALLOCATOR._stack), pyro.settings.get() if settings else {}, [torch.get_rng_state(), *cards])
+
+    def put(self) -> None:
+        """Puts it in force again."""
+        self.put_handlers()
+        pyro.settings.set(**self.settings)
+        self.put_generators()
+
+    def put_handlers(self) -> None:
+        _PYRO_STACK[:], _DIM_ALLOCATOR._stack[:] = self.handlers, self.plates
+
+    def put_generators(self) -> None:
+        torch.set_rng_state(self.generators[0])
+        for number, state in enumerate(self.generators[1:]):
+            torch.cuda.set_rng_state(state, number)
+
+
+class _Turns:
+    """One thread is inside at a time, as often as it likes; who wants in waits in the door, one at a time."""
+
+    def __init__(self) -> None:
+        self.process, self.owner, self.depth = os.getpid(), 0, 0
+        self.door, self.room = threading.Lock(), threading.Lock()
+        self.outside = _World([], [], {}, [])  # as the owner found it when it came in
+
+    @contextmanager
+    def turn(self, settings: bool) -> Iterator[_World]:
+        """Gives the world as it was before, with Pyro's settings if asked for."""
+        if self.process != os.getpid():  # a child of a fork, in which the thread that was inside does not run
+            self.__init__()  # type: ignore[misc]
+        if self.owner != threading.get_ident():
+            self._enter()
+        try:
+            before = _World.now(settings)
+            if self.depth == 0:
+                self.outside = before
+            self.depth += 1
+            try:
+                yield before
+            finally:
+                self.depth -= 1
+        finally:
+            if self.depth == 0:
+                self._leave()
+
+    def _enter(self) -> None:
+        with self.door:
+            self.room.acquire()
+        self.owner = threading.get_ident()
+
+    def _leave(self) -> None:
+        self.owner = 0
+        self.room.release()
+
+    def give_way(self) -> None:
+        """Leaves the world as the owner found it to those who wait, and comes back to its own."""
+        if self.door.locked() and self.outside.settings:
+            mine, depth = _World.now(), self.depth
+            self.outside.put()
+            self.depth = 0
+            self._leave()
+            try:
+                self._enter()
+            except BaseException:  # Ctrl-C while it waits: what is left to undo needs a turn as well
+                self._enter()
+                raise
+            finally:
+                self.outside, self.depth = _World.now(), depth
+                mine.put()
+
+
+_TURNS = _Turns()  # one for the process, as the handlers and generators are
+
+
+@contextmanager
+def world(*arguments: Any, draws: bool = False, grad: bool = True, steps: bool = False) -> Iterator[None]:
+    """Within it there is no Pyro handler of the caller's and no other thread, autograd is as in a plain call, and if the caller has set a default device, it
+    is that of the first tensor among the arguments.
+
+    Args:
+        draws: whether the caller's random state goes on; by default it stays as it was.
+        grad: whether autograd is as in a plain call; else the caller's mode holds.
+        steps: whether `give_way` is called within.
+    """
+    with _TURNS.turn(steps) as before, ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(next((t.device for t in _tensors(arguments)), torch.device("cpu")))
+        if grad:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+        _World([], [], {}, []).put_handlers()
+        try:
+            yield
+        finally:
+            before.put_handlers()
+            if not draws:
+                (_TURNS.outside if _TURNS.depth == 1 else before).put_generators()
+
+
+def isolated(*, autocast: bool = False, steps: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """For a function: calls it in a world of its own (`world`), with tensors that autograd can use (`plain`), and without `autocast` in full precision."""
+
+    def decorator(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with world(*args, *kwargs.values(), steps=steps), ExitStack() as stack:
+                for kind in () if autocast else ("cpu", "cuda"):
+                    if torch.is_autocast_enabled(kind):
+                        stack.enter_context(torch.autocast(kind, enabled=False))
+                return function(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})  # type: ignore[arg-type]
+
+        return call
+
+    return decorator
+
+
+def give_way() -> None:
+    """Lets another thread that waits have its turn, and goes on in the same world. For loops whose steps are seconds or hours together."""
+    _TURNS.give_way()
+
+
+def plain(value: Any) -> Any:
+    """A tensor that autograd can use: a copy if it was made in torch.inference_mode. Pairs of tensors too; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+        elif isinstance(getattr(value, "x_train", None), Tensor):
+            yield value.x_train
+        elif hasattr(value, "sites"):
+            yield from (site.mean for site in value.sites.values() if isinstance(getattr(site, "mean", None), Tensor))
