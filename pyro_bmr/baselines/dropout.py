@@ -86,6 +86,6 @@ def dropout(make: MakeNetwork, data: Data, seed: int, options: DropoutOptions, p
     def predict(x: Tensor) -> Prediction:
         with torch.random.fork_rng(), dropped_out(net, options.dropout, few):
             torch.manual_seed(seed)
-            return prediction_of(((logits(net, x).softmax(1),) for _ in range(options.draws)), options.draws)
+            return prediction_of(((logits(net, x).softmax(1)[None],) for _ in range(options.draws)), options.draws)
 
     return Trained(predict, dict(net.state_dict()), net, history, options.batch_size, time.perf_counter() - clock)

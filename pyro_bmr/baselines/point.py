@@ -78,7 +78,7 @@ def trained_point(net: nn.Module, history: pd.DataFrame, seconds: float, rows: R
         scale = best_temperature(logits(net, rows.x_held), rows.y_held)
 
     def predict(x: Tensor) -> Prediction:
-        return prediction_of([((logits(net, x) / scale).softmax(1),)], 1)
+        return prediction_of([((logits(net, x) / scale).softmax(1)[None],)], 1)
 
     return Trained(predict, dict(net.state_dict()), net, history, options.batch_size, seconds, extra={"scale": scale, **(extra or {})})
 
