@@ -31,7 +31,8 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyro_bmr as bmr
-from pyro_bmr.fit_state import FitState, seed_generator
+from pyro_bmr.fit_state import FitState
+from pyro_bmr.isolation import seed_generator
 
 ROWS, TURN = 60_000, 4
 Step = Callable[[], object]

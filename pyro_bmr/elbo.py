@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.guide_sites import check_guide, guide_shapes
 from pyro_bmr.guides import MeanField, SiteWise
 from pyro_bmr.guides.mean_field import Latent, base_distribution, gaussian_on_the_line
 from pyro_bmr.guides.row_noise import PER_ROW, RowNoise
 from pyro_bmr.guides.site_normal import Independent, SiteNormal, entropy, gaussian_kl, log_density
+from pyro_bmr.isolation import plain, world
 
 
 class ELBOTerms(NamedTuple):
@@ -45,10 +47,22 @@ def elbo_terms(
             `pruning.Masked` by the caller.
         noise: the standard-normal draw of those guides, flat; by default a new one.
     """
+    with world(program, *args, draws=True, grad=False):
+        return terms_of(program, guide, tuple(map(plain, args)), masks or {}, noise)
+
+
+def terms_of(
+    program: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], masks: Mapping[str, Tensor], noise: Tensor | None = None
+) -> ELBOTerms:
+    """`elbo_terms` within a call of the library."""
     if isinstance(guide, (MeanField, SiteWise)):
-        return _site_wise_terms(program, guide, args, masks or {}, noise)
+        return _site_wise_terms(program, guide, args, masks, noise)
     guide_trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args))
-    model_trace = prune_subsample_sites(poutine.trace(poutine.replay(program, guide_trace)).get_trace(*args))
+    shapes = guide_shapes(guide_trace)
+    values: dict[str, Any] = {name: guide_trace.nodes[name]["value"] for name in shapes}
+    with Values(values) as run:
+        model_trace = prune_subsample_sites(poutine.trace(program).get_trace(*args))
+    check_guide(shapes, run.latent_shapes())
     model_trace.compute_log_prob()
     guide_trace.compute_log_prob()
     likelihood = sum(site["log_prob_sum"] for site in model_trace.nodes.values() if site["type"] == "sample" and site["is_observed"])
@@ -84,6 +98,7 @@ def _site_wise_terms(
         values[site.name] = z if site.transform is None else site.transform(z)
     with Values(values) as run:
         program(*args)
+    check_guide({site.name: site.shape for site in guide.latents}, run.latent_shapes())
     likelihood = likelihood_of(run)
     like = gaussians[guide.latents[0].name].mean
     kl = torch.zeros((), dtype=like.dtype, device=like.device)
@@ -119,7 +134,11 @@ def _sampled_kl(site: Latent, q: SiteNormal, z: Tensor, prior: Any, noise: Tenso
 
 
 class Values(Messenger):
-    """Sets latent sites to given values and records the message of every latent and observed site. Enter it outside all other handlers."""
+    """Sets latent sites to given values and records the message of every latent and observed site. Enter it outside all other handlers.
+
+    Raises:
+        ModelError: a value has another shape than its site, which would broadcast.
+    """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -133,10 +152,21 @@ class Values(Messenger):
         if msg["is_observed"]:
             self.observed[msg["name"]] = msg
         elif msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
+            value, shape = self.values[msg["name"]], msg["fn"].shape()
+            if value.shape != shape:
+                raise ModelError(
+                    f"site '{msg['name']}' has shape {tuple(value.shape)} in the guide or posterior and {tuple(shape)} in the program with these rows; "
+                    "make both of one program, and if its sites have entries per row, give it the rows of the fit, all at once"
+                )
+            msg["value"], msg["done"] = value, True
             self.latent[msg["name"]] = msg
         else:
             self.observed[msg["name"]] = msg  # an observation without data: a prediction
+
+    def latent_shapes(self) -> dict[str, torch.Size]:
+        """Latent site → its shape in the program, those without a given value included."""
+        drawn = {name: msg for name, msg in self.observed.items() if not msg["is_observed"]}
+        return {name: msg["fn"].shape() for name, msg in {**self.latent, **drawn}.items()}
 
 
 def likelihood_of(run: Values) -> Tensor:

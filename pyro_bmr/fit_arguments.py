@@ -1,31 +1,29 @@
-"""What a fit is given, checked before any work: rows, arguments, and the program on a handful of rows.
+"""What a fit is given, checked before any work: rows and arguments.
 
-Owns the checks, the guide, the sizes of batches and the split of the validation rows. Next: `fit_state.py`.
+Owns the checks, the sizes of batches and the split of the validation rows. Next: `fit_program.py`.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
+import numpy as np
+import pandas as pd
 import torch
-from pyro import poutine
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from pyro_bmr.elbo import Values
 from pyro_bmr.errors import DataError, FitError
 
 Program = Callable[..., Any]
 _AT_ONCE = 1 << 16  # numbers of the data that are checked at once, so that the check needs no copy of them
 _LARGEST_SEED = 1 << 40  # seeds of steps are a million times as large
-_PROGRAM = "a plain network is made a program by BayesianNetwork(net, prior, likelihood)"
+PROGRAM = "a plain network is made a program by BayesianNetwork(net, prior, likelihood)"
 _FUNCTIONS = {
-    "program": f"a Pyro program, called as program(x, y), ({_PROGRAM})",
+    "program": f"a Pyro program, called as program(x, y), ({PROGRAM})",
     "guide": "MeanField, another guide of this library or of Pyro, or a function from the program to a guide",
     "optimizer": "a function from parameters to an optimiser, such as adam(1e-3) or partial(torch.optim.SGD, lr=0.1),",
     "scheduler": "a function from the optimiser and the number of steps to a schedule, such as cosine, or None",
@@ -38,13 +36,31 @@ def rows_of(data: Any) -> tuple[Tensor, Tensor]:
         return data[0], data[1]
     if hasattr(data, "x_train") and hasattr(data, "y_train"):
         return data.x_train, data.y_train
-    raise DataError(f"data: a pair (x, y) of tensors, or something with x_train and y_train, is wanted; got {type(data).__name__}")
+    kind = type(data).__name__
+    raise DataError(f"data: expected a pair (x, y) of tensors, or anything with x_train and y_train, got {kind}; {_mend(data) or 'give such a pair'}")
+
+
+def _mend(value: Any) -> str:
+    """How to make tensors of what is often given in their place."""
+    if isinstance(value, DataLoader):
+        return "join its batches: x, y = map(torch.cat, zip(*loader))"
+    if isinstance(value, Dataset):
+        return "join its rows: x, y = next(iter(torch.utils.data.DataLoader(dataset, batch_size=len(dataset))))"
+    if isinstance(value, (pd.DataFrame, pd.Series)):
+        return "make a tensor of its columns: torch.tensor(frame[columns].to_numpy(), dtype=torch.float32)"
+    if isinstance(value, Mapping):
+        return "give its tensors as a pair: (data['x'], data['y'])"
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return "make it one with torch.from_numpy(array)"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(part, (int, float, list, tuple)) for part in value):
+        return "make it one with torch.tensor(values)"
+    return ""
 
 
 def check_tensor(value: Any, name: str) -> None:
     """Raises DataError unless `value` is a plain tensor with numbers in it."""
     if not isinstance(value, Tensor):
-        raise DataError(f"{name}: a tensor is wanted, got {type(value).__name__}; make it one with torch.as_tensor")
+        raise DataError(f"{name}: expected a tensor, got {type(value).__name__}; {_mend(value) or 'give the numbers of its rows as one torch.Tensor'}")
     if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
         kind = "quantized" if value.is_quantized else f"{value.layout} on '{value.device}'"
         raise DataError(f"{name}: a dense tensor with values is wanted, got one that is {kind}")
@@ -86,6 +102,8 @@ def like_program(program: Program, values: Tensor) -> Tensor:
     parameter = next((p for p in program.parameters() if p.is_floating_point()), None) if isinstance(program, nn.Module) else None
     if parameter is None:
         return values
+    if parameter.device.type == "meta":
+        raise FitError("the program's parameters are on the device 'meta' and have no values; make the network with torch.device('cpu'), or another device")
     return values.to(parameter.device, parameter.dtype if values.is_floating_point() else values.dtype)
 
 
@@ -109,46 +127,6 @@ def check_arguments(epochs: int, batch_size: int, temperature: float, seed: int,
         raise FitError(f"temperature={temperature}: a finite number > 0 is wanted (1 is Bayes)")
 
 
-def check_program(program: Program, few: tuple[Tensor, Tensor], y: Tensor) -> None:
-    """No pyro.param, y in the shape of the observed site, and every y in its support, such as 0 … classes − 1."""
-    with torch.no_grad(), pyro.get_param_store().scope(), Values({}) as run:
-        try:
-            trace = poutine.trace(program).get_trace(*few)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            shapes = " and ".join(f"{name} of shape {tuple(t.shape)} and {t.dtype}" for name, t in zip("xy", few, strict=True))
-            raise FitError(f"the program does not run as program(x, y) on {shapes}: {str(error).splitlines()[0]}; {_PROGRAM}") from error
-    params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
-    if params and not isinstance(program, nn.Module):
-        raise FitError(
-            f"pyro.param '{params[0]}' would not be trained; make it a pyro.sample site or an nn.Parameter of a module, "
-            "or fit with Pyro's SVI and use Posterior.from_param_store"
-        )
-    for name, msg in run.observed.items():
-        if msg["value"] is few[1]:
-            shape = tuple(msg["fn"].shape())
-            if shape and shape != tuple(few[1].shape):
-                raise DataError(
-                    f"y of shape {tuple(y.shape)} does not fit observed site '{name}': for {len(few[1])} rows the site has shape "
-                    f"{shape}, y {tuple(few[1].shape)}; give y that shape"
-                )
-            support = msg["fn"].support
-            good = support.check(y) if hasattr(support, "lower_bound") else torch.ones(len(y), dtype=torch.bool)
-            if not bool(good.all()):
-                row = int((~good).nonzero()[0][0])
-                raise DataError(
-                    f"y is outside the support of observed site '{name}' ({support}): got {y[row].item()} in row {row}; "
-                    "number the classes from 0, or give the network more outputs"
-                )
-
-
-def make_guide(guide: Program, program: Program, few: tuple[Tensor, Tensor]) -> Program:
-    """The guide that a fit trains: a copy of the module, or what the function makes of the program and, if it takes one, of a batch."""
-    if isinstance(guide, nn.Module):
-        return copy.deepcopy(guide)
-    takes_batch = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(guide).parameters.values())  # MeanField(program, *batch), AutoNormal(program)
-    return guide(program, *few) if takes_batch else guide(program)
-
-
 def batch_sizes(rows: int, batch_size: int, least: int = 2) -> list[int]:
     """Of the batches of an epoch. Less than `least` rows left over join the batch before: batch norm cannot take one alone."""
     full, left = divmod(rows, min(batch_size, rows))
@@ -160,9 +138,9 @@ def batch_sizes(rows: int, batch_size: int, least: int = 2) -> list[int]:
 
 
 def validation_split(
-    x: Tensor, y: Tensor, validation: float | tuple[Tensor, Tensor] | None, seed: int
+    x: Tensor, y: Tensor, validation: float | tuple[Tensor, Tensor] | None, seed: int, shuffle: bool = True
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    """The rows to train on and the rows held out, if any."""
+    """The rows to train on and the rows held out, if any; a fraction is drawn, or without `shuffle` the last rows."""
     if validation is None:
         return (x, y), None
     if isinstance(validation, tuple):
@@ -171,5 +149,7 @@ def validation_split(
     rows = round(validation * len(x)) if 0 < validation < 1 else 0
     if not 0 < rows < len(x):
         raise FitError(f"validation={validation}: a fraction that leaves rows on both sides is wanted; the data have {len(x)}")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    if not shuffle:
+        return (x[:-rows], y[:-rows]), (x[-rows:], y[-rows:])
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed), device="cpu").to(x.device)
     return (x[order[rows:]], y[order[rows:]]), (x[order[:rows]], y[order[:rows]])

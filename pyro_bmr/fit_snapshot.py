@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from pyro_bmr.elbo import Values, likelihood_of
 from pyro_bmr.errors import FitError
-from pyro_bmr.fit_state import FitState, generator_of, seed_generator, set_training, tensors_of
+from pyro_bmr.fit_state import FitState, set_training, tensors_of
+from pyro_bmr.isolation import generator_of, seed_generator
 
 
 def snapshot(run: FitState, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:

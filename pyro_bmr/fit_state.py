@@ -1,6 +1,6 @@
 """The state of a fit: program, guide, masks and empirical scales, and what one step, reduction or update does to them.
 
-Owns `FitState` and the seeding of a step. Next: `fit_snapshot.py`.
+Owns `FitState`. Next: `fit_snapshot.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyro_bmr.elbo import ELBOTerms, Values, collapsed, elbo_terms
+from pyro_bmr.elbo import Values, collapsed
 from pyro_bmr.errors import FitError
 from pyro_bmr.faults import Faults, diagnosis
-from pyro_bmr.fit_arguments import Program, batch_sizes, check_program, make_guide
+from pyro_bmr.fit_arguments import Program, batch_sizes
+from pyro_bmr.fit_program import latents_of, make_guide
 from pyro_bmr.guide_moments import masks_in_force, sites_of_guide
-from pyro_bmr.guides import MeanField, SiteWise
+from pyro_bmr.guides import MeanField
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.guides.row_noise import PER_ROW
 from pyro_bmr.likelihoods import WholeData
@@ -32,7 +33,7 @@ from pyro_bmr.priors.empirical_bayes import EmpiricalScales
 from pyro_bmr.priors.gaussian import Gaussian
 from pyro_bmr.processes import Processes
 from pyro_bmr.products import with_products
-from pyro_bmr.pruning import Every, Masked
+from pyro_bmr.pruning import Every, masked_terms
 from pyro_bmr.reduction.outcome import Reduction
 
 _NUMBERS = 8  # for each weight: noise, draw, standard deviation and the gradient of the draw; the moments of Adam for both vectors
@@ -52,6 +53,8 @@ class FitState:
         seed: int,
         held_out: tuple[Tensor, Tensor] | None = None,
         skip_faulty: int = 0,
+        shuffle: bool = True,
+        split: bool = False,
     ) -> None:
         self.program, self.x, self.y, self.temperature = program, x, y, temperature
         self.processes, self.faults, self.interrupted = Processes(), Faults(skip_faulty), False
@@ -62,17 +65,13 @@ class FitState:
         self.masks = masks_in_force(program, {}, x.device)
         self.hold_scales = False
         self.empirical = EmpiricalScales()
-        self.few = (x[: min(len(x), 8)], y[: min(len(x), 8)])
+        self.in_order = not shuffle or len(self.sizes()) == 1
+        set_training(program, False)
+        self.rows_of_guide, latents = latents_of(program, x, y, held_out, self.sizes(), shuffle, split)
         self.whole = WholeData(len(x), len(self.few[0]))
         self.scaled = self.empirical(self.whole(program))
-        set_training(program, False)
-        check_program(program, self.few, y)
-        if held_out is not None:
-            check_program(program, (held_out[0][:8], held_out[1][:8]), held_out[1])
-        self.guide: Any = make_guide(guide, program, self.few)
-        self.guide(*self.few)  # autoguides make their parameters at the first call
+        self.guide: Any = make_guide(guide, program, self.few, latents)
         self.processes.copy_from_first(tensors_of(self.guide, program).values())
-        self.masked = Masked({})
         self.flat: MeanFieldStep | None = None
         self.trained = self.parameters()  # whose gradients a step clears and checks
         if isinstance(self.guide, MeanField) and self.guide.estimator not in PER_ROW:
@@ -88,6 +87,11 @@ class FitState:
         empirical = {name: site.declared for name, site in sites.items() if isinstance(site.declared, Gaussian) and site.declared.scale == "empirical"}
         self.empirical_priors = empirical if self.has_variance else {}
         self.weights = [name for name, site in sites.items() if site.support == "real" and not site.given]
+
+    @property
+    def few(self) -> tuple[Tensor, Tensor]:
+        """The rows with which guide and program are read between steps; copies, since a program may write into its rows."""
+        return self.x[: self.rows_of_guide].clone(), self.y[: self.rows_of_guide].clone()
 
     @torch.no_grad()
     def begin(self, start: Posterior) -> None:
@@ -134,11 +138,16 @@ class FitState:
         return make.optimizer(self.flat, self.trained)
 
     def batches(self, seed: int, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's rows of the batches of an epoch but for the first `skip`, in an order that is a function of (seed, epoch)."""
-        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(self.x.device)
+        """This process's rows of the batches of an epoch but for the first `skip`: in an order that is a function of (seed, epoch), or in their own.
+
+        They are copies, since a program may write into its rows.
+        """
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.arange(len(self.x), device="cpu") if self.in_order else torch.randperm(len(self.x), generator=generator, device="cpu").to(self.x.device)
         for index in order.split(self.sizes())[skip:]:
             own, self.share = self.processes.rows(index)
-            yield self.x[own], self.y[own]
+            rows = slice(int(own[0]), int(own[-1]) + 1) if self.in_order else own
+            yield (self.x[rows].clone(), self.y[rows].clone()) if self.in_order else (self.x[rows], self.y[rows])
 
     def sizes(self) -> list[int]:
         """Of the batches of an epoch; less than two rows a process left over join the batch before (batch norm cannot take one alone)."""
@@ -154,7 +163,7 @@ class FitState:
         if draw is not None:
             likelihood, kl = draw.expected_log_likelihood, draw.kl
         else:
-            terms = self.terms(batch)
+            terms = masked_terms(self.scaled, self.guide, batch, self.masks)
             ((self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)).backward()
             likelihood, kl = float(terms.expected_log_likelihood.detach()), float(terms.kl.detach())
         sums = sum(_total(g) for g in (*(draw.gradients if draw else ()), *(p.grad for p in self.trained if p.grad is not None)))
@@ -191,13 +200,6 @@ class FitState:
             half = len(draw.gradients)
             draw = Draw(likelihood, kl, summed[:half], summed[half : 2 * half], draw.pulls, draw.noise.new_ones(1).expand_as(draw.noise), 1.0)
         return draw, likelihood, kl, [rank for rank, fault in enumerate(faults) if fault]
-
-    def terms(self, batch: tuple[Tensor, Tensor]) -> ELBOTerms:
-        """Both terms of the ELBO by autograd, masks in force."""
-        if not self.masks or isinstance(self.guide, (MeanField, SiteWise)):
-            return elbo_terms(self.scaled, self.guide, *batch, masks=self.masks)
-        self.masked.masks = self.masks
-        return elbo_terms(self.masked(self.scaled), self.masked(self.guide), *batch)
 
     def finish(self) -> Posterior:
         """The posterior at the end of the fit, read when the vectors of the step are gone."""
@@ -280,16 +282,6 @@ def _masks_of(program: Program, guide: MeanField, few: tuple[Tensor, Tensor]) ->
 
 def _total(gradient: Tensor) -> float:
     return float(torch.view_as_real(gradient).sum() if gradient.is_complex() else gradient.sum())
-
-
-def seed_generator(device: torch.device, seed: int) -> None:
-    """Seeds the default generator of `device` (torch.manual_seed also records a stack trace per call for devices that are not there)."""
-    generator_of(device).manual_seed(seed)
-
-
-def generator_of(device: torch.device) -> torch.Generator:
-    """The default generator of `device`."""
-    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
 def tensors_of(guide: Any, program: Program) -> dict[str, Tensor]:

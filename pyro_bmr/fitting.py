@@ -25,8 +25,9 @@ from pyro_bmr.checkpoints import Checkpoints, Journal, differences, fit_settings
 from pyro_bmr.errors import FitError
 from pyro_bmr.fit_arguments import Program, check_arguments, check_rows, like_program, rows_of, validation_split
 from pyro_bmr.fit_snapshot import restore, snapshot
-from pyro_bmr.fit_state import FitState, seed_generator
+from pyro_bmr.fit_state import FitState
 from pyro_bmr.guides import MeanField
+from pyro_bmr.isolation import give_way, isolated, plain, seed_generator
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import NaturalGradient
 from pyro_bmr.plain_module import module_copy
@@ -87,6 +88,7 @@ def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
     return CosineAnnealingLR(optimizer, T_max=steps)
 
 
+@isolated(autocast=True, steps=True)
 def fit(
     program: Program,
     data: tuple[Tensor, Tensor] | HasTrainingData,
@@ -104,6 +106,7 @@ def fit(
     start: Posterior | None = None,
     checkpoint: str | Path | Checkpoints | None = None,
     skip_faulty: int = 0,
+    shuffle: bool = True,
 ) -> Fit:
     r"""Fits `guide` to the posterior of `program` given the data by stochastic variational inference, and returns a `Fit`.
 
@@ -121,13 +124,14 @@ def fit(
         seed: of everything random: order of the data and draws are functions of (seed, epoch) and (seed, step).
         temperature: T above; 1 is Bayes, less is "cold": data counted N/T times.
         reduce: reductions during the fit; none before the first 300 steps (or 0.3 of a shorter fit), in which empirical scales stay at their start too.
-        validation: the fraction of the rows to hold out, or (x, y), scored after each epoch.
+        validation: the fraction of the rows to hold out, at random or without `shuffle` the last ones, or (x, y), scored after each epoch.
         progress: show a bar with both terms of the ELBO.
         start: a posterior of the same program to begin at, its masks in force and the scales of its Gaussian priors held; for `MeanField`.
         checkpoint: a folder, or `Checkpoints(folder, ...)`, in which the fit is saved as it runs. After a kill, a crash or Ctrl-C the same call goes on
             from there and ends as if never stopped, to the bit (docs/guarantees.md).
         skip_faulty: how many steps may be skipped, counted in the history, because the loss or its gradient is not finite or the expected log likelihood
             falls by twenty of its recent standard deviations. One more stops the fit.
+        shuffle: whether the rows are mixed anew in each epoch, if a batch is not all of them. False for a series: batches are stretches of it, in order.
 
     In a process group of torch.distributed, every process calls `fit` with the same arguments. Each takes its part of the rows of a batch and draws noise of
     its own, gradients are averaged, the first process decides reductions and writes checkpoints, and all return the same `Fit` (docs/several_processes.md).
@@ -137,7 +141,7 @@ def fit(
         FitError: an argument is out of range, a loss or gradient is no longer finite (with the step and the sites), `checkpoint` has another fit, or the
             processes of a group do not agree, or one is gone.
     """
-    x, y = rows_of(data)
+    x, y = map(plain, rows_of(data))
     functions = {"program": program, "guide": guide, "optimizer": optimizer or adam(), "scheduler": scheduler or cosine}
     check_arguments(epochs, batch_size, temperature, seed, skip_faulty, {k: v for k, v in functions.items() if not isinstance(v, NaturalGradient)})
     for name, value, kind in (("reduce", reduce, Every), ("start", start, Posterior)):
@@ -146,16 +150,16 @@ def fit(
     check_rows(x, y)
     journal = Journal(checkpoint, writes=Processes().rank == 0)
     x, y = (like_program(program, t) for t in (x, y))
-    (x, y), held_out = validation_split(x, y, validation, seed)
+    (x, y), held_out = validation_split(x, y, validation, seed, shuffle)
     if held_out is not None:
         held_out = (like_program(program, held_out[0]), like_program(program, held_out[1]))
         check_callable_without_y(program, x)
     if isinstance(program, nn.Module):
         program = program.copy() if isinstance(program, BayesianNetwork) else module_copy(program)
     clock = time.perf_counter()
-    with torch.random.fork_rng(), pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
+    with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         seed_generator(x.device, seed)
-        run = FitState(program, guide, x, y, batch_size, temperature, seed, held_out, skip_faulty)
+        run = FitState(program, guide, x, y, batch_size, temperature, seed, held_out, skip_faulty, shuffle, split=isinstance(validation, float))
         processes = run.processes
         if start is not None:
             run.begin(start)
@@ -174,7 +178,7 @@ def fit(
         if checkpoint is not None or processes.size > 1:
             tensors = {"x": x, "y": y} | ({} if held_out is None else {"validation x": held_out[0], "validation y": held_out[1]})
             arguments = {"epochs": epochs, "batch_size": run.batch_size, "seed": seed, "temperature": temperature, "reduce": reduce, "start": start}
-            settings = fit_settings(run, optimizer_, scheduler_, tensors, **arguments)
+            settings = fit_settings(run, optimizer_, scheduler_, tensors, **arguments, shuffle=shuffle)
             processes.check_arguments({k: v for k, v in settings.items() if k != "environment"}, differences, x.device)
             saved = journal.latest(settings)
             if saved is not None:
@@ -218,6 +222,7 @@ def fit(
                     if stopping:
                         journal.stop(step)
                     bar.update()
+                    give_way()
                 likelihood, kl = (terms_sum / taken if taken else math.nan for terms_sum in (likelihood_sum, kl_sum))
                 row = {
                     "epoch": epoch,

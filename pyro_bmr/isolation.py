@@ -1,6 +1,6 @@
 """A call of the library in a world of its own: what is set around it, in Pyro or in torch, does not reach the programs that it runs, nor the other way round.
 
-Owns `isolated`, for every public function that runs a Pyro program, and `plain`. Next: `priors/`.
+Owns `isolated`, for every public function that runs a Pyro program, `plain`, and the seeding of a step. Next: `priors/`.
 
 Pyro keeps its handlers, and torch its default generator, once for the whole process. So calls in several threads take turns, each with an empty stack of
 handlers; between the steps of a fit the other threads come first.
@@ -156,6 +156,16 @@ def isolated(*, autocast: bool = False, steps: bool = False) -> Callable[[Callab
 def give_way() -> None:
     """Lets another thread that waits have its turn, and goes on in the same world. For loops whose steps are seconds or hours together."""
     _TURNS.give_way()
+
+
+def seed_generator(device: torch.device, seed: int) -> None:
+    """Seeds the default generator of `device` (torch.manual_seed also records a stack trace per call for devices that are not there)."""
+    generator_of(device).manual_seed(seed)
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """The default generator of `device`."""
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
 def plain(value: Any) -> Any:

@@ -230,7 +230,10 @@ class MeanFieldStep:
             if latent.name in self.declared:
                 priors[latent.name] = self.declared[latent.name]
                 continue
-            priors[latent.name], counted, uncounted = self._prior(latent, run.latent[latent.name], values[latent.name])
+            msg = run.latent.get(latent.name)
+            if msg is None:
+                raise ModelError(f"site '{latent.name}': the program has it for some batches or draws only; give it a place in every run")
+            priors[latent.name], counted, uncounted = self._prior(latent, msg, values[latent.name])
             if counted is not None:
                 loss, open_kl = loss + self.kl_weight * counted, open_kl + float(counted.detach())
             if uncounted is not None:

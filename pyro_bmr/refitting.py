@@ -9,16 +9,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
-from pyro_bmr.elbo import elbo_terms
 from pyro_bmr.errors import FitError
 from pyro_bmr.fitting import Fit, HasTrainingData, fit
-from pyro_bmr.guides import MeanField
+from pyro_bmr.isolation import isolated
 from pyro_bmr.likelihoods import WholeData
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
-from pyro_bmr.pruning import Masked
+from pyro_bmr.pruning import masked_terms
 from pyro_bmr.reduction.correlations import pruned_site
 from pyro_bmr.reduction.outcome import Reduction
 
@@ -95,24 +95,21 @@ def predicted_delta_f(reduction: Reduction) -> float:
     return total
 
 
+@isolated(autocast=True)
 @torch.no_grad()
 def evidence_bound(fit_: Fit, x: Tensor, y: Tensor, draws: int = 64, seed: int = 0) -> Tensor:
     r"""−F = E_q[log p(y|θ)]/T − KL(q‖p) of a fit over all rows, one estimate per draw, (draws,), nats. One seed, one noise for all mean-field fits."""
     program, guide, x, y = fit_.program, fit_.guide, *(_like(fit_, part) for part in (x, y))
     whole = WholeData(len(x), min(_CHUNK, len(x)))
     scaled = EmpiricalScales(fit_.scales)(whole(program))
-    masked = Masked(fit_.masks)
     values = []
-    with torch.random.fork_rng():
+    with pyro.settings.context(module_local_params=True):
         for draw in range(draws):
             likelihood, kl = 0.0, 0.0
             for k, rows in enumerate(torch.arange(len(x), device=x.device).split(_CHUNK)):
                 whole.rows = len(rows)
                 torch.manual_seed(seed * 1_000_003 + draw)
-                if isinstance(guide, MeanField):
-                    terms = elbo_terms(scaled, guide, x[rows], y[rows], masks=fit_.masks)
-                else:
-                    terms = elbo_terms(masked(scaled), masked(guide), x[rows], y[rows])
+                terms = masked_terms(scaled, guide, (x[rows], y[rows]), fit_.masks)
                 likelihood += float(terms.expected_log_likelihood) * len(rows) / len(x)
                 kl = float(terms.kl) if k == 0 else kl
             values.append(likelihood / fit_.temperature - kl)

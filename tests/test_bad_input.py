@@ -144,8 +144,8 @@ def done():
 
 ones = torch.ones(3)
 BAD_FITS = {
-    "x of numpy": (lambda: fit(classifier(), (X.numpy(), Y)), bmr.DataError, r"x: a tensor is wanted, got ndarray; .*torch\.as_tensor"),
-    "x of lists": (lambda: fit(classifier(), (X.tolist(), Y)), bmr.DataError, "x: a tensor is wanted, got list"),
+    "x of numpy": (lambda: fit(classifier(), (X.numpy(), Y)), bmr.DataError, r"x: expected a tensor, got ndarray; .*torch\.from_numpy"),
+    "x of lists": (lambda: fit(classifier(), (X.tolist(), Y)), bmr.DataError, "x: expected a tensor, got list; .*torch.tensor"),
     "no y": (lambda: fit(classifier(), X), bmr.DataError, r"a pair \(x, y\).*got Tensor"),
     "three of them": (lambda: fit(classifier(), (X, Y, Y)), bmr.DataError, r"a pair \(x, y\).*got tuple"),
     "0-d x": (lambda: fit(classifier(), (torch.tensor(1.0), Y)), bmr.DataError, r"x has shape \(\)"),

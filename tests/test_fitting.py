@@ -185,7 +185,7 @@ class Exploding(nn.Module):
 
     def forward(self, x, y=None):
         w = bmr.Gaussian(1.0).sample("w", (6,), x.new_zeros(6))
-        if y is not None and y.requires_grad is False and len(y) == 32:
+        if self.training and y is not None and len(y) == 32:
             self.calls += 1
         w = w * (math.inf if self.calls > self.good_calls else 1.0)
         with pyro.plate("data", len(x)):

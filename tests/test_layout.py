@@ -18,13 +18,13 @@ FORMULAS = (
     "groups", "states", "search",
 )  # fmt: skip
 ORDER = [
-    "errors", "files", "memory", "plain_module", "constraints",
-    *(f"reduction.{name}" for name in FORMULAS), "priors*", "prior_names", "likelihoods", "networks", "guides*", "elbo", "fit_arguments", "mean_field_noise",
-    "mean_field_step", "online_newton",
+    "errors", "files", "memory", "plain_module", "constraints", "isolation",
+    *(f"reduction.{name}" for name in FORMULAS), "priors*", "prior_names", "likelihoods", "networks", "guides*", "guide_sites", "elbo", "fit_arguments",
+    "fit_program", "mean_field_noise", "mean_field_step", "online_newton",
     "site", "curvature", "given_moments", "drawn_moments", "guide_moments", "store_moments", "products", "posterior",
     "reduction.programs", "reduction.living", "reduction.slabs", "reduction.targets",
     "reduction.correlations", "reduction.outcome", "reduction.decisions", "reduction.sites",
-    "pruning", "prediction", "calibration", "metrics",
+    "pruning", "predictive", "prediction", "calibration", "metrics",
     "checkpoint_files", "processes", "faults", "fit_state", "fit_snapshot", "checkpoints", "fitting", "refitting",
     *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "sizes", "rebuilding", "verification", "plan")), "shrinking",
     *(f"exporting.{name}" for name in ("finite", "plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
