@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyro_bmr.isolation import isolated
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import predict
 from pyro_bmr.reduction.line_search import line_maximum
 
 
+@isolated()
 def best_temperature(logits: Tensor, y: Tensor) -> float:
     r"""The T > 0 with the least mean cross entropy of softmax(logits / T), between 0.05 and 20.
 
@@ -26,6 +28,7 @@ def best_temperature(logits: Tensor, y: Tensor) -> float:
     return _least(lambda temperature: float(F.cross_entropy(logits / temperature, y.long())), 0.05, 20.0, 1e-4)
 
 
+@isolated(autocast=True)
 def best_widening(
     program: Callable[..., Any], posterior: Posterior, rows: tuple[Tensor, Tensor], *, most: float = 64.0, draws: int = 32, seed: int = 0
 ) -> float:
