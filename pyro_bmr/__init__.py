@@ -14,6 +14,7 @@ from pyro_bmr.guides import FullRank, LowRankPlusDiagonal, MatrixVariate, MeanFi
 from pyro_bmr.likelihoods import Categorical, Normal
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import natural_gradient
+from pyro_bmr.paired_losses import PairedLoss, paired_loss
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import predict
 from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, ScaleMixture, SpikeAndSlab, StudentT
@@ -66,6 +67,7 @@ __all__ = [
     "MonteCarlo",
     "NofM",
     "Normal",
+    "PairedLoss",
     "Point",
     "Posterior",
     "Prior",
@@ -109,6 +111,7 @@ __all__ = [
     "natural_delta_f",
     "natural_gradient",
     "natural_posterior",
+    "paired_loss",
     "predict",
     "prune_subset",
     "reduce",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -17,19 +19,19 @@ from pyro_bmr.cli_options import parser
 from pyro_bmr.comparison import Settings, compare, guide_named, load_model, optimizer_named, scores, summary
 from pyro_bmr.data import load, sources
 from pyro_bmr.data_set import Data
-from pyro_bmr.errors import ModelError, PyroBMRError
+from pyro_bmr.errors import ModelError, PyroBMRError, PyroBMRWarning
 from pyro_bmr.exporting import deploy, ensemble, export, point_weights, save
 from pyro_bmr.files import finite
 from pyro_bmr.fitting import fit
 from pyro_bmr.guides import Point
 from pyro_bmr.networks import BayesianNetwork
-from pyro_bmr.posterior import Posterior
-from pyro_bmr.prediction import predict
+from pyro_bmr.paired_losses import paired_loss
+from pyro_bmr.prediction import Prediction, predict
 from pyro_bmr.prior_names import prior_from_name
 from pyro_bmr.processes import process_group
 from pyro_bmr.pruning import Every
 from pyro_bmr.reduction.sites import reduce
-from pyro_bmr.runs import load_run, save_run
+from pyro_bmr.runs import Run, load_run, save_run
 from pyro_bmr.shrinking import shrink_plan
 from pyro_bmr.studies import cells_left, declare, study, summary_of
 
@@ -38,13 +40,31 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = parser({"compare": _compare, "study": _study, "fit": _fit, "reduce": _reduce, "export": _export, "data": _data}).parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        with warnings_in_lines():
+            return int(arguments.run(arguments))
     except PyroBMRError as error:
         print(f"pyro-bmr: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"pyro-bmr: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def warnings_in_lines() -> Iterator[None]:
+    """Warnings are printed as errors are, one line each, and one that comes again not at all; those of the library always."""
+    printed = set()
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None) -> None:
+        text = " ".join(str(message).split())
+        if text not in printed:
+            print(f"pyro-bmr: warning: {text}", file=sys.stderr)
+        printed.add(text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PyroBMRWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -131,7 +151,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         return 0  # the first process has it all
     asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "out", "quiet", "threads", "draws", "resume")}
     settings = {**asked, "model": model}
-    found = _scores(result.program, result.posterior, data, arguments.draws, arguments.seed)
+    found = _scores(predict(result.program, result.posterior, data.x_test, draws=arguments.draws, seed=arguments.seed), data)
     save_run(result, arguments.out, {**settings, "seconds": result.seconds, **found})
     print(_listed(found, data))
     print(f"the run is in {arguments.out}; next: pyro-bmr reduce {arguments.out}, pyro-bmr export {arguments.out}")
@@ -145,7 +165,10 @@ def _reduce(arguments: argparse.Namespace) -> int:
     run.reduced(reduction, about)
     data = run.data()
     program = run.program(prior_from_name(run.settings["prior"]), data)
-    found = _scores(program, reduction.posterior, data, arguments.draws, int(run.settings["seed"]))
+    drawn = {"draws": arguments.draws, "seed": int(run.settings["seed"])}
+    before, after = (predict(program, posterior, data.x_test, **drawn) for posterior in (run.posterior, reduction.posterior))
+    _warn_of_loss(before, after, data)
+    found = _scores(after, data)
     print(reduction.table().to_string(index=False))
     print(_listed({"kept": reduction.kept, "delta_f": reduction.delta_f, **found}, data))
     return 0
@@ -156,15 +179,13 @@ def _export(arguments: argparse.Namespace) -> int:
     run = load_run(arguments.run_folder, reduced=not arguments.unreduced)
     data = run.data()
     program = run.program(prior_from_name(run.settings["prior"]), data)
-    masks = run.posterior.masks
-    sizes = {"kept": sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())} if masks else {"kept": 1.0}
-    report: dict[str, Any] = finite({"settings": run.settings, "reduction": run.reduction, **sizes})
     if not isinstance(program, BayesianNetwork):
         if arguments.format != ["safetensors"] or arguments.shrink or arguments.ensemble:
             raise ModelError(f"'{run.settings['model']}' is a program of its own and no network: its weights can be exported, as safetensors, and nothing else")
-        save(point_weights(program, run.posterior), arguments.out, report)
+        save(point_weights(program, run.posterior), arguments.out, _export_report(run, program, data))
         print(f"model.safetensors and report.json are in {arguments.out}")
         return 0
+    report, masks = _export_report(run, program, data), run.posterior.masks
     dense = export(program, run.posterior)
     net, example = dense, data.x_test[:128]
     if arguments.shrink:
@@ -186,9 +207,28 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _scores(program: object, posterior: Posterior, data: Data, draws: int, seed: int) -> dict[str, float]:
+def _export_report(run: Run, program: Any, data: Data) -> dict[str, Any]:
+    """What report.json says of a run: how it was fitted and reduced, how much of it lives, and what may mislead."""
+    masks = run.posterior.masks
+    sizes = {"kept": sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())} if masks else {"kept": 1.0}
+    said = list(run.reduction.get("warnings", ()))
+    if run.reduction:
+        before, after = (predict(program, each, data.x_test, draws=0) for each in (load_run(run.folder).posterior, run.posterior))
+        said += _warn_of_loss(before, after, data)
+    report: dict[str, Any] = finite({"settings": run.settings, "reduction": run.reduction, **sizes, "warnings": said})
+    return report
+
+
+def _warn_of_loss(before: Prediction, after: Prediction, data: Data) -> list[str]:
+    caution = paired_loss(before, after, data.y_test).caution()
+    if caution:
+        units = "" if data.target_scale == 1 else ", target standardised"
+        warnings.warn(f"test data{units}: {caution}", PyroBMRWarning, stacklevel=2)
+    return [caution] if caution else []
+
+
+def _scores(prediction: Prediction, data: Data) -> dict[str, float]:
     """Those of `compare`, which has NaN for what a task has not: rmse and nll (nats per row) in the units of the target."""
-    prediction = predict(program, posterior, data.x_test, draws=draws, seed=seed)  # type: ignore[arg-type]
     return {name: value for name, value in scores(prediction, data).items() if not math.isnan(value)}
 
 

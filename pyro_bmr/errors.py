@@ -4,7 +4,16 @@ The command line prints them in one line and exits with status 2; everything els
 mislead comes with a `PyroBMRWarning`.
 """
 
-from collections.abc import Iterable
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_LONGEST = 160  # characters of a value in a message
 
 
 class PyroBMRError(Exception):
@@ -41,3 +50,43 @@ class ShrinkError(PyroBMRError):
 
 class PyroBMRWarning(UserWarning):
     """A result that is not wrong but may mislead: the message says which figure shows it, and the mend. `warnings.filterwarnings` takes the class."""
+
+
+def warn(message: str) -> None:
+    """Warns with a `PyroBMRWarning` in the line of the user's that called the library, however many decorators are in between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, PyroBMRWarning, stacklevel=level - 1)
+
+
+def _is_inside(file: str) -> bool:
+    return file.startswith((_HERE, contextlib.__file__)) or file.endswith("_contextlib.py")  # the last is torch.no_grad
+
+
+def described(value: Any) -> str:
+    """A value in a few words for a message: short ones as they are, tensors and arrays by dtype and shape, other objects by their type.
+
+    Example:
+        >>> described({"w": torch.ones(3)}), described(torch.ones(3))
+        ('a dict of 1', 'a float32 tensor of shape (3,)')
+    """
+    name = type(value).__name__
+    if value is None or isinstance(value, (str, bytes, bool, int, float, complex)):
+        words = repr(value)
+    elif hasattr(value, "shape"):
+        kind = "tensor" if type(value).__module__.startswith("torch") else "array" if name == "ndarray" else name
+        words = _one(f"{str(getattr(value, 'dtype', '')).removeprefix('torch.')} {kind} of shape {tuple(value.shape)}".strip())
+    elif is_dataclass(value) and not isinstance(value, type):
+        words = f"{name}({', '.join(f'{f.name}={described(getattr(value, f.name))}' for f in fields(value) if f.repr)})"
+    elif isinstance(value, (tuple, list)) and all(isinstance(part, (str, bool, int, float)) for part in value):
+        words = repr(value)
+    elif isinstance(value, (tuple, list, Set, Mapping)):
+        words = f"{_one(name)} of {len(value)}"
+    else:
+        words = str(getattr(value, "__qualname__", _one(name)))
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} …"
+
+
+def _one(noun: str) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"

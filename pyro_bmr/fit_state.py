@@ -214,7 +214,8 @@ class FitState:
         if self.flat is not None:
             self.flat.write_back()
         set_training(self.program, False)
-        posterior = Posterior.from_guide(self.guide, self.empirical(self.program), *self.few, masks=self.masks, temperature=self.temperature)
+        program, rows = self.empirical(self.program), len(self.x)
+        posterior = Posterior.from_guide(self.guide, program, *self.few, masks=self.masks, temperature=self.temperature, rows=rows)
         set_training(self.program, True)
         return posterior
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import tqdm
 
 from pyro_bmr.checkpoints import Checkpoints, Journal, differences, fit_settings
-from pyro_bmr.errors import FitError
+from pyro_bmr.errors import FitError, PyroBMRWarning
 from pyro_bmr.fit_arguments import Program, check_arguments, check_rows, like_program, rows_of, validation_split
 from pyro_bmr.fit_snapshot import restore, snapshot
 from pyro_bmr.fit_state import FitState
@@ -163,6 +164,7 @@ def fit(
         processes = run.processes
         if start is not None:
             run.begin(start)
+        masks_before = dict(run.masks)
         optimizer_ = run.optimizer(optimizer or adam())
         per_epoch = len(run.sizes())
         total = epochs * per_epoch
@@ -242,6 +244,8 @@ def fit(
                 bar.set_postfix(ell=f"{likelihood:.4g}", kl=f"{kl:.4g}", kept=f"{row['kept']:.3g}")
         del optimizer_, scheduler_
         posterior = run.finish()
+    for message in reduce.cautions(masks_before, posterior) if reduce and processes.rank == 0 else ():
+        warnings.warn(message, PyroBMRWarning, stacklevel=2)
     if isinstance(program, nn.Module):
         program.eval()
     return Fit(

@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_bmr import priors
 from pyro_bmr.curvature import Curvature
 from pyro_bmr.drawn_moments import sites_of_samples
-from pyro_bmr.errors import ModelError, ReductionError
+from pyro_bmr.errors import ModelError, ReductionError, described
 from pyro_bmr.files import reading, write_atomically
 from pyro_bmr.given_moments import sites_of_curvature, sites_of_moments
 from pyro_bmr.guide_moments import masks_in_force, sites_of_guide, undisturbed, with_priors
@@ -43,17 +43,21 @@ _JOINTS: dict[str | None, Any] = {structure.__name__: structure for structure in
 class Posterior:
     """Site name → `Site`, in the order of the program, and the temperature of the fit (1 is Bayes).
 
-    `posterior["fc1.weight"].mean` and `.var` are the moments. Iterating gives the names.
+    `posterior["fc1.weight"].mean` and `.var` are the moments. Iterating gives the names. `rows`: how many rows of data the fit had, None if nobody said;
+    `reduce` warns where parameters outnumber them.
     """
 
     sites: Mapping[str, Site]
     temperature: float = 1.0
+    rows: int | None = None
     masks: dict[str, Tensor] = field(init=False, repr=False, compare=False)
     roots: dict[str, tuple[Tensor, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)  # of joint covariances, once drawn from
 
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
             raise ModelError(f"temperature={self.temperature!r}: a finite number > 0 is wanted (1 is Bayes)")
+        if self.rows is not None and (isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1):
+            raise ModelError(f"rows={described(self.rows)}: the number of rows of data is an integer >= 1, or None if it is not known")
         object.__setattr__(self, "masks", {name: site.mask for name, site in self.sites.items() if site.mask is not None})
 
     def __getitem__(self, name: str) -> Site:
@@ -124,6 +128,7 @@ class Posterior:
         *args: Any,
         masks: Mapping[str, Tensor] | None = None,
         temperature: float = 1.0,
+        rows: int | None = None,
         **kwargs: Any,
     ) -> Posterior:
         """The posterior that `guide` holds for `program(*args, **kwargs)`, with the priors that the program declares.
@@ -131,19 +136,26 @@ class Posterior:
         Read are the guides of this library, and any guide whose sites are Gaussian or points on the unconstrained scale: Pyro's, in an AutoGuideList too, and
         your own. Each site has its marginal, with the correlations within it (`Site.joint`), also where it follows other sites, linearly and with a constant
         scale; covariance between sites is dropped. AutoLaplaceApproximation is a point, its `laplace_approximation(...)` the Gaussian. Two calls give the same
-        to the bit; random state and param store stay as they were. `args` is one batch; a handful of rows is enough.
+        to the bit; random state and param store stay as they were. `args` is one batch; a handful of rows is enough. `rows`: of all the data of the fit.
 
         Raises:
             ModelError: a site's marginal is not Gaussian, it stands in a subsampled plate, or a shape, a support, a mask or a moment is not what it must be.
         """
         masks = masks_in_force(program, masks or {}, next((t.device for t in args if isinstance(t, Tensor)), None))
         with undisturbed():
-            return cls(with_priors(sites_of_guide(guide, program, args, kwargs, masks), program, args, kwargs, masks), temperature)
+            return cls(with_priors(sites_of_guide(guide, program, args, kwargs, masks), program, args, kwargs, masks), temperature, rows)
 
     @classmethod
     @isolated()
     def from_param_store(
-        cls, store: Any, program: Callable[..., Any], *args: Any, names: Mapping[str, tuple[str, str]] | None = None, temperature: float = 1.0, **kwargs: Any
+        cls,
+        store: Any,
+        program: Callable[..., Any],
+        *args: Any,
+        names: Mapping[str, tuple[str, str]] | None = None,
+        temperature: float = 1.0,
+        rows: int | None = None,
+        **kwargs: Any,
     ) -> Posterior:
         """The posterior whose locations and scales (on the unconstrained scale) are in a Pyro param store, after any SVI script.
 
@@ -152,16 +164,19 @@ class Posterior:
                 are taken as they stand, so it needs `names`: Pyro's own names there may hold unconstrained values.
             names: site → (name of its location, name of its scale) in the store. By default those that `AutoNormal` writes are looked for:
                 names that end in ``locs.<site>`` and ``scales.<site>``, with one prefix.
+            rows: of all the data of the fit.
 
         Raises:
             ModelError: a site is not found, or twice; a value does not fit it; a scale is not > 0, or not known to be one, or not all that its guide keeps.
         """
         masks = masks_in_force(program, {})
         with undisturbed():
-            return cls(with_priors(sites_of_param_store(store, program, args, kwargs, names), program, args, kwargs, masks), temperature)
+            return cls(with_priors(sites_of_param_store(store, program, args, kwargs, names), program, args, kwargs, masks), temperature, rows)
 
     @classmethod
-    def from_moments(cls, mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None) -> Posterior:
+    def from_moments(
+        cls, mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None, rows: int | None = None
+    ) -> Posterior:
         """The posterior of given means and variances, from wherever they come; independent entries.
 
         Args:
@@ -170,21 +185,29 @@ class Posterior:
             prior: under which they were found: ``Gaussian(<number>)`` or anything with `mean` and `var`; or patterns of site names → such, where None, and
                 sites that no pattern names, have no Gaussian prior and are not reduced.
             supports: site → "positive" or "unit_interval" for those that are not real.
+            rows: how many rows of data they were found with, if known.
 
         Raises:
             ModelError: names or shapes disagree, a variance is negative or not finite, a prior has no finite moments, or a pattern names no site.
         """
-        return cls(sites_of_moments(mean, var, prior, supports))
+        return cls(sites_of_moments(mean, var, prior, supports), rows=rows)
 
     @classmethod
     def from_samples(
-        cls, samples: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None, joint_up_to: int = 64, chains: bool | None = None
+        cls,
+        samples: Mapping[str, Tensor],
+        prior: Any,
+        *,
+        supports: Mapping[str, str] | None = None,
+        joint_up_to: int = 64,
+        chains: bool | None = None,
+        rows: int | None = None,
     ) -> Posterior:
         """The posterior with the moments of draws, such as those of NUTS or of an ensemble.
 
         Args:
             samples: site → (draws, ...) tensor of constrained values, at least two draws, as many for each site. An entry that is 0 in all draws is pruned.
-            prior, supports: as for `from_moments`.
+            prior, supports, rows: as for `from_moments`.
             joint_up_to: real sites of 2 to so many entries get the covariance of their draws too, if there are at least ten draws for each entry (fewer
                 would make it too near to singular). Correlations between sites are not kept.
             chains: True: the samples are (chains, draws, ...), as of ``MCMC.get_samples(group_by_chain=True)``. False: they are (draws, ...). None: the same,
@@ -197,7 +220,7 @@ class Posterior:
         Warns:
             PyroBMRWarning: chains disagree (split R-hat > 1.1), or one draw of 100 or more makes up a quarter of a variance, as in heavy tails.
         """
-        return cls(sites_of_samples(samples, prior, supports, joint_up_to, chains))
+        return cls(sites_of_samples(samples, prior, supports, joint_up_to, chains), rows=rows)
 
     @classmethod
     def from_curvature(
@@ -208,6 +231,7 @@ class Posterior:
         *,
         penalised: bool = True,
         temperature: float = 1.0,
+        rows: int | None = None,
     ) -> Posterior:
         r"""The Laplace posterior of a network trained in plain torch: precision = curvature of the negative log likelihood + prior precision.
 
@@ -222,7 +246,7 @@ class Posterior:
                 (d, d) for a site of d > 1 entries (all of it), or a pair (rows (n, n), columns (m, m)) of Kronecker factors, H = rows ⊗ columns. The prior is
                 added to each of a pair, rows + (r√Π) I and columns + (√Π/r) I with r² the ratio of their mean eigenvalues (Martens & Grosse 2015): one prior
                 variance for the site, and an approximation.
-            prior: as for `from_moments`.
+            prior, rows: as for `from_moments`.
             penalised: whether ŵ was trained with the penalty that the prior is (weight decay). False: ŵ maximises the likelihood alone.
             temperature: T; the data count N/T times, H becomes H/T. 1 is Bayes. The diagonal of a curvature knows nothing of correlations, and the
                 sum of many gains in evidence is too good then; a small T, chosen on held-out rows, prunes what the loss hardly feels first.
@@ -230,7 +254,7 @@ class Posterior:
         Raises:
             ModelError: as `from_moments`, or a curvature does not fit its site, is not symmetric, or curvature + prior precision is not > 0.
         """
-        return cls(sites_of_curvature(mean, curvature, prior, penalised, temperature), temperature)
+        return cls(sites_of_curvature(mean, curvature, prior, penalised, temperature), temperature, rows)
 
     def save(self, path: str | Path) -> None:
         """One safetensors file; the description of the sites is in its metadata as JSON. Priors of the user's own are kept as moments only."""
@@ -253,7 +277,7 @@ class Posterior:
             declared = {"type": type(site.declared).__name__, **{k: v for k, v in values.items() if not isinstance(v, Tensor)}} if known else None
             joint = type(site.joint).__name__ if site.joint else None
             about[name] = {"support": site.support, "given": site.given, "declared": declared, "joint": joint, "multiplies": site.multiplies}
-        metadata = {"format": _FORMAT, "posterior": json.dumps({"sites": about, "temperature": self.temperature})}
+        metadata = {"format": _FORMAT, "posterior": json.dumps({"sites": about, "temperature": self.temperature, "rows": self.rows})}
         write_atomically(Path(path), lambda p: save_file(tensors, p, metadata=metadata))
 
     @classmethod
@@ -277,10 +301,10 @@ class Posterior:
         with reading(f"{path}: a damaged posterior", ModelError, mend):
             about = json.loads(metadata["posterior"])
             sites = {name: _site_of_file(name, entry, parts[name]) for name, entry in about["sites"].items()}
-            temperature = about["temperature"]
+            temperature, rows = about["temperature"], about.get("rows")
             if not sites or not isinstance(temperature, (int, float)):
                 raise ValueError("no sites, or no temperature")
-        return cls(sites, temperature)
+        return cls(sites, temperature, rows)
 
 
 def _site_of_file(name: str, entry: Mapping[str, Any], part: Mapping[str, Any]) -> Site:

@@ -23,9 +23,10 @@ from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.guides.site_wise import Drawn
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior
+from pyro_bmr.reduction.collapse import collapse
 from pyro_bmr.reduction.groups import Block, NofM
 from pyro_bmr.reduction.outcome import Reduction
-from pyro_bmr.reduction.sites import reduce
+from pyro_bmr.reduction.sites import quiet_reduction
 
 
 class Masked(Messenger):
@@ -166,7 +167,14 @@ class Every:
 
     def reduce(self, posterior: Posterior, done: float) -> Reduction:
         """The reduction of the fit's posterior at that point."""
-        return reduce(posterior, self.to, self.per, threshold=self.threshold, kept=self.target(done), heads=self.heads)
+        return quiet_reduction(posterior, self.to, self.per, threshold=self.threshold, kept=self.target(done), heads=self.heads)
+
+    def cautions(self, before: Mapping[str, Tensor], posterior: Posterior) -> tuple[str, ...]:
+        """What may mislead in the posterior at the end of the fit, whose masks at its start were `before`: layers that went, sites that a pattern left out."""
+        after = {name: site.alive for name, site in posterior.sites.items() if site.support == "real"}
+        emptied = collapse(after, {name: before.get(name, torch.ones_like(mask)) for name, mask in after.items()})
+        left_out = self.per.left_out({name: tuple(posterior[name].mean.shape) for name in posterior.masks}) if isinstance(self.per, NofM) else None
+        return tuple(message for message in (emptied, left_out) if message)
 
 
 def cubic(kept: float, done: float, start: float, stop: float) -> float:

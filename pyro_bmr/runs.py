@@ -67,7 +67,9 @@ class Run:
 
     def reduced(self, reduction: Reduction, about: Mapping[str, Any]) -> Run:
         """The run with this reduction saved in its folder, in place of an earlier one."""
-        content = {**about, "kept": reduction.kept, "delta_f": reduction.delta_f, "sites": json.loads(reduction.table().to_json(orient="records"))}
+        sites = json.loads(reduction.table().to_json(orient="records"))
+        said = list(reduction.warnings)
+        content = {**about, "kept": reduction.kept, "delta_f": reduction.delta_f, "warnings": said, "sites": sites}
         with replacing(self.folder, "reduction.json") as stage:
             reduction.posterior.save(stage / "reduced.safetensors")
             content = {**content, "files": digests(stage), "fit": self.settings.get("files")}

@@ -19,6 +19,7 @@ from pyro_bmr.comparison import ROUTES, Settings, cells, compare, load_model, mo
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:.*the reduction after the fit")  # fits of two epochs, with more weights than rows
 
 COLUMNS = "model data prior route seed temperature {} nll brier ece parameters kept_parameters kept delta_f seconds"
 CLASSES, REALS = COLUMNS.format("accuracy").split(), COLUMNS.format("rmse").split()

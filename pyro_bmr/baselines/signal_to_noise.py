@@ -15,7 +15,7 @@ from pyro_bmr.posterior import Posterior
 from pyro_bmr.pruning import Every
 from pyro_bmr.reduction.decisions import lowest
 from pyro_bmr.reduction.outcome import Reduction
-from pyro_bmr.reduction.sites import reduce
+from pyro_bmr.reduction.sites import quiet_reduction
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EverySignalToNoise(Every):
             raise FitError(f"EverySignalToNoise(kept={self.kept}, per={self.per!r}): a kept fraction between 0 and 1, and per='weight', are wanted")
 
     def reduce(self, posterior: Posterior, done: float) -> Reduction:
-        every = reduce(posterior, self.to, threshold=math.inf)  # all that lives, with its spike ΔF
+        every = quiet_reduction(posterior, self.to, threshold=math.inf)  # all that lives, with its spike ΔF
         target = self.target(done)
         assert target is not None
         ratios = {}

@@ -6,6 +6,7 @@ Owns `Settings`, which all cells share, `Cell` and `run_cell`. Next: `results_fo
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,19 +19,20 @@ from pyro_bmr import metrics
 from pyro_bmr.calibration import best_widening
 from pyro_bmr.comparison.models import Build
 from pyro_bmr.data_set import Data, validation_data
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, PyroBMRWarning
 from pyro_bmr.exporting import point_weights
 from pyro_bmr.fitting import Fit, adam, fit
 from pyro_bmr.guides import LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
 from pyro_bmr.guides.row_noise import PER_STEP, check_estimator
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import natural_gradient
+from pyro_bmr.paired_losses import paired_loss
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import ClassPrediction, Prediction, predict
 from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.pruning import Every
 from pyro_bmr.reduction.outcome import Reduction
-from pyro_bmr.reduction.sites import reduce
+from pyro_bmr.reduction.sites import quiet_reduction
 
 ROUTES = ("point", "fitted", "reduced")
 OPTIMIZERS: dict[str, tuple[Callable[[float], Any], float]] = {"adam": (adam, 3e-3), "natural-gradient": (natural_gradient, 0.1)}
@@ -175,12 +177,13 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
     )
     posterior, reduction, delta_f = result.posterior, None, 0.0
     if route == "reduced":
-        reduction = reduce(posterior, to=target, kept=settings.kept)
+        reduction = quiet_reduction(posterior, to=target, kept=settings.kept)
         delta_f = float(result.history["delta_f"].iloc[-1]) + reduction.delta_f
     elif route == "fitted" and prior.shrinkage:
-        reduction = reduce(posterior, to=None, kept=settings.kept)
+        reduction = quiet_reduction(posterior, to=None, kept=settings.kept)
     if reduction is not None:
         posterior = reduction.posterior
+        _warn(result.program, reduction, data, settings.draws, seed)
     widen = settings.widen
     if settings.scaled:
         widen = best_widening(result.program, posterior, (fitted_on.x_test, fitted_on.y_test), draws=settings.draws, seed=seed)
@@ -188,6 +191,17 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
         posterior = posterior.widened(widen)
     prediction = predict(result.program, posterior, data.x_test, draws=0 if route == "point" else settings.draws, seed=seed)
     return Cell(result, posterior, widen, reduction, prediction, delta_f, point_weights(result.program, posterior))
+
+
+def _warn(program: Callable[..., Any], reduction: Reduction, data: Data, draws: int, seed: int) -> None:
+    """Warns of what may mislead in the last reduction, the one after the fit, and if it costs accuracy on the rows that are scored."""
+    said = list(reduction.warnings)
+    if any(not torch.equal(reduction.before[name].alive, mask) for name, mask in reduction.masks.items()):
+        before, after = (predict(program, posterior, data.x_test, draws=draws, seed=seed) for posterior in (reduction.before, reduction.posterior))
+        caution = paired_loss(before, after, data.y_test).caution()
+        said += [caution] if caution else []
+    for message in said:
+        warnings.warn(f"{data.name}, seed {seed}, the reduction after the fit: {message}", PyroBMRWarning, stacklevel=3)
 
 
 def scores(prediction: Prediction, data: Data) -> dict[str, float]:

@@ -24,7 +24,7 @@ from pyro_bmr.exporting import save
 from pyro_bmr.files import finite, make_folder, read_json, reading, write_atomically, write_json
 from pyro_bmr.prediction import ClassPrediction
 from pyro_bmr.priors import Gaussian, Prior
-from pyro_bmr.reduction.sites import reduce
+from pyro_bmr.reduction.sites import quiet_reduction
 
 _TEXT = ("model", "data", "prior", "route")
 _MEASURES = ("accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
@@ -87,7 +87,7 @@ class ResultsFolder:
         write_atomically(self.path / "networks" / name / "history.csv", lambda p: cell.fit.history.to_csv(p, index=False))
         if cell.reduction is not None and row["route"] == "reduced" and row["seed"] == 0:
             make_folder(self.path / "pictures")
-            before = reduce(cell.fit.posterior, to=Gaussian(scale=0.0))  # of the weights that survived the fit
+            before = quiet_reduction(cell.fit.posterior, to=Gaussian(scale=0.0))  # of the weights that survived the fit
             plots.save_figure(
                 plots.delta_f_histogram({k: s.spike_delta_f for k, s in before.sites.items()}),
                 self.path / "pictures" / f"delta_f-{file_name(row['prior'])}.png",

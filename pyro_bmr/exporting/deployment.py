@@ -26,6 +26,7 @@ from pyro_bmr.exporting.formats import FORMATS, Format, save_tensors
 from pyro_bmr.exporting.network_source import loaders_source, network_source
 from pyro_bmr.files import digest, replacing, write_json
 from pyro_bmr.plain_module import module_copy, plain_copy
+from pyro_bmr.reduction.collapse import collapse_of
 from pyro_bmr.shrinking.graphs import MASKED, first_line, trace
 from pyro_bmr.shrinking.verification import Answers, answers, check_same_function, difference, inputs_like, leaves
 
@@ -59,7 +60,7 @@ def deploy(
             safetensors is always written.
         before: the dense network, for the first row of the table.
         ensemble: name → stacked draws, from `ensemble`; written as ensemble.safetensors.
-        report: kept in report.json as it is: ΔF, kept, prior, data, seed.
+        report: kept in report.json as it is: ΔF, kept, prior, data, seed; to its `warnings` (`Reduction.warnings`) comes one of empty layers.
         seconds: for each measurement of a latency.
 
     Returns:
@@ -112,6 +113,7 @@ def deploy(
             "input": {"shape": list(example.shape[1:]), "dtype": str(example.dtype).removeprefix("torch.")},
             **({"not_in_python": reason} if reason else {}),
             **(report or {}),
+            "warnings": list(dict.fromkeys([*(report or {}).get("warnings", ()), *collapse_of(written.state_dict())])),
             "costs": table,
             "files": files,
             "tensors": {k: {"shape": list(t.shape), "nonzero": int(t.count_nonzero())} for k, t in written.state_dict().items()},

@@ -6,6 +6,7 @@ Next: `costs.py`; `deployment.py` writes more formats.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyro_bmr.elbo import Values
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, PyroBMRWarning
 from pyro_bmr.exporting.finite import check_finite, check_network
 from pyro_bmr.files import digests, replacing, write_atomically, write_json
 from pyro_bmr.isolation import isolated
@@ -23,6 +24,7 @@ from pyro_bmr.memory import check_memory
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.plain_module import module_copy, plain_module
 from pyro_bmr.posterior import Posterior
+from pyro_bmr.reduction.collapse import collapse, collapse_of
 from pyro_bmr.shrinking.plan import shrink
 
 
@@ -37,9 +39,13 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
     `program` may also be a plain module, for a posterior whose sites have the names of its parameters (`Posterior.from_curvature` and the like): a copy of
     it then, with the posterior's point in the place of those parameters, made plain (`plain_module`): what `torch.nn.utils.prune` has pruned in it is 0.
 
+    Warns (`PyroBMRWarning`) of layers without a living unit.
+
     Raises:
         ModelError: the program is not a network, the posterior is not one of its own, or a value would not be finite.
     """
+    if emptied := collapse({name: site.alive for name, site in posterior.sites.items() if site.support == "real"}):
+        warnings.warn(emptied, PyroBMRWarning, stacklevel=3)  # no_grad is a frame of its own
     if isinstance(program, nn.Module) and not isinstance(program, BayesianNetwork):
         net = _filled(program, posterior)
         if net is not None:
@@ -145,8 +151,8 @@ def save(weights: nn.Module | Mapping[str, Tensor], folder: str | Path, report: 
     """Writes `model.safetensors` (a state_dict) and `report.json` to `folder`, so that none is ever half there, nor one beside another of before.
 
     A module is saved as the plain one that it stands for (`plain_module`), so that the file loads where nothing is compiled, wrapped or pruned by hooks.
-    `report` is kept as it is, beside the parameter names, shapes and numbers of non-zeros, and the SHA-256 of the file. Load with
-    `net.load_state_dict(safetensors.torch.load_file(path))`.
+    `report` is kept as it is, beside the parameter names, shapes and numbers of non-zeros, and the SHA-256 of the file; to its `warnings`
+    (`Reduction.warnings`) comes one of empty layers. Load with `net.load_state_dict(safetensors.torch.load_file(path))`.
 
     Raises:
         ModelError: a tensor is not finite or cannot be written, or the report is no JSON; nothing is written then.
@@ -165,11 +171,12 @@ def save(weights: nn.Module | Mapping[str, Tensor], folder: str | Path, report: 
         check_finite(tensors, "save")
     folder = Path(folder)
     about = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "nonzero": int(t.count_nonzero())} for name, t in tensors.items()}
+    said = list(dict.fromkeys([*(report or {}).get("warnings", ()), *collapse_of(tensors)]))
     with replacing(folder, "report.json") as stage:
         # .clone(): tied parameters are stored once each, which safetensors wants
         write_atomically(stage / "model.safetensors", lambda path: save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path))
         files = {name: {"sha256": sha256} for name, sha256 in digests(stage).items()}
-        write_json(stage / "report.json", {"format": "pyro_bmr report 1", **(report or {}), "files": files, "tensors": about})
+        write_json(stage / "report.json", {"format": "pyro_bmr report 1", **(report or {}), "warnings": said, "files": files, "tensors": about})
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:

@@ -78,14 +78,16 @@ def decide(
 
 
 def pattern_masks(results: Results, pattern: NofM) -> dict[str, Tensor]:
-    """The masks of an n:m pattern, site by site."""
-    masks = {}
-    for name, result in results.items():
-        try:
-            masks[name] = pattern.mask(result.drop) & result.site.alive
-        except ReductionError as error:
-            raise ReductionError(f"site '{name}': {error}") from None
-    return masks
+    """The masks of an n:m pattern, site by site; sites that it does not divide stay as they are.
+
+    Raises:
+        ReductionError: it divides none.
+    """
+    shapes = {name: tuple(result.drop.shape) for name, result in results.items()}
+    whole = pattern.undivided(shapes)
+    if whole and not any(result.drop.ndim > 1 for name, result in results.items() if name not in whole):
+        raise ReductionError(f"{pattern.left_out(shapes)}; no other site has inputs, so there is nothing to reduce: take another m")
+    return {name: result.site.alive if name in whole else pattern.mask(result.drop) & result.site.alive for name, result in results.items()}
 
 
 def _by_size(results: Results, kept: float | Mapping[str, float]) -> dict[str, Tensor]:

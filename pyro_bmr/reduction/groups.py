@@ -60,6 +60,19 @@ class NofM:
         rank = tiles.argsort(dim=-1, stable=True).argsort(dim=-1)
         return ((rank < self.n) & (tiles < math.inf)).view(drop.shape)
 
+    def undivided(self, shapes: Shapes) -> dict[str, int]:
+        """The matrices whose inputs m does not divide, with the number of their inputs."""
+        inputs = {name: math.prod(shape[1:]) for name, shape in shapes.items() if len(shape) > 1}
+        return {name: count for name, count in inputs.items() if count % self.m}
+
+    def left_out(self, shapes: Shapes) -> str | None:
+        """What to say of those, which the pattern leaves as they are; None if there are none."""
+        listed = [f"site '{name}' ({count} inputs)" for name, count in self.undivided(shapes).items()]
+        if not listed:
+            return None
+        more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+        return f"NofM({self.n}, {self.m}) leaves {', '.join(listed[:5])}{more} out: the inputs do not divide by m = {self.m}"
+
 
 def group_labels(shapes: Shapes, per: str | Block | Mapping[str, Tensor], heads: int | Mapping[str, int] | None = None) -> dict[str, Tensor]:
     """Site → the number of each entry's group, −1 for entries that are in none and stay. Groups may have entries in several sites.

@@ -20,8 +20,10 @@ from torch import Tensor
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.files import check_digests, digests, read_json, reading, replacing, write_atomically
 from pyro_bmr.posterior import Posterior
+from pyro_bmr.reduction.collapse import collapse
 from pyro_bmr.reduction.correlations import pruned_site
 from pyro_bmr.reduction.targets import SiteReduction
+from pyro_bmr.reduction.wide_sums import wide_sum
 
 _FORMAT = "pyro_bmr reduction 1"
 
@@ -30,13 +32,15 @@ _FORMAT = "pyro_bmr reduction 1"
 class Reduction:
     """Site → `SiteReduction`, the whole posterior after the reduction, sites that were not reduced included, and the one `before` it.
 
-    `groups`: site → number of each entry's group where groups were decided on; None for single weights.
+    `groups`: site → number of each entry's group where groups were decided on; None for single weights. `warnings`: what may mislead in it, one sentence
+    each, as `reduce` warned of it.
     """
 
     sites: Mapping[str, SiteReduction]
     posterior: Posterior
     before: Posterior
     groups: Mapping[str, Tensor] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -110,7 +114,7 @@ class Reduction:
                 raise ReductionError(f"pattern '{pattern}' matches no reduced site; the reduced sites are: {', '.join(self.sites)}")
         taken = {name: result for name, result in self.sites.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
         groups = None if self.groups is None else {name: self.groups[name] for name in taken}
-        return Reduction(taken, _with_sites(self.before, taken), self.before, groups)
+        return self._of(taken, groups, self._of_no_site)
 
     def then(self, second: Reduction) -> Reduction:
         """Both reductions as one, from the posterior before the first: gains add up, the masks are those after the second.
@@ -131,8 +135,22 @@ class Reduction:
                 )
         sites = dict(self.sites)
         for name, result in second.sites.items():
-            sites[name] = replace(result, delta_f=self.sites[name].delta_f + result.delta_f) if name in self.sites else result
-        return Reduction(sites, _with_sites(self.before, sites), self.before)
+            if name in self.sites:
+                first = self.sites[name]
+                result = replace(result, delta_f=first.delta_f + result.delta_f, terms=first.terms + result.terms)
+            sites[name] = result
+        return self._of(sites, None, tuple(dict.fromkeys(self._of_no_site + second._of_no_site)))
+
+    def _of(self, sites: Mapping[str, SiteReduction], groups: Mapping[str, Tensor] | None, more: tuple[str, ...]) -> Reduction:
+        """From the same posterior with these sites, with the warnings that are true of them and `more`."""
+        after = replace(self.before, sites={**self.before.sites, **{name: result.site for name, result in sites.items()}})
+        return Reduction(sites, after, self.before, groups, more + cautions(self.before, sites))
+
+    @property
+    def _of_no_site(self) -> tuple[str, ...]:
+        """The warnings that do not come from the sites, such as of those that a pattern left out."""
+        own = cautions(self.before, self.sites)
+        return tuple(message for message in self.warnings if message not in own)
 
     def save(self, folder: str | Path) -> None:
         """Writes `before.safetensors`, `after.safetensors` (two posteriors), `sites.safetensors` and `reduction.json` to `folder`, all four or none."""
@@ -146,7 +164,9 @@ class Reduction:
             self.before.save(stage / "before.safetensors")
             self.posterior.save(stage / "after.safetensors")
             write_atomically(stage / "sites.safetensors", lambda path: save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, path))
-            content = json.dumps({"format": _FORMAT, "groups": self.groups is not None, "sites": about, "files": digests(stage)})  # with NaN, as they are
+            content = json.dumps(
+                {"format": _FORMAT, "groups": self.groups is not None, "warnings": self.warnings, "sites": about, "files": digests(stage)}
+            )  # with NaN, as they are
             write_atomically(stage / "reduction.json", lambda path: path.write_text(content, encoding="utf-8"))
 
     @classmethod
@@ -177,7 +197,7 @@ class Reduction:
                 numeric = all(isinstance(sites[name].__dict__[part], (int, float)) for part in ("delta_f", "wider"))
                 if not numeric or any(t.shape != after[name].mean.shape for t in (sites[name].drop, sites[name].spike_delta_f)):
                     raise ValueError(f"site '{name}': its decisions do not fit its moments")
-        return cls(sites, after, before, groups)
+        return cls(sites, after, before, groups, tuple(map(str, about.get("warnings", ()))))
 
     def _ranks(self) -> dict[str, Tensor]:
         """Per entry the spike ΔF, or of groups the mean over the group; entries in no group −inf."""
@@ -196,8 +216,11 @@ class Reduction:
         return {name: torch.where(group >= 0, mean[group], -torch.inf) for name, group in groups.items()}
 
 
-def _with_sites(posterior: Posterior, results: Mapping[str, SiteReduction]) -> Posterior:
-    return replace(posterior, sites={**posterior.sites, **{name: result.site for name, result in results.items()}})
+def cautions(before: Posterior, results: Mapping[str, SiteReduction]) -> tuple[str, ...]:
+    """What may mislead in a reduction of `before`: layers that it empties, and sums that take too many weights as independent."""
+    masks = {name: site.alive for name, site in before.sites.items() if site.support == "real"}
+    emptied = collapse(masks | {name: result.site.alive for name, result in results.items()}, masks)
+    return tuple([emptied] if emptied else []) + tuple(wide_sum(before, results))
 
 
 def _same(a: Any, b: Any) -> bool:

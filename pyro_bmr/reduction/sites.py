@@ -13,14 +13,14 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError
+from pyro_bmr.errors import ReductionError, described, warn
 from pyro_bmr.isolation import isolated
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
 from pyro_bmr.reduction.correlations import pruned_site, rescaled_site
 from pyro_bmr.reduction.decisions import SearchMethod, decide, is_point_spike, pattern_masks
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
-from pyro_bmr.reduction.outcome import Reduction
+from pyro_bmr.reduction.outcome import Reduction, cautions
 from pyro_bmr.reduction.search import greedy_search
 from pyro_bmr.reduction.slabs import with_slab
 from pyro_bmr.reduction.targets import SiteReduction, site_reduction
@@ -39,6 +39,8 @@ def reduce(
     search: SearchMethod | None = greedy_search,
 ) -> Reduction:
     r"""What the evidence, the posterior and the set of living weights would be under the prior `to`; no new fit.
+
+    Warns (`PyroBMRWarning`, and `Reduction.warnings`) where a layer loses its units, and where ΔF is a sum over more weights than can be independent.
 
     Each weight's question is the point spike's: ΔF = ½ log(σ₀²/σ²) − ½ μ²/σ² for a prior N(0, σ₀²) and a posterior N(μ, σ²). The question of a group is whether
     all of it goes: its ΔF is the sum over its weights, or where the posterior has correlations (`Site.joint`) the joint density ratio log q(0) − log p(0).
@@ -75,16 +77,33 @@ def reduce(
         >>> reduce(posterior, to=Gaussian(scale=0)).table()  # the point spike, weight by weight
         >>> reduce(posterior, to={"fc1.*": Gaussian(scale=0)}, per="unit", kept=0.5)  # half of the units of one layer, with their biases
     """
+    reduction = quiet_reduction(posterior, to, per, threshold=threshold, kept=kept, heads=heads, search=search)
+    for message in reduction.warnings:
+        warn(message)
+    return reduction
+
+
+def quiet_reduction(
+    posterior: Posterior,
+    to: Prior | Mapping[str, Prior | None] | None,
+    per: str | Block | NofM | Mapping[str, Tensor] = "weight",
+    *,
+    threshold: float = 0.0,
+    kept: float | Mapping[str, float] | None = None,
+    heads: int | Mapping[str, int] | None = None,
+    search: SearchMethod | None = greedy_search,
+) -> Reduction:
+    """As `reduce`, which has the arguments, without warning: for one of the many reductions of a fit. What `reduce` warns of is in `Reduction.warnings`."""
     if not isinstance(posterior, Posterior):
         raise ReductionError(f"reduce: a Posterior is wanted, such as fit.posterior; got {type(posterior).__name__}")
     if any(isinstance(prior, type) for prior in (to.values() if isinstance(to, Mapping) else [to])):
-        raise ReductionError(f"to={to!r}: a prior is wanted and not its class; call it, as in Gaussian(scale=0)")
+        raise ReductionError(f"to={described(to)}: a prior is wanted and not its class; call it, as in Gaussian(scale=0)")
     if math.isnan(threshold):
         raise ReductionError("threshold=nan: a number of nats is wanted")
     _check_arguments(per, kept, heads)
     targets = _targets(posterior, to)
     labels = _labels(posterior, targets, per, kept, heads)
-    results = {}
+    results: dict[str, SiteReduction] = {}
     for name, prior in list(targets.items()):
         try:
             if isinstance(prior, SpikeAndSlab) and labels is not None:
@@ -92,27 +111,34 @@ def reduce(
             results[name] = _rescaled(posterior[name], prior, site_reduction(posterior, name, prior))
         except ReductionError as error:
             raise ReductionError(f"site '{name}': {error}") from None
+    said: list[str] = []
     if isinstance(per, NofM):
         masks = pattern_masks(results, per)
+        left_out = per.left_out({name: tuple(mask.shape) for name, mask in masks.items()})
+        said += [left_out] if left_out else []
     else:
         masks, results = decide(posterior, results, targets, labels, threshold, kept, search)
     for name, result in results.items():
         site, gain = pruned_site(result.site, masks[name])
-        total = result.delta_f
+        total, terms = result.delta_f, result.terms
         if is_point_spike(targets[name]):
-            total = float(result.spike_delta_f[result.site.alive & ~masks[name]].sum()) if gain is None else gain
-        results[name] = replace(result, delta_f=total, site=site)
-    return Reduction(results, replace(posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}}), posterior, labels)
+            went = result.site.alive & ~masks[name]
+            total, terms = (float(result.spike_delta_f[went].sum()), int(went.sum())) if gain is None else (gain, int(went.any()))
+        elif isinstance(targets[name], SpikeAndSlab) and labels is not None:  # one indicator for each group
+            terms = len(labels[name].to(result.site.mean.device)[result.site.alive].unique())
+        results[name] = replace(result, delta_f=total, site=site, terms=terms)
+    after = replace(posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}})
+    return Reduction(results, after, posterior, labels, (*said, *cautions(posterior, results)))
 
 
 def _rescaled(site: Site, to: Prior | None, result: SiteReduction) -> SiteReduction:
     """With correlations, under a Gaussian of another scale: the exact answer in the place of that of the marginals. Other continuous priors leave marginals."""
     if site.joint is None or result.site.prior is site.prior:
-        return result
+        return replace(result, terms=0 if to is None else int(result.site.alive.sum()))
     exact = rescaled_site(site, result.site.prior) if isinstance(to, Gaussian) and result.site.prior is not None else None
     if exact is None:
-        return replace(result, site=replace(result.site, joint=None))
-    return replace(result, site=exact[0], delta_f=exact[1])
+        return replace(result, site=replace(result.site, joint=None), terms=int(site.alive.sum()))
+    return replace(result, site=exact[0], delta_f=exact[1], terms=1)
 
 
 def _labels(
@@ -136,11 +162,11 @@ def _labels(
 def _check_arguments(per: object, kept: float | Mapping[str, float] | None, heads: object) -> None:
     for fraction in kept.values() if isinstance(kept, Mapping) else [kept]:
         if fraction is not None and not 0 <= fraction <= 1:
-            raise ReductionError(f"kept={kept}: a fraction between 0 and 1 is wanted")
+            raise ReductionError(f"kept={described(kept)}: a fraction between 0 and 1 is wanted")
     if heads is not None and per != "head":
-        raise ReductionError(f"heads={heads}: only per='head' asks for the number of heads; got per={per!r}")
+        raise ReductionError(f"heads={described(heads)}: only per='head' asks for the number of heads; got per={described(per)}")
     if isinstance(per, NofM) and kept is not None:
-        raise ReductionError(f"kept={kept}: {per} fixes the fraction itself; leave kept out")
+        raise ReductionError(f"kept={described(kept)}: {per} fixes the fraction itself; leave kept out")
 
 
 def _targets(posterior: Posterior, to: Prior | Mapping[str, Prior | None] | None) -> dict[str, Prior | None]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError
+from pyro_bmr.errors import PyroBMRWarning, ReductionError
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, SpikeAndSlab
 from pyro_bmr.reduction.gaussian import Diagonal, delta_f, point_spike_delta_f, reduced_posterior
@@ -104,6 +104,7 @@ def with_slab(posterior: Posterior, name: str, to: SpikeAndSlab, groups: Tensor 
         warnings.warn(
             f"site '{name}': the evidence for the width of its slab is best at an end of the search, {width:.3g}, from {math.exp(float(low)):.3g} to "
             f"{math.exp(float(high)):.3g}; the weights do not say how wide it is: give slab_scale a number",
+            PyroBMRWarning,
             stacklevel=2,
         )
     return replace(to, slab_scale=width)

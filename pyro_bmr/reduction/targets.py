@@ -35,6 +35,7 @@ class SiteReduction:
     `delta_f`: gain in log evidence of the whole site, nats, for the reduced prior over the prior of the fit. `spike_delta_f`: the
     gain of setting each weight to zero, entry by entry. `drop`: the log odds by which each weight goes when positive. `site`: the reduced
     posterior, with its mask. `wider`: how many living weights have a posterior wider than their prior, about which the data said nothing.
+    `terms`: how many independent terms `delta_f` is the sum of; a joint evidence is one.
     `scale`: what the reduction found out about the prior (τ of a horseshoe, inclusion log odds ζ of a spike and slab, s of a Gaussian), or None;
     the median where it differs between groups. `scales`: then the value of each group.
     """
@@ -46,6 +47,7 @@ class SiteReduction:
     wider: int
     scale: float | None = None
     scales: Tensor | None = None
+    terms: int = 0
 
     @property
     def inclusion(self) -> Tensor:
