@@ -210,3 +210,23 @@ def test_errors_are_one_line(run, tmp_path, monkeypatch, capsys, argv, message):
     assert main([str(run) if part == "RUN" else part for part in argv]) == 2
     err = capsys.readouterr().err
     assert re.search(message, err) and err.count("\n") == 1 and err.startswith("pyro-bmr: ")
+
+
+def test_what_may_mislead_is_a_line_on_the_screen_and_in_the_files(run, tmp_path, capsys):
+    """A twentieth of the weights: hidden layer empty, accuracy down on the test rows."""
+    assert main(["reduce", str(run), "--kept", "0.05", "--per", "unit", "--draws", "4"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("pyro-bmr: warning: ") for line in lines) and len(lines) == len(set(lines)) == 2
+    assert "layer collapse: no living unit is left in layer '0.weight' (0 of 8)" in lines[0]
+    assert re.search(r"test data: the error rate rises from 0\.\d+ to 0\.\d+ on 30 rows", lines[1])
+    assert json.loads((run / "reduction.json").read_text())["warnings"] == [lines[0].removeprefix("pyro-bmr: warning: ")]
+
+    assert main(["export", str(run), "--seconds", "0.001", "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    said = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
+    assert any("error rate rises" in line for line in lines) and any("layer collapse" in line for line in lines)
+    assert any("error rate rises" in line for line in said) and any("'0.weight' (0 of 8)" in line for line in said)
+
+    assert main(["reduce", str(run), "--kept", "1", "--draws", "4"]) == 0
+    assert main(["export", str(run), "--seconds", "0.001", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == "" and json.loads((tmp_path / "out" / "report.json").read_text())["warnings"] == []
