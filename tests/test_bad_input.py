@@ -109,6 +109,7 @@ TAKEN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:ΔF.*parameters > rows")
 @pytest.mark.parametrize("case", TAKEN)
 def test_odd_input_is_fitted_reduced_predicted_saved_and_exported(case, tmp_path):
     done = TAKEN[case]()

@@ -385,6 +385,7 @@ def test_the_result_is_a_plain_module(name, digits):
     assert all(p.grad is not None for p in small.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:ΔF.*parameters > rows")
 def test_masks_of_a_real_reduction():
     data = bmr.load("digits")
     torch.manual_seed(0)

@@ -25,8 +25,8 @@ class _Layer(NamedTuple):
 def collapse(after: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = None) -> str | None:
     """What to say of the layers that have lost their units, or None.
 
-    A layer is a site of two or more dimensions, or the gain of a norm (a vector called ``<path>.weight``); its units are its first axis, and one lives while an
-    entry of it does. A fused projection of query, key and value is three layers. The sentence is due if
+    A layer is a site of two or more dimensions, or the gain of a norm (a vector called ``<path>.weight``), but not a token (1, 1, d) or positions (1, n, d);
+    its units are its first axis, and one lives while an entry of it does. A fused projection of query, key and value is three layers. The sentence is due if
 
     - a layer has no living unit and had one before, and there are other layers, and not every entry of all sites is gone (the empty model, which needs no
       warning); or
@@ -67,12 +67,18 @@ def collapse_of(tensors: Mapping[str, Tensor]) -> list[str]:
 def _layers(masks: Mapping[str, Tensor]) -> dict[str, _Layer]:
     layers = {}
     for name, mask in masks.items():
-        if mask.ndim < 2 and not (mask.ndim == 1 and name.endswith(".weight")):
+        if not _is_layer(name, mask):
             continue
         rows = mask.flatten(1).any(1) if mask.ndim > 1 and mask.numel() else mask.new_zeros(len(mask)) if mask.ndim > 1 else mask
         for part, own in zip(_PARTS if _is_fused(name, mask) else ("",), rows.chunk(3) if _is_fused(name, mask) else (rows,), strict=True):
             layers[f"{name}{part}"] = _Layer(int(own.sum()), len(own))
     return layers
+
+
+def _is_layer(name: str, mask: Tensor) -> bool:
+    if mask.ndim < 2:
+        return mask.ndim == 1 and name.endswith(".weight")
+    return mask.ndim == 2 or len(mask) > 1 or "weight" in name.rpartition(".")[2]  # (1, n, d) is a token or the positions, which are added and may be 0
 
 
 _PARTS = (" (query)", " (key)", " (value)")

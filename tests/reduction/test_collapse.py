@@ -76,6 +76,8 @@ def test_fused_projections_and_gains_are_layers():
     assert "'a.in_proj_weight (value)' (0 of 4)" in collapse(value, before) and "kept={'a.in_proj_weight': 0.5}" in collapse(value, before)
     assert "'norm.weight' (0 of 4)" in collapse({**before, "norm.weight": torch.zeros(4, dtype=torch.bool)}, before)
     assert "'conv.weight' (0 of 4)" in collapse({**before, "conv.weight": torch.zeros(4, 2, 3, 3, dtype=torch.bool)}, before)
+    tokens = {**before, "token": torch.zeros(1, 1, 4, dtype=torch.bool), "position": torch.zeros(1, 5, 4, dtype=torch.bool)}
+    assert collapse(tokens, {name: torch.ones_like(mask) for name, mask in tokens.items()}) is None  # added: zeros are no harm
     square = {**before, "a.in_proj_weight": before["a.in_proj_weight"][:, :3]}  # not three times as many rows as columns: one layer
     assert collapse({**square, "a.in_proj_weight": value["a.in_proj_weight"][:, :3]}, square) is None
 
