@@ -35,6 +35,7 @@ def test_it_loads_and_says_how_it_is_run(path):
     assert callable(module.main) and f"benchmarks/{path.name}" in module.__doc__
 
 
+@pytest.mark.filterwarnings("ignore:ΔF.*parameters > rows")
 @pytest.mark.parametrize("size", [None, 0.4])
 def test_structured_pruning_takes_units_first_and_then_weights(size):
     structured = load("structured_pruning")
