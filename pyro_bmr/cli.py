@@ -19,7 +19,7 @@ from pyro_bmr.cli_options import parser
 from pyro_bmr.comparison import Settings, compare, guide_named, load_model, optimizer_named, scores, summary
 from pyro_bmr.data import load, sources
 from pyro_bmr.data_set import Data
-from pyro_bmr.errors import ModelError, PyroBMRError, PyroBMRWarning
+from pyro_bmr.errors import ModelError, PyroBMRError, PyroBMRWarning, warn
 from pyro_bmr.exporting import deploy, ensemble, export, point_weights, save
 from pyro_bmr.files import finite
 from pyro_bmr.fitting import fit
@@ -223,7 +223,7 @@ def _warn_of_loss(before: Prediction, after: Prediction, data: Data) -> list[str
     caution = paired_loss(before, after, data.y_test).caution()
     if caution:
         units = "" if data.target_scale == 1 else ", target standardised"
-        warnings.warn(f"test data{units}: {caution}", PyroBMRWarning, stacklevel=2)
+        warn(f"test data{units}: {caution}")
     return [caution] if caution else []
 
 

@@ -57,7 +57,7 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, PyroBMRWarning, stacklevel=level - 1)
+    warnings.warn(message, PyroBMRWarning, stacklevel=level)
 
 
 def _is_inside(file: str) -> bool:

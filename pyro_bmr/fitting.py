@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import tqdm
 
 from pyro_bmr.checkpoints import Checkpoints, Journal, differences, fit_settings
-from pyro_bmr.errors import FitError, PyroBMRWarning
+from pyro_bmr.errors import FitError, warn
 from pyro_bmr.fit_arguments import Program, check_arguments, check_rows, like_program, rows_of, validation_split
 from pyro_bmr.fit_snapshot import restore, snapshot
 from pyro_bmr.fit_state import FitState
@@ -245,7 +244,7 @@ def fit(
         del optimizer_, scheduler_
         posterior = run.finish()
     for message in reduce.cautions(masks_before, posterior) if reduce and processes.rank == 0 else ():
-        warnings.warn(message, PyroBMRWarning, stacklevel=2)
+        warn(message)
     if isinstance(program, nn.Module):
         program.eval()
     return Fit(

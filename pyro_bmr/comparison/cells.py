@@ -6,7 +6,6 @@ Owns `Settings`, which all cells share, `Cell` and `run_cell`. Next: `results_fo
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from pyro_bmr import metrics
 from pyro_bmr.calibration import best_widening
 from pyro_bmr.comparison.models import Build
 from pyro_bmr.data_set import Data, validation_data
-from pyro_bmr.errors import ModelError, PyroBMRWarning
+from pyro_bmr.errors import ModelError, warn
 from pyro_bmr.exporting import point_weights
 from pyro_bmr.fitting import Fit, adam, fit
 from pyro_bmr.guides import LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
@@ -201,7 +200,7 @@ def _warn(program: Callable[..., Any], reduction: Reduction, data: Data, draws: 
         caution = paired_loss(before, after, data.y_test).caution()
         said += [caution] if caution else []
     for message in said:
-        warnings.warn(f"{data.name}, seed {seed}, the reduction after the fit: {message}", PyroBMRWarning, stacklevel=3)
+        warn(f"{data.name}, seed {seed}, the reduction after the fit: {message}")
 
 
 def scores(prediction: Prediction, data: Data) -> dict[str, float]:

@@ -6,7 +6,6 @@ Next: `costs.py`; `deployment.py` writes more formats.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyro_bmr.elbo import Values
-from pyro_bmr.errors import ModelError, PyroBMRWarning
+from pyro_bmr.errors import ModelError, warn
 from pyro_bmr.exporting.finite import check_finite, check_network
 from pyro_bmr.files import digests, replacing, write_atomically, write_json
 from pyro_bmr.isolation import isolated
@@ -45,7 +44,7 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
         ModelError: the program is not a network, the posterior is not one of its own, or a value would not be finite.
     """
     if emptied := collapse({name: site.alive for name, site in posterior.sites.items() if site.support == "real"}):
-        warnings.warn(emptied, PyroBMRWarning, stacklevel=3)  # no_grad is a frame of its own
+        warn(emptied)
     if isinstance(program, nn.Module) and not isinstance(program, BayesianNetwork):
         net = _filled(program, posterior)
         if net is not None:
