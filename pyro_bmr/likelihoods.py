@@ -55,7 +55,8 @@ class Categorical:
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
         _check_output("Categorical", output, "(rows, classes)")
         if output.ndim != 2:
-            raise DataError(f"Categorical: the network must return (rows, classes), got shape {tuple(output.shape)}")
+            mend = "; for a class at each position, make positions rows, or give a likelihood of your own, with observe" if output.ndim > 2 else ""
+            raise DataError(f"Categorical: the network must return (rows, classes), got shape {tuple(output.shape)}{mend}")
         _check_target(output, y)
         with data_plate(output.shape[0], self.size, output.device):
             return pyro.sample(OBSERVED, dist.Categorical(logits=output, validate_args=False), obs=y)
@@ -69,21 +70,26 @@ class Categorical:
 class Normal:
     """y ~ N(output, noise²) with one noise scale for all rows, the site `noise` ~ HalfNormal(`noise_scale`), inferred with the weights.
 
-    `output` is (rows,) or (rows, 1), `y` is (rows,). `noise_scale` is in the units of y: the default 1 suits a standardised target."""
+    `output` is (rows,) or (rows, 1) and `y` (rows,), or both are (rows, ...) of one shape, such as several targets, a forecast or an image: independent given
+    the weights, of one noise scale. `noise_scale` is in the units of y: the default 1 suits a standardised target."""
 
     noise_scale: float = 1.0
     size: int | None = None
 
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
-        _check_output("Normal", output, "(rows,) or (rows, 1)")
+        _check_output("Normal", output, "one row for each row of x")
+        if output.ndim == 0:
+            raise DataError("Normal: the network must return (rows,) or (rows, 1), got a single number")
         if output.ndim == 2 and output.shape[1] == 1:
             output = output[:, 0]
-        if output.ndim != 1:
-            raise DataError(f"Normal: the network must return (rows,) or (rows, 1), got shape {tuple(output.shape)}")
-        _check_target(output, y)
+        if output.ndim > 1 and y is not None and y.shape != output.shape:
+            shapes = f"got shape {tuple(output.shape)} and y of shape {tuple(y.shape)}"
+            raise DataError(f"Normal: the network must return (rows,) or (rows, 1), or, for several numbers a row, the shape of y; {shapes}")
+        if output.ndim < 2:
+            _check_target(output, y)
         noise = pyro.sample("noise", dist.HalfNormal(output.new_tensor(self.noise_scale)))
         with data_plate(output.shape[0], self.size, output.device):
-            return pyro.sample(OBSERVED, dist.Normal(output, noise), obs=y)
+            return pyro.sample(OBSERVED, dist.Normal(output, noise).to_event(output.ndim - 1), obs=y)
 
 
 class WholeData(Messenger):

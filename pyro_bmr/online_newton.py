@@ -88,7 +88,8 @@ class OnlineNewton(Optimizer):
         self.settings, self.vectors, self.steps = settings, step, 0
         super().__init__([{"params": [step.loc, step.log_scale], "lr": settings.learning_rate}], {})
         trained = list(others)
-        self.adam = Adam(trained, lr=settings.adam_rate, fused=True) if trained else None
+        fused = not any(p.is_complex() for p in trained)
+        self.adam = Adam(trained, lr=settings.adam_rate, fused=fused) if trained else None
         if self.adam:
             self.add_param_group({"params": trained, "lr": settings.adam_rate})
         self.state[step.loc]["average"] = torch.zeros_like(step.loc)

@@ -328,6 +328,24 @@ def test_the_size_scales_the_likelihood(likelihood):
     assert float(site["log_prob_sum"]) == pytest.approx(10 * float(site["fn"].log_prob(y).sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 5)])
+def test_several_numbers_a_row(shape):
+    net = nn.Sequential(nn.Linear(4, math.prod(shape)), nn.Unflatten(1, shape))
+    y = torch.randn(24, *shape)
+    values = {**{name: torch.randn(p.shape) for name, p in net.named_parameters()}, "noise": torch.tensor(0.6)}
+    trace = condition(lift(net, likelihood=bmr.Normal(size=240)), values, X, y)
+    trace.compute_log_prob()
+    residuals = (y - functional_call(net, {k: v for k, v in values.items() if k != "noise"}, (X,))).double() / 0.6
+    want = -0.5 * residuals.square().sum() - y.numel() * math.log(0.6 * math.sqrt(2 * math.pi))
+    assert float(trace.nodes["y"]["log_prob_sum"]) == pytest.approx(10 * float(want), rel=1e-4) and trace.nodes["y"]["log_prob"].shape == (24,)
+    fit = bmr.fit(lift(net, likelihood=bmr.Normal()), (X, y), epochs=2, batch_size=8, progress=False)
+    prediction = bmr.predict(fit.program, fit.posterior, X[:5], draws=3)
+    assert prediction.mean.shape == (5, *shape) and prediction.log_prob(y[:5]).shape == (5,)
+    assert lift(net, likelihood=bmr.Normal())(X).shape == y.shape
+    with pytest.raises(bmr.DataError, match=r"Normal.*the shape of y; got shape \(8, .* and y of shape \(8, 3, 3\)"):
+        bmr.fit(lift(net, likelihood=bmr.Normal()), (X, torch.zeros(24, 3, 3)), epochs=1, progress=False)
+
+
 def test_without_y_it_draws():
     drawn = lift(plain())(X)
     assert drawn.shape == (24,) and drawn.dtype == torch.int64 and set(drawn.tolist()) <= {0, 1, 2}
