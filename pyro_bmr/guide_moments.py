@@ -37,11 +37,12 @@ def masks_in_force(program: Callable[..., Any], masks: Mapping[str, Tensor], dev
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """The random state and the param store are afterwards what they were, also after an error."""
+def undisturbed(*modules: Any) -> Iterator[None]:
+    """The random state, the param store and the buffers of `modules` are afterwards what they were, also after an error."""
     store, state = pyro.get_param_store(), get_rng_state()
     parts: list[dict[Any, Any]] = [store._params, store._constraints, store._param_to_name]
     before = [dict(part) for part in parts]
+    buffers = [(buffer, buffer.clone()) for module in modules if isinstance(module, torch.nn.Module) for buffer in module.buffers()]  # running means
     try:
         with torch.random.fork_rng(), torch.inference_mode(False):
             yield
@@ -50,6 +51,9 @@ def undisturbed() -> Iterator[None]:
         for part, old in zip(parts, before, strict=True):
             part.clear()
             part.update(old)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def sites_of_guide(
@@ -123,8 +127,13 @@ def with_priors(
         program(*args, **kwargs)
     sites = {}
     for name, msg in run.latent.items():
-        prior, given = _prior(name, bare[name], base_distribution(msg["fn"]), {k: v for k, v in values.items() if k != name})
-        sites[name] = replace(bare[name], prior=prior, declared=msg["infer"].get("prior"), given=given)
+        base = base_distribution(msg["fn"])
+        check_shape(name, "its value", bare[name].mean, msg["fn"].shape())
+        site = bare[name]
+        if hasattr(base, "alive"):  # a program under `pruning.Masked`
+            site, base = site.masked(site.alive & base.alive), base.base_dist
+        prior, given = _prior(name, site, base, {k: v for k, v in values.items() if k != name})
+        sites[name] = replace(site, prior=prior, declared=msg["infer"].get("prior"), given=given)
     missing = set(bare) - set(sites)
     if missing:
         raise ModelError(f"the guide has sites that the program has not: {', '.join(sorted(missing))}; use the program that the guide was fitted to")

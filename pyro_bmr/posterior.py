@@ -142,7 +142,7 @@ class Posterior:
             ModelError: a site's marginal is not Gaussian, it stands in a subsampled plate, or a shape, a support, a mask or a moment is not what it must be.
         """
         masks = masks_in_force(program, masks or {}, next((t.device for t in args if isinstance(t, Tensor)), None))
-        with undisturbed():
+        with undisturbed(guide, program):
             return cls(with_priors(sites_of_guide(guide, program, args, kwargs, masks), program, args, kwargs, masks), temperature, rows)
 
     @classmethod
@@ -170,7 +170,7 @@ class Posterior:
             ModelError: a site is not found, or twice; a value does not fit it; a scale is not > 0, or not known to be one, or not all that its guide keeps.
         """
         masks = masks_in_force(program, {})
-        with undisturbed():
+        with undisturbed(program):
             return cls(with_priors(sites_of_param_store(store, program, args, kwargs, names), program, args, kwargs, masks), temperature, rows)
 
     @classmethod

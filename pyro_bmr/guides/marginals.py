@@ -75,7 +75,7 @@ class Drawn(NamedTuple):
 def trace_moments(
     guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], support: Callable[[str], str], skip: Collection[str]
 ) -> dict[str, Moments]:
-    """Site → marginal moments, for the sites of the guide but `skip`; the same at each call. `support`: that of a site in the program, for points.
+    """Site → marginal moments, for the sites of the guide but `skip`; the same at each call. `support`: that of a site in the program.
 
     Raises:
         ModelError: a site is not Gaussian on the unconstrained scale, or stands in a subsampled plate.
@@ -84,7 +84,7 @@ def trace_moments(
     if list(first.drawn) != list(second.drawn):
         raise ModelError(f"the guide has other sites from one call to the next, {', '.join(first.drawn)} and {', '.join(second.drawn)}; {MEND}")
     fns = {name: first.fns[name] for name in first.latent if name not in skip}
-    supports = {name: support(name) if isinstance(base_distribution(fn), dist.Delta) else support_name(name, fn.support) for name, fn in fns.items()}
+    supports = {name: _support(name, fn, support(name)) for name, fn in fns.items()}
     moments = {name: _own(name, supports[name], first, second) for name in fns}
     if all(moments.values()):
         return {name: found for name, found in moments.items() if found}
@@ -112,7 +112,7 @@ class _Noise(Messenger):
         self.noise[name] = [part.requires_grad_() for part in drawn.noise(self.scale)] if self.scale == 0 else drawn.noise(self.scale)
         msg["value"], msg["done"] = drawn.value(self.noise[name]), True
         self.values[name] = msg["value"]
-        if not msg["infer"].get("is_auxiliary"):
+        if not (msg["infer"] or {}).get("is_auxiliary"):
             self.latent.append(name)
             check_plates(name, msg["cond_indep_stack"])
 
@@ -137,8 +137,21 @@ def check_plates(name: str, frames: Any) -> None:
             )
 
 
+def _support(name: str, fn: Any, declared: str) -> str:
+    """The support of the site in the program, if its distribution in the guide is of that support or of none that can be seen."""
+    base = base_distribution(fn)
+    if isinstance(base, dist.Delta):
+        return declared
+    own = support_name(name, fn.support)  # a composed transform may say "real" where it is not
+    if own != declared and not (own == "real" and isinstance(base, TransformedDistribution)):
+        raise ModelError(f"site '{name}': its support is {declared!r} in the program and {own!r} in the guide; they must be the same")
+    return declared
+
+
 def _drawn(name: str, fn: Any) -> Drawn:
     base = base_distribution(fn)
+    if hasattr(base, "alive"):
+        raise ModelError(f"site '{name}': the guide is under Masked; read it without, and give its masks to from_guide, masks={{'{name}': ...}}")
     if isinstance(base, Normal):
         return Drawn(base.loc, base.scale, None)
     if isinstance(base, dist.Delta):

@@ -282,6 +282,63 @@ def test_a_guide_is_not_read_with_the_values_of_another_in_the_store():
     assert bmr.Posterior.from_guide(old, funnel)["w"].mean.max() < 3
 
 
+def test_running_means_of_the_guide_stay():
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+
+        def forward(self, x):
+            with pyro.plate("rows", len(x)):
+                pyro.sample("z", dist.Normal(self.net(x), 0.5).to_event(1))
+
+    def rows(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.5).to_event(1))
+
+    torch.manual_seed(0)
+    guide, x = Encoder(), torch.randn(6, 2)
+    with torch.no_grad():
+        wanted = guide.net(x)
+    before = {name: buffer.clone() for name, buffer in guide.named_buffers()}
+    torch.testing.assert_close(bmr.Posterior.from_guide(guide, rows, x)["z"].mean, wanted)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in guide.named_buffers())
+
+
+def test_a_transform_that_hides_its_support_is_read_on_that_of_the_program():
+    """Pyro makes the transform to the support of a half-Cauchy of two parts, which together claim the reals."""
+
+    def half():
+        pyro.sample("t", dist.HalfCauchy(torch.tensor(1.3)))
+
+    pyro.clear_param_store()
+    guide = AutoNormalMessenger(half, init_loc_fn=init_to_median)
+    guide()
+    site = bmr.Posterior.from_guide(guide, half)["t"]
+    assert site.support == "positive" and site.mean.item() == pytest.approx(guide.locs.t.item()) and site.var.item() == pytest.approx(0.01)
+
+
+def test_a_program_under_masked_gives_its_masks_and_priors():
+    mask = torch.tensor([True, False])
+    handler = bmr.Masked({"w": mask})
+    guide = guide_of(lambda s: w(dist.Normal(torch.ones(2), 0.3)))
+    site = bmr.Posterior.from_guide(guide, handler(funnel))["w"]
+    assert site.mask.tolist() == mask.tolist() and site.mean.tolist() == [1.0, 0.0] and site.prior.var.item() == pytest.approx(np.exp(0.2))
+    with pytest.raises(bmr.ModelError, match="under Masked; read it without"):
+        bmr.Posterior.from_guide(handler(guide), funnel)
+
+
+def test_a_guide_of_another_program_is_refused():
+    def other():
+        pyro.sample("w", dist.Normal(torch.tensor(0.2), 1.0))
+
+    def of():
+        pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(bmr.ModelError, match=r"site 'w': its value has shape \(2,\), expected \(\)"):
+        bmr.Posterior.from_guide(bmr.MeanField(of), other)
+
+
 def test_masks_that_fit_no_site():
     guide = guide_of(lambda s: w(dist.Normal(torch.zeros(2), 1.0)))
     for masks, words in (({"v": torch.ones(2) > 0}, "no site 'v'"), ({"w": torch.ones(2)}, "expected a bool tensor"), ({"w": torch.ones(1) > 0}, "shape")):
