@@ -5,7 +5,6 @@ Owns `sites_of_samples`; `Posterior.from_samples` says what it takes. Next: `gui
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError, PyroBMRWarning
+from pyro_bmr.errors import ModelError, warn
 from pyro_bmr.given_moments import checked_support, checked_tensors, sites_of_moments
 from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.reduction.gaussian import Dense
@@ -66,11 +65,9 @@ def _flat_chains(samples: Mapping[str, Tensor], chains: bool | None) -> dict[str
         raise ModelError(f"chains=True: expected samples of shape (chains, draws, ...), the first two the same for all sites; got {shapes}")
     for name, draws in samples.items():
         if (worst := _split_rhat(draws)) > _RHAT:
-            warnings.warn(
+            warn(
                 f"site '{name}': its chains disagree, split R-hat is {worst:.2f} (1 is best): a mean and variance over all of them describe none; run them "
-                "longer, or give those that agree",
-                PyroBMRWarning,
-                stacklevel=4,
+                "longer, or give those that agree"
             )
     return {name: draws.flatten(0, 1) for name, draws in samples.items()}
 
@@ -116,10 +113,8 @@ def _without_constants(name: str, site: Site, draws: Tensor) -> Site:
     furthest = torch.maximum(high - site.mean, site.mean - low)
     share = float((furthest.square() / ((len(draws) - 1) * site.var)).nan_to_num(0.0).max())
     if len(draws) >= 100 and share > _SHARE:
-        warnings.warn(
+        warn(
             f"site '{name}': one draw of {len(draws)} makes up {share:.0%} of a variance, as with heavy tails (a half-Cauchy), whose mean and variance do not "
-            f"exist; give a positive site as such, supports={{'{name}': 'positive'}}, and its logarithm is read, or leave the site out",
-            PyroBMRWarning,
-            stacklevel=4,
+            f"exist; give a positive site as such, supports={{'{name}': 'positive'}}, and its logarithm is read, or leave the site out"
         )
     return site.masked(~dead) if bool(dead.any()) else site

@@ -44,8 +44,7 @@ def undisturbed(*modules: Any) -> Iterator[None]:
     before = [dict(part) for part in parts]
     buffers = [(buffer, buffer.clone()) for module in modules if isinstance(module, torch.nn.Module) for buffer in module.buffers()]  # running means
     try:
-        with torch.random.fork_rng(), torch.inference_mode(False):
-            yield
+        yield
     finally:
         set_rng_state(state)
         for part, old in zip(parts, before, strict=True):
@@ -128,7 +127,6 @@ def with_priors(
     sites = {}
     for name, msg in run.latent.items():
         base = base_distribution(msg["fn"])
-        check_shape(name, "its value", bare[name].mean, msg["fn"].shape())
         site = bare[name]
         if hasattr(base, "alive"):  # a program under `pruning.Masked`
             site, base = site.masked(site.alive & base.alive), base.base_dist

@@ -193,6 +193,7 @@ class Posterior:
         return cls(sites_of_moments(mean, var, prior, supports), rows=rows)
 
     @classmethod
+    @isolated()
     def from_samples(
         cls,
         samples: Mapping[str, Tensor],
@@ -223,6 +224,7 @@ class Posterior:
         return cls(sites_of_samples(samples, prior, supports, joint_up_to, chains), rows=rows)
 
     @classmethod
+    @isolated()
     def from_curvature(
         cls,
         mean: Mapping[str, Tensor],

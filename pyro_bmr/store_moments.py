@@ -5,7 +5,6 @@ Owns `sites_of_param_store`; `Posterior.from_param_store` says what is read. Nex
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from pyro.params.param_store import ParamStoreDict
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_bmr.errors import ModelError, PyroBMRWarning
+from pyro_bmr.errors import ModelError, warn
 from pyro_bmr.guide_moments import check_shape, declared_sites
 from pyro_bmr.guides.marginals import check_plates
 from pyro_bmr.guides.mean_field import base_distribution, support_name
@@ -90,11 +89,9 @@ def _check_origin(name: str, pair: tuple[str, str], store: Any, named: bool) -> 
             )
     if isinstance(store, ParamStoreDict):
         if named and isinstance(store._constraints[scale], type(constraints.real)):
-            warnings.warn(
+            warn(
                 f"site '{name}': the store has no positive constraint for '{scale}', which is read as a standard deviation; if the guide takes it for a "
-                "logarithm, read the guide with Posterior.from_guide",
-                PyroBMRWarning,
-                stacklevel=4,
+                "logarithm, read the guide with Posterior.from_guide"
             )
     elif not hasattr(store[scale], "unconstrained"):  # an item of a live store has this
         free = isinstance(store[scale], Tensor) and store[scale].requires_grad and store[scale].is_leaf

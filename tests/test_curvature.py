@@ -89,6 +89,25 @@ def test_a_curvature_out_of_a_graph_and_of_low_precision_is_reduced():
         bmr.reduce(post, to=Gaussian(0))
 
 
+def test_autocast_and_inference_mode_change_nothing():
+    curvature, value = GRAM.float(), torch.tensor(EXACT_MEAN).float()
+    draws = torch.tensor(np.random.default_rng(2).normal(size=(90, 3))).float()
+
+    def read():
+        return bmr.Posterior.from_curvature({"w": value}, {"w": curvature}, Gaussian(SCALE), penalised=False), bmr.Posterior.from_samples({"w": draws}, None)
+
+    plain = read()
+    with torch.autocast("cpu"):
+        cast = read()
+    with torch.inference_mode():
+        curvature, value, draws = curvature.clone(), value.clone(), draws.clone()
+        inferred = read()
+    for posteriors in (cast, inferred):
+        for a, b in zip(plain, posteriors, strict=True):
+            assert torch.equal(a["w"].mean, b["w"].mean) and torch.equal(a["w"].joint.cov, b["w"].joint.cov) and not b["w"].mean.is_inference()
+    bmr.reduce(inferred[0], to=Gaussian(0))
+
+
 def test_draws_of_the_exact_posterior_reduce_as_it_does():
     draws = torch.tensor(np.random.default_rng(0).multivariate_normal(EXACT_MEAN, EXACT_COV, size=40_000))
     noise = torch.tensor(np.random.default_rng(1).lognormal(0.3, 0.2, size=40_000))

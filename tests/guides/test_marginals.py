@@ -335,7 +335,7 @@ def test_a_guide_of_another_program_is_refused():
     def of():
         pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    with pytest.raises(bmr.ModelError, match=r"site 'w': its value has shape \(2,\), expected \(\)"):
+    with pytest.raises(bmr.ModelError, match=r"site 'w' has shape \(2,\) in the guide or posterior and \(\) in the program"):
         bmr.Posterior.from_guide(bmr.MeanField(of), other)
 
 
