@@ -91,6 +91,11 @@ def not_contiguous(net, h, x):
     return net.c(h.view(-1, 4, 4).transpose(1, 2).contiguous().view(x.size(0), 16))
 
 
+@forward(None)
+def rows_and_the_rest(net, h, x):
+    return net.c(h.unflatten(1, (16, 1)).expand(-1, -1, 3).transpose(1, 2).reshape(h.shape[0], 3, h.shape[1])).mean(1)
+
+
 def every_other(net, *layers):
     masks = {}
     for name in layers:
@@ -246,6 +251,20 @@ class Shuffle(nn.Module):
 def test_a_channel_shuffle():
     net = made(Shuffle, 0)
     check(net, every_other(net, "c", "d"), torch.randn(4, 3, 5, 4).double())
+
+
+@pytest.mark.parametrize("merged", [lambda h: h.view(h.shape[0], -1) / h.shape[1], lambda h: h.view(-1, 8 * 36), lambda h: h.reshape(h.size(0), 8 * 36)])
+def test_channels_and_places_merged_by_a_view(merged):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Conv2d(2, 8, 3), nn.Linear(8 * 36, 3)
+
+        def forward(self, x):
+            return self.c(merged(torch.relu(self.a(x))))
+
+    net = made(Net, 0)
+    check(net, every_other(net, "a"), torch.randn(3, 2, 8, 8).double(), 4 * 19 + 3 * (4 * 36 + 1))
 
 
 def test_slopes_per_channel():

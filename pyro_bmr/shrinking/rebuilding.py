@@ -141,16 +141,16 @@ class Rebuilt:
             asked = self.new[asked]
         if not isinstance(asked, (tuple, list)) or len(asked) != len(alive):
             return None
-        source = node.all_input_nodes[0]
-        before = (1,) * (len(alive) - self.channels.values[source].ndim) + tuple(self.channels.values[source].shape)
+        source, expand = node.all_input_nodes[0], node.target == "expand"
+        shape = self.channels.values[source].shape
         sizes = []
-        for a, old, size in zip(alive, before, asked, strict=True):
+        for k, (a, size) in enumerate(zip(alive, asked, strict=True), len(shape) - len(alive)):
             if bool(a.all()):
                 sizes.append(self.new[size] if isinstance(size, fx.Node) and size in self.new else size)
             else:
-                inferred = size == -1 if isinstance(size, int) else False
-                sizes.append(-1 if inferred or (node.target == "expand" and old == len(a)) else int(a.sum()))
-        return self.graph.call_method("expand" if node.target == "expand" else "reshape", (self.new[source], *sizes))
+                inferred = (size == -1 if isinstance(size, int) else False) or (expand and k >= 0 and shape[k] == len(a))
+                sizes.append(-1 if inferred else int(a.sum()))
+        return self.graph.call_method("expand" if expand else "reshape", (self.new[source], *sizes))
 
     def _reshape_node(self, node: fx.Node) -> fx.Node | None:
         layer = self.channels.modules.get(str(node.target)) if node.op == "call_module" else None
