@@ -14,7 +14,8 @@ import pyro_bmr as bmr
 ROOT = Path(__file__).parents[1]
 LIBRARY, MODELS = ROOT / "pyro_bmr", ROOT / "models"
 FORMULAS = (
-    "gaussian", "low_rank", "matrix_normal", "exponential_family", "spike_and_slab", "line_search", "scale_mixture", "relevance", "quadrature", "monte_carlo",
+    "ratios", "gaussian", "dense", "low_rank", "matrix_normal", "natural_form", "discrete_form", "exponential_family",
+    "spike_and_slab", "line_search", "scale_mixture", "relevance", "quadrature", "monte_carlo",
     "groups", "states", "search",
 )  # fmt: skip
 ORDER = [

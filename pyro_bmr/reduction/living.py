@@ -77,11 +77,6 @@ def _column(t: Tensor, site: Site) -> Tensor:
     return t.expand(site.mean.shape).reshape(-1) if site.mask is None else t.expand(site.mean.shape)[site.mask]
 
 
-def number(t: Tensor) -> Tensor:
-    """A number that was expanded, as a number again."""
-    return t.as_strided((), ()) if t.numel() and t.stride() == (0,) else t
-
-
 def numbered(groups: Tensor) -> Tensor:
     """The same partition with its groups counted from 0."""
     return torch.unique(groups, return_inverse=True)[1]

@@ -79,13 +79,15 @@ class Search:
         """
         chosen = (self.probability >= self.probability[0] * math.exp(-window)).nonzero()[:, 0].tolist()
         weights = self.probability[chosen] / self.probability[chosen].sum()
-        firsts = [torch.zeros_like(q.mean) for q in self.posterior]
-        seconds = [torch.zeros_like(q.mean) for q in self.posterior]
-        for weight, model in zip(weights.tolist(), chosen, strict=True):
-            for k, structure in enumerate(self.reduced(model)):
-                firsts[k] += weight * structure.mean
-                seconds[k] += weight * (marginal_var(structure) + structure.mean.square())
-        return tuple(Diagonal(first, second - first.square()) for first, second in zip(firsts, seconds, strict=True))
+        models = [self.reduced(model) for model in chosen]
+        averages = []
+        for k, q in enumerate(self.posterior):
+            means, variances = (torch.stack([part(model[k]).double() for model in models]) for part in (lambda g: g.mean, marginal_var))
+            share = weights.to(means).view(-1, *[1] * q.mean.ndim)
+            mean = (share * means).sum(0)
+            var = (share * (variances + (means - mean).square())).sum(0)  # Σ pσ² + Σ p(μ − μ̄)²: the second moments would cancel
+            averages.append(Diagonal(mean.to(q.mean.dtype), var.to(q.mean.dtype)))
+        return tuple(averages)
 
 
 def marginal_var(structure: Any) -> Tensor:
@@ -167,7 +169,7 @@ class _Path:
     """Where a greedy search stands, and the models it has seen."""
 
     def __init__(self, states: list[State], members: Members, threshold: float) -> None:
-        self.states, self.members, self.threshold = states, members, threshold
+        self.states, self.start, self.members, self.threshold = states, states, members, threshold
         self.alive, self.total = torch.ones(len(members), dtype=torch.bool), 0.0
         self.models, self.totals = [self.alive], [0.0]
         self.singles = _Singles.of(members, len(states))
@@ -185,10 +187,14 @@ class _Path:
 
     def move(self, chosen: Tensor, only_up: bool = False) -> bool:
         """Flips the groups one after the other; with `only_up` not at all if the evidence does not rise."""
-        states, alive, total = self.states, self.alive.clone(), self.total
-        for g in chosen.tolist():
-            states, gained = _flip(states, self.members[g], bool(alive[g]))
-            total, alive[g] = total + gained, ~alive[g]
+        alive = self.alive.clone()
+        alive[chosen] = ~alive[chosen]
+        states, total, gone = self.states, self.total, chosen[self.alive[chosen]]
+        if len(gone) < len(chosen):  # letting go loses digits: set the rest to zero afresh
+            states, total, gone = self.start, 0.0, (~alive).nonzero()[:, 0]
+        for g in gone.tolist():
+            states, gained = _flip(states, self.members[g], True)
+            total += gained
         if only_up and total - self.total - self.threshold * float((~alive).sum() - (~self.alive).sum()) <= _RISE:
             return False
         self.states, self.alive, self.total = states, alive, total
@@ -224,15 +230,18 @@ def exhaustive_search(posterior: Any, prior: Any, groups: Any = None, *, thresho
     count = len(members)
     if count > _EXHAUSTIVE_UP_TO:
         raise ReductionError(f"{count} groups make 2^{count} models; up to {_EXHAUSTIVE_UP_TO} groups can be searched exhaustively: take greedy_search")
-    alive, total = torch.ones(count, dtype=torch.bool), 0.0
-    models, totals = [alive], [0.0]
-    for step in range(1, 2**count):  # Gray code: each model differs from the one before in the group of the lowest set bit
-        g = (step & -step).bit_length() - 1
-        states, gained = _flip(states, members[g], bool(alive[g]))
-        total, alive = total + gained, alive.clone()
-        alive[g] = ~alive[g]
-        models.append(alive)
-        totals.append(total)
+    models, totals = [torch.ones(count, dtype=torch.bool)], [0.0]
+    below = [(states, models[0], 0.0, 0)]
+    while below:  # a model's children have one group less, of a higher number: nothing is ever let go, which would lose digits
+        states, alive, total, lowest = below.pop()
+        for g in range(lowest, count):
+            fewer, gained = _flip(states, members[g], True)
+            without = alive.clone()
+            without[g] = False
+            models.append(without)
+            totals.append(total + gained)
+            if g + 1 < count:
+                below.append((fewer, without, total + gained, g + 1))
     table, gains = torch.stack(models), torch.tensor(totals, dtype=torch.float64)
     if kept is not None:
         sizes = _sizes(members)

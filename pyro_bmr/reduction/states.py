@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.reduction.gaussian import Dense, Diagonal, moments
+from pyro_bmr.reduction.dense import check_sizes, covariance_factor
+from pyro_bmr.reduction.gaussian import Dense, Diagonal, check_diagonal, delta_f, moments
 from pyro_bmr.reduction.low_rank import LowRank
+from pyro_bmr.reduction.low_rank import checked as low_rank_parts
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
+from pyro_bmr.reduction.matrix_normal import checked as matrix_parts
 
 Members = list[list[tuple[int, Tensor]]]
 """Group → (number of the structure, indices of its entries there), for each structure that the group has entries in."""
 
+_SPREAD = 1e-5  # of the factor of C: below, C⁻¹ has less than six digits
 _LOG_2PI = math.log(2 * math.pi)
 
 
@@ -124,7 +128,10 @@ class LowRankState(NamedTuple):
         return self._replace(held=held, precision=self.precision + sign * factor.mT @ scaled, weighted=self.weighted - sign * scaled.mT @ self.mean[index])
 
     def _latent(self, precision: Tensor, weighted: Tensor, index: Any = slice(None)) -> tuple[Tensor, Tensor]:
-        chol = torch.linalg.cholesky(precision)
+        chol, info = torch.linalg.cholesky_ex(precision)
+        ends = chol.diagonal().aminmax() if len(chol) else None
+        if int(info) or (ends is not None and bool(ends.min < _SPREAD * ends.max)):
+            raise ReductionError("the diagonal of the low-rank posterior is too small beside its factor for a search; take Dense(mean, cov)")
         projected = torch.linalg.solve_triangular(chol, self.factor[index].mT, upper=False).mT
         return projected, torch.cholesky_solve(weighted[:, None], chol)[:, 0]
 
@@ -149,47 +156,39 @@ def initial_state(posterior: Any, prior: Any) -> State:
     """The state of a posterior under a prior, nothing held at zero.
 
     Raises:
-        ReductionError: a variance is not positive or a covariance not positive definite.
+        ReductionError: moments are not finite, a variance is not positive, or a covariance not symmetric positive definite.
     """
-    q = Diagonal(*(t.double().flatten() for t in (moments(posterior).mean, moments(posterior).var)))
-    p = moments(prior, moments(posterior).mean)
-    _check(bool((q.var > 0).all()), "posterior has a variance that is not positive")
-    return IndependentState(_log_normal(q.mean, q.var) - _log_normal(p.mean.double().flatten(), p.var.double().flatten()))
+    spike = torch.zeros((), dtype=torch.float64)
+    q = moments(posterior)
+    return IndependentState(delta_f(Diagonal(q.mean.double(), q.var.double()), prior, Diagonal(spike, spike)).flatten())
 
 
 @initial_state.register
 def _(posterior: Dense, prior: Any) -> State:
-    mean, cov = posterior.mean.double(), posterior.cov.double()
-    _check_positive_definite(cov, "posterior")
+    check_sizes(posterior, *([prior] if isinstance(prior, Dense) else []))
+    mean, cov = posterior.mean.double(), _symmetric(posterior.cov, "posterior")
     held, zero = torch.zeros_like(mean, dtype=torch.bool), torch.zeros_like(mean)
     if isinstance(prior, Dense):
-        _check_positive_definite(prior.cov.double(), "prior")
-        swept = SweptState(prior.cov.double(), prior.mean.double()[:, None], held, zero, None, 0.0)
+        swept = SweptState(_symmetric(prior.cov, "prior"), prior.mean.double()[:, None], held, zero, None, 0.0)
         return SweptState(cov, mean[:, None], held, zero, swept, 0.0)
-    p = moments(prior, mean)
-    return SweptState(cov, mean[:, None], held, _log_normal(p.mean, p.var), None, 0.0)
+    return SweptState(cov, mean[:, None], held, _log_prior(prior, mean), None, 0.0)
 
 
 @initial_state.register
 def _(posterior: MatrixNormal, prior: Any) -> State:
-    row_cov, col_cov = posterior.row_cov.double(), posterior.col_cov.double()
-    _check_positive_definite(row_cov, "row covariance of the posterior")
-    _check_positive_definite(col_cov, "column covariance of the posterior")
-    chol = torch.linalg.cholesky(col_cov)
-    white = torch.linalg.solve_triangular(chol, posterior.mean.double().mT, upper=False).mT  # columns independent, with the covariance of the rows
-    p = moments(prior, posterior.mean.double())
+    mean, _, chol = matrix_parts(posterior)
+    white = torch.linalg.solve_triangular(chol, mean.mT, upper=False).mT  # columns independent, with the covariance of the rows
+    row_cov = _symmetric(posterior.row_cov, "rows of the posterior")
     held = torch.zeros(len(white), dtype=torch.bool, device=white.device)
-    return SweptState(row_cov, white, held, _log_normal(p.mean, p.var).sum(1), None, -float(chol.diagonal().log().sum()))
+    return SweptState(row_cov, white, held, _log_prior(prior, mean).sum(1), None, -float(chol.diagonal().log().sum()))
 
 
 @initial_state.register
 def _(posterior: LowRank, prior: Any) -> State:
-    mean, var, factor = posterior.mean.double(), posterior.var.double(), posterior.factor.double()
-    _check(bool((var > 0).all()), "diagonal of the posterior is not positive; a low-rank posterior needs D > 0")
-    p = moments(prior, mean)
+    mean, var, factor = low_rank_parts(posterior)
     rank = factor.shape[1]
     held = torch.zeros_like(mean, dtype=torch.bool)
-    return LowRankState(mean, var, factor, held, torch.eye(rank).to(factor), factor.new_zeros(rank), _log_normal(p.mean, p.var))
+    return LowRankState(mean, var, factor, held, torch.eye(rank).to(factor), factor.new_zeros(rank), _log_prior(prior, mean))
 
 
 @singledispatch
@@ -231,15 +230,15 @@ def _spread_square(part: Tensor, mask: Tensor) -> Tensor:
     return full
 
 
-def _log_normal(mean: Tensor, var: Tensor) -> Tensor:
-    """log N(0; mean, var), entry by entry."""
-    return -0.5 * (_LOG_2PI + var.log() + mean.square() / var)
+def _log_prior(prior: Any, mean: Tensor) -> Tensor:
+    """log p(0) of a diagonal prior, entry by entry, in float64."""
+    p = moments(prior, mean)
+    check_diagonal("prior", p)
+    m, v = p.mean.double(), p.var.double()
+    return -0.5 * (_LOG_2PI + v.log() + m * (m / v))
 
 
-def _check_positive_definite(matrix: Tensor, role: str) -> None:
-    _check(int(torch.linalg.cholesky_ex(matrix)[1]) == 0 and bool(matrix.isfinite().all()), f"{role} is not positive definite")
-
-
-def _check(good: bool, what: str) -> None:
-    if not good:
-        raise ReductionError(f"the {what}; restrict the search to entries with a variance, or fit longer")
+def _symmetric(cov: Tensor, role: str) -> Tensor:
+    """A covariance that has been checked, in float64."""
+    covariance_factor(cov, role)
+    return (cov.double() + cov.double().mT) / 2

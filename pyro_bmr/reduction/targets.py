@@ -19,8 +19,8 @@ from torch import Tensor
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, ScaleMixture, SpikeAndSlab
-from pyro_bmr.reduction.gaussian import Diagonal, delta_f, message, point_spike_delta_f, reduced_posterior
-from pyro_bmr.reduction.living import Living, Reduced, living_part, number
+from pyro_bmr.reduction.gaussian import Diagonal, delta_f, message, number, point_spike_delta_f, reduced_posterior
+from pyro_bmr.reduction.living import Living, Reduced, living_part
 from pyro_bmr.reduction.quadrature import density_reduction
 from pyro_bmr.reduction.relevance import best_var
 from pyro_bmr.reduction.scale_mixture import best_scale, grouped_reduction, scale_mixture_reduction
@@ -94,7 +94,7 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None, groups: Te
     drop = spike.masked_fill(~site.alive, torch.inf) if answer.drop is living.spike and not whole else back(answer.drop, torch.inf)
     prior = site.prior if answer.prior is living.p else None
     if answer.prior is not None and answer.prior is not living.p:
-        prior = Diagonal(*(t if t.ndim == 0 else back(t, 1.0) for t in map(number, (answer.prior.mean, answer.prior.var))))
+        prior = Diagonal(*(t if t.ndim == 0 else back(t, 1.0) for t in map(number, _in_dtype(answer.prior, site.mean.dtype))))
     site = replace(site, mean=mean, var=var, prior=prior, joint=site.joint if kept else None, message=site.message if kept else None)
     return SiteReduction(answer.delta_f, spike, drop, site, wider, answer.scale, answer.scales)
 
@@ -136,14 +136,14 @@ def _best_gaussian(to: Gaussian, living: Living) -> Reduced:
     """The scale with the best evidence: one for the site, or one for each group, of which a scale of 0 says that the group goes."""
     q, p, mean = living.q, living.p, float(to.mean)  # type: ignore[arg-type]  # a number: `reduced` refuses others
     index = torch.zeros(len(q.mean), dtype=torch.long, device=q.mean.device) if living.groups is None else living.groups
-    shift = mean - p.mean
-    best = best_var(message(q, p), p.var, index, shift)
-    var = best.var[index]
-    target = Diagonal(torch.full_like(q.mean, mean), var)
+    data = message(Diagonal(q.mean.double(), q.var.double()), p, about=mean)
+    best = best_var(data, p.var, index).var
+    var = best[index]
+    target = Diagonal(torch.full_like(var, mean), var)
     drop = torch.full_like(q.mean, -torch.inf).masked_fill(var == 0, -torch.inf if living.groups is None or mean != 0 else torch.inf)
-    scales = best.var.sqrt()
+    scales = best.sqrt().to(q.mean.dtype)
     return Reduced(
-        float(best.delta_f.sum(dtype=torch.float64)),
+        float(delta_f(q, p, target).sum(dtype=torch.float64)),
         drop,
         reduced_posterior(q, p, target),
         target,
@@ -215,6 +215,15 @@ def _own_decision(posterior: Posterior, name: str) -> SiteReduction:
     if site.prior is not None:
         spike = point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask)
     return SiteReduction(0.0, spike, drop.masked_fill(~site.alive, torch.inf), site, 0)
+
+
+def _in_dtype(prior: Diagonal, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The moments of a reduced prior as a site holds them."""
+    var = prior.var.to(dtype)
+    if bool(((prior.var > 0) & (var < torch.finfo(dtype).tiny)).any()):
+        smallest = float(prior.var[prior.var > 0].min()) ** 0.5
+        raise ReductionError(f"a reduced prior of scale {smallest:.3g} has a variance below the range of {dtype}; give a posterior in torch.float64")
+    return prior.mean.to(dtype), var
 
 
 def _not_a_point(site: Site) -> None:
