@@ -19,6 +19,7 @@ from pyro_bmr.reduction.gaussian import Dense
 from pyro_bmr.site import Site
 
 _CHAINS, _DRAWS = 32, 20  # a first dimension this short beside a second this long may be chains
+_ALIKE, _SWAPPED = 2.0, 0.1  # `_spread_of_columns` of chains, and of sites whose draws come second
 _RHAT = 1.1
 _SHARE = 0.25  # of the variance in one draw; 100 normal draws stay below 0.2
 
@@ -73,19 +74,20 @@ def _flat_chains(samples: Mapping[str, Tensor], chains: bool | None) -> dict[str
 
 
 def _may_be_chains(samples: Mapping[str, Tensor]) -> bool:
-    """Whether (chains, draws, ...) is a reading of the shapes: few rows beside many columns, for all sites; or columns that cannot be told apart."""
+    """Whether (chains, draws, ...) is a reading of the shapes: few rows beside many columns, for all sites; or columns that draws of entries do not have."""
     shapes = {draws.shape[:2] for draws in samples.values()}
     if len(shapes) > 1 or len(shape := next(iter(shapes))) < 2:
         return False
     count, length = shape
-    if length < _DRAWS or not 1 < count < length:
+    if length < _DRAWS or count < 2:
         return False
-    return count <= _CHAINS or all(_alike(draws) for draws in samples.values())
+    return count <= min(_CHAINS, length - 1) or max(map(_spread_of_columns, samples.values())) < (_ALIKE if count < length else _SWAPPED)
 
 
-def _alike(draws: Tensor) -> bool:
-    """Whether the means over the first dimension vary along the second as those of draws of one number do."""
-    return bool((draws.mean(0).var(0) * len(draws) < 2 * draws.var(0).mean(0)).all())
+def _spread_of_columns(draws: Tensor) -> float:
+    """How far the means over the first dimension vary along the second, in variances of the mean of as many draws: about 1 if the columns are draws of one
+    number, more if they are entries with means of their own, much less if the rows are the entries; the largest over further dimensions."""
+    return float((draws.mean(0).var(0) * len(draws) / draws.var(0).mean(0)).nan_to_num(torch.inf).max())
 
 
 def _split_rhat(draws: Tensor) -> float:

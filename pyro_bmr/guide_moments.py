@@ -19,7 +19,7 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_bmr.elbo import Values, collapsed
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described
 from pyro_bmr.guides.autoguides import autoguide_moments
 from pyro_bmr.guides.marginals import check_plates
 from pyro_bmr.guides.mean_field import SUPPORTS, Latent, MeanField, base_distribution, support_name
@@ -59,7 +59,10 @@ def sites_of_guide(
     guide: Callable[..., Any], program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], masks: Mapping[str, Tensor]
 ) -> dict[str, Site]:
     """Site name → `Site` without a prior; a guide with a Gaussian per site is read with `masks` in force."""
+    if not callable(guide):
+        raise ModelError(f"guide: expected a Pyro guide, something that can be called, got {described(guide)}")
     if isinstance(guide, SiteWise):
+        _check_masks(masks, {latent.name: latent.shape for latent in guide.latents})
         return _site_wise(guide, masks)
     if isinstance(guide, MeanField):
         return _mean_field(guide)
@@ -109,17 +112,21 @@ def check_shape(name: str, what: str, tensor: Tensor, shape: torch.Size) -> None
         )
 
 
+def _check_masks(masks: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+    """Raises a ModelError for a mask of no site, or one that does not fit its site."""
+    for name, mask in masks.items():
+        if name not in shapes:
+            raise ModelError(f"masks: the guide has no site '{name}'; its sites are: {', '.join(shapes)}")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shapes[name]:
+            raise ModelError(f"mask of site '{name}': expected a bool tensor of shape {tuple(shapes[name])}, got {described(mask)}")
+
+
 @torch.enable_grad()
 def with_priors(
     read: Mapping[str, Site], program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], masks: Mapping[str, Tensor]
 ) -> dict[str, Site]:
     """The sites with `masks` in force and the priors of one run of the program at their point."""
-    for name, mask in masks.items():
-        if name not in read:
-            raise ModelError(f"masks: the guide has no site '{name}'; its sites are: {', '.join(read)}")
-        if mask.dtype != torch.bool or mask.shape != read[name].mean.shape:
-            wanted = tuple(read[name].mean.shape)
-            raise ModelError(f"mask of site '{name}': expected a bool tensor of shape {wanted}, got {mask.dtype} of shape {tuple(mask.shape)}")
+    _check_masks(masks, {name: site.mean.shape for name, site in read.items()})
     bare = {name: site.masked(masks[name]) if name in masks else site for name, site in read.items()}
     values = {name: site.value(site.mean).detach().requires_grad_() for name, site in bare.items()}
     with Values(values) as run:

@@ -212,8 +212,8 @@ class Posterior:
             joint_up_to: real sites of 2 to so many entries get the covariance of their draws too, if there are at least ten draws for each entry (fewer
                 would make it too near to singular). Correlations between sites are not kept.
             chains: True: the samples are (chains, draws, ...), as of ``MCMC.get_samples(group_by_chain=True)``. False: they are (draws, ...). None: the same,
-                but refused where they may be chains: all shapes begin with the same (c, n), n ≥ 20, 1 < c < n, and c ≤ 32 or the means of the n columns differ
-                no more than those of draws of one number. An ensemble of few networks may have to say False.
+                but refused where they may be chains, or entries before draws: all shapes begin with the same (c, n), n ≥ 20, 1 < c < n, and c ≤ 32 or the means
+                of the n columns differ no more than those of draws of one number; or, for any c, far less. An ensemble of few may have to say False.
 
         Raises:
             ModelError: as `from_moments`, or there are fewer than two draws, an entry does not move, or the shapes may be those of chains.

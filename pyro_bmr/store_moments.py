@@ -81,8 +81,8 @@ def _check_origin(name: str, pair: tuple[str, str], store: Any, named: bool) -> 
     if loc.endswith(f"locs.{name}"):
         prefix = loc.removesuffix(f"locs.{name}")
         more = [key for key in store if any(key == f"{prefix}{kind}.{name}" or key.startswith(f"{prefix}{kind}.{name}.") for kind in _OTHERS)]
-        # AutoNormalMessenger and AutoRegressiveMessenger write the same names, without a prefix, and mean different things
-        if more or "AutoRegressiveMessenger" in prefix or (not prefix and not named):
+        # AutoNormalMessenger and AutoRegressiveMessenger write the same names, without a prefix or in a list below _guide, and mean different things
+        if more or (not named and (not prefix or prefix.endswith("_guide."))):
             raise ModelError(
                 f"site '{name}': '{loc}' and '{scale}' may be only part of its posterior in the guide that wrote them; read that guide with "
                 f"Posterior.from_guide{f' (it also keeps {more[0]})' if more else f', or say names={{{name!r}: {pair}}} if they are all of it'}"

@@ -34,6 +34,7 @@ MAYBE = {
     "many chains": {"w": normal(64, 1000, 2), "v": normal(64, 1000)},
     "the entries first": normal(3, 500),
     "many entries first": normal(40, 1000),
+    "more entries than draws": torch.linspace(-2, 2, 900)[:, None] + normal(900, 100),
 }
 
 

@@ -341,6 +341,10 @@ def test_a_guide_of_another_program_is_refused():
 
 def test_masks_that_fit_no_site():
     guide = guide_of(lambda s: w(dist.Normal(torch.zeros(2), 1.0)))
+    with pytest.raises(bmr.ModelError, match="guide: expected a Pyro guide"):
+        bmr.Posterior.from_guide(None, funnel)
+    with pytest.raises(bmr.ModelError, match=r"mask of site 'w': expected a bool tensor of shape \(2,\), got a bool tensor of shape \(3,\)"):
+        bmr.Posterior.from_guide(bmr.FullRank(funnel), funnel, masks={"w": torch.ones(3) > 0})
     for masks, words in (({"v": torch.ones(2) > 0}, "no site 'v'"), ({"w": torch.ones(2)}, "expected a bool tensor"), ({"w": torch.ones(1) > 0}, "shape")):
         with pytest.raises(bmr.ModelError, match=words):
             bmr.Posterior.from_guide(guide, funnel, masks=masks)
