@@ -22,6 +22,7 @@ from pyro_bmr.files import check_digests, digests, read_json, reading, replacing
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.reduction.collapse import collapse
 from pyro_bmr.reduction.correlations import pruned_site
+from pyro_bmr.reduction.multiplied import multiplied
 from pyro_bmr.reduction.targets import SiteReduction
 from pyro_bmr.reduction.wide_sums import wide_sum
 
@@ -114,7 +115,9 @@ class Reduction:
                 raise ReductionError(f"pattern '{pattern}' matches no reduced site; the reduced sites are: {', '.join(self.sites)}")
         taken = {name: result for name, result in self.sites.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
         groups = None if self.groups is None else {name: self.groups[name] for name in taken}
-        return self._of(taken, groups, self._of_no_site)
+        apart = multiplied(self.before, self.sites, self.groups)  # said again of the sites that were taken
+        more = [message for message in self._of_no_site if message not in apart]
+        return self._of(taken, groups, (*more, *(multiplied(self.before, taken, groups) if {*apart} & {*self.warnings} else ())))
 
     def then(self, second: Reduction) -> Reduction:
         """Both reductions as one, from the posterior before the first: gains add up, the masks are those after the second.

@@ -20,6 +20,7 @@ from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
 from pyro_bmr.reduction.correlations import pruned_site, rescaled_site
 from pyro_bmr.reduction.decisions import SearchMethod, decide, is_point_spike, pattern_masks
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
+from pyro_bmr.reduction.multiplied import multiplied
 from pyro_bmr.reduction.outcome import Reduction, cautions
 from pyro_bmr.reduction.search import greedy_search
 from pyro_bmr.reduction.slabs import with_slab
@@ -40,7 +41,8 @@ def reduce(
 ) -> Reduction:
     r"""What the evidence, the posterior and the set of living weights would be under the prior `to`; no new fit.
 
-    Warns (`PyroBMRWarning`, and `Reduction.warnings`) where a layer loses its units, and where ΔF is a sum over more weights than can be independent.
+    Warns (`PyroBMRWarning`, and `Reduction.warnings`) where a layer loses its units, where factors of a product are pruned apart, and where ΔF is a sum over
+    more weights than can be independent.
 
     Each weight's question is the point spike's: ΔF = ½ log(σ₀²/σ²) − ½ μ²/σ² for a prior N(0, σ₀²) and a posterior N(μ, σ²). The question of a group is whether
     all of it goes: its ΔF is the sum over its weights, or where the posterior has correlations (`Site.joint`) the joint density ratio log q(0) − log p(0).
@@ -128,7 +130,7 @@ def quiet_reduction(
             terms = len(labels[name].to(result.site.mean.device)[result.site.alive].unique())
         results[name] = replace(result, delta_f=total, site=site, terms=terms)
     after = replace(posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}})
-    return Reduction(results, after, posterior, labels, (*said, *cautions(posterior, results)))
+    return Reduction(results, after, posterior, labels, (*said, *multiplied(posterior, results, labels), *cautions(posterior, results)))
 
 
 def _rescaled(site: Site, to: Prior | None, result: SiteReduction) -> SiteReduction:
