@@ -131,6 +131,11 @@ def with_priors(
     values = {name: site.value(site.mean).detach().requires_grad_() for name, site in bare.items()}
     with Values(values) as run:
         program(*args, **kwargs)
+    if lacking := [name for name, msg in run.observed.items() if not msg["is_observed"]]:
+        raise ModelError(
+            f"site '{lacking[0]}' of the program is not in the guide, whose sites are: {', '.join(read)}; make the guide from this program, and give the "
+            "program its targets too, as in from_guide(guide, program, x, y)"
+        )
     sites = {}
     for name, msg in run.latent.items():
         base = base_distribution(msg["fn"])
