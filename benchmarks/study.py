@@ -21,7 +21,7 @@ import pandas as pd
 
 import pyro_bmr as bmr
 from pyro_bmr.comparison.results_folder import mean_and_spread
-from pyro_bmr.studies.cell_folder import read_json
+from pyro_bmr.studies.cell_folder import read_cell
 from pyro_bmr.studies.declaration import Study, declare
 from pyro_bmr.studies.report import results
 
@@ -67,7 +67,7 @@ def cells_of_the_page(name: str) -> pd.DataFrame:
 def with_those_before(declared: Study, before: pd.DataFrame, new: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """All rows, in the order of the declaration and with its labels; those of cells that are not declared any more go."""
     if not new.empty:
-        new = new.assign(commit=[read_json(folder / "cells" / cell / "config.json")["versions"].get("commit", "?") for cell in new["cell"]])
+        new = new.assign(commit=[read_cell(folder / "cells" / cell / "config.json")["versions"].get("commit", "?") for cell in new["cell"]])
     labels = {cell.slug: cell.label for cell in declared.cells}
     parts = [part for part in (before, new) if not part.empty]
     if not parts:

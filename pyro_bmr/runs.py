@@ -86,7 +86,8 @@ def save_run(fit: Fit, folder: str | Path, settings: Mapping[str, Any]) -> Run:
             state = fit.program.state_dict()
             write_atomically(stage / "network.safetensors", lambda path: save_tensors(state, path))
         settings = {"format": _FORMAT, **settings, "model_sha256": _digest(str(settings["model"])), "files": digests(stage)}
-        write_json(stage / "settings.json", finite(settings))
+        text = json.dumps(finite(settings), indent=1)
+        write_atomically(stage / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
     return Run(folder, settings, fit.posterior, {})
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import pyro_bmr as bmr
 from pyro_bmr import checkpoint_files, files, plots, runs
 from pyro_bmr.comparison import Settings, results_folder
 from pyro_bmr.exporting import deployment
+from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.files import locked, reading, replacing
 from pyro_bmr.reduction.gaussian import Diagonal
 from pyro_bmr.studies import cell_folder
@@ -388,3 +391,14 @@ def test_the_work_grows_as_the_number_of_sites(tmp_path):
         counts.append({name: calls_of(action) for name, action in actions.items()})
     grown = {name: counts[2][name] / counts[1][name] for name in counts[0]}
     assert max(grown.values()) < 4.4, grown
+
+
+@pytest.mark.parametrize("name", ["state_dict", "safetensors", "program"])
+def test_what_torch_writes_to_a_full_disk_is_an_error_too(name, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises((OSError, SafetensorError), match="too large"):
+            FORMATS[name].write(network(1.0), torch.ones(2, 2), tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

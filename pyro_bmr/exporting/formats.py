@@ -5,6 +5,7 @@ Owns `FORMATS`. Next: `deployment.py`.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ class Format:
 
 
 def _state_dict(net: nn.Module, example: Tensor, path: Path) -> None:
-    torch.save({name: t.detach().cpu() for name, t in net.state_dict().items()}, path)
+    made = io.BytesIO()  # torch's own writing to a file that is too large for its disk is a RuntimeError, or ends the process
+    torch.save({name: t.detach().cpu() for name, t in net.state_dict().items()}, made)
+    path.write_bytes(made.getbuffer())
 
 
 def _safetensors(net: nn.Module, example: Tensor, path: Path) -> None:
@@ -42,9 +45,11 @@ def _half(net: nn.Module, example: Tensor, path: Path) -> None:
 
 
 def _program(net: nn.Module, example: Tensor, path: Path) -> None:
+    made = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
-        torch.export.save(torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), path)  # type: ignore[arg-type]
+        torch.export.save(torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), made)  # type: ignore[arg-type]
+    path.write_bytes(made.getbuffer())
 
 
 def _onnx(net: nn.Module, example: Tensor, path: Path) -> None:
