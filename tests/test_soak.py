@@ -34,6 +34,8 @@ def tensors() -> int:
 def soak(fits: int, folder: Path) -> tuple[np.ndarray, list[int], list[bmr.Fit]]:
     """Resident bytes and living tensors after each fit, and the first and last fit of one kind."""
     memory, alive, kept = [], [], []
+    gc.collect()
+    gc.freeze()  # what was there before is not looked through after each fit
     for k in range(fits):
         checkpoint = folder / str(k % 8) if k % 8 < 4 and k < 8 else None
         done = bmr.fit(classifier(bmr.Gaussian()), blobs(300), epochs=6, batch_size=32, progress=False, checkpoint=checkpoint, **KINDS[k % 4])
@@ -43,6 +45,7 @@ def soak(fits: int, folder: Path) -> tuple[np.ndarray, list[int], list[bmr.Fit]]
         assert len(pyro.get_param_store()) == 0
         alive.append(tensors())
         memory.append(resident())
+    gc.unfreeze()
     return np.array(memory), alive, kept
 
 

@@ -54,7 +54,8 @@ def _costs(trained: Trained, data: Data, prediction: Prediction) -> dict[str, fl
 
 def step_ratio(trained: Trained, data: Data) -> float:
     """Seconds of the training a step over those of a step of plain training: the same network and as many rows, fused Adam, measured right after the training
-    on the machine as it is then. Reductions and all else that the training did between its steps are in it. NaN for what is no network."""
+    on the machine as it is then, for as long as the training took, a second at most. Reductions and all else that the training did between its steps are in
+    it. NaN for what is no network."""
     if trained.network is None or trained.history.empty:
         return math.nan
     net = copy.deepcopy(trained.network).train().requires_grad_(True)
@@ -70,7 +71,7 @@ def step_ratio(trained: Trained, data: Data) -> float:
         optimiser.step()
 
     with torch.random.fork_rng():
-        plain = latency(step, data.x_train, trained.batch_size, seconds=1.0) / 1e3
+        plain = latency(step, data.x_train, trained.batch_size, seconds=min(1.0, trained.seconds)) / 1e3
     steps = len(trained.history) * float(trained.history["step"].iloc[0])
     return trained.seconds / steps / plain
 
