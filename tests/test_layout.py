@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY, MODELS = ROOT / "pyro_bmr", ROOT / "models"
 FORMULAS = (
     "ratios", "gaussian", "dense", "low_rank", "matrix_normal", "natural_form", "discrete_form", "exponential_family",
-    "spike_and_slab", "line_search", "scale_mixture", "relevance", "quadrature", "monte_carlo",
+    "spike_and_slab", "line_search", "mixture_nodes", "scale_mixture", "laplace", "relevance", "adaptive", "quadrature", "monte_carlo",
     "groups", "states", "search",
 )  # fmt: skip
 ORDER = [

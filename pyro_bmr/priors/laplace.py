@@ -5,6 +5,7 @@ Owns `Laplace`. Next: `student_t.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,6 +14,7 @@ import numpy as np
 import pyro.distributions as dist
 from torch import Tensor
 
+from pyro_bmr.errors import ModelError
 from pyro_bmr.priors.layer_scale import check_scale, log_half_cauchy, number, sample_scaled
 from pyro_bmr.priors.mixing import mixing_grid
 
@@ -48,10 +50,22 @@ class Laplace:
         scale = w.new_tensor(number(self))
         return dist.Laplace(scale.new_zeros(()), scale).log_prob(w)
 
-    def mixture(self, scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Variances 2b²E with E ~ Exponential(1), and their log weights; b = `scale`, or the prior's own number."""
-        nodes, log_weights = mixing_grid(lambda u: u - np.exp(u), -45.0, 6.4, 0.2)
-        return 2 * number(self, scale) ** 2 * np.exp(nodes), log_weights
+    def mixture(self, scale: float | None = None, together: int = 1, reach: float = 1e4) -> tuple[np.ndarray, np.ndarray]:
+        """Variances 2b²E with E ~ Exponential(1), and their log weights; b = `scale`, or the prior's own number.
+
+        A weight of size w has its √v near √(w b), to within b: the nodes are equidistant in log √v below b, in √v above, as far as weights of size
+        `reach` · b need; a reduction warns of weights beyond. `together`: how many weights share v, whose posterior is as narrow as 1/√(2n) in log √v. A weight
+        by itself has a closed form, `reduction/laplace.py`, which `reduce` takes.
+
+        Raises:
+            ModelError: a million nodes would not be enough.
+        """
+        low, high, step = -23.0, math.sqrt(reach) + 9.0, 0.25 / math.sqrt(together)
+        if not high - low < 1e6 * step:
+            raise ModelError(f"Laplace.mixture: {together} weights that share a variance, {reach:.3g} times as large as b, need more than a million nodes")
+        root = lambda u: np.logaddexp(0.0, u)  # noqa: E731  # √v in units of b: eᵘ below 1, u above
+        nodes, log_weights = mixing_grid(lambda u: np.log(root(u)) - 0.5 * root(u) ** 2 - np.logaddexp(0.0, -u), low, high, step)
+        return (number(self, scale) * root(nodes)) ** 2, log_weights
 
     @property
     def log_hyper(self) -> Callable[[float], float]:

@@ -54,12 +54,15 @@ class StudentT:
         scale = w.new_tensor(number(self))
         return dist.StudentT(scale.new_tensor(self.df), scale.new_zeros(()), scale).log_prob(w)
 
-    def mixture(self, scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Variances s²/g with g ~ Gamma(ν/2, ν/2), and their log weights; s = `scale`, or the prior's own number."""
+    def mixture(self, scale: float | None = None, together: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Variances s²/g with g ~ Gamma(ν/2, ν/2), and their log weights; s = `scale`, or the prior's own number. Right for weights up to 10¹⁰ s.
+
+        `together`: how many weights share g, whose posterior is as narrow as √(2/(ν + n)) in its logarithm.
+        """
         half = self.df / 2
-        step = min(0.25, 0.6 / math.sqrt(half))  # log g has a standard deviation of about 1/√half
-        low, high = -42.0 / half - 12 / math.sqrt(half), math.log1p(60 / half)  # g is below and above with probability < 1e-18
-        nodes, log_weights = mixing_grid(lambda u: half * (u - np.exp(u)), low, high, step)
+        step = min(0.25, 0.6 / math.sqrt(half + (together - 1) / 2))
+        low = max(min(-42.0 / half - 12 / math.sqrt(half), -60.0), -600.0)  # g is below with probability < 1e-18, or as far out as floats allow
+        nodes, log_weights = mixing_grid(lambda u: half * (u - np.exp(u)), low, math.log1p(60 / half), step)
         return number(self, scale) ** 2 * np.exp(-nodes), log_weights
 
     @property

@@ -9,6 +9,7 @@ looked for in this order. For a rule of your own register the class with `reduce
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.posterior import Posterior
-from pyro_bmr.priors import Gaussian, Horseshoe, Prior, ScaleMixture, SpikeAndSlab
-from pyro_bmr.reduction.gaussian import Diagonal, delta_f, message, number, point_spike_delta_f, reduced_posterior
+from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, ScaleMixture, SpikeAndSlab, StudentT
+from pyro_bmr.reduction.gaussian import Diagonal, Message, delta_f, message, number, point_spike_delta_f, reduced_posterior
+from pyro_bmr.reduction.laplace import laplace_reduction
 from pyro_bmr.reduction.living import Living, Reduced, living_part
 from pyro_bmr.reduction.quadrature import density_reduction
 from pyro_bmr.reduction.relevance import best_var
-from pyro_bmr.reduction.scale_mixture import best_scale, grouped_reduction, scale_mixture_reduction
+from pyro_bmr.reduction.scale_mixture import Mixture, best_scale, grouped_reduction, scale_mixture_reduction
 from pyro_bmr.reduction.slabs import spike_and_slab, with_slab
 from pyro_bmr.site import Site
 
@@ -163,30 +165,63 @@ def _(to: Horseshoe, living: Living) -> Reduced:
     return _scale_mixture(to, living, shared, by_row=to.tiers == ("unit", "weight"))
 
 
+@reduced.register
+def _(to: Laplace, living: Living) -> Reduced:
+    """In closed form; groups share one variance, by quadrature over it."""
+    if living.groups is not None:
+        return _scale_mixture(to, living)
+    data = _message_from_zero(to, living)
+    gain = lambda data, var, scale: laplace_reduction(data, var, scale).delta_f  # noqa: E731
+    found = hasattr(to, "log_hyper") and len(data.h)
+    scale = float(best_scale(data, living.p.var, to.mixture, to.log_hyper, gain=gain)) if found else None
+    b = to.scale if scale is None else scale
+    result = laplace_reduction(data, living.p.var, 1.0 if isinstance(b, str) else b)  # a site without weights has no scale to find
+    return Reduced(float(result.delta_f.sum(dtype=torch.float64)), result.log_odds, Diagonal(result.mean, result.var), None, scale)
+
+
+def _message_from_zero(to: Any, living: Living) -> Message:
+    if bool((living.p.mean != 0).any()):
+        raise ReductionError(f"a reduction to {type(to).__name__} needs a prior of mean 0 in the fit")
+    return message(living.q, living.p)
+
+
 def _scale_mixture(to: ScaleMixture, living: Living, shared: Tensor | None = None, by_row: bool = False) -> Reduced:
     """A weight goes when κ > ½. The global scale is that of the best evidence where the prior has a `log_hyper`, else its own.
 
     `shared`: the group of each weight that has one local scale; groups that were asked for come before it. `by_row`: a global scale for each row.
     """
     q, p = living.q, living.p
-    if bool((p.mean != 0).any()):
-        raise ReductionError(f"a reduction to {type(to).__name__} needs a prior of mean 0 in the fit")
-    data = message(q, p)
+    data = _message_from_zero(to, living)
     groups = shared if living.groups is None else living.groups
+    mixture = to.mixture if groups is None else _grouped_mixture(to, data, groups)
     scale, scales, rows = None, None, None
     if hasattr(to, "log_hyper") and len(q.mean):
         rows = living.rows if groups is None and by_row else None
-        found = best_scale(data, p.var, to.mixture, to.log_hyper, rows, groups)
+        found = best_scale(data, p.var, mixture, to.log_hyper, rows, groups)
         scale, scales = float(found.median()), None if rows is None else found
     if groups is not None:
-        result = grouped_reduction(data, p.var, *to.mixture(scale), groups)
+        result = grouped_reduction(data, p.var, *mixture(scale), groups)
     elif scales is not None:
         by_tau = [to.mixture(s) for s in scales.tolist()]
         result = scale_mixture_reduction(data, p.var, [v for v, _ in by_tau], [w for _, w in by_tau], rows)
     else:
-        result = scale_mixture_reduction(data, p.var, *to.mixture(scale))
+        result = scale_mixture_reduction(data, p.var, *mixture(scale))
     total = float(result.delta_f.sum(dtype=torch.float64))
     return Reduced(total, result.log_odds, Diagonal(result.mean, result.var), None, scale, scales)  # not Gaussian any more: reduce again from the fit
+
+
+def _grouped_mixture(to: ScaleMixture, data: Message, groups: Tensor) -> Mixture:
+    """The mixture of a prior with nodes as close as the largest group needs; a prior of the user's own may have one grid for all."""
+    if not isinstance(to, (Horseshoe, Laplace, StudentT)) or not len(groups):
+        return to.mixture
+    together = int(torch.bincount(groups).max())
+    if not isinstance(to, Laplace):
+        return lambda scale: to.mixture(scale, together)
+    informed = data.precision > 0
+    m = torch.where(informed, data.h / data.precision, 0).double()
+    size, nats = (float(torch.zeros(int(groups.max()) + 1, dtype=torch.float64, device=m.device).index_add_(0, groups, x).max()) for x in (m**2, m * data.h))
+    # e^−E weighs the variance 2b²E: the best is below ½√Σm²/b, and below what all nats that the data have could pay for
+    return lambda scale: to.mixture(scale, together, min(math.sqrt(size) / (to.scale if scale is None else scale), nats + 90))
 
 
 def _density(to: Any, living: Living) -> Reduced:
