@@ -1,24 +1,30 @@
 r"""Reduction of Gaussian weights to any prior whose density can be written down, per weight, by quadrature over the weight itself.
 
 Owns `density_reduction`. Imports torch and numpy only. It is the slow and general way: a scale mixture of Gaussians is better served by
-`scale_mixture.py`, a prior of several weights together by `monte_carlo.py`.
+`scale_mixture.py`, a Laplace by `laplace.py`, a prior of several weights together by `monte_carlo.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
+from pyro_bmr.reduction.adaptive import Panels, integrals, summits
 from pyro_bmr.reduction.gaussian import Diagonal
 
-_CHUNK = 1 << 9  # weights at once: 900 nodes each
-_NEAR = np.concatenate([np.arange(0.0, 8.5, 0.5), 2.0 ** np.arange(4, 17)])  # in posterior standard deviations from the posterior mean
+_CHUNK = 1 << 9  # weights at once: some 1,000 points each
+_NEAR = np.concatenate([np.arange(0.0, 9.0), 2.0 ** np.arange(4, 17)])  # in posterior standard deviations from the posterior mean
 _ZERO = np.concatenate([[0.0], 2.0 ** np.arange(-20, 17)])  # the same from zero, where priors have their kinks
+_AROUND = 2.0 ** np.arange(-2, 9)  # from a summit, in its own width
+_SCAN = 2.0 ** np.arange(-100, 100.5, 0.5)  # where a density is looked for, on both sides of zero
+_EVEN = 16_385  # points over the posterior means
+_MOST_SUMMITS = 64
+_OFF = 1e-5  # how far from 1 the integral of a density may come out
 
 
 class DensityReduction(NamedTuple):
@@ -34,34 +40,111 @@ def density_reduction(posterior: Diagonal, prior: Diagonal, log_prob: Callable[[
 
     .. math:: \Delta F = \log \int \frac{q(w)}{p(w)}\, \tilde p(w)\, dw
 
-    Gauss–Legendre rules of six points between breakpoints that close in on zero, down to 10⁻⁶ posterior standard deviations, and surround the posterior
-    mean; out to 65,000 standard deviations. A density with kinks elsewhere than at zero loses digits. A weight whose posterior is wider than its
-    prior has ΔF = 0 and the moments of p̃. In float64 whatever the dtype of the moments.
+    The summits of p̃ are looked for first, on a grid of half octaves from zero and an even one over the posterior means, and its integral must come out as 1:
+    a density too narrow or too far away to be seen is refused, and so is one that is not normalised. Then Gauss–Legendre rules of six points between
+    breakpoints that close in on zero, on the summits and on the posterior mean of each weight, halved until they settle: kinks, jumps and bounds are found.
+    A weight whose posterior is wider than its prior has ΔF = 0 and the moments of p̃. In float64 whatever the dtype of the moments, if `log_prob` takes it.
 
     Raises:
-        ReductionError: `log_prob` does not give a density for each weight.
+        ReductionError: `log_prob` does not give a density for each weight, of integral 1.
     """
-    shape = posterior.mean.shape
-    columns = [t.expand(shape).reshape(-1).split(_CHUNK) for t in (posterior.mean, posterior.var, prior.mean, prior.var)]
-    parts = [_chunk(m, s2, eta, v0, log_prob) for m, s2, eta, v0 in zip(*columns, strict=True)] or [(posterior.mean.reshape(-1),) * 3]
-    return DensityReduction(*(torch.cat(column).view(shape).to(posterior.mean.dtype) for column in zip(*parts, strict=True)))
+    shape, dtype = posterior.mean.shape, posterior.mean.dtype
+    columns = [t.expand(shape).reshape(-1).double() for t in (posterior.mean, posterior.var, prior.mean, prior.var)]
+    if not len(columns[0]):
+        return DensityReduction(*(posterior.mean.clone() for _ in range(3)))
+    density = _Density(log_prob, dtype)
+    edges = _edges_of(density, columns[0], columns[1])
+    parts = [_chunk(*part, density, edges) for part in zip(*(c.split(_CHUNK) for c in columns), strict=True)]
+    return DensityReduction(*(torch.cat(column).view(shape).to(dtype) for column in zip(*parts, strict=True)))
 
 
-def _chunk(mean: Tensor, var: Tensor, prior_mean: Tensor, prior_var: Tensor, log_prob: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    mu, s2, eta, v0 = (t.double()[:, None] for t in (mean, var, prior_mean, prior_var))
-    near, zero = (torch.as_tensor(np.concatenate([-side[:0:-1], side]), device=mu.device) for side in (_NEAR, _ZERO))
-    breaks = torch.cat([mu + s2.sqrt() * near, s2.sqrt() * zero], 1).sort(1).values
-    x, weight = (torch.as_tensor(a, device=mu.device) for a in np.polynomial.legendre.leggauss(6))
-    half = (breaks[:, 1:] - breaks[:, :-1])[..., None] / 2
-    w = (breaks[:, :-1, None] + half * (1 + x)).flatten(1)
-    log_weight = (half * weight).log().flatten(1)
-    log_density = log_prob(w.to(mean.dtype)).double()
-    if log_density.shape != w.shape or bool(log_density.isnan().any()):
-        raise ReductionError(f"log_prob must give one number for each weight; for shape {tuple(w.shape)} it gave {tuple(log_density.shape)} or NaN")
-    said = 0.5 * (v0 / s2).log() - 0.5 * (w - mu).square() / s2 + 0.5 * (w - eta).square() / v0  # log q − log p
-    terms = log_weight + log_density + said.masked_fill(s2 >= v0, 0.0)
-    delta_f = terms.logsumexp(1)
-    p = (terms - delta_f[:, None]).exp()
-    reduced = (p * w).sum(1)
-    silent = (s2 >= v0)[:, 0]
-    return delta_f.masked_fill(silent, 0.0), reduced, (p * (w - reduced[:, None]).square()).sum(1)
+class _Density:
+    """`log_prob` with its answers checked, in float64; in `dtype` if it takes no other."""
+
+    def __init__(self, log_prob: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+        self.log_prob, self.dtype = log_prob, dtype
+        self.takes: torch.dtype | None = None
+
+    def __call__(self, owner: Any, w: Tensor) -> Tensor:
+        value = self._value(w)
+        if value.shape != w.shape or bool(value.isnan().any()):
+            raise ReductionError(f"log_prob must give one number for each weight; for shape {tuple(w.shape)} it gave {tuple(value.shape)} or NaN")
+        value = value.double()
+        return value.masked_fill(value == torch.inf, -torch.inf)  # a pole, at one point
+
+    def _value(self, w: Tensor) -> Tensor:
+        try:
+            if self.takes is None:
+                try:
+                    value, self.takes = self.log_prob(w), w.dtype
+                except (RuntimeError, TypeError):
+                    value, self.takes = self.log_prob(w.to(self.dtype)), self.dtype
+                return value
+            return self.log_prob(w.to(self.takes))
+        except ValueError as error:
+            raise ReductionError(
+                f"log_prob must take any real number; it raised: {str(error).splitlines()[0]}; outside of its support a density is -inf, as that of a torch "
+                "distribution with validate_args=False"
+            ) from error
+
+
+def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
+    """Breakpoints that resolve p̃: around its summits, if its integral over all octaves comes out as 1."""
+    far, wide = mean.abs().max(), var.max().sqrt()
+    side = torch.as_tensor(_SCAN, device=mean.device)
+    even = torch.linspace(float(mean.min() - 8 * wide), float(mean.max() + 8 * wide), _EVEN, dtype=torch.float64, device=mean.device)
+    x = torch.cat([-side, side.new_zeros(1), side, even]).unique()
+    value = density(None, x[None])[0]
+    inner = value[1:-1]
+    lower = torch.minimum(value[:-2], value[2:]) < inner - 1e-6 * (1 + inner.abs())  # and no rounding
+    local = ((inner >= value[:-2]) & (inner >= value[2:]) & (inner > -torch.inf) & lower).nonzero()[:, 0]
+    local = local[inner[local].argsort(descending=True)[:_MOST_SUMMITS]]
+    at, best, width = summits(density, torch.zeros_like(local), x[local].clone(), x[local + 2].clone())
+    around = torch.as_tensor(np.concatenate([-_AROUND[::-1], [0.0], _AROUND]), device=mean.device)
+    edges = (at[:, None] + width[:, None] * around).flatten()
+    octaves = side[::2]
+    panels = Panels.between(torch.cat([edges, -octaves, octaves.new_zeros(1), octaves, even[[0, -1]]]).unique()[None])
+    peak = torch.cat([value, best]).max()
+    whole = 0.0 if float(peak) == -torch.inf else float(integrals(density, panels, peak[None], octaves.new_zeros(1))[0, 0] * peak.exp())
+    if not abs(whole - 1) <= _OFF:
+        raise ReductionError(
+            f"the density of a reduced prior must integrate to 1; the integral of exp(log_prob) came out as {whole:.6g}; normalise it, and if it is so already, "
+            f"it is too narrow to be found between {float(-far - 8 * wide):.3g} and {float(far + 8 * wide):.3g}: give it a width of a thousandth of that, or a "
+            "Gaussian by mean and var"
+        )
+    return edges
+
+
+def _chunk(mean: Tensor, var: Tensor, prior_mean: Tensor, prior_var: Tensor, density: _Density, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    silent = var >= prior_var
+    mu, s2, eta, v0 = (t[:, None] for t in (mean, var, prior_mean, prior_var))
+
+    near, zero, around = (torch.as_tensor(np.concatenate([-side[::-1], side]), device=mu.device) for side in (_NEAR, _ZERO, _AROUND))
+    precision, shift = (v0 - s2) / s2 / v0, mu - eta
+
+    def log_f(owner: Tensor, w: Tensor) -> Tensor:
+        """log q − log p + log p̃ in nats; where q and p are nearly the same, without the difference of their exponents."""
+        m, s, e, v = mu[owner], s2[owner], eta[owner], v0[owner]
+        apart = 0.5 * (w - e).square() / v - 0.5 * (w - m).square() / s
+        together = (w - e) * (shift[owner] / s - 0.5 * precision[owner] * (w - e)) - 0.5 * shift[owner].square() / s
+        said = 0.5 * (v / s).log() + torch.where(2 * s > v, together, apart)
+        return density(owner, w) + said.masked_fill(silent[owner][:, None], 0.0)
+
+    own = torch.cat([mu + s2.sqrt() * near, s2.sqrt() * zero, edges.expand(len(mean), -1)], 1).sort(1).values
+    index = torch.arange(len(mean), device=mean.device)
+    values = log_f(index, own)
+    top, last = values.argmax(1, keepdim=True), own.shape[1] - 1
+    bracket = (own.gather(1, (top + step).clamp(0, last))[:, 0] for step in (-1, 1))
+    at, best, width = summits(log_f, index, *bracket)
+    # between two places as low as this the message, which bends by 1/σ², cannot rise to anything
+    far = torch.maximum(values[:, 1:], values[:, :-1]) < best[:, None] - 60 - (own[:, 1:] - own[:, :-1]).square() / (8 * s2)
+    own = (
+        torch.cat(
+            [own[:, 1:-1].masked_fill(far[:, 1:] & far[:, :-1], torch.nan), own[:, :1], own[:, -1:], at[:, None], at[:, None] + width[:, None] * around], 1
+        )
+        .sort(1)
+        .values
+    )
+    mass, first, second = integrals(log_f, Panels.between(own), best, at).unbind(1)
+    away = first / mass
+    return (best + mass.log()).masked_fill(silent, 0.0), at + away, (second / mass - away.square()).clamp(min=0)

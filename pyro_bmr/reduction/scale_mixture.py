@@ -88,7 +88,9 @@ def scale_mixture_reduction(data: Message, prior_var: Tensor, variances: Any, lo
     out = [torch.empty(shape, dtype=data.h.dtype, device=data.h.device) for _ in range(4)]
 
     def fill(k: int) -> None:
-        for whole, value in zip(out, _silenced(_chunk(columns[0][k], columns[1][k], columns[2][k], nodes, rows[k]), columns[1][k], nodes, rows[k]), strict=True):
+        for whole, value in zip(
+            out, _silenced(_chunk(columns[0][k], columns[1][k], columns[2][k], nodes, rows[k]), columns[1][k], nodes, rows[k]), strict=True
+        ):
             whole.view(-1)[k * _CHUNK : (k + 1) * _CHUNK] = value
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # torch's own threads gain nothing on arrays that fit a cache
