@@ -5,6 +5,8 @@ Owns `best_temperature` and `best_widening`. Next: `metrics.py`.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +14,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyro_bmr.errors import DataError, PyroBMRWarning
+from pyro_bmr.fit_arguments import check_labels
 from pyro_bmr.isolation import isolated
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import predict
 from pyro_bmr.reduction.line_search import line_maximum
+
+_COLDEST, _HOTTEST = 0.05, 20.0
 
 
 @isolated()
 def best_temperature(logits: Tensor, y: Tensor) -> float:
     r"""The T > 0 with the least mean cross entropy of softmax(logits / T), between 0.05 and 20.
 
-    The cross entropy is convex in 1/T, so that it has one minimum. Source: Guo et al. 2017, arXiv 1706.04599.
+    The cross entropy is convex in 1/T, so that it has one minimum; where that is at an end of the range, a `PyroBMRWarning` says so. A class may be impossible,
+    with the logit −∞, unless it is the label. Source: Guo et al. 2017, arXiv 1706.04599.
+
+    Raises:
+        DataError: logits are NaN or +∞, a label is out of range or impossible, or there are no rows.
     """
-    logits = logits.double()
-    return _least(lambda temperature: float(F.cross_entropy(logits / temperature, y.long())), 0.05, 20.0, 1e-4)
+    check_labels(logits, y, "logits")
+    logits, y = logits.double(), y.to(logits.device).long()
+    bad = logits.isposinf().any(1) | logits.gather(1, y[:, None])[:, 0].isneginf()
+    if bool(bad.any()):
+        raise DataError(f"logits must be below +inf, and that of the label finite; first in row {int(bad.nonzero()[0])} they are not, at any temperature")
+    best = _least(lambda temperature: float(F.cross_entropy(logits / temperature, y)), _COLDEST, _HOTTEST, 1e-4)
+    if not 1.001 * _COLDEST < best < _HOTTEST / 1.001:
+        warnings.warn(
+            f"the best temperature, {best:.4g}, is at an end of the search from {_COLDEST} to {_HOTTEST}: the rows do not say how bold the logits may be, "
+            "as when none is wrong; give more rows, or rows that were not trained on",
+            PyroBMRWarning,
+            stacklevel=3,
+        )
+    return best
 
 
 @isolated(autocast=True)
@@ -44,16 +66,24 @@ def best_widening(
         draws, seed: as for `predict`. Up to 20 predictions are made.
 
     Raises:
+        DataError: `rows` is no pair of tensors, `most` no finite number above 1, or the likelihood of the rows is NaN.
         DataError, ModelError: as `predict`; or a site's draws follow those of its scales (`Posterior.widened`).
 
     Example:
         >>> factor = bmr.best_widening(fit.program, fit.posterior, (x_held, y_held))
         >>> prediction = bmr.predict(fit.program, fit.posterior.widened(factor), x_test)
     """
+    if not (isinstance(rows, (tuple, list)) and len(rows) == 2):
+        raise DataError(f"rows: a pair (x, y) of tensors is wanted, got {type(rows).__name__}")
+    if isinstance(most, bool) or not isinstance(most, (int, float)) or not 1 < most < math.inf:
+        raise DataError(f"most={most!r}: a finite number above 1 is wanted")
     x, y = rows
 
     def nll(factor: float) -> float:
-        return -float(predict(program, posterior.widened(factor), x, draws=draws, seed=seed).log_prob(y).mean())
+        value = -float(predict(program, posterior.widened(factor), x, draws=draws, seed=seed).log_prob(y).double().mean())
+        if math.isnan(value):
+            raise DataError(f"the log likelihood of the held-out rows is NaN with variances {factor:.3g} times as large; look for NaN in x and y")
+        return value
 
     return _least(nll, 1 / most, most, 0.05)
 

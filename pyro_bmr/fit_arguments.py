@@ -83,14 +83,14 @@ def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
                     raise DataError(f"{where}: {name} is NaN or infinite, first in row {first + int(bad[0])}; drop or impute such rows")
 
 
-def check_labels(probs: Tensor, y: Tensor) -> None:
+def check_labels(probs: Tensor, y: Tensor, name: str = "probs") -> None:
     """Raises DataError unless `probs` is (rows, classes), of at least one row, without NaN, and y the class of each row."""
-    for name, value in (("probs", probs), ("y", y)):
-        check_tensor(value, name)
-    if probs.ndim != 2 or y.shape != probs.shape[:1] or len(y) == 0:
-        raise DataError(f"probs of shape {tuple(probs.shape)} and y {tuple(y.shape)}; (rows, classes) and (rows,) are wanted, one row at least")
+    for role, value in ((name, probs), ("y", y)):
+        check_tensor(value, role)
+    if probs.ndim != 2 or y.shape != probs.shape[:1] or probs.numel() == 0:
+        raise DataError(f"{name} of shape {tuple(probs.shape)} and y {tuple(y.shape)}; (rows, classes) and (rows,) are wanted, one row at least")
     if bool(probs.isnan().any()):
-        raise DataError(f"probs is NaN, first in row {int(probs.isnan().any(1).nonzero()[0])}")
+        raise DataError(f"{name} is NaN, first in row {int(probs.isnan().any(1).nonzero()[0])}")
     wrong = (y < 0) | (y >= probs.shape[1]) | (y != y.long())
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])

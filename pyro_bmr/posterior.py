@@ -113,8 +113,9 @@ class Posterior:
         Raises:
             ModelError: `factor` is not a number ≥ 0, or a site's draws follow those of its scales (`ScaleCoupled`).
         """
-        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-            raise ModelError(f"widened({factor!r}): a finite number >= 0 is wanted")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            got = repr(factor) if isinstance(factor, (int, float, str)) else f"a {type(factor).__name__}"
+            raise ModelError(f"widened({got}): a finite number >= 0 is wanted; of a tensor give its .item()")
         if coupled := [name for name, site in self.sites.items() if site.message is not None]:
             raise ModelError(f"site '{coupled[0]}': its draws follow those of its scales (ScaleCoupled) and have no variance of their own to widen")
         return replace(self, sites={name: site.widened(factor) for name, site in self.sites.items()})

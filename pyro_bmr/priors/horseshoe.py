@@ -167,8 +167,8 @@ class Horseshoe:
         r"""Variances and log weights of p(w) ≈ Σ_k w_k N(w; 0, v_k) given the product `scale` of all scales but one half-Cauchy λ (default `tau0`).
 
         With t = log λ the half-Cauchy has the density sech(t)/π, smooth and with exponential tails, so the trapezoid rule converges exponentially; t from −32
-        to 44, so that neither a posterior near zero that is 10¹³ times as narrow as τ nor a weight 10¹⁵ times as large is beyond the nodes. `together`: how many
-        weights share λ, whose posterior is as narrow as 1/√(2n) in t.
+        to 44, so that neither a posterior near zero that is 10¹³ times as narrow as τ nor a weight 10¹⁵ times as large is beyond the nodes. `together`: how
+        many weights share λ, whose posterior is as narrow as 1/√(2n) in t.
         """
         t = np.arange(-32.0, 44.0, 0.23 / math.sqrt(together))
         psi = (self.tau0 if scale is None else scale) ** 2 * np.exp(2 * t)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.reduction.gaussian import Message
+from pyro_bmr.reduction.mixture_nodes import check_message
 from pyro_bmr.reduction.scale_mixture import ScaleMixtureReduction
 
 _CHUNK = 1 << 15
@@ -34,11 +35,15 @@ def laplace_reduction(data: Message, prior_var: Tensor, scale: Tensor | float) -
     with J₀ the Mills ratio √(π/2) erfcx(x/√2), and p₊ the probability of a positive weight: κ is the force of the prior, 1/b by the sign, as a share of the
     force of the data. In double precision inside. A weight whose posterior is wider than its prior (L ≤ 0) has ΔF = 0, κ = 1 and the moments of the Laplace.
 
+    Raises:
+        ReductionError: the message is not finite.
+
     Source: the posterior of the Bayesian lasso (Park & Casella 2008, JASA 103(482); Hans 2009, Biometrika 96(4)) for one weight.
 
     Example:
         >>> laplace_reduction(data, ones(2), 0.3).kappa
     """
+    check_message(data)
     shape, dtype = data.h.shape, data.h.dtype
     rate = 1 / torch.as_tensor(scale, dtype=torch.float64, device=data.h.device)
     columns = [t.expand(shape).reshape(-1).split(_CHUNK) for t in (data.h, data.precision, prior_var)]
@@ -46,7 +51,8 @@ def laplace_reduction(data: Message, prior_var: Tensor, scale: Tensor | float) -
     out = [torch.empty(shape, dtype=dtype, device=data.h.device) for _ in range(4)]
 
     def fill(k: int) -> None:
-        for whole, value in zip(out, _chunk(*(c[k].double() for c in columns), rates[k]), strict=True):
+        h, precision, var = (c[k].double() for c in columns)
+        for whole, value in zip(out, _chunk(h, precision, var, rates[k]), strict=True):
             whole.view(-1)[k * _CHUNK : (k + 1) * _CHUNK] = value
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

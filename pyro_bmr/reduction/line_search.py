@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_bmr.errors import ReductionError
+
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -20,9 +22,16 @@ def line_maximum(objective: Callable[[Tensor], Tensor], low: Tensor, high: Tenso
 
     `objective` takes and gives tensors of the shape of `low`. It may have several maxima if each is wider than the spacing of the scan,
     (high − low)/(points − 1); the highest is taken. Source of the search: Kiefer 1953, Proc. AMS 4(3).
+
+    Raises:
+        ReductionError: the objective is NaN somewhere, or nowhere above −∞.
     """
     step = (high - low) / (points - 1)
     values = torch.stack([objective(low + k * step) for k in range(points)])
+    if bool(values.isnan().any() | (values.amax(0) == -torch.inf).any()):
+        raise ReductionError(
+            f"a maximum is looked for where the objective is NaN at {int(values.isnan().sum())} of {values.numel()} places, or nowhere above -inf"
+        )
     best = values.argmax(0)
     left, right = low + (best - 1).clamp(min=0) * step, low + (best + 1).clamp(max=points - 1) * step
     a, b = right - _GOLDEN * (right - left), left + _GOLDEN * (right - left)

@@ -1,6 +1,6 @@
 r"""The nodes of a scale mixture Σ_k w_k N(0, v_k), as far as given weights can tell them apart.
 
-Owns `mixture_nodes`, `unit_of`, `check_end` and `warn_of_end`. Imports torch and numpy only. Next: `scale_mixture.py`.
+Owns `mixture_nodes`, `unit_of`, and the warnings of a grid that ends too early. Imports torch and numpy only. Next: `scale_mixture.py`.
 """
 
 from __future__ import annotations
@@ -55,13 +55,19 @@ def mixture_nodes(variances: Any, log_weights: Any, data: Message, scale_groups:
     v, log_w = v.gather(-1, order), log_w.gather(-1, order)
     total_var = (log_w.exp() * v).sum(-1)
     keep = _reached(v, log_w, reach, _TAIL.get(data.h.dtype, 1e-10)) if reach > 0 else v.shape[-1]
-    open_end = keep == v.shape[-1] > _FINITE_MIXTURE and bool(_GRID_GAP[0] < (v[..., -1] / v[..., -2]).max().log() < _GRID_GAP[1])
+    open_end = keep == v.shape[-1] and is_open_grid(v)
     v, log_w = v[..., :keep], log_w[..., :keep]
     if v.numel():
         v, log_w = _merged(v, log_w, data, sharpest)
     if scale_groups is not None:
         v, log_w = v.mT.contiguous(), log_w.mT.contiguous()
-    return Nodes(*(t.to(data.h.device) for t in (v, log_w, total_var)), open_end)
+    device = data.h.device
+    return Nodes(v.to(device), log_w.to(device), total_var.to(device), open_end and len(v) > 1)
+
+
+def is_open_grid(v: Tensor) -> bool:
+    """Whether variances, in order, look like the grid of a continuous prior that ends: many of them, the last two neither far apart nor at a slab's width."""
+    return v.shape[-1] > _FINITE_MIXTURE and bool(_GRID_GAP[0] < (v[..., -1] / v[..., -2]).max().log() < _GRID_GAP[1])
 
 
 def _extent(data: Message, groups: Tensor | None) -> tuple[float, float]:
@@ -74,10 +80,7 @@ def _extent(data: Message, groups: Tensor | None) -> tuple[float, float]:
         size = float(h.abs().max())
         sharpest = max(sharpest, float(precision.masked_fill(~informed, 0.0).max()), size * size if size < 1e150 else math.inf)
         if not math.isfinite(sharpest):
-            raise ReductionError(
-                f"the message of the data must be finite; got {int((~data.h.isfinite()).sum())} h and {int((~data.precision.isfinite()).sum())} precisions "
-                "that are not; a posterior as narrow as that needs float64, or is a point estimate"
-            )
+            check_message(data)
         reach = ((h * (h / precision)) + 1) / precision
         if total is None:
             farthest = max(farthest, float(reach.max()))
@@ -85,6 +88,16 @@ def _extent(data: Message, groups: Tensor | None) -> tuple[float, float]:
             assert groups is not None
             total.index_add_(0, groups[start : start + len(h)], reach.double())
     return sharpest, farthest if total is None or not len(total) else float(total.max())
+
+
+def check_message(data: Message) -> None:
+    """Raises a ReductionError unless it is finite."""
+    bad = [int((~t.isfinite()).sum()) for t in data]
+    if any(bad):
+        raise ReductionError(
+            f"the message of the data must be finite; got {bad[0]} h and {bad[1]} precisions that are not; a posterior as narrow as that needs float64, or "
+            "is a point estimate"
+        )
 
 
 def _pieces(data: Message) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -138,7 +151,7 @@ def check_end(delta_f: Tensor, data: Message, prior_var: Tensor, nodes: Nodes, r
     h, precision = (t.double().masked_fill(data.precision <= 0, 0.0) for t in data)
     full, wide = 1 + prior_var.double() * precision, 1 + v * precision
     share = log_w + 0.5 * (full / wide).log() + 0.5 * (h / full) * (h * ((v - prior_var.double()) / wide)) - delta_f.double()
-    warn_of_end(int((share > math.log(END)).sum()), h.numel(), "weights", float(v.max()))
+    warn_of_end(int(((share > math.log(END)) & (precision > 0)).sum()), h.numel(), "weights", float(v.max()))
 
 
 def warn_of_end(beyond: int, of: int, what: str, widest: float) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
+from pyro_bmr.reduction.mixture_nodes import END, is_open_grid, warn_of_end
 
 _TRUSTED = 0.7
 
@@ -51,7 +52,8 @@ def monte_carlo_delta_f(draws: Mapping[str, Tensor] | Tensor, prior: Any, reduce
             of both.
 
     Raises:
-        ReductionError: a site has no draws, a density has the wrong shape or is NaN, the reduced prior is a point, or the ratios are all 0.
+        ReductionError: a site has no draws or draws that never vary, a density has the wrong shape or is NaN, the reduced prior is a point, or the ratios are
+            all 0.
 
     Example:
         >>> monte_carlo_delta_f(mcmc.get_samples(), {"w": Normal(0.0, 1.0)}, {"w": Laplace(0.0, 0.3)})
@@ -66,6 +68,11 @@ def monte_carlo_delta_f(draws: Mapping[str, Tensor] | Tensor, prior: Any, reduce
     sizes = {name: len(draws[name]) if draws[name].ndim else 0 for name in prior}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise ReductionError(f"as many draws of each site are wanted; got {sizes}")
+    still = [name for name in prior if sizes[name] > 1 and bool((draws[name] == draws[name][:1]).all())]
+    if still:
+        raise ReductionError(
+            f"site '{still[0]}': its {sizes[still[0]]} draws are all the same, a point and no posterior; ΔF of a point says nothing of its width"
+        )
     return log_ratio_delta_f(torch.stack([_log_prob(reduced_prior[n], draws[n], n) - _log_prob(prior[n], draws[n], n) for n in prior]).sum(0))
 
 
@@ -75,6 +82,8 @@ def log_ratio_delta_f(log_ratio: Tensor) -> MonteCarlo:
     Example:
         >>> log_ratio_delta_f(reduced.log_prob(draws) - prior.log_prob(draws)).khat  # above 0.7 the estimate is not to be trusted
     """
+    if not isinstance(log_ratio, Tensor):
+        raise ReductionError(f"log ratios are a tensor, one for each draw; got {type(log_ratio).__name__}")
     smoothed, khat = pareto_smoothed(log_ratio.double())
     total = smoothed.logsumexp(0)
     weights = smoothed - total
@@ -148,7 +157,12 @@ def log_density(prior: Any, w: Tensor) -> Tensor:
         return prior.log_prob(w)
     if hasattr(prior, "mixture"):
         variances, log_weights = (torch.as_tensor(np.asarray(a), dtype=torch.float64, device=w.device) for a in prior.mixture(None))
-        return (log_weights - 0.5 * (2 * math.pi * variances).log() - 0.5 * w.double()[..., None].square() / variances).logsumexp(-1).to(w.dtype)
+        terms = log_weights - 0.5 * (2 * math.pi * variances).log() - 0.5 * w.double()[..., None].square() / variances
+        total = terms.logsumexp(-1)
+        widest = int(variances.argmax())
+        if is_open_grid(variances.sort().values):
+            warn_of_end(int((terms[..., widest] - total > math.log(END)).sum()), w.numel(), "weights", float(variances[widest]))
+        return total.to(w.dtype)
     if hasattr(prior, "mean") and hasattr(prior, "var"):
         mean, var = (torch.as_tensor(a, dtype=w.dtype, device=w.device) for a in (prior.mean, prior.var))
         if not bool((var > 0).all()):
@@ -169,4 +183,4 @@ def _log_prob(prior: Any, draws: Tensor, name: str) -> Tensor:
             f"site '{name}': for draws of shape {tuple(draws.shape)} its prior gives log densities of shape {tuple(value.shape)}; "
             "the prior must broadcast to one draw"
         )
-    return value.reshape(len(draws), -1).sum(1)
+    return value.reshape(len(draws), -1).sum(1, dtype=torch.float64)

@@ -123,12 +123,15 @@ def log_prior_ratio(draws: Mapping[str, Tensor], program: Callable[..., Any], re
     `draws`: latent site → tensor with the draws along its first dimension, for every latent site of both programs. Observed sites count nowhere.
 
     Raises:
-        ReductionError: a latent site of a program has no draws.
+        ReductionError: a latent site of a program has no draws, or sites have not as many.
 
     Example:
         >>> log_ratio_delta_f(log_prior_ratio(mcmc.get_samples(), program, reduced_program, x, y))
     """
-    count = len(next(iter(draws.values())))
+    sizes = {name: len(each) if isinstance(each, Tensor) and each.ndim else 0 for name, each in draws.items()}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        raise ReductionError(f"as many draws of each site are wanted, at least one, along the first dimension of a tensor; got {sizes or 'none'}")
+    count = next(iter(sizes.values()))
 
     def log_prior(model: Callable[..., Any], draw: dict[str, Tensor]) -> Tensor:
         with torch.no_grad(), torch.random.fork_rng():
@@ -137,7 +140,7 @@ def log_prior_ratio(draws: Mapping[str, Tensor], program: Callable[..., Any], re
             if not (site["infer"] or {}).get("is_auxiliary"):
                 raise ReductionError(f"site '{name}': no draws of it; there are draws of: {', '.join(draws)}")
         trace.compute_log_prob(lambda name, site: name in draw)
-        return torch.stack([trace.nodes[name]["log_prob_sum"] for name in draw if name in trace.nodes]).sum()
+        return torch.stack([trace.nodes[name]["log_prob"].sum(dtype=torch.float64) for name in draw if name in trace.nodes]).sum()
 
     single = ({name: each[s] for name, each in draws.items()} for s in range(count))
     return torch.stack([log_prior(reduced_program, draw) - log_prior(program, draw) for draw in single])

@@ -54,7 +54,7 @@ def density_reduction(posterior: Diagonal, prior: Diagonal, log_prob: Callable[[
         return DensityReduction(*(posterior.mean.clone() for _ in range(3)))
     density = _Density(log_prob, dtype)
     edges = _edges_of(density, columns[0], columns[1])
-    parts = [_chunk(*part, density, edges) for part in zip(*(c.split(_CHUNK) for c in columns), strict=True)]
+    parts = [_chunk(m, s2, eta, v0, density, edges) for m, s2, eta, v0 in zip(*(c.split(_CHUNK) for c in columns), strict=True)]
     return DensityReduction(*(torch.cat(column).view(shape).to(dtype) for column in zip(*parts, strict=True)))
 
 
@@ -108,8 +108,8 @@ def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
     whole = 0.0 if float(peak) == -torch.inf else float(integrals(density, panels, peak[None], octaves.new_zeros(1))[0, 0] * peak.exp())
     if not abs(whole - 1) <= _OFF:
         raise ReductionError(
-            f"the density of a reduced prior must integrate to 1; the integral of exp(log_prob) came out as {whole:.6g}; normalise it, and if it is so already, "
-            f"it is too narrow to be found between {float(-far - 8 * wide):.3g} and {float(far + 8 * wide):.3g}: give it a width of a thousandth of that, or a "
+            f"a density must integrate to 1; the integral of exp(log_prob) came out as {whole:.6g}; normalise it, and if it is so already, "
+            f"it is too narrow to be found between {float(-far - 8 * wide):.3g} and {float(far + 8 * wide):.3g}: make it wider than a thousandth of that, or a "
             "Gaussian by mean and var"
         )
     return edges

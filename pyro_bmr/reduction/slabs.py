@@ -120,7 +120,7 @@ def shared_inclusion(posterior: Posterior, to: SpikeAndSlab, names: Iterable[str
         names: default every real site with a Gaussian prior.
 
     Raises:
-        ReductionError: no site can be reduced.
+        ReductionError: no site can be reduced, or the inclusion is nearer to 0 or 1 than a number can say.
 
     Example:
         >>> reduce(posterior, to=shared_inclusion(posterior, SpikeAndSlab()))
@@ -133,7 +133,13 @@ def shared_inclusion(posterior: Posterior, to: SpikeAndSlab, names: Iterable[str
     if not odds:
         raise ReductionError("no site to share an inclusion: none is real with a Gaussian prior")
     zeta = mean_field_log_odds(torch.cat(odds), to.alpha, to.beta)[0]
-    return {name: replace(target, inclusion=1 / (1 + math.exp(-zeta))) for name, target in targets.items()}
+    pi = float(torch.sigmoid(torch.tensor(zeta, dtype=torch.float64)))
+    if not 0 < pi < 1 or abs(_logit(pi) - zeta) > 1e-6 * (1 + abs(zeta)):
+        raise ReductionError(
+            f"the shared inclusion has log odds of {zeta:.6g}, {pi:.3g} to the last digit of a number; give the sites alpha and beta that are nearer to 1, "
+            "or reduce them one by one"
+        )
+    return {name: replace(target, inclusion=pi) for name, target in targets.items()}
 
 
 def _logit(probability: float) -> float:

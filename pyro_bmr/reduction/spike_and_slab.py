@@ -141,9 +141,10 @@ def exact_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> I
     """
     _check_beta(alpha, beta, "exact_inclusion")
     if not delta_f.is_floating_point() or bool((delta_f.isnan() | delta_f.isposinf()).any()):
+        nan, infinite = int(delta_f.isnan().sum()), int(delta_f.isposinf().sum())
         raise ReductionError(
-            f"exact_inclusion: floating-point ΔF below +∞ are wanted; got {delta_f.dtype}, {int(delta_f.isnan().sum())} NaN, {int(delta_f.isposinf().sum())} +∞; "
-            "a weight whose evidence against the slab is infinite has no posterior to reduce"
+            f"exact_inclusion: floating-point ΔF below +∞ are wanted; got {nan} NaN, {infinite} +∞, {delta_f.dtype}; a weight whose evidence "
+            "against the slab is infinite has no posterior to reduce"
         )
     d = delta_f.flatten().double()
     if not len(d):

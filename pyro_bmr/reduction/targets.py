@@ -193,14 +193,15 @@ def _scale_mixture(to: ScaleMixture, living: Living, shared: Tensor | None = Non
     q, p = living.q, living.p
     data = _message_from_zero(to, living)
     groups = shared if living.groups is None else living.groups
-    mixture = to.mixture if groups is None else _grouped_mixture(to, data, groups)
+    mixture: Any = to.mixture if groups is None else _grouped_mixture(to, data, groups)
     scale, scales, rows = None, None, None
     if hasattr(to, "log_hyper") and len(q.mean):
         rows = living.rows if groups is None and by_row else None
         found = best_scale(data, p.var, mixture, to.log_hyper, rows, groups)
         scale, scales = float(found.median()), None if rows is None else found
     if groups is not None:
-        result = grouped_reduction(data, p.var, *mixture(scale), groups)
+        variances, log_weights = mixture(scale)
+        result = grouped_reduction(data, p.var, variances, log_weights, groups)
     elif scales is not None:
         by_tau = [to.mixture(s) for s in scales.tolist()]
         result = scale_mixture_reduction(data, p.var, [v for v, _ in by_tau], [w for _, w in by_tau], rows)
@@ -231,7 +232,8 @@ def _density(to: Any, living: Living) -> Reduced:
     drop = torch.full_like(q.mean, -torch.inf)
     if getattr(to, "shrinkage", False):
         data = message(q, p)
-        kappa = (1 - (result.mean - p.mean) * data.precision / data.h).clamp(0, 1).masked_fill(data.precision <= 0, 1.0)
+        share = torch.where(data.h == 0, result.var, (result.mean - p.mean) / data.h)  # at h = 0 the derivative
+        kappa = (1 - data.precision * share).clamp(0, 1).masked_fill(data.precision <= 0, 1.0)
         drop = torch.logit(kappa)
         drop = living.spread(living.summed(drop)) if living.groups is not None else drop
     return Reduced(float(result.delta_f.sum(dtype=torch.float64)), drop, Diagonal(result.mean, result.var), None)
