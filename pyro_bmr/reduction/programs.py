@@ -143,4 +143,5 @@ def log_prior_ratio(draws: Mapping[str, Tensor], program: Callable[..., Any], re
         return torch.stack([trace.nodes[name]["log_prob"].sum(dtype=torch.float64) for name in draw if name in trace.nodes]).sum()
 
     single = ({name: each[s] for name, each in draws.items()} for s in range(count))
-    return torch.stack([log_prior(reduced_program, draw) - log_prior(program, draw) for draw in single])
+    ratio = torch.stack([log_prior(reduced_program, draw) - log_prior(program, draw) for draw in single])
+    return ratio.to(torch.promote_types(next(iter(draws.values())).dtype, torch.float32))  # summed in double precision
