@@ -215,7 +215,7 @@ class FitState:
             self.flat.write_back()
         set_training(self.program, False)
         program, rows = self.empirical(self.program), len(self.x)
-        posterior = Posterior.from_guide(self.guide, program, *self.few, masks=self.masks, temperature=self.temperature, rows=rows)
+        posterior = Posterior.from_guide(self.guide, program, *self.few, masks=self.masks, temperature=self.temperature, rows=rows, products=False)
         set_training(self.program, True)
         return posterior
 

@@ -28,6 +28,7 @@ from pyro_bmr.guide_moments import masks_in_force, sites_of_guide, undisturbed, 
 from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.guides.scale_coupled import conditional, multiplier
 from pyro_bmr.isolation import isolated
+from pyro_bmr.products import with_products
 from pyro_bmr.reduction.gaussian import Dense, Diagonal, Message
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
@@ -130,6 +131,7 @@ class Posterior:
         masks: Mapping[str, Tensor] | None = None,
         temperature: float = 1.0,
         rows: int | None = None,
+        products: bool = True,
         **kwargs: Any,
     ) -> Posterior:
         """The posterior that `guide` holds for `program(*args, **kwargs)`, with the priors that the program declares.
@@ -138,13 +140,15 @@ class Posterior:
         your own. Each site has its marginal, with the correlations within it (`Site.joint`), also where it follows other sites, linearly and with a constant
         scale; covariance between sites is dropped. AutoLaplaceApproximation is a point, its `laplace_approximation(...)` the Gaussian. Two calls give the same
         to the bit; random state and param store stay as they were. `args` is one batch; a handful of rows is enough. `rows`: of all the data of the fit.
+        `products`: whether to look for sites that multiply each other (`Site.multiplies`), by a few runs of the program at other values.
 
         Raises:
             ModelError: a site's marginal is not Gaussian, it stands in a subsampled plate, or a shape, a support, a mask or a moment is not what it must be.
         """
         masks = masks_in_force(program, masks or {}, next((t.device for t in args if isinstance(t, Tensor)), None))
         with undisturbed(guide, program):
-            return cls(with_priors(sites_of_guide(guide, program, args, kwargs, masks), program, args, kwargs, masks), temperature, rows)
+            sites = with_priors(sites_of_guide(guide, program, args, kwargs, masks), program, args, kwargs, masks)
+            return cls(with_products(sites, program, args, kwargs) if products else sites, temperature, rows)
 
     @classmethod
     @isolated()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_bmr.elbo import Values
+from pyro_bmr.guide_moments import undisturbed
 from pyro_bmr.site import Site
 
 _TRIES = 40  # pairs of slices on which a negative factor is tried
@@ -52,7 +53,7 @@ def with_products(sites: Mapping[str, Site], program: Callable[..., Any], args: 
     device = next(iter(sites.values())).mean.device.type
     with contextlib.suppress(*_REFUSALS), _evaluating(), torch.random.fork_rng(), torch.autocast(device, enabled=False):
         values = {name: _somewhere(number, site) for number, (name, site) in enumerate(sites.items())}
-        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        with undisturbed(program), pyro.validation_enabled(False):
             pairs = _pairs(values, [name for name, site in sites.items() if site.support == "real"], lambda given: _log_probs(given, program, args, kwargs))
     return {name: replace(site, multiplies=tuple(sorted(_partners(name, pairs)))) for name, site in sites.items()}
 

@@ -13,9 +13,10 @@ X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), torch.aran
 
 
 def found(program, x=X, y=Y):
-    posterior = bmr.Posterior.from_guide(bmr.MeanField(program, x, y), program, x, y)
-    sites = with_products(posterior.sites, program, (x, y), {})
-    assert list(sites) == list(posterior.sites)
+    guide = bmr.MeanField(program, x, y)
+    sites = bmr.Posterior.from_guide(guide, program, x, y).sites
+    without = bmr.Posterior.from_guide(guide, program, x, y, products=False).sites
+    assert list(sites) == list(without) and not any(site.multiplies for site in without.values())
     return {tuple(sorted((name, other))) for name, site in sites.items() for other in site.multiplies}
 
 
