@@ -27,7 +27,7 @@ from pyro_bmr.guides.scale_coupled import CoupledSite
 from pyro_bmr.guides.site_wise import SiteWise
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.reduction.gaussian import Diagonal, Message
-from pyro_bmr.site import Site
+from pyro_bmr.site import Site, rows_digest
 
 
 def masks_in_force(program: Callable[..., Any], masks: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
@@ -136,18 +136,27 @@ def with_priors(
             f"site '{lacking[0]}' of the program is not in the guide, whose sites are: {', '.join(read)}; make the guide from this program, and give the "
             "program its targets too, as in from_guide(guide, program, x, y)"
         )
+    x = next((t for t in args if isinstance(t, Tensor) and t.ndim), None)
+    plate = None if x is None else _plate_of_rows(run, len(x))
     sites = {}
     for name, msg in run.latent.items():
+        per_row = plate is not None and any(frame.name == plate for frame in msg["cond_indep_stack"])
         base = base_distribution(msg["fn"])
         site = bare[name]
         if hasattr(base, "alive"):  # a program under `pruning.Masked`
             site, base = site.masked(site.alive & base.alive), base.base_dist
         prior, given = _prior(name, site, base, {k: v for k, v in values.items() if k != name})
-        sites[name] = replace(site, prior=prior, declared=msg["infer"].get("prior"), given=given)
+        sites[name] = replace(site, prior=prior, declared=msg["infer"].get("prior"), given=given, of_rows=rows_digest(x) if x is not None and per_row else None)
     missing = set(bare) - set(sites)
     if missing:
         raise ModelError(f"the guide has sites that the program has not: {', '.join(sorted(missing))}; use the program that the guide was fitted to")
     return sites
+
+
+def _plate_of_rows(run: Values, rows: int) -> str | None:
+    """The name of the plate of the data, if there is no doubt."""
+    plates = {frame.name for msg in run.observed.values() for frame in msg["cond_indep_stack"] if frame.vectorized and frame.size == rows}
+    return plates.pop() if len(plates) == 1 else None
 
 
 def _prior(name: str, site: Site, base: Any, others: Mapping[str, Tensor]) -> tuple[Diagonal | None, tuple[str, ...]]:

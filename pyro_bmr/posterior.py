@@ -283,7 +283,14 @@ class Posterior:
             tensors |= {f"{name}/declared_{key}": t.contiguous().clone() for key, t in values.items() if isinstance(t, Tensor)}
             declared = {"type": type(site.declared).__name__, **{k: v for k, v in values.items() if not isinstance(v, Tensor)}} if known else None
             joint = type(site.joint).__name__ if site.joint else None
-            about[name] = {"support": site.support, "given": site.given, "declared": declared, "joint": joint, "multiplies": site.multiplies}
+            about[name] = {
+                "support": site.support,
+                "given": site.given,
+                "declared": declared,
+                "joint": joint,
+                "multiplies": site.multiplies,
+                "of_rows": site.of_rows,
+            }
         metadata = {"format": _FORMAT, "posterior": json.dumps({"sites": about, "temperature": self.temperature, "rows": self.rows})}
         write_atomically(Path(path), lambda p: save_file(tensors, p, metadata=metadata))
 
@@ -330,10 +337,11 @@ def _site_of_file(name: str, entry: Mapping[str, Any], part: Mapping[str, Any]) 
         raise ValueError(f"site '{name}': its mask is not bool of the shape of its mean")
     if joint is not None and (joint.mean.numel() != mean.numel() or not _fits(joint)):
         raise ValueError(f"site '{name}': its covariance does not fit its mean")
-    multiplies = entry.get("multiplies", [])
-    if entry["support"] not in SUPPORTS or not all(isinstance(other, str) for other in (*entry["given"], *multiplies)):
+    multiplies, of_rows = entry.get("multiplies", []), entry.get("of_rows")
+    texts = (*entry["given"], *multiplies, *([] if of_rows is None else [of_rows]))
+    if entry["support"] not in SUPPORTS or not all(isinstance(other, str) for other in texts):
         raise ValueError(f"site '{name}': support {entry['support']!r}, given {entry['given']!r}")
-    return Site(mean, var, prior, declared, entry["support"], mask, tuple(entry["given"]), joint, message, tuple(multiplies))
+    return Site(mean, var, prior, declared, entry["support"], mask, tuple(entry["given"]), joint, message, tuple(multiplies), of_rows)
 
 
 def _broadcasts(value: Tensor, to: Tensor) -> bool:

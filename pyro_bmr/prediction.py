@@ -23,6 +23,7 @@ from pyro_bmr.isolation import isolated
 from pyro_bmr.memory import check_memory
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.predictive import ClassPrediction, MixturePrediction, Parameters, Prediction, RealPrediction, prediction_of
+from pyro_bmr.site import rows_digest
 
 __all__ = ["ClassPrediction", "MixturePrediction", "Prediction", "RealPrediction", "check_callable_without_y", "predict", "prediction_of"]
 
@@ -54,6 +55,11 @@ def predict(program: Callable[..., Any], posterior: Posterior, x: Tensor, *, dra
     check_callable_without_y(program, x)
     like = next(iter(posterior.sites.values())).mean
     x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+    for name, site in posterior.sites.items():
+        if site.of_rows is not None and site.of_rows != rows_digest(x):
+            raise ModelError(
+                f"site '{name}' has shape {tuple(site.mean.shape)} in the posterior, an entry for each row of the fit; predict those rows, all of them"
+            )
     generator = torch.Generator(device=like.device).manual_seed(seed)
     modules = list(program.modules()) if isinstance(program, nn.Module) else []
     training = [module for module in modules if module.training]

@@ -1,10 +1,11 @@
 """`Site`: one latent site of a posterior — Gaussian moments, their correlations, the prior of the fit, the entries that live.
 
-Owns `Site`, what a mask does to it, and the draw of a correlated one. Next: `curvature.py`.
+Owns `Site`, what a mask does to it, `rows_digest`, and the draw of a correlated one. Next: `curvature.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,7 @@ class Site:
     `message`: where q couples the site with the scales that `declared` multiplies it by (`ScaleCoupled`), what the data said of the weight, in the weight's
     units; a draw of the site then follows the draw of its scales, and `mean` and `var` are those given the scales at their medians. Else None.
     `multiplies`: the sites by which the program multiplies this one, slice by slice (`products.with_products`); empty also where nobody looked.
+    `of_rows`: in a site of the data's plate, with an entry for each row, which rows these are (`rows_digest` of x); else None.
     """
 
     mean: Tensor
@@ -45,6 +47,7 @@ class Site:
     joint: Joint | None = None
     message: Message | None = None
     multiplies: tuple[str, ...] = ()
+    of_rows: str | None = None
 
     @property
     def alive(self) -> Tensor:
@@ -66,6 +69,11 @@ class Site:
         if self.support != "real":
             return self
         return replace(self, var=self.var * factor, joint=_widened_joint(self.joint, factor))
+
+
+def rows_digest(x: Tensor) -> str:
+    """What tells the rows `x` from others."""
+    return hashlib.sha256(x.detach().cpu().contiguous().double().numpy().tobytes()).hexdigest()[:16]
 
 
 def _widened_joint(joint: Joint | None, factor: float) -> Joint | None:

@@ -252,8 +252,28 @@ def test_held_out_rows_have_no_latent_entries():
 def test_predictions_at_other_rows_are_refused_by_name(program, rows):
     posterior = fit(program, (X, Y)).posterior
     assert bmr.predict(program, posterior, X).mean.shape == (40,)
-    with pytest.raises(bmr.ModelError, match=r"site 'u' has shape \((40|8),\) in the guide or posterior and"):
+    with pytest.raises(bmr.ModelError, match=r"site 'u' has shape \((40|8),\) in the"):
         bmr.predict(program, posterior, torch.cat([X, X])[:rows])
+
+
+def test_a_plate_of_outputs_as_long_as_the_tried_rows_is_no_plate_of_rows():
+    def outputs(x, y=None):
+        with pyro.plate("outputs", 8, dim=-2):
+            b = pyro.sample("b", dist.Normal(x.new_zeros(1), 1.0))
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("y", dist.Normal(x[:, 0] + b, 0.5), obs=None if y is None else y.expand(8, -1))
+
+    posterior = fit(outputs, (X, Y)).posterior
+    assert posterior["b"].of_rows is None and bmr.predict(outputs, posterior, X[:5]).mean.shape == (5, 8)
+
+
+def test_as_many_other_rows_are_other_rows(tmp_path):
+    posterior = fit(local, (X, Y)).posterior
+    posterior.save(tmp_path / "posterior.safetensors")
+    for one in (posterior, bmr.Posterior.load(tmp_path / "posterior.safetensors")):
+        assert one["w"].of_rows is None and bmr.predict(local, one, X.double()).mean.shape == (40,)
+        with pytest.raises(bmr.ModelError, match="site 'u'.*an entry for each row of the fit"):
+            bmr.predict(local, one, X.flip(0))
 
 
 def test_a_site_that_changes_its_shape_during_a_fit_is_named():
