@@ -238,7 +238,8 @@ class MeanFieldStep:
                 loss, open_kl = loss + self.kl_weight * counted, open_kl + float(counted.detach())
             if uncounted is not None:
                 loss, moving = loss + self.kl_weight * uncounted, True
-        (share * loss).backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:  # not if the data say nothing of the sites
+            (share * loss).backward()  # type: ignore[no-untyped-call]
         if self.network is not None and not self.declared and not moving:
             self.declared = {name: prior for name, prior in priors.items() if name in self.network.plain_weights}
         return likelihood, priors, open_kl
