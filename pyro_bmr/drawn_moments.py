@@ -27,6 +27,8 @@ _SHARE = 0.25  # of the variance in one draw; 100 normal draws stay below 0.2
 def sites_of_samples(samples: Mapping[str, Tensor], prior: Any, supports: Mapping[str, str] | None, joint_up_to: int, chains: bool | None) -> dict[str, Site]:
     """Site name → `Site` with the moments of its draws."""
     given = checked_tensors("samples", samples)
+    if not isinstance(joint_up_to, int):
+        raise ModelError(f"joint_up_to={joint_up_to!r}: expected a whole number of entries")
     real = {}
     for name, draws in _flat_chains(given, chains).items():
         if draws.ndim == 0 or len(draws) < 2:
@@ -37,7 +39,8 @@ def sites_of_samples(samples: Mapping[str, Tensor], prior: Any, supports: Mappin
     if len(counts := {len(draws) for draws in real.values()}) > 1:
         each = ", ".join(f"{name} {len(draws)}" for name, draws in real.items())
         raise ModelError(f"samples: expected one number of draws for all sites, in the first dimension, got {sorted(counts)} ({each})")
-    sites = sites_of_moments({k: v.mean(0) for k, v in real.items()}, {k: v.var(0) for k, v in real.items()}, prior, supports)
+    var = {name: draws.var(0) if draws.numel() else draws.new_zeros(draws.shape[1:]) for name, draws in real.items()}
+    sites = sites_of_moments({name: draws.mean(0) for name, draws in real.items()}, var, prior, supports)
     for name, draws in real.items():
         size = draws[0].numel()
         if sites[name].support == "real" and 1 < size <= joint_up_to and len(draws) >= 10 * size:
@@ -104,6 +107,8 @@ def _split_rhat(draws: Tensor) -> float:
 
 def _without_constants(name: str, site: Site, draws: Tensor) -> Site:
     """The site with entries that are 0 in all draws as pruned. Raises for another constant, warns of moments that hang on one draw."""
+    if not draws.numel():
+        return site
     low, high = draws.amin(0), draws.amax(0)
     constant = low == high
     dead = constant & (low == 0) if site.support == "real" else torch.zeros_like(constant)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.curvature import Curvature, laplace_moments
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described
 from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.reduction.gaussian import Diagonal
@@ -44,8 +44,8 @@ def sites_of_moments(mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prio
 
 def sites_of_curvature(mean: Mapping[str, Tensor], curvature: Mapping[str, Curvature], prior: Any, penalised: bool, temperature: float) -> dict[str, Site]:
     """Site name → `Site` with the moments of its Laplace approximation."""
-    if not 0 < temperature < math.inf:
-        raise ModelError(f"temperature={temperature}: a finite number > 0 is wanted (1 is Bayes)")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise ModelError(f"temperature={temperature!r}: a finite number > 0 is wanted (1 is Bayes)")
     sites = {}
     mean = checked_tensors("mean", mean)
     for name, value in mean.items():
@@ -85,6 +85,8 @@ def checked_tensors(role: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def checked_support(name: str, supports: Mapping[str, str] | None) -> str:
     """The site's entry in `supports`, or a ModelError with the ones there are."""
+    if supports is not None and not isinstance(supports, Mapping):
+        raise ModelError(f"supports: expected site name → support, got {described(supports)}")
     support = (supports or {}).get(name, "real")
     if support not in SUPPORTS:
         raise ModelError(f"site '{name}': support {support!r}; one of {', '.join(map(repr, SUPPORTS))} is wanted")
@@ -111,7 +113,9 @@ def _given_prior(name: str, prior: Any, like: Tensor) -> tuple[Diagonal | None, 
     if prior is None:
         return None, None
     if isinstance(prior, type) or not (hasattr(prior, "mean") and hasattr(prior, "var")) or isinstance(prior.mean, str) or callable(prior.mean):
-        raise ModelError(f"site '{name}': {prior!r} has no mean and variance; give the prior of the fit as Gaussian(<number>) or Diagonal(mean, var)")
+        raise ModelError(
+            f"site '{name}': {described(prior)} has no mean and variance of its own; give the prior of the fit as Gaussian(<number>) or Diagonal(mean, var)"
+        )
     mean, var = (torch.as_tensor(part, dtype=like.dtype, device=like.device).detach() for part in (prior.mean, prior.var))
     if not bool((var > 0).all() & var.isfinite().all() & mean.isfinite().all()) or not (_fits(mean.shape, like.shape) and _fits(var.shape, like.shape)):
         raise ModelError(

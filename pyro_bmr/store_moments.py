@@ -32,7 +32,7 @@ def sites_of_param_store(
     sites = {}
     for name, node in nodes.items():
         pair = _found(name, store) if names is None else names.get(name)
-        if pair is None or len(pair) != 2 or pair[0] not in store or pair[1] not in store:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or pair[0] not in store or pair[1] not in store:
             raise ModelError(
                 f"site '{name}': no location and scale in the param store ({', '.join(store.keys()) or 'it is empty'}); "
                 f"pass names={{'{name}': ('<loc>', '<scale>'), ...}}"

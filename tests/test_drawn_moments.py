@@ -52,6 +52,10 @@ def test_what_cannot_be_chains_is_read():
     assert read(wide)["w"].mean.shape == (300,)
 
 
+def test_a_site_without_entries_is_one():
+    assert read(normal(50, 0))["w"].mean.shape == (0,)
+
+
 def test_shapes_that_are_refused():
     for samples, options, words in (
         ({"w": normal(500, 3), "v": normal(400, 2)}, {}, r"one number of draws for all sites.*\[400, 500\] \(w 500, v 400\)"),
@@ -61,6 +65,8 @@ def test_shapes_that_are_refused():
         (normal(1, 500, 3), {}, "1 draw; a variance needs at least two"),
         (normal(500, 3) * torch.nan, {}, "finite means"),
         ({}, {}, "samples: it is empty"),
+        (normal(500, 3), {"supports": ["w"]}, r"supports: expected site name → support, got \['w'\]"),
+        (normal(500, 3), {"joint_up_to": "all"}, "joint_up_to='all'"),
     ):
         with pytest.raises(bmr.ModelError, match=words):
             read(samples, **options)
