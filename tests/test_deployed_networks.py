@@ -186,9 +186,21 @@ def test_modes_and_statistics_are_left_as_they_were(x, tmp_path):
     net, before = build(), build()
     states = [{k: t.clone() for k, t in n.state_dict().items()} for n in (net, before)]
     bmr.deploy(net, tmp_path, x, before=before, seconds=0)
+    bmr.deploy(InPlace(), tmp_path, kept := x.clone(), seconds=0)
+    assert torch.equal(x, kept)
     for n, state in zip((net, before), states, strict=True):
         assert [m.training for m in n] == [True, True, False, True]
         assert all(torch.equal(t, state[k]) for k, t in n.state_dict().items())
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x -= 1
+        return self.a(x)
 
 
 class Measured(nn.Module):
@@ -232,7 +244,7 @@ def test_python_that_is_not_the_network_is_not_kept(change, x, tmp_path, monkeyp
     net.g = nn.Parameter(torch.rand(8))
     source = deployment.network_source
     monkeypatch.setattr(deployment, "network_source", lambda *args: source(*args).replace(*change))
-    with pytest.warns(bmr.PyroBMRWarning, match="cannot be written as Python"):
+    with pytest.warns(bmr.PyroBMRWarning, match="cannot be written as Python .*(written so, |AttributeError)"):
         bmr.deploy(net, tmp_path, x, seconds=0)
     assert "Not here: " in (tmp_path / "network.py").read_text()
 
@@ -277,4 +289,4 @@ def test_onnx_gives_all_outputs(name, x, tmp_path):
     bmr.deploy(net, tmp_path, x, formats=["onnx", "program"], seconds=0)
     network = _module(tmp_path / "network.py")
     agree(net, network.load_onnx(), torch.randn(7, 4), structure=False)
-    agree(net, network.load_program(), torch.randn(7, 4))
+    agree(net, network.load_program(), torch.randn(7, 4), structure=False)  # of torch.fx, whose dicts are a class of their own

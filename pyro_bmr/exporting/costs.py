@@ -33,7 +33,7 @@ def flops(net: nn.Module, example: Tensor) -> int:
     torch.backends.mha.set_fastpath_enabled(False)  # attention in one step, on a CPU, is nothing that the counter knows
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(net, constants, (example[:1],))
+            torch.func.functional_call(net, constants, (example[:1].clone(),))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())

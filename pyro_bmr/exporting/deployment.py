@@ -28,7 +28,7 @@ from pyro_bmr.files import digest, replacing, write_json
 from pyro_bmr.plain_module import module_copy, plain_copy
 from pyro_bmr.reduction.collapse import collapse_of
 from pyro_bmr.shrinking.graphs import MASKED, first_line, trace
-from pyro_bmr.shrinking.verification import Answers, answers, check_same_function, difference, inputs_like, leaves
+from pyro_bmr.shrinking.verification import Answers, answers, difference, disagreement, inputs_like, leaves
 
 BATCHES = (1, 128)
 
@@ -90,7 +90,7 @@ def deploy(
         table = [] if before is None else [_before(plain_copy(before), rows[0], example, seconds, inside / "before.safetensors")]
         written, reason = _network_file(plain, f"{type(net).__name__}, pruned", rows, inside / "network.py")
         for key in wanted:
-            _write(key, written, rows[0], inside / FORMATS[key].file)
+            _write(key, written, rows[0].clone(), inside / FORMATS[key].file)
         if ensemble is not None:
             save_tensors(ensemble, inside / "ensemble.safetensors")
         paths = sorted(p for p in inside.iterdir() if p.is_file())
@@ -145,9 +145,11 @@ def _network_file(plain: nn.Module, title: str, rows: list[Tensor], path: Path) 
         graph = trace(module_copy(plain))
         path.write_text(network_source(graph, title, version("pyro_bmr")), encoding="utf-8")
         net = _module(path).with_weights({name: t.detach() for name, t in graph.state_dict().items()})
-        check_same_function(answers(plain, inputs, double=False), net, inputs)
+        reason = disagreement(answers(plain, inputs, double=False), answers(net, inputs, double=False))
+        if reason:
+            raise ModelError(f"written so, {reason}")
         if tree_structure(net(rows[0].clone())) != tree_structure(plain(rows[0].clone())):
-            raise ModelError("its outputs lose their structure")
+            raise ModelError("written so, its outputs lose their structure")
         return graph, ""
     except Exception as error:  # whatever a user's forward raises when it meets a proxy, or a line of Python that is not what it was
         reason = str(error).removesuffix(f"; {MASKED}") if isinstance(error, PyroBMRError) else f"{type(error).__name__}: {first_line(error)}"
@@ -156,7 +158,7 @@ def _network_file(plain: nn.Module, title: str, rows: list[Tensor], path: Path) 
 
 
 def _before(before: nn.Module, rows: Tensor, example: Tensor, seconds: float, path: Path) -> dict[str, Any]:
-    _write("safetensors", before, rows, path)
+    _write("safetensors", before, rows.clone(), path)
     try:
         return _row("before", "", path.stat().st_size, before, before, example, seconds)
     finally:

@@ -1,6 +1,6 @@
 """Whether two networks are one function: their outputs on the example and on random inputs of its shape.
 
-Owns `Answers`, `answers`, `inputs_like`, `leaves`, `difference` and `check_same_function`. Next: `plan.py`.
+Owns `Answers`, `answers`, `inputs_like`, `leaves`, `difference`, `disagreement` and `check_same_function`. Next: `plan.py`.
 """
 
 from __future__ import annotations
@@ -125,13 +125,8 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     return (float((p - q)[finite].abs().max()), float(p[finite].abs().max())) if bool(finite.any()) else (0.0, 0.0)
 
 
-def check_same_function(want: Answers, small: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Nothing, if `small` gives the answers `want` on `inputs`.
-
-    Raises:
-        ShrinkError: it does not, by how much.
-    """
-    got = answers(small, inputs, want.double)
+def disagreement(want: Answers, got: Answers) -> str:
+    """How the answers of two networks differ, by how much; empty if they are those of one function."""
     # a folded constant is rounded to the type of the network; the steps, to theirs: 4e-10 in float64, 7e-5 in float32
     tolerance = max(100 * got.eps_of_weights, max(want.eps, got.eps) ** 0.6)
     for k, (a, b) in enumerate(zip(want.outputs, got.outputs, strict=True)):
@@ -139,13 +134,22 @@ def check_same_function(want: Answers, small: nn.Module, inputs: Sequence[Tensor
         if a is None:
             continue
         if b is None:
-            raise ShrinkError(f"the smaller network does not run on {where} ({got.error}); {_MEND}")
+            return f"it does not run on {where} ({got.error})"
         error, size = difference(a, b)
         if not error <= tolerance * max(size, FLOOR):
-            raise ShrinkError(
-                f"the smaller network is not the same function: on {where} its outputs differ from the masked network's by {error:.2g}, "
-                f"where the largest is {size:.2g}; {_MEND}"
-            )
+            return f"on {where} its outputs differ by {error:.2g}, where the largest is {size:.2g}"
+    return ""
+
+
+def check_same_function(want: Answers, small: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Nothing, if `small` gives the answers `want` on `inputs`.
+
+    Raises:
+        ShrinkError: it does not, by how much.
+    """
+    reason = disagreement(want, answers(small, inputs, want.double))
+    if reason:
+        raise ShrinkError(f"the smaller network is not the same function as the masked one: {reason}; {_MEND}")
 
 
 _MEND = (
