@@ -382,6 +382,7 @@ def test_float32_is_compared_in_float64():
     want = answers(net, [x])
     assert want.double and want.outputs[0][0].dtype == torch.float64 and net[0].weight.dtype == torch.float32
     assert not answers(nn.Sequential(net, Single()), [x]).double
+    assert [answers(m, [x]).eps for m in (net, nn.Sequential(net, Rounding()))] == [torch.finfo(dtype).eps for dtype in (torch.float64, torch.float16)]
     with torch.no_grad():
         net[2].bias += 1e-4 * float(want.outputs[0][0].abs().max())
     with pytest.raises(bmr.ShrinkError, match="on the example"):
@@ -391,3 +392,8 @@ def test_float32_is_compared_in_float64():
 class Single(nn.Module):
     def forward(self, x):
         return F.linear(x, torch.eye(3))
+
+
+class Rounding(nn.Module):
+    def forward(self, x):
+        return x.half().softmax(1).to(x.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from pyro_bmr.errors import ShrinkError
 from pyro_bmr.shrinking.graphs import MASKED, first_line
@@ -34,14 +34,14 @@ class Answers:
     eps_of_weights: float
 
 
-class _Steps(TorchDispatchMode):
+class _Steps(TorchFunctionMode):
     """The coarsest floating type among the steps of a network: `.float()` in a forward rounds whatever comes in."""
 
     def __init__(self) -> None:
         super().__init__()
         self.eps = 0.0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.eps = max(self.eps, _coarsest(leaves(result)))
         return result
