@@ -1,6 +1,6 @@
 """A network as a graph of plain torch operations: attention and encoder layers opened up, control flow that depends on data refused.
 
-Owns `trace`. What each operation means for channels is in `channels.py`; the smaller network is built in `rebuilding.py`. Next: `ties.py`.
+Owns `trace` and `foreign_errors`. What each operation means for channels is in `channels.py`; the smaller network is built in `rebuilding.py`. Next: `ties.py`.
 """
 
 from __future__ import annotations

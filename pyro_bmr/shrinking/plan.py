@@ -76,16 +76,17 @@ def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) ->
 
     A unit is dead when nothing that lives reads it with a weight other than zero, or when it is a constant, since all its incoming weights are zero (or
     come from constants); then b' ← b' + W'[:, i] act(b_i) in the layer that reads it. Both run to a fixed point. A convolution
-    that pads with zeros sees a constant that is not zero broken at the edges, so such a channel is kept.
+    that pads with zeros sees a constant that is not zero broken at the edges, so such a channel is kept. The smaller network is compared with the masked
+    one before it is given back: see `verification.py`.
 
     Args:
         net: any module of supported patterns (the error of any other names them); it is not changed.
         masks: parameter name → bool tensor, True where the weight lives; ``reduction.masks``, or your own. Zeros that are in `net` already count
             as well, so ``{}`` is enough for an exported network.
-        example: rows of the input, at least one; only its shape and type matter.
+        example: rows of the input, at least one; its shape and type matter, and its range for the inputs that are tried.
 
     Raises:
-        ShrinkError: a mask fits no parameter, the example does not fit the network, or a pattern is not supported, by name.
+        ShrinkError: a mask fits no parameter, the example does not fit the network, a pattern is not supported, by name, or the outputs would differ.
     """
     copied = masked(net, masks)
     sequential, name = type(copied) is nn.Sequential, type(copied).__name__
