@@ -145,7 +145,7 @@ def with_priors(
         site = bare[name]
         if hasattr(base, "alive"):  # a program under `pruning.Masked`
             site, base = site.masked(site.alive & base.alive), base.base_dist
-        prior, given = _prior(name, site, base, {k: v for k, v in values.items() if k != name})
+        prior, given = _prior(name, site, base, values)
         sites[name] = replace(site, prior=prior, declared=msg["infer"].get("prior"), given=given, of_rows=rows_digest(x) if x is not None and per_row else None)
     missing = set(bare) - set(sites)
     if missing:
@@ -159,7 +159,7 @@ def _plate_of_rows(run: Values, rows: int) -> str | None:
     return plates.pop() if len(plates) == 1 else None
 
 
-def _prior(name: str, site: Site, base: Any, others: Mapping[str, Tensor]) -> tuple[Diagonal | None, tuple[str, ...]]:
+def _prior(name: str, site: Site, base: Any, values: Mapping[str, Tensor]) -> tuple[Diagonal | None, tuple[str, ...]]:
     """The moments of a Gaussian prior, and the sites that they follow."""
     if (declared := support_name(name, base.support)) != site.support:
         raise ModelError(f"site '{name}': its support is {declared!r} in the program and {site.support!r} in the guide; they must be the same")
@@ -171,7 +171,7 @@ def _prior(name: str, site: Site, base: Any, others: Mapping[str, Tensor]) -> tu
             f"site '{name}': its prior has a mean or scale that is infinite, NaN or 0 where the sites it follows stand at their posterior point; reparametrise "
             "the program, or bound the scale"
         )
-    return Diagonal(loc.detach(), scale.detach().square()), _dependencies(loc, scale, others)
+    return Diagonal(loc.detach(), scale.detach().square()), _dependencies(loc, scale, values, name)
 
 
 @torch.no_grad()
@@ -193,8 +193,9 @@ def _site_wise(guide: SiteWise, masks: Mapping[str, Tensor]) -> dict[str, Site]:
     return sites
 
 
-def _dependencies(loc: Tensor, scale: Tensor, values: Mapping[str, Tensor]) -> tuple[str, ...]:
-    if not (loc.requires_grad or scale.requires_grad) or not values:
+def _dependencies(loc: Tensor, scale: Tensor, values: Mapping[str, Tensor], own: str) -> tuple[str, ...]:
+    others = {name: value for name, value in values.items() if name != own} if loc.requires_grad or scale.requires_grad else {}  # none of thousands, if none
+    if not others:
         return ()
-    grads = torch.autograd.grad(loc.sum() + scale.sum(), list(values.values()), allow_unused=True, retain_graph=True)
-    return tuple(name for name, grad in zip(values, grads, strict=True) if grad is not None)
+    grads = torch.autograd.grad(loc.sum() + scale.sum(), list(others.values()), allow_unused=True, retain_graph=True)
+    return tuple(name for name, grad in zip(others, grads, strict=True) if grad is not None)

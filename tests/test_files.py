@@ -224,6 +224,14 @@ def test_digests_that_are_none(names, tmp_path):
         runs.load_run(tmp_path)
 
 
+def test_warnings_of_a_reduction_that_are_none(tmp_path):
+    OfReduction().write(tmp_path, 1.0)
+    about = json.loads((tmp_path / "reduction.json").read_text())
+    (tmp_path / "reduction.json").write_text(json.dumps({**about, "warnings": 3}))
+    with pytest.raises(bmr.ReductionError, match=r"a damaged reduction \('int' object is not iterable\); reduce and save again"):
+        bmr.Reduction.load(tmp_path)
+
+
 def test_another_deployment_leaves_no_format_of_the_one_before(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     bmr.deploy(network(1.0), tmp_path, torch.ones(2, 2), formats=["half"], ensemble={"0.weight": torch.ones(1, 2, 2), "0.bias": torch.ones(1, 2)}, seconds=0)

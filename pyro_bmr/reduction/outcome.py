@@ -200,7 +200,8 @@ class Reduction:
                 numeric = all(isinstance(sites[name].__dict__[part], (int, float)) for part in ("delta_f", "wider"))
                 if not numeric or any(t.shape != after[name].mean.shape for t in (sites[name].drop, sites[name].spike_delta_f)):
                     raise ValueError(f"site '{name}': its decisions do not fit its moments")
-        return cls(sites, after, before, groups, tuple(map(str, about.get("warnings", ()))))
+            warned = tuple(map(str, about.get("warnings", ())))
+        return cls(sites, after, before, groups, warned)
 
     def _ranks(self) -> dict[str, Tensor]:
         """Per entry the spike ΔF, or of groups the mean over the group; entries in no group −inf."""
