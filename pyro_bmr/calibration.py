@@ -39,8 +39,9 @@ def best_temperature(logits: Tensor, y: Tensor) -> float:
     bad = logits.isposinf().any(1) | logits.gather(1, y[:, None])[:, 0].isneginf()
     if bool(bad.any()):
         raise DataError(f"logits must be below +inf, and that of the label finite; first in row {int(bad.nonzero()[0])} they are not, at any temperature")
-    best = _least(lambda temperature: float(F.cross_entropy(logits / temperature, y)), _COLDEST, _HOTTEST, 1e-4)
-    if not 1.001 * _COLDEST < best < _HOTTEST / 1.001:
+    loss = lambda temperature: float(F.cross_entropy(logits / temperature, y))  # noqa: E731
+    best = _least(loss, _COLDEST, _HOTTEST, 1e-4)
+    if min(loss(_COLDEST), loss(_HOTTEST)) <= loss(best) + 1e-12:
         warnings.warn(
             f"the best temperature, {best:.4g}, is at an end of the search from {_COLDEST} to {_HOTTEST}: the rows do not say how bold the logits may be, "
             "as when none is wrong; give more rows, or rows that were not trained on",

@@ -23,13 +23,11 @@ from torch import Tensor
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.reduction.gaussian import Message
 from pyro_bmr.reduction.line_search import line_maximum
-from pyro_bmr.reduction.mixture_nodes import END, Nodes, check_end, mixture_nodes, unit_of, warn_of_end
+from pyro_bmr.reduction.mixture_nodes import END, Nodes, check_end, mixture_nodes, sampled, terms_that_count, unit_of, warn_of_end
 
 _CHUNK = 1 << 15  # weights at once: the arrays of one pass over the nodes stay in a core's cache
 _WIDEST = 1e18
 _FEW = 400  # weights for which one array of all nodes is faster than a pass over them
-_WEIGHTS_FOR_SCALE = 8192
-_WEIGHTS_PER_GROUP_FOR_SCALE = 512
 
 Mixture = Callable[[float], tuple[Any, Any]]  # global scale → (variances, log weights)
 
@@ -122,7 +120,7 @@ def grouped_reduction(data: Message, prior_var: Tensor, variances: Any, log_weig
         each = half_full - 0.5 * torch.log1p(v * precision) + _exponent(h, precision, prior_var, v)
         return torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(0, index, each) + nodes.log_weights[k]
 
-    evidence = _where_it_counts(log_term, len(nodes.variances), count, h)
+    evidence = terms_that_count(log_term, len(nodes.variances), count, h)
     delta_f = evidence.logsumexp(0)
     weights = (evidence - delta_f).exp()
     if nodes.open_end:
@@ -140,26 +138,6 @@ def grouped_reduction(data: Message, prior_var: Tensor, variances: Any, log_weig
     var = mean_share + h.square() * (square_share - mean_share.square()).clamp(min=0)
     log_odds = (kappa.log() - taken.log())[index]
     return ScaleMixtureReduction(delta_f.to(dtype), *(x.view(shape).to(dtype) for x in (log_odds, h * mean_share, var)))
-
-
-def _where_it_counts(log_term: Callable[[int], Tensor], nodes: int, count: int, like: Tensor) -> Tensor:
-    """Log terms, (nodes, count), of all nodes that some column needs, −∞ elsewhere: of every 512th node first, then of more of them near the best.
-
-    Between nodes that resolve a peak a log term bends by 0.02 s² over s steps or so, and what lies more than 36 nats below the best has no share.
-    """
-    terms = torch.full((nodes, count), -torch.inf, dtype=torch.float64, device=like.device)
-    wanted, seen = np.ones(nodes, dtype=bool), np.zeros(nodes, dtype=bool)
-    for stride in (512, 64, 8, 1):
-        if nodes < 16 * stride and stride > 1:
-            continue
-        at = np.unique(np.append(np.arange(0, nodes, stride), nodes - 1))
-        for k in at[wanted[at] & ~seen[at]].tolist():
-            terms[k] = log_term(k)
-        seen[at] |= wanted[at]
-        if stride > 1 and count:
-            good = (terms[at] >= terms.amax(0) - (36 + 0.1 * stride**2)).any(1).cpu().numpy()
-            wanted &= np.append(np.repeat(good[:-1] | good[1:], np.diff(at)), True)
-    return terms
 
 
 def best_scale(
@@ -182,7 +160,7 @@ def best_scale(
     count = 1 if rows is None else int(rows.max()) + 1
     index = torch.zeros(n, dtype=torch.long, device=h.device) if rows is None else rows
     if groups is None:
-        taken = _sample(rows, n, h.device)
+        taken = sampled(rows, n, h.device)
         h, precision, var, index = h[taken], precision[taken], var[taken], index[taken]
     sizes = torch.bincount(torch.zeros(n, dtype=torch.long, device=h.device) if rows is None else rows, minlength=count).double()
     factor = sizes / torch.bincount(index, minlength=count)  # each sampled weight stands for so many
@@ -320,13 +298,3 @@ def _exponent(h: Tensor, precision: Tensor, prior_var: Tensor, variance: Tensor 
 def _informed(h: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
     silent = precision <= 0
     return h.masked_fill(silent, 0.0), precision.masked_fill(silent, 0.0)
-
-
-def _sample(groups: Tensor | None, n: int, device: Any) -> Tensor:
-    """Indices of weights at equal distances in the layer, or in each group."""
-    if groups is None:
-        return torch.arange(0, n, max(math.ceil(n / _WEIGHTS_FOR_SCALE), 1), device=device)
-    order = groups.argsort(stable=True)
-    sizes = torch.bincount(groups)
-    rank = torch.arange(n, device=device) - (sizes.cumsum(0) - sizes)[groups[order]]
-    return order[rank % (sizes / _WEIGHTS_PER_GROUP_FOR_SCALE).ceil().long()[groups[order]] == 0]
