@@ -1,6 +1,7 @@
 r"""The nodes of a scale mixture Σ_k w_k N(0, v_k), as far as given weights can tell them apart.
 
-Owns `mixture_nodes`, `terms_that_count`, `sampled`, `unit_of`, and the warnings of a grid that ends too early. Imports torch and numpy only. Next: `scale_mixture.py`.
+Owns `mixture_nodes`, `terms_that_count`, `sampled`, `unit_of`, and the warnings of a grid that ends too early. Imports torch and numpy only.
+Next: `scale_mixture.py`.
 """
 
 from __future__ import annotations
