@@ -7,7 +7,7 @@ updates (`states.py`), so none needs a factorisation of its own. Imports torch o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -202,16 +202,33 @@ class _Path:
         self.totals.append(total)
         return True
 
+    def neighbours(self) -> Iterator[tuple[int, list[State], float]]:
+        """Each group with the state in which it alone has flipped, and the ΔF of that."""
+        for g in self.alive.nonzero()[:, 0].tolist():
+            states, gained = _flip(self.states, self.members[g], True)
+            yield g, states, self.total + gained
+        yield from self.left_out(self.start, 0.0, (~self.alive).nonzero()[:, 0].tolist())
+
+    def left_out(self, states: list[State], total: float, gone: list[int]) -> Iterator[tuple[int, list[State], float]]:
+        """Each of the groups `gone` with the state in which all of them but this one are set to zero, by halves: none is let go, which loses digits."""
+        if len(gone) == 1:
+            yield gone[0], states, total
+        for one, other in ((gone[::2], gone[1::2]), (gone[1::2], gone[::2])) if len(gone) > 1 else ():
+            fewer, so_far = states, total
+            for g in other:
+                fewer, gained = _flip(fewer, self.members[g], True)
+                so_far += gained
+            yield from self.left_out(fewer, so_far, one)
+
     def pair(self) -> bool:
         """Flips the best pair of groups, if that raises the evidence where no single group does: an exchange of two correlated ones, as a rule."""
         best, choice = _RISE, None
-        for g in range(len(self.members)):
-            states, gained = _flip(self.states, self.members[g], bool(self.alive[g]))
+        for g, states, total in self.neighbours():
             alive = self.alive.clone()
             alive[g] = ~alive[g]
             drop = _drop_gains(states, self.members, alive, self.singles)
-            self.see(alive, self.total + gained, drop)
-            gain = gained - self.threshold * (1 if self.alive[g] else -1) + torch.where(alive, drop - self.threshold, self.threshold - drop)
+            self.see(alive, total, drop)
+            gain = total - self.total - self.threshold * (1 if self.alive[g] else -1) + torch.where(alive, drop - self.threshold, self.threshold - drop)
             if float(gain.max()) > best:
                 best, choice = float(gain.max()), torch.tensor([g, int(gain.argmax())])
         return choice is not None and self.move(choice)
