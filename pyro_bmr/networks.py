@@ -204,7 +204,8 @@ def _refuse(net: nn.Module) -> None:
         if "train" in vars(module):  # torch.export puts a refusal there
             raise ModelError(f"{where}: an exported program has no training mode; give the torch.nn.Module that it was made of")
         if ".quantized" in type(module).__module__:
-            raise ModelError(f"{where}: a quantised layer has no parameters; give the network as it was before it was quantised")
+            name = type(net).__name__
+            raise ModelError(f"no parameter of {name} is lifted: {where} is a quantised layer, which has none; give the network as it was before")
     for name, parameter in net.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise ModelError(f"parameter '{name}' has no shape yet; run the network once on a row of data")
