@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_bmr.checkpoint_files import digest, read, write
-from pyro_bmr.errors import FitError, PyroBMRError, PyroBMRWarning
+from pyro_bmr.errors import FitError, PyroBMRError, PyroBMRWarning, described, holds
 from pyro_bmr.files import locked, make_folder
 from pyro_bmr.fit_state import FitState
 
@@ -55,12 +55,12 @@ class Checkpoints:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if not self.every_seconds >= 0:
-            raise FitError(f"Checkpoints(every_seconds={self.every_seconds}): a number >= 0 is wanted")
-        if self.every_steps is not None and not self.every_steps >= 1:
-            raise FitError(f"Checkpoints(every_steps={self.every_steps}): at least 1 is wanted")
-        if not self.keep >= 1:
-            raise FitError(f"Checkpoints(keep={self.keep}): at least 1 is wanted")
+        if not holds(lambda x: x >= 0, self.every_seconds):
+            raise FitError(f"Checkpoints(every_seconds={described(self.every_seconds)}): a number >= 0 is wanted")
+        if self.every_steps is not None and not holds(lambda x: x >= 1, self.every_steps):
+            raise FitError(f"Checkpoints(every_steps={described(self.every_steps)}): at least 1 is wanted")
+        if not holds(lambda x: x >= 1, self.keep):
+            raise FitError(f"Checkpoints(keep={described(self.keep)}): at least 1 is wanted")
 
 
 class Journal:
@@ -68,7 +68,7 @@ class Journal:
 
     def __init__(self, checkpoint: str | Path | Checkpoints | None, writes: bool = True) -> None:
         if not isinstance(checkpoint, (str, Path, Checkpoints, type(None))):
-            raise FitError(f"checkpoint: a folder or Checkpoints(folder, ...) is wanted, got {checkpoint!r}")
+            raise FitError(f"checkpoint: a folder or Checkpoints(folder, ...) is wanted, got {described(checkpoint)}")
         self.rule = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
         self.writes = writes
         self.settings: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError, warn
+from pyro_bmr.errors import ModelError, described, warn
 from pyro_bmr.given_moments import checked_support, checked_tensors, sites_of_moments
 from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.reduction.gaussian import Dense
@@ -61,7 +61,7 @@ def _flat_chains(samples: Mapping[str, Tensor], chains: bool | None) -> dict[str
             )
         return dict(samples)
     if not isinstance(chains, bool):
-        raise ModelError(f"chains={chains!r}: expected True for samples of shape (chains, draws, ...), False for (draws, ...)")
+        raise ModelError(f"chains={described(chains)}: expected True for samples of shape (chains, draws, ...), False for (draws, ...)")
     if not chains:
         return dict(samples)
     shapes = {name: tuple(draws.shape) for name, draws in samples.items()}

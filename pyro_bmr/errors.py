@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -64,6 +64,14 @@ def _is_inside(file: str) -> bool:
     return file.startswith((_HERE, contextlib.__file__)) or file.endswith("_contextlib.py")  # the last is torch.no_grad
 
 
+def holds(rule: Callable[..., Any], *values: Any) -> bool:
+    """Whether a rule about arguments is true; not where it cannot be asked, as 0 < x of a tensor of several numbers or of a word."""
+    try:
+        return bool(rule(*values))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
 def described(value: Any) -> str:
     """A value in a few words for a message: short ones as they are, tensors and arrays by dtype and shape, other objects by their type.
 
@@ -72,8 +80,12 @@ def described(value: Any) -> str:
         ('a dict of 1', 'a float32 tensor of shape (3,)')
     """
     name = type(value).__name__
-    if value is None or isinstance(value, (str, bytes, bool, int, float, complex)):
+    if isinstance(value, float):
+        words = repr(float(value))  # numpy's is a float, with a repr of its own
+    elif value is None or isinstance(value, (str, bytes, bool, int, complex)):
         words = repr(value)
+    elif isinstance(value, Mapping) and all(isinstance(part, (str, bool, int, float, type(None))) for part in value.values()):
+        words = repr(dict(value))
     elif hasattr(value, "shape"):
         kind = "tensor" if type(value).__module__.startswith("torch") else "array" if name == "ndarray" else name
         words = _one(f"{str(getattr(value, 'dtype', '')).removeprefix('torch.')} {kind} of shape {tuple(value.shape)}".strip())

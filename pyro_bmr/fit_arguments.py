@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_bmr.errors import DataError, FitError
+from pyro_bmr.errors import DataError, FitError, described, holds
 
 Program = Callable[..., Any]
 _AT_ONCE = 1 << 16  # numbers of the data that are checked at once, so that the check needs no copy of them
@@ -111,20 +111,20 @@ def check_arguments(epochs: int, batch_size: int, temperature: float, seed: int,
     """Raises FitError unless each is in its range, and each of `functions` is one."""
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("seed", seed), ("skip_faulty", skip_faulty)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise FitError(f"{name}={value!r}: a whole number is wanted")
+            raise FitError(f"{name}={described(value)}: a whole number is wanted")
     if not abs(seed) < _LARGEST_SEED:
-        raise FitError(f"seed={seed}: a number of size below {_LARGEST_SEED} is wanted")
+        raise FitError(f"seed={described(seed)}: a number of size below {_LARGEST_SEED} is wanted")
     for name, value in functions.items():
         if not callable(value):
-            raise FitError(f"{name}: {_FUNCTIONS[name]} is wanted, got {value!r}")
+            raise FitError(f"{name}: {_FUNCTIONS[name]} is wanted, got {described(value)}")
     if epochs < 1:
-        raise FitError(f"epochs={epochs}: at least 1 is wanted")
+        raise FitError(f"epochs={described(epochs)}: at least 1 is wanted")
     if batch_size < 1:
-        raise FitError(f"batch_size={batch_size}: at least 1 row is wanted")
+        raise FitError(f"batch_size={described(batch_size)}: at least 1 row is wanted")
     if skip_faulty < 0:
-        raise FitError(f"skip_faulty={skip_faulty}: a number of steps >= 0 is wanted")
-    if not 0 < temperature < math.inf:
-        raise FitError(f"temperature={temperature}: a finite number > 0 is wanted (1 is Bayes)")
+        raise FitError(f"skip_faulty={described(skip_faulty)}: a number of steps >= 0 is wanted")
+    if not holds(lambda x: 0 < x < math.inf, temperature):
+        raise FitError(f"temperature={described(temperature)}: a finite number > 0 is wanted (1 is Bayes)")
 
 
 def batch_sizes(rows: int, batch_size: int, least: int = 2) -> list[int]:
@@ -146,9 +146,9 @@ def validation_split(
     if isinstance(validation, tuple):
         check_rows(*validation, "the validation rows")
         return (x, y), validation
-    rows = round(validation * len(x)) if 0 < validation < 1 else 0
+    rows = round(validation * len(x)) if holds(lambda x: 0 < x < 1, validation) else 0
     if not 0 < rows < len(x):
-        raise FitError(f"validation={validation}: a fraction that leaves rows on both sides is wanted; the data have {len(x)}")
+        raise FitError(f"validation={described(validation)}: a fraction that leaves rows on both sides is wanted; the data have {len(x)}")
     if not shuffle:
         return (x[:-rows], y[:-rows]), (x[-rows:], y[-rows:])
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed), device="cpu").to(x.device)

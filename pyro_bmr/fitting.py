@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import tqdm
 
 from pyro_bmr.checkpoints import Checkpoints, Journal, differences, fit_settings
-from pyro_bmr.errors import FitError, warn
+from pyro_bmr.errors import FitError, described, warn
 from pyro_bmr.fit_arguments import Program, check_arguments, check_rows, like_program, rows_of, validation_split
 from pyro_bmr.fit_snapshot import restore, snapshot
 from pyro_bmr.fit_state import FitState
@@ -142,11 +142,16 @@ def fit(
             processes of a group do not agree, or one is gone.
     """
     x, y = map(plain, rows_of(data))
-    functions = {"program": program, "guide": guide, "optimizer": optimizer or adam(), "scheduler": scheduler or cosine}
+    functions = {
+        "program": program,
+        "guide": guide,
+        "optimizer": adam() if optimizer is None else optimizer,
+        "scheduler": cosine if scheduler is None else scheduler,
+    }
     check_arguments(epochs, batch_size, temperature, seed, skip_faulty, {k: v for k, v in functions.items() if not isinstance(v, NaturalGradient)})
     for name, value, kind in (("reduce", reduce, Every), ("start", start, Posterior)):
         if value is not None and not isinstance(value, kind):
-            raise FitError(f"{name}: {kind.__name__}(...) or None is wanted, got {value!r}")
+            raise FitError(f"{name}: {kind.__name__}(...) or None is wanted, got {described(value)}")
     check_rows(x, y)
     journal = Journal(checkpoint, writes=Processes().rank == 0)
     x, y = (like_program(program, t) for t in (x, y))
@@ -172,7 +177,7 @@ def fit(
         due = {step for step in reduce.steps(total, per_epoch) if step >= warm_up} if reduce else set()
         if reduce and not (due and run.has_variance):
             why = f"none falls between the warm-up ({math.ceil(warm_up)} steps) and the end ({total} steps)" if not due else "a point estimate has no variance"
-            raise FitError(f"{reduce}: no reduction can be made, {why}; fit longer, raise stop, reduce more often, or use MeanField")
+            raise FitError(f"{described(reduce)}: no reduction can be made, {why}; fit longer, raise stop, reduce more often, or use MeanField")
         if reduce:
             reduce.reduce(run.posterior(), 0.0)  # raises now what would stop the fit at its first reduction
         rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, taken = [], 0, 0.0, 0.0, 0.0, 0.0, 0

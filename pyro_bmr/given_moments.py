@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.curvature import Curvature, laplace_moments
-from pyro_bmr.errors import ModelError, described
+from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.reduction.gaussian import Diagonal
@@ -44,8 +44,8 @@ def sites_of_moments(mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prio
 
 def sites_of_curvature(mean: Mapping[str, Tensor], curvature: Mapping[str, Curvature], prior: Any, penalised: bool, temperature: float) -> dict[str, Site]:
     """Site name → `Site` with the moments of its Laplace approximation."""
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-        raise ModelError(f"temperature={temperature!r}: a finite number > 0 is wanted (1 is Bayes)")
+    if not holds(lambda x: 0 < x < math.inf, temperature):
+        raise ModelError(f"temperature={described(temperature)}: a finite number > 0 is wanted (1 is Bayes)")
     sites = {}
     mean = checked_tensors("mean", mean)
     for name, value in mean.items():
@@ -88,8 +88,8 @@ def checked_support(name: str, supports: Mapping[str, str] | None) -> str:
     if supports is not None and not isinstance(supports, Mapping):
         raise ModelError(f"supports: expected site name → support, got {described(supports)}")
     support = (supports or {}).get(name, "real")
-    if support not in SUPPORTS:
-        raise ModelError(f"site '{name}': support {support!r}; one of {', '.join(map(repr, SUPPORTS))} is wanted")
+    if not isinstance(support, str) or support not in SUPPORTS:
+        raise ModelError(f"site '{name}': support {described(support)}; one of {', '.join(map(repr, SUPPORTS))} is wanted")
     return support
 
 

@@ -162,7 +162,7 @@ def _plate_of_rows(run: Values, rows: int) -> str | None:
 def _prior(name: str, site: Site, base: Any, values: Mapping[str, Tensor]) -> tuple[Diagonal | None, tuple[str, ...]]:
     """The moments of a Gaussian prior, and the sites that they follow."""
     if (declared := support_name(name, base.support)) != site.support:
-        raise ModelError(f"site '{name}': its support is {declared!r} in the program and {site.support!r} in the guide; they must be the same")
+        raise ModelError(f"site '{name}': its support is {described(declared)} in the program and {site.support!r} in the guide; they must be the same")
     if not isinstance(base, torch.distributions.Normal):
         return None, ()
     loc, scale = collapsed(base.loc), collapsed(base.scale)

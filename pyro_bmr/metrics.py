@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import DataError
+from pyro_bmr.errors import DataError, described
 from pyro_bmr.fit_arguments import check_labels, check_tensor
 
 Binning = Literal["width", "mass"]
@@ -43,9 +43,9 @@ def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Binning = "wi
     A confidence on the edge of two bins of equal width is in the lower one. In bins of equal mass rows of the same confidence stay in their order.
     """
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
-        raise DataError(f"bins={bins!r}: a whole number of bins, at least 1, is wanted")
-    if binning not in get_args(Binning):
-        raise DataError(f"binning={binning!r}: one of {', '.join(map(repr, get_args(Binning)))} is wanted")
+        raise DataError(f"bins={described(bins)}: a whole number of bins, at least 1, is wanted")
+    if not isinstance(binning, str) or binning not in get_args(Binning):
+        raise DataError(f"binning={described(binning)}: one of {', '.join(map(repr, get_args(Binning)))} is wanted")
     confidence, top = _distributions(probs, y).max(1)
     correct = (top == y.to(probs.device)).double()
     if binning == "width":

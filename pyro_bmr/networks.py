@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
 from pyro_bmr.constraints import Constraint, constraints_of
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described
 from pyro_bmr.likelihoods import Likelihood
 from pyro_bmr.plain_module import module_copy, plain_module
 from pyro_bmr.priors import Gaussian, Prior
@@ -58,9 +58,9 @@ class BayesianNetwork(nn.Module):
     def __init__(self, net: nn.Module, prior: Prior | Mapping[str, Prior | None], likelihood: Likelihood) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
-            raise ModelError(f"BayesianNetwork(net={net!r}): a torch.nn.Module is wanted")
+            raise ModelError(f"BayesianNetwork(net={described(net)}): a torch.nn.Module is wanted")
         if isinstance(likelihood, type) or not hasattr(likelihood, "observe"):
-            raise ModelError(f"BayesianNetwork(likelihood={likelihood!r}): Categorical(), Normal() or anything with their observe is wanted")
+            raise ModelError(f"BayesianNetwork(likelihood={described(likelihood)}): Categorical(), Normal() or anything with their observe is wanted")
         _refuse(net)
         self.net, masks = plain_module(net)
         net = self.net
@@ -98,7 +98,7 @@ class BayesianNetwork(nn.Module):
         names = [name for name, _ in self.net.named_parameters()]
         for pattern, value in patterns.items():
             if not (value is None and may_leave) and (isinstance(value, type) or not isinstance(value, Prior)):
-                raise ModelError(f"prior for '{pattern}': expected a prior such as Gaussian() or Horseshoe(), got {value!r}")
+                raise ModelError(f"prior for '{pattern}': expected a prior such as Gaussian() or Horseshoe(), got {described(value)}")
             if names and not any(fnmatchcase(name, pattern) for name in names):
                 raise ModelError(f"prior pattern '{pattern}' matches no parameter; the parameters are: {', '.join(names)}")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from pyro_bmr.errors import FitError
+from pyro_bmr.errors import FitError, described, holds
 from pyro_bmr.mean_field_step import Draw, MeanFieldStep
 
 # Bounds of one step of the log precision. A gradient out of all proportion narrows more than it widens, which is the stable side.
@@ -37,10 +37,10 @@ class NaturalGradient:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "averaging", "curvature", "cap", "adam_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise FitError(f"natural_gradient({name}={getattr(self, name)}): a finite number > 0 is wanted")
-        if not 0 <= self.momentum < 1:
-            raise FitError(f"natural_gradient(momentum={self.momentum}): a number >= 0 and below 1 is wanted")
+            if not holds(lambda x: 0 < x < math.inf, getattr(self, name)):
+                raise FitError(f"natural_gradient({name}={described(getattr(self, name))}): a finite number > 0 is wanted")
+        if not holds(lambda x: 0 <= x < 1, self.momentum):
+            raise FitError(f"natural_gradient(momentum={described(self.momentum)}): a number >= 0 and below 1 is wanted")
 
     def optimizer(self, step: MeanFieldStep, others: Iterable[Tensor]) -> OnlineNewton:
         """The optimiser of the vectors of `step`; Adam takes the parameters `others`, which are no sites."""

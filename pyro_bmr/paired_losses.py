@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from pyro_bmr.errors import DataError
-from pyro_bmr.fit_arguments import check_labels, check_tensor
-from pyro_bmr.prediction import ClassPrediction, Prediction
+from pyro_bmr.fit_arguments import check_tensor
+from pyro_bmr.predictive import ClassPrediction, MixturePrediction, Prediction, RealPrediction
 
 _ERRORS = 2.0  # standard errors
 
 
 class PairedLoss(NamedTuple):
     """`before`, `after`: the mean loss; `rise`: their difference, with the `standard_error` of the mean of the rows' differences (NaN for one row);
-    `rows`: how many; `measure`: "error rate" or "squared error"."""
+    `rows`: how many; `measure`: "error rate", "squared error" or "negative log likelihood"."""
 
     before: float
     after: float
@@ -44,7 +43,8 @@ class PairedLoss(NamedTuple):
 
 
 def paired_loss(before: Prediction, after: Prediction, y: Tensor) -> PairedLoss:
-    r"""How much more is lost per row after a reduction than before: of classes the errors, of real targets the squared errors, of the same rows.
+    r"""How much more is lost per row after a reduction than before, of the same rows: of classes the errors, of Normals the squared errors, of other
+    distributions the negative log likelihood.
 
     .. math:: d_i = \ell_i^{\text{after}} - \ell_i^{\text{before}}, \qquad \bar d = \tfrac1n \sum_i d_i, \qquad
         \mathrm{se}^2 = \frac{1}{n(n-1)} \sum_i (d_i - \bar d)^2
@@ -52,28 +52,33 @@ def paired_loss(before: Prediction, after: Prediction, y: Tensor) -> PairedLoss:
     The rows that both predict equally well cancel, so the standard error is smaller than those of two losses apart (McNemar 1947 for classes).
 
     Raises:
-        DataError: the predictions are not of the rows of `y`, or are NaN.
+        DataError: the predictions are not of the rows of `y`, not of one kind, or are NaN.
 
     Example:
         >>> before, after = (predict(fit.program, posterior, x) for posterior in (fit.posterior, reduction.posterior))
         >>> paired_loss(before, after, y).rise
     """
-    if isinstance(before, ClassPrediction) is not isinstance(after, ClassPrediction):
-        raise DataError(f"paired_loss: two predictions of one kind are expected, got {type(before).__name__} and {type(after).__name__}")
+    if type(before) is not type(after) or type(before) not in _MEASURES:
+        raise DataError(f"paired_loss: expected two predictions of one kind, as predict gives them, got {type(before).__name__} and {type(after).__name__}")
     first, second = (_losses(prediction, y) for prediction in (before, after))
     difference = second - first
     error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
-    measure = "error rate" if isinstance(before, ClassPrediction) else "squared error"
-    return PairedLoss(float(first.mean()), float(second.mean()), float(difference.mean()), error, len(difference), measure)
+    return PairedLoss(float(first.mean()), float(second.mean()), float(difference.mean()), error, len(difference), _MEASURES[type(before)])
+
+
+_MEASURES = {ClassPrediction: "error rate", RealPrediction: "squared error", MixturePrediction: "negative log likelihood"}
 
 
 def _losses(prediction: Prediction, y: Tensor) -> Tensor:
     """One number per row, (n,), float64."""
-    if isinstance(prediction, ClassPrediction):
-        check_labels(prediction.probs, y)
-        return (prediction.probs.argmax(1) != y.to(prediction.probs.device)).double()
     check_tensor(y, "y")
-    mean = prediction.mean
-    if mean.shape != y.shape or mean.numel() == 0 or bool(mean.isnan().any()):
-        raise DataError(f"paired_loss: a prediction of shape {tuple(mean.shape)} and y {tuple(y.shape)}; expected the same shape, at least one row, and no NaN")
-    return torch.square(mean.double() - y.to(mean.device).double()).reshape(len(mean), -1).mean(1)
+    log_p = prediction.log_prob(y)  # with its checks
+    if isinstance(prediction, ClassPrediction):
+        each = (prediction.probs.argmax(-1) != y.to(prediction.probs.device)).double()
+    elif isinstance(prediction, RealPrediction):
+        each = (prediction.mean.double() - y.to(prediction.locs.device).double()).square()
+    else:
+        each = -log_p.double()
+    if len(each) == 0 or bool(each.isnan().any()):
+        raise DataError(f"paired_loss: expected at least one row, and no NaN, got {len(each)} rows and {int(each.isnan().sum())} NaN")
+    return each.reshape(len(each), -1).mean(1)

@@ -56,7 +56,7 @@ class Posterior:
 
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
-            raise ModelError(f"temperature={self.temperature!r}: a finite number > 0 is wanted (1 is Bayes)")
+            raise ModelError(f"temperature={described(self.temperature)}: a finite number > 0 is wanted (1 is Bayes)")
         if self.rows is not None and (isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1):
             raise ModelError(f"rows={described(self.rows)}: the number of rows of data is an integer >= 1, or None if it is not known")
         object.__setattr__(self, "masks", {name: site.mask for name, site in self.sites.items() if site.mask is not None})
@@ -115,8 +115,7 @@ class Posterior:
             ModelError: `factor` is not a number ≥ 0, or a site's draws follow those of its scales (`ScaleCoupled`).
         """
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-            got = repr(factor) if isinstance(factor, (int, float, str)) else f"a {type(factor).__name__}"
-            raise ModelError(f"widened({got}): a finite number >= 0 is wanted; of a tensor give its .item()")
+            raise ModelError(f"widened({described(factor)}): a finite number >= 0 is wanted; of a tensor give its .item()")
         if coupled := [name for name, site in self.sites.items() if site.message is not None]:
             raise ModelError(f"site '{coupled[0]}': its draws follow those of its scales (ScaleCoupled) and have no variance of their own to widen")
         return replace(self, sites={name: site.widened(factor) for name, site in self.sites.items()})

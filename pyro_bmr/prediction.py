@@ -16,7 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_bmr.elbo import Values
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described
 from pyro_bmr.fit_arguments import check_rows
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.isolation import isolated
@@ -48,7 +48,7 @@ def predict(program: Callable[..., Any], posterior: Posterior, x: Tensor, *, dra
     """
     for name, value, least in (("draws", draws, 0), ("batch_size", batch_size, 1), ("seed", seed, None)):
         if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-            raise ModelError(f"predict({name}={value!r}): expected a whole number{'' if least is None else f' >= {least}'}")
+            raise ModelError(f"predict({name}={described(value)}): expected a whole number{'' if least is None else f' >= {least}'}")
     if not isinstance(posterior, Posterior):
         raise ModelError(f"predict: expected a Posterior, such as fit.posterior, got {type(posterior).__name__}")
     check_rows(x, x, "the rows to predict")

@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_bmr.elbo import ELBOTerms, terms_of
-from pyro_bmr.errors import FitError, ReductionError
+from pyro_bmr.errors import FitError, ReductionError, described, holds
 from pyro_bmr.guides import MeanField, SiteWise
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.guides.site_wise import Drawn
@@ -142,14 +142,14 @@ class Every:
     heads: int | Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
-        if not self.epochs > 0:
-            raise FitError(f"Every(epochs={self.epochs}): the interval must be > 0 epochs")
-        if not 0 <= self.start <= self.stop <= 1:
-            raise FitError(f"Every(start={self.start}, stop={self.stop}): 0 <= start <= stop <= 1 is wanted, as fractions of the fit")
-        if math.isnan(self.threshold):
-            raise FitError("Every(threshold=nan): a number of nats is wanted")
-        if self.kept is not None and not 0 <= self.kept <= 1:
-            raise FitError(f"Every(kept={self.kept}): a fraction between 0 and 1 is wanted")
+        if not holds(lambda x: x > 0, self.epochs):
+            raise FitError(f"Every(epochs={described(self.epochs)}): the interval must be > 0 epochs")
+        if not holds(lambda a, b: 0 <= a <= b <= 1, self.start, self.stop):
+            raise FitError(f"Every(start={described(self.start)}, stop={described(self.stop)}): 0 <= start <= stop <= 1 is wanted, as fractions of the fit")
+        if not holds(lambda t: not math.isnan(t), self.threshold):
+            raise FitError(f"Every(threshold={described(self.threshold)}): a number of nats is wanted")
+        if self.kept is not None and not holds(lambda x: 0 <= x <= 1, self.kept):
+            raise FitError(f"Every(kept={described(self.kept)}): a fraction between 0 and 1 is wanted")
 
     def steps(self, total: int, steps_per_epoch: int) -> set[int]:
         """The steps (1 … total) after which a reduction is due."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pyro_bmr import metrics
 from pyro_bmr.data import load, sources
 from pyro_bmr.data_set import Data
-from pyro_bmr.errors import DataError
+from pyro_bmr.errors import DataError, described
 from pyro_bmr.fit_arguments import check_tensor
 from pyro_bmr.prediction import ClassPrediction, Prediction
 
@@ -102,7 +102,7 @@ def corrupted(x: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
         raise DataError(f"no corruption '{name}'; the corruptions are: {', '.join(CORRUPTIONS)}")
     corruption, levels = CORRUPTIONS[name]
     if not isinstance(severity, int) or not 1 <= severity <= len(levels):
-        raise DataError(f"severity={severity}: a whole number from 1 to {len(levels)} is wanted")
+        raise DataError(f"severity={described(severity)}: a whole number from 1 to {len(levels)} is wanted")
     return corruption(x, levels[severity - 1], torch.Generator().manual_seed(seed))
 
 

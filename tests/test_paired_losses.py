@@ -50,11 +50,12 @@ def test_no_difference_is_no_loss_and_one_row_says_nothing():
 
 
 def test_what_is_refused():
-    y, mean = torch.tensor([0, 1, 2]), torch.tensor([1.0, torch.nan])
+    y, mean = torch.tensor([0, 1, 2]), torch.tensor([1.0, 2.0])
     for before, after, target in (
         (classes(y), reals(y.double()), y),
         (classes(y), classes(y), y[:2]),
-        (reals(mean), reals(mean), mean),
+        (classes(y), ClassPrediction(torch.full((3, 3), torch.nan), y, y), y),
+        (y, y, y),
         (reals(mean[:1]), reals(mean), mean[:1]),
     ):
         with pytest.raises(bmr.DataError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pyro_bmr.errors import FitError
+from pyro_bmr.errors import FitError, described
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.pruning import Every
 from pyro_bmr.reduction.decisions import lowest
@@ -32,7 +32,9 @@ class EverySignalToNoise(Every):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kept is None or self.per != "weight":
-            raise FitError(f"EverySignalToNoise(kept={self.kept}, per={self.per!r}): a kept fraction between 0 and 1, and per='weight', are wanted")
+            raise FitError(
+                f"EverySignalToNoise(kept={described(self.kept)}, per={described(self.per)}): a kept fraction between 0 and 1, and per='weight', are wanted"
+            )
 
     def reduce(self, posterior: Posterior, done: float) -> Reduction:
         every = quiet_reduction(posterior, self.to, threshold=math.inf)  # all that lives, with its spike ΔF

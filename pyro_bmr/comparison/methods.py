@@ -15,7 +15,7 @@ from pyro_bmr.baselines import BASELINES, EverySignalToNoise, Trained, options_o
 from pyro_bmr.comparison.cells import ROUTES, Settings, run_cell
 from pyro_bmr.comparison.models import Build
 from pyro_bmr.data_set import Data
-from pyro_bmr.errors import ModelError, OptionError
+from pyro_bmr.errors import ModelError, OptionError, described
 from pyro_bmr.exporting import export
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.prediction import predict
@@ -38,7 +38,7 @@ def _of_route(name: str, route: str, every: Callable[..., Every] = Every) -> Met
         given = dict(options)
         prior = prior_from_name(str(given.pop("prior", "gaussian")))
         if every is EverySignalToNoise and not isinstance(prior, Gaussian):
-            raise ModelError(f"{name}: a Gaussian prior is wanted, such as gaussian or gaussian:0.1, got {prior!r}")
+            raise ModelError(f"{name}: a Gaussian prior is wanted, such as gaussian or gaussian:0.1, got {described(prior)}")
         settings = Settings(**given)
         cell = run_cell(build, data, prior, route, seed, settings, progress, every)
         program, posterior = cell.fit.program, cell.posterior

@@ -16,7 +16,7 @@ from pyro_bmr.comparison.cells import ROUTES, Settings, counted, run_cell, score
 from pyro_bmr.comparison.models import Build, load_model
 from pyro_bmr.comparison.results_folder import ResultsFolder, file_name
 from pyro_bmr.data_set import Data, validation_data
-from pyro_bmr.errors import DataError, ModelError
+from pyro_bmr.errors import DataError, ModelError, described
 from pyro_bmr.files import locked
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
 
@@ -67,7 +67,7 @@ def compare(
         build, model_name = load_model(model), str(model)
     unknown = [route for route in routes if route not in ROUTES]
     if unknown or not routes or seeds < 1:
-        raise ModelError(f"routes={list(routes)}, seeds={seeds}: routes are {', '.join(ROUTES)}; at least one of each is wanted")
+        raise ModelError(f"routes={list(routes)}, seeds={described(seeds)}: routes are {', '.join(ROUTES)}; at least one of each is wanted")
     if settings.validation is not None:
         data = validation_data(data, settings.validation)
     if len({file_name(prior) for prior in priors}) < len(priors):

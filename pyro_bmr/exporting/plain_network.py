@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyro_bmr.elbo import Values
-from pyro_bmr.errors import ModelError, warn
+from pyro_bmr.errors import ModelError, described, holds, warn
 from pyro_bmr.exporting.finite import check_finite, check_network
 from pyro_bmr.files import digests, replacing, write_atomically, write_json
 from pyro_bmr.isolation import isolated
@@ -76,8 +76,8 @@ def ensemble(program: BayesianNetwork, posterior: Posterior, *, draws: int = 8, 
         ModelError: as `export`, a draw is not finite, draws shrink to different shapes, or are more than the memory that is free.
         ShrinkError: as `shrink`.
     """
-    if draws < 1:
-        raise ModelError(f"ensemble(draws={draws}): at least 1 is wanted")
+    if not holds(lambda x: x >= 1, draws):
+        raise ModelError(f"ensemble(draws={described(draws)}): at least 1 is wanted")
     numbers = [p for p in export(program, posterior).parameters()]  # with its checks
     size = sum(p.numel() * p.element_size() for p in numbers)
     check_memory(f"an ensemble of {draws} networks", 2 * draws * size, numbers[0].device, "take fewer draws")

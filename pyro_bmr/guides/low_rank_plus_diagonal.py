@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.guides.mean_field import Latent
 from pyro_bmr.guides.site_normal import living
 from pyro_bmr.guides.site_wise import SiteWise
@@ -37,8 +37,8 @@ class LowRankPlusDiagonal(SiteWise):
     """
 
     def __init__(self, program: Callable[..., Any], *args: Any, rank: int = 8, **kwargs: Any) -> None:
-        if rank < 1:
-            raise ModelError(f"LowRankPlusDiagonal(rank={rank}): a rank of at least 1 is wanted; MeanField is rank 0")
+        if not holds(lambda x: x >= 1, rank):
+            raise ModelError(f"LowRankPlusDiagonal(rank={described(rank)}): a rank of at least 1 is wanted; MeanField is rank 0")
         self.rank = rank
         super().__init__(program, *args, **kwargs)
 

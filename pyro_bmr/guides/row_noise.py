@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described
 
 PER_STEP, PER_ROW = ("weight", "antithetic"), ("local", "flipout")
 
 
 def check_estimator(estimator: str, *others: str) -> str:
     """`estimator`, if it draws noise per row or is one of the `others`."""
-    if estimator not in (*others, *PER_ROW):
-        raise ModelError(f"estimator={estimator!r}: one of {', '.join(map(repr, (*others, *PER_ROW)))} is wanted")
+    if not isinstance(estimator, str) or estimator not in (*others, *PER_ROW):
+        raise ModelError(f"estimator={described(estimator)}: one of {', '.join(map(repr, (*others, *PER_ROW)))} is wanted")
     return estimator
 
 

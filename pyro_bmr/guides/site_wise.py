@@ -18,7 +18,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described
 from pyro_bmr.guides.mean_field import Latent, latent_sites, site_table, start_scale
 from pyro_bmr.guides.row_noise import check_estimator
 from pyro_bmr.guides.site_normal import Independent, SiteNormal, log_density
@@ -55,7 +55,7 @@ class SiteWise(nn.Module):
         patterns = (sites,) if isinstance(sites, str) else tuple(sites)
         for pattern in patterns:
             if not any(fnmatchcase(latent.name, pattern) for latent in self.latents):
-                raise ModelError(f"sites={pattern!r} matches no site; the sites are: {', '.join(latent.name for latent in self.latents)}")
+                raise ModelError(f"sites={described(pattern)} matches no site; the sites are: {', '.join(latent.name for latent in self.latents)}")
         modules = []
         for latent in self.latents:
             chosen = any(fnmatchcase(latent.name, pattern) for pattern in patterns)

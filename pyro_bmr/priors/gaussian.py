@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.priors.tiers import Tier, check_tier, sample_scales, tier_shape
 
 
@@ -80,22 +80,23 @@ class Gaussian:
     shrinkage: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_tier(self.per, self.block, f"Gaussian(per={self.per!r})")
+        check_tier(self.per, self.block, f"Gaussian(per={described(self.per)})")
         if isinstance(self.mean, str) and self.mean != "init":
-            raise ModelError(f'Gaussian(mean={self.mean!r}): the mean is a number, a tensor, or "init" for the start value of the weight')
-        if not isinstance(self.mean, str) and not bool(torch.as_tensor(self.mean, device="cpu").isfinite().all()):
-            raise ModelError(f"Gaussian(mean={self.mean}): finite numbers are wanted")
+            raise ModelError(f'Gaussian(mean={described(self.mean)}): the mean is a number, a tensor, or "init" for the start value of the weight')
+        if not isinstance(self.mean, str) and not holds(lambda m: torch.as_tensor(m, device="cpu").isfinite().all(), self.mean):
+            raise ModelError(f"Gaussian(mean={described(self.mean)}): finite numbers are wanted")
         if isinstance(self.scale, str):
             if self.scale not in ("layer", "empirical"):
-                raise ModelError(f'Gaussian(scale={self.scale!r}): the scale is a number >= 0, "layer" or "empirical"')
+                raise ModelError(f'Gaussian(scale={described(self.scale)}): the scale is a number >= 0, "layer" or "empirical"')
             if self.scale == "layer" and not (isinstance(self.mean, (int, float)) and self.mean == 0):
-                raise ModelError(f'{self!r}: an inferred scale needs mean 0; give a number or "empirical"')
-            if not (0 < self.concentration < math.inf and 0 < self.rate < math.inf):
-                raise ModelError(f"Gaussian(concentration={self.concentration}, rate={self.rate}): both must be finite numbers > 0")
-        elif not 0 <= self.scale < math.inf:
-            raise ModelError(f'Gaussian(scale={self.scale}): the scale is a finite number >= 0, "layer" or "empirical"')
+                raise ModelError(f'{described(self)}: an inferred scale needs mean 0; give a number or "empirical"')
+            if not holds(lambda a, b: 0 < a < math.inf and 0 < b < math.inf, self.concentration, self.rate):
+                raise ModelError(f"Gaussian(concentration={described(self.concentration)}, rate={described(self.rate)}): both must be finite numbers > 0")
+        elif not holds(lambda x: 0 <= x < math.inf, self.scale):
+            raise ModelError(f'Gaussian(scale={described(self.scale)}): the scale is a finite number >= 0, "layer" or "empirical"')
         elif self.per != "layer":
-            raise ModelError(f'Gaussian(scale={self.scale}, per={self.per!r}): a given scale is shared by all; per is for "layer" and "empirical"')
+            given = f"Gaussian(scale={described(self.scale)}, per={described(self.per)})"
+            raise ModelError(f'{given}: a given scale is shared by all; per is for "layer" and "empirical"')
 
     def __eq__(self, other: object) -> bool:
         """Equal fields; means that are tensors by their values."""
@@ -110,7 +111,7 @@ class Gaussian:
     def var(self) -> float:
         """s² of a fixed scale, so that the prior can stand in `delta_f`."""
         if isinstance(self.scale, str):
-            raise ModelError(f'Gaussian(scale="{self.scale}") has no variance of its own before a fit; give a number')
+            raise ModelError(f'Gaussian(scale="{described(self.scale)}") has no variance of its own before a fit; give a number')
         return float(self.scale) ** 2
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.priors.gaussian import fan_in, sample_normal
 from pyro_bmr.priors.half_cauchy import Parametrization, sample_half_cauchy
 from pyro_bmr.priors.tiers import TIERS, Tier, check_tier, spread, tier_parts
@@ -66,19 +66,21 @@ class Horseshoe:
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.tau0 < math.inf:
-            raise ModelError(f"Horseshoe(tau0={self.tau0}): tau0 is a finite number > 0")
-        if self.slab_scale is not None and not 0 < self.slab_scale < math.inf:
-            raise ModelError(f"Horseshoe(slab_scale={self.slab_scale}): slab_scale is a finite number > 0, or None for no slab")
-        if self.slab_df is not None and (self.slab_scale is None or not 0 < self.slab_df < math.inf):
-            raise ModelError(f"Horseshoe(slab_scale={self.slab_scale}, slab_df={self.slab_df}): slab_df is a finite number > 0 and needs a slab_scale")
-        if self.parametrization not in ("half-cauchy", "gamma"):
-            raise ModelError(f'Horseshoe(parametrization={self.parametrization!r}): it is "half-cauchy" or "gamma"')
-        if isinstance(self.tiers, str) or not self.tiers or len(set(self.tiers)) < len(self.tiers):
-            raise ModelError(f"Horseshoe(tiers={self.tiers!r}): a tuple of different tiers is wanted, from {', '.join(TIERS)}")
+        if not holds(lambda x: 0 < x < math.inf, self.tau0):
+            raise ModelError(f"Horseshoe(tau0={described(self.tau0)}): tau0 is a finite number > 0")
+        if self.slab_scale is not None and not holds(lambda x: 0 < x < math.inf, self.slab_scale):
+            raise ModelError(f"Horseshoe(slab_scale={described(self.slab_scale)}): slab_scale is a finite number > 0, or None for no slab")
+        if self.slab_df is not None and (self.slab_scale is None or not holds(lambda x: 0 < x < math.inf, self.slab_df)):
+            raise ModelError(
+                f"Horseshoe(slab_scale={described(self.slab_scale)}, slab_df={described(self.slab_df)}): slab_df is a finite number > 0 and needs a slab_scale"
+            )
+        if not isinstance(self.parametrization, str) or self.parametrization not in ("half-cauchy", "gamma"):
+            raise ModelError(f'Horseshoe(parametrization={described(self.parametrization)}): it is "half-cauchy" or "gamma"')
+        if not isinstance(self.tiers, (tuple, list)) or not self.tiers or not holds(lambda t: len(set(t)) == len(t), self.tiers):
+            raise ModelError(f"Horseshoe(tiers={described(self.tiers)}): a tuple of different tiers is wanted, from {', '.join(TIERS)}")
         grouped = [tier for tier in self.tiers if tier in ("unit", "input")]
         for tier in self.tiers:
-            check_tier(tier, self.block if tier in grouped or not grouped else 1, f"Horseshoe(tiers={self.tiers!r})")
+            check_tier(tier, self.block if tier in grouped or not grouped else 1, f"Horseshoe(tiers={described(self.tiers)})")
         object.__setattr__(self, "tiers", tuple(tier for tier in TIERS if tier in self.tiers))  # in order, and no list, as a saved posterior gives
 
     @classmethod
@@ -102,8 +104,9 @@ class Horseshoe:
             >>> Horseshoe.from_active(5, of=50, rows=100, noise=0.5).tau0
             0.00555...
         """
-        if not (0 < active < of and rows >= 1 and 0 < noise < math.inf):
-            raise ModelError(f"Horseshoe.from_active({active}, of={of}, rows={rows}, noise={noise}): wanted are 0 < active < of, rows >= 1, noise > 0")
+        if not holds(lambda a, p, n, s: 0 < a < p and n >= 1 and 0 < s < math.inf, active, of, rows, noise):
+            given = ", ".join(f"{name}={described(value)}" for name, value in (("active", active), ("of", of), ("rows", rows), ("noise", noise)))
+            raise ModelError(f"Horseshoe.from_active({given}): wanted are 0 < active < of, rows >= 1, noise > 0")
         return cls(tau0=active / (of - active) * noise / math.sqrt(rows), by_fan_in=False, **options)
 
     @classmethod
@@ -179,5 +182,5 @@ class Horseshoe:
     def log_hyper(self) -> Callable[[float], float]:
         """log C⁺(τ; 0, τ₀) up to a constant; an AttributeError where a single tier is all there is, and τ = τ₀ is known."""
         if len(self.tiers) == 1:
-            raise AttributeError(f"{self!r} has a known global scale, and no hyper-prior on it")
+            raise AttributeError(f"{described(self)} has a known global scale, and no hyper-prior on it")
         return lambda scale: -math.log1p((scale / self.tau0) ** 2)

@@ -14,14 +14,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.priors.gaussian import Prior, fan_in
 
 
 def check_scale(family: str, scale: Any) -> None:
     """Raises a ModelError unless the scale is a finite number > 0 or "layer"."""
-    if scale != "layer" and (isinstance(scale, str) or not 0 < scale < math.inf):
-        raise ModelError(f'{family}(scale={scale!r}): the scale is a finite number > 0, or "layer" to infer it')
+    if scale != "layer" if isinstance(scale, str) else not holds(lambda x: 0 < x < math.inf, scale):
+        raise ModelError(f'{family}(scale={described(scale)}): the scale is a finite number > 0, or "layer" to infer it')
 
 
 def number(prior: Any, scale: float | None = None) -> float:
@@ -32,7 +32,7 @@ def number(prior: Any, scale: float | None = None) -> float:
     """
     found = prior.scale if scale is None else scale
     if isinstance(found, str):
-        raise ModelError(f"{prior!r} has no density of its own before its scale is known; give a number")
+        raise ModelError(f"{described(prior)} has no density of its own before its scale is known; give a number")
     return float(found)
 
 

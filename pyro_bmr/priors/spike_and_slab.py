@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.priors.gaussian import fan_in, sample_normal
 from pyro_bmr.priors.tiers import Tier, check_tier, sample_scales, spread
 
@@ -71,24 +71,26 @@ class SpikeAndSlab:
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.spike_scale is not None and not 0 <= self.spike_scale < math.inf:
-            raise ModelError(f"SpikeAndSlab(spike_scale={self.spike_scale}): the spike's scale is a finite number >= 0, or None")
-        if not (self.alpha > 0 and self.beta > 0):
-            raise ModelError(f"SpikeAndSlab(alpha={self.alpha}, beta={self.beta}): both must be > 0")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise ModelError(f"SpikeAndSlab(temperature={self.temperature}): the temperature is a finite number > 0, or None")
-        check_tier(self.per, self.block, f"SpikeAndSlab(per={self.per!r})")
+        if self.spike_scale is not None and not holds(lambda x: 0 <= x < math.inf, self.spike_scale):
+            raise ModelError(f"SpikeAndSlab(spike_scale={described(self.spike_scale)}): the spike's scale is a finite number >= 0, or None")
+        if not holds(lambda a, b: a > 0 and b > 0, self.alpha, self.beta):
+            raise ModelError(f"SpikeAndSlab(alpha={described(self.alpha)}, beta={described(self.beta)}): both must be > 0")
+        if self.temperature is not None and not holds(lambda x: 0 < x < math.inf, self.temperature):
+            raise ModelError(f"SpikeAndSlab(temperature={described(self.temperature)}): the temperature is a finite number > 0, or None")
+        check_tier(self.per, self.block, f"SpikeAndSlab(per={described(self.per)})")
         if self.temperature is None and self.per != "weight":
-            raise ModelError(f"SpikeAndSlab(per={self.per!r}): a group has a relaxed indicator; give a temperature, such as 0.5")
+            raise ModelError(f"SpikeAndSlab(per={described(self.per)}): a group has a relaxed indicator; give a temperature, such as 0.5")
         if self.temperature is not None and self.spike_scale is not None:
-            raise ModelError(f"{self!r}: with a relaxed indicator the spike has no width of its own; leave spike_scale out")
+            raise ModelError(f"{described(self)}: with a relaxed indicator the spike has no width of its own; leave spike_scale out")
         if isinstance(self.slab_scale, str):
             if self.slab_scale != "empirical":
-                raise ModelError(f'SpikeAndSlab(slab_scale={self.slab_scale!r}): the slab\'s scale is a number > 0, "empirical", or None')
-        elif self.slab_scale is not None and not (self.spike_scale or 0) < self.slab_scale < math.inf:
-            raise ModelError(f"SpikeAndSlab(slab_scale={self.slab_scale}): the slab's scale is finite and wider than the spike's ({self.spike_scale or 0})")
-        if self.inclusion is not None and not 0 < self.inclusion < 1:
-            raise ModelError(f"SpikeAndSlab(inclusion={self.inclusion}): a probability between 0 and 1 is wanted, neither of which")
+                raise ModelError(f'SpikeAndSlab(slab_scale={described(self.slab_scale)}): the slab\'s scale is a number > 0, "empirical", or None')
+        elif self.slab_scale is not None and not holds(lambda s: (self.spike_scale or 0) < s < math.inf, self.slab_scale):
+            raise ModelError(
+                f"SpikeAndSlab(slab_scale={described(self.slab_scale)}): the slab's scale is finite and wider than the spike's ({self.spike_scale or 0})"
+            )
+        if self.inclusion is not None and not holds(lambda x: 0 < x < 1, self.inclusion):
+            raise ModelError(f"SpikeAndSlab(inclusion={described(self.inclusion)}): a probability between 0 and 1 is wanted, neither of which")
 
     @property
     def fitted_spike_scale(self) -> float:
@@ -97,7 +99,7 @@ class SpikeAndSlab:
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
         if not 0 < self.fitted_spike_scale < 1:
             raise ModelError(
-                f"site '{name}': SpikeAndSlab(spike_scale={self.spike_scale}) cannot be fitted; the spike must be narrower than the slab (1) "
+                f"site '{name}': SpikeAndSlab(spike_scale={described(self.spike_scale)}) cannot be fitted; the spike must be narrower than the slab (1) "
                 "and have a width, or be left to the default"
             )
         like = torch.zeros(shape) if init is None else init

@@ -14,7 +14,7 @@ import numpy as np
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.priors.layer_scale import check_scale, log_half_cauchy, number, sample_scaled
 from pyro_bmr.priors.mixing import mixing_grid
 
@@ -42,8 +42,8 @@ class StudentT:
     shrinkage: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.df < math.inf:
-            raise ModelError(f"StudentT(df={self.df}): the degrees of freedom are a finite number > 0")
+        if not holds(lambda x: 0 < x < math.inf, self.df):
+            raise ModelError(f"StudentT(df={described(self.df)}): the degrees of freedom are a finite number > 0")
         check_scale("StudentT", self.scale)
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
@@ -69,5 +69,5 @@ class StudentT:
     def log_hyper(self) -> Callable[[float], float]:
         """The log density of the half-Cauchy hyper-prior on the scale, up to a constant; an AttributeError where the scale is a number and not to be found."""
         if not isinstance(self.scale, str):
-            raise AttributeError(f"{self!r} has a known scale, and no hyper-prior on it")
+            raise AttributeError(f"{described(self)} has a known scale, and no hyper-prior on it")
         return log_half_cauchy

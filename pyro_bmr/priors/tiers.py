@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pyro
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described
 
 Tier = Literal["layer", "unit", "input", "weight"]
 TIERS: tuple[Tier, ...] = ("layer", "unit", "input", "weight")
@@ -19,12 +19,12 @@ TIERS: tuple[Tier, ...] = ("layer", "unit", "input", "weight")
 
 def check_tier(tier: Any, block: int, where: str) -> None:
     """Raises a ModelError, which names `where`, unless `tier` is one of `TIERS` and `block` a number of rows or columns that the tier can have."""
-    if tier not in TIERS:
-        raise ModelError(f"{where}: a tier is one of {', '.join(TIERS)}, got {tier!r}")
+    if not isinstance(tier, str) or tier not in TIERS:
+        raise ModelError(f"{where}: a tier is one of {', '.join(TIERS)}, got {described(tier)}")
     if not (isinstance(block, int) and block >= 1):
-        raise ModelError(f"{where}: block={block!r} is a number of neighbouring units or inputs, an integer >= 1")
+        raise ModelError(f"{where}: block={described(block)} is a number of neighbouring units or inputs, an integer >= 1")
     if block > 1 and tier not in ("unit", "input"):
-        raise ModelError(f"{where}: block={block} joins neighbouring units or inputs; it needs the tier unit or input")
+        raise ModelError(f"{where}: block={described(block)} joins neighbouring units or inputs; it needs the tier unit or input")
 
 
 def tier_shape(shape: tuple[int, ...], tier: Tier, block: int = 1) -> tuple[int, ...]:
@@ -42,7 +42,7 @@ def tier_shape(shape: tuple[int, ...], tier: Tier, block: int = 1) -> tuple[int,
     if axis >= len(shape):
         return ()
     if shape[axis] % block:
-        raise ModelError(f"block={block} does not divide the {shape[axis]} {tier}s of a weight of shape {tuple(shape)}; give a divisor")
+        raise ModelError(f"block={described(block)} does not divide the {shape[axis]} {described(tier)}s of a weight of shape {tuple(shape)}; give a divisor")
     return tuple(size // block if k == axis else 1 for k, size in enumerate(shape))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError
+from pyro_bmr.errors import ReductionError, described, holds
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -30,8 +30,8 @@ class Block:
     columns: int
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.columns < 1:
-            raise ReductionError(f"{self}: a tile has at least one row and one column")
+        if not holds(lambda r, c: r >= 1 and c >= 1, self.rows, self.columns):
+            raise ReductionError(f"{described(self)}: a tile has at least one row and one column")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class NofM:
     m: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
-            raise ReductionError(f"{self}: 0 < n < m is wanted, as in NofM(2, 4)")
+        if not holds(lambda n, m: 0 < n < m, self.n, self.m):
+            raise ReductionError(f"{described(self)}: 0 < n < m is wanted, as in NofM(2, 4)")
 
     def mask(self, drop: Tensor) -> Tensor:
         """True for the n entries of each m with the smallest `drop`; dead entries (infinite `drop`) stay dead, vectors are left whole.
@@ -99,10 +99,10 @@ def group_labels(shapes: Shapes, per: str | Block | Mapping[str, Tensor], heads:
     if isinstance(per, Block):
         return _numbered(shapes, {name: _tiles(shape, per) for name, shape in shapes.items()})
     kinds = {"unit": _units, "channel": _units, "input": _inputs, "layer": _layers}
-    if per == "head":
+    if isinstance(per, str) and per == "head":
         return _heads(shapes, heads)
-    if per not in kinds:
-        raise ReductionError(f"per={per!r}: one of 'weight', {', '.join(map(repr, GROUPS))}, Block(...), NofM(...) or a mapping from sites to labels")
+    if not isinstance(per, str) or per not in kinds:
+        raise ReductionError(f"per={described(per)}: one of 'weight', {', '.join(map(repr, GROUPS))}, Block(...), NofM(...) or a mapping from sites to labels")
     return kinds[per](shapes)
 
 

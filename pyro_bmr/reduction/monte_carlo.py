@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError
+from pyro_bmr.errors import ReductionError, described
 from pyro_bmr.reduction.mixture_nodes import END, is_open_grid, warn_of_end
 
 _TRUSTED = 0.7
@@ -168,7 +168,7 @@ def log_density(prior: Any, w: Tensor) -> Tensor:
         if not bool((var > 0).all()):
             raise ReductionError("a point has no density and draws never hit it; use delta_f for the point spike, or a narrow Gaussian")
         return -0.5 * (2 * math.pi * var).log() - 0.5 * (w - mean).square() / var
-    raise ReductionError(f"{prior!r} has no density here: it has neither log_prob, nor mixture, nor mean and var")
+    raise ReductionError(f"{described(prior)} has no density here: it has neither log_prob, nor mixture, nor mean and var")
 
 
 def _log_prob(prior: Any, draws: Tensor, name: str) -> Tensor:

@@ -19,7 +19,7 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from pyro_bmr.errors import ModelError, ReductionError
+from pyro_bmr.errors import ModelError, ReductionError, described
 from pyro_bmr.guides.mean_field import latent_sites
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.reduction.gaussian import Diagonal, log_evidence_ratio, message
@@ -53,7 +53,7 @@ def reduction_program(posterior: Posterior, name: str, to: ScaleHierarchy) -> Ca
     if site.prior is None or bool(site.prior.mean.any()):
         raise ReductionError(f"site '{name}': a reduction to scales needs a Gaussian prior of mean 0 in the fit")
     if not isinstance(to, ScaleHierarchy):
-        raise ReductionError(f"site '{name}': {to!r} has no sample_scale; a Horseshoe has, or a prior of your own with that method")
+        raise ReductionError(f"site '{name}': {described(to)} has no sample_scale; a Horseshoe has, or a prior of your own with that method")
     alive, shape = site.alive, site.mean.shape
     p = Diagonal(site.prior.mean.expand(shape), site.prior.var.expand(shape))
     data = message(Diagonal(site.mean, site.var.where(alive, p.var)), p)

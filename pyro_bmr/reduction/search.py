@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError
+from pyro_bmr.errors import ReductionError, described
 from pyro_bmr.reduction.gaussian import Diagonal, prune_subset
 from pyro_bmr.reduction.states import Members, State, embedded, entries, initial_state
 
@@ -265,7 +265,7 @@ def exhaustive_search(posterior: Any, prior: Any, groups: Any = None, *, thresho
         total_entries = sum(entries(q) for q in given[0])
         fits = table.long() @ sizes + total_entries - sizes.sum() <= round(kept * total_entries)
         if not bool(fits.any()):
-            raise ReductionError(f"kept={kept}: entries without a group, which stay, are already more; raise kept or give them groups")
+            raise ReductionError(f"kept={described(kept)}: entries without a group, which stay, are already more; raise kept or give them groups")
         table, gains = table[fits], gains[fits]
     return _result(table, gains, threshold, given, members, None)
 

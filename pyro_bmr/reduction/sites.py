@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError, described, warn
+from pyro_bmr.errors import ReductionError, described, holds, warn
 from pyro_bmr.isolation import isolated
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
@@ -100,8 +100,8 @@ def quiet_reduction(
         raise ReductionError(f"reduce: a Posterior is wanted, such as fit.posterior; got {type(posterior).__name__}")
     if any(isinstance(prior, type) for prior in (to.values() if isinstance(to, Mapping) else [to])):
         raise ReductionError(f"to={described(to)}: a prior is wanted and not its class; call it, as in Gaussian(scale=0)")
-    if math.isnan(threshold):
-        raise ReductionError("threshold=nan: a number of nats is wanted")
+    if not holds(lambda t: not math.isnan(t), threshold):
+        raise ReductionError(f"threshold={described(threshold)}: a number of nats is wanted")
     _check_arguments(per, kept, heads)
     targets = _targets(posterior, to)
     labels = _labels(posterior, targets, per, kept, heads)
@@ -151,11 +151,11 @@ def _labels(
     heads: int | Mapping[str, int] | None,
 ) -> dict[str, Tensor] | None:
     """The group of each entry, None for single weights. For a target size over several layers the units of the network's last one are in no group."""
-    if isinstance(per, NofM) or per == "weight":
+    if isinstance(per, NofM) or (isinstance(per, str) and per == "weight"):
         return None
     labels = group_labels({name: tuple(posterior[name].mean.shape) for name in targets}, per, heads)
     matrices = [name for name in posterior if posterior[name].support == "real" and posterior[name].mean.ndim > 1]
-    if per in ("unit", "channel") and isinstance(kept, float | int) and matrices and {matrices[-1]} < set(matrices) & set(targets):
+    if isinstance(per, str) and per in ("unit", "channel") and isinstance(kept, float | int) and matrices and {matrices[-1]} < set(matrices) & set(targets):
         outputs = labels[matrices[-1]].flatten()
         labels = {name: torch.where(torch.isin(own, outputs), -1, own) for name, own in labels.items()}
     return labels
@@ -163,9 +163,9 @@ def _labels(
 
 def _check_arguments(per: object, kept: float | Mapping[str, float] | None, heads: object) -> None:
     for fraction in kept.values() if isinstance(kept, Mapping) else [kept]:
-        if fraction is not None and not 0 <= fraction <= 1:
+        if fraction is not None and not holds(lambda x: 0 <= x <= 1, fraction):
             raise ReductionError(f"kept={described(kept)}: a fraction between 0 and 1 is wanted")
-    if heads is not None and per != "head":
+    if heads is not None and not (isinstance(per, str) and per == "head"):
         raise ReductionError(f"heads={described(heads)}: only per='head' asks for the number of heads; got per={described(per)}")
     if isinstance(per, NofM) and kept is not None:
         raise ReductionError(f"kept={described(kept)}: {per} fixes the fraction itself; leave kept out")

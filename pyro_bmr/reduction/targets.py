@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError
+from pyro_bmr.errors import ReductionError, described
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, ScaleMixture, SpikeAndSlab, StudentT
 from pyro_bmr.reduction.gaussian import Diagonal, Message, delta_f, message, number, point_spike_delta_f, reduced_posterior
@@ -76,7 +76,8 @@ def site_reduction(posterior: Posterior, name: str, to: Prior | None, groups: Te
         return _own_decision(posterior, name)
     if site.prior is None:
         raise ReductionError(
-            f"its prior in the fit ({site.declared!r}) is not Gaussian; reduce a posterior fitted under Gaussian(), or pass to=None for its own decision"
+            f"its prior in the fit ({described(site.declared)}) is not Gaussian; reduce a posterior fitted under Gaussian(), or pass to=None for its own "
+            "decision"
         )
     if isinstance(to, SpikeAndSlab):
         to = with_slab(posterior, name, to, groups)
@@ -106,21 +107,23 @@ def reduced(to: Any, living: Living) -> Reduced:
     """The answer of one kind of reduced prior; this one is for priors that are known by what they have."""
     if isinstance(to, ScaleMixture):
         return _scale_mixture(to, living)
-    if hasattr(to, "mean") and hasattr(to, "var"):
+    if hasattr(to, "mean") and hasattr(to, "var") and not callable(to.mean):
         return _gaussian(living.target(to), living)
     if hasattr(to, "log_prob"):
         return _density(to, living)
-    raise ReductionError(f"{to!r} is no target of a reduction: it has neither mean and var, nor mixture, nor log_prob")
+    raise ReductionError(f"{described(to)} is no target of a reduction: it has neither mean and var, nor mixture, nor log_prob")
 
 
 @reduced.register
 def _(to: Gaussian, living: Living) -> Reduced:
     if not isinstance(to.mean, (int, float)):
-        raise ReductionError(f"{to!r}: the mean of a reduced prior is a number here; for other points use delta_f itself")
+        raise ReductionError(f"{described(to)}: the mean of a reduced prior is a number here; for other points use delta_f itself")
     if to.scale == 0 and to.mean != 0:
-        raise ReductionError(f"{to!r}: a pruned weight is zero; for the evidence of another point use delta_f itself")
+        raise ReductionError(f"{described(to)}: a pruned weight is zero; for the evidence of another point use delta_f itself")
     if to.scale == "layer":
-        raise ReductionError(f"{to!r} has hyper-parameters of its own; reduce to Gaussian(<number>), or to Gaussian() for the scale with the best evidence")
+        raise ReductionError(
+            f"{described(to)} has hyper-parameters of its own; reduce to Gaussian(<number>), or to Gaussian() for the scale with the best evidence"
+        )
     if to.scale == "empirical":
         return _best_gaussian(to, living)
     return _gaussian(living.target(to), living)
@@ -158,7 +161,7 @@ def _best_gaussian(to: Gaussian, living: Living) -> Reduced:
 def _(to: Horseshoe, living: Living) -> Reduced:
     if to.slab_df is not None or to.block != 1 or to.tiers not in (("layer", "weight"), ("weight",), ("layer", "unit"), ("unit",), ("unit", "weight")):
         raise ReductionError(
-            f"{to!r}: the quadrature is over one scale, of each weight or unit, with one tau for the layer or each unit, under a slab that is known; "
+            f"{described(to)}: the quadrature is over one scale, of each weight or unit, with one tau for the layer or each unit, under a slab that is known; "
             "for other tiers fit a reduction_program"
         )
     shared = living.rows if "weight" not in to.tiers else None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ShrinkError
+from pyro_bmr.errors import ShrinkError, described
 from pyro_bmr.shrinking.graphs import MASKED
 from pyro_bmr.shrinking.ties import State, Ties, fixed
 
@@ -66,7 +66,7 @@ def indexed(ties: Ties, x: State, index: Any) -> State:
     """Numbers and slices; an axis that is indexed keeps its channels."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if not all(isinstance(p, (int, slice)) or p is None or p is Ellipsis for p in parts):
-        raise ShrinkError(f"indexing by {index!r} is not supported, only by numbers and slices; {MASKED}")
+        raise ShrinkError(f"indexing by {described(index)} is not supported, only by numbers and slices; {MASKED}")
     if Ellipsis in parts:
         at = parts.index(Ellipsis)
         parts[at : at + 1] = [slice(None)] * (x.value.ndim - sum(p is not None and p is not Ellipsis for p in parts))

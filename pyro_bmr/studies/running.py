@@ -19,7 +19,7 @@ from joblib import Parallel, delayed
 from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
-from pyro_bmr.errors import ModelError, PyroBMRError
+from pyro_bmr.errors import ModelError, PyroBMRError, described
 from pyro_bmr.files import locked, make_folder, write_atomically
 from pyro_bmr.studies.cell_folder import failure, finished_row, run_cell
 from pyro_bmr.studies.declaration import Cell, Study, declare
@@ -64,7 +64,7 @@ def study(
         >>> found = study("fashion_mnist.toml", "results/fashion-mnist", jobs=2)
     """
     if jobs is not None and (type(jobs) is not int or jobs == 0):
-        raise ModelError(f"jobs={jobs!r}: a number of processes is wanted, -1 for one per core, or None")
+        raise ModelError(f"jobs={described(jobs)}: a number of processes is wanted, -1 for one per core, or None")
     if isinstance(declaration, Study) and (seeds, validation) != (None, None):
         raise ModelError("seeds and validation are those of the declared study; give them to declare")
     declared = declaration if isinstance(declaration, Study) else declare(declaration, seeds=seeds, validation=validation)
