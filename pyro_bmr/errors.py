@@ -96,7 +96,7 @@ def described(value: Any) -> str:
     elif isinstance(value, (tuple, list, Set, Mapping)):
         words = f"{_one(name)} of {len(value)}"
     else:
-        words = str(getattr(value, "__qualname__", _one(name)))
+        words = f"{'the class ' * isinstance(value, type)}{getattr(value, '__qualname__', _one(name))}"
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} …"
 
 

@@ -42,7 +42,7 @@ def tier_shape(shape: tuple[int, ...], tier: Tier, block: int = 1) -> tuple[int,
     if axis >= len(shape):
         return ()
     if shape[axis] % block:
-        raise ModelError(f"block={described(block)} does not divide the {shape[axis]} {described(tier)}s of a weight of shape {tuple(shape)}; give a divisor")
+        raise ModelError(f"block={described(block)} does not divide the {shape[axis]} {tier}s of a weight of shape {tuple(shape)}; give a divisor")
     return tuple(size // block if k == axis else 1 for k, size in enumerate(shape))
 
 
