@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pyro_bmr.data_set import Data, validation_data
-from pyro_bmr.errors import FitError, ModelError, OptionError
+from pyro_bmr.errors import FitError, ModelError, OptionError, described
 from pyro_bmr.fit_arguments import batch_sizes
 from pyro_bmr.prediction import Prediction
 
@@ -56,7 +56,7 @@ class Budget:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        broken = [f"{name}={getattr(self, name)!r} ({wanted})" for name, (good, wanted) in self.rules().items() if not good]
+        broken = [f"{name}={described(getattr(self, name))} ({wanted})" for name, (good, wanted) in self.rules().items() if not good]
         if broken:
             raise ModelError(f"{', '.join(broken)} is wanted")
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyro_bmr.errors import ReductionError
+from pyro_bmr.errors import ReductionError, described
 from pyro_bmr.reduction.ratios import Ratios, gain, informative, ratios, reduced_moments
 
 _PIECE = 1 << 16  # weights at once, where a whole site would leave the cache
@@ -222,8 +222,9 @@ def rounded(value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 
 def moments(gaussian: Any, like: Tensor | None = None) -> Diagonal:
     """`gaussian` (anything with `mean` and `var` or `variance`) as a `Diagonal`, expanded to the shape of `like`, on its device. Numbers are in float64."""
-    if isinstance(gaussian, type) or not (hasattr(gaussian, "mean") and (hasattr(gaussian, "var") or hasattr(gaussian, "variance"))):
-        raise ReductionError(f"a Gaussian, with mean and var, is wanted; got {gaussian!r}")
+    known = hasattr(gaussian, "mean") and (hasattr(gaussian, "var") or hasattr(gaussian, "variance")) and not callable(gaussian.mean)
+    if isinstance(gaussian, type) or not known:
+        raise ReductionError(f"a Gaussian, with mean and var, is wanted; got {described(gaussian)}")
     if isinstance(gaussian, Normal):  # its own variance may underflow
         mean, var = gaussian.loc, gaussian.scale.double().square()
     else:
