@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError
+from pyro_bmr.errors import ReductionError, described, holds
 
 _QUADRATURE_NODES = 257
 _SAMPLE = 1 << 16  # weights on which the fixed point is first sought
@@ -228,8 +228,8 @@ def _support(log_integrand: Callable[[Tensor], Tensor], low: float, high: float,
 
 
 def _check_beta(alpha: float, beta: float, where: str) -> None:
-    if not (0 < alpha < math.inf and 0 < beta < math.inf):
-        raise ReductionError(f"{where}: finite alpha, beta > 0 are wanted; got {alpha}, {beta}")
+    if not holds(lambda a, b: 0 < a < math.inf and 0 < b < math.inf, alpha, beta):
+        raise ReductionError(f"{where}: finite alpha, beta > 0 are wanted; got {described(alpha)}, {described(beta)}")
 
 
 def _log_beta(a: float, b: float) -> float:
