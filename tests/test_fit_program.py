@@ -233,7 +233,7 @@ def test_a_posterior_per_row_is_the_exact_one():
     design = torch.cat([x, torch.eye(40, dtype=torch.float64)], 1)
     precision = cov.inverse() + design.mT @ design / 0.09
     mean = torch.linalg.solve(precision, design.mT @ y / 0.09)
-    result = fit(local, (x, y), optimizer=bmr.adam(0.05), epochs=400)
+    result = fit(local, (x, y), optimizer=bmr.adam(0.08), epochs=250)
     u = result.posterior["u"]
     torch.testing.assert_close(u.mean, mean[3:], atol=0.08, rtol=0)
     torch.testing.assert_close(u.var, 1 / precision.diagonal()[3:], rtol=0.4, atol=0)  # of a mean field: the conditional variance
