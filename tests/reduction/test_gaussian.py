@@ -243,7 +243,12 @@ def test_no_diagonal_reduction_is_nan(dtype, shape, values, reduced_var):
     """Means, variances and priors over thirty orders of magnitude, the point spike among the targets: shapes and dtypes stay, nothing is NaN."""
     mean, var, prior_var = (torch.full(shape, v, dtype=dtype) for v in values)
     q, p, r = Diagonal(mean, var), Diagonal(torch.zeros((), dtype=dtype), prior_var), Diagonal(torch.zeros(()), torch.tensor(reduced_var))
-    gain, reduced = delta_f(q, p, r), reduced_posterior(q, p, r)
+    try:
+        gain, reduced = delta_f(q, p, r), reduced_posterior(q, p, r)
+        point_spike_delta_f(q, p)
+    except bmr.ReductionError as error:  # beyond the largest float32, or below the smallest
+        assert "the range of torch.float32" in str(error) and dtype == torch.float32
+        return
     for t in (gain, reduced.mean, reduced.var, point_spike_delta_f(q, p)):
         assert t.shape == shape and t.dtype == dtype and not t.isnan().any()
     assert (reduced.var >= 0).all()
@@ -260,3 +265,37 @@ def test_a_prior_of_another_shape_is_no_silent_broadcast(shape, other):
     if not fits:
         with pytest.raises(bmr.ReductionError, match="does not fit a posterior of shape"):
             delta_f(q, p, bmr.Gaussian(0.0))
+
+
+TENTH, ONES, ZEROS, NAN = 0.1 * torch.eye(2), torch.ones(2), torch.zeros(2), torch.tensor([torch.nan, 0.0])
+FLAT = bmr.Dense(ZEROS, torch.eye(2))
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: delta_f(bmr.Dense(NAN, torch.eye(2)), FLAT, FLAT), "mean of the posterior must be finite"),
+        (lambda: delta_f(bmr.Dense(ZEROS, torch.tensor([[0.5, 0.45], [0.0, 0.5]])), FLAT, FLAT), "posterior is not symmetric: 1 pairs"),
+        (lambda: prune_subset(bmr.Dense(ZEROS, TENTH * torch.nan), bmr.Gaussian(1.0), ONES > 0), "4 entries that are not finite"),
+        (lambda: delta_f(LowRank(ZEROS, -ONES, ONES[:, None]), bmr.Gaussian(1.0), bmr.Gaussian(0.1)), "2 of 2 variances outside"),
+        (lambda: prune_subset(LowRank(NAN, ONES, ONES[:, None]), bmr.Gaussian(1.0), ONES > 0), "1 not finite"),
+        (lambda: delta_f(MatrixNormal(TENTH, -torch.eye(2), torch.eye(2)), bmr.Gaussian(1.0), bmr.Gaussian(0.1)), "rows of the posterior is not positive"),
+        (lambda: delta_f(Diagonal(ONES * 1e30, ONES * 1e-30), bmr.Gaussian(1.0), bmr.Gaussian(0.0)), "leaves the range of torch.float32 for 2 of 2"),
+        (lambda: delta_f(Diagonal(ONES.int(), ONES.int()), bmr.Gaussian(0.5), bmr.Gaussian(0.1)), "floating-point numbers, got torch.int32"),
+        (lambda: bmr.best_var(bmr.Message(ONES * torch.inf, ONES), ONES), "NaN or infinities, 2 of 2"),
+    ],
+)
+def test_what_is_no_gaussian_is_refused_by_name(call, words):
+    with pytest.raises(bmr.ReductionError, match=words):
+        call()
+
+
+def test_tiny_variances_in_float32():
+    one = torch.ones(1)
+    reduced = reduced_posterior(Diagonal(one, one * 1e-40), bmr.Gaussian(1.0), bmr.Gaussian(0.5))
+    assert reduced.mean.item() == 1 and reduced.var.item() == pytest.approx(1e-40, rel=1e-4)
+    assert delta_f(Diagonal(one, one * 1e-40), bmr.Gaussian(1.0), bmr.Gaussian(0.5)).item() == pytest.approx(np.log(2) - 1.5, abs=1e-6)
+    wide = delta_f(Diagonal(0 * one, one * 1e-30), bmr.Gaussian(1e-20), bmr.Gaussian(0.0))
+    assert wide.item() == pytest.approx(0.5 * np.log(1e-40 / float(np.float32(1e-30))), abs=1e-6)
+    q, p, spike = Diagonal(0 * one, one * 1e-10), Diagonal(one, one * 0.01), bmr.Gaussian(0.0)
+    assert delta_f(q, p, spike).item() == pytest.approx(59.2103, abs=1e-3)
