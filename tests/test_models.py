@@ -12,7 +12,7 @@ DIGITS = bmr.load("digits")
 SHRINKS = {"mlp", "lenet", "lenet_caffe", "resnet", "lenet:6-16-120-84-relu", "resnet:16-32-group", "vit", "mlp_mixer", "gru"}
 
 
-@pytest.mark.filterwarnings("ignore:ΔF.*parameters > rows")
+@pytest.mark.filterwarnings("ignore:ΔF.*parameters > rows", "ignore:the program multiplies two parts of .*self_attn")
 @pytest.mark.parametrize(
     "name", [*sorted(set(model_names()) - {"linear_regression", "logistic_regression", "lenet_caffe"}), "lenet:6-16-120-84-relu", "resnet:16-32-group"]
 )
