@@ -55,11 +55,14 @@ class _World:
 
 
 class _Turns:
-    """One thread is inside at a time, as often as it likes; who wants in waits in the door, one at a time."""
+    """One thread is inside at a time, as often as it likes; who wants in waits in the door, one at a time.
+
+    Ctrl-C may come when the room has just been taken: the room itself knows who has it, and nothing else says so.
+    """
 
     def __init__(self) -> None:
-        self.process, self.owner, self.depth = os.getpid(), 0, 0
-        self.door, self.room = threading.Lock(), threading.Lock()
+        self.process, self.depth = os.getpid(), 0
+        self.door, self.room = threading.Lock(), threading.RLock()
         self.outside = _World([], [], {}, [])  # as the owner found it when it came in
 
     @contextmanager
@@ -67,9 +70,8 @@ class _Turns:
         """Gives the world as it was before, with Pyro's settings if asked for."""
         if self.process != os.getpid():  # a child of a fork, in which the thread that was inside does not run
             self.__init__()  # type: ignore[misc]
-        if self.owner != threading.get_ident():
-            self._enter()
         try:
+            self._enter()
             before = _World.now(settings)
             if self.depth == 0:
                 self.outside = before
@@ -79,17 +81,16 @@ class _Turns:
             finally:
                 self.depth -= 1
         finally:
-            if self.depth == 0:
-                self._leave()
+            if self._inside() and self.depth == 0:
+                self.room.release()
+
+    def _inside(self) -> bool:
+        return bool(self.room._is_owned())  # type: ignore[attr-defined]
 
     def _enter(self) -> None:
-        with self.door:
-            self.room.acquire()
-        self.owner = threading.get_ident()
-
-    def _leave(self) -> None:
-        self.owner = 0
-        self.room.release()
+        if not self._inside():
+            with self.door:
+                self.room.acquire()
 
     def give_way(self) -> None:
         """Leaves the world as the owner found it to those who wait, and comes back to its own."""
@@ -97,15 +98,17 @@ class _Turns:
             mine, depth = _World.now(), self.depth
             self.outside.put()
             self.depth = 0
-            self._leave()
-            try:
-                self._enter()
-            except BaseException:  # Ctrl-C while it waits: what is left to undo needs a turn as well
-                self._enter()
-                raise
-            finally:
-                self.outside, self.depth = _World.now(), depth
-                mine.put()
+            self.room.release()
+            interrupt: BaseException | None = None
+            while not self._inside():  # what Ctrl-C leaves to undo needs a turn as well
+                try:
+                    self._enter()
+                except BaseException as error:
+                    interrupt = error
+            self.outside, self.depth = _World.now(), depth
+            mine.put()
+            if interrupt is not None:
+                raise interrupt
 
 
 _TURNS = _Turns()  # one for the process, as the handlers and generators are

@@ -1,6 +1,9 @@
 """A call of the library is the same whatever is set around it: handlers, inference mode, default devices, other threads, another call."""
 
+import _thread
+import signal
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 
@@ -175,6 +178,45 @@ def test_a_long_call_gives_way_between_its_steps_and_finds_its_world_again():
     torch.manual_seed(1)
     assert order == ["short", "long"] and torch.equal(drawn, torch.rand(2))
     torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("waits", ["at its start", "between its steps"])
+def test_ctrl_c_as_a_call_has_its_turn_leaves_the_turn_to_others(waits):
+    entered, asked = threading.Event(), threading.Event()
+
+    @isolated()
+    def hold():
+        entered.set()
+        time.sleep(0.02)  # the main thread is at the door by now
+        _thread.interrupt_main()  # noticed when it has the room
+
+    @isolated(steps=True)
+    def steps():
+        asked.set()
+        while True:
+            give_way()
+
+    def other():
+        if waits == "between its steps":
+            asked.wait()
+        hold()
+
+    thread, before = threading.Thread(target=other, daemon=True), signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            if waits == "at its start":
+                entered.wait()
+            steps()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    thread.join()
+    equal = []
+    for _ in range(2):
+        after = threading.Thread(target=lambda: equal.append(torch.equal(CALLS["predict"](), RESULTS["predict"])), daemon=True)
+        after.start()
+        after.join(20)
+    assert equal == [True, True] and torch.equal(CALLS["predict"](), RESULTS["predict"])
 
 
 def test_a_fit_within_a_fit_and_within_a_program():
