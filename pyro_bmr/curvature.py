@@ -5,6 +5,8 @@ Owns `laplace_moments`; `Posterior.from_curvature` applies it to each site of a 
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,16 @@ Curvature = Tensor | tuple[Tensor, Tensor]
 def laplace_moments(name: str, value: Tensor, curvature: Curvature, prior: Diagonal, penalised: bool) -> tuple[Tensor, Tensor, Dense | MatrixNormal | None]:
     r"""Mean, variance and, unless the curvature is a diagonal, correlations of N(ŵ − P⁻¹Π(ŵ − η), P⁻¹) with P = H + Π.
 
-    With `penalised` the mean is ŵ itself. Arguments as for `Posterior.from_curvature`.
+    With `penalised` the mean is ŵ itself. Arguments as for `Posterior.from_curvature`; the curvature in float64, as is all inside. Where the prior says far
+    more than the data the mean is the small difference of ŵ and its shift, and an inverse loses as many digits as the eigenvalues are apart.
     """
+    dtype, value, prior = value.dtype, value.double(), Diagonal(prior.mean.double(), prior.var.double())
+    mean, var, joint = _moments(name, value, curvature, prior, penalised)
+    rounded = None if joint is None else type(joint)(*(getattr(joint, field.name).to(dtype) for field in fields(joint)))
+    return mean.to(dtype), var.to(dtype), rounded
+
+
+def _moments(name: str, value: Tensor, curvature: Curvature, prior: Diagonal, penalised: bool) -> tuple[Tensor, Tensor, Dense | MatrixNormal | None]:
     prec = (1 / prior.var).expand_as(value)
     pull = 0 * value if penalised else prec * (value - prior.mean)  # Π(ŵ − η)
     size = value.numel()

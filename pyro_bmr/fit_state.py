@@ -34,6 +34,7 @@ from pyro_bmr.priors.gaussian import Gaussian
 from pyro_bmr.processes import Processes
 from pyro_bmr.products import with_products
 from pyro_bmr.pruning import Every, masked_terms
+from pyro_bmr.reduction.correlations import spike_gain
 from pyro_bmr.reduction.outcome import Reduction
 
 _NUMBERS = 8  # for each weight: noise, draw, standard deviation and the gradient of the draw; the moments of Adam for both vectors
@@ -230,12 +231,8 @@ class FitState:
 
     def _decided(self, reduction: Reduction) -> tuple[dict[str, Tensor], float]:
         """The masks of a reduction, and the predicted gain in evidence of what goes now, nats."""
-        gain, masks = 0.0, reduction.masks
-        for name, site in reduction.sites.items():
-            mask = masks[name]
-            went = ~mask if name not in self.masks else self.masks[name] & ~mask
-            gain += float(site.spike_delta_f.where(went, 0).sum())
-        return masks, gain
+        masks = reduction.masks
+        return masks, sum(spike_gain(reduction.before[name], masks[name], site.spike_delta_f) for name, site in reduction.sites.items())
 
     def agree(self, step: int) -> None:
         """Gives all processes the buffers of the first, such as running means, and checks that they have the same weights and masks."""

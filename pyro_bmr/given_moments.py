@@ -36,6 +36,7 @@ def sites_of_moments(mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prio
                 f"site '{name}': expected finite means and variances >= 0, of one shape, on the unconstrained scale; got shapes {tuple(value.shape)}, "
                 f"{tuple(spread.shape)} with {int((~value.isfinite()).sum())} means and {int((~spread.isfinite()).sum())} variances infinite or NaN"
             )
+        check_normal(name, "the variance", var[name], value.dtype)
         support = checked_support(name, supports)
         sites[name] = Site(value.clone(), spread.expand_as(value).clone(), *_given_prior(name, prior, value), support=support)
     check_patterns(prior, supports, mean)
@@ -56,7 +57,7 @@ def sites_of_curvature(mean: Mapping[str, Tensor], curvature: Mapping[str, Curva
         moments_, declared = _given_prior(name, prior, value)
         if moments_ is None:
             raise ModelError(f"site '{name}': a Laplace posterior needs a Gaussian prior; give prior={{'{name}': Gaussian(1.0), ...}}")
-        parts = [part.to(value) / (temperature if k == 0 else 1) for k, part in enumerate(_curvature_parts(name, curvature[name]))]
+        parts = [part.to(value.device, torch.float64) / (temperature if k == 0 else 1) for k, part in enumerate(_curvature_parts(name, curvature[name]))]
         location, var, joint = laplace_moments(name, value, parts[0] if len(parts) == 1 else (parts[0], parts[1]), moments_, penalised)
         sites[name] = Site(location, var, moments_, declared, joint=joint)
     check_patterns(prior, None, mean)
@@ -81,6 +82,16 @@ def checked_tensors(role: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ModelError(f"site '{name}': {role} must be a tensor of floating-point numbers, got {got}")
     return {name: value.detach() if value.dtype in (torch.float32, torch.float64) else value.detach().float() for name, value in values.items()}
+
+
+def check_normal(name: str, what: str, var: Any, dtype: torch.dtype) -> None:
+    """Raises a ModelError for variances > 0 that `dtype` holds with fewer digits than others, or as 0."""
+    given = var if isinstance(var, Tensor) else torch.as_tensor(var, dtype=torch.float64)
+    if bad := int(((given > 0) & (given < torch.finfo(dtype).tiny)).sum()):
+        raise ModelError(
+            f"site '{name}': {what} is below the range of {dtype} for {bad} of {given.numel()} entries, where digits are lost; give moments of torch.float64, "
+            "or weights in larger units"
+        )
 
 
 def checked_support(name: str, supports: Mapping[str, str] | None) -> str:
@@ -123,4 +134,5 @@ def _given_prior(name: str, prior: Any, like: Tensor) -> tuple[Diagonal | None, 
             f"{type(prior).__name__} with a mean of shape {tuple(mean.shape)} and a variance of shape {tuple(var.shape)}; a prior without a variance, such "
             "as a half-Cauchy, is no Gaussian: give None for its site"
         )
+    check_normal(name, "the prior's variance", prior.var, like.dtype)
     return Diagonal(mean.clone(), var.clone()), prior if isinstance(prior, Gaussian) else None

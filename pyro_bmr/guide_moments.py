@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_bmr.elbo import Values, collapsed
 from pyro_bmr.errors import ModelError, described
+from pyro_bmr.given_moments import check_normal
 from pyro_bmr.guides.autoguides import autoguide_moments
 from pyro_bmr.guides.marginals import check_plates
 from pyro_bmr.guides.mean_field import SUPPORTS, Latent, MeanField, base_distribution, support_name
@@ -171,6 +172,7 @@ def _prior(name: str, site: Site, base: Any, values: Mapping[str, Tensor]) -> tu
             f"site '{name}': its prior has a mean or scale that is infinite, NaN or 0 where the sites it follows stand at their posterior point; reparametrise "
             "the program, or bound the scale"
         )
+    check_normal(name, "the prior's variance", scale.detach().double().square(), scale.dtype)
     return Diagonal(loc.detach(), scale.detach().square()), _dependencies(loc, scale, values, name)
 
 

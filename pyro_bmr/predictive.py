@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import DataError, ModelError
+from pyro_bmr.errors import DataError, ModelError, warn
 from pyro_bmr.fit_arguments import check_labels, check_tensor
 
 
@@ -28,13 +28,20 @@ class ClassPrediction:
     epistemic: Tensor
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """log p(y | x, data), (n, ...), nats; where a row has several labels, of each by itself."""
+        """log p(y | x, data), (n, ...), nats; where a row has several labels, of each by itself. A probability below the smallest normal number of its dtype
+        counts as that, and a `PyroBMRWarning` says how many do."""
         if self.probs.ndim > 2:
             _check_shape(y, self.probs.shape[:-1])
         flat, labels = self.probs.flatten(0, -2), y.flatten() if self.probs.ndim > 2 else y
         check_labels(flat, labels)
         picked = flat.gather(1, labels.to(flat.device).long()[:, None])[:, 0]
-        return picked.clamp_min(torch.finfo(flat.dtype).tiny).log().view(self.probs.shape[:-1])
+        least = torch.finfo(flat.dtype).tiny
+        if below := int((picked < least).sum()):
+            warn(
+                f"log_prob: {below} of {len(picked)} labels have a probability of 0 in {flat.dtype}; each counts as {least:.3g}, {math.log(least):.1f} nats, "
+                "which is too good: average over more draws, or widen the posterior"
+            )
+        return picked.clamp_min(least).log().view(self.probs.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -153,3 +160,5 @@ def _check_shape(y: Tensor, shape: Sequence[int]) -> None:
     check_tensor(y, "y")
     if tuple(y.shape) != tuple(shape):
         raise DataError(f"y has shape {tuple(y.shape)}, the prediction is of shape {tuple(shape)}; give one value for each of its entries")
+    if bad := int(y.isnan().sum()):
+        raise DataError(f"y is NaN in {bad} of {y.numel()} entries; leave these rows out")

@@ -19,7 +19,7 @@ from pyro_bmr.isolation import isolated
 from pyro_bmr.likelihoods import WholeData
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
 from pyro_bmr.pruning import masked_terms
-from pyro_bmr.reduction.correlations import pruned_site
+from pyro_bmr.reduction.correlations import spike_gain
 from pyro_bmr.reduction.outcome import Reduction
 
 _CHUNK = 4096  # rows
@@ -90,8 +90,7 @@ def predicted_delta_f(reduction: Reduction) -> float:
         if after.prior is not before.prior:
             total += result.delta_f
             continue
-        gain = pruned_site(before, after.alive)[1]
-        total += float(result.spike_delta_f[before.alive & ~after.alive].sum()) if gain is None else gain
+        total += spike_gain(before, after.alive, result.spike_delta_f)
     return total
 
 

@@ -183,3 +183,56 @@ def test_what_is_refused():
     ):
         with pytest.raises(bmr.ModelError, match=message):
             call()
+
+
+def test_a_reduction_after_another_of_a_correlated_posterior_is_that_of_the_exact_evidence():
+    """The spike, and then other priors over what it left; the other way round; with means that are not zero."""
+
+    def evidence(alive, scale, mean):
+        alive = alive.numpy().astype(float)
+        return MODEL.log_evidence(mean * alive, scale**2 * np.diag(alive))
+
+    start, all_ = (SCALE, 0.3), torch.ones(D, dtype=torch.bool)
+    mean, _ = MODEL.posterior(np.full(D, 0.3), SCALE**2 * np.eye(D))
+    first = bmr.reduce(bmr.Posterior.from_curvature({"w": torch.tensor(mean)}, {"w": GRAM}, Gaussian(*start)), to=Gaussian(0), kept=0.5)
+    living = first.masks["w"]
+    second = bmr.reduce(first.posterior, to=Gaussian(0.6, mean=-0.2))
+    assert second.delta_f == pytest.approx(evidence(living, 0.6, -0.2) - evidence(living, *start), abs=1e-8)
+    assert not second.posterior["w"].mean[~living].any() and not second.posterior["w"].joint.cov[~living].any()
+    third = bmr.reduce(second.posterior, to=Gaussian(0), kept=0.25)
+    assert first.then(second).then(third).delta_f == pytest.approx(evidence(third.masks["w"], 0.6, -0.2) - evidence(all_, *start), abs=1e-8)
+    assert bmr.reduce(first.posterior, to=Gaussian()).delta_f >= bmr.reduce(first.posterior, to=Gaussian(0.6)).delta_f - 1e-3
+
+
+def test_kronecker_factors_after_a_spike_on_rows_are_reduced_as_the_dense_covariance():
+    rng = np.random.default_rng(4)
+    rows, columns, value = torch.tensor(random_spd(rng, 3)), torch.tensor(random_spd(rng, 2)), torch.tensor(rng.normal(size=(3, 2)))
+    first = bmr.reduce(bmr.Posterior.from_curvature({"w": value}, {"w": (rows, columns)}, Gaussian(0.8, mean=0.2)), to=Gaussian(0), per="unit", kept=0.7)
+    site, alive = first.posterior["w"], first.masks["w"].flatten()
+    assert int(alive.sum()) == 4
+    cov = torch.kron(site.joint.row_cov, site.joint.col_cov)[alive][:, alive]
+    eye, one = torch.eye(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    dense = bmr.Dense(site.mean.flatten()[alive], cov), bmr.Dense(0.2 * one, 0.64 * eye), bmr.Dense(0.1 * one, 0.25 * eye)
+    second = bmr.reduce(first.posterior, to=Gaussian(0.5, mean=0.1))
+    assert second.delta_f == pytest.approx(float(bmr.delta_f(*dense)), abs=1e-9)
+    torch.testing.assert_close(second.posterior["w"].mean.flatten()[alive], bmr.reduced_posterior(*dense).mean)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_strong_prior_leaves_the_mean_its_digits_in_float32(full):
+    """η + H(ŵ − η)/(H + Π), where ŵ minus its shift would be a rounding of ŵ."""
+    h, pi, w, eta = 1.3, 1e10, 3.1, 0.001
+    value = torch.full((2,), w)
+    post = bmr.Posterior.from_curvature({"w": value}, {"w": h * torch.eye(2) if full else h * torch.ones(2)}, Gaussian(pi**-0.5, mean=eta), penalised=False)
+    assert post["w"].mean.tolist() == pytest.approx([eta + h / (h + pi) * (w - eta)] * 2, rel=3e-7)
+
+
+def test_a_curvature_of_nearly_collinear_weights_in_float32():
+    """The covariance is the inverse of the float32 matrix, not an inverse in float32."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(50, 3))
+    x[:, 1] = x[:, 0] + 2e-3 * x[:, 1]
+    curvature = torch.tensor(x.T @ x).float()
+    post = bmr.Posterior.from_curvature({"w": torch.zeros(3)}, {"w": curvature}, Gaussian(100.0))
+    exact = torch.linalg.inv(curvature.double() + 1e-4 * torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(post["w"].joint.cov.double(), exact, rtol=1e-5, atol=0)

@@ -178,3 +178,24 @@ def test_saving_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(bmr.PyroBMRError, match="cannot write"):
         bmr.Posterior.from_guide(hand_guide, program, X, Y).save(tmp_path / "file" / "posterior.safetensors")
+
+
+def test_variances_below_the_range_of_float32_are_refused_and_kept_in_float64():
+    """Of a variance of 1e-42 float32 keeps three digits, of 1e-50 none."""
+    mean, var = torch.tensor([1e-22, 2e-22]), torch.tensor([0.7e-42, 0.4e-42], dtype=torch.float64)
+    with pytest.raises(bmr.ModelError, match="site 'w': the variance is below the range of torch.float32 for 2 of 2"):
+        bmr.Posterior.from_moments({"w": mean}, {"w": var}, bmr.Gaussian(1.0))
+    with pytest.raises(bmr.ModelError, match="site 'w': the prior's variance is below the range"):
+        bmr.Posterior.from_moments({"w": mean}, {"w": torch.tensor(1e-30)}, bmr.Gaussian(1e-21))
+    post = bmr.Posterior.from_moments({"w": mean.double()}, {"w": var}, bmr.Gaussian(1e-21))
+    exact = dist.Normal(1e21 * mean.double(), (1e42 * var).sqrt()).log_prob(torch.tensor(0.0)) - dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.0))
+    torch.testing.assert_close(bmr.reduce(post, to=bmr.Gaussian(0)).sites["w"].spike_delta_f, exact)
+
+    def tiny(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1e-21).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    x, y = torch.ones(3, 2), torch.zeros(3)
+    with pytest.raises(bmr.ModelError, match="site 'w': the prior's variance is below the range"):
+        bmr.Posterior.from_guide(bmr.MeanField(tiny, x, y), tiny, x, y)

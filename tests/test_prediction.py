@@ -1,5 +1,7 @@
 """Several draws at once are the draws one by one."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -54,3 +56,15 @@ def test_classes_are_averaged_over_draws():
         prediction = bmr.predict(model, posterior, X, draws=9, seed=2, batch_size=size)
         torch.testing.assert_close(prediction.probs, stacked.mean(0), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(prediction.aleatoric, entropy, rtol=1e-10, atol=1e-12)
+
+
+def test_a_label_without_probability_is_told():
+    prediction = bmr.prediction.ClassPrediction(torch.tensor([[1.0, 0.0], [0.3, 0.7]]), torch.zeros(2), torch.zeros(2))
+    assert prediction.log_prob(torch.tensor([0, 1])).tolist() == pytest.approx([0.0, math.log(0.7)])
+    with pytest.warns(bmr.PyroBMRWarning, match="1 of 2 labels have a probability of 0.*-87.3 nats"):
+        prediction.log_prob(torch.tensor([1, 1]))
+
+
+def test_targets_that_are_nan_are_refused():
+    with pytest.raises(bmr.DataError, match="y is NaN in 1 of 2"):
+        bmr.prediction.RealPrediction(torch.zeros(3, 2), torch.ones(3, 2)).log_prob(torch.tensor([0.4, math.nan]))

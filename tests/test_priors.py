@@ -220,6 +220,14 @@ def test_the_m_step_is_the_best_scale():
     [
         (lambda: bmr.Gaussian(-0.1), "finite number >= 0"),
         (lambda: bmr.Gaussian(math.nan), "finite number >= 0"),
+        (lambda: bmr.Gaussian(1e-170), "from 1e-150"),  # whose variance is 0, that of a point
+        (lambda: bmr.Gaussian(1e200), "to 1e150"),
+        (lambda: bmr.Laplace(1e200), "to 1e150"),
+        (lambda: bmr.StudentT(scale=1e-200), "from 1e-150"),
+        (lambda: bmr.SpikeAndSlab(slab_scale=1e200), "to 1e150"),
+        (lambda: bmr.SpikeAndSlab(spike_scale=1e-200), "from 1e-150"),
+        (lambda: bmr.Horseshoe(1e-200), "from 1e-150"),
+        (lambda: bmr.Horseshoe(slab_scale=1e200), "to 1e150"),
         (lambda: bmr.Gaussian("wide"), "'wide'.*layer.*empirical"),
         (lambda: bmr.Gaussian("layer", mean=1.0), "mean 0"),
         (lambda: bmr.Gaussian(0.0).sample("w", SHAPE), "site 'w'.*point"),

@@ -114,3 +114,18 @@ def test_cubic_schedule():
 def test_schedules_out_of_range(wrong):
     with pytest.raises(bmr.FitError, match="Every"):
         bmr.Every(**wrong)
+
+
+@pytest.mark.parametrize("guide", [bmr.FullRank, bmr.MeanField])
+def test_the_history_has_the_gains_of_the_reductions(guide, monkeypatch):
+    """With correlations the joint ones, which are not the sums over the marginals."""
+    made, reduce = [], bmr.Every.reduce
+    monkeypatch.setattr(bmr.Every, "reduce", lambda self, *args: made.append(reduce(self, *args)) or made[-1])
+    x = torch.cat([X, X + 0.2 * X.flip(0)], 1)[:, [0, 4, 1, 5]]
+    every = bmr.Every(epochs=10, start=0.3, stop=0.9)
+    fit = bmr.fit(program, (x, Y), guide=guide, epochs=30, optimizer=bmr.adam(0.1), reduce=every, progress=False)
+    made = made[1:]  # the first is a check that it can be done
+    gain = sum(each.delta_f for each in made)
+    assert fit.history["delta_f"].iloc[-1] == pytest.approx(gain, rel=1e-6) and 0 < fit.history["kept"].iloc[-1] < 1
+    marginal = sum(float(s.spike_delta_f[each.before["w"].alive & ~s.site.alive].sum()) for each in made for s in each.sites.values())
+    assert (abs(marginal - gain) > 0.1) == (guide is bmr.FullRank)

@@ -92,8 +92,8 @@ class Gaussian:
                 raise ModelError(f'{described(self)}: an inferred scale needs mean 0; give a number or "empirical"')
             if not holds(lambda a, b: 0 < a < math.inf and 0 < b < math.inf, self.concentration, self.rate):
                 raise ModelError(f"Gaussian(concentration={described(self.concentration)}, rate={described(self.rate)}): both must be finite numbers > 0")
-        elif not holds(lambda x: 0 <= x < math.inf, self.scale):
-            raise ModelError(f'Gaussian(scale={described(self.scale)}): the scale is a finite number >= 0, "layer" or "empirical"')
+        elif not (holds(lambda x: x == 0, self.scale) or has_square(self.scale)):
+            raise ModelError(f'Gaussian(scale={described(self.scale)}): the scale is a finite number >= 0 ({SCALES}, or 0), "layer" or "empirical"')
         elif self.per != "layer":
             given = f"Gaussian(scale={described(self.scale)}, per={described(self.per)})"
             raise ModelError(f'{given}: a given scale is shared by all; per is for "layer" and "empirical"')
@@ -138,6 +138,14 @@ class Gaussian:
             return mean if mean.ndim == 0 else mean.expand(shape)
         except RuntimeError:
             raise ModelError(f"site '{name}': the prior mean of shape {tuple(mean.shape)} does not fit a weight of shape {tuple(shape)}") from None
+
+
+SCALES = "from 1e-150 to 1e150"  # whose squares are floats
+
+
+def has_square(scale: Any) -> bool:
+    """Whether a scale is a number > 0 with a variance: its square neither vanishes nor overflows."""
+    return holds(lambda x: 1e-150 <= x <= 1e150, scale)
 
 
 def fan_in(shape: tuple[int, ...]) -> int:

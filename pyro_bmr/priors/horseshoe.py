@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError, described, holds
-from pyro_bmr.priors.gaussian import fan_in, sample_normal
+from pyro_bmr.priors.gaussian import SCALES, fan_in, has_square, sample_normal
 from pyro_bmr.priors.half_cauchy import Parametrization, sample_half_cauchy
 from pyro_bmr.priors.tiers import TIERS, Tier, check_tier, spread, tier_parts
 
@@ -66,10 +66,10 @@ class Horseshoe:
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not holds(lambda x: 0 < x < math.inf, self.tau0):
-            raise ModelError(f"Horseshoe(tau0={described(self.tau0)}): tau0 is a finite number > 0")
-        if self.slab_scale is not None and not holds(lambda x: 0 < x < math.inf, self.slab_scale):
-            raise ModelError(f"Horseshoe(slab_scale={described(self.slab_scale)}): slab_scale is a finite number > 0, or None for no slab")
+        if not has_square(self.tau0):
+            raise ModelError(f"Horseshoe(tau0={described(self.tau0)}): tau0 is a finite number > 0 ({SCALES})")
+        if self.slab_scale is not None and not has_square(self.slab_scale):
+            raise ModelError(f"Horseshoe(slab_scale={described(self.slab_scale)}): slab_scale is a finite number > 0 ({SCALES}), or None for no slab")
         if self.slab_df is not None and (self.slab_scale is None or not holds(lambda x: 0 < x < math.inf, self.slab_df)):
             raise ModelError(
                 f"Horseshoe(slab_scale={described(self.slab_scale)}, slab_df={described(self.slab_df)}): slab_df is a finite number > 0 and needs a slab_scale"

@@ -14,14 +14,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError, described, holds
-from pyro_bmr.priors.gaussian import Prior, fan_in
+from pyro_bmr.errors import ModelError, described
+from pyro_bmr.priors.gaussian import SCALES, Prior, fan_in, has_square
 
 
 def check_scale(family: str, scale: Any) -> None:
-    """Raises a ModelError unless the scale is a finite number > 0 or "layer"."""
-    if scale != "layer" if isinstance(scale, str) else not holds(lambda x: 0 < x < math.inf, scale):
-        raise ModelError(f'{family}(scale={described(scale)}): the scale is a finite number > 0, or "layer" to infer it')
+    """Raises a ModelError unless the scale is a finite number > 0 with a variance, or "layer"."""
+    if scale != "layer" if isinstance(scale, str) else not has_square(scale):
+        raise ModelError(f'{family}(scale={described(scale)}): the scale is a finite number > 0 ({SCALES}), or "layer" to infer it')
 
 
 def number(prior: Any, scale: float | None = None) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_bmr.errors import ModelError, described, holds
-from pyro_bmr.priors.gaussian import fan_in, sample_normal
+from pyro_bmr.priors.gaussian import SCALES, fan_in, has_square, sample_normal
 from pyro_bmr.priors.tiers import Tier, check_tier, sample_scales, spread
 
 _START = 2.0  # of the logit of a relaxed indicator: in, with room for doubt
@@ -71,8 +71,8 @@ class SpikeAndSlab:
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.spike_scale is not None and not holds(lambda x: 0 <= x < math.inf, self.spike_scale):
-            raise ModelError(f"SpikeAndSlab(spike_scale={described(self.spike_scale)}): the spike's scale is a finite number >= 0, or None")
+        if self.spike_scale is not None and not (holds(lambda x: x == 0, self.spike_scale) or has_square(self.spike_scale)):
+            raise ModelError(f"SpikeAndSlab(spike_scale={described(self.spike_scale)}): the spike's scale is a finite number >= 0 ({SCALES}, or 0), or None")
         if not holds(lambda a, b: a > 0 and b > 0, self.alpha, self.beta):
             raise ModelError(f"SpikeAndSlab(alpha={described(self.alpha)}, beta={described(self.beta)}): both must be > 0")
         if self.temperature is not None and not holds(lambda x: 0 < x < math.inf, self.temperature):
@@ -85,9 +85,10 @@ class SpikeAndSlab:
         if isinstance(self.slab_scale, str):
             if self.slab_scale != "empirical":
                 raise ModelError(f'SpikeAndSlab(slab_scale={described(self.slab_scale)}): the slab\'s scale is a number > 0, "empirical", or None')
-        elif self.slab_scale is not None and not holds(lambda s: (self.spike_scale or 0) < s < math.inf, self.slab_scale):
+        elif self.slab_scale is not None and not (has_square(self.slab_scale) and self.slab_scale > (self.spike_scale or 0)):
             raise ModelError(
-                f"SpikeAndSlab(slab_scale={described(self.slab_scale)}): the slab's scale is finite and wider than the spike's ({self.spike_scale or 0})"
+                f"SpikeAndSlab(slab_scale={described(self.slab_scale)}): the slab's scale is finite ({SCALES}) and wider than the spike's "
+                f"({self.spike_scale or 0})"
             )
         if self.inclusion is not None and not holds(lambda x: 0 < x < 1, self.inclusion):
             raise ModelError(f"SpikeAndSlab(inclusion={described(self.inclusion)}): a probability between 0 and 1 is wanted, neither of which")

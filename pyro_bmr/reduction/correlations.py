@@ -1,6 +1,6 @@
 """Sites whose posterior has correlations: their living part as a structure of the formula files, and the site after entries of it are pruned.
 
-Owns `correlated`, `pruned_site` and `rescaled_site`. Next: `decisions.py`.
+Owns `correlated`, `pruned_site`, `spike_gain` and `rescaled_site`. Next: `decisions.py`.
 """
 
 from __future__ import annotations
@@ -113,16 +113,22 @@ def _transposed(g: MatrixNormal) -> MatrixNormal:
     return MatrixNormal(g.mean.mT, g.col_cov, g.row_cov)
 
 
+def spike_gain(site: Site, mask: Tensor, spike: Tensor) -> float:
+    """ΔF of setting the living entries of `site` outside of `mask` to zero, nats: joint where it has correlations, else the sum of `spike`, that of each."""
+    gain = pruned_site(site, mask)[1]
+    return float(spike[site.alive & ~mask].sum(dtype=torch.float64)) if gain is None else gain
+
+
 def rescaled_site(site: Site, reduced_prior: Diagonal) -> tuple[Site, float] | None:
     """A correlated site under another Gaussian prior, and ΔF; None for a matrix normal whose prior has no common variance.
 
     Of a matrix normal only the marginals are left, since its reduced posterior is none.
     """
-    own = correlated(site, torch.zeros_like(site.mean, dtype=torch.long))
-    if own is None:
+    together = torch.zeros_like(site.mean, dtype=torch.long)
+    own, new = correlated(site, together), correlated(replace(site, prior=reduced_prior), together)
+    if own is None or new is None:
         return None
-    structure, prior = own.structure, own.prior
-    target = Diagonal(*(t.to(prior.mean).expand_as(prior.mean) for t in (reduced_prior.mean, reduced_prior.var)))
+    structure, prior, target = own.structure, own.prior, new.prior
     gaussians: list[Any] = [prior, target]
     if isinstance(structure, Dense):
         gaussians = [Dense(g.mean, torch.diag(g.var)) for g in (prior, target)]

@@ -244,7 +244,10 @@ def moments(gaussian: Any, like: Tensor | None = None) -> Diagonal:
 
 def _floating(value: Any) -> Tensor:
     number_ = isinstance(value, (int, float)) and not isinstance(value, bool)
-    tensor = torch.tensor(value, dtype=torch.float64) if number_ else torch.as_tensor(value)
+    try:
+        tensor = torch.tensor(value, dtype=torch.float64) if number_ else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ReductionError(f"mean and var must be floating-point numbers, got {described(value)}; give tensors") from None
     if not tensor.is_floating_point():
         raise ReductionError(f"mean and var must be floating-point numbers, got {tensor.dtype}; give tensor.float()")
     return tensor
@@ -255,7 +258,7 @@ def result_dtype(gaussian: Any) -> torch.dtype:
     if isinstance(gaussian, Normal):
         return gaussian.loc.dtype
     parts = (gaussian.mean, gaussian.var if hasattr(gaussian, "var") else gaussian.variance)
-    dtypes = [t.dtype for t in parts if hasattr(t, "dtype")]
+    dtypes = [_floating(t).dtype for t in parts if hasattr(t, "dtype")]
     return reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
 
 

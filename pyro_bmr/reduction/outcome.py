@@ -21,7 +21,7 @@ from pyro_bmr.errors import ReductionError
 from pyro_bmr.files import check_digests, digests, read_json, reading, replacing, write_atomically
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.reduction.collapse import collapse
-from pyro_bmr.reduction.correlations import pruned_site
+from pyro_bmr.reduction.correlations import spike_gain
 from pyro_bmr.reduction.multiplied import multiplied
 from pyro_bmr.reduction.targets import SiteReduction
 from pyro_bmr.reduction.wide_sums import wide_sum
@@ -89,10 +89,8 @@ class Reduction:
             for name, rank in ranks.items():
                 site = self.before[name]
                 mask = site.alive & ~(rank >= limit)
-                joint = pruned_site(site, mask)[1]
-                went = site.alive & ~mask
-                gain += float(self.sites[name].spike_delta_f[went].sum()) if joint is None else joint
-                gone += int(went.sum())
+                gain += spike_gain(site, mask, self.sites[name].spike_delta_f)
+                gone += int((site.alive & ~mask).sum())
             rows.append((dead + gone, 1 - (dead + gone) / size, gain))
         return pd.DataFrame(rows, columns=["pruned", "kept", "delta_f"]).drop_duplicates("pruned", ignore_index=True)
 

@@ -125,7 +125,7 @@ def quiet_reduction(
         total, terms = result.delta_f, result.terms
         if is_point_spike(targets[name]):
             went = result.site.alive & ~masks[name]
-            total, terms = (float(result.spike_delta_f[went].sum()), int(went.sum())) if gain is None else (gain, int(went.any()))
+            total, terms = (float(result.spike_delta_f[went].sum(dtype=torch.float64)), int(went.sum())) if gain is None else (gain, int(went.any()))
         elif isinstance(targets[name], SpikeAndSlab) and labels is not None:  # one indicator for each group
             terms = len(labels[name].to(result.site.mean.device)[result.site.alive].unique())
         results[name] = replace(result, delta_f=total, site=site, terms=terms)

@@ -299,3 +299,11 @@ def test_tiny_variances_in_float32():
     assert wide.item() == pytest.approx(0.5 * np.log(1e-40 / float(np.float32(1e-30))), abs=1e-6)
     q, p, spike = Diagonal(0 * one, one * 1e-10), Diagonal(one, one * 0.01), bmr.Gaussian(0.0)
     assert delta_f(q, p, spike).item() == pytest.approx(59.2103, abs=1e-3)
+
+
+def test_moments_that_are_arrays_or_no_numbers():
+    q = Diagonal(np.array([0.3, -1.1]), np.array([0.02, 0.3], dtype=np.float32))
+    tensors = Diagonal(torch.tensor(q.mean), torch.tensor(q.var))
+    assert torch.equal(delta_f(q, bmr.Gaussian(0.9), bmr.Gaussian(0.4)), delta_f(tensors, bmr.Gaussian(0.9), bmr.Gaussian(0.4)))
+    with pytest.raises(bmr.ReductionError, match="got 'a'"):
+        delta_f(Diagonal("a", "b"), bmr.Gaussian(0.9), bmr.Gaussian(0.4))
