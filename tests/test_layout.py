@@ -22,7 +22,7 @@ ORDER = [
     "errors", "files", "memory", "plain_module", "constraints", "isolation",
     *(f"reduction.{name}" for name in FORMULAS), "priors*", "prior_names", "likelihoods", "networks", "guides*", "guide_sites", "elbo", "fit_arguments",
     "fit_program", "mean_field_noise", "mean_field_step", "online_newton",
-    "site", "curvature", "given_moments", "drawn_moments", "guide_moments", "store_moments", "products", "posterior",
+    "site", "curvature", "given_moments", "drawn_moments", "guide_moments", "store_moments", "products", "posterior_files", "posterior",
     "reduction.programs", "reduction.living", "reduction.slabs", "reduction.targets",
     "reduction.collapse", "reduction.multiplied", "reduction.wide_sums", "reduction.correlations", "reduction.outcome", "reduction.decisions",
     "reduction.sites", "pruning", "predictive", "prediction", "calibration", "metrics", "paired_losses",
