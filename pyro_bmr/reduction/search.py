@@ -193,7 +193,7 @@ class _Path:
         if len(gone) < len(chosen):  # letting go loses digits: set the rest to zero afresh
             states, total, gone = self.start, 0.0, (~alive).nonzero()[:, 0]
         for g in gone.tolist():
-            states, gained = _flip(states, self.members[g], True)
+            states, gained = _without(states, self.members[g])
             total += gained
         if only_up and total - self.total - self.threshold * float((~alive).sum() - (~self.alive).sum()) <= _RISE:
             return False
@@ -205,7 +205,7 @@ class _Path:
     def neighbours(self) -> Iterator[tuple[int, list[State], float]]:
         """Each group with the state in which it alone has flipped, and the ΔF of that."""
         for g in self.alive.nonzero()[:, 0].tolist():
-            states, gained = _flip(self.states, self.members[g], True)
+            states, gained = _without(self.states, self.members[g])
             yield g, states, self.total + gained
         yield from self.left_out(self.start, 0.0, (~self.alive).nonzero()[:, 0].tolist())
 
@@ -216,7 +216,7 @@ class _Path:
         for one, other in ((gone[::2], gone[1::2]), (gone[1::2], gone[::2])) if len(gone) > 1 else ():
             fewer, so_far = states, total
             for g in other:
-                fewer, gained = _flip(fewer, self.members[g], True)
+                fewer, gained = _without(fewer, self.members[g])
                 so_far += gained
             yield from self.left_out(fewer, so_far, one)
 
@@ -252,7 +252,7 @@ def exhaustive_search(posterior: Any, prior: Any, groups: Any = None, *, thresho
     while below:  # a model's children have one group less, of a higher number: nothing is ever let go, which would lose digits
         states, alive, total, lowest = below.pop()
         for g in range(lowest, count):
-            fewer, gained = _flip(states, members[g], True)
+            fewer, gained = _without(states, members[g])
             without = alive.clone()
             without[g] = False
             models.append(without)
@@ -336,13 +336,13 @@ def _drop_gain(states: Sequence[State], member: list[tuple[int, Tensor]], alive:
     return sum(float(states[k].log_ratio(index, alive)) for k, index in member)
 
 
-def _flip(states: Sequence[State], member: list[tuple[int, Tensor]], alive: bool) -> tuple[list[State], float]:
-    """The states with a group set to zero, or let go, and the ΔF of that."""
-    drop = _drop_gain(states, member, alive)
-    flipped = list(states)
+def _without(states: Sequence[State], member: list[tuple[int, Tensor]]) -> tuple[list[State], float]:
+    """The states with a group set to zero, and the ΔF of that."""
+    drop = _drop_gain(states, member, True)
+    fewer = list(states)
     for k, index in member:
-        flipped[k] = flipped[k].flipped(index, alive)
-    return flipped, drop if alive else -drop
+        fewer[k] = fewer[k].flipped(index, True)
+    return fewer, drop
 
 
 def _result(models: Tensor, totals: Tensor, threshold: float, given: Given, members: Members, first: Tensor | None) -> Search:
