@@ -98,8 +98,9 @@ def replacing(folder: Path, *heads: str, gone: Iterable[str] = (), durable: bool
     """
     make_folder(folder)
     for old in folder.glob(f"{_STAGE}*"):
-        if time.time() - old.stat().st_mtime > _STAGE_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it may go meanwhile, as the stage of another process does
+            if time.time() - old.stat().st_mtime > _STAGE_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
     with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=_STAGE) as name:
         stage = Path(name)
         yield stage

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import matplotlib
@@ -444,3 +445,31 @@ def test_results_of_other_data_are_not_taken(tmp_path):
     twins = {"a:b": bmr.Gaussian(), "a-b": bmr.Gaussian()}
     with pytest.raises(bmr.ModelError, match="two of the names give one folder"):
         bmr.compare("linear_regression", data, **{**arguments, "priors": twins, "out": tmp_path / "x"})
+
+
+@pytest.mark.parametrize("damage", ["figure", "cut", "report"])
+def test_a_row_is_the_one_of_its_network(done, digits, tmp_path, damage):
+    folder = tmp_path / "results"
+    shutil.copytree(done[1], folder)
+    table = folder / "results.csv"
+    text = table.read_text()
+    at = text.splitlines()[1].rindex(",") + len(text.splitlines()[0]) + 3  # a digit of the first row's seconds
+    if damage == "figure":
+        table.write_text(f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}" if text[at].isdigit() else text[:at] + "1" + text[at:])
+    elif damage == "cut":
+        table.write_text(text[:-6])  # in the last row's seconds, which is still a number
+    else:
+        (folder / "networks" / "gaussian-fitted-1" / "report.json").unlink()
+    with pytest.raises(bmr.PyroBMRError, match="damaged; remove its row|no report of a comparison .No such file") as error:
+        compare("mlp:8", digits, seeds=2, settings=QUICK, out=folder, progress=False)
+    assert len(str(error.value)) < 400
+
+
+def test_a_warning_of_many_cells_comes_once_with_the_figures_of_the_first(diabetes, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "_cautions", lambda program, reduction, data, draws, seed: (f"ΔF = {seed}. Refit", "else"))
+    with pytest.warns(bmr.PyroBMRWarning) as caught:
+        table = compare("linear_regression", diabetes, priors={"g": bmr.Gaussian()}, seeds=3, settings=replace(QUICK, epochs=1), out=tmp_path, progress=False)
+    words = [str(warning.message) for warning in caught]
+    where, rest = f"{diabetes.name}, g, reduced, seed 0, the reduction after the fit", " (2 more cells have this warning, with other figures)"
+    assert words == [f"{where}: ΔF = 0. Refit{rest}", f"{where}: else{rest}"] and len(table) == 9
+    assert json.loads((tmp_path / "networks" / "g-reduced-2" / "report.json").read_text())["warnings"][:2] == ["ΔF = 2. Refit", "else"]

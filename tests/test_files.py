@@ -265,6 +265,13 @@ def test_what_a_killed_process_left_goes_a_day_later(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-new", "head"]
 
 
+def test_a_stage_of_another_process_may_go_at_any_moment(tmp_path):
+    (tmp_path / ".writing-gone").symlink_to("nowhere")  # listed, and no longer there when its age is asked for
+    with replacing(tmp_path, "head") as stage:
+        (stage / "head").write_text("")
+    assert (tmp_path / "head").exists()
+
+
 def test_a_picture_and_a_history_are_whole_or_not_there(tmp_path, monkeypatch):
     def half(self, path, **_):
         Path(path).write_bytes(b"\x89PN")
@@ -277,7 +284,9 @@ def test_a_picture_and_a_history_are_whole_or_not_there(tmp_path, monkeypatch):
         plots.save_figure(plots.plt.figure(figsize=(0.1, 0.1)), tmp_path / "a.png")
     assert not plots.plt.get_fignums() and (tmp_path / "a.png").read_bytes() == b"old"
     folder = results_folder.ResultsFolder(tmp_path / "out", "m", DATA, Settings(), {})
-    cell = SimpleNamespace(reduction=None, weights={"w": torch.ones(2)}, prediction=None, fit=SimpleNamespace(history=pd.DataFrame({"epoch": [1]})))
+    cell = SimpleNamespace(
+        reduction=None, weights={"w": torch.ones(2)}, prediction=None, warnings=(), fit=SimpleNamespace(history=pd.DataFrame({"epoch": [1]}))
+    )
     with pytest.raises(bmr.PyroBMRError, match=r"cannot write '.*history\.csv': No space left on device"):
         folder.keep({"prior": "p", "route": "fitted", "seed": 0}, cell, DATA)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.png", "model.safetensors", "report.json", "settings.json"]

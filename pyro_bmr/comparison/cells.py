@@ -18,7 +18,7 @@ from pyro_bmr import metrics
 from pyro_bmr.calibration import best_widening
 from pyro_bmr.comparison.models import Build
 from pyro_bmr.data_set import Data, validation_data
-from pyro_bmr.errors import ModelError, warn
+from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting import point_weights
 from pyro_bmr.fitting import Fit, adam, fit
 from pyro_bmr.guides import LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
@@ -100,7 +100,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one prior, route and seed gave. `posterior`: what the prediction is drawn from, with `widen` times the variances of the one that was fitted."""
+    """What one prior, route and seed gave. `posterior`: what the prediction is drawn from, with `widen` times the variances of the one that was fitted.
+    `warnings`: what may mislead in the reduction after the fit."""
 
     fit: Fit
     posterior: Posterior
@@ -109,6 +110,7 @@ class Cell:
     prediction: Prediction
     delta_f: float
     weights: dict[str, Tensor]
+    warnings: tuple[str, ...]
 
 
 def optimizer_named(name: str, learning_rate: float | None = None) -> tuple[Callable[[], Any], float]:
@@ -175,6 +177,7 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
         progress=progress,
     )
     posterior, reduction, delta_f = result.posterior, None, 0.0
+    said: tuple[str, ...] = ()
     if route == "reduced":
         reduction = quiet_reduction(posterior, to=target, kept=settings.kept)
         delta_f = float(result.history["delta_f"].iloc[-1]) + reduction.delta_f
@@ -182,25 +185,24 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
         reduction = quiet_reduction(posterior, to=None, kept=settings.kept)
     if reduction is not None:
         posterior = reduction.posterior
-        _warn(result.program, reduction, data, settings.draws, seed)
+        said = _cautions(result.program, reduction, data, settings.draws, seed)
     widen = settings.widen
     if settings.scaled:
         widen = best_widening(result.program, posterior, (fitted_on.x_test, fitted_on.y_test), draws=settings.draws, seed=seed)
     if widen != 1:
         posterior = posterior.widened(widen)
     prediction = predict(result.program, posterior, data.x_test, draws=0 if route == "point" else settings.draws, seed=seed)
-    return Cell(result, posterior, widen, reduction, prediction, delta_f, point_weights(result.program, posterior))
+    return Cell(result, posterior, widen, reduction, prediction, delta_f, point_weights(result.program, posterior), said)
 
 
-def _warn(program: Callable[..., Any], reduction: Reduction, data: Data, draws: int, seed: int) -> None:
-    """Warns of what may mislead in the last reduction, the one after the fit, and if it costs accuracy on the rows that are scored."""
+def _cautions(program: Callable[..., Any], reduction: Reduction, data: Data, draws: int, seed: int) -> tuple[str, ...]:
+    """What may mislead in the last reduction, the one after the fit, and whether it costs accuracy on the rows that are scored."""
     said = list(reduction.warnings)
     if any(not torch.equal(reduction.before[name].alive, mask) for name, mask in reduction.masks.items()):
         before, after = (predict(program, posterior, data.x_test, draws=draws, seed=seed) for posterior in (reduction.before, reduction.posterior))
         caution = paired_loss(before, after, data.y_test).caution()
         said += [caution] if caution else []
-    for message in said:
-        warn(f"{data.name}, seed {seed}, the reduction after the fit: {message}")
+    return tuple(said)
 
 
 def scores(prediction: Prediction, data: Data) -> dict[str, float]:

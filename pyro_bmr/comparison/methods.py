@@ -15,7 +15,7 @@ from pyro_bmr.baselines import BASELINES, EverySignalToNoise, Trained, options_o
 from pyro_bmr.comparison.cells import ROUTES, Settings, run_cell
 from pyro_bmr.comparison.models import Build
 from pyro_bmr.data_set import Data
-from pyro_bmr.errors import ModelError, OptionError, described
+from pyro_bmr.errors import ModelError, OptionError, described, warn
 from pyro_bmr.exporting import export
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.prediction import predict
@@ -42,6 +42,8 @@ def _of_route(name: str, route: str, every: Callable[..., Every] = Every) -> Met
         settings = Settings(**given)
         cell = run_cell(build, data, prior, route, seed, settings, progress, every)
         program, posterior = cell.fit.program, cell.posterior
+        for message in cell.warnings:
+            warn(f"{data.name}, seed {seed}, the reduction after the fit: {message}")
         draws = 0 if route == "point" else settings.draws
         return Trained(
             lambda x: predict(program, posterior, x, draws=draws, seed=seed),

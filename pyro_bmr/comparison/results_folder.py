@@ -29,6 +29,7 @@ from pyro_bmr.reduction.sites import quiet_reduction
 _TEXT = ("model", "data", "prior", "route")
 _MEASURES = ("accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
 _REAL = ("temperature", *_MEASURES)
+_MEND = "remove its row from results.csv to fit it again"
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -72,18 +73,32 @@ class ResultsFolder:
         write_json(kept, finite({**self.settings, "priors": described}))
 
     def finished(self, prior: str, route: str, seed: int) -> dict[str, Any] | None:
-        """The row of a cell that is there already."""
+        """The row of a cell that is there already.
+
+        Raises:
+            PyroBMRError: it is not the row that the report of its network has.
+        """
         if self.table.empty:
             return None
         found = self.table[(self.table["prior"] == prior) & (self.table["route"] == route) & (self.table["seed"] == seed)]
-        return None if found.empty else {str(k): v for k, v in found.iloc[0].to_dict().items()}
+        if found.empty:
+            return None
+        row = {str(k): v for k, v in found.iloc[0].to_dict().items()}
+        path = self.path / "networks" / f"{file_name(prior)}-{route}-{seed}" / "report.json"
+        with reading(f"'{path}' is no report of a comparison", PyroBMRError, _MEND):
+            kept = dict(json.loads(path.read_text(encoding="utf-8"))["row"])
+        others = [name for name, value in kept.items() if row.get(name) != value and not (value is None and row.get(name) != row.get(name))]
+        if others:
+            raise PyroBMRError(f"'{self.path / 'results.csv'}' and '{path}' differ in {', '.join(others)}: one of them is damaged; {_MEND}")
+        return row
 
     def keep(self, row: dict[str, Any], cell: Cell, data: Data) -> None:
         """Weights and pictures first, the row last: a row in results.csv is a finished cell."""
         name = f"{file_name(row['prior'])}-{row['route']}-{row['seed']}"
         sites = cell.reduction.table().to_dict("records") if cell.reduction else []
+        about = {"row": row, "settings": self.settings, "sites": sites, "warnings": cell.warnings}
         calibration = metrics.calibration(cell.prediction.probs, data.y_test).tolist() if isinstance(cell.prediction, ClassPrediction) else None
-        save(cell.weights, self.path / "networks" / name, finite({"row": row, "settings": self.settings, "sites": sites, "calibration": calibration}))
+        save(cell.weights, self.path / "networks" / name, finite({**about, "calibration": calibration}))
         write_atomically(self.path / "networks" / name / "history.csv", lambda p: cell.fit.history.to_csv(p, index=False))
         if cell.reduction is not None and row["route"] == "reduced" and row["seed"] == 0:
             make_folder(self.path / "pictures")
@@ -145,7 +160,7 @@ def calibration_of(path: Path) -> Tensor | None:
     Raises:
         PyroBMRError: the file is no such report.
     """
-    with reading(f"'{path}' is no report of a comparison", PyroBMRError, "remove its row from results.csv to fit it again"):
+    with reading(f"'{path}' is no report of a comparison", PyroBMRError, _MEND):
         rows = json.loads(path.read_text(encoding="utf-8"))["calibration"]
         calibration = None if rows is None else torch.tensor(rows, dtype=torch.float32)
         if calibration is not None and (calibration.ndim != 2 or calibration.shape[1] != 3):

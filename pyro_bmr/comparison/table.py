@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from pyro_bmr.comparison.cells import ROUTES, Settings, counted, run_cell, score
 from pyro_bmr.comparison.models import Build, load_model
 from pyro_bmr.comparison.results_folder import ResultsFolder, file_name
 from pyro_bmr.data_set import Data, validation_data
-from pyro_bmr.errors import DataError, ModelError, described
+from pyro_bmr.errors import DataError, ModelError, described, warn
 from pyro_bmr.files import locked
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
 
@@ -91,25 +92,33 @@ def _rows(
     folder: ResultsFolder | None,
     progress: bool,
 ) -> pd.DataFrame:
-    """A row for each cell: that of the folder, or of a fit, which is kept there."""
-    rows = []
-    for prior, route, seed in tqdm(cells, disable=not progress, unit="fit", desc=f"{model_name} on {data.name}"):
-        row = folder.finished(prior, route, seed) if folder else None
-        if row is None:
-            cell = run_cell(build, data, priors[prior], route, seed, settings, progress)
-            row = {
-                "model": model_name,
-                "data": data.name,
-                "prior": prior,
-                "route": route,
-                "seed": seed,
-                "temperature": settings.temperature,
-                **scores(cell.prediction, data),
-                **sizes(cell.weights, counted(cell)),
-                "delta_f": cell.delta_f,
-                "seconds": cell.fit.seconds,
-            }
-            if folder:
-                folder.keep(row, cell, data)
-        rows.append(row)
+    """A row for each cell: that of the folder, or of a fit, which is kept there. Each kind of warning comes once, at the end, with its first figures."""
+    rows: list[dict[str, Any]] = []
+    said: dict[str, list[str]] = {}  # mend → a message for each cell that it would help
+    try:
+        for prior, route, seed in tqdm(cells, disable=not progress, unit="fit", desc=f"{model_name} on {data.name}"):
+            row = folder.finished(prior, route, seed) if folder else None
+            if row is None:
+                cell = run_cell(build, data, priors[prior], route, seed, settings, progress)
+                row = {
+                    "model": model_name,
+                    "data": data.name,
+                    "prior": prior,
+                    "route": route,
+                    "seed": seed,
+                    "temperature": settings.temperature,
+                    **scores(cell.prediction, data),
+                    **sizes(cell.weights, counted(cell)),
+                    "delta_f": cell.delta_f,
+                    "seconds": cell.fit.seconds,
+                }
+                if folder:
+                    folder.keep(row, cell, data)
+                for message in cell.warnings:
+                    where = f"{data.name}, {prior}, {route}, seed {seed}, the reduction after the fit"
+                    said.setdefault(message.rpartition(". ")[2], []).append(f"{where}: {message}")
+            rows.append(row)
+    finally:  # also where a later cell fails
+        for first, *others in said.values():
+            warn(first + (f" ({len(others)} more cells have this warning, with other figures)" if others else ""))
     return pd.DataFrame(rows)

@@ -14,10 +14,7 @@ from pyro_bmr.posterior import Posterior
 from pyro_bmr.reduction.targets import SiteReduction
 
 _MANY = 100  # independent terms; fewer rows than that are rare
-_MEND = (
-    "Refit to see the observed change, reduce in rounds during the fit (Every), or take a posterior with correlations, whose evidence is joint: FullRank, "
-    "or from_curvature with a (d, d) matrix"
-)
+_MEND = "Check it with refit, reduce in rounds during the fit (Every), or take a joint posterior: FullRank, or from_curvature with a (d, d) matrix"
 
 
 def wide_sum(before: Posterior, results: Mapping[str, SiteReduction]) -> list[str]:
@@ -34,7 +31,7 @@ def wide_sum(before: Posterior, results: Mapping[str, SiteReduction]) -> list[st
         unknown = "how many rows of data it had is not known. With fewer rows than parameters the sum can be far off; give the posterior rows="
         said.append(f"{what}, of a posterior with {living:,} parameters; {unknown}. {_MEND}")
     if before.rows is not None and terms > 1 and living > before.rows:
-        said.append(f"{what}, with parameters > rows ({living:,} > {before.rows:,}): the correlations count then, and the sum can be far off. {_MEND}")
+        said.append(f"{what}, with parameters > rows ({living:,} > {before.rows:,}): the sum can be far off. {_MEND}")
     left = [name for name, result in results.items() if result.terms > 1 and before[name].joint is not None]
     if left:
         count = sum(results[name].terms for name in left)
