@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from pyro_bmr.elbo import Values, likelihood_of
 from pyro_bmr.errors import FitError
-from pyro_bmr.fit_state import FitState, set_training, tensors_of
+from pyro_bmr.fit_state import FitState, tensors_of
 from pyro_bmr.isolation import generator_of, seed_generator
+from pyro_bmr.modes import set_training
 
 
 def snapshot(run: FitState, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:

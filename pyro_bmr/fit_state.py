@@ -26,6 +26,7 @@ from pyro_bmr.guides.row_noise import PER_ROW
 from pyro_bmr.likelihoods import WholeData
 from pyro_bmr.mean_field_step import Draw, MeanFieldStep, Network
 from pyro_bmr.memory import check_memory
+from pyro_bmr.modes import note_modes, set_training
 from pyro_bmr.networks import BayesianNetwork
 from pyro_bmr.online_newton import NaturalGradient, OnlineNewton
 from pyro_bmr.posterior import Posterior
@@ -67,6 +68,8 @@ class FitState:
         self.hold_scales = False
         self.empirical = EmpiricalScales()
         self.in_order = not shuffle or len(self.sizes()) == 1
+        if isinstance(program, nn.Module):
+            note_modes(program)
         set_training(program, False)
         self.rows_of_guide, latents = latents_of(program, x, y, held_out, self.sizes(), shuffle, split)
         self.whole = WholeData(len(x), len(self.few[0]))
@@ -286,9 +289,3 @@ def tensors_of(guide: Any, program: Program) -> dict[str, Tensor]:
     """The parameters and buffers of both, by name."""
     modules = {key: m for key, m in (("guide", guide), ("program", program)) if isinstance(m, nn.Module)}
     return {f"{key}.{name}": t.detach() for key, m in modules.items() for name, t in (*m.named_parameters(), *m.named_buffers())}
-
-
-def set_training(program: Program, on: bool) -> None:
-    """Puts a program that is a module in training or evaluation mode."""
-    if isinstance(program, nn.Module):
-        program.train(on)

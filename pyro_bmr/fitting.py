@@ -115,7 +115,8 @@ def fit(
     Under `torch.autocast` the layers of the network compute in its lower precision; weights, densities and the posterior keep their own.
 
     Args:
-        program: called as `program(x, y)`. Its observed site may stand in a plate of the batch's rows, or of N rows subsampled, or in none.
+        program: called as `program(x, y)`. Its observed site may stand in a plate of the batch's rows, or of N rows subsampled, or in none. It is fitted in
+            training mode; parts of a module that are in evaluation mode beside layers that are not, such as a frozen backbone, stay so.
         data: (x, y), or anything with `x_train` and `y_train`. They follow the parameters of a program that is a module in device and dtype.
         guide: `MeanField`, `Point` (maximum a posteriori), any function of the program that makes a guide module, such as Pyro's `AutoNormal`, or
             such a module, which is copied. A hand-written guide function with `pyro.param` is trained by Pyro's SVI; see `Posterior.from_guide`.

@@ -272,6 +272,22 @@ def test_a_single_row_left_over_joins_its_neighbours():
     assert fit.history["step"].tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["a part in evaluation mode", "all in evaluation mode"])
+def test_a_part_in_evaluation_mode_stays_there(whole):
+    x, y = blobs(64)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)).requires_grad_(False), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    modes = []
+    net[0][2].register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    (net if whole else net[0]).eval()
+    fit = quick(bmr.BayesianNetwork(net, bmr.Gaussian(0.5), bmr.Categorical()), (x, y))
+    again = bmr.refit(fit, bmr.reduce(fit.posterior, bmr.Gaussian(scale=0), kept=1.0), (x, y), epochs=1, draws=2, progress=False)
+    for program in (fit.program, again.fit.program):
+        assert torch.equal(program.net[0][1].running_mean, net[0][1].running_mean) != whole
+        assert not torch.equal(program.net[1].running_mean, net[1].running_mean) and not program.training
+    assert any(modes) == whole and net[1].training != whole and not net[0].training
+
+
 class InLowPrecision(nn.Module):
     def __init__(self, net):
         super().__init__()

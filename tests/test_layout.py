@@ -19,7 +19,7 @@ FORMULAS = (
     "groups", "states", "search",
 )  # fmt: skip
 ORDER = [
-    "errors", "files", "memory", "plain_module", "constraints", "isolation",
+    "errors", "files", "memory", "modes", "plain_module", "constraints", "isolation",
     *(f"reduction.{name}" for name in FORMULAS), "priors*", "prior_names", "likelihoods", "networks", "guides*", "guide_sites", "elbo", "fit_arguments",
     "fit_program", "mean_field_noise", "mean_field_step", "online_newton",
     "site", "curvature", "given_moments", "drawn_moments", "guide_moments", "store_moments", "products", "posterior_files", "posterior",

@@ -44,13 +44,14 @@ def called(net: nn.Module, x: Tensor) -> list[Any]:
     """The linear layers and convolutions that `net(x)` calls as modules, in the order of their first call. Others of the network, such as the output
     projection of torch's attention, are used by their parameters alone, and no hook on them runs."""
     found: dict[nn.Module, None] = {}
-    was_training = net.training
+    modes = {module: module.training for module in net.modules()}
     with ExitStack() as stack:
         for module in net.modules():
             if isinstance(module, _WEIGHTED):
                 stack.callback(module.register_forward_pre_hook(lambda layer, args: found.setdefault(layer)).remove)
         net.eval()(x)
-    net.train(was_training)
+    for module, mode in modes.items():
+        module.training = mode
     return list(found)
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pyro_bmr.data_set import Data, validation_data
 from pyro_bmr.errors import FitError, ModelError, OptionError, described
 from pyro_bmr.fit_arguments import batch_sizes
+from pyro_bmr.modes import note_modes, set_training
 from pyro_bmr.prediction import Prediction
 
 _AT_ONCE = 2000  # rows that go through a network at once when nothing is trained
@@ -147,10 +148,11 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: 0.5 * (1 + math.cos(math.pi * (first + done) / total)))
     history: list[dict[str, float]] = []
     best, best_state = math.inf, None
+    note_modes(net)
     with tqdm(total=total, initial=first, disable=not progress, unit="step", leave=False) as bar:
         step = first
         for epoch in range(first // len(sizes) + 1, budget.epochs + 1):
-            net.train()
+            set_training(net, True)
             summed = 0.0
             done = step - (epoch - 1) * len(sizes)
             for index in torch.randperm(len(rows.x)).split(sizes)[done:]:
