@@ -146,6 +146,7 @@ def with_priors(
         site = bare[name]
         if hasattr(base, "alive"):  # a program under `pruning.Masked`
             site, base = site.masked(site.alive & base.alive), base.base_dist
+        _check_not_off(name, msg)
         prior, given = _prior(name, site, base, values)
         sites[name] = replace(site, prior=prior, declared=msg["infer"].get("prior"), given=given, of_rows=rows_digest(x) if x is not None and per_row else None)
     missing = set(bare) - set(sites)
@@ -158,6 +159,16 @@ def _plate_of_rows(run: Values, rows: int) -> str | None:
     """The name of the plate of the data, if there is no doubt."""
     plates = {frame.name for msg in run.observed.values() for frame in msg["cond_indep_stack"] if frame.vectorized and frame.size == rows}
     return plates.pop() if len(plates) == 1 else None
+
+
+def _check_not_off(name: str, msg: Any) -> None:
+    """Raises a ModelError where `poutine.mask` takes the density of a latent site out of the model; what Pyro masks itself, for `obs_mask`, has no data."""
+    mask = msg["mask"]
+    if mask is not None and not bool(torch.as_tensor(mask).all()) and not name.endswith("_unobserved"):
+        raise ModelError(
+            f"site '{name}': poutine.mask takes its prior out of the model, in part or whole, so that it is not the one declared; mask the distribution "
+            "itself, Normal(...).mask(...), or declare a wide Gaussian"
+        )
 
 
 def _prior(name: str, site: Site, base: Any, values: Mapping[str, Tensor]) -> tuple[Diagonal | None, tuple[str, ...]]:

@@ -199,3 +199,18 @@ def test_variances_below_the_range_of_float32_are_refused_and_kept_in_float64():
     x, y = torch.ones(3, 2), torch.zeros(3)
     with pytest.raises(bmr.ModelError, match="site 'w': the prior's variance is below the range"):
         bmr.Posterior.from_guide(bmr.MeanField(tiny, x, y), tiny, x, y)
+
+
+@pytest.mark.parametrize("mask", [False, torch.tensor([True, False])])
+def test_a_prior_that_poutine_masks_is_not_read_as_declared(mask):
+    def program(x, y=None):
+        with pyro.poutine.mask(mask=mask):
+            w = pyro.sample("w", dist.Normal(torch.zeros(2), 0.1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    x, y = torch.ones(3, 2), torch.zeros(3)
+    with pytest.raises(bmr.ModelError, match="site 'w': poutine.mask"):
+        bmr.Posterior.from_guide(lambda x, y=None: pyro.sample("w", dist.Normal(torch.ones(2), 0.1)), program, x, y)
+    with pytest.raises(bmr.ModelError, match="site 'w': poutine.mask"):
+        bmr.fit(program, (x, y), epochs=1, progress=False)
