@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError, described
+from pyro_bmr.errors import ReductionError, described, warn
 from pyro_bmr.reduction.mixture_nodes import END, is_open_grid, warn_of_end
 
 _TRUSTED = 0.7
@@ -79,6 +79,8 @@ def monte_carlo_delta_f(draws: Mapping[str, Tensor] | Tensor, prior: Any, reduce
 def log_ratio_delta_f(log_ratio: Tensor) -> MonteCarlo:
     """The same from log p̃(θ_s) − log p(θ_s) of each draw, a vector. Two programs give it by `log_prior_ratio`.
 
+    Warns (`PyroBMRWarning`) where k̂ is above 0.7, as with fewer than 25 draws.
+
     Example:
         >>> log_ratio_delta_f(reduced.log_prob(draws) - prior.log_prob(draws)).khat  # above 0.7 the estimate is not to be trusted
     """
@@ -88,7 +90,13 @@ def log_ratio_delta_f(log_ratio: Tensor) -> MonteCarlo:
     total = smoothed.logsumexp(0)
     weights = smoothed - total
     spread = ((2 * weights).logsumexp(0).exp() - 1 / len(weights)).clamp(min=0).sqrt()
-    return MonteCarlo(float(total) - math.log(len(weights)), float(spread) * math.sqrt(_draws_for_one(weights.exp())), khat, weights)
+    answer = MonteCarlo(float(total) - math.log(len(weights)), float(spread) * math.sqrt(_draws_for_one(weights.exp())), khat, weights)
+    if not answer.trusted:
+        warn(
+            f"ΔF = {answer.delta_f:.4g} nats from {len(weights)} draws is not to be trusted: k̂ = {khat:.2f}, above {_TRUSTED}, since few draws are where the "
+            "reduced prior puts its mass; give more draws, or go there by priors in between"
+        )
+    return answer
 
 
 def _draws_for_one(values: Tensor) -> float:
