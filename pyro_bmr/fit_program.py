@@ -11,7 +11,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import pyro
@@ -27,7 +27,7 @@ from pyro_bmr.fit_arguments import PROGRAM, Program
 from pyro_bmr.guide_sites import check_guide, guide_shapes
 
 FEW = 8  # rows on which a program is tried
-_CANNOT_RUN = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
+_CANNOT_RUN = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 _BY_SVI = "train it with Pyro's SVI and read it with Posterior.from_guide, or give a guide module, such as MeanField or AutoNormal"
 Batch = tuple[Tensor, Tensor]
 
@@ -52,16 +52,28 @@ def latents_of(
     Raises:
         FitError, DataError: as the checks below.
     """
-    few = (x[:FEW].clone(), y[:FEW].clone())
-    found = check_program(program, few, y)
-    rows, drawn, per_row = rows_of_guide(program, x, y, sizes[0], found)
+    few, found = _tried(program, x, y, sizes[0])
+    rows, drawn, per_row = rows_of_guide(program, x, y, sizes[0], found, len(few[0]))
     if held_out is not None:
-        check_program(program, (held_out[0][:FEW].clone(), held_out[1][:FEW].clone()), held_out[1])
+        _tried(program, *held_out, len(held_out[0]))
         if per_row:
             raise FitError(f"validation: site '{per_row}' has entries per row, which held-out rows have not; fit without validation")
     if len(sizes) > 1 or split:
         check_rows_add_up(program, few, found, batches=len(sizes) > 1, shuffled=shuffle)
     return rows, drawn.latent
+
+
+def _tried(program: Program, x: Tensor, y: Tensor, batch: int) -> tuple[Batch, Run]:
+    """The first few rows, or where the program needs more, as with a matrix of its own between all rows, those of the first batch; and a run on them."""
+    few = (x[:FEW].clone(), y[:FEW].clone())
+    try:
+        return few, check_program(program, few, y)
+    except FitError as error:
+        few = (x[:batch].clone(), y[:batch].clone())
+        with suppress(FitError):
+            if batch > FEW:
+                return few, check_program(program, few, y)
+        raise error
 
 
 def check_program(program: Program, few: Batch, y: Tensor) -> Run:
@@ -94,18 +106,19 @@ def check_program(program: Program, few: Batch, y: Tensor) -> Run:
         return _run_of(run)
 
 
-def rows_of_guide(program: Program, x: Tensor, y: Tensor, batch: int, found: Run) -> tuple[int, Run, str | None]:
+def rows_of_guide(program: Program, x: Tensor, y: Tensor, batch: int, found: Run, few: int) -> tuple[int, Run, str | None]:
     """On how many of the first rows the guide is made, a few, or all if latent sites have entries per row; a run on them; and the first such site.
 
     Args:
         batch: the rows of the first batch.
-        found: the run on the first few rows.
+        found: the run on the first `few` rows.
 
     Raises:
-        FitError: sites have entries per row, and a batch is not all of them.
+        FitError: the program runs on one number of rows alone, which not all batches need have; sites have entries per row, and a batch is not all of them.
     """
-    few = min(len(x), FEW)
-    rows = batch if batch != few else max(few // 2, 1)
+    if few == len(x) > FEW:  # no other number of rows is needed
+        return few, found, None
+    rows = batch if batch != few else max(few // 2, 1) if few <= FEW else min(2 * batch, len(x))
     other = _run(program, (x[:rows].clone(), y[:rows].clone()))
     name = next((n for n in {**found.latent, **other.latent} if _shape(found, n) != _shape(other, n)), None)
     if name is None:
@@ -150,7 +163,7 @@ def check_rows_add_up(program: Program, few: Batch, found: Run, batches: bool, s
         if all(_equal(half, whole) for half in halves):
             raise FitError(
                 f"observed site '{name}' does not depend on the rows, as a pyro.factor or a condition, and would be counted once a batch; fit all rows at "
-                "once, batch_size=len(x)"
+                "once, batch_size=len(x), or multiply it by the part of the rows that the batch has, len(x) / N"
             )
         if shuffled:
             warnings.warn(

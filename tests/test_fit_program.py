@@ -305,3 +305,46 @@ def test_the_rows_of_a_table_are_not_taken_for_a_pair():
     for data, words in ((torch.utils.data.TensorDataset(X, Y), "TensorDataset"), ({"x": X, "y": Y}, "dict"), (frame, "ndarray"), (X, "Tensor")):
         with pytest.raises(bmr.DataError, match=rf"data: expected a pair \(x, y\) of tensors.*got .*{words}"):
             fit(linear, data)
+
+
+def test_a_program_that_needs_all_its_rows_is_fitted_to_them():
+    generator = torch.Generator().manual_seed(5)
+    near = torch.exp(-(torch.arange(30.0)[:, None] - torch.arange(30.0)).abs() / 2)
+    chol = torch.linalg.cholesky(0.3 * near + 0.1 * torch.eye(30))
+    x = torch.randn(30, 1, generator=generator)
+    y = 0.7 * x[:, 0] + chol @ torch.randn(30, generator=generator)
+
+    def field(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 0.6))
+        return pyro.sample("y", dist.MultivariateNormal(w * x[:, 0], scale_tril=chol), obs=y)
+
+    fit = bmr.fit(field, (x, y), epochs=150, batch_size=30, optimizer=bmr.adam(5e-2), progress=False)
+    solved = torch.cholesky_solve(torch.stack([x[:, 0], y], 1), chol)
+    precision = x[:, 0] @ solved[:, 0] + 1 / 0.6**2
+    assert abs(fit.posterior["w"].mean - x[:, 0] @ solved[:, 1] / precision) < 0.1 / precision.sqrt()
+    assert fit.posterior["w"].var == pytest.approx(float(1 / precision), rel=0.1)
+    with pytest.raises(bmr.FitError, match="does not run as program"):
+        bmr.fit(field, (x, y), epochs=1, batch_size=15, progress=False)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_program_that_needs_many_rows_is_tried_on_a_batch(per_row):
+    x, y = torch.randn(64, 1, generator=torch.Generator().manual_seed(6)), torch.zeros(64)
+
+    def program(x, y=None):
+        assert len(x) >= 12, "too few"
+        w = pyro.sample("w", dist.Normal(torch.zeros(len(x) if per_row else 1), 1.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            return pyro.sample("y", dist.Normal(w * x[:, 0], 1.0), obs=y)
+
+    def fit(batch_size):
+        return bmr.fit(program, (x, y), epochs=1, batch_size=batch_size, progress=False, validation=None if per_row else (x[:20], y[:20]))
+
+    assert fit(64).posterior["w"].mean.shape == (64 if per_row else 1,)
+    with pytest.raises(bmr.FitError, match=r"does not run as program\(x, y\) on x of shape \(8, 1\).*too few"):
+        fit(8)
+    if per_row:
+        with pytest.raises(bmr.FitError, match="site 'w': its shape depends on the rows of the batch"):
+            fit(32)
+    else:
+        assert fit(32).history["step"].tolist() == [2]
