@@ -31,7 +31,7 @@ from pyro_bmr.prior_names import prior_from_name
 from pyro_bmr.processes import process_group
 from pyro_bmr.pruning import Every
 from pyro_bmr.reduction.sites import reduce
-from pyro_bmr.runs import Run, load_run, save_run
+from pyro_bmr.runs import Run, check_run_folder, load_run, save_run
 from pyro_bmr.shrinking import shrink_plan
 from pyro_bmr.studies import cells_left, declare, study, summary_of
 
@@ -133,6 +133,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         raise ModelError(f"--guide {arguments.guide}: a point estimate has none; leave out --point or --guide")
     guide = Point if arguments.point else guide_named(arguments.guide, arguments.optimizer, arguments.estimator)
     make, arguments.learning_rate = optimizer_named(arguments.optimizer, arguments.learning_rate)
+    check_run_folder(arguments.out)
     with process_group() as rank:
         result = fit(
             program,

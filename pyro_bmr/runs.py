@@ -23,7 +23,7 @@ from pyro_bmr.data import load
 from pyro_bmr.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting.formats import save_tensors
-from pyro_bmr.files import check_digests, digests, finite, read_json, reading, replacing, write_atomically, write_json
+from pyro_bmr.files import check_digests, digests, finite, make_folder, read_json, reading, replacing, write_atomically, write_json
 from pyro_bmr.fitting import Fit
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Prior
@@ -75,6 +75,18 @@ class Run:
             content = {**content, "files": digests(stage), "fit": self.settings.get("files")}
             write_json(stage / "reduction.json", finite(content))
         return Run(self.folder, self.settings, reduction.posterior, content)
+
+
+def check_run_folder(folder: str | Path) -> None:
+    """Raises unless a fit can be saved in `folder`; to be asked before the fit.
+
+    Raises:
+        PyroBMRError: it cannot be written, or holds the results of `compare` or `study`, whose settings a run would replace.
+    """
+    folder = Path(folder)
+    if (folder / "results.csv").exists():
+        raise ModelError(f"'{folder}' holds results of compare or study; choose another folder for the run")
+    make_folder(folder)
 
 
 def save_run(fit: Fit, folder: str | Path, settings: Mapping[str, Any]) -> Run:

@@ -224,6 +224,26 @@ def test_other_settings_in_the_same_folder(files, blank, capsys):
     assert "epochs was 1, is 2" in err and err.count("\n") == 1
 
 
+def test_a_folder_that_a_run_cannot_have_is_refused_before_the_fit(files, monkeypatch, capsys):
+    monkeypatch.setattr("pyro_bmr.cli.fit", lambda *args, **kwargs: pytest.fail("fitted"))
+    (files / "compared").mkdir()
+    (files / "compared" / "results.csv").write_text("prior,route,seed\n")
+    for folder, message in {"file": "cannot write to 'file'", "compared": "'compared' holds results of compare or study; choose another folder"}.items():
+        assert run("fit", "--data", "good.npz", "--model", "mlp:2", "--quiet", "--out", folder) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_comparison_and_a_study_take_the_place_of_no_other_result(files, blank, capsys):
+    (files / "kept").mkdir()
+    for name in ("posterior.safetensors", "settings.json"):
+        (files / "kept" / name).write_text("{}")
+    (files / "study.toml").write_text('name = "s"\ndata = ["good.npz"]\nmodels = ["mlp:2"]\n[[method]]\nname = "m"\nmethod = "map"\n')
+    for argv in (["compare", "--data", "good.npz", "--out", "kept", *SMALL], ["study", "study.toml", "--out", "kept", "--quiet"]):
+        assert run(*argv) == 2
+        assert re.search(r"'kept' holds a run.*; choose another folder", capsys.readouterr().err)
+    assert {path.name: path.read_text() for path in (files / "kept").iterdir()} == {"posterior.safetensors": "{}", "settings.json": "{}"}
+
+
 def test_a_bug_keeps_its_traceback(files, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("a bug")

@@ -55,6 +55,8 @@ class ResultsFolder:
 
     def __init__(self, path: Path, model: str, data: Data, settings: Settings, priors: Mapping[str, Prior]) -> None:
         self.path = path
+        if (path / "posterior.safetensors").exists():  # whose settings.json would be replaced
+            raise PyroBMRError(f"'{path}' holds a run of pyro-bmr fit; choose another folder for the comparison")
         make_folder(path)
         self.settings = {"model": model, "data": data.name, "fingerprint": fingerprint(model, data), **settings.__dict__}
         self.table = pd.DataFrame()

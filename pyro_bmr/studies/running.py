@@ -69,6 +69,8 @@ def study(
         raise ModelError("seeds and validation are those of the declared study; give them to declare")
     declared = declaration if isinstance(declaration, Study) else declare(declaration, seeds=seeds, validation=validation)
     folder, wanted = Path(out), chosen(declared, only)
+    if (folder / "settings.json").exists():
+        raise PyroBMRError(f"'{folder}' holds a run or a comparison; choose another folder for the study")
     with locked(folder):
         make_folder(folder / "cells")
         write_atomically(folder / f"study{declared.suffix}", lambda path: path.write_text(declared.text, encoding="utf-8"))
