@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_bmr.files import write_atomically
+
+if TYPE_CHECKING:  # matplotlib takes a third of a second or more to import: it is imported where something is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DPI = 130
 _STYLE = {"point": "o", "fitted": "s", "reduced": "D"}
@@ -44,6 +45,8 @@ def reliability(tables: Mapping[str, Tensor], axes: Axes) -> Axes:
 
 def delta_f_histogram(delta_f: Mapping[str, Tensor]) -> Figure:
     """One panel per site: the evidence for setting each living weight to zero, in nats; right of 0 it goes. Values below −20 are counted at −20."""
+    import matplotlib.pyplot as plt
+
     figure, panels = plt.subplots(1, len(delta_f), figsize=(2.6 * len(delta_f), 2.6), squeeze=False)
     for axes, (name, values) in zip(panels[0], delta_f.items(), strict=True):
         finite = values[values.isfinite()].double().cpu().numpy()  # double: 50 bins fit between any two float32 numbers
@@ -61,6 +64,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     Raises:
         PyroBMRError: it cannot be written.
     """
+    import matplotlib.pyplot as plt
+
     try:
         write_atomically(path, lambda p: figure.savefig(p, dpi=DPI, bbox_inches="tight", format="png"))
     finally:
@@ -69,6 +74,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def comparison_figure(table: pd.DataFrame, calibration: Mapping[str, Tensor]) -> Figure:
     """Quality and NLL against the kept fraction, and for classes the reliability diagram."""
+    import matplotlib.pyplot as plt
+
     quality = "accuracy" if "accuracy" in table else "rmse"
     figure, panels = plt.subplots(1, 3 if calibration else 2, figsize=(14 if calibration else 9, 4), layout="constrained")
     quality_against_kept(table, quality, panels[0]).legend(fontsize=7)
@@ -80,4 +87,6 @@ def comparison_figure(table: pd.DataFrame, calibration: Mapping[str, Tensor]) ->
 
 def headless() -> None:
     """Draws to files without a display; the command line calls it."""
+    import matplotlib
+
     matplotlib.use("Agg")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -281,8 +282,8 @@ def test_a_picture_and_a_history_are_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", half)
     monkeypatch.setattr(pd.DataFrame, "to_csv", half)
     with pytest.raises(bmr.PyroBMRError, match=r"cannot write '.*a\.png': No space left on device"):
-        plots.save_figure(plots.plt.figure(figsize=(0.1, 0.1)), tmp_path / "a.png")
-    assert not plots.plt.get_fignums() and (tmp_path / "a.png").read_bytes() == b"old"
+        plots.save_figure(plt.figure(figsize=(0.1, 0.1)), tmp_path / "a.png")
+    assert not plt.get_fignums() and (tmp_path / "a.png").read_bytes() == b"old"
     folder = results_folder.ResultsFolder(tmp_path / "out", "m", DATA, Settings(), {})
     cell = SimpleNamespace(
         reduction=None, weights={"w": torch.ones(2)}, prediction=None, warnings=(), fit=SimpleNamespace(history=pd.DataFrame({"epoch": [1]}))

@@ -109,6 +109,14 @@ def test_models_use_the_public_names_only():
         assert used <= set(bmr.__all__), f"{path.name}: {sorted(used - set(bmr.__all__))}"
 
 
+@pytest.mark.parametrize("heavy", ["matplotlib", "sklearn", "onnx", "onnxruntime", "scipy", "dask"])
+def test_what_few_users_need_is_imported_where_it_is_used(heavy):
+    """Every process that imports the library would pay for it: a worker of a study, one of two that train, the command line."""
+    for name, tree in TREES.items():
+        top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+        assert heavy not in {module.split(".")[0] for module in imports(top)}, f"{name} imports {heavy} at its top"
+
+
 def test_no_module_has_the_name_of_a_public_function():
     functions = {name for name in bmr.__all__ if inspect.isroutine(getattr(bmr, name))}
     top = {name.split(".")[1] for name in FILES if name.count(".") >= 1}

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -151,7 +152,7 @@ def test_a_program_of_ones_own_exports_its_weights(tmp_path, capsys):
 
 
 def test_one_fit_has_one_score_in_the_units_of_the_target(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plots, "comparison_figure", lambda *args: plots.plt.figure(figsize=(0.1, 0.1)))
+    monkeypatch.setattr(plots, "comparison_figure", lambda *args: plt.figure(figsize=(0.1, 0.1)))
     options = ["--data", "diabetes", "--model", "mlp:3", "--epochs", "1", "--draws", "3", "--quiet"]
     assert main(["fit", *options, "--seed", "1", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out

@@ -10,21 +10,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from safetensors.torch import load_file
 
 from pyro_bmr import plots
 from pyro_bmr.errors import PyroBMRError
 from pyro_bmr.files import reading
 from pyro_bmr.studies.cell_folder import read_cell, read_history
+
+if TYPE_CHECKING:  # imported where something is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 KEYS = ("model", "data", "method", "option_kept")
 _MARKERS = "osD^vP*X<>"
@@ -90,6 +90,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _panels(columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    import matplotlib.pyplot as plt
+
     figure, panels = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained")
     for axes in panels[0]:
         axes.grid(alpha=0.25)
@@ -99,6 +101,8 @@ def _panels(columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Figu
 
 def _in_percent(axes: Axes, which: Literal["x", "y"], label: str) -> None:
     """A logarithmic axis of fractions, which ends at 100 %."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     axis = axes.xaxis if which == "x" else axes.yaxis
     axes.set(**{f"{which}scale": "log"})
     low, high = axis.get_view_interval()
@@ -149,6 +153,8 @@ def _reliability(tables: Mapping[str, Any], looks: Mapping[str, dict[str, Any]])
 
 
 def _learning(folders: Mapping[str, Path], looks: Mapping[str, dict[str, Any]]) -> Figure | None:
+    from matplotlib.ticker import MaxNLocator
+
     histories = {method: read_history(folder) for method, folder in folders.items()}
     wanted = {
         "validation_nll": "validation NLL (nats per row)",
@@ -211,6 +217,8 @@ def _layers(chosen: Mapping[str, pd.DataFrame], folder: Path, looks: Mapping[str
 
 
 def _first_weights(folders: Mapping[str, Path]) -> Figure | None:
+    import matplotlib.pyplot as plt
+
     images = {method: found for method, folder in folders.items() if (found := _first_layer(folder)) is not None}
     if not images:
         return None
