@@ -55,7 +55,7 @@ def diabetes():
 def done(digits, tmp_path_factory):
     """All priors and routes with two seeds, on disk."""
     folder = tmp_path_factory.mktemp("compared") / "results"
-    return compare("mlp:8", digits, seeds=2, settings=QUICK, out=folder, progress=False), folder
+    return compare("mlp:4", digits, seeds=2, settings=QUICK, out=folder, progress=False), folder
 
 
 def one(data, **options):
@@ -90,7 +90,7 @@ def test_columns_and_rows(done):
     table, _ = done
     assert list(table.columns) == CLASSES
     assert [tuple(key) for key in table[["prior", "route", "seed"]].values] == [(p, r, s) for p in PRIORS for r in ROUTES for s in (0, 1)]
-    assert set(table["model"]) == {"mlp:8"} and set(table["data"]) == {"digits"} and set(table["temperature"]) == {1.0}
+    assert set(table["model"]) == {"mlp:4"} and set(table["data"]) == {"digits"} and set(table["temperature"]) == {1.0}
     assert compare.__doc__ is not None and ", ".join(CLASSES).replace("accuracy", "accuracy or rmse") in re.sub(r"\s+", " ", compare.__doc__)
 
 
@@ -104,7 +104,7 @@ def test_scores_are_possible_and_depend_on_the_seed(done):
 
 def test_kept(done):
     table, folder = done
-    assert (table["parameters"] == 64 * 8 + 8 + 8 * 10 + 10).all() and table["kept"].between(0, 1).all()
+    assert (table["parameters"] == 64 * 4 + 4 + 4 * 10 + 10).all() and table["kept"].between(0, 1).all()
     assert (table["kept"] == table["kept_parameters"] / table["parameters"]).all()
     for row in table.to_dict("records"):
         weights = load_file(folder / "networks" / f"{row['prior']}-{row['route']}-{row['seed']}" / "model.safetensors")
@@ -174,7 +174,7 @@ def test_report_of_a_cell(done):
     row = table[(table["prior"] == "gaussian") & (table["route"] == "reduced") & (table["seed"] == 1)].iloc[0]
     report = strict(folder / "networks" / "gaussian-reduced-1" / "report.json")
     assert list(report["row"]) == CLASSES and {k: report["row"][k] for k in CLASSES} == {k: row[k] for k in CLASSES}
-    assert report["settings"].items() >= {"model": "mlp:8", "data": "digits", **QUICK.__dict__}.items()
+    assert report["settings"].items() >= {"model": "mlp:4", "data": "digits", **QUICK.__dict__}.items()
     assert sum(tensor["nonzero"] for tensor in report["tensors"].values()) == row["kept_parameters"]
     assert {site["site"] for site in report["sites"]} == set(report["tensors"])
     ece = sum(part * abs(confidence - accuracy) for confidence, accuracy, part in report["calibration"])
@@ -186,7 +186,7 @@ def test_report_of_a_cell(done):
 def test_report_of_the_comparison(done):
     table, folder = done
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert text.startswith("# mlp:8 on digits\n") and "2 seeds" in text and "610 parameters" in text and "epochs 2" in text
+    assert text.startswith("# mlp:4 on digits\n") and "2 seeds" in text and "310 parameters" in text and "epochs 2" in text
     for row in summary(table).itertuples(index=False):
         assert "| " + " | ".join(row) + " |" in text
     for path in (folder / "pictures").iterdir():
@@ -213,7 +213,7 @@ def test_going_on_fits_nothing_twice(done, digits, monkeypatch):
     table, folder = done
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
     monkeypatch.setattr(cells, "fit", no_fits)
-    again = compare("mlp:8", digits, seeds=2, settings=QUICK, out=folder, progress=False)
+    again = compare("mlp:4", digits, seeds=2, settings=QUICK, out=folder, progress=False)
     pd.testing.assert_frame_equal(again, table, check_exact=True)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
 

@@ -122,7 +122,7 @@ def test_every_prior_fits_with_every_guide(prior, guide):
 @pytest.mark.parametrize("guide", [bmr.MeanField, AutoNormal])
 def test_reduction_during_the_fit_finds_the_zeros(guide):
     fit = bmr.fit(
-        linear, regression(), guide=guide, epochs=300, batch_size=64, optimizer=bmr.adam(0.02), reduce=bmr.Every(epochs=20, start=0.4, stop=0.9), progress=False
+        linear, regression(), guide=guide, epochs=120, batch_size=64, optimizer=bmr.adam(0.05), reduce=bmr.Every(epochs=8, start=0.4, stop=0.9), progress=False
     )
     assert fit.masks["w"].tolist() == [True, False, False, True, False, False]
     site = fit.posterior["w"]
@@ -136,7 +136,7 @@ def test_reduction_during_the_fit_finds_the_zeros(guide):
 
 def test_pruned_weights_leave_the_kl():
     """At equal moments of the survivors the KL of the last epoch is that of two coefficients, not of six."""
-    fit = bmr.fit(linear, regression(), epochs=300, batch_size=64, optimizer=bmr.adam(0.02), reduce=bmr.Every(epochs=20, start=0.4, stop=0.9), progress=False)
+    fit = bmr.fit(linear, regression(), epochs=120, batch_size=64, optimizer=bmr.adam(0.05), reduce=bmr.Every(epochs=8, start=0.4, stop=0.9), progress=False)
     site, mask = fit.posterior["w"], fit.masks["w"]
     q = dist.Normal(site.mean[mask], site.var[mask].sqrt())
     by_hand = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(2), fit.scales["w"])).sum()
