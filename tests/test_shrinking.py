@@ -475,3 +475,37 @@ def test_a_single_layer_and_an_embedding():
     assert largest_difference(net, masks, small, tokens) <= 1e-12
     layer = nn.Linear(4, 3)
     assert torch.equal(bmr.shrink(layer, {}, torch.randn(1, 4))(torch.ones(2, 4)), layer(torch.ones(2, 4)))
+
+
+class ReadOut(nn.Module):
+    """An embedding whose weights are those of the last layer, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.mixed, self.read = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 20)
+        self.read.weight = self.tokens.weight
+
+    def forward(self, x):
+        return self.read(torch.relu(self.mixed(self.tokens(x))))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_tied_parameters_that_are_cut_alike_stay_one(alike):
+    torch.manual_seed(3)
+    net = ReadOut().eval()
+    with torch.no_grad():
+        net.tokens.weight[:, :4] = 0
+        if alike:
+            net.mixed.weight[:4] = 0
+            net.mixed.bias[:4] = 0
+        else:
+            net.mixed.weight[:7] = 0
+            net.mixed.bias[:7] = 0
+    x = torch.arange(20)
+    plan = bmr.shrink_plan(net, {}, x)
+    small = plan.apply()
+    torch.testing.assert_close(small(x), net(x))
+    assert (small.tokens.weight is small.read.weight) == alike
+    assert plan.parameters[1] == sum(p.numel() for p in small.parameters())
+    if alike:
+        assert plan.parameters == (20 * 16 + 16 * 17 + 20, 20 * 12 + 12 * 13 + 20)

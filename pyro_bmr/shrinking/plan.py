@@ -63,6 +63,7 @@ class ShrinkPlan:
             ShrinkError: a value that has become a constant has no axis of rows of its own.
         """
         build = Rebuilt(self._channels, self._batch_axes, self._sizes)
+        _tie(self._channels.graph, build.parts)
         layers = [str(n.target) for n in build.graph.nodes if n.op == "call_module"]
         chain = all(n.op in ("placeholder", "call_module", "output") and "." not in str(n.target) for n in build.graph.nodes)
         if self._sequential and chain and len(set(layers)) == len(layers):
@@ -142,6 +143,22 @@ def masked(net: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
             raise ShrinkError(f"mask '{name}': a bool tensor of shape {tuple(parameters[name].shape)} is wanted, got {got}; pass the masks of this network")
         parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
     return plain_module(copied, constraints=True).net.eval()
+
+
+def _tie(net: nn.Module, parts: Any) -> None:
+    """Makes parameters one again that are one in `net`, as an embedding that is read out by its own weights, and were cut alike."""
+    firsts: dict[int, list[nn.Parameter]] = {}
+    modules = dict(parts.items())
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        path, _, own = name.rpartition(".")
+        here = getattr(modules.get(path), own, None)
+        if isinstance(here, nn.Parameter):
+            same = firsts.setdefault(id(parameter), [])
+            first = next((p for p in same if p.shape == here.shape and torch.equal(p, here)), None)
+            if first is None:
+                same.append(here)
+            else:
+                setattr(modules[path], own, first)
 
 
 def _table(channels: Channels) -> pd.DataFrame:
