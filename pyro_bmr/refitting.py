@@ -13,7 +13,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import FitError
+from pyro_bmr.errors import FitError, described
 from pyro_bmr.fitting import Fit, HasTrainingData, fit
 from pyro_bmr.isolation import isolated
 from pyro_bmr.likelihoods import WholeData
@@ -68,6 +68,8 @@ def refit(
     """
     if not isinstance(reduction, Reduction):
         raise FitError(f"refit: a Reduction is wanted, as reduce(...) gives it; got {type(reduction).__name__}")
+    if not isinstance(draws, int) or isinstance(draws, bool) or draws < 2:
+        raise FitError(f"refit(draws={described(draws)}): expected a whole number >= 2, for a standard error")
     predicted = predicted_delta_f(reduction)
     result = fit(fit_.program, data, temperature=fit_.temperature, start=reduction.posterior, seed=seed, **settings)
     x, y = data if isinstance(data, tuple) else (data.x_train, data.y_train)

@@ -117,3 +117,9 @@ def test_the_bound_of_a_fit_takes_the_path_of_the_fit_to_the_kl(guide):
     result = bmr.fit(silent, DATA, guide=guide, epochs=2, batch_size=N, optimizer=bmr.adam(1e-12), progress=False)
     bound = evidence_bound(result, *DATA, draws=8)
     assert bound.std() < 1e-9 and float(bound[0]) == pytest.approx(result.history["elbo"].iloc[-1], abs=1e-6)
+
+
+@pytest.mark.parametrize("draws", [1, 0, True, 2.0])
+def test_a_standard_error_needs_two_draws(fitted, draws):
+    with pytest.raises(bmr.FitError, match=r"refit\(draws=.*>= 2"):
+        bmr.refit(fitted, bmr.reduce(fitted.posterior, bmr.Gaussian(scale=0), kept=1.0), DATA, draws=draws)
