@@ -208,6 +208,9 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
         (folder / "results" / "settings.json").rename(folder / "settings")
         header = "model,data,prior,route,seed,temperature,rmse,nll,kept,delta_f,seconds,parameters\n"
         row = "m,diabetes,gaussian,reduced,0,1.0,0.5,1.25,0.5,3.0,2.0,90\n"
+        network = folder / "results" / "networks" / "gaussian-reduced-0"
+        network.mkdir(parents=True)
+        (network / "report.json").write_text(json.dumps({"row": {"prior": "gaussian", "route": "reduced", "seed": 0, "rmse": 0.5, "nll": 1.25}}))
 
         def read() -> None:
             (folder / "results" / "settings.json").write_bytes((folder / "settings").read_bytes())
