@@ -117,7 +117,7 @@ def test_autonormal_goes_through_pyro_and_agrees_in_the_mean():
         setattr(getattr(auto.scales, layer), part, pyro.nn.PyroParam(scales[name].clone(), dist.constraints.positive))
     pyro.clear_param_store()
     with torch.no_grad():
-        totals = [torch.stack([t.expected_log_likelihood - t.kl for t in (bmr.elbo_terms(program, g, X, Y) for _ in range(200))]) for g in (fast, auto)]
+        totals = [torch.stack([t.expected_log_likelihood - t.kl for t in (bmr.elbo_terms(program, g, X, Y) for _ in range(400))]) for g in (fast, auto)]
     error = sum(float(t.var() / len(t)) for t in totals) ** 0.5
     assert abs(float(totals[0].mean() - totals[1].mean())) < 4 * error
 
