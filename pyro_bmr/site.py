@@ -54,6 +54,11 @@ class Site:
         """The entries that live, as a bool tensor in the site's shape."""
         return torch.ones_like(self.mean, dtype=torch.bool) if self.mask is None else self.mask
 
+    @property
+    def living(self) -> int:
+        """How many entries live."""
+        return self.mean.numel() if self.mask is None else int(self.mask.count_nonzero())
+
     def value(self, unconstrained: Tensor) -> Tensor:
         """The constrained value, exactly 0 where the mask says so."""
         transform = SUPPORTS[self.support]

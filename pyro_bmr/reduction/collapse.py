@@ -35,6 +35,8 @@ def collapse(after: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = 
     Args:
         after, before: site → bool tensor, True where a weight lives. Without `before`, every unit lived and only empty layers count.
     """
+    if sum(_is_layer(name, mask) for name, mask in after.items()) == 0:
+        return None
     layers = _layers(after)
     start = _layers(before) if before is not None else {name: _Layer(layer.units, layer.units) for name, layer in layers.items()}
     if len(layers) < 2 or not any(bool(mask.any()) for mask in after.values()):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmr.reduction.gaussian import Dense, Diagonal, delta_f, prune_subset, reduced_posterior
+from pyro_bmr.reduction.gaussian import Dense, Diagonal, delta_f, prune_subset, reduced_posterior, total
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal, reduced_mean, reduced_var
 from pyro_bmr.reduction.search import marginal_var
@@ -116,7 +116,7 @@ def _transposed(g: MatrixNormal) -> MatrixNormal:
 def spike_gain(site: Site, mask: Tensor, spike: Tensor) -> float:
     """ΔF of setting the living entries of `site` outside of `mask` to zero, nats: joint where it has correlations, else the sum of `spike`, that of each."""
     gain = pruned_site(site, mask)[1]
-    return float(spike[site.alive & ~mask].sum(dtype=torch.float64)) if gain is None else gain
+    return total(spike[site.alive & ~mask]) if gain is None else gain
 
 
 def rescaled_site(site: Site, reduced_prior: Diagonal) -> tuple[Site, float] | None:

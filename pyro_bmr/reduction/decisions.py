@@ -264,7 +264,7 @@ def _search(
         one = block if block is not None else _independent(posterior, name, results[name], labels)
         used[name] = one if labels is not None else replace(one, labels=torch.arange(len(one.labels)) + first)
         first += len(one.labels)
-    living = sum(int(r.site.alive.sum()) for name, r in results.items() if name in used)
+    living = sum(r.site.living for name, r in results.items() if name in used)
     if kept is not None:
         kept = min(1.0, kept * sum(results[name].drop.numel() for name in used) / max(living, 1))
     found = search([b.structure for b in used.values()], [b.prior for b in used.values()], [b.labels for b in used.values()], threshold=threshold, kept=kept)

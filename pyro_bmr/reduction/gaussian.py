@@ -200,6 +200,11 @@ def _whole(parts: Sequence[Tensor], like: Diagonal) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).view(like.mean.shape)
 
 
+def total(each: Tensor) -> float:
+    """Σ of the values in float64, in pieces that stay in a core's cache."""
+    return math.fsum(float(piece.sum(dtype=torch.float64)) for piece in each.reshape(-1).split(_PIECE))
+
+
 def _pieces(whole: Tensor) -> Iterable[Tensor]:
     """The tensor in flat pieces, as views; a number that was expanded stays one number."""
     one = number(whole)
@@ -233,8 +238,7 @@ def moments(gaussian: Any, like: Tensor | None = None) -> Diagonal:
         mean, var = mean.to(like.device), var.to(like.device)
     shape = like.shape if like is not None else None
     try:
-        wanted = torch.broadcast_shapes(mean.shape, var.shape) if shape is None else shape
-        return Diagonal(mean.expand(wanted), var.expand(wanted))
+        return Diagonal(*(torch.broadcast_tensors(mean, var) if shape is None else (mean.expand(shape), var.expand(shape))))
     except RuntimeError:
         got = f"{tuple(mean.shape)}" if mean.shape == var.shape else f"{tuple(mean.shape)} and {tuple(var.shape)}"
         if shape is None:

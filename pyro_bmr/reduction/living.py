@@ -73,7 +73,7 @@ def living_part(site: Site, spike: Tensor, groups: Tensor | None = None) -> Livi
 def _column(t: Tensor, site: Site) -> Tensor:
     """The living entries of `t`, which broadcasts to the site, as a vector: a view where everything lives or `t` is one number."""
     if t.numel() == 1:
-        return t.reshape(()).expand(site.mean.numel() if site.mask is None else int(site.mask.sum()))
+        return t.reshape(()).expand(site.living)
     return t.expand(site.mean.shape).reshape(-1) if site.mask is None else t.expand(site.mean.shape)[site.mask]
 
 

@@ -20,7 +20,8 @@ _NAMED = 3  # pairs
 
 def multiplied(before: Posterior, results: Mapping[str, SiteReduction], groups: Mapping[str, Tensor] | None) -> list[str]:
     """What to say of sites that are multiplied (`Site.multiplies`) and lost entries one by one, or both in groups that are not the same; mostly nothing."""
-    lost = {name for name, result in results.items() if bool((before[name].alive & ~result.site.alive).any())}
+    factors = {name: result for name, result in results.items() if before[name].multiplies}
+    lost = {name for name, result in factors.items() if bool((before[name].alive & ~result.site.alive).any())}
     pairs = sorted({(min(name, other), max(name, other)) for name in lost for other in before[name].multiplies})
     apart = [(a, b) for a, b in pairs if groups is None or ({a, b} <= lost and not _tied(a, b, groups))]
     if not apart:

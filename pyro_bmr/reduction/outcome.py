@@ -57,7 +57,7 @@ class Reduction:
     def kept(self) -> float:
         """The fraction of the reduced sites' weights that live."""
         masks = self.masks.values()
-        return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        return sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     def table(self) -> pd.DataFrame:
         """One row per site: site, size, kept (fraction), delta_f (nats), wider, scale, given (sites at whose median the prior was taken)."""

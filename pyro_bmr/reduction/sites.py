@@ -19,6 +19,7 @@ from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
 from pyro_bmr.reduction.correlations import pruned_site, rescaled_site
 from pyro_bmr.reduction.decisions import SearchMethod, decide, is_point_spike, pattern_masks
+from pyro_bmr.reduction.gaussian import total
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
 from pyro_bmr.reduction.multiplied import multiplied
 from pyro_bmr.reduction.outcome import Reduction, cautions
@@ -122,13 +123,14 @@ def quiet_reduction(
         masks, results = decide(posterior, results, targets, labels, threshold, kept, search)
     for name, result in results.items():
         site, gain = pruned_site(result.site, masks[name])
-        total, terms = result.delta_f, result.terms
+        gained, terms = result.delta_f, result.terms
         if is_point_spike(targets[name]):
             went = result.site.alive & ~masks[name]
-            total, terms = (float(result.spike_delta_f[went].sum(dtype=torch.float64)), int(went.sum())) if gain is None else (gain, int(went.any()))
+            each = result.spike_delta_f[went]
+            gained, terms = (total(each), len(each)) if gain is None else (gain, int(len(each) > 0))
         elif isinstance(targets[name], SpikeAndSlab) and labels is not None:  # one indicator for each group
             terms = len(labels[name].to(result.site.mean.device)[result.site.alive].unique())
-        results[name] = replace(result, delta_f=total, site=site, terms=terms)
+        results[name] = replace(result, delta_f=gained, site=site, terms=terms)
     after = replace(posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}})
     return Reduction(results, after, posterior, labels, (*said, *multiplied(posterior, results, labels), *cautions(posterior, results)))
 
@@ -136,10 +138,10 @@ def quiet_reduction(
 def _rescaled(site: Site, to: Prior | None, result: SiteReduction) -> SiteReduction:
     """With correlations, under a Gaussian of another scale: the exact answer in the place of that of the marginals. Other continuous priors leave marginals."""
     if site.joint is None or result.site.prior is site.prior:
-        return replace(result, terms=0 if to is None else int(result.site.alive.sum()))
+        return replace(result, terms=0 if to is None else result.site.living)
     exact = rescaled_site(site, result.site.prior) if isinstance(to, Gaussian) and result.site.prior is not None else None
     if exact is None:
-        return replace(result, site=replace(result.site, joint=None), terms=int(site.alive.sum()))
+        return replace(result, site=replace(result.site, joint=None), terms=site.living)
     return replace(result, site=exact[0], delta_f=exact[1], terms=1)
 
 

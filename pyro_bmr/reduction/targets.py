@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_bmr.errors import ReductionError, described
 from pyro_bmr.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Horseshoe, Laplace, Prior, ScaleMixture, SpikeAndSlab, StudentT
-from pyro_bmr.reduction.gaussian import Diagonal, Message, delta_f, message, number, point_spike_delta_f, reduced_posterior
+from pyro_bmr.reduction.gaussian import Diagonal, Message, delta_f, message, number, point_spike_delta_f, reduced_posterior, total
 from pyro_bmr.reduction.laplace import laplace_reduction
 from pyro_bmr.reduction.living import Living, Reduced, living_part
 from pyro_bmr.reduction.quadrature import density_reduction
@@ -134,7 +134,7 @@ def _gaussian(target: Diagonal, living: Living) -> Reduced:
     if not bool(target.var.any()) and not bool(target.mean.any()):
         return Reduced(0.0, living.spike if living.groups is None else living.spread(living.summed(living.spike)), living.q, living.p)
     gain = delta_f(living.q, living.p, target)
-    return Reduced(float(gain.sum(dtype=torch.float64)), torch.full_like(gain, -torch.inf), reduced_posterior(living.q, living.p, target), target)
+    return Reduced(total(gain), torch.full_like(gain, -torch.inf), reduced_posterior(living.q, living.p, target), target)
 
 
 def _best_gaussian(to: Gaussian, living: Living) -> Reduced:
@@ -148,7 +148,7 @@ def _best_gaussian(to: Gaussian, living: Living) -> Reduced:
     drop = torch.full_like(q.mean, -torch.inf).masked_fill(var == 0, -torch.inf if living.groups is None or mean != 0 else torch.inf)
     scales = best.sqrt().to(q.mean.dtype)
     return Reduced(
-        float(delta_f(q, p, target).sum(dtype=torch.float64)),
+        total(delta_f(q, p, target)),
         drop,
         reduced_posterior(q, p, target),
         target,
@@ -179,7 +179,7 @@ def _(to: Laplace, living: Living) -> Reduced:
     scale = float(best_scale(data, living.p.var, to.mixture, to.log_hyper, gain=gain)) if found else None
     b = to.scale if scale is None else scale
     result = laplace_reduction(data, living.p.var, 1.0 if isinstance(b, str) else b)  # a site without weights has no scale to find
-    return Reduced(float(result.delta_f.sum(dtype=torch.float64)), result.log_odds, Diagonal(result.mean, result.var), None, scale)
+    return Reduced(total(result.delta_f), result.log_odds, Diagonal(result.mean, result.var), None, scale)
 
 
 def _message_from_zero(to: Any, living: Living) -> Message:
@@ -210,8 +210,8 @@ def _scale_mixture(to: ScaleMixture, living: Living, shared: Tensor | None = Non
         result = scale_mixture_reduction(data, p.var, [v for v, _ in by_tau], [w for _, w in by_tau], rows)
     else:
         result = scale_mixture_reduction(data, p.var, *mixture(scale))
-    total = float(result.delta_f.sum(dtype=torch.float64))
-    return Reduced(total, result.log_odds, Diagonal(result.mean, result.var), None, scale, scales)  # not Gaussian any more: reduce again from the fit
+    # not Gaussian any more: reduce again from the fit
+    return Reduced(total(result.delta_f), result.log_odds, Diagonal(result.mean, result.var), None, scale, scales)
 
 
 def _grouped_mixture(to: ScaleMixture, data: Message, groups: Tensor) -> Mixture:
@@ -239,7 +239,7 @@ def _density(to: Any, living: Living) -> Reduced:
         kappa = (1 - data.precision * share).clamp(0, 1).masked_fill(data.precision <= 0, 1.0)
         drop = torch.logit(kappa)
         drop = living.spread(living.summed(drop)) if living.groups is not None else drop
-    return Reduced(float(result.delta_f.sum(dtype=torch.float64)), drop, Diagonal(result.mean, result.var), None)
+    return Reduced(total(result.delta_f), drop, Diagonal(result.mean, result.var), None)
 
 
 reduced.register(SpikeAndSlab, spike_and_slab)

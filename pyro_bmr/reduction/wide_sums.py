@@ -25,7 +25,7 @@ def wide_sum(before: Posterior, results: Mapping[str, SiteReduction]) -> list[st
     """
     said = []
     terms = sum(result.terms for result in results.values())
-    living = sum(int(before[name].alive.sum()) for name in results)
+    living = sum(before[name].living for name in results)
     what = f"ΔF = {sum(result.delta_f for result in results.values()):+.4g} nats is a sum over {terms:,} terms taken as independent"
     if before.rows is None and terms > _MANY:
         unknown = "how many rows of data it had is not known. With fewer rows than parameters the sum can be far off; give the posterior rows="
