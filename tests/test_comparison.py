@@ -461,7 +461,7 @@ def test_a_row_is_the_one_of_its_network(done, digits, tmp_path, damage):
     else:
         (folder / "networks" / "gaussian-fitted-1" / "report.json").unlink()
     with pytest.raises(bmr.PyroBMRError, match="damaged; remove its row|no report of a comparison .No such file") as error:
-        compare("mlp:8", digits, seeds=2, settings=QUICK, out=folder, progress=False)
+        compare("mlp:4", digits, seeds=2, settings=QUICK, out=folder, progress=False)
     assert len(str(error.value)) < 400
 
 

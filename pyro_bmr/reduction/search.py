@@ -144,9 +144,7 @@ def greedy_search(posterior: Any, prior: Any, groups: Any = None, *, threshold: 
         best = best[gain[best] > _RISE]
         if len(best) > 1:
             batch = batch if path.move(best, only_up=True) else max(1, batch // 2)
-        elif len(best):
-            path.move(best)
-        elif count > _SMALL or not path.pair():
+        elif not (len(best) and path.move(best)) and (count > _SMALL or not path.pair()):
             break
     last = None if kept is None else path.alive
     return _result(torch.stack(path.models), torch.tensor(path.totals, dtype=torch.float64), threshold, given, members, last)
@@ -172,6 +170,7 @@ class _Path:
         self.states, self.start, self.members, self.threshold = states, states, members, threshold
         self.alive, self.total = torch.ones(len(members), dtype=torch.bool), 0.0
         self.models, self.totals = [self.alive], [0.0]
+        self.stood = {bytes(self.alive.tolist())}
         self.singles = _Singles.of(members, len(states))
 
     def drop_gains(self) -> Tensor:
@@ -186,9 +185,12 @@ class _Path:
         self.totals += (total + torch.where(alive, drop, -drop)).tolist()
 
     def move(self, chosen: Tensor, only_up: bool = False) -> bool:
-        """Flips the groups one after the other; with `only_up` not at all if the evidence does not rise."""
+        """Flips the groups one after the other; with `only_up` not at all if the evidence does not rise, and never back to a model where the search has
+        stood: gains that are rounding alone would lead it in circles."""
         alive = self.alive.clone()
         alive[chosen] = ~alive[chosen]
+        if bytes(alive.tolist()) in self.stood:
+            return False
         states, total, gone = self.states, self.total, chosen[self.alive[chosen]]
         if len(gone) < len(chosen):  # letting go loses digits: set the rest to zero afresh
             states, total, gone = self.start, 0.0, (~alive).nonzero()[:, 0]
@@ -198,6 +200,7 @@ class _Path:
         if only_up and total - self.total - self.threshold * float((~alive).sum() - (~self.alive).sum()) <= _RISE:
             return False
         self.states, self.alive, self.total = states, alive, total
+        self.stood.add(bytes(alive.tolist()))
         self.models.append(alive)
         self.totals.append(total)
         return True
@@ -229,6 +232,7 @@ class _Path:
             drop = _drop_gains(states, self.members, alive, self.singles)
             self.see(alive, total, drop)
             gain = total - self.total - self.threshold * (1 if self.alive[g] else -1) + torch.where(alive, drop - self.threshold, self.threshold - drop)
+            gain[g] = -torch.inf  # back again is no pair; of a cost of 1e8 nats and its return rounding alone would stay
             if float(gain.max()) > best:
                 best, choice = float(gain.max()), torch.tensor([g, int(gain.argmax())])
         return choice is not None and self.move(choice)

@@ -146,7 +146,7 @@ def test_correlated_weights(dtype, kind, every):
 @pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("kind", CONDITION)
 def test_reduced_moments_of_correlated_weights(dtype, kind, every):
-    """Means within 1e-4 standard deviations and covariances within 1e-6 of the variances, beside the rounding of the dtype."""
+    """Means within 1e-4 standard deviations or 1e-10 of themselves, covariances within 1e-6 of the variances, beside the rounding of the dtype."""
     answers, problems = iter(ANSWERS[f"{dtype}_{kind}_moments"]), problems_of(kind, dtype)
     points = 0
     for k, one in enumerate(problems[:: len(problems) // gaussian.MOMENTS]):
@@ -170,7 +170,7 @@ def compared(dtype, want, mean, cov):
     row, column = np.tril_indices(d)
     want_mean, triangle = want[:d], want[d:]
     sd = np.sqrt(triangle[row == column])
-    close(mean, want_mean, dtype, 4, 1e-4 * sd)
+    close(mean, want_mean, dtype, 4, 1e-4 * sd + 1e-10 * np.abs(want_mean))  # with condition numbers of 1e8 rounding alone is 2e-8
     if cov.ndim == 1:
         close(cov, triangle[row == column], dtype, 4, 1e-6 * sd**2)
         return 2 * d
@@ -178,7 +178,7 @@ def compared(dtype, want, mean, cov):
     return len(want)
 
 
-@pytest.mark.parametrize("some", [5, pytest.param(gaussian.SEARCHED, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("some", [22, pytest.param(gaussian.SEARCHED, marks=pytest.mark.slow)])
 def test_all_models_of_a_search(dtype, some):
     """The searches answer in float64 whatever the dtype of the posterior: to 1e-5 nats, or 1e-6 of the loss of a bad model."""
     for one, want in zip(gaussian.searched(dtype)[:some], ANSWERS[f"{dtype}_models"], strict=False):
