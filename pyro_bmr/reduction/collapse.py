@@ -35,7 +35,7 @@ def collapse(after: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = 
     Args:
         after, before: site → bool tensor, True where a weight lives. Without `before`, every unit lived and only empty layers count.
     """
-    if sum(_is_layer(name, mask) for name, mask in after.items()) == 0:
+    if not any(_is_layer(name, mask) for name, mask in after.items()):
         return None
     layers = _layers(after)
     start = _layers(before) if before is not None else {name: _Layer(layer.units, layer.units) for name, layer in layers.items()}
