@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from pyro_bmr.data_set import Data, split, standardised
 from pyro_bmr.errors import DataError
@@ -40,6 +39,8 @@ def read_npz(path: Path) -> Data:
 
 def read_csv(path: Path, target: str | None) -> Data:
     """`Data` of a table with a header, of which `target` is the column to predict."""
+    import pandas as pd
+
     with reading(f"'{path}' is not a readable .csv file", DataError, "a header and rows of numbers are wanted"):
         table = pd.read_csv(path)
     columns = ", ".join(_line(c) for c in table.columns)

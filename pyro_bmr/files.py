@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 from safetensors import SafetensorError
 
 from pyro_bmr.errors import ModelError, PyroBMRError
@@ -172,6 +171,8 @@ def locked(folder: Path, error: type[PyroBMRError] = PyroBMRError) -> Iterator[N
     Raises:
         PyroBMRError: `folder` cannot be written; `error`: it is locked already, with the process that has it.
     """
+    import filelock
+
     make_folder(folder)
     lock, owner = filelock.FileLock(folder / ".lock", timeout=0), folder / ".owner"
     with writing(folder / ".lock"):

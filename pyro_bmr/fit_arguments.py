@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -42,6 +41,8 @@ def rows_of(data: Any) -> tuple[Tensor, Tensor]:
 
 def _mend(value: Any) -> str:
     """How to make tensors of what is often given in their place."""
+    import pandas as pd
+
     if isinstance(value, DataLoader):
         return "join its batches: x, y = map(torch.cat, zip(*loader))"
     if isinstance(value, Dataset):

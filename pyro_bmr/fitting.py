@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import pandas as pd
 import pyro
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,9 @@ from pyro_bmr.posterior import Posterior
 from pyro_bmr.prediction import check_callable_without_y, predict
 from pyro_bmr.processes import Processes
 from pyro_bmr.pruning import Every
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # The data speak first: no empirical scale is set and no weight pruned before this many steps, or this part of a shorter fit. Earlier, on
 # small data, scales follow weights that have learned nothing yet down to zero, and such weights look superfluous.
@@ -142,6 +144,8 @@ def fit(
         FitError: an argument is out of range, a loss or gradient is no longer finite (with the step and the sites), `checkpoint` has another fit, or the
             processes of a group do not agree, or one is gone.
     """
+    import pandas as pd
+
     x, y = map(plain, rows_of(data))
     functions = {
         "program": program,

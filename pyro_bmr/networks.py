@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -21,6 +20,9 @@ from pyro_bmr.errors import ModelError, described
 from pyro_bmr.likelihoods import Likelihood
 from pyro_bmr.plain_module import module_copy, plain_module
 from pyro_bmr.priors import Gaussian, Prior
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -160,6 +162,8 @@ class BayesianNetwork(nn.Module):
 
     def table(self) -> pd.DataFrame:
         """One row per parameter of the net: name, shape, size, prior (or None) and, if it was left, why."""
+        import pandas as pd
+
         rows = [
             (name, tuple(p.shape), p.numel(), repr(self.priors[name]) if name in self.priors else None, self.left.get(name, ""))
             for name, p in self.net.named_parameters()

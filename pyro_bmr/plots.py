@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from torch import Tensor
 
 from pyro_bmr.files import write_atomically
 
 if TYPE_CHECKING:  # matplotlib takes a third of a second or more to import: it is imported where something is drawn
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 

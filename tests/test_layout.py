@@ -109,7 +109,7 @@ def test_models_use_the_public_names_only():
         assert used <= set(bmr.__all__), f"{path.name}: {sorted(used - set(bmr.__all__))}"
 
 
-@pytest.mark.parametrize("heavy", ["matplotlib", "sklearn", "onnx", "onnxruntime", "scipy", "dask"])
+@pytest.mark.parametrize("heavy", ["pandas", "joblib", "matplotlib", "sklearn", "onnx", "onnxruntime", "scipy", "dask"])
 def test_what_few_users_need_is_imported_where_it_is_used(heavy):
     """Every process that imports the library would pay for it: a worker of a study, one of two that train, the command line."""
     for name, tree in TREES.items():

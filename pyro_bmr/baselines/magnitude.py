@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -126,6 +125,8 @@ def rewinding(make: MakeNetwork, data: Data, seed: int, options: RewindingOption
     After round k of n the fraction kept^(k/n) is left. The history is that of all trainings, one after the other. `extra`: scale, epochs_total.
     Source: Frankle, Dziugaite, Roy & Carbin 2020, arXiv 1912.05671.
     """
+    import pandas as pd
+
     clock = time.perf_counter()
     rows = options.rows(data)
     net = make(seed)

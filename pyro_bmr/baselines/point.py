@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +18,9 @@ from pyro_bmr.baselines.training import Budget, Rows, Trained, held_out, is_betw
 from pyro_bmr.calibration import best_temperature
 from pyro_bmr.data_set import Data
 from pyro_bmr.prediction import Prediction, prediction_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MakeNetwork = Callable[[int], nn.Module]
 """seed → a new network to train; it leaves torch's global generator where the start weights left it, so that a training follows from the seed too."""
@@ -113,6 +116,8 @@ def deep_ensemble(make: MakeNetwork, data: Data, seed: int, options: EnsembleOpt
 
     Source: Lakshminarayanan, Pritzel & Blundell 2017, arXiv 1612.01474, without adversarial examples. The history is that of the last member.
     """
+    import pandas as pd
+
     clock = time.perf_counter()
     members, history = [], pd.DataFrame()
     for k in range(options.members):

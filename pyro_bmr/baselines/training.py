@@ -9,9 +9,8 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +21,9 @@ from pyro_bmr.errors import FitError, ModelError, OptionError, described
 from pyro_bmr.fit_arguments import batch_sizes
 from pyro_bmr.modes import note_modes, set_training
 from pyro_bmr.prediction import Prediction
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _AT_ONCE = 2000  # rows that go through a network at once when nothing is trained
 
@@ -142,6 +144,8 @@ def train(
     Raises:
         FitError: the loss is no longer finite.
     """
+    import pandas as pd
+
     optimiser = torch.optim.Adam(groups or [{"params": list(net.parameters())}], lr=budget.learning_rate, weight_decay=budget.weight_decay, fused=True)
     sizes = batch_sizes(len(rows.x), budget.batch_size)
     total = budget.epochs * len(sizes)

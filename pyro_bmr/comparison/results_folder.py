@@ -10,9 +10,8 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -25,6 +24,9 @@ from pyro_bmr.files import finite, make_folder, read_json, reading, write_atomic
 from pyro_bmr.prediction import ClassPrediction
 from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.reduction.sites import quiet_reduction
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _TEXT = ("model", "data", "prior", "route")
 _MEASURES = ("accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
@@ -54,6 +56,8 @@ class ResultsFolder:
     """The results on disk: settings.json, results.csv (one row per finished cell), networks/, pictures/, report.md."""
 
     def __init__(self, path: Path, model: str, data: Data, settings: Settings, priors: Mapping[str, Prior]) -> None:
+        import pandas as pd
+
         self.path = path
         if (path / "posterior.safetensors").exists():  # whose settings.json would be replaced
             raise PyroBMRError(f"'{path}' holds a run of pyro-bmr fit; choose another folder for the comparison")
@@ -96,6 +100,8 @@ class ResultsFolder:
 
     def keep(self, row: dict[str, Any], cell: Cell, data: Data) -> None:
         """Weights and pictures first, the row last: a row in results.csv is a finished cell."""
+        import pandas as pd
+
         name = f"{file_name(row['prior'])}-{row['route']}-{row['seed']}"
         sites = cell.reduction.table().to_dict("records") if cell.reduction else []
         about = {"row": row, "settings": self.settings, "sites": sites, "warnings": cell.warnings}
@@ -140,6 +146,8 @@ class ResultsFolder:
 
 
 def _table(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     with reading(f"'{path}' is no table of a comparison", PyroBMRError, "remove it, or choose another folder"):
         table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str), converters=dict.fromkeys(_REAL, float), keep_default_na=False)
         if missing := {"prior", "route", "seed"} - set(table.columns):

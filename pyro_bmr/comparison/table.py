@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from tqdm import tqdm
 
 from pyro_bmr.comparison.cells import ROUTES, Settings, counted, run_cell, scores, sizes
@@ -20,6 +19,9 @@ from pyro_bmr.data_set import Data, validation_data
 from pyro_bmr.errors import DataError, ModelError, described, warn
 from pyro_bmr.files import locked
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def compare(
@@ -93,6 +95,8 @@ def _rows(
     progress: bool,
 ) -> pd.DataFrame:
     """A row for each cell: that of the folder, or of a fit, which is kept there. Each kind of warning comes once, at the end, with its first figures."""
+    import pandas as pd
+
     rows: list[dict[str, Any]] = []
     said: dict[str, list[str]] = {}  # mend → a message for each cell that it would help
     try:

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -29,6 +28,9 @@ from pyro_bmr.plain_module import module_copy, plain_copy
 from pyro_bmr.reduction.collapse import collapse_of
 from pyro_bmr.shrinking.graphs import MASKED, first_line, trace
 from pyro_bmr.shrinking.verification import Answers, answers, difference, disagreement, inputs_like, leaves
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BATCHES = (1, 128)
 
@@ -71,6 +73,8 @@ def deploy(
         ModelError: a format is not one of the list or not to be had here, or does not give the outputs of `net`.
         PyroBMRError: the folder cannot be written.
     """
+    import pandas as pd
+
     wanted = list(dict.fromkeys(["safetensors", *formats]))
     for name in wanted:
         if name not in FORMATS:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
@@ -23,6 +22,9 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.row_noise import PER_STEP, check_estimator
 from pyro_bmr.guides.site_normal import Independent
 from pyro_bmr.isolation import isolated
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SUPPORTS: dict[str, Transform | None] = {"real": None, "positive": ExpTransform(), "unit_interval": SigmoidTransform()}
 """The supports with a Gaussian posterior, and the transform from the real line to each."""
@@ -137,6 +139,8 @@ def _median(base: Any) -> Tensor:
 
 def site_table(latents: Sequence[Latent], parts: Sequence[tuple[str, int]]) -> pd.DataFrame:
     """The table of a guide: `parts` has the structure and the number of parameters of each site."""
+    import pandas as pd
+
     rows = [
         (latent.name, latent.start.numel(), structure, parameters, "closed form" if latent.normal else "sampled")
         for latent, (structure, parameters) in zip(latents, parts, strict=True)

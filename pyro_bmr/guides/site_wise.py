@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
@@ -22,6 +21,9 @@ from pyro_bmr.errors import ModelError, described
 from pyro_bmr.guides.mean_field import Latent, latent_sites, site_table, start_scale
 from pyro_bmr.guides.row_noise import check_estimator
 from pyro_bmr.guides.site_normal import Independent, SiteNormal, log_density
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class SiteWise(nn.Module):

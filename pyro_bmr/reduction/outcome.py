@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +24,9 @@ from pyro_bmr.reduction.correlations import spike_gain
 from pyro_bmr.reduction.multiplied import multiplied
 from pyro_bmr.reduction.targets import SiteReduction
 from pyro_bmr.reduction.wide_sums import wide_sum
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _FORMAT = "pyro_bmr reduction 1"
 
@@ -61,6 +63,8 @@ class Reduction:
 
     def table(self) -> pd.DataFrame:
         """One row per site: site, size, kept (fraction), delta_f (nats), wider, scale, given (sites at whose median the prior was taken)."""
+        import pandas as pd
+
         rows = [
             (name, r.drop.numel(), float(r.site.alive.double().mean()), r.delta_f, r.wider, r.scale, ", ".join(r.site.given)) for name, r in self.sites.items()
         ]
@@ -75,6 +79,8 @@ class Reduction:
         Raises:
             ReductionError: a site has no spike ΔF, since its prior in the fit was not Gaussian.
         """
+        import pandas as pd
+
         ranks = self._ranks()
         pooled = torch.cat([rank[self.before[name].alive].flatten() for name, rank in ranks.items()])
         if bool(pooled.isnan().any()):

@@ -10,9 +10,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
@@ -25,6 +24,9 @@ from pyro_bmr.shrinking.reshapes import RESHAPES
 from pyro_bmr.shrinking.sizes import batch_axis, size_in_rows
 from pyro_bmr.shrinking.ties import State
 from pyro_bmr.shrinking.verification import answers, check_same_function, inputs_like
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) ->
     Raises:
         ShrinkError: a mask fits no parameter, the example does not fit the network, a pattern is not supported, by name, or the outputs would differ.
     """
+    import pandas as pd
+
     copied = masked(net, masks)
     sequential, name = type(copied) is nn.Sequential, type(copied).__name__
     before = sum(p.numel() for p in copied.parameters())
@@ -162,6 +166,8 @@ def _tie(net: nn.Module, parts: Any) -> None:
 
 
 def _table(channels: Channels) -> pd.DataFrame:
+    import pandas as pd
+
     uses: dict[str, list[fx.Node]] = {}
     for node in channels.graph.graph.nodes:
         if node.op == "call_module" and isinstance(getattr(channels.modules[str(node.target)], "weight", None), Tensor):

@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyro
 import torch
 
@@ -33,6 +32,9 @@ from pyro_bmr.prediction import ClassPrediction
 from pyro_bmr.studies.declaration import Cell
 from pyro_bmr.studies.measures import measured
 from pyro_bmr.studies.options import data_named
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -104,6 +106,8 @@ def read_history(folder: Path) -> pd.DataFrame:
     Raises:
         PyroBMRError: history.csv is no table.
     """
+    import pandas as pd
+
     with reading(f"'{folder / 'history.csv'}' is no history", PyroBMRError, "remove the folder to run the cell again"):
         try:
             return pd.read_csv(folder / "history.csv")

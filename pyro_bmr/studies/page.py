@@ -10,10 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from pyro_bmr.plots import DPI
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _TEXT = ("model", "data", "method")
 _STYLE = """

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors.torch import load_file
 
@@ -23,6 +22,7 @@ from pyro_bmr.files import reading
 from pyro_bmr.studies.cell_folder import read_cell, read_history
 
 if TYPE_CHECKING:  # imported where something is drawn
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -74,6 +74,8 @@ def _look(k: int) -> dict[str, Any]:
 
 def _sparsest(table: pd.DataFrame, mean: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Method → the cells of its smallest size, one per seed."""
+    import pandas as pd
+
     keys = [key for key in KEYS if key in mean]
     found = {}
     for method, rows in mean.groupby("method", sort=False):
@@ -153,6 +155,7 @@ def _reliability(tables: Mapping[str, Any], looks: Mapping[str, dict[str, Any]])
 
 
 def _learning(folders: Mapping[str, Path], looks: Mapping[str, dict[str, Any]]) -> Figure | None:
+    import pandas as pd
     from matplotlib.ticker import MaxNLocator
 
     histories = {method: read_history(folder) for method, folder in folders.items()}

@@ -6,8 +6,7 @@ Owns `results`, `means` and `write_report`. Next: `running.py`.
 from __future__ import annotations
 
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from pyro_bmr.comparison.results_folder import markdown, mean_and_spread
 from pyro_bmr.files import make_folder, write_atomically
@@ -16,12 +15,17 @@ from pyro_bmr.studies.declaration import Study
 from pyro_bmr.studies.page import Section, page
 from pyro_bmr.studies.pictures import KEYS, draw
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _MEASURES = ("accuracy", "rmse", "nll", "brier", "ece", "ece_mass", "kept", "size", "kilobytes", "elbo", "delta_f", "seconds", "step_ratio")
 _NOT_AVERAGED = ("seed", "cell", "parameters", "kept_parameters")
 
 
 def results(declared: Study, folder: Path) -> pd.DataFrame:
     """One row per finished cell, in the order of the declaration: what it is, its options, its figures, and the name of its folder."""
+    import pandas as pd
+
     rows = []
     for cell in declared.cells:
         row = finished_row(folder / "cells" / cell.slug)
@@ -50,6 +54,8 @@ def means(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def as_text(mean: pd.DataFrame, spread: pd.DataFrame) -> pd.DataFrame:
     """Both as one table of texts, 0.893 ± 0.002; the target fraction is called target."""
+    import pandas as pd
+
     columns = {}
     for name in map(str, mean):
         if name == "option_kept":

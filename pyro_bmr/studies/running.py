@@ -12,11 +12,8 @@ from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from joblib import Parallel, delayed
-from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 from pyro_bmr.errors import ModelError, PyroBMRError, described
@@ -24,6 +21,9 @@ from pyro_bmr.files import locked, make_folder, write_atomically
 from pyro_bmr.studies.cell_folder import failure, finished_row, run_cell
 from pyro_bmr.studies.declaration import Cell, Study, declare
 from pyro_bmr.studies.report import results, write_report
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,9 @@ def study(
 
 
 def _run(name: str, todo: list[Cell], cells: Path, jobs: int | None, progress: bool) -> None:
+    from joblib import Parallel, delayed
+    from joblib.parallel import get_active_backend
+
     lazy = getattr(get_active_backend()[0], "supports_return_generator", False)  # with others the bar moves at the end
     parallel = Parallel(n_jobs=jobs, return_as="generator_unordered" if lazy else "list")
     failed = 0
@@ -124,6 +127,8 @@ def cells_left(declared: Study, out: str | Path, *, only: Collection[str] = (), 
     Raises:
         PyroBMRError: as `study`.
     """
+    import pandas as pd
+
     rows = []
     for cell in chosen(declared, only):
         folder = Path(out) / "cells" / cell.slug
