@@ -25,6 +25,7 @@ from pyro_bmr.elbo import Values
 from pyro_bmr.errors import DataError, FitError, PyroBMRError, PyroBMRWarning
 from pyro_bmr.fit_arguments import PROGRAM, Program
 from pyro_bmr.guide_sites import check_guide, guide_shapes
+from pyro_bmr.isolation import seed_generators
 
 FEW = 8  # rows on which a program is tried
 _CANNOT_RUN = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
@@ -223,7 +224,7 @@ def _name_apart(guide: Any) -> None:
 
 def _run(program: Program, batch: Batch, values: Mapping[str, Tensor] | None = None, seed: int = 0) -> Run:
     with _running(batch), torch.random.fork_rng():
-        torch.manual_seed(seed)
+        seed_generators(seed)
         with Values(values or {}) as run:
             program(*batch)
         return _run_of(run)

@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_bmr.elbo import Values
 from pyro_bmr.guide_moments import undisturbed
+from pyro_bmr.isolation import seed_generators
 from pyro_bmr.site import Site
 
 _TRIES = 40  # pairs of slices on which a negative factor is tried
@@ -94,7 +95,7 @@ def _somewhere(number: int, site: Site) -> Tensor:
 
 def _log_probs(values: Mapping[str, Tensor], program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """log p(y | values) of every observed entry, flat."""
-    torch.manual_seed(0)
+    seed_generators(0)
     with Values(values) as run:
         program(*args, **kwargs)
     parts = [msg["fn"].log_prob(msg["value"]).flatten() for msg in run.observed.values() if msg["is_observed"]]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_bmr.errors import FitError, described
 from pyro_bmr.fitting import Fit, HasTrainingData, fit
-from pyro_bmr.isolation import isolated
+from pyro_bmr.isolation import isolated, seed_generators
 from pyro_bmr.likelihoods import WholeData
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
 from pyro_bmr.pruning import masked_terms
@@ -109,7 +109,7 @@ def evidence_bound(fit_: Fit, x: Tensor, y: Tensor, draws: int = 64, seed: int =
             likelihood, kl = 0.0, 0.0
             for k, rows in enumerate(torch.arange(len(x), device=x.device).split(_CHUNK)):
                 whole.rows = len(rows)
-                torch.manual_seed(seed * 1_000_003 + draw)
+                seed_generators(seed * 1_000_003 + draw)
                 terms = masked_terms(scaled, guide, (x[rows], y[rows]), fit_.masks)
                 likelihood += float(terms.expected_log_likelihood) * len(rows) / len(x)
                 kl = float(terms.kl) if k == 0 else kl

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -36,19 +37,21 @@ class Killed(BaseException):
     """In the place of a SIGKILL."""
 
 
-def stopped(call, folder, monkeypatch, at):
-    """Runs `call` until its checkpoint of step `at` is there."""
+def stopped(call, folder, monkeypatch, at, copies=()):
+    """Runs `call` until its checkpoint of step `at` is there; after the steps `copies` the folder is copied to one named by the step beside it."""
     save = checkpoints.Journal.save
 
     def save_and_die(self, step, state):
         save(self, step, state)
+        if step in copies:
+            shutil.copytree(folder, folder.with_name(str(step)))
         if step == at:
             raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.Journal, "save", save_and_die)
         with pytest.raises(Killed):
-            call(checkpoint=bmr.Checkpoints(folder, every_steps=at))
+            call(checkpoint=bmr.Checkpoints(folder, every_steps=1 if copies else at))
 
 
 def same(a, b):
@@ -104,11 +107,11 @@ def test_a_fit_stopped_at_any_step_ends_as_if_never_stopped(case, tmp_path, monk
     call = CASES[case]
     whole = call()
     steps = int(whole.history["step"].iloc[-1])
-    for at in {1, steps // 2, steps - 3}:
-        folder = tmp_path / str(at)
-        stopped(call, folder, monkeypatch, at)
+    stops = {1, steps // 2, steps - 3}
+    stopped(call, tmp_path / "stopped", monkeypatch, max(stops), copies=stops)
+    for at in stops:
         torch.manual_seed(at)  # a process of its own
-        assert same(whole, call(checkpoint=folder)), at
+        assert same(whole, call(checkpoint=tmp_path / str(at))), at
 
 
 def test_checkpoints_change_nothing_and_a_finished_fit_is_not_repeated(tmp_path, monkeypatch):
@@ -128,13 +131,22 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     assert [c.split(".")[1] if c.startswith(".") else c for c in calls] == ["step-000000001", "rename", "here", "step-000000003", "rename", "here"]
 
 
+@pytest.fixture(scope="module")
+def halfway_of_all(tmp_path_factory):
+    """A fit that was never stopped, and the folder of the same with checkpoints after steps 5 and 6 of 12."""
+    folder = tmp_path_factory.mktemp("halfway") / "fit"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("pyro_bmr.files._sync", lambda path: None)
+        stopped(CASES["adam"], folder, monkeypatch, 6, copies={6})
+    return CASES["adam"](), folder
+
+
 @pytest.fixture
-def halfway(tmp_path, monkeypatch):
-    """The folder of a fit with checkpoints after steps 5 and 6 of 12; the call that goes on; and what it must give."""
-    call = CASES["adam"]
-    whole, folder = call(), tmp_path / "fit"
-    stopped(lambda checkpoint: call(checkpoint=bmr.Checkpoints(folder, every_steps=1)), folder, monkeypatch, 6)
-    return folder, call, whole
+def halfway(tmp_path, halfway_of_all):
+    """A folder of a fit with checkpoints after steps 5 and 6 of 12; the call that goes on; and what it must give."""
+    whole, folder = halfway_of_all
+    shutil.copytree(folder, tmp_path / "fit")
+    return tmp_path / "fit", CASES["adam"], whole
 
 
 def flip(path, where):

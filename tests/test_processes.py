@@ -20,11 +20,10 @@ def in_two(*arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    group = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    both = [subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    words = [process.communicate(timeout=240)[1] for process in both]
-    return [process.returncode for process in both], words
+    done = subprocess.run(command, env=group, capture_output=True, text=True, timeout=240, check=False)
+    return [int(status) for status in done.stdout.split()], done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +44,11 @@ def test_both_end_with_the_same_to_the_bit(together):
 
 
 def test_without_noise_two_processes_find_what_one_finds(together):
-    alone = two_processes.tensors(two_processes.point())
+    fit = two_processes.point()
+    alone = two_processes.tensors(fit)
     for name, value in together[0]["point"].items():
         torch.testing.assert_close(value, alone[name], atol=2e-5, rtol=1e-4)
-    ours, one = together[0]["history"][1]["elbo"], two_processes.point().history["elbo"].tolist()
+    ours, one = together[0]["history"][1]["elbo"], fit.history["elbo"].tolist()
     assert ours == pytest.approx(one, rel=1e-4)
 
 

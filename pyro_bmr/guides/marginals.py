@@ -21,6 +21,7 @@ from torch.distributions.transforms import ComposeTransform
 
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
+from pyro_bmr.isolation import seed_generators
 from pyro_bmr.reduction.gaussian import Dense
 from pyro_bmr.reduction.low_rank import LowRank
 
@@ -172,7 +173,7 @@ def _drawn(name: str, fn: Any) -> Drawn:
 
 def _run(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int, scale: float) -> _Noise:
     with torch.random.fork_rng(), torch.set_grad_enabled(scale == 0), poutine.block(), _Noise(scale) as run:
-        torch.manual_seed(seed)
+        seed_generators(seed)
         guide(*args, **kwargs)
     return run
 
