@@ -6,7 +6,9 @@ Owns `parser`. What the commands do is in `cli.py`.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import NoReturn
 
 from pyro_bmr.comparison import GUIDES, OPTIMIZERS, ROUTES, Settings, model_names
@@ -39,11 +41,23 @@ class _Help(argparse.HelpFormatter):
         return f"{text} (default: {' '.join(default) if isinstance(default, list) else '%(default)s'})"
 
 
+def _without_command(whole: argparse.ArgumentParser) -> Command:
+    """Prints the help where an error would go, and gives the exit status of one: there was nothing to do."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        whole.print_help(sys.stderr)
+        return 2
+
+    return run
+
+
 def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     """The parser of the command line, which sets `run` to the function of the command that was given."""
     description = "Sparse Bayesian networks by Bayesian model reduction: compare priors in one table, or fit, reduce and export one network step by step."
     whole = _Parser(prog="pyro-bmr", description=description, epilog="pyro-bmr COMMAND --help has the options of each command.")
-    added_to = whole.add_subparsers(required=True, metavar="COMMAND")
+    whole.add_argument("--version", action="version", version=f"%(prog)s {version('pyro_bmr')}")
+    whole.set_defaults(run=_without_command(whole))
+    added_to = whole.add_subparsers(metavar="COMMAND")
     defaults = Settings()
 
     def command(name: str, about: str, more: str) -> argparse.ArgumentParser:

@@ -68,6 +68,19 @@ def run(*argv):
         return stop.code
 
 
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"pyro-bmr {bmr.__version__}\n"
+
+
+def test_without_a_command_the_help_is_printed_and_the_status_is_that_of_an_error(capsys):
+    assert run() == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("usage: pyro-bmr")
+    for command in ("compare", "study", "fit", "reduce", "export", "data"):
+        assert re.search(rf"^ +{command} +\w", printed.err, flags=re.M)
+
+
 def test_data(capsys):
     assert run("data") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -193,7 +206,7 @@ def test_errors_are_one_line(files, blank, capsys, options, message):
     assert re.search(message, err), err
 
 
-@pytest.mark.parametrize("argv", [[], ["compair"], ["data", "--verbose"]])
+@pytest.mark.parametrize("argv", [["compair"], ["data", "--verbose"]])
 def test_wrong_commands(capsys, argv):
     assert run(*argv) == 2
     err = capsys.readouterr().err
