@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*the reduction after the fit") 
 COLUMNS = "model data prior route seed temperature {} nll brier ece parameters kept_parameters kept delta_f seconds"
 CLASSES, REALS = COLUMNS.format("accuracy").split(), COLUMNS.format("rmse").split()
 PRIORS = ("gaussian", "horseshoe", "spike-and-slab")
-QUICK = Settings(epochs=2, batch_size=40, learning_rate=1e-2, start=0.5, stop=1.0, draws=4)
+QUICK = Settings(epochs=2, batch_size=40, learning_rate=1e-2, reduce_every=0.5, start=0.5, stop=1.0, draws=4)
 FILE = """
 from torch import nn
 import pyro_bmr as bmr
@@ -209,7 +209,7 @@ def test_summary(done):
     assert alone["nll"].iloc[0] == f"{table['nll'].iloc[0]:.3f}"
 
 
-def test_going_on_fits_nothing_twice(done, digits, monkeypatch):
+def test_going_on_fits_nothing_twice(done, digits, monkeypatch, blank):
     table, folder = done
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
     monkeypatch.setattr(cells, "fit", no_fits)
@@ -433,7 +433,7 @@ def test_the_histogram_of_values_that_hardly_differ():
     plt.close(figure)
 
 
-def test_results_of_other_data_are_not_taken(tmp_path):
+def test_results_of_other_data_are_not_taken(tmp_path, blank):
     from dataclasses import replace
 
     data = bmr.load("diabetes")
@@ -465,7 +465,7 @@ def test_a_row_is_the_one_of_its_network(done, digits, tmp_path, damage):
     assert len(str(error.value)) < 400
 
 
-def test_a_warning_of_many_cells_comes_once_with_the_figures_of_the_first(diabetes, tmp_path, monkeypatch):
+def test_a_warning_of_many_cells_comes_once_with_the_figures_of_the_first(diabetes, tmp_path, monkeypatch, blank):
     monkeypatch.setattr(cells, "_cautions", lambda program, reduction, data, draws, seed: (f"ΔF = {seed}. Refit", "else"))
     with pytest.warns(bmr.PyroBMRWarning) as caught:
         table = compare("linear_regression", diabetes, priors={"g": bmr.Gaussian()}, seeds=3, settings=replace(QUICK, epochs=1), out=tmp_path, progress=False)

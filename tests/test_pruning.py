@@ -44,8 +44,8 @@ def test_plain_svi_under_a_mask(elbo):
     guide = bmr.MeanField(program, X, Y)
     before = guide.log_scale.detach().clone()
     handler = bmr.Masked(MASKS)
-    optimiser = torch.optim.Adam(guide.parameters(), lr=0.02)
-    for _ in range(400):
+    optimiser = torch.optim.Adam(guide.parameters(), lr=0.03)
+    for _ in range(250):
         optimiser.zero_grad()
         elbo().differentiable_loss(handler(program), handler(guide), X, Y).backward()
         optimiser.step()
@@ -59,8 +59,8 @@ def test_plain_svi_under_a_mask(elbo):
 def test_autonormal_under_a_mask_converges():
     handler = bmr.Masked(MASKS)
     guide = AutoNormal(program)
-    svi = SVI(handler(program), handler(guide), pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
-    for _ in range(400):
+    svi = SVI(handler(program), handler(guide), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO())
+    for _ in range(250):
         svi.step(X, Y)
     median = guide.median()["w"]
     assert median[0].item() == pytest.approx(1.5, abs=0.25) and median[2].item() == pytest.approx(-1.0, abs=0.25)

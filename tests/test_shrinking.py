@@ -112,7 +112,7 @@ NETS = {
 
 @pytest.fixture(scope="module")
 def digits():
-    return bmr.load("digits").x_train[:1000].double()
+    return bmr.load("digits").x_train[:300].double()
 
 
 def made(build, seed):

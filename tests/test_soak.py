@@ -31,14 +31,14 @@ def tensors() -> int:
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-def soak(fits: int, folder: Path) -> tuple[np.ndarray, list[int], list[bmr.Fit]]:
+def soak(fits: int, folder: Path, epochs: int = 6) -> tuple[np.ndarray, list[int], list[bmr.Fit]]:
     """Resident bytes and living tensors after each fit, and the first and last fit of one kind."""
     memory, alive, kept = [], [], []
     gc.collect()
     gc.freeze()  # what was there before is not looked through after each fit
     for k in range(fits):
         checkpoint = folder / str(k % 8) if k % 8 < 4 and k < 8 else None
-        done = bmr.fit(classifier(bmr.Gaussian()), blobs(300), epochs=6, batch_size=32, progress=False, checkpoint=checkpoint, **KINDS[k % 4])
+        done = bmr.fit(classifier(bmr.Gaussian()), blobs(300), epochs=epochs, batch_size=32, progress=False, checkpoint=checkpoint, **KINDS[k % 4])
         if k in (0, 4 * ((fits - 1) // 4)):
             kept.append(done)
         del done
@@ -50,7 +50,7 @@ def soak(fits: int, folder: Path) -> tuple[np.ndarray, list[int], list[bmr.Fit]]
 
 
 def test_a_few_fits_leave_no_tensor_behind_and_repeat_each_other(tmp_path):
-    _, alive, kept = soak(13, tmp_path)
+    _, alive, kept = soak(13, tmp_path, epochs=3)
     assert len(set(alive[4:12])) == 1, alive
     assert same(*kept)
 
