@@ -16,7 +16,7 @@ LIBRARY, MODELS = ROOT / "pyro_bmr", ROOT / "models"
 FORMULAS = (
     "ratios", "gaussian", "dense", "low_rank", "matrix_normal", "natural_form", "discrete_form", "exponential_family",
     "spike_and_slab", "line_search", "mixture_nodes", "scale_mixture", "laplace", "relevance", "adaptive", "quadrature", "monte_carlo",
-    "groups", "states", "search",
+    "groups", "states", "visited_models", "search_path", "search",
 )  # fmt: skip
 ORDER = [
     "errors", "files", "memory", "modes", "plain_module", "constraints", "isolation",

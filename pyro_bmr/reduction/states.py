@@ -43,6 +43,16 @@ class State(Protocol):
         """The state with living entries held at zero, or held ones let go."""
         ...
 
+    def log_ratios_after_each(self, index: Tensor) -> Tensor | None:
+        """Row k: `log_ratios` of the entries `index` in the state where the k-th of them alone has
+        flipped. None if that is no faster than the states themselves."""
+        ...
+
+    def inflation(self) -> float:
+        """By how much letting go may enlarge roundings: the largest ratio of a held entry's variance
+        at the start to that given the other held ones; inf if what is held should stay."""
+        ...
+
 
 class SweptState(NamedTuple):
     r"""A covariance swept on the entries S that are held: Σ_RR − Σ_RS Σ_SS⁻¹ Σ_SR where they are not, −Σ_SS⁻¹ where they are; the means likewise.
@@ -56,14 +66,39 @@ class SweptState(NamedTuple):
     log_p: Tensor  # (d,) of independent priors
     prior: Any  # a SweptState, or None for independent priors
     constant: float  # per entry, of a common factor of the columns
+    start: Tensor  # (d,) the variances before anything was held
 
     def log_ratios(self) -> Tensor:
-        diagonal = self.cov.diagonal()
-        sign = torch.where(self.held, -1.0, 1.0).to(diagonal)
-        var = (diagonal * sign) ** sign  # the conditional variance; of a held entry 1/(Σ_SS⁻¹)_ii
-        mean = torch.where(self.held[:, None], self.mean * var[:, None], self.mean)
-        log_q = self.constant - 0.5 * (self.mean.shape[1] * (_LOG_2PI + var.log()) + mean.square().sum(1) / var)
+        log_q = self._log_q(self.cov.diagonal(), self.mean, self.held)
         return log_q - (self.log_p if self.prior is None else self.prior.log_ratios())
+
+    def log_ratios_after_each(self, index: Tensor) -> Tensor | None:
+        if self.mean.shape[1] != 1:
+            return None
+        index = index.to(self.cov.device)
+        cross, mean, held = self.cov[index][:, index], self.mean[index, 0], self.held[index]
+        pivot = cross.diagonal()
+        share = cross / pivot[:, None]  # the sweep of `flipped`, of its diagonal and mean alone
+        diagonal, means = pivot - share * cross, mean - share * mean[:, None]
+        diagonal.diagonal().copy_(-1 / pivot)
+        means.diagonal().copy_(mean / pivot)  # but for its sign: the square counts
+        swapped = held ^ torch.eye(len(index), dtype=torch.bool, device=held.device)
+        log_q = self._log_q(diagonal, means[..., None], swapped)
+        after = None if self.prior is None else self.prior.log_ratios_after_each(index)
+        return log_q - (self.log_p[index] if after is None else after)
+
+    def inflation(self) -> float:
+        factors = (-self.cov.diagonal() * self.start).where(self.held, 1.0)
+        own = float(factors.max())
+        return own if self.prior is None else max(own, self.prior.inflation())
+
+    def _log_q(self, diagonal: Tensor, mean: Tensor, held: Tensor) -> Tensor:
+        """log q of each entry at zero, of the diagonals of swept covariances and their means."""
+        # the conditional variance; of a held entry 1/(Σ_SS⁻¹)_ii
+        var = torch.where(held, -1 / diagonal, diagonal)
+        mean = torch.where(held[..., None], mean * var[..., None], mean)
+        energy = mean.square().sum(-1) / var
+        return self.constant - 0.5 * (mean.shape[-1] * (_LOG_2PI + var.log()) + energy)
 
     def log_ratio(self, index: Tensor, alive: bool) -> Tensor:
         if len(index) == 1:
@@ -87,7 +122,7 @@ class SweptState(NamedTuple):
             mean[k] = row * side
             held[k] = alive
         prior = None if self.prior is None else self.prior.flipped(index, alive)
-        return SweptState(cov, mean, held, self.log_p, prior, self.constant)
+        return self._replace(cov=cov, mean=mean, held=held, prior=prior)
 
 
 class LowRankState(NamedTuple):
@@ -127,6 +162,12 @@ class LowRankState(NamedTuple):
         held = self.held.index_fill(0, index.to(self.held.device), alive)
         return self._replace(held=held, precision=self.precision + sign * factor.mT @ scaled, weighted=self.weighted - sign * scaled.mT @ self.mean[index])
 
+    def log_ratios_after_each(self, index: Tensor) -> Tensor | None:
+        return None
+
+    def inflation(self) -> float:
+        return math.inf if bool(self.held.any()) else 1.0  # C has no bound for what its entries lose
+
     def _latent(self, precision: Tensor, weighted: Tensor, index: Any = slice(None)) -> tuple[Tensor, Tensor]:
         chol, info = torch.linalg.cholesky_ex(precision)
         ends = chol.diagonal().aminmax() if len(chol) else None
@@ -150,6 +191,12 @@ class IndependentState(NamedTuple):
     def flipped(self, index: Tensor, alive: bool) -> IndependentState:
         return self
 
+    def log_ratios_after_each(self, index: Tensor) -> Tensor | None:
+        return self.ratios[index].expand(len(index), -1)
+
+    def inflation(self) -> float:
+        return 1.0
+
 
 @singledispatch
 def initial_state(posterior: Any, prior: Any) -> State:
@@ -169,9 +216,12 @@ def _(posterior: Dense, prior: Any) -> State:
     mean, cov = posterior.mean.double(), _symmetric(posterior.cov, "posterior")
     held, zero = torch.zeros_like(mean, dtype=torch.bool), torch.zeros_like(mean)
     if isinstance(prior, Dense):
-        swept = SweptState(_symmetric(prior.cov, "prior"), prior.mean.double()[:, None], held, zero, None, 0.0)
-        return SweptState(cov, mean[:, None], held, zero, swept, 0.0)
-    return SweptState(cov, mean[:, None], held, _log_prior(prior, mean), None, 0.0)
+        prior_cov = _symmetric(prior.cov, "prior")
+        prior_mean = prior.mean.double()[:, None]
+        own = SweptState(prior_cov, prior_mean, held, zero, None, 0.0, prior_cov.diagonal())
+        return SweptState(cov, mean[:, None], held, zero, own, 0.0, cov.diagonal())
+    log_p = _log_prior(prior, mean)
+    return SweptState(cov, mean[:, None], held, log_p, None, 0.0, cov.diagonal())
 
 
 @initial_state.register
@@ -180,7 +230,8 @@ def _(posterior: MatrixNormal, prior: Any) -> State:
     white = torch.linalg.solve_triangular(chol, mean.mT, upper=False).mT  # columns independent, with the covariance of the rows
     row_cov = _symmetric(posterior.row_cov, "rows of the posterior")
     held = torch.zeros(len(white), dtype=torch.bool, device=white.device)
-    return SweptState(row_cov, white, held, _log_prior(prior, mean).sum(1), None, -float(chol.diagonal().log().sum()))
+    log_p, constant = _log_prior(prior, mean).sum(1), -float(chol.diagonal().log().sum())
+    return SweptState(row_cov, white, held, log_p, None, constant, row_cov.diagonal())
 
 
 @initial_state.register

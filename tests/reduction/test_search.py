@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import pyro_bmr as bmr
+from pyro_bmr.reduction import search_path
 from pyro_bmr.reduction.gaussian import prune_subset
 from pyro_bmr.reduction.low_rank import LowRank
 from pyro_bmr.reduction.matrix_normal import MatrixNormal
 from pyro_bmr.reduction.spike_and_slab import exact_inclusion
 from pyro_bmr.reduction.states import initial_state
+from pyro_bmr.reduction.visited_models import search_result
 from pyro_bmr.site import Site
 from tests.exact import linear_gaussian, random_spd
 
@@ -132,6 +134,70 @@ def test_a_state_forgets_what_is_let_go():
         state = initial_state(structure, prior)
         back = state.flipped(index, True).flipped(torch.tensor([3]), True).flipped(index, False).flipped(torch.tensor([3]), False)
         torch.testing.assert_close(back.log_ratios(), state.log_ratios())
+
+
+@pytest.mark.parametrize("correlated_prior", [False, True])
+def test_ratios_after_each_flip_are_those_of_the_flipped_states(correlated_prior):
+    _, dense, prior = low_rank()
+    if correlated_prior:
+        prior = bmr.Dense(prior.mean, torch.tensor(random_spd(np.random.default_rng(1), 7, 1.4)))
+    state = initial_state(dense, prior).flipped(torch.tensor([1, 4]), True)
+    index = torch.tensor([4, 0, 6, 1, 2])
+    after = state.log_ratios_after_each(index)
+    for row, k in zip(after, index, strict=True):
+        flipped = state.flipped(k[None], not bool(state.held[k]))
+        torch.testing.assert_close(row, flipped.log_ratios()[index], rtol=1e-12, atol=1e-12)
+
+
+def gains_by_model(search):
+    return dict(zip(map(tuple, search.alive.tolist()), search.delta_f.tolist(), strict=True))
+
+
+def test_letting_go_by_rank_one_finds_what_a_fresh_start_finds(monkeypatch):
+    differences = []
+    for seed in range(12):
+        posterior, prior, _ = problem(seed, d=7)
+        quick = gains_by_model(bmr.greedy_search(posterior, prior))
+        with monkeypatch.context() as patch:
+            patch.setattr(search_path, "_LOSS", -1.0)
+            fresh = gains_by_model(bmr.greedy_search(posterior, prior))
+        assert quick.keys() == fresh.keys()
+        differences += [abs(quick[alive] - fresh[alive]) for alive in quick]
+    assert 0 < max(differences) < 1e-11
+
+
+def test_nothing_is_let_go_where_that_costs_digits():
+    """Two copies but for 1e-9: given one, little is left of the other's variance."""
+    near = 1 - 1e-9
+    cov = torch.tensor([[1, near, 0.3], [near, 1, 0.3], [0.3, 0.3, 1]], dtype=torch.float64)
+    mean = torch.tensor([0.4, 0.4 + 1e-5, -0.2], dtype=torch.float64)
+    state = initial_state(bmr.Dense(mean, cov), bmr.Gaussian(1.5))
+    one = state.flipped(torch.tensor([1]), True)
+    assert state.inflation() == 1.0 and one.inflation() == pytest.approx(1.0)
+    both = one.flipped(torch.tensor([0]), True)
+    assert both.inflation() == pytest.approx(1 / (1 - near**2), rel=1e-6)
+    path = search_path.SearchPath([state], [[(0, torch.tensor([k]))] for k in range(3)], 0.0)
+    for g in (0, 1, 0):
+        path.drop_gains()
+        assert path.move(torch.tensor([g]))
+    torch.testing.assert_close(path.drop_gains(), one.log_ratios(), rtol=1e-13, atol=1e-13)
+
+
+def test_more_groups_than_bits_and_as_many_are_told_apart():
+    """Models count once; the first group is the sign of the integer that stands for 64 of them."""
+    rng = np.random.default_rng(0)
+    for count in (63, 64, 65):
+        table = torch.tensor(rng.random((20, count)) < 0.5)
+        table[1], table[2] = table[0], table[0].clone()
+        table[2, 0] = ~table[2, 0]
+        totals = torch.tensor(rng.normal(size=20))
+        totals[1] = totals[0]
+        found = search_result(table, totals, 0.0, ((), ()), [])
+        assert len(found.alive) == 19
+        seen = {tuple(row): gain for row, gain in zip(table.tolist(), totals.tolist(), strict=True)}
+        order = sorted(seen, key=seen.get, reverse=True)
+        assert [tuple(row) for row in found.alive.tolist()] == order
+        assert found.delta_f.tolist() == [seen[row] for row in order]
 
 
 def test_averages_over_models():
