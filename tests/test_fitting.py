@@ -90,6 +90,7 @@ def test_history_and_validation():
     assert outside.history["validation_nll"].iloc[-1] == pytest.approx(direct, rel=0.25)
 
 
+@pytest.mark.slow
 def test_the_defaults_learn_a_curve():
     """One-dimensional regression with the default guide, optimiser and prior: not a constant, and the noise is found."""
     x = torch.linspace(-2, 2, 200)[:, None]

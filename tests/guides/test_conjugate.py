@@ -42,7 +42,7 @@ def fit(guide, model, epochs=1500, **kwargs):
     return bmr.fit(program, tensors(model), guide=guide, epochs=epochs, batch_size=1000, optimizer=bmr.adam(0.03), seed=3, progress=False, **kwargs)
 
 
-@pytest.mark.parametrize("guide", [bmr.MeanField, AutoNormal], ids=["MeanField", "AutoNormal"])
+@pytest.mark.parametrize("guide", [pytest.param(bmr.MeanField, id="MeanField"), pytest.param(AutoNormal, id="AutoNormal", marks=pytest.mark.slow)])
 def test_a_factorised_posterior_is_recovered_with_its_evidence(guide):
     model = orthogonal_problem()
     mean, cov = model.posterior(*prior(4))
