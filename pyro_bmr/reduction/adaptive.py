@@ -50,7 +50,7 @@ def integrals(log_f: LogFunction, panels: Panels, peak: Tensor, centre: Tensor) 
         ReductionError: a function cannot be resolved.
     """
     total, count = torch.zeros(len(peak), 3, dtype=torch.float64, device=peak.device), len(peak)
-    value, corner = _moments(log_f, panels, peak, centre)
+    value, corner, off = _moments(log_f, panels, peak, centre)
     for _ in range(_ROUNDS):
         if not bool(value.isfinite().all()):
             break
@@ -58,11 +58,13 @@ def integrals(log_f: LogFunction, panels: Panels, peak: Tensor, centre: Tensor) 
         scale[:, 1] = (scale[:, 0] * scale[:, 2]).sqrt()
         scale = scale[panels.owner]
         seen = (value.abs() > _UNSEEN * scale).any(1) | (corner > _JUMP * scale[:, 0])
+        # a polynomial that meets the ends so well: six points integrate it, and twice its degree
+        seen &= (off > _TOLERANCE * scale).any(1)
         total.index_add_(0, panels.owner[~seen], value[~seen])
         panels, value, scale = Panels(*(t[seen] for t in panels)), value[seen], scale[seen]
         middle = (panels.low + panels.high) / 2
         halves = Panels(panels.owner.repeat(2), torch.cat([panels.low, middle]), torch.cat([middle, panels.high]))
-        finer, corners = _moments(log_f, halves, peak, centre)
+        finer, corners, offs = _moments(log_f, halves, peak, centre)
         both = finer[: len(middle)] + finer[len(middle) :]
         good = ((both - value).abs() <= _TOLERANCE * scale).all(1) & (corners.view(2, -1).amax(0) <= _JUMP * scale[:, 0])
         good |= (middle <= panels.low) | (middle >= panels.high)
@@ -70,19 +72,24 @@ def integrals(log_f: LogFunction, panels: Panels, peak: Tensor, centre: Tensor) 
         if bool(good.all()):
             return total
         again = (~good).repeat(2)
-        panels, value, corner = Panels(*(t[again] for t in halves)), finer[again], corners[again]
+        panels = Panels(*(t[again] for t in halves))
+        value, corner, off = finer[again], corners[again], offs[again]
     raise ReductionError(f"the density cannot be integrated: {len(panels.owner.unique())} of {count} integrals are not finite, or do not settle")
 
 
-def _moments(log_f: LogFunction, panels: Panels, peak: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """The three integrals over each panel, and by how much, times its width, f at its ends is off the polynomial through the points."""
+def _moments(log_f: LogFunction, panels: Panels, peak: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three integrals over each panel, and by how much, times its width, f at its ends is off the polynomial through the points; the same for each of
+    the three integrands, with their largest factor in the panel."""
     half = (panels.high - panels.low)[:, None] / 2
-    w = panels.low[:, None] + half * (1 + torch.cat([_X, _ENDS]).to(half))
-    f = (log_f(panels.owner, w) - peak[panels.owner][:, None]).exp()
+    w = torch.cat([_X, _ENDS]).to(half).add(1).mul(half).add_(panels.low[:, None])
+    f = (log_f(panels.owner, w) - peak[panels.owner, None]).exp_()
     inside, ends = f[:, :6], f[:, 6:]
-    corner = ((inside @ _TO_ENDS.T.to(half) - ends).abs() * half).amax(1)
-    mass, away = inside * half * _W.to(half), w[:, :6] - centre[panels.owner][:, None]
-    return torch.stack([mass.sum(1), (mass * away).sum(1), (mass * away.square()).sum(1)], 1), corner
+    corner = ((inside @ _TO_ENDS.T.to(half)).sub_(ends).abs_() * half).amax(1)
+    mass, away = inside * (half * _W.to(half)), w[:, :6] - centre[panels.owner, None]
+    first = mass * away
+    value = torch.stack([mass.sum(1), first.sum(1), first.mul_(away).sum(1)], 1)
+    reach = torch.maximum(away[:, 0].abs(), away[:, -1].abs()) + half[:, 0]
+    return value, corner, torch.stack([corner, corner * reach, corner * reach.square()], 1)
 
 
 def summits(log_f: LogFunction, owner: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

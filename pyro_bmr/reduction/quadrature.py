@@ -67,10 +67,11 @@ class _Density:
 
     def __call__(self, owner: Any, w: Tensor) -> Tensor:
         value = self._value(w)
+        if value.shape == w.shape and bool((value < torch.inf).all()):
+            return value.double()
         if value.shape != w.shape or bool(value.isnan().any()):
             raise ReductionError(f"log_prob must give one number for each weight; for shape {tuple(w.shape)} it gave {tuple(value.shape)} or NaN")
-        value = value.double()
-        return value.masked_fill(value == torch.inf, -torch.inf)  # a pole, at one point
+        return value.double().masked_fill(value == torch.inf, -torch.inf)  # a pole, at one point
 
     def _value(self, w: Tensor) -> Tensor:
         try:
@@ -117,18 +118,15 @@ def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
 
 def _chunk(mean: Tensor, var: Tensor, prior_mean: Tensor, prior_var: Tensor, density: _Density, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     silent = var >= prior_var
-    mu, s2, eta, v0 = (t[:, None] for t in (mean, var, prior_mean, prior_var))
-
+    mu, s2 = mean[:, None], var[:, None]
     near, zero, around = (torch.as_tensor(np.concatenate([-side[::-1], side]), device=mu.device) for side in (_NEAR, _ZERO, _AROUND))
-    precision, shift = (v0 - s2) / s2 / v0, mu - eta
+    message = _message(mean, var, prior_mean, prior_var, silent)
 
     def log_f(owner: Tensor, w: Tensor) -> Tensor:
-        """log q − log p + log p̃ in nats; where q and p are nearly the same, without the difference of their exponents."""
-        m, s, e, v = mu[owner], s2[owner], eta[owner], v0[owner]
-        apart = 0.5 * (w - e).square() / v - 0.5 * (w - m).square() / s
-        together = (w - e) * (shift[owner] / s - 0.5 * precision[owner] * (w - e)) - 0.5 * shift[owner].square() / s
-        said = 0.5 * (v / s).log() + torch.where(2 * s > v, together, apart)
-        return density(owner, w) + said.masked_fill(silent[owner][:, None], 0.0)
+        """log q − log p + log p̃ in nats."""
+        about, constant, slope, bend = message[:, owner, None]
+        away = w - about
+        return (bend * away).add_(slope).mul_(away).add_(constant).add_(density(owner, w))
 
     own = torch.cat([mu + s2.sqrt() * near, s2.sqrt() * zero, edges.expand(len(mean), -1)], 1).sort(1).values
     index = torch.arange(len(mean), device=mean.device)
@@ -148,3 +146,17 @@ def _chunk(mean: Tensor, var: Tensor, prior_mean: Tensor, prior_var: Tensor, den
     mass, first, second = integrals(log_f, Panels.between(own), best, at).unbind(1)
     away = first / mass
     return (best + mass.log()).masked_fill(silent, 0.0), at + away, (second / mass - away.square()).clamp(min=0)
+
+
+def _message(mean: Tensor, var: Tensor, prior_mean: Tensor, prior_var: Tensor, silent: Tensor) -> Tensor:
+    """log q(w) − log p(w) = a + b(w − c) − ½L(w − c)²: c, a, b and −½L of each weight, (4, weights); 0 where the data say nothing.
+
+    c is the posterior's mean; where q and p are nearly the same the prior's, so that no difference of their exponents is taken.
+    """
+    alike, shift = 2 * var > prior_var, mean - prior_mean
+    energy = torch.where(alike, -0.5 * shift.square() / var, 0.5 * shift.square() / prior_var)
+    constant = 0.5 * (prior_var / var).log() + energy
+    slope = shift / torch.where(alike, var, prior_var)
+    bend = -0.5 * (prior_var - var) / var / prior_var
+    about = torch.where(alike, prior_mean, mean)
+    return torch.stack([about, constant, slope, bend]).masked_fill(silent, 0.0)
