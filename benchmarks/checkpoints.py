@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr import checkpoint_files, checkpoints
-from pyro_bmr.fit_state import FitState
+from pyro_bmr.fitting import checkpoint_file as checkpoint_files
+from pyro_bmr.fitting import checkpoints
+from pyro_bmr.fitting.run import FitState
 
 
 class Seconds:

@@ -33,7 +33,7 @@ def main() -> None:
     for name, (label, command) in RUNS.items():
         folder = ROOT / name
         if not finished(folder):
-            words = shlex.split(command.replace("pyro-bmr", "python -m pyro_bmr.cli", 1))
+            words = shlex.split(command.replace("pyro-bmr", "python -m pyro_bmr", 1))
             subprocess.run([*(sys.executable if word == "python" else word for word in words), "--out", str(folder)], check=True)
         table = pd.read_csv(folder / "results.csv")
         for route, group in table.groupby("route", sort=False):

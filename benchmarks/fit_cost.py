@@ -27,7 +27,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyro_bmr as bmr
-from pyro_bmr.fit_state import FitState
+from pyro_bmr.fitting.run import FitState
 from pyro_bmr.isolation import seed_generator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import pyro_bmr as bmr
-from pyro_bmr.comparison import load_model
+from pyro_bmr.experiments.models import load_model
 
 FOLDER, PAGE = Path("results/fitted-priors"), Path("docs/results/fitted_priors.md")
 PRIORS: dict[str, bmr.Prior] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.likelihoods import WholeData
+from pyro_bmr.likelihoods.whole_data import WholeData
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.mlp import build

@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.comparison import load_model
-from pyro_bmr.comparison.cells import scores, sizes
-from pyro_bmr.comparison.methods import method_named
+from pyro_bmr.experiments.cells import scores, sizes
+from pyro_bmr.experiments.methods import method_named
+from pyro_bmr.experiments.models import load_model
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr.models import mlp
-from pyro_bmr.prior_names import PRIORS
+from pyro_bmr.priors.names import PRIORS
 
 
 def seconds(prior: bmr.Prior, steps: int = 30) -> tuple[float, int]:

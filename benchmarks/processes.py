@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 import pyro_bmr as bmr
+from pyro_bmr.fitting.processes import process_group
 from pyro_bmr.models.mlp import network
-from pyro_bmr.processes import process_group
 
 STEPS = 120
 

@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.reduction.targets import site_reduction
-from pyro_bmr.site import Site
+from pyro_bmr.posteriors.site import Site
+from pyro_bmr.reduction.rules import site_reduction
 
 
 def posterior(n: int, seed: int = 0) -> bmr.Posterior:

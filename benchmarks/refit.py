@@ -23,7 +23,7 @@ from regression_tables import READERS
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr.plots import headless, save_figure
+from pyro_bmr.experiments.plots import headless, save_figure
 
 KEPT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03)
 PRIOR_SCALES = (0.3, 0.5, 1.0, 2.0, 4.0)

@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 import pyro_bmr as bmr
-from pyro_bmr import plots
+from pyro_bmr.experiments import plots
 from pyro_bmr.files import make_folder
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "shrinkage.png"

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pyro_bmr as bmr
-from pyro_bmr.comparison import load_model
+from pyro_bmr.experiments.models import load_model
 
 PAGE = Path("docs/results/structured_pruning.md")
 LABELS = {

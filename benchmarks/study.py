@@ -20,10 +20,10 @@ from pathlib import Path
 import pandas as pd
 
 import pyro_bmr as bmr
-from pyro_bmr.comparison.results_folder import mean_and_spread
-from pyro_bmr.studies.cell_folder import read_cell
-from pyro_bmr.studies.declaration import Study, declare
-from pyro_bmr.studies.report import results
+from pyro_bmr.experiments.cell_folder import read_cell
+from pyro_bmr.experiments.declaration import Study, declare
+from pyro_bmr.experiments.report import results
+from pyro_bmr.experiments.results_folder import mean_and_spread
 
 PAGE = Path("docs/results/study.md")
 CELLS = Path("docs/results/study")

@@ -2,7 +2,7 @@
 
 import sys
 
-from pyro_bmr.cli import main
+from pyro_bmr.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

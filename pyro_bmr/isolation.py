@@ -1,6 +1,6 @@
 """A call of the library in a world of its own: what is set around it, in Pyro or in torch, does not reach the programs that it runs, nor the other way round.
 
-Owns `isolated`, for every public function that runs a Pyro program, `plain`, and the seeding of a step. Next: `priors/`.
+Owns `isolated`, for every public function that runs a Pyro program, `plain`, and the seeding of a step. Next: `checks.py`.
 
 Pyro keeps its handlers, and torch its default generator, once for the whole process. So calls in several threads take turns, each with an empty stack of
 handlers; between the steps of a fit the other threads come first.

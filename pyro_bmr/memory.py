@@ -1,6 +1,6 @@
 """What an allocation would take against what its device has left, so that one that cannot succeed is refused before any work.
 
-Owns `free_bytes` and `check_memory`. Next: `plain_module.py`.
+Owns `free_bytes` and `check_memory`. Next: `isolation.py`.
 """
 
 from __future__ import annotations

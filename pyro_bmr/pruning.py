@@ -1,13 +1,13 @@
 """Pruned means zero and gone: masks applied to any Pyro program, and the schedule of reductions during a fit.
 
 Owns the effect handler `Masked`, `masked_terms`, the schedule `Every`, and `cubic`, along which kept fractions fall. A mask is a bool tensor in the shape
-of its site, True where the weight lives. Next: `predictive.py`.
+of its site, True where the weight lives. Next: `prediction/predictive.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,17 +16,15 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_bmr.elbo import ELBOTerms, terms_of
 from pyro_bmr.errors import FitError, ReductionError, described, holds
-from pyro_bmr.guides import MeanField, SiteWise
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.guides.site_wise import Drawn
-from pyro_bmr.posterior import Posterior
+from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.reduction.collapse import collapse
 from pyro_bmr.reduction.groups import Block, NofM
-from pyro_bmr.reduction.outcome import Reduction
-from pyro_bmr.reduction.sites import quiet_reduction
+from pyro_bmr.reduction.reduce import quiet_reduction
+from pyro_bmr.reduction.result import Reduction
 
 
 class Masked(Messenger):
@@ -103,14 +101,6 @@ class PrunedDistribution(dist.TorchDistribution):
 @torch.distributions.kl.register_kl(PrunedDistribution, PrunedDistribution)  # type: ignore[untyped-decorator]
 def _kl_pruned(q: PrunedDistribution, p: PrunedDistribution) -> Tensor:
     return torch.distributions.kl_divergence(q.base_dist, p.base_dist).where(p.alive, 0)
-
-
-def masked_terms(program: Callable[..., Any], guide: Callable[..., Any], batch: tuple[Any, ...], masks: Mapping[str, Tensor]) -> ELBOTerms:
-    """Both terms of the ELBO with `masks` in force, whichever the guide: the one way to them, for fits and for the bounds of fits."""
-    if not masks or isinstance(guide, (MeanField, SiteWise)):
-        return terms_of(program, guide, batch, masks)
-    masked = Masked(masks)
-    return terms_of(masked(program), masked(guide), batch, {})
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,12 @@ import torch
 from safetensors.torch import load, save
 
 import pyro_bmr as bmr
-from pyro_bmr import checkpoint_files
-from pyro_bmr.comparison import Settings, results_folder
-from pyro_bmr.data_files import IDX_FILES
-from pyro_bmr.runs import load_run
-from tests.test_data import arrays, idx_bytes, idx_folder
+from pyro_bmr.data.readers import IDX_FILES
+from pyro_bmr.experiments import results_folder
+from pyro_bmr.experiments.cells import Settings
+from pyro_bmr.experiments.runs import load_run
+from pyro_bmr.fitting import checkpoint_file as checkpoint_files
+from tests.data.test_data import arrays, idx_bytes, idx_folder
 
 ODD_BYTES = (b"", b"\0", b"\xff" * 4, b"\x80", b"{", b"]", b'"', b"\\", b"nan", b"-1", b"1e999", b"9" * 30, b"../../x", b"\n", b",", b"\xf0\x9f\x92\xa5")
 ODD_VALUES: tuple[Any, ...] = (

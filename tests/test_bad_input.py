@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr.cli import main
-from pyro_bmr.runs import save_run
-from tests.test_data import arrays, idx_folder
-from tests.test_fitting import blobs, classifier
+from pyro_bmr.cli.commands import main
+from pyro_bmr.experiments.runs import save_run
+from tests.data.test_data import arrays, idx_folder
+from tests.fitting.test_fit import blobs, classifier
 
 X, Y = blobs()
 NAN = math.nan
@@ -207,7 +207,7 @@ def test_bad_fits_are_refused(case):
 
 @pytest.mark.parametrize("change", [{"to": "gaussian"}, {"to": bmr.Gaussian}, {"per": "galaxy"}, {"per": "head"}, {"to": {"nowhere": bmr.Gaussian(0.0)}}])
 def test_reductions_that_cannot_be_made_are_refused_before_the_first_step(change, monkeypatch):
-    monkeypatch.setattr("pyro_bmr.fitting.FitState.step", None)
+    monkeypatch.setattr("pyro_bmr.fitting.fit.FitState.step", None)
     with pytest.raises(bmr.ReductionError):
         fit(classifier(), (X, Y), epochs=10, reduce=bmr.Every(**change))
 
@@ -332,7 +332,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(writer, done, full_
 @pytest.fixture
 def blank(monkeypatch):
     """No pictures: they take most of the time of a comparison."""
-    monkeypatch.setattr("pyro_bmr.plots.save_figure", lambda figure, path: path.write_bytes(b""))
+    monkeypatch.setattr("pyro_bmr.experiments.plots.save_figure", lambda figure, path: path.write_bytes(b""))
 
 
 def test_names_in_an_archive_lead_nowhere(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.comparison import load_model
+from pyro_bmr.experiments.models import load_model
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))

@@ -19,14 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import pyro_bmr as bmr
-from pyro_bmr import checkpoint_files, files, plots, runs
-from pyro_bmr.comparison import Settings, results_folder
+from pyro_bmr import files
+from pyro_bmr.experiments import cell_folder, plots, results_folder, runs
+from pyro_bmr.experiments.cells import Settings
 from pyro_bmr.exporting import deployment
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.files import locked, reading, replacing
-from pyro_bmr.reduction.gaussian import Diagonal
-from pyro_bmr.studies import cell_folder
-from tests.test_runs import loaders
+from pyro_bmr.fitting import checkpoint_file as checkpoint_files
+from pyro_bmr.formulas.gaussian import Diagonal
+from tests.experiments.test_runs import loaders
 
 DATA = bmr.Data("lines", *(torch.linspace(-1, 1, 40).view(20, 2), torch.linspace(-1, 1, 20)) * 2)
 

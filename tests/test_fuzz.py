@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import pyro_bmr as bmr
+from tests.data.test_data import Bomb
 from tests.fuzz import fuzz, readers
-from tests.test_data import Bomb
 
 NAMES = ("npz", "csv", "idx", "posterior", "checkpoint", "reduction", "decisions", "report", "run", "results")
 

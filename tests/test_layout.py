@@ -2,8 +2,8 @@
 
 import ast
 import inspect
+import re
 import sys
-from fnmatch import fnmatchcase
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -13,28 +13,21 @@ import pyro_bmr as bmr
 
 ROOT = Path(__file__).parents[1]
 LIBRARY, MODELS = ROOT / "pyro_bmr", ROOT / "models"
-FORMULAS = (
-    "ratios", "gaussian", "dense", "low_rank", "matrix_normal", "natural_form", "discrete_form", "exponential_family",
-    "spike_and_slab", "line_search", "mixture_nodes", "scale_mixture", "laplace", "relevance", "adaptive", "quadrature", "monte_carlo",
-    "groups", "states", "visited_models", "search_path", "search",
-)  # fmt: skip
-ORDER = [
-    "errors", "files", "memory", "modes", "plain_module", "constraints", "isolation",
-    *(f"reduction.{name}" for name in FORMULAS), "priors*", "prior_names", "likelihoods", "networks", "guides*", "guide_sites", "elbo", "fit_arguments",
-    "fit_program", "mean_field_noise", "mean_field_step", "online_newton",
-    "site", "curvature", "given_moments", "drawn_moments", "guide_moments", "store_moments", "products", "posterior_files", "posterior",
-    "reduction.programs", "reduction.living", "reduction.slabs", "reduction.targets",
-    "reduction.collapse", "reduction.multiplied", "reduction.wide_sums", "reduction.correlations", "reduction.outcome", "reduction.decisions",
-    "reduction.sites", "pruning", "predictive", "prediction", "calibration", "metrics", "paired_losses",
-    "checkpoint_files", "processes", "faults", "fit_state", "fit_snapshot", "checkpoints", "fitting", "refitting",
-    *(f"shrinking.{name}" for name in ("graphs", "ties", "reshapes", "operations", "channels", "sizes", "rebuilding", "verification", "plan")), "shrinking",
-    *(f"exporting.{name}" for name in ("finite", "plain_network", "costs", "network_source", "formats", "deployment")), "exporting",
-    "data_set", "data_files", "data", "plots", "shift",
-    *(f"baselines.{name}" for name in ("training", "point", "magnitude", "dropout", "variational_dropout", "signal_to_noise")), "baselines",
-    *(f"comparison.{name}" for name in ("models", "cells", "methods", "results_folder", "table")), "comparison",
-    *(f"studies.{name}" for name in ("options", "declaration", "measures", "cell_folder", "pictures", "page", "report", "running")), "studies",
-    "runs", "cli_options", "cli", "__main__",
-]  # fmt: skip
+PAGE = ROOT / "docs" / "index.md"
+
+
+def order(page):
+    """The modules in the order of the page's table: a file, or a folder with its files in the order in which its row names them."""
+    found = []
+    for row in re.findall(r"^\| (`[^|]*) \|(.*)\|$", page.read_text(encoding="utf-8"), re.M):
+        for name in re.findall(r"`([a-z_]+)(?:\.py|/)`", row[0]):
+            is_folder = f"`{name}/`" in row[0]
+            found += [f"{name}.{file}" for file in dict.fromkeys(re.findall(r"`([a-z_]+)\.py`", row[1]))] + [name] if is_folder else [name]
+    return found
+
+
+ORDER = order(PAGE)
+FORMULAS = [name.removeprefix("formulas.") for name in ORDER if name.startswith("formulas.")]
 
 
 def module_name(path):
@@ -62,8 +55,9 @@ def imports(tree, known=()):
 
 
 def rank(module):
+    """The place of a module; a folder's own `__init__` comes after its files, and `__main__` last of all."""
     short = module.removeprefix("pyro_bmr.")
-    return next((k for k, pattern in enumerate(ORDER) if fnmatchcase(short, pattern)), None)
+    return len(ORDER) if short == "__main__" else ORDER.index(short) if short in ORDER else None
 
 
 def is_under(module, package):
@@ -73,32 +67,32 @@ def is_under(module, package):
 INNER = {name: {m for m in imports(tree, FILES) if is_under(m, "pyro_bmr")} for name, tree in TREES.items()}
 
 
-@pytest.mark.parametrize("module", sorted(set(FILES) - {"pyro_bmr", "pyro_bmr.reduction"}))
+@pytest.mark.parametrize("module", sorted(set(FILES) - {"pyro_bmr"}))
 def test_a_module_imports_only_modules_above_it(module):
-    assert rank(module) is not None, f"{module} has no place in the order"
-    package = module.split(".")[1]
+    assert rank(module) is not None, f"{module} has no place in the table of docs/index.md"
+    folder = module.split(".")[1]
     for other in INNER[module]:
-        assert other in FILES and rank(other) is not None, f"{module} imports {other}, which has no place in the order"
-        inside = is_under(other, f"pyro_bmr.{package}") and rank(other) == rank(module)
-        assert inside or rank(other) < rank(module), f"{module} imports {other}, which stands below it"
+        assert other in FILES and rank(other) is not None, f"{module} imports {other}, which has no place in the table of docs/index.md"
+        inside = is_under(other, f"pyro_bmr.{folder}")
+        assert rank(other) < rank(module), f"{module} imports {other}, which stands below it" if not inside else f"{folder}/: {module} imports {other}"
+
+
+def test_every_name_of_the_table_is_a_module():
+    assert len(set(ORDER)) == len(ORDER) and {f"pyro_bmr.{name}" for name in ORDER} == set(FILES) - {"pyro_bmr", "pyro_bmr.__main__"}
 
 
 def test_there_is_no_cycle():
     graph = {name: others - {name} for name, others in INNER.items() if name != "pyro_bmr"}
-    order = list(TopologicalSorter(graph).static_order())
-    assert set(order) >= set(graph) and order.index("pyro_bmr.errors") < order.index("pyro_bmr.fitting") < order.index("pyro_bmr.cli")
-
-
-def test_the_packages_with_an_order_of_their_own_have_bare_roots():
-    assert INNER["pyro_bmr.reduction"] == set()
+    found = list(TopologicalSorter(graph).static_order())
+    assert set(found) >= set(graph) and found.index("pyro_bmr.errors") < found.index("pyro_bmr.fitting.fit") < found.index("pyro_bmr.cli.commands")
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_formulas_know_only_torch_and_numpy(name):
-    allowed = {f"pyro_bmr.reduction.{other}" for other in FORMULAS} | {"pyro_bmr.errors"}
-    for module in imports(TREES[f"pyro_bmr.reduction.{name}"], FILES):
+    allowed = {f"pyro_bmr.formulas.{other}" for other in FORMULAS} | {"pyro_bmr.errors"}
+    for module in imports(TREES[f"pyro_bmr.formulas.{name}"], FILES):
         root = module.split(".")[0]
-        assert root in {"torch", "numpy"} or root in sys.stdlib_module_names or module in allowed, f"reduction/{name}.py imports {module}"
+        assert root in {"torch", "numpy"} or root in sys.stdlib_module_names or module in allowed, f"formulas/{name}.py imports {module}"
 
 
 def test_models_use_the_public_names_only():
@@ -144,7 +138,7 @@ def test_the_library_has_module_docstrings_and_no_pickle(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree)
     names = {m.split(".")[0] for m in imports(tree)}
-    processes = {"joblib"} if path == LIBRARY / "studies" / "running.py" else set()  # it carries cells between processes, and reads no file
+    processes = {"joblib"} if path == LIBRARY / "experiments" / "study.py" else set()  # it carries cells between processes, and reads no file
     assert not names & ({"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} - processes)
 
 
@@ -171,10 +165,11 @@ def test_what_no_file_may_hold(path):
 
 def test_the_checks_see_what_they_look_for():
     tree = ast.parse(
-        "import os.path, pyro_bmr.cli\nfrom pyro_bmr import metrics, compare\nimport torch\ndef f():\n    from pickle import loads\n    torch.load('x')\n"
+        "import os.path, pyro_bmr.cli\nfrom pyro_bmr.prediction import metrics, predict\nimport torch\n"
+        "def f():\n    from pickle import loads\n    torch.load('x')\n"
     )
-    assert imports(tree, FILES) == {"os.path", "pyro_bmr.cli", "pyro_bmr.metrics", "pyro_bmr", "torch", "pickle"}
+    assert imports(tree, FILES) == {"os.path", "pyro_bmr.cli", "pyro_bmr.prediction.metrics", "pyro_bmr.prediction.predict", "torch", "pickle"}
     assert [call.lineno for call in loads(tree, {"torch"})] == [6]
-    assert rank("pyro_bmr.priors.gaussian") == rank("pyro_bmr.priors") == ORDER.index("priors*") > ORDER.index("reduction.gaussian")
-    assert rank("pyro_bmr.reduction.sites") == ORDER.index("reduction.sites") and rank("pyro_bmr.new") is None
+    assert rank("pyro_bmr.errors") == 0 < rank("pyro_bmr.formulas.gaussian") < rank("pyro_bmr.priors.gaussian") < rank("pyro_bmr.priors")
+    assert rank("pyro_bmr.reduction.search") < rank("pyro_bmr.reduction.reduce") < rank("pyro_bmr.pruning") and rank("pyro_bmr.new") is None
     assert len(FILES) > 25 and {"pyro_bmr", "pyro_bmr.guides.point"} <= set(FILES)

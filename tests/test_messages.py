@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import pyro_bmr as bmr
+from pyro_bmr.experiments.shift import corrupted
 from pyro_bmr.guides.low_rank_plus_diagonal import LowRankPlusDiagonal
 from pyro_bmr.priors.tiers import check_tier
-from pyro_bmr.shift import corrupted
 
 LONG = 1000
 BIG = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.comparison import load_model, model_names
+from pyro_bmr.experiments.models import load_model, model_names
 
 DIGITS = bmr.load("digits")
 SHRINKS = {"mlp", "lenet", "lenet_caffe", "resnet", "lenet:6-16-120-84-relu", "resnet:16-32-group", "vit", "mlp_mixer", "gru"}

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from pyro_bmr.baselines.point import MakeNetwork
 from pyro_bmr.baselines.training import Budget, Trained, held_out, is_between, is_whole, logits, train
-from pyro_bmr.data_set import Data
+from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
-from pyro_bmr.prediction import Prediction, prediction_of
+from pyro_bmr.prediction.predict import Prediction, prediction_of
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_bmr.baselines.point import MakeNetwork, Scaled, trained_point
 from pyro_bmr.baselines.training import Budget, Trained, is_between, is_whole, train
-from pyro_bmr.data_set import Data
+from pyro_bmr.data.data_set import Data
 from pyro_bmr.pruning import cubic
 from pyro_bmr.reduction.decisions import lowest
 

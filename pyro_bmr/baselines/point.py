@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.baselines.training import Budget, Rows, Trained, held_out, is_between, is_whole, logits, train
-from pyro_bmr.calibration import best_temperature
-from pyro_bmr.data_set import Data
-from pyro_bmr.prediction import Prediction, prediction_of
+from pyro_bmr.data.data_set import Data
+from pyro_bmr.prediction.calibration import best_temperature
+from pyro_bmr.prediction.predict import Prediction, prediction_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,6 +1,6 @@
 """Pruning by signal-to-noise ratio: the weights of a mean-field posterior with the least |μ|/σ go (Graves 2011; Blundell et al. 2015).
 
-Owns `EverySignalToNoise`, which a fit takes in the place of `Every`. Next: `comparison/`.
+Owns `EverySignalToNoise`, which a fit takes in the place of `Every`. Next: `experiments/models.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from pyro_bmr.errors import FitError, described
-from pyro_bmr.posterior import Posterior
+from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.pruning import Every
 from pyro_bmr.reduction.decisions import lowest
-from pyro_bmr.reduction.outcome import Reduction
-from pyro_bmr.reduction.sites import quiet_reduction
+from pyro_bmr.reduction.reduce import quiet_reduction
+from pyro_bmr.reduction.result import Reduction
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from pyro_bmr.data_set import Data, validation_data
+from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import FitError, ModelError, OptionError, described
-from pyro_bmr.fit_arguments import batch_sizes
-from pyro_bmr.modes import note_modes, set_training
-from pyro_bmr.prediction import Prediction
+from pyro_bmr.fitting.arguments import batch_sizes
+from pyro_bmr.networks.modes import note_modes, set_training
+from pyro_bmr.prediction.predict import Prediction
 
 if TYPE_CHECKING:
     import pandas as pd

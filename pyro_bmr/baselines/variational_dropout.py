@@ -18,7 +18,7 @@ from pyro_bmr.baselines.dropout import called
 from pyro_bmr.baselines.magnitude import Gradual, Pruning
 from pyro_bmr.baselines.point import MakeNetwork, Scaled, trained_point
 from pyro_bmr.baselines.training import Trained, is_between, train
-from pyro_bmr.data_set import Data
+from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
 
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695

@@ -1,6 +1,6 @@
 """A network as a folder to ship: files in several formats, a Python file that rebuilds it with torch alone, and a report of what it costs.
 
-Owns `deploy`. The formats are in `formats.py`, the Python file in `network_source.py`, the figures in `costs.py`. Next: `data_set.py`.
+Owns `deploy`. The formats are in `formats.py`, the Python file in `network_source.py`, the figures in `costs.py`. Next: `baselines/training.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pyro_bmr.exporting.finite import check_network
 from pyro_bmr.exporting.formats import FORMATS, Format, save_tensors
 from pyro_bmr.exporting.network_source import loaders_source, network_source
 from pyro_bmr.files import digest, replacing, write_json
-from pyro_bmr.plain_module import module_copy, plain_copy
+from pyro_bmr.networks.plain_module import module_copy, plain_copy
 from pyro_bmr.reduction.collapse import collapse_of
 from pyro_bmr.shrinking.graphs import MASKED, first_line, trace
 from pyro_bmr.shrinking.verification import Answers, answers, difference, disagreement, inputs_like, leaves

@@ -1,7 +1,7 @@
 """From a posterior to plain torch: a network with exact zeros, and files that load where Pyro is not installed.
 
 Owns `export` (an `nn.Module`), `ensemble` (draws of it), `point_weights` (tensors of any program) and `save` (safetensors + report.json).
-Next: `costs.py`; `deployment.py` writes more formats.
+Next: `costs.py`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyro_bmr.elbo import Values
 from pyro_bmr.errors import ModelError, described, holds, warn
 from pyro_bmr.exporting.finite import check_finite, check_network
 from pyro_bmr.files import digests, replacing, write_atomically, write_json
 from pyro_bmr.isolation import isolated
 from pyro_bmr.memory import check_memory
-from pyro_bmr.networks import BayesianNetwork
-from pyro_bmr.plain_module import module_copy, plain_module
-from pyro_bmr.posterior import Posterior
+from pyro_bmr.networks.bayesian_network import BayesianNetwork
+from pyro_bmr.networks.plain_module import module_copy, plain_module
+from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.reduction.collapse import collapse, collapse_of
 from pyro_bmr.shrinking.plan import shrink
+from pyro_bmr.tracing import Values
 
 
 @isolated()

@@ -1,6 +1,6 @@
 """Pyro's autoguides as moments: the Gaussian that each site has on the unconstrained scale, correlations within a site included.
 
-Owns `autoguide_moments`. Covariance between sites has no place in a posterior of sites and is dropped: each site gets its marginal. Next: `elbo.py`.
+Owns `autoguide_moments`. Covariance between sites has no place in a posterior of sites and is dropped: each site gets its marginal. Next: `sites.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.formulas.gaussian import Dense
+from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.guides.marginals import MEND, Moments, check_plates, trace_moments
 from pyro_bmr.guides.mean_field import base_distribution, support_name
-from pyro_bmr.reduction.gaussian import Dense
-from pyro_bmr.reduction.low_rank import LowRank
 
 
 def autoguide_moments(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], support: Callable[[str], str]) -> dict[str, Moments]:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.formulas.gaussian import Dense
 from pyro_bmr.guides.mean_field import Latent
 from pyro_bmr.guides.site_normal import living
 from pyro_bmr.guides.site_wise import SiteWise
 from pyro_bmr.memory import check_memory
-from pyro_bmr.reduction.gaussian import Dense
 
 
 class FullRank(SiteWise):

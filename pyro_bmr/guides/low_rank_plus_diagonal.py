@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError, described, holds
+from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.guides.mean_field import Latent
 from pyro_bmr.guides.site_normal import living
 from pyro_bmr.guides.site_wise import SiteWise
 from pyro_bmr.memory import check_memory
-from pyro_bmr.reduction.low_rank import LowRank
 
 
 class LowRankPlusDiagonal(SiteWise):

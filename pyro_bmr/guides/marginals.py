@@ -20,10 +20,10 @@ from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, N
 from torch.distributions.transforms import ComposeTransform
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.formulas.gaussian import Dense
+from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
 from pyro_bmr.isolation import seed_generators
-from pyro_bmr.reduction.gaussian import Dense
-from pyro_bmr.reduction.low_rank import LowRank
 
 _ENTRIES = 1 << 25  # of a Jacobian or a covariance: 256 MB in float64
 _SLACK = 0.01  # standard deviations by which a draw may miss the affine function: far less moves no moment

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.formulas.matrix_normal import MatrixNormal
 from pyro_bmr.guides.full_rank import unit_lower
 from pyro_bmr.guides.mean_field import Latent
 from pyro_bmr.guides.site_normal import living
 from pyro_bmr.guides.site_wise import SiteWise
-from pyro_bmr.reduction.matrix_normal import MatrixNormal
 
 
 class MatrixVariate(SiteWise):

@@ -1,7 +1,7 @@
 r"""Noise drawn for each row of a batch instead of once for all: local reparametrisation and flipout, for any program that uses weights in linear maps.
 
 Owns `RowNoise`, a drawn weight that knows its mean and standard deviation. Products with scales keep that knowledge; a linear map of the batch uses it, so that
-each row of the output has the distribution that it has under a weight of its own; everything else sees an ordinary draw. Next: `site_normal.py`.
+each row of the output has the distribution that it has under a weight of its own; everything else sees an ordinary draw. Next: `mean_field.py`.
 
 Each row's outputs have exactly the distribution they have when the weight itself is drawn; only rows of one batch become independent of each other, which
 the expectation of a sum over rows does not see, while its gradient's variance falls. That needs the first dimension of a map's input to be the batch.

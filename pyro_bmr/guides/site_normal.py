@@ -1,7 +1,7 @@
 r"""The Gaussian that a guide has for one site, q(z) = N(μ, AAᵀ) with z = μ + Aε: what the evidence bound and a posterior ask of it.
 
 Owns the protocol `SiteNormal`, its independent form `Independent`, entropy, density and the closed-form KL. The correlated forms are beside
-their guides: `full_rank.py`, `low_rank_plus_diagonal.py`, `matrix_variate.py`. Next: `mean_field.py`.
+their guides: `full_rank.py`, `low_rank_plus_diagonal.py`, `matrix_variate.py`. Next: `row_noise.py`.
 
 Masks. A masked entry has the value 0 and takes no part: its row of A is dropped, and the noise that is its own with it. What is left is a Gaussian of the
 living entries, of the same form.
@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from pyro_bmr.reduction.gaussian import Dense
-from pyro_bmr.reduction.low_rank import LowRank
-from pyro_bmr.reduction.matrix_normal import MatrixNormal
+from pyro_bmr.formulas.gaussian import Dense
+from pyro_bmr.formulas.low_rank import LowRank
+from pyro_bmr.formulas.matrix_normal import MatrixNormal
 
 
 class SiteNormal(Protocol):

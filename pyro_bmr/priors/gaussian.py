@@ -1,6 +1,6 @@
 """Gaussian priors over the weights of a site, with a fixed, an inferred or an empirical scale, shared as wanted.
 
-Owns `Gaussian` and what every prior shares: the protocols `Prior` and `ScaleMixture`, and the start value of a weight. Next: `horseshoe.py`.
+Owns `Gaussian` and what every prior shares: the protocols `Prior` and `ScaleMixture`, and the start value of a weight. Next: `layer_scale.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The (regularised) horseshoe prior, over tiers of scales.
 
-Owns `Horseshoe`. Its exact reduction is in `reduction/scale_mixture.py`. Next: `spike_and_slab.py`.
+Owns `Horseshoe`. Its exact reduction is in `formulas/scale_mixture.py`. Next: `spike_and_slab.py`.
 """
 
 from __future__ import annotations

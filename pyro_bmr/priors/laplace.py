@@ -55,7 +55,7 @@ class Laplace:
 
         A weight of size w has its √v near √(w b), to within b: the nodes are equidistant in log √v below b, in √v above, as far as weights of size
         `reach` · b need; a reduction warns of weights beyond. `together`: how many weights share v, whose posterior is as narrow as 1/√(2n) in log √v. A weight
-        by itself has a closed form, `reduction/laplace.py`, which `reduce` takes.
+        by itself has a closed form, `formulas/laplace.py`, which `reduce` takes.
 
         Raises:
             ModelError: a million nodes would not be enough.

@@ -1,6 +1,6 @@
 """One scale for a whole tensor, given as a number or inferred: what `Laplace` and `StudentT` share.
 
-Owns the hyper-prior s = c/√fan_in, c ~ C⁺(0, 1) and the checks of such a scale. Next: `laplace.py`.
+Owns the hyper-prior s = c/√fan_in, c ~ C⁺(0, 1) and the checks of such a scale. Next: `half_cauchy.py`.
 """
 
 from __future__ import annotations

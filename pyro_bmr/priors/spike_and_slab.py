@@ -1,6 +1,6 @@
 """The spike-and-slab prior.
 
-Owns `SpikeAndSlab` and the mixture distribution of its fitted form. Its reduction is in `reduction/spike_and_slab.py`.
+Owns `SpikeAndSlab` and the mixture distribution of its fitted form. Its reduction is in `formulas/spike_and_slab.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The Student-t prior: a Gaussian with room for a few large weights.
 
-Owns `StudentT`. Next: `half_cauchy.py`.
+Owns `StudentT`. Next: `horseshoe.py`.
 """
 
 from __future__ import annotations

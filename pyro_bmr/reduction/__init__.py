@@ -1,1 +1,1 @@
-"""The mathematics of reduction: each formula file takes tensors and imports torch only; `sites.py` applies them to a `Posterior`."""
+"""`reduce`: which formula for which site of a posterior, over which groups, and what is decided. The formulas stand in `formulas/`."""

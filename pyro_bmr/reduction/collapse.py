@@ -1,6 +1,6 @@
 """Layers that a reduction empties: a network that goes through such a layer is a constant function, however many weights live elsewhere.
 
-Owns `collapse`, which says so in a sentence, from masks alone, and `collapse_of`, which reads them off a network. Imports torch only. Next: `wide_sums.py`.
+Owns `collapse`, which says so in a sentence, from masks alone, and `collapse_of`, which reads them off a network. Imports torch only. Next: `multiplied.py`.
 """
 
 from __future__ import annotations

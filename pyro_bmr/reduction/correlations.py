@@ -1,6 +1,6 @@
 """Sites whose posterior has correlations: their living part as a structure of the formula files, and the site after entries of it are pruned.
 
-Owns `correlated`, `pruned_site`, `spike_gain` and `rescaled_site`. Next: `decisions.py`.
+Owns `correlated`, `pruned_site`, `spike_gain` and `rescaled_site`. Next: `result.py`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmr.reduction.gaussian import Dense, Diagonal, delta_f, prune_subset, reduced_posterior, total
-from pyro_bmr.reduction.low_rank import LowRank
-from pyro_bmr.reduction.matrix_normal import MatrixNormal, reduced_mean, reduced_var
+from pyro_bmr.formulas.conditioning import embedded
+from pyro_bmr.formulas.gaussian import Dense, Diagonal, delta_f, prune_subset, reduced_posterior, total
+from pyro_bmr.formulas.low_rank import LowRank
+from pyro_bmr.formulas.matrix_normal import MatrixNormal, reduced_mean, reduced_var
+from pyro_bmr.posteriors.site import Site
 from pyro_bmr.reduction.search import marginal_var
-from pyro_bmr.reduction.states import embedded
-from pyro_bmr.site import Site
 
 
 @dataclass(frozen=True)

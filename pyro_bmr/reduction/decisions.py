@@ -1,6 +1,6 @@
 """Which weights and groups go, given what each site says: by the evidence, to a target size, in a fixed pattern, or by a search over correlated posteriors.
 
-Owns `decide`, which returns masks. Next: `sites.py`.
+Owns `decide`, which returns masks. Next: `reduce.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.posterior import Posterior
+from pyro_bmr.formulas.conditioning import initial_state
+from pyro_bmr.formulas.gaussian import Diagonal
+from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
 from pyro_bmr.reduction.correlations import Correlated, correlated
-from pyro_bmr.reduction.gaussian import Diagonal
 from pyro_bmr.reduction.groups import NofM
+from pyro_bmr.reduction.rules import SiteReduction
 from pyro_bmr.reduction.search import Search
 from pyro_bmr.reduction.slabs import inclusion, spike_odds
-from pyro_bmr.reduction.states import initial_state
-from pyro_bmr.reduction.targets import SiteReduction
 
 Results = Mapping[str, SiteReduction]
 Kept = float | Mapping[str, float] | None

@@ -1,6 +1,6 @@
 """Which entries of which sites live or die together: the group of each entry, as an integer tensor in the shape of its site.
 
-Owns `group_labels`, which makes them of a word such as "unit", and the patterns `Block` and `NofM`. Imports torch only. Next: `search.py`.
+Owns `group_labels`, which makes them of a word such as "unit", and the patterns `Block` and `NofM`. Imports torch only. Next: `entries.py`.
 """
 
 from __future__ import annotations

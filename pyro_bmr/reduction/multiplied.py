@@ -2,7 +2,7 @@ r"""Sites that the program multiplies, and what is wrong with pruning them entry
 
 Owns `multiplied`. In a product w = Σₖ bₖaₖ, as a low-rank update or the queries and keys of attention have it, several k stand for one weight, and what is
 left of aₖ is worth nothing where bₖ is gone. A posterior with independent entries knows neither, and the ΔF of single entries promise too much. Where slice
-k of both goes or stays as one they do not. Next: `outcome.py`.
+k of both goes or stays as one they do not. Next: `wide_sums.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyro_bmr.posterior import Posterior
-from pyro_bmr.reduction.targets import SiteReduction
+from pyro_bmr.posteriors.posterior import Posterior
+from pyro_bmr.reduction.rules import SiteReduction
 
 _NAMED = 3  # pairs
 

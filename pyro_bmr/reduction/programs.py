@@ -20,9 +20,9 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError, ReductionError, described
+from pyro_bmr.formulas.gaussian import Diagonal, log_evidence_ratio, message
 from pyro_bmr.guides.mean_field import latent_sites
-from pyro_bmr.posterior import Posterior
-from pyro_bmr.reduction.gaussian import Diagonal, log_evidence_ratio, message
+from pyro_bmr.posteriors.posterior import Posterior
 
 
 @runtime_checkable

@@ -1,7 +1,7 @@
 r"""Which entries of correlated posteriors are best pruned together: greedy and exhaustive search over subsets.
 
 Owns `greedy_search` and `exhaustive_search`; their result `Search` is in `visited_models.py`, the steps of a search are in `search_path.py`. Imports torch
-only. Next: `sites.py`.
+only. Next: `collapse.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError, described
+from pyro_bmr.formulas.conditioning import Members, entries
 from pyro_bmr.reduction.search_path import RISE, SMALL, SearchPath, start, without
-from pyro_bmr.reduction.states import Members, entries
 from pyro_bmr.reduction.visited_models import Search as Search
 from pyro_bmr.reduction.visited_models import marginal_var as marginal_var
 from pyro_bmr.reduction.visited_models import search_result

@@ -1,7 +1,7 @@
 r"""Where a search over subsets stands: what each group gains by going or coming back, and the moves.
 
 Owns `SearchPath`, and `start` and `without`, with which every search begins and goes on. The candidates
-of a step are compared through a state that a rank-one change updates (`states.py`), so none needs
+of a step are compared through a state that a rank-one change updates (`formulas/conditioning.py`), so none needs
 a factorisation of its own. Imports torch only. Next: `search.py`.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.reduction.states import Members, State, entries, initial_state
+from pyro_bmr.formulas.conditioning import Members, State, entries, initial_state
 from pyro_bmr.reduction.visited_models import Given
 
 SMALL = 64  # groups: up to here the models one step off the path count, and pairs are tried

@@ -1,7 +1,7 @@
 """A site under a spike and slab: which slab, how probable, and one inclusion probability for several sites.
 
 Owns `spike_and_slab`, the rule of `SpikeAndSlab`, `with_slab`, `spike_odds`, `inclusion` and `shared_inclusion`. What follows from the ΔF of the decisions is
-in `spike_and_slab.py`. Next: `targets.py`.
+in `spike_and_slab.py`. Next: `rules.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import PyroBMRWarning, ReductionError
-from pyro_bmr.posterior import Posterior
+from pyro_bmr.formulas.gaussian import Diagonal, delta_f, point_spike_delta_f, reduced_posterior
+from pyro_bmr.formulas.line_search import line_maximum
+from pyro_bmr.formulas.spike_and_slab import exact_inclusion, fixed_inclusion, mean_field_log_odds
+from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Gaussian, SpikeAndSlab
-from pyro_bmr.reduction.gaussian import Diagonal, delta_f, point_spike_delta_f, reduced_posterior
-from pyro_bmr.reduction.line_search import line_maximum
-from pyro_bmr.reduction.living import Living, Reduced, living_part
-from pyro_bmr.reduction.spike_and_slab import exact_inclusion, fixed_inclusion, mean_field_log_odds
+from pyro_bmr.reduction.entries import Living, Reduced, living_part
 
 _WEIGHTS_FOR_WIDTH = 8192
 _EXACT_INCLUSION_UP_TO = 4096  # decisions; above it the mean-field update and the integral give the same

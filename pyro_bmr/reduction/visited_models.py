@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.reduction.gaussian import Diagonal, prune_subset
-from pyro_bmr.reduction.states import Members, embedded, entries
+from pyro_bmr.formulas.conditioning import Members, embedded, entries
+from pyro_bmr.formulas.gaussian import Diagonal, prune_subset
 
 Given = tuple[tuple[Any, ...], tuple[Any, ...]]
 """The posteriors and priors that are searched."""

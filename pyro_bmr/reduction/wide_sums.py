@@ -3,15 +3,15 @@ r"""Gains in evidence that are sums over weights taken as independent, and when 
 Owns `wide_sum`. Of a posterior with independent entries, ΔF of a set S is :math:`\sum_{i \in S} [\log q(w_i = 0) - \log p(w_i = 0)]`. In a
 linear-Gaussian model the exact gain has the posterior's correlations in it. They are weak while rows outnumber parameters; with n rows and p > n
 parameters the rows leave p − n directions undetermined, and the correlations are large. Diagonal moments cannot show that: the number of rows has to
-be known. Next: `outcome.py`.
+be known. Next: `correlations.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pyro_bmr.posterior import Posterior
-from pyro_bmr.reduction.targets import SiteReduction
+from pyro_bmr.posteriors.posterior import Posterior
+from pyro_bmr.reduction.rules import SiteReduction
 
 _MANY = 100  # independent terms; fewer rows than that are rare
 _MEND = "Check it with refit, reduce in rounds during the fit (Every), or take a joint posterior: FullRank, or from_curvature with a (d, d) matrix"

@@ -1,6 +1,6 @@
 """What each supported operation means for channels: what of its output is constant, which channels it ties, which it reads.
 
-Owns `layer_state`, `function_state` and `SUPPORTED`. Next: `channels.py`, which calls them node by node.
+Owns `layer_state`, `function_state` and `SUPPORTED`. Next: `channels.py`.
 """
 
 from __future__ import annotations

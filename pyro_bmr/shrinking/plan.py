@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.plain_module import module_copy, plain_module
+from pyro_bmr.networks.plain_module import module_copy, plain_module
 from pyro_bmr.shrinking.channels import Channels, has_tensor
 from pyro_bmr.shrinking.graphs import foreign_errors, other_arguments, trace, values_of
 from pyro_bmr.shrinking.rebuilding import Rebuilt, depends

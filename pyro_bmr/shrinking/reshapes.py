@@ -1,6 +1,6 @@
 """What becomes of channels when a value is reshaped, permuted, expanded, indexed or concatenated.
 
-Owns those rules. Next: `operations.py`, which calls them.
+Owns those rules. Next: `operations.py`.
 """
 
 from __future__ import annotations

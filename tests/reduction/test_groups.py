@@ -10,10 +10,10 @@ import torch
 from scipy import special, stats
 
 import pyro_bmr as bmr
+from pyro_bmr.formulas.spike_and_slab import exact_inclusion, mean_field_log_odds
+from pyro_bmr.posteriors.site import Site
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
 from pyro_bmr.reduction.slabs import spike_odds
-from pyro_bmr.reduction.spike_and_slab import exact_inclusion, mean_field_log_odds
-from pyro_bmr.site import Site
 
 SHAPES = {"conv.weight": (3, 2, 2, 2), "conv.bias": (3,), "fc.weight": (2, 6), "fc.bias": (2,), "gain": (4,)}
 RNG = np.random.default_rng(21)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import pyro_bmr as bmr
+from pyro_bmr.formulas.conditioning import initial_state
+from pyro_bmr.formulas.gaussian import prune_subset
+from pyro_bmr.formulas.low_rank import LowRank
+from pyro_bmr.formulas.matrix_normal import MatrixNormal
+from pyro_bmr.formulas.spike_and_slab import exact_inclusion
+from pyro_bmr.posteriors.site import Site
 from pyro_bmr.reduction import search_path
-from pyro_bmr.reduction.gaussian import prune_subset
-from pyro_bmr.reduction.low_rank import LowRank
-from pyro_bmr.reduction.matrix_normal import MatrixNormal
-from pyro_bmr.reduction.spike_and_slab import exact_inclusion
-from pyro_bmr.reduction.states import initial_state
 from pyro_bmr.reduction.visited_models import search_result
-from pyro_bmr.site import Site
 from tests.exact import linear_gaussian, random_spd
 
 D = 5

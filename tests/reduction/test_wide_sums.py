@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.reduction.matrix_normal import MatrixNormal
-from pyro_bmr.site import Site
+from pyro_bmr.formulas.matrix_normal import MatrixNormal
+from pyro_bmr.posteriors.site import Site
 
 NOISE, PRIOR = 0.6, 1.3
 

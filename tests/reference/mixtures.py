@@ -3,7 +3,7 @@
 `python tests/reference/mixtures.py` writes the file beside this one, in a minute. Each table has 2,000 rows: h, L, prior variance (all exact in
 float32), scale, and ΔF, logit κ, reduced mean, reduced variance. Laplace: by mpmath's error function at 60 digits and more. Student-t and horseshoe: by
 the trapezoid rule over the logarithm of the mixing scale in 80-bit floats, in an order without differences of large numbers; at 30 digits a row takes a
-second, so `by_nodes` does it for a few rows of each table, with another step, when the tables are made and in `tests/reduction/test_precision_mixtures.py`.
+second, so `by_nodes` does it for a few rows of each table, with another step, when the tables are made and in `tests/formulas/test_precision_mixtures.py`.
 """
 
 from __future__ import annotations

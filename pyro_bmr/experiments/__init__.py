@@ -1,0 +1,1 @@
+"""Prior × route × seed, and declared grids: cells, folders, tables, reports and pictures."""

@@ -1,0 +1,101 @@
+"""The methods of a study by name: what trains a network on a data set with one seed, and what it leaves behind.
+
+Owns `METHODS` and `method_named`; `Trained` and the baselines are in `baselines/`. Next: `results_folder.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyro_bmr.baselines import BASELINES, EverySignalToNoise, Trained, options_of
+from pyro_bmr.data.data_set import Data
+from pyro_bmr.errors import ModelError, OptionError, described, warn
+from pyro_bmr.experiments.cells import ROUTES, Settings, run_cell
+from pyro_bmr.experiments.models import Build
+from pyro_bmr.exporting import export
+from pyro_bmr.networks.bayesian_network import BayesianNetwork
+from pyro_bmr.prediction.predict import predict
+from pyro_bmr.priors import Gaussian
+from pyro_bmr.priors.names import prior_from_name
+from pyro_bmr.pruning import Every
+
+__all__ = ["METHODS", "Method", "Trained", "method_named"]
+
+Method = Callable[[Build, Data, int, Mapping[str, Any], bool], Trained]
+"""(build, data, seed, options, progress) → what was trained. Options that the method does not know are an OptionError, raised before `build` is called."""
+
+
+def _of_route(name: str, route: str, every: Callable[..., Every] = Every) -> Method:
+    known = ("prior", *Settings.__dataclass_fields__)
+
+    def run(build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool) -> Trained:
+        if unknown := set(options) - set(known):
+            raise OptionError(name, unknown, known)
+        given = dict(options)
+        prior = prior_from_name(str(given.pop("prior", "gaussian")))
+        if every is EverySignalToNoise and not isinstance(prior, Gaussian):
+            raise ModelError(f"{name}: a Gaussian prior is wanted, such as gaussian or gaussian:0.1, got {described(prior)}")
+        settings = Settings(**given)
+        cell = run_cell(build, data, prior, route, seed, settings, progress, every)
+        program, posterior = cell.fit.program, cell.posterior
+        for message in cell.warnings:
+            warn(f"{data.name}, seed {seed}, the reduction after the fit: {message}")
+        draws = 0 if route == "point" else settings.draws
+        return Trained(
+            lambda x: predict(program, posterior, x, draws=draws, seed=seed),
+            cell.weights,
+            export(program, posterior) if isinstance(program, BayesianNetwork) else None,
+            cell.fit.history,
+            settings.batch_size,
+            cell.fit.seconds,
+            float(cell.fit.history["elbo"].iloc[-1]),
+            cell.delta_f,
+            {} if cell.widen == 1 else {"widen": cell.widen},
+        )
+
+    return run
+
+
+def _of_baseline(name: str) -> Method:
+    train, kind = BASELINES[name]
+
+    def run(build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool) -> Trained:
+        chosen = options_of(kind, name, options)
+        if data.classes is None:
+            raise ModelError(f"{name}: the baselines are for classes, '{data.name}' has real targets; take map, fitted or reduced")
+
+        def make(seed: int) -> nn.Module:
+            torch.manual_seed(seed)
+            program = build(data, Gaussian())
+            if not isinstance(program, BayesianNetwork):
+                raise ModelError(f"{name}: a model whose build gives a BayesianNetwork is wanted, got {type(program).__name__}; take map, fitted or reduced")
+            return program.net
+
+        with torch.random.fork_rng():
+            return train(make, data, seed, chosen, progress)
+
+    return run
+
+
+METHODS: dict[str, Method] = {
+    **{name: _of_baseline(name) for name in BASELINES},
+    "map": _of_route("map", "point"),
+    **{route: _of_route(route, route) for route in ROUTES if route != "point"},
+    "snr": _of_route("snr", "reduced", EverySignalToNoise),
+}
+"""Name → method: the baselines, then the routes of `compare`, of which the point estimate under a prior is called map here."""
+
+
+def method_named(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ModelError: there is no such method.
+    """
+    if name not in METHODS:
+        raise ModelError(f"no method '{name}'; the methods are: {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,73 @@
+"""What of a fit a checkpoint holds, and how a fit goes on from it.
+
+Owns `snapshot` and `restore`. Next: `checkpoints.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from pyro_bmr.errors import FitError
+from pyro_bmr.fitting.run import FitState, tensors_of
+from pyro_bmr.isolation import generator_of, seed_generator
+from pyro_bmr.networks.modes import set_training
+from pyro_bmr.tracing import Values, likelihood_of
+
+
+def snapshot(run: FitState, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
+    """All that the steps so far have changed. Order of the data and draws are functions of the seed, the epoch and the step."""
+    return {
+        "tensors": tensors_of(run.guide, run.program),
+        "flat": run.flat.state() if run.flat else None,
+        "masks": run.masks,
+        "scales": run.empirical.scales,
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict() if scheduler else None,
+        "generator": generator_of(run.x.device).get_state(),
+        "log_likelihood": _log_likelihood(run),
+        "faults": run.faults.state(),
+    }
+
+
+@torch.no_grad()
+def restore(run: FitState, state: Mapping[str, Any], optimizer: Optimizer, scheduler: Any) -> None:
+    """Goes on from `state`.
+
+    Raises:
+        FitError: the program does not give the log likelihood that it gave when the state was saved.
+    """
+    run.masks, run.empirical.scales = ({name: t.to(run.x.device) for name, t in state[key].items()} for key in ("masks", "scales"))
+    if run.flat:
+        run.flat.prune(run.masks, optimizer)
+    optimizer.load_state_dict(state["optimizer"])
+    if scheduler:
+        scheduler.load_state_dict(state["scheduler"])
+    for name, tensor in tensors_of(run.guide, run.program).items():
+        tensor.copy_(state["tensors"][name])
+    if run.flat:
+        run.flat.restore(state["flat"])
+    run.faults.restore(state["faults"])
+    was, now = state["log_likelihood"], _log_likelihood(run)
+    if not math.isclose(was, now, rel_tol=1e-4, abs_tol=1e-4):
+        raise FitError(f"the program has changed: at its checkpoint the log likelihood of the first rows was {was:.6g}, now it is {now:.6g}; fit anew")
+    generator_of(run.x.device).set_state(state["generator"])
+
+
+@torch.no_grad()
+def _log_likelihood(run: FitState) -> float:
+    """That of the first rows at the posterior's point, by which a program that has changed is known."""
+    device = [run.x.device] if run.x.device.type == "cuda" else []
+    point = run.posterior().point()
+    with torch.random.fork_rng(device):
+        seed_generator(run.x.device, 0)
+        set_training(run.program, False)
+        run.whole.rows = len(run.few[0])
+        with Values(point) as seen:
+            run.scaled(*run.few)
+        set_training(run.program, True)
+    return float(likelihood_of(seen))

@@ -1,0 +1,35 @@
+"""A batch of rows counted as the whole data: the plate's N for programs of any make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+
+from pyro_bmr.errors import ModelError
+
+
+class WholeData(Messenger):
+    """Scales the observed sites of a batch of `rows` rows up to the N = `size` rows of the data, unless their plate already does."""
+
+    def __init__(self, size: int, rows: int) -> None:
+        super().__init__()
+        self.size, self.rows = size, rows
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] or msg["infer"].get("_deterministic"):
+            return
+        rows = self.rows
+        frames = [f for f in msg["cond_indep_stack"] if f.vectorized]
+        plate = next((f for f in frames if f.size == rows), None)
+        if plate is None and frames:
+            sizes = ", ".join(f"'{f.name}' of {f.size}" for f in frames)
+            raise ModelError(
+                f"observed site '{msg['name']}': it stands in plate {sizes}, none with the {rows} rows of the batch; put it in pyro.plate(\"data\", len(x))"
+            )
+        counted = rows if plate is None or plate.full_size is None else plate.full_size
+        if counted not in (rows, self.size):
+            name = plate.name if plate else ""
+            raise ModelError(f"observed site '{msg['name']}': its plate '{name}' has {counted} rows, the data have {self.size}; give it the size of the data")
+        if counted != self.size:
+            msg["scale"] = msg["scale"] * (self.size / rows)

@@ -1,0 +1,128 @@
+"""The file of a posterior: safetensors, with what is no tensor as JSON in its metadata. Nothing is pickled or unpickled.
+
+Owns `write_posterior` and `read_posterior`. Next: `posterior.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pyro_bmr import priors
+from pyro_bmr.errors import ModelError
+from pyro_bmr.files import reading, write_atomically
+from pyro_bmr.formulas.gaussian import Dense, Diagonal, Message
+from pyro_bmr.formulas.low_rank import LowRank
+from pyro_bmr.formulas.matrix_normal import MatrixNormal
+from pyro_bmr.guides.mean_field import SUPPORTS
+from pyro_bmr.posteriors.site import Site
+
+_FORMAT = "pyro_bmr posterior 1"
+_PRIORS: dict[str, Any] = {kind.__name__: kind for kind in vars(priors).values() if is_dataclass(kind) and isinstance(kind, type)}
+_JOINTS: dict[str | None, Any] = {structure.__name__: structure for structure in (Dense, LowRank, MatrixNormal)}
+
+
+def write_posterior(path: Path, sites: Mapping[str, Site], temperature: float, rows: int | None) -> None:
+    """Writes the sites of a posterior, its temperature and its rows, so that `path` is whole or as it was."""
+    tensors: dict[str, Tensor] = {}
+    about = {}
+    for name, site in sites.items():
+        parts = {
+            "mean": site.mean,
+            "var": site.var,
+            "mask": site.mask,
+            "prior_mean": site.prior.mean if site.prior else None,
+            "prior_var": site.prior.var if site.prior else None,
+            **{f"joint_{part.name}": getattr(site.joint, part.name) for part in (fields(site.joint) if site.joint else ())},
+            **({f"message_{part}": value for part, value in site.message._asdict().items()} if site.message else {}),
+        }
+        tensors |= {f"{name}/{part}": t.contiguous().clone() for part, t in parts.items() if t is not None}
+        known = type(site.declared) in vars(priors).values()
+        values = dict(vars(site.declared)) if known else {}
+        tensors |= {f"{name}/declared_{key}": t.contiguous().clone() for key, t in values.items() if isinstance(t, Tensor)}
+        declared = {"type": type(site.declared).__name__, **{k: v for k, v in values.items() if not isinstance(v, Tensor)}} if known else None
+        joint = type(site.joint).__name__ if site.joint else None
+        about[name] = {
+            "support": site.support,
+            "given": site.given,
+            "declared": declared,
+            "joint": joint,
+            "multiplies": site.multiplies,
+            "of_rows": site.of_rows,
+        }
+    metadata = {"format": _FORMAT, "posterior": json.dumps({"sites": about, "temperature": temperature, "rows": rows})}
+    write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
+
+
+def read_posterior(path: Path) -> tuple[dict[str, Site], float, int | None]:
+    """The sites, the temperature and the rows that `write_posterior` wrote.
+
+    Raises:
+        ModelError: the file is not one, or is damaged.
+    """
+    mend = "give a file that Posterior.save wrote"
+    parts: dict[str, dict[str, Tensor]] = {}  # site → its tensors; nobody looks through those of all sites for one
+    with reading(f"{path}: not a readable safetensors file", ModelError, mend):
+        opened: AbstractContextManager[Any] = safe_open(path, framework="pt")
+        with opened as file:
+            metadata = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                name, _, part = key.rpartition("/")
+                parts.setdefault(name, {})[part] = file.get_tensor(key)
+    if metadata.get("format") != _FORMAT:
+        raise ModelError(f"{path}: not a saved posterior (format {metadata.get('format')!r}, expected {_FORMAT!r}); {mend}")
+    with reading(f"{path}: a damaged posterior", ModelError, mend):
+        about = json.loads(metadata["posterior"])
+        made: dict[tuple[str, str], Any] = {}
+        sites = {name: _site_of_file(name, entry, parts[name], made) for name, entry in about["sites"].items()}
+        temperature, rows = about["temperature"], about.get("rows")
+        if not sites or not isinstance(temperature, (int, float)):
+            raise ValueError("no sites, or no temperature")
+    return sites, temperature, rows
+
+
+def _site_of_file(name: str, entry: Mapping[str, Any], part: Mapping[str, Any], made: dict[tuple[str, str], Any]) -> Site:
+    """The site that `write_posterior` described by `entry`, from its tensors by name; raises unless they fit each other. `made`: the declared priors so far."""
+    tensors = {key.removeprefix("declared_"): t for key, t in part.items() if key.startswith("declared_")}
+    key = (repr(entry["declared"]), name if tensors else "")  # priors of numbers alone are the same object at all sites
+    if key not in made:
+        values = {**(entry["declared"] or {}), **tensors}
+        made[key] = _PRIORS[values.pop("type")](**values) if values else None
+    declared = made[key]
+    prior = Diagonal(part["prior_mean"], part["prior_var"]) if "prior_var" in part else None
+    structure = _JOINTS.get(entry.get("joint"))
+    joint = structure and structure(**{f.name: part[f"joint_{f.name}"] for f in fields(structure)})
+    message = Message(*(part[f"message_{field}"] for field in Message._fields)) if "message_h" in part else None
+    mean, var, mask = part["mean"], part["var"], part.get("mask")
+    given = [mean, var, *((part["prior_mean"], part["prior_var"]) if prior else ()), *(message or ())]
+    if var.shape != mean.shape or not all(t.is_floating_point() and _broadcasts(t, mean) for t in given):
+        raise ValueError(f"site '{name}': its moments are not floating numbers of one shape")
+    if mask is not None and (mask.shape != mean.shape or mask.dtype != torch.bool):
+        raise ValueError(f"site '{name}': its mask is not bool of the shape of its mean")
+    if joint is not None and (joint.mean.numel() != mean.numel() or not _fits(joint)):
+        raise ValueError(f"site '{name}': its covariance does not fit its mean")
+    multiplies, of_rows = entry.get("multiplies", []), entry.get("of_rows")
+    texts = (*entry["given"], *multiplies, *([] if of_rows is None else [of_rows]))
+    if entry["support"] not in SUPPORTS or not all(isinstance(other, str) for other in texts):
+        raise ValueError(f"site '{name}': support {entry['support']!r}, given {entry['given']!r}")
+    return Site(mean, var, prior, declared, entry["support"], mask, tuple(entry["given"]), joint, message, tuple(multiplies), of_rows)
+
+
+def _broadcasts(value: Tensor, to: Tensor) -> bool:
+    return value.shape == to.shape or torch.broadcast_shapes(value.shape, to.shape) == to.shape
+
+
+def _fits(joint: Dense | LowRank | MatrixNormal) -> bool:
+    d = joint.mean.shape
+    if isinstance(joint, MatrixNormal):
+        return len(d) == 2 and joint.row_cov.shape == (d[0], d[0]) and joint.col_cov.shape == (d[1], d[1])
+    return len(d) == 1 and (joint.cov.shape == (*d, *d) if isinstance(joint, Dense) else joint.var.shape == d and joint.factor.shape[:-1] == d)

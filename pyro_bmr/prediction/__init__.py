@@ -1,0 +1,1 @@
+"""What a posterior predicts, and what the prediction is worth: draws, calibration, scores."""

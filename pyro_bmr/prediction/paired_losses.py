@@ -1,0 +1,84 @@
+"""Whether a reduction costs accuracy on rows at hand: the loss of each row before and after it, held against each other.
+
+Owns `paired_loss`. Next: `fitting/elbo.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyro_bmr.checks import check_tensor
+from pyro_bmr.errors import DataError
+from pyro_bmr.prediction.predictive import ClassPrediction, MixturePrediction, Prediction, RealPrediction
+
+_ERRORS = 2.0  # standard errors
+
+
+class PairedLoss(NamedTuple):
+    """`before`, `after`: the mean loss; `rise`: their difference, with the `standard_error` of the mean of the rows' differences (NaN for one row);
+    `rows`: how many; `measure`: "error rate", "squared error" or "negative log likelihood"."""
+
+    before: float
+    after: float
+    rise: float
+    standard_error: float
+    rows: int
+    measure: str
+
+    @property
+    def worse(self) -> bool:
+        """Whether the loss rises by more than two standard errors."""
+        return self.rise > _ERRORS * self.standard_error
+
+    def caution(self) -> str | None:
+        """What to say if it does, else None."""
+        if not self.worse:
+            return None
+        return (
+            f"the {self.measure} rises from {self.before:.4g} to {self.after:.4g} on {self.rows:,} rows, by {self.rise:.2g} ± {self.standard_error:.2g} per "
+            "row, more than two standard errors. Prune less (kept=, threshold=), in rounds during the fit (Every), or fit the reduced model (refit)"
+        )
+
+
+def paired_loss(before: Prediction, after: Prediction, y: Tensor) -> PairedLoss:
+    r"""How much more is lost per row after a reduction than before, of the same rows: of classes the errors, of Normals the squared errors, of other
+    distributions the negative log likelihood.
+
+    .. math:: d_i = \ell_i^{\text{after}} - \ell_i^{\text{before}}, \qquad \bar d = \tfrac1n \sum_i d_i, \qquad
+        \mathrm{se}^2 = \frac{1}{n(n-1)} \sum_i (d_i - \bar d)^2
+
+    The rows that both predict equally well cancel, so the standard error is smaller than those of two losses apart (McNemar 1947 for classes).
+
+    Raises:
+        DataError: the predictions are not of the rows of `y`, not of one kind, or are NaN.
+
+    Example:
+        >>> before, after = (predict(fit.program, posterior, x) for posterior in (fit.posterior, reduction.posterior))
+        >>> paired_loss(before, after, y).rise
+    """
+    if type(before) is not type(after) or type(before) not in _MEASURES:
+        raise DataError(f"paired_loss: expected two predictions of one kind, as predict gives them, got {type(before).__name__} and {type(after).__name__}")
+    first, second = (_losses(prediction, y) for prediction in (before, after))
+    difference = second - first
+    error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
+    return PairedLoss(float(first.mean()), float(second.mean()), float(difference.mean()), error, len(difference), _MEASURES[type(before)])
+
+
+_MEASURES = {ClassPrediction: "error rate", RealPrediction: "squared error", MixturePrediction: "negative log likelihood"}
+
+
+def _losses(prediction: Prediction, y: Tensor) -> Tensor:
+    """One number per row, (n,), float64."""
+    check_tensor(y, "y")
+    log_p = prediction.log_prob(y)  # with its checks
+    if isinstance(prediction, ClassPrediction):
+        each = (prediction.probs.argmax(-1) != y.to(prediction.probs.device)).double()
+    elif isinstance(prediction, RealPrediction):
+        each = (prediction.mean.double() - y.to(prediction.locs.device).double()).square()
+    else:
+        each = -log_p.double()
+    if len(each) == 0 or bool(each.isnan().any()):
+        raise DataError(f"paired_loss: expected at least one row, and no NaN, got {len(each)} rows and {int(each.isnan().sum())} NaN")
+    return each.reshape(len(each), -1).mean(1)

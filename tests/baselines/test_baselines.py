@@ -1,0 +1,79 @@
+"""The baselines of a study: what defines each of them, in numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_bmr as bmr
+from pyro_bmr.baselines.magnitude import Pruning
+from pyro_bmr.baselines.variational_dropout import log_uniform_kl
+from pyro_bmr.experiments.methods import METHODS, method_named
+from pyro_bmr.experiments.models import load_model
+
+DATA = bmr.load("digits")
+BUILD = load_model("mlp:12")
+TOTAL = 65 * 12 + 13 * 10
+
+
+def trained(name, **options):
+    return method_named(name)(BUILD, DATA, 3, {"epochs": 5, "learning_rate": 2e-2, **options}, False)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "rewinding", "snr", "sparse-variational-dropout"])
+def test_the_fraction_kept_is_that_of_all_parameters(name):
+    result = trained(name, kept=0.23)
+    assert sum(int(w.count_nonzero()) for w in result.weights.values()) == pytest.approx(0.23 * TOTAL, abs=1)
+    assert sum(p.numel() for p in result.network.parameters()) == TOTAL
+    with torch.no_grad():
+        assert result.network(DATA.x_test).shape == (len(DATA.x_test), 10) and bmr.metrics.accuracy(result.predict(DATA.x_test).probs, DATA.y_test) > 0.3
+
+
+def test_pruning_takes_the_smallest_and_never_gives_back():
+    weights = [torch.nn.Parameter(torch.tensor([0.5, -3.0, 0.1])), torch.nn.Parameter(torch.tensor([[2.0, -0.2]]))]
+    pruning = Pruning(weights)
+    pruning.prune(0.6)
+    assert [w.tolist() for w in weights] == [[0.5, -3.0, 0.0], [[2.0, 0.0]]]
+    weights[1].data[0, 1] = 9.0  # as a step of Adam would
+    pruning.prune(0.4)
+    assert [w.tolist() for w in weights] == [[0.0, -3.0, 0.0], [[2.0, 0.0]]]
+
+
+def test_pruning_meets_its_size_among_equal_weights():
+    weights = [torch.nn.Parameter(torch.tensor([1.0, 2.0, 1.0, 1.0])), torch.nn.Parameter(torch.tensor([[1.0, -1.0]]))]
+    Pruning(weights).prune(0.5)
+    assert [w.tolist() for w in weights] == [[0.0, 2.0, 0.0, 0.0], [[1.0, -1.0]]]
+
+
+def test_an_ensemble_is_the_mean_of_its_members():
+    result = trained("ensemble", members=2)
+    with torch.no_grad():
+        members = torch.stack([net(DATA.x_test).softmax(1) for net in result.network.members])
+    torch.testing.assert_close(result.predict(DATA.x_test).probs, members.mean(0))
+    assert (members[0] - members[1]).abs().max() > 0.1
+
+
+def test_dropout_averages_over_masks_and_leaves_a_plain_network():
+    result = trained("dropout", dropout=0.4, draws=300)
+    with torch.no_grad():
+        plain = result.network(DATA.x_test).softmax(1)
+    probs = result.predict(DATA.x_test).probs
+    assert (probs - plain).abs().max() > 0.02 and (probs - plain).abs().mean() < 0.1
+    assert not any("ropout" in type(m).__name__ for m in result.network.modules())
+
+
+def test_the_divergence_from_the_log_uniform_prior():
+    """KL = E log|1 + √α z| − ½ log α + (γ + log 2)/2, which vanishes as α grows, by quadrature; the fit of Molchanov et al. 2017 is within 0.05 nats."""
+    z = np.linspace(-9, 9, 2_000_001)
+    density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi) * (z[1] - z[0])
+    for log_alpha in (-4.0, -1.3, 0.2, 1.7, 4.0):
+        mean = (density * np.log(np.abs(1 + np.exp(0.5 * log_alpha) * z) + 1e-300)).sum()
+        exact = mean - 0.5 * log_alpha + (np.euler_gamma + np.log(2)) / 2
+        assert float(log_uniform_kl(torch.tensor([log_alpha], dtype=torch.float64)).sum()) == pytest.approx(exact, abs=0.05)
+
+
+def test_unknown_options_and_methods_are_named():
+    for name in METHODS:
+        with pytest.raises(bmr.ModelError, match=f"^{name}: no option epocs; the options are: .*epochs"):
+            method_named(name)(BUILD, DATA, 0, {"epocs": 3}, False)
+    with pytest.raises(bmr.ModelError, match="no method 'pruning'; the methods are: point, "):
+        method_named("pruning")
