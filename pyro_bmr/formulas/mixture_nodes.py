@@ -168,8 +168,9 @@ def warn_of_end(beyond: int, of: int, what: str, widest: float) -> None:
         )
 
 
-def terms_that_count(log_term: Callable[[int], Tensor], nodes: int, count: int, like: Tensor) -> Tensor:
+def terms_that_count(log_terms: Callable[[Tensor], Tensor], nodes: int, count: int, like: Tensor) -> Tensor:
     """Log terms, (nodes, count), of all nodes that some column needs, −∞ elsewhere: of every 512th node first, then of more of them near the best.
+    `log_terms` gives those of some nodes, (some, count), for weights of the shape of `like`.
 
     Between nodes that resolve a peak a log term bends by 0.02 s² over s steps or so, and what lies more than 36 nats below the best has no share.
     """
@@ -179,8 +180,9 @@ def terms_that_count(log_term: Callable[[int], Tensor], nodes: int, count: int, 
         if nodes < 16 * stride and stride > 1:
             continue
         at = np.unique(np.append(np.arange(0, nodes, stride), nodes - 1))
-        for k in at[wanted[at] & ~seen[at]].tolist():
-            terms[k] = log_term(k)
+        new = torch.from_numpy(at[wanted[at] & ~seen[at]]).to(like.device)
+        for some in new.split(max(1, _PIECE // max(like.numel(), 1))):
+            terms[some] = log_terms(some)
         seen[at] |= wanted[at]
         if stride > 1 and count:
             good = (terms[at] >= terms.amax(0) - (36 + 0.1 * stride**2)).any(1).cpu().numpy()

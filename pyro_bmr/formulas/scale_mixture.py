@@ -115,12 +115,13 @@ def grouped_reduction(data: Message, prior_var: Tensor, variances: Any, log_weig
     nodes = mixture_nodes(variances, log_weights, data, groups=index)
     half_full = 0.5 * torch.log1p(prior_var * precision)
 
-    def log_term(k: int) -> Tensor:
-        v = float(nodes.variances[k])
+    def log_terms(some: Tensor) -> Tensor:
+        v = nodes.variances[some, None]
         each = half_full - 0.5 * torch.log1p(v * precision) + _exponent(h, precision, prior_var, v)
-        return torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(0, index, each) + nodes.log_weights[k]
+        summed = torch.zeros(len(some), count, dtype=torch.float64, device=h.device)
+        return summed.index_add_(1, index, each) + nodes.log_weights[some, None]
 
-    evidence = terms_that_count(log_term, len(nodes.variances), count, h)
+    evidence = terms_that_count(log_terms, len(nodes.variances), count, h)
     delta_f = evidence.logsumexp(0)
     weights = (evidence - delta_f).exp()
     if nodes.open_end:
