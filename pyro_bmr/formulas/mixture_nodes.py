@@ -1,6 +1,6 @@
 r"""The nodes of a scale mixture Σ_k w_k N(0, v_k), as far as given weights can tell them apart.
 
-Owns `mixture_nodes`, `terms_that_count`, `sampled`, `unit_of`, and the warnings of a grid that ends too early. Imports torch and numpy only.
+Owns `mixture_nodes`, `exponent`, `terms_that_count`, `sampled`, `unit_of`, and the warnings of a grid that ends too early. Imports torch and numpy only.
 Next: `scale_mixture.py`.
 """
 
@@ -25,6 +25,7 @@ END = 1e-4  # a grid ends too early for a weight of which its widest node has mo
 _WEIGHTS_FOR_SCALE = 8192
 _WEIGHTS_PER_GROUP_FOR_SCALE = 512
 _FINITE_MIXTURE = 12  # so many nodes are what the prior is, not the grid of a continuous one
+_SUMMED = 1 << 12  # weights at once in an array of all nodes
 _GRID_GAP = 1e-3, math.log(3.0)  # between the logarithms of neighbouring variances of a grid
 
 
@@ -47,10 +48,11 @@ def mixture_nodes(variances: Any, log_weights: Any, data: Message, scale_groups:
         ReductionError: they are no mixture, or the message is not finite.
     """
     v, log_w = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (variances, log_weights))
-    if v.shape != log_w.shape or v.ndim != (1 if scale_groups is None else 2) or not bool((v >= 0).all() & v.isfinite().all() & ~log_w.isnan().any()):
+    fits = v.shape == log_w.shape and v.ndim == (1 if scale_groups is None else 2) and v.shape[-1] > 0
+    if not (fits and bool((v >= 0).all() & v.isfinite().all() & ~log_w.isnan().any())):
         ends = f"variances from {float(v.min())} to {float(v.max())}" if v.numel() else "no variances"
         raise ReductionError(f"a mixture is variances >= 0 and as many log weights; got shapes {tuple(v.shape)} and {tuple(log_w.shape)}, {ends}")
-    off = log_w.logsumexp(-1).abs() if log_w.shape[-1] else torch.tensor(math.inf)
+    off = log_w.logsumexp(-1).abs()
     if v.numel() and not float(off.max()) < 1e-5:
         raise ReductionError(f"the weights of a mixture must sum to 1; expected log weights with logsumexp 0, got one {float(off.max()):.3g} away")
     sharpest, reach = _extent(data, groups)
@@ -148,13 +150,36 @@ def unit_of(prior_var: Tensor) -> float:
     return 1.0 if not 0 < var < math.inf or 1e-8 < var < 1e8 else 2.0 ** round(math.log2(var) / 2)
 
 
+def exponent(h: Tensor, precision: Tensor, before: Tensor, after: Tensor | float) -> Tensor:
+    """½h²(v − v₀)/((1 + vL)(1 + v₀L)), the difference of the exponents of two Gaussians, with v₀ `before` and v `after`.
+
+    Of two nodes, no difference of large numbers: exponents counted from that of the prior agree in all their digits where a signal is strong.
+    """
+    return 0.5 * (h / (1 + before * precision)) * (h * (after - before) / (1 + after * precision))
+
+
 def check_end(delta_f: Tensor, data: Message, prior_var: Tensor, nodes: Nodes, row: Tensor | None) -> None:
-    """Warns of weights for which the grid ends too early: its widest node has more of them than a node in the tail of a grid may have."""
-    v, log_w = (t[-1] if row is None else t[-1][row] for t in (nodes.variances, nodes.log_weights))
-    h, precision = (t.double().masked_fill(data.precision <= 0, 0.0) for t in data)
-    full, wide = 1 + prior_var.double() * precision, 1 + v * precision
-    share = log_w + 0.5 * (full / wide).log() + 0.5 * (h / full) * (h * ((v - prior_var.double()) / wide)) - delta_f.double()
-    warn_of_end(int(((share > math.log(END)) & (precision > 0)).sum()), h.numel(), "weights", float(v.max()))
+    """Warns of weights for which the grid ends too early: its widest node has more of them than a node in the tail of a grid may have.
+
+    Its share follows from ΔF, to the rounding of ΔF. Where that leaves it open the nodes are summed again.
+    """
+    columns = [t.expand(delta_f.shape).reshape(-1).double() for t in (data.h, data.precision, prior_var, delta_f)]
+    h, precision, prior_var, gain = (t[columns[1] > 0] for t in columns)
+    rows = None if row is None else row.expand(delta_f.shape).reshape(-1)[columns[1] > 0]
+    v, log_w = (t[-1] if rows is None else t[-1][rows] for t in (nodes.variances, nodes.log_weights))
+    share = log_w + 0.5 * ((1 + prior_var * precision) / (1 + v * precision)).log() + exponent(h, precision, prior_var, v) - gain
+    rounding = 8 * torch.finfo(delta_f.dtype).eps * (1 + gain.abs())
+    beyond = share > math.log(END)
+    for k in ((share - math.log(END)).abs() <= rounding).nonzero()[:, 0].split(_SUMMED):
+        beyond[k] = _share_of_widest(h[k, None], precision[k, None], nodes, None if rows is None else rows[k]) > math.log(END)
+    warn_of_end(int(beyond.sum()), delta_f.numel(), "weights", float(nodes.variances[-1].max()))
+
+
+def _share_of_widest(h: Tensor, precision: Tensor, nodes: Nodes, row: Tensor | None) -> Tensor:
+    """The logarithm of the widest node's share of each weight, by a sum over all nodes; h and L are columns."""
+    v, log_w = (t[None] if row is None else t.mT[row] for t in (nodes.variances, nodes.log_weights))
+    terms = log_w - 0.5 * (1 + v * precision).log() + exponent(h, precision, v[:, -1:], v)
+    return terms[:, -1] - terms.logsumexp(1)
 
 
 def warn_of_end(beyond: int, of: int, what: str, widest: float) -> None:

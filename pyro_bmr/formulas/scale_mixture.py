@@ -23,7 +23,7 @@ from torch import Tensor
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas.gaussian import Message
 from pyro_bmr.formulas.line_search import line_maximum
-from pyro_bmr.formulas.mixture_nodes import END, Nodes, check_end, mixture_nodes, sampled, terms_that_count, unit_of, warn_of_end
+from pyro_bmr.formulas.mixture_nodes import END, Nodes, check_end, exponent, mixture_nodes, sampled, terms_that_count, unit_of, warn_of_end
 
 _CHUNK = 1 << 15  # weights at once: the arrays of one pass over the nodes stay in a core's cache
 _WIDEST = 1e18
@@ -110,35 +110,39 @@ def grouped_reduction(data: Message, prior_var: Tensor, variances: Any, log_weig
     """
     shape, dtype, index = data.h.shape, data.h.dtype, groups.reshape(-1)
     data = Message(*_informed(*(t.expand(shape).reshape(-1).double() for t in data)))
-    h, precision, prior_var = data.h, data.precision, prior_var.expand(shape).reshape(-1).double()
+    (h, precision), prior_var = data, prior_var.expand(shape).reshape(-1).double()
     count = int(index.max()) + 1 if index.numel() else 0
     nodes = mixture_nodes(variances, log_weights, data, groups=index)
-    half_full = 0.5 * torch.log1p(prior_var * precision)
+
+    def by_group(each: Tensor) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(0, index, each)
 
     def log_terms(some: Tensor) -> Tensor:
         v = nodes.variances[some, None]
-        each = half_full - 0.5 * torch.log1p(v * precision) + _exponent(h, precision, prior_var, v)
+        each = exponent(h, precision, nodes.variances[-1], v) - 0.5 * torch.log1p(v * precision)
         summed = torch.zeros(len(some), count, dtype=torch.float64, device=h.device)
         return summed.index_add_(1, index, each) + nodes.log_weights[some, None]
 
     evidence = terms_that_count(log_terms, len(nodes.variances), count, h)
-    delta_f = evidence.logsumexp(0)
-    weights = (evidence - delta_f).exp()
+    weights = evidence.softmax(0)
+    delta_f = evidence.logsumexp(0) + by_group(0.5 * torch.log1p(prior_var * precision) + exponent(h, precision, prior_var, nodes.variances[-1]))
     if nodes.open_end:
         warn_of_end(int((weights[-1] > END).sum()), count, "groups", float(nodes.variances[-1]))
-    kept, mean_share, square_share = (torch.zeros_like(h) for _ in range(3))
+    kept, mean_away, square_away = (torch.zeros_like(h) for _ in range(3))
+    best = nodes.variances[weights.argmax(0)][index]
+    near = 1 / (1 + best * precision)
     for k in (weights > 1e-14).any(1).nonzero().flatten().tolist() if count else ():
         p, v = weights[k][index], float(nodes.variances[k])
         shrunk = 1 / (1 + v * precision)
-        share = v * shrunk
+        away = (v - best) * shrunk * near  # v/(1 + vL), counted from the likeliest node
         kept += p * shrunk
-        mean_share += p * share
-        square_share += p * share.square()
-    size = torch.bincount(index, minlength=count)
-    kappa, taken = (torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(0, index, x) / size for x in (kept, precision * mean_share))
-    var = mean_share + h.square() * (square_share - mean_share.square()).clamp(min=0)
-    log_odds = (kappa.log() - taken.log())[index]
-    return ScaleMixtureReduction(delta_f.to(dtype), *(x.view(shape).to(dtype) for x in (log_odds, h * mean_share, var)))
+        mean_away += p * away
+        square_away += p * away.square()
+    mean_share = best * near + mean_away
+    kappa, taken = (by_group(x) / torch.bincount(index, minlength=count) for x in (kept, precision * mean_share))
+    var = mean_share + h.square() * (square_away - mean_away.square()).clamp(min=0)
+    rest = (kappa.log() - taken.log())[index], h * mean_share, var
+    return ScaleMixtureReduction(delta_f.to(dtype), *(x.view(shape).to(dtype) for x in rest))
 
 
 def best_scale(
@@ -280,20 +284,17 @@ def _by_logarithms(h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Nodes
     dtype = h.dtype
     h, precision, prior_var = (t.double()[:, None] for t in (h, precision, prior_var))
     variances, log_weights = (t.double()[None] if row is None else t.double().mT[row] for t in (nodes.variances, nodes.log_weights))
-    growth = 1 + variances * precision
-    terms = log_weights - 0.5 * growth.log() + _exponent(h, precision, prior_var, variances)
-    total = terms.logsumexp(1)
-    p = (terms - total[:, None]).exp()
-    share = (p * variances / growth).sum(1)
+    growth, widest = 1 + variances * precision, variances[:, -1:]
+    terms = log_weights - 0.5 * growth.log() + exponent(h, precision, widest, variances)
+    p = terms.softmax(1)
+    best = variances.expand_as(p).gather(1, p.argmax(1, keepdim=True))
+    away = (variances - best) / growth / (1 + best * precision)  # v/(1 + vL), counted from the likeliest node
+    mean_away = (p * away).sum(1, keepdim=True)
+    share = (best / (1 + best * precision) + mean_away)[:, 0]
     kappa, taken = (p / growth).sum(1), precision[:, 0] * share
-    var = share + h[:, 0].square() * (p * (variances / growth - share[:, None]).square()).sum(1)
-    delta_f = total + 0.5 * torch.log1p(prior_var * precision)[:, 0]
-    return tuple(t.to(dtype) for t in (delta_f, kappa.log() - taken.log(), h[:, 0] * share, var))
-
-
-def _exponent(h: Tensor, precision: Tensor, prior_var: Tensor, variance: Tensor | float) -> Tensor:
-    """½h²(v − σ₀²)/((1 + vL)(1 + σ₀²L))."""
-    return 0.5 * (h / (1 + prior_var * precision)) * (h * (variance - prior_var) / (1 + variance * precision))
+    var = share + h[:, 0].square() * (p * (away - mean_away).square()).sum(1)
+    gained = terms.logsumexp(1, True) + 0.5 * torch.log1p(prior_var * precision) + exponent(h, precision, prior_var, widest)
+    return tuple(t.to(dtype) for t in (gained[:, 0], kappa.log() - taken.log(), h[:, 0] * share, var))
 
 
 def _informed(h: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,18 +10,23 @@ Given is each weight's ΔF_i, the log of r_i = p(y | w_i = 0) / p(y | w_i in the
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError, described, holds
+from pyro_bmr.errors import PyroBMRWarning, ReductionError, described, holds
+from pyro_bmr.formulas.logit_beta import LogitBeta
 
 _QUADRATURE_NODES = 257
 _SAMPLE = 1 << 16  # weights on which the fixed point is first sought
 _PIECE = 1 << 16  # weights at once, where a whole site would leave the cache
 _PASSES = 100
+_SETTLED, _MOST_NODES = 1e-5, 1 << 15  # nats by which the integral may change when its nodes are doubled; doubled no further
+_MOST_LOG_ODDS = 250 * math.log(10)  # of the prior: π and 1 − π stay in the floats
+_FAR = 60.0  # nats: a second bulk of the integrand has less than exp(−60) of it
 _TAIL_NATS = 40.0  # the integrand is followed on each side until it has fallen by this much
 
 
@@ -134,12 +139,19 @@ def exact_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> I
     ΔF may be of any size; −∞ is a weight that is surely in the slab.
 
     Raises:
-        ReductionError: a ΔF is NaN or +∞, or `alpha` or `beta` is not a finite number > 0.
+        ReductionError: a ΔF is NaN or +∞, `alpha` or `beta` is not a finite number > 0, or they are more than 250 orders of magnitude apart.
+
+    A `PyroBMRWarning` says it if the integral has not settled when there are 32,768 nodes.
 
     Example:
         >>> exact_inclusion(tensor([1.5, -4.0, 0.3])).probability  # ΔF of three weights → how probably each is in the slab
     """
     _check_beta(alpha, beta, "exact_inclusion")
+    if not abs(math.log(alpha) - math.log(beta)) < _MOST_LOG_ODDS:
+        raise ReductionError(
+            f"exact_inclusion: expected alpha / beta between 1e-250 and 1e250, got alpha={described(alpha)}, beta={described(beta)}; a prior as sure as that "
+            "is fixed_inclusion"
+        )
     if not delta_f.is_floating_point() or bool((delta_f.isnan() | delta_f.isposinf()).any()):
         nan, infinite = int(delta_f.isnan().sum()), int(delta_f.isposinf().sum())
         raise ReductionError(
@@ -149,58 +161,73 @@ def exact_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> I
     d = delta_f.flatten().double()
     if not len(d):
         return Inclusion(delta_f.clone(), delta_f.new_zeros(()), delta_f.new_tensor(math.log(alpha / beta)))
-    drop, gain, log_odds = _integrated(d, alpha, beta)
-    for sign in (1.0, -1.0):  # a weight alone on its side, whose other choice has its probability where π has hardly any: the odds of π without it
-        order = (sign * d).topk(min(2, len(d)))
-        if float(order.values[0]) > 20 and float(order.values[-1]) < 60 + 1e300 * (len(d) == 1):
-            k = int(order.indices[0])
+    drop, gain, log_odds, bulk = _integrated(d, alpha, beta)
+    for sign, edge, weight in ((1.0, max(bulk[1], 0.0), beta), (-1.0, min(bulk[0], 0.0), alpha)):
+        # a weight with few others on its side, whose other choice has its probability where π has hardly any: the odds of π without it
+        excess = (sign * (d - edge)).clamp(min=0)
+        few = excess.sum() - excess < _FAR + max(-math.log(weight), 0.0)
+        for k in ((excess > 20) & (few | (excess == excess.sum()))).nonzero()[:, 0].tolist():
             others = torch.cat([d[:k], d[k + 1 :]])
-            drop[k] = d[k] - (_integrated(others, alpha, beta)[2] if len(others) else math.log(alpha / beta))
+            drop[k] = d[k] - (_integrated(others, alpha, beta)[2] if len(others) else math.log(alpha) - math.log(beta))
     drop = drop.masked_fill(d.isneginf(), -torch.inf).view_as(delta_f)
     return Inclusion(*(t.to(delta_f.dtype) for t in (drop, gain, log_odds)))
 
 
-def _integrated(d: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+def _integrated(d: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor, tuple[float, float]]:
+    """Log odds of each spike, log evidence gain, logit E[π], and between which logit π the integrand is within a nat of its peak."""
     above, below = d.clamp(min=0), d.clamp(max=0)
-    slab, spike = (-above).exp(), below.exp()  # 1 and r, over the larger of the two
+    both = torch.stack([(-above).exp(), below.exp()])  # 1 and r, over the larger of the two
+    rows = max(_PIECE // len(d), 1)  # nodes at once
+    prior = LogitBeta.of(alpha, beta)
 
-    def log_integrand(t: Tensor) -> Tensor:
-        pi, rest = torch.sigmoid(t).tolist(), torch.sigmoid(-t).tolist()
-        terms = torch.stack([torch.add(slab * p, spike, alpha=q).log_().sum() for p, q in zip(pi, rest, strict=True)])
-        return terms - alpha * torch.nn.functional.softplus(-t) - beta * torch.nn.functional.softplus(t)  # the Jacobian π(1 − π) is in the exponents
+    def log_integrand(away: Tensor) -> Tensor:
+        t = prior.peak + away
+        terms = torch.cat([(part @ both).log_().sum(1) for part in torch.stack([t.sigmoid(), (-t).sigmoid()], 1).split(rows)])
+        return terms + prior.log_ratio(away)
 
-    bend = math.log(alpha + beta + len(d))  # within it the integrand bends for π, and further out at each ΔF, until it has fallen by exp(−80)
-    low = max(min(float(d.min()), -bend), -bend - 2 * _TAIL_NATS) - _TAIL_NATS
-    high = min(max(float(d.max()), bend), bend + 2 * _TAIL_NATS) + _TAIL_NATS
-    nodes, terms, tails = _trapezoid(log_integrand, low, high, alpha, beta, d)
+    bend = math.log(max(prior.alpha, prior.beta, len(d))) + math.log(3)  # within it the integrand bends for π, and further out at each ΔF,
+    fallen = [2 * _TAIL_NATS + max(-math.log(x), 0.0) for x in (prior.alpha, prior.beta)]  # until all that is beyond has fallen by exp(−80)
+    low = max(min(float(d.min()), -bend), -bend - fallen[0]) - _TAIL_NATS
+    high = min(max(float(d.max()), bend), bend + fallen[1]) + _TAIL_NATS
+    away, terms, tails = _trapezoid(log_integrand, low - prior.peak, high - prior.peak, prior, d)
+    nodes = prior.peak + away
     log_mass = torch.cat([terms, tails]).logsumexp(0)
     left, right = tails - log_mass
-    weights = (terms - log_mass).exp().tolist()
+    weights, odds = (terms - log_mass).exp(), nodes.exp()
+    held = (weights > 0) & (odds > 0) & (1 / odds > 0) & (1 / odds < math.inf)
     inside, outside = torch.zeros_like(d), torch.zeros_like(d)  # over the larger of 1 and r, and of 1 and 1/r
-    for odds, weight in zip(nodes.exp().tolist(), weights, strict=True):
-        if weight > 0 < odds < math.inf:
-            inside += torch.add(slab, spike, alpha=1 / odds).reciprocal_().mul_(weight)
-            outside += torch.add(spike, slab, alpha=odds).reciprocal_().mul_(weight)
+    for w, o in zip(weights[held].split(rows), odds[held, None].split(rows), strict=True):
+        inside += w @ torch.addcmul(both[0], both[1], 1 / o).reciprocal_()
+        outside += w @ torch.addcmul(both[1], both[0], o).reciprocal_()
     drop = d + torch.logaddexp(outside.log(), left - below) - torch.logaddexp(inside.log(), right + above)
     included = torch.cat([terms - torch.nn.functional.softplus(-nodes), tails[1:]]).logsumexp(0)
     excluded = torch.cat([terms - torch.nn.functional.softplus(nodes), tails[:1]]).logsumexp(0)
-    return drop, above.sum() + log_mass - _log_beta(alpha, beta), included - excluded
+    bulk = nodes[terms >= terms.max() - 1]
+    return drop, above.sum() + (log_mass - prior.log_width), included - excluded, (float(bulk[0]), float(bulk[-1]))
 
 
-def _trapezoid(log_integrand: Callable[[Tensor], Tensor], low: float, high: float, alpha: float, beta: float, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _trapezoid(log_integrand: Callable[[Tensor], Tensor], low: float, high: float, prior: LogitBeta, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Nodes, log terms of the trapezoid rule at them, and the logs of what it has on the left and right of them; halved until the integral settles."""
-    first, last = _support(log_integrand, low, high, like)
+    first, last = _support(log_integrand, low, high, [_TAIL_NATS + max(-math.log(x), 0.0) for x in (prior.alpha, prior.beta)], like)
     count = max(_QUADRATURE_NODES // 2, math.ceil(last - first))  # steps, at most ½ wide when halved once
     nodes = torch.linspace(first, last, count + 1, dtype=like.dtype, device=like.device)
     values, before = log_integrand(nodes), math.nan
     while True:
         step = (last - first) / (len(nodes) - 1)
         open_ends = torch.tensor([first == low, last == high], device=like.device)
-        rest = torch.stack([values[0] - _log_expm1(alpha * step), values[-1] - _log_expm1(beta * step)])
+        rest = torch.stack([values[0] - _log_expm1(prior.alpha * step), values[-1] - _log_expm1(prior.beta * step)])
         tails = rest.masked_fill(~open_ends, -torch.inf) + math.log(step)
         terms = values + math.log(step)
         total = float(torch.cat([terms, tails]).logsumexp(0))
-        if abs(total - before) < 1e-5 or len(nodes) > 1 << 15:
+        if abs(total - before) < _SETTLED:
+            return nodes, terms, tails
+        if len(nodes) > _MOST_NODES:
+            warnings.warn(
+                f"exact_inclusion: after {len(nodes):,} nodes the log evidence gain still changes by {abs(total - before):.3g} nats, where {_SETTLED:g} are "
+                "wanted; it and the odds are off by about as much; take mean_field_log_odds, or a wider Beta prior",
+                PyroBMRWarning,
+                stacklevel=4,
+            )
             return nodes, terms, tails
         before = total
         between = (nodes[1:] + nodes[:-1]) / 2
@@ -211,16 +238,20 @@ def _trapezoid(log_integrand: Callable[[Tensor], Tensor], low: float, high: floa
 
 
 def _log_expm1(x: float) -> float:
-    return x + math.log(-math.expm1(-x))
+    return x + math.log(max(-math.expm1(-x), 5e-324))
 
 
-def _support(log_integrand: Callable[[Tensor], Tensor], low: float, high: float, like: Tensor) -> tuple[float, float]:
-    """The part of low … high where the integrand is within exp(−40) of its peak, however narrow that is."""
-    for _ in range(24):
+def _support(log_integrand: Callable[[Tensor], Tensor], low: float, high: float, depths: list[float], like: Tensor) -> tuple[float, float]:
+    """The part of low … high where the integrand is within exp(−depth) of its peak, on the left and on the right of it, however narrow that is.
+
+    It has one peak, as it is log-concave in π. `depths`: what is beyond an end may have 1/α or 1/β times the mass of a node.
+    """
+    for _ in range(60):
         nodes = torch.linspace(low, high, 65, dtype=like.dtype, device=like.device)
         values = log_integrand(nodes)
-        inside = (values > values.max() - _TAIL_NATS).nonzero().flatten()
-        first, last = max(int(inside[0]) - 1, 0), min(int(inside[-1]) + 1, 64)
+        top = int(values.argmax())
+        left, right = (values >= values[top] - depth for depth in depths)
+        first, last = max(int(left.nonzero()[0]) - 1, 0), min(int(right.nonzero()[-1]) + 1, 64)
         low, high = float(nodes[first]), float(nodes[last])
         if last - first > 32:
             break

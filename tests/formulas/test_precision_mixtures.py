@@ -3,18 +3,19 @@
 import math
 from pathlib import Path
 
-import mpmath as mp
 import numpy as np
 import pytest
 import torch
 
 import pyro_bmr as bmr
+from pyro_bmr.formulas import spike_and_slab
 from pyro_bmr.formulas.gaussian import Diagonal, Message
 from pyro_bmr.formulas.laplace import laplace_reduction
 from pyro_bmr.formulas.scale_mixture import grouped_reduction, scale_mixture_reduction
 from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.reduction.rules import site_reduction
+from tests.reference import inclusion
 from tests.reference import mixtures as reference
 
 TABLES = np.load(Path(reference.__file__).with_suffix(".npz"))
@@ -137,32 +138,39 @@ def test_many_weights_of_one_scale_need_close_nodes(prior):
         )
 
 
-def by_polynomials(d, alpha, beta):
-    """Gain, log odds of each spike and logit E[π], exactly: ∏(π + (1 − π) rᵢ) is a sum of Beta integrals, with mpmath at 50 digits."""
-    with mp.workdps(50):
-        r, alpha, beta = [mp.exp(x) for x in d], mp.mpf(alpha), mp.mpf(beta)
-
-        def integral(factors, k, m):
-            poly = [mp.mpf(1)]
-            for x in factors:
-                poly = [a + b for a, b in zip([p * x for p in poly] + [0], [0, *poly], strict=True)]
-            n = len(factors)
-            return sum(c * mp.beta(alpha + j + k, beta + n - j + m) for j, c in enumerate(poly))
-
-        drops = [mp.log(x * integral(r[:i] + r[i + 1 :], 0, 1) / integral(r[:i] + r[i + 1 :], 1, 0)) for i, x in enumerate(r)]
-        return [float(x) for x in (mp.log(integral(r, 0, 0) / mp.beta(alpha, beta)), *drops, mp.log(integral(r, 1, 0) / integral(r, 0, 1)))]
+INCLUSION = np.load(Path(inclusion.__file__).with_suffix(".npz"))["inclusion"]
 
 
+@pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inclusion_of_any_evidence(dtype):
-    rng = np.random.default_rng(5 + (dtype == torch.float32))
-    for _ in range(20):
-        d = (rng.choice([0.1, 3.0, 40.0, 1e3, 1e6]) * rng.normal(size=rng.integers(1, 6))).astype(np.float32).tolist()
-        alpha, beta = 10 ** rng.uniform(-6, 6, 2)
+def test_inclusion_of_any_evidence(dtype, part):
+    """2,000 problems, also with Beta priors of 10^±200."""
+    within = 1e-8 if dtype == torch.float64 else 1e-6
+    for alpha, beta, gain, log_odds, *rest in INCLUSION[part::4].tolist():
+        d, drops = (np.array(half)[~np.isnan(half)] for half in (rest[: inclusion.MOST], rest[inclusion.MOST :]))
         got = exact_inclusion(torch.tensor(d, dtype=dtype), alpha, beta)
-        have = [got.log_evidence_gain.item(), *got.drop.tolist(), got.log_odds.item()]
-        tolerance = 1e-8 if dtype == torch.float64 else 1e-6
-        np.testing.assert_allclose(have, by_polynomials(d, alpha, beta), rtol=tolerance, atol=tolerance)
+        have = [got.log_evidence_gain.item(), got.log_odds.item(), *got.drop.tolist()]
+        np.testing.assert_allclose(have, [gain, log_odds, *drops], rtol=within, atol=within, err_msg=f"{d}, {alpha}, {beta}")
+
+
+def test_the_table_of_inclusion_is_that_of_mpmath():
+    for k in np.random.default_rng(2).choice(inclusion.PROBLEMS, 40, replace=False).tolist():
+        (d, alpha, beta), row = inclusion.problem(k), INCLUSION[k]
+        row = row[~np.isnan(row)]
+        np.testing.assert_allclose([alpha, beta, *d], [*row[:2], *row[4 : 4 + len(d)]], rtol=0)
+        np.testing.assert_allclose(inclusion.inclusion(d, alpha, beta), [*row[2:4], *row[4 + len(d) :]], rtol=1e-14)
+
+
+def test_an_integral_that_does_not_settle_says_so(monkeypatch):
+    monkeypatch.setattr(spike_and_slab, "_MOST_NODES", 20)
+    monkeypatch.setattr(spike_and_slab, "_QUADRATURE_NODES", 5)
+    delta_f = torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64).repeat(40)
+    with pytest.warns(bmr.PyroBMRWarning, match=r"after \d+ nodes the log evidence gain still changes by [\d.e-]+ nats, where 1e-05") as caught:
+        got = exact_inclusion(delta_f, 2.0, 3.0)
+    said = float(str(caught[0].message).partition("changes by ")[2].split()[0])
+    monkeypatch.undo()
+    off = abs(got.log_evidence_gain - exact_inclusion(delta_f, 2.0, 3.0).log_evidence_gain).item()
+    assert said > 1e-5 and off < said and len(caught) == 1 and caught[0].filename == __file__
 
 
 def test_inclusion_at_the_ends():
@@ -176,3 +184,5 @@ def test_inclusion_at_the_ends():
             exact_inclusion(torch.tensor([wrong, 1.0]))
     with pytest.raises(bmr.ReductionError, match="finite alpha, beta > 0"):
         exact_inclusion(torch.zeros(2), alpha=math.inf)
+    with pytest.raises(bmr.ReductionError, match="alpha / beta between 1e-250 and 1e250, got alpha=1e-200, beta=1e\\+60"):
+        exact_inclusion(torch.zeros(2), 1e-200, 1e60)

@@ -1,15 +1,19 @@
 """Scale mixtures: the one-weight horseshoe against Simpson's rule over the local scale, others against quadrature over the weight, groups, extremes."""
 
+import warnings
+
+import mpmath as mp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
 import pyro_bmr as bmr
 from pyro_bmr.formulas.gaussian import Diagonal, Message, message
 from pyro_bmr.formulas.scale_mixture import best_scale, grouped_reduction, scale_mixture_reduction
+from tests.reference import mixtures
 
 PRIOR_VAR = 1.5
 HORSESHOE = bmr.Horseshoe(slab_scale=None)
@@ -221,7 +225,20 @@ def test_single_precision_is_double_precision():
 extreme = st.floats(-15, 15).map(lambda x: 10.0**x)
 
 
+def share_beyond(data, variances, log_weights):
+    """Of each weight, how likely it comes from the widest node."""
+    with mp.workdps(30):
+        nodes = [(mp.mpf(v), mp.exp(w)) for v, w in zip(variances.tolist(), log_weights.tolist(), strict=True)]
+        for h, precision in zip(*(t.double().tolist() for t in data), strict=True):
+            if precision > 0:
+                h, precision = mp.mpf(h), mp.mpf(precision)
+                terms = [w * mp.sqrt(x) * mp.exp(-(h**2) * x / (2 * precision)) for x, w in ((1 / (1 + v * precision), w) for v, w in nodes)]
+                yield float(terms[-1] / sum(terms))
+
+
 @settings(max_examples=25, deadline=None)
+@example(torch.float32, [(1e14, 1.0, False)], 10.0, 0.1, False)  # far out, and far from the end
+@example(torch.float64, [(1e15, 1e-3, False), (1.0, 1.0, True)], 10.0, 1e-9, False)  # beyond it
 @given(
     st.sampled_from([torch.float32, torch.float64]),
     st.lists(st.tuples(extreme, extreme, st.booleans()), min_size=1, max_size=5),
@@ -230,19 +247,51 @@ extreme = st.floats(-15, 15).map(lambda x: 10.0**x)
     st.booleans(),
 )
 def test_no_weight_is_nan(dtype, cases, prior_var, tau, slab):
-    """Posteriors, priors and scales over thirty orders of magnitude: κ in [0, 1], variances not negative, nothing NaN."""
+    """Posteriors, priors and scales over thirty orders of magnitude: κ in [0, 1], variances not negative, nothing NaN.
+
+    A warning comes if the widest node of a grid without a slab has more than 10⁻⁴ of a weight, and only then.
+    """
     mean = torch.tensor([m if sign else -m for m, _, sign in cases], dtype=dtype)
     var = torch.tensor([v for _, v, _ in cases], dtype=dtype)
     data = message(Diagonal(mean, var), Diagonal(torch.zeros_like(mean), torch.full_like(mean, prior_var)))
-    got = scale_mixture_reduction(data, torch.full_like(mean, prior_var), *bmr.Horseshoe(slab_scale=2.0 if slab else None).mixture(tau))
+    nodes = bmr.Horseshoe(slab_scale=2.0 if slab else None).mixture(tau)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = scale_mixture_reduction(data, torch.full_like(mean, prior_var), *nodes)
     assert not any(t.isnan().any() for t in got) and ((got.kappa >= 0) & (got.kappa <= 1) & (got.var >= 0)).all()
     assert all(t.dtype == dtype and t.shape == mean.shape for t in got)
+    shares = [] if slab else list(share_beyond(data, *nodes))
+    said = [int(str(w.message).partition(" of ")[0]) for w in caught]
+    assert all("lie where the mixture ends" in str(w.message) for w in caught) and len(said) <= 1
+    assert sum(share > 1.01e-4 for share in shares) <= sum(said) <= sum(share > 0.99e-4 for share in shares)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("slab", [None, 0.8])
+def test_signals_of_any_strength(dtype, slab):
+    """The exponents of all wide nodes agree in sixteen digits or more; which of them a weight comes from is in the others."""
+    m = 10 ** np.linspace(-3, 14, 20)
+    rows = np.stack([0.9 * m, np.full(20, 0.9), np.full(20, 10.0)], 1).astype(np.float32).astype(np.float64)
+    nodes = bmr.Horseshoe(slab_scale=slab).mixture(0.1)
+    with mp.workdps(90):
+        exact = [(mp.mpf(v), mp.exp(w)) for v, w in zip(*map(np.ndarray.tolist, nodes), strict=True)]
+        want = np.array([[float(x) for x in mixtures.by_nodes(*row, exact)] for row in rows.tolist()])
+    data, prior_var = Message(*torch.tensor(rows.T[:2], dtype=dtype)), torch.full((20,), 10.0, dtype=dtype)
+    grouped = grouped_reduction(data, prior_var, *nodes, torch.arange(20))
+    many = scale_mixture_reduction(Message(data.h.repeat(30), data.precision.repeat(30)), prior_var.repeat(30), *nodes)
+    for got in (scale_mixture_reduction(data, prior_var, *nodes), grouped, many):
+        for k, name in enumerate(("delta_f", "log_odds", "mean", "var")):
+            within = 2e-5 if dtype == torch.float32 or (name == "var" and got is many) else 1e-8
+            np.testing.assert_allclose(getattr(got, name)[:20].double(), want[:, k], rtol=within, atol=within if k < 2 else 0, err_msg=name)
 
 
 def test_what_a_mixture_must_be():
     data, var = one_weight(0.3, 0.1)
     with pytest.raises(bmr.ReductionError, match=r"variances >= 0.*shapes \(2,\) and \(1,\)"):
         scale_mixture_reduction(data, var, [1.0, 2.0], [0.0])
+    for empty in ([], np.zeros((1, 0))):
+        with pytest.raises(bmr.ReductionError, match="no variances"):
+            scale_mixture_reduction(data, var, empty, empty, torch.zeros(1, dtype=torch.long) if len(empty) else None)
     with pytest.raises(bmr.ReductionError, match="variances from -1.0"):
         scale_mixture_reduction(data, var, [-1.0], [0.0])
     with pytest.raises(bmr.ReductionError, match="at once"):
