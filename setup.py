@@ -1,4 +1,6 @@
-"""The packages to install; the rest is in pyproject.toml, which cannot name found packages and one from another folder together."""
+"""The packages to install; the rest is in pyproject.toml, which cannot name found packages and one
+from another folder together.
+"""
 
 from setuptools import find_packages, setup
 

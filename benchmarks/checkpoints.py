@@ -1,4 +1,5 @@
-"""What checkpoints cost: the size of one, the time to write and to read it, and its part of a fit that writes one a minute.
+"""What checkpoints cost: the size of one, the time to write and to read it, and its part of a fit
+that writes one a minute.
 
 python benchmarks/checkpoints.py
 """
@@ -22,7 +23,12 @@ class Seconds:
     """The time that each call of a method takes, on the clock and on the processor."""
 
     def __init__(self, owner: type, name: str) -> None:
-        self.owner, self.name, self.plain, self.times = owner, name, getattr(owner, name), list[tuple[float, float]]()
+        self.owner, self.name, self.plain, self.times = (
+            owner,
+            name,
+            getattr(owner, name),
+            list[tuple[float, float]](),
+        )
 
         def timed(*arguments: object) -> object:
             began = time.perf_counter(), time.process_time()
@@ -43,20 +49,40 @@ def main() -> None:
     torch.set_num_threads(1)
     y = torch.arange(2000) % 10
     x = torch.randn(2000, 784, generator=torch.Generator().manual_seed(0))
-    print(f"{'weights':>10} {'MB':>8} {'write, s':>9} {'read, s':>8} {'processor, s':>13} {'part of a minute':>17}")
+    print(
+        f"{'weights':>10} {'MB':>8} {'write, s':>9} {'read, s':>8} {'processor, s':>13}"
+        f" {'part of a minute':>17}"
+    )
     for units in (100, 300, 1000, 3000):
         torch.manual_seed(0)
-        program = bmr.BayesianNetwork(nn.Sequential(nn.Linear(784, units), nn.ReLU(), nn.Linear(units, 10)), bmr.Gaussian(), bmr.Categorical())
-        seconds = {"state": Seconds(FitState, "state"), "save": Seconds(checkpoints.Journal, "save")}
+        program = bmr.BayesianNetwork(
+            nn.Sequential(nn.Linear(784, units), nn.ReLU(), nn.Linear(units, 10)),
+            bmr.Gaussian(),
+            bmr.Categorical(),
+        )
+        seconds = {
+            "state": Seconds(FitState, "state"),
+            "save": Seconds(checkpoints.Journal, "save"),
+        }
         with tempfile.TemporaryDirectory() as name:
-            bmr.fit(program, (x, y), epochs=1, batch_size=200, checkpoint=bmr.Checkpoints(name, every_steps=1), progress=False)
+            bmr.fit(
+                program,
+                (x, y),
+                epochs=1,
+                batch_size=200,
+                checkpoint=bmr.Checkpoints(name, every_steps=1),
+                progress=False,
+            )
             path = max(Path(name).iterdir())
             began = time.perf_counter()
             checkpoint_files.read(path)
             read, size = time.perf_counter() - began, path.stat().st_size
         wall, processor = (sum(each.stop(k) for each in seconds.values()) for k in (0, 1))
         weights = sum(p.numel() for p in program.parameters())
-        print(f"{weights:10,} {size / 1e6:8.1f} {wall:9.3f} {read:8.3f} {processor:13.3f} {wall / 60:17.2%}")
+        print(
+            f"{weights:10,} {size / 1e6:8.1f} {wall:9.3f} {read:8.3f} {processor:13.3f}"
+            f" {wall / 60:17.2%}"
+        )
 
 
 if __name__ == "__main__":

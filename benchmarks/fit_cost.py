@@ -1,10 +1,11 @@
-"""What a whole fit costs beside plain training: memory, epochs before and after pruning, reductions, predictions, and the time to a given NLL.
+"""What a whole fit costs beside plain training: memory, epochs before and after pruning,
+reductions, predictions, and the time to a given NLL.
 
     python benchmarks/fit_cost.py --json docs/results/fit_cost.json
     python benchmarks/fit_cost.py --only memory
 
-One thread. Seconds are those of the processor in this process; contenders take turns, medians are given. `time_to_nll` needs Fashion-MNIST; the rest takes
-random images of its size.
+One thread. Seconds are those of the processor in this process; contenders take turns, medians are
+given. `time_to_nll` needs Fashion-MNIST; the rest takes random images of its size.
 """
 
 from __future__ import annotations
@@ -60,13 +61,18 @@ MEMORY: dict[str, dict[str, Any]] = {
     "plain training, fused Adam": {},
     "fit": {"optimizer": bmr.adam()},
     "fit, natural gradient": {"optimizer": bmr.natural_gradient()},
-    "fit, antithetic": {"optimizer": bmr.adam(), "guide": lambda *a: bmr.MeanField(*a, estimator="antithetic")},
+    "fit, antithetic": {
+        "optimizer": bmr.adam(),
+        "guide": lambda *a: bmr.MeanField(*a, estimator="antithetic"),
+    },
     "fit with reductions": {"optimizer": bmr.adam(), "reduce": bmr.Every(0.25, SPIKE, kept=0.05)},
 }
 
 
 def peak_of(name: str) -> int:
-    """Bytes of this process at the peak of one epoch, the network included, above those before it."""
+    """Bytes of this process at the peak of one epoch, the network included, above those before
+    it.
+    """
     x, y = random_images(20_000)
     train_plainly(mlp(784, 10), x[:256], y[:256])  # what is loaded at the first use of anything
     bmr.fit(network(784, 10), (x[:512], y[:512]), epochs=1, progress=False)
@@ -80,20 +86,37 @@ def peak_of(name: str) -> int:
 
 
 def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     return 1024 * int(line.split()[1])
 
 
 def memory() -> dict[str, float]:
-    """Peak memory of one epoch of 784-500×4-10 over that of plain training; the median of five processes each. Linux."""
-    code = "import sys, torch; torch.set_num_threads(1); from benchmarks.fit_cost import peak_of; print(peak_of(sys.argv[1]))"
-    peaks = {name: statistics.median(int(subprocess.check_output([sys.executable, "-c", code, name], text=True)) for _ in range(5)) for name in MEMORY}
+    """Peak memory of one epoch of 784-500×4-10 over that of plain training; the median of five
+    processes each. Linux.
+    """
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from benchmarks.fit_cost import peak_of;"
+        " print(peak_of(sys.argv[1]))"
+    )
+    peaks = {
+        name: statistics.median(
+            int(subprocess.check_output([sys.executable, "-c", code, name], text=True))
+            for _ in range(5)
+        )
+        for name in MEMORY
+    }
     plain = peaks["plain training, fused Adam"]
-    return {f"{name}, MB": peak / 1e6 for name, peak in peaks.items()} | {f"{name}, over plain": peak / plain for name, peak in peaks.items()}
+    return {f"{name}, MB": peak / 1e6 for name, peak in peaks.items()} | {
+        f"{name}, over plain": peak / plain for name, peak in peaks.items()
+    }
 
 
 def epochs(rounds: int = 5) -> dict[str, float]:
-    """Processor seconds of an epoch of `fit` on 784-300-100-10 before and after 95 % of the weights were pruned."""
+    """Processor seconds of an epoch of `fit` on 784-300-100-10 before and after 95 % of the weights
+    were pruned.
+    """
     data, program = random_images(60_000), network(*SMALL)
     whole = bmr.fit(program, (data[0][:256], data[1][:256]), epochs=1, progress=False).posterior
     pruned = bmr.reduce(whole, SPIKE, kept=0.05).posterior
@@ -108,17 +131,27 @@ def epochs(rounds: int = 5) -> dict[str, float]:
 
 
 def reductions(rounds: int = 3) -> dict[str, float]:
-    """The part of a fit's time that reductions and scales take: 784-300-100-10, 60,000 images, one reduction an epoch, five epochs."""
+    """The part of a fit's time that reductions and scales take: 784-300-100-10, 60,000 images, one
+    reduction an epoch, five epochs.
+    """
     data, shares = random_images(60_000), {"evidence": [], "target": []}
     for _ in range(rounds):
         for name, kept in (("evidence", None), ("target", 0.05)):
-            fit = bmr.fit(network(*SMALL), data, epochs=5, progress=False, reduce=bmr.Every(1, SPIKE, kept=kept))
+            fit = bmr.fit(
+                network(*SMALL),
+                data,
+                epochs=5,
+                progress=False,
+                reduce=bmr.Every(1, SPIKE, kept=kept),
+            )
             shares[name].append(fit.reduction_seconds / fit.seconds)
     return {f"share of a fit, {name}": statistics.median(s) for name, s in shares.items()}
 
 
 def predictions(rounds: int = 5) -> dict[str, float]:
-    """32 draws × 10,000 inputs on 784-300-100-10 over 32 plain forward passes, of a dense and of a pruned posterior."""
+    """32 draws × 10,000 inputs on 784-300-100-10 over 32 plain forward passes, of a dense and of a
+    pruned posterior.
+    """
     (x, y), program = random_images(10_000), network(*SMALL)
     fit = bmr.fit(program, (x[:256], y[:256]), epochs=1, progress=False)
     pruned = bmr.reduce(fit.posterior, SPIKE, kept=0.05).posterior
@@ -141,16 +174,26 @@ def predictions(rounds: int = 5) -> dict[str, float]:
             run()
             times[name].append(time.process_time() - began)
     medians = {name: statistics.median(t[1:]) for name, t in times.items()}
-    return {f"{name}, s": t for name, t in medians.items()} | {f"{name}, over plain": medians[name] / medians["plain"] for name in list(contenders)[1:]}
+    return {f"{name}, s": t for name, t in medians.items()} | {
+        f"{name}, over plain": medians[name] / medians["plain"] for name in list(contenders)[1:]
+    }
 
 
 def time_to_nll(target: float = 0.42, every: int = 100, at_most: int = 3_000) -> dict[str, float]:
-    """Steps and processor seconds until the NLL of 10,000 held-out Fashion-MNIST images falls to `target`, at a constant rate; scoring is not counted.
+    """Steps and processor seconds until the NLL of 10,000 held-out Fashion-MNIST images falls to
+    `target`, at a constant rate; scoring is not counted.
 
-    784-300-100-10, batch 128, T = 1. The rate of each is the best of three on the same images, the point's included."""
+    784-300-100-10, batch 128, T = 1. The rate of each is the best of three on the same images, the
+    point's included.
+    """
     data = bmr.load("fashion-mnist")
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
-    x, y, x_val, y_val = data.x_train[order[10_000:]], data.y_train[order[10_000:]], data.x_train[order[:10_000]], data.y_train[order[:10_000]]
+    x, y, x_val, y_val = (
+        data.x_train[order[10_000:]],
+        data.y_train[order[10_000:]],
+        data.x_train[order[:10_000]],
+        data.y_train[order[:10_000]],
+    )
 
     def start() -> nn.Module:
         torch.manual_seed(0)
@@ -160,7 +203,15 @@ def time_to_nll(target: float = 0.42, every: int = 100, at_most: int = 3_000) ->
         return -float(bmr.predict(program, posterior, x_val, draws=draws).log_prob(y_val).mean())
 
     def ours(make: Any) -> tuple[Callable[[Tensor, int], None], Callable[[], float]]:
-        run = FitState(bmr.BayesianNetwork(start(), bmr.Gaussian(0.1), bmr.Categorical()), bmr.MeanField, x, y, 128, 1.0, 0)
+        run = FitState(
+            bmr.BayesianNetwork(start(), bmr.Gaussian(0.1), bmr.Categorical()),
+            bmr.MeanField,
+            x,
+            y,
+            128,
+            1.0,
+            0,
+        )
         optimizer = run.optimizer(make)
 
         def step(rows: Tensor, number: int) -> None:
@@ -188,12 +239,16 @@ def time_to_nll(target: float = 0.42, every: int = 100, at_most: int = 3_000) ->
         model = bmr.BayesianNetwork(start(), bmr.Gaussian(0.1), bmr.Categorical(size=len(x)))
         guide = AutoNormal(model, init_scale=0.01)
         svi = SVI(model, guide, pyro.optim.Adam({"lr": rate}), TraceMeanField_ELBO())
-        return lambda rows, number: svi.step(x[rows], y[rows]), lambda: nll(model, bmr.Posterior.from_guide(guide, model, x[:8], y[:8]), 8)
+        return lambda rows, number: svi.step(x[rows], y[rows]), lambda: nll(
+            model, bmr.Posterior.from_guide(guide, model, x[:8], y[:8]), 8
+        )
 
     contenders: dict[str, list[Callable[[], Any]]] = {
         "plain training": [lambda r=r: plain(r) for r in (1e-3, 2e-3, 4e-3)],
         "fit": [lambda r=r: ours(bmr.adam(r)) for r in (2e-3, 4e-3, 8e-3)],
-        "fit, natural gradient": [lambda r=r: ours(bmr.natural_gradient(r)) for r in (0.05, 0.1, 0.2)],
+        "fit, natural gradient": [
+            lambda r=r: ours(bmr.natural_gradient(r)) for r in (0.05, 0.1, 0.2)
+        ],
         "Pyro, AutoNormal, TraceMeanField_ELBO": [lambda r=r: stock(r) for r in (2e-3, 4e-3, 8e-3)],
     }
     results: dict[str, float] = {}
@@ -203,7 +258,9 @@ def time_to_nll(target: float = 0.42, every: int = 100, at_most: int = 3_000) ->
             step, score = make()
             spent, number = 0.0, 0
             while number < at_most and (best is None or spent < best[0]):
-                for rows in torch.randperm(len(x), generator=torch.Generator().manual_seed(number)).split(128)[:every]:
+                for rows in torch.randperm(
+                    len(x), generator=torch.Generator().manual_seed(number)
+                ).split(128)[:every]:
                     number += 1
                     began = time.process_time()
                     seed_generator(x.device, number)
@@ -212,7 +269,11 @@ def time_to_nll(target: float = 0.42, every: int = 100, at_most: int = 3_000) ->
                 if score() <= target:
                     best = (spent, number) if best is None or spent < best[0] else best
                     break
-        results |= {f"{name}, s": best[0], f"{name}, steps": best[1]} if best else {f"{name}, steps, more than": at_most}
+        results |= (
+            {f"{name}, s": best[0], f"{name}, steps": best[1]}
+            if best
+            else {f"{name}, steps, more than": at_most}
+        )
         print(name, best, flush=True)
     return results
 
@@ -227,12 +288,20 @@ PARTS: dict[str, Callable[[], dict[str, float]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
-    parser.add_argument("--json", type=Path, help="where results are kept; parts that are not measured now stay as they are there")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="where results are kept; parts that are not measured now stay as they are there",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+    results = (
+        json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+    )
     with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         for name in arguments.only:
             results[name] = PARTS[name]()

@@ -1,6 +1,8 @@
-"""The variance of the gradient under each estimator of `MeanField`, and its time: `python benchmarks/gradient_variance.py`.
+"""The variance of the gradient under each estimator of `MeanField`, and its time: `python
+benchmarks/gradient_variance.py`.
 
-784-300-100-10 on Fashion-MNIST, prior N(0, 0.05²): 150 steps of training, then 15 draws at one batch of 128.
+784-300-100-10 on Fashion-MNIST, prior N(0, 0.05²): 150 steps of training, then 15 draws at one
+batch of 128.
 """
 
 import sys
@@ -36,15 +38,27 @@ def main() -> None:
         gradients, seconds = [], []
         for _ in range(DRAWS):
             start = time.process_time()
-            gradients.append(torch.stack(torch.autograd.grad(loss(program, guide, *batch) / rows, [guide.loc, guide.log_scale])))
+            gradients.append(
+                torch.stack(
+                    torch.autograd.grad(
+                        loss(program, guide, *batch) / rows, [guide.loc, guide.log_scale]
+                    )
+                )
+            )
             seconds.append(time.process_time() - start)
         means, scales = torch.stack(gradients).var(0).sum(1).tolist()
-        print(f"{guide.estimator}: variance of the means {means:.2e}, of the log scales {scales:.2e}, {1e3 * sorted(seconds)[DRAWS // 4]:.1f} ms of CPU")
+        print(
+            f"{guide.estimator}: variance of the means {means:.2e}, of the log scales {scales:.2e},"
+            f" {1e3 * sorted(seconds)[DRAWS // 4]:.1f} ms of CPU"
+        )
 
 
 def loss(program, guide, x, y):
     noise = torch.randn_like(guide.loc) if guide.estimator == "antithetic" else None
-    draws = [bmr.elbo_terms(program, guide, x, y, noise=n) for n in ((noise, -noise) if noise is not None else (None,))]
+    draws = [
+        bmr.elbo_terms(program, guide, x, y, noise=n)
+        for n in ((noise, -noise) if noise is not None else (None,))
+    ]
     return sum(terms.kl - terms.expected_log_likelihood for terms in draws) / len(draws)
 
 

@@ -1,10 +1,13 @@
-"""The baseline: gradual magnitude pruning of a point estimate in plain torch (Zhu & Gupta 2017), without and with temperature scaling (Guo et al. 2017).
+"""The baseline: gradual magnitude pruning of a point estimate in plain torch (Zhu & Gupta 2017),
+without and with temperature scaling (Guo et al. 2017).
 
-    python benchmarks/magnitude_pruning.py --kept 0.02 --seeds 3 --out results/fashion-mnist/magnitude-2
+    python benchmarks/magnitude_pruning.py --kept 0.02 --seeds 3 --out
+    results/fashion-mnist/magnitude-2
 
-Global magnitude ranking over all weights and biases, cubic schedule, Adam with cosine decay, pruned entries held at 0: the method "magnitude" of
-`pyro_bmr/baselines/magnitude.py`. The scaled variant trains without a sixth of the training rows and fits one temperature there by NLL; the plain one trains
-on all of them. Kept fraction 1 is the dense network.
+Global magnitude ranking over all weights and biases, cubic schedule, Adam with cosine decay, pruned
+entries held at 0: the method "magnitude" of `pyro_bmr/baselines/magnitude.py`. The scaled variant
+trains without a sixth of the training rows and fits one temperature there by NLL; the plain one
+trains on all of them. Kept fraction 1 is the dense network.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from pyro_bmr.experiments.models import load_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--hidden", default="300-100")
     parser.add_argument("--kept", type=float, required=True)
@@ -40,19 +45,50 @@ def main() -> None:
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     data, build = bmr.load(settings.data), load_model(f"mlp:{settings.hidden}")
-    options = {name: getattr(settings, name) for name in ("kept", "epochs", "batch_size", "learning_rate", "weight_decay", "start", "stop")}
+    options = {
+        name: getattr(settings, name)
+        for name in (
+            "kept",
+            "epochs",
+            "batch_size",
+            "learning_rate",
+            "weight_decay",
+            "start",
+            "stop",
+        )
+    }
     rows = []
     for seed in range(settings.seeds):
         for scaled in (False, True):
-            trained = method_named("magnitude")(build, data, seed, {**options, "prune_every": settings.reduce_every, "scaled": scaled}, True)
+            trained = method_named("magnitude")(
+                build,
+                data,
+                seed,
+                {**options, "prune_every": settings.reduce_every, "scaled": scaled},
+                True,
+            )
             prediction = trained.predict(data.x_test)
-            measured = {**scores(prediction, data), **sizes(trained.weights, trained.weights), **trained.extra}
+            measured = {
+                **scores(prediction, data),
+                **sizes(trained.weights, trained.weights),
+                **trained.extra,
+            }
             result = {name: measured[name] for name in ("scale", "accuracy", "nll", "ece", "kept")}
             route = "temperature-scaled" if scaled else "plain"
-            rows.append({"prior": "none", "route": route, "seed": seed, **result, "seconds": trained.seconds})
+            rows.append(
+                {
+                    "prior": "none",
+                    "route": route,
+                    "seed": seed,
+                    **result,
+                    "seconds": trained.seconds,
+                }
+            )
             settings.out.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(rows).to_csv(settings.out / "results.csv", index=False)
-    (settings.out / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(settings).items()}, indent=1))
+    (settings.out / "settings.json").write_text(
+        json.dumps({k: str(v) for k, v in vars(settings).items()}, indent=1)
+    )
     print(pd.DataFrame(rows).to_string(index=False))
 
 

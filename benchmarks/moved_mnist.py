@@ -1,7 +1,10 @@
-"""MNIST with every training image at five places, one pixel to each side: `python benchmarks/moved_mnist.py`, for `study_mnist_moved.toml`.
+"""MNIST with every training image at five places, one pixel to each side: `python
+benchmarks/moved_mnist.py`, for `study_mnist_moved.toml`.
 
-Writes results/mnist-moved.npz: 300,000 training images, the copies of one place after those of another, and the test images as they are. With `--held-out` a
-sixth of the images, drawn once and for all, is x_val, as it is, no copy of it is trained on, and the file is results/mnist-moved-held-out.npz.
+Writes results/mnist-moved.npz: 300,000 training images, the copies of one place after those of
+another, and the test images as they are. With `--held-out` a sixth of the images, drawn once and
+for all, is x_val, as it is, no copy of it is trained on, and the file is
+results/mnist-moved-held-out.npz.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ OUT = Path("results")
 
 
 def moved(images: np.ndarray) -> np.ndarray:
-    """The images (n, channels, height, width) as they are, then one pixel to the left, right, up and down, 0 coming in: (5n, channels, height, width)."""
+    """The images (n, channels, height, width) as they are, then one pixel to the left, right, up
+    and down, 0 coming in: (5n, channels, height, width).
+    """
     height, width = images.shape[2:]
     framed = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
     corners = ((1, 1), (1, 2), (1, 0), (2, 1), (0, 1))
-    return np.concatenate([framed[:, :, top : top + height, left : left + width] for top, left in corners])
+    return np.concatenate(
+        [framed[:, :, top : top + height, left : left + width] for top, left in corners]
+    )
 
 
 def grey(x: np.ndarray) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""What a step of a mean-field fit costs under each prior, as Markdown: `python benchmarks/prior_steps.py`.
+"""What a step of a mean-field fit costs under each prior, as Markdown: `python
+benchmarks/prior_steps.py`.
 
-784-300-100-10, 128 rows, one thread, processor time, the median of 30 steps, as a multiple of the step under `Gaussian()`.
+784-300-100-10, 128 rows, one thread, processor time, the median of 30 steps, as a multiple of the
+step under `Gaussian()`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ def seconds(prior: bmr.Prior, steps: int = 30) -> tuple[float, int]:
     """(processor seconds of a step, latent numbers of the guide)."""
     torch.manual_seed(0)
     x, y = torch.randn(128, 784), torch.randint(10, (128,))
-    program = bmr.BayesianNetwork(mlp.network(784, (300, 100), 10), prior, bmr.Categorical(size=50_000))
+    program = bmr.BayesianNetwork(
+        mlp.network(784, (300, 100), 10), prior, bmr.Categorical(size=50_000)
+    )
     guide = bmr.MeanField(program, x, y)
     optimizer = bmr.adam()(guide.parameters())
     times = []

@@ -1,6 +1,8 @@
-"""Time of a step in one process and in two on one machine, and the bytes that a step sends: the numbers of docs/several_processes.md.
+"""Time of a step in one process and in two on one machine, and the bytes that a step sends: the
+numbers of docs/several_processes.md.
 
-    python benchmarks/processes.py            # 784-300-100-10 on random images, batches of 128 a process and of 128 in all
+    python benchmarks/processes.py            # 784-300-100-10 on random images, batches of 128 a
+    process and of 128 in all
 
 Each fit is 2 epochs of 120 batches, the second is timed; median of 5 fits. One thread a process.
 """
@@ -26,19 +28,32 @@ STEPS = 120
 
 def seconds_per_step(batch_size: int, optimizer: object) -> float:
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(STEPS * batch_size, 784, generator=generator), torch.randint(10, (STEPS * batch_size,), generator=generator)
+    x, y = (
+        torch.randn(STEPS * batch_size, 784, generator=generator),
+        torch.randint(10, (STEPS * batch_size,), generator=generator),
+    )
     torch.manual_seed(0)
     program = bmr.BayesianNetwork(network(784, (300, 100), 10), bmr.Gaussian(), bmr.Categorical())
     times = []
 
-    def timed(optimizer_: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    def timed(
+        optimizer_: torch.optim.Optimizer, steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
         def rate(step: int) -> float:
             times.append(time.perf_counter())
             return 1.0
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer_, rate)
 
-    bmr.fit(program, (x, y), epochs=2, batch_size=batch_size, optimizer=optimizer, scheduler=timed, progress=False)  # type: ignore[arg-type]
+    bmr.fit(
+        program,
+        (x, y),
+        epochs=2,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        scheduler=timed,
+        progress=False,
+    )  # type: ignore[arg-type]
     return (times[-1] - times[-1 - STEPS]) / STEPS
 
 
@@ -59,15 +74,31 @@ def main() -> None:
     for kind in ("adam", "natural"):
         alone = None
         for processes, batch in ((1, 128), (2, 256), (2, 128)):
-            shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+            shared = {
+                **os.environ,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "WORLD_SIZE": str(processes),
+            }
             command = [sys.executable, __file__, str(batch), kind]
-            started = [subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in range(processes)]
+            started = [
+                subprocess.Popen(
+                    command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+                )
+                for rank in range(processes)
+            ]
             printed = [process.communicate()[0] for process in started]
             ms = 1000 * float(printed[0])
             alone = alone or ms
-            print(f"{kind}, {processes} process(es), {batch} rows a step: {ms:.2f} ms, {ms / alone:.2f} of one process, {1000 * batch / ms:,.0f} rows/s")
+            print(
+                f"{kind}, {processes} process(es), {batch} rows a step: {ms:.2f} ms,"
+                f" {ms / alone:.2f} of one process, {1000 * batch / ms:,.0f} rows/s"
+            )
     weights = sum(p.numel() for p in network(784, (300, 100), 10).parameters())
-    print(f"a step sends one message of {2 * weights * 4 / 1e6:.2f} MB: 8 bytes for each of {weights:,} weights")
+    print(
+        f"a step sends one message of {2 * weights * 4 / 1e6:.2f} MB: 8 bytes for each of"
+        f" {weights:,} weights"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Time and memory of reductions of large posteriors: `python benchmarks/reduction.py` prints one markdown table; `--json FILE` keeps the numbers.
+"""Time and memory of reductions of large posteriors: `python benchmarks/reduction.py` prints one
+markdown table; `--json FILE` keeps the numbers.
 
-Each row is one call, in one process, with all that it allocates. The yardstick is one read and one write of the posterior's tensors (mean and
-variance): into fresh memory, as any result needs (`clone`), and into memory that is there already (`copy_`). Times are the best of `--repeats`;
+Each row is one call, in one process, with all that it allocates. The yardstick is one read and one
+write of the posterior's tensors (mean and variance): into fresh memory, as any result needs
+(`clone`), and into memory that is there already (`copy_`). Times are the best of `--repeats`;
 processor seconds stand beside wall seconds, since a busy machine stretches the second.
 """
 
@@ -25,17 +27,24 @@ from pyro_bmr.reduction.rules import site_reduction
 
 
 def posterior(n: int, seed: int = 0) -> bmr.Posterior:
-    """A sparse layer: a tenth of the weights from N(0, 1.2²), the rest from N(0, 0.05²), each with a posterior of its own width; prior N(0, 1.5)."""
+    """A sparse layer: a tenth of the weights from N(0, 1.2²), the rest from N(0, 0.05²), each with
+    a posterior of its own width; prior N(0, 1.5).
+    """
     generator = torch.Generator().manual_seed(seed)
     mean, var = torch.empty(n), torch.empty(n)
     for m, v in zip(mean.split(1 << 20), var.split(1 << 20), strict=True):
-        m.copy_(torch.where(torch.rand(len(m), generator=generator) < 0.1, 1.2, 0.05) * torch.randn(len(m), generator=generator))
+        m.copy_(
+            torch.where(torch.rand(len(m), generator=generator) < 0.1, 1.2, 0.05)
+            * torch.randn(len(m), generator=generator)
+        )
         v.uniform_(0.001, 0.011, generator=generator)
     return bmr.Posterior({"w": Site(mean, var, bmr.Diagonal(torch.zeros(()), torch.tensor(1.5)))})
 
 
 def measured(call: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Wall and processor seconds of the fastest call, and the most memory that one call had above what stood before it, in bytes."""
+    """Wall and processor seconds of the fastest call, and the most memory that one call had above
+    what stood before it, in bytes.
+    """
     walls, processor, extra = [], [], 0
     for _ in range(repeats):
         before = reset_peak()
@@ -49,7 +58,9 @@ def measured(call: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 
 def reset_peak() -> int:
-    """Bytes resident now; from here on `peak` counts (on Linux; elsewhere it counts from the start of the process)."""
+    """Bytes resident now; from here on `peak` counts (on Linux; elsewhere it counts from the start
+    of the process).
+    """
     status = Path("/proc/self/status")
     if not status.exists():
         return peak()
@@ -60,7 +71,11 @@ def reset_peak() -> int:
 def peak() -> int:
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+        line = next(
+            line
+            for line in status.read_text(encoding="ascii").splitlines()
+            if line.startswith("VmHWM")
+        )
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -79,10 +94,24 @@ def spike_and_slab(n: int, repeats: int) -> list[dict[str, Any]]:
 
     rows = [{"call": "clone of mean and var", **fresh}, {"call": "copy_ of mean and var", **there}]
     rows += [{"call": "ΔF, inclusion and masks: site_reduction", **measured(decision, repeats)}]
-    rows += [{"call": "bmr.reduce(posterior, to=SpikeAndSlab())", **measured(lambda: bmr.reduce(q, to=bmr.SpikeAndSlab()), repeats)}]
-    rows += [{"call": "bmr.reduce(posterior, to=Gaussian(0))", **measured(lambda: bmr.reduce(q, to=bmr.Gaussian(0.0)), repeats)}]
+    rows += [
+        {
+            "call": "bmr.reduce(posterior, to=SpikeAndSlab())",
+            **measured(lambda: bmr.reduce(q, to=bmr.SpikeAndSlab()), repeats),
+        }
+    ]
+    rows += [
+        {
+            "call": "bmr.reduce(posterior, to=Gaussian(0))",
+            **measured(lambda: bmr.reduce(q, to=bmr.Gaussian(0.0)), repeats),
+        }
+    ]
     for row in rows:
-        row |= {"weights": n, "over clone": row["cpu_seconds"] / fresh["cpu_seconds"], "over copy_": row["cpu_seconds"] / there["cpu_seconds"]}
+        row |= {
+            "weights": n,
+            "over clone": row["cpu_seconds"] / fresh["cpu_seconds"],
+            "over copy_": row["cpu_seconds"] / there["cpu_seconds"],
+        }
         row["extra memory / posterior"] = row.pop("extra_bytes") / size
     return rows
 
@@ -90,7 +119,14 @@ def spike_and_slab(n: int, repeats: int) -> list[dict[str, Any]]:
 def horseshoe(n: int, repeats: int) -> list[dict[str, Any]]:
     q = posterior(n)
     row = measured(lambda: site_reduction(q, "w", bmr.Horseshoe()), repeats)
-    return [{"call": "site_reduction to Horseshoe()", "weights": n, "extra memory / posterior": row.pop("extra_bytes") / (8 * n), **row}]
+    return [
+        {
+            "call": "site_reduction to Horseshoe()",
+            "weights": n,
+            "extra memory / posterior": row.pop("extra_bytes") / (8 * n),
+            **row,
+        }
+    ]
 
 
 def main() -> None:
@@ -103,13 +139,41 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = spike_and_slab(args.weights, args.repeats) + horseshoe(args.horseshoe_weights, 1)
-    table = pd.DataFrame(rows)[["call", "weights", "seconds", "cpu_seconds", "over clone", "over copy_", "extra memory / posterior"]]
+    table = pd.DataFrame(rows)[
+        [
+            "call",
+            "weights",
+            "seconds",
+            "cpu_seconds",
+            "over clone",
+            "over copy_",
+            "extra memory / posterior",
+        ]
+    ]
     print(f"torch {torch.__version__}, {args.threads} thread(s), {platform.machine()}\n")
     print("| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns))
     for row in table.itertuples(index=False):
-        print("| " + " | ".join("" if isinstance(x, float) and x != x else f"{x:.2f}" if isinstance(x, float) else str(x) for x in row) + " |")
+        print(
+            "| "
+            + " | ".join(
+                (
+                    ""
+                    if isinstance(x, float) and x != x
+                    else f"{x:.2f}"
+                    if isinstance(x, float)
+                    else str(x)
+                )
+                for x in row
+            )
+            + " |"
+        )
     if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "threads": args.threads, "rows": rows}, indent=2), encoding="utf-8")
+        args.json.write_text(
+            json.dumps(
+                {"torch": torch.__version__, "threads": args.threads, "rows": rows}, indent=2
+            ),
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

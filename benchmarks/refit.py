@@ -1,13 +1,18 @@
-"""Predicted against observed change of free energy along a pruning path, for two data sets: `python benchmarks/refit.py concrete --data <folder>`.
+"""Predicted against observed change of free energy along a pruning path, for two data sets: `python
+benchmarks/refit.py concrete --data <folder>`.
 
-`concrete`: strength of 1030 mixtures of 8 ingredients; `boston`: median value of homes in 506 tracts, 13 regressors. A network with one layer of 50 ReLU units,
-mean field, all rows. `--data` is the folder of the two packages that `regression_tables.py` says how to get.
+`concrete`: strength of 1030 mixtures of 8 ingredients; `boston`: median value of homes in 506
+tracts, 13 regressors. A network with one layer of 50 ReLU units, mean field, all rows. `--data` is
+the folder of the two packages that `regression_tables.py` says how to get.
 
-One shot: every size is reduced from the one fit of the full model, and refitted. Iterated: every size is reduced from the refit of the size before; its
-prediction is the sum of those along the way. The free energies are those of the fits, 256 draws each, with the same noise; each refit starts where its
-reduction ends, and `at once` is the free energy there, before a step of it. `more training` is the gain of the full model, trained on for as long as one refit:
-what of an observed gain is not due to the reduction. `--choose` prints how well the full model predicts a fifth of the rows that it has not seen, at several
-scales of the prior; the one with the best prediction is the default of the data set.
+One shot: every size is reduced from the one fit of the full model, and refitted. Iterated: every
+size is reduced from the refit of the size before; its prediction is the sum of those along the way.
+The free energies are those of the fits, 256 draws each, with the same noise; each refit starts
+where its reduction ends, and `at once` is the free energy there, before a step of it. `more
+training` is the gain of the full model, trained on for as long as one refit: what of an observed
+gain is not due to the reduction. `--choose` prints how well the full model predicts a fifth of the
+rows that it has not seen, at several scales of the prior; the one with the best prediction is the
+default of the data set.
 """
 
 from __future__ import annotations
@@ -25,7 +30,26 @@ from torch import nn
 import pyro_bmr as bmr
 from pyro_bmr.experiments.plots import headless, save_figure
 
-KEPT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03)
+KEPT = (
+    0.9,
+    0.8,
+    0.7,
+    0.6,
+    0.5,
+    0.4,
+    0.3,
+    0.25,
+    0.2,
+    0.15,
+    0.12,
+    0.1,
+    0.08,
+    0.07,
+    0.06,
+    0.05,
+    0.04,
+    0.03,
+)
 PRIOR_SCALES = (0.3, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -46,10 +70,16 @@ def model(columns: int, scale: float, seed: int) -> bmr.BayesianNetwork:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=SCALES)
     parser.add_argument("--data", type=Path, required=True, help="the folder of R's packages")
-    parser.add_argument("--choose", action="store_true", help="only print what the rows held out say of the prior's scale")
+    parser.add_argument(
+        "--choose",
+        action="store_true",
+        help="only print what the rows held out say of the prior's scale",
+    )
     parser.add_argument("--scale", type=float, help="of the prior of every weight")
     parser.add_argument("--epochs", type=int, default=1500)
     parser.add_argument("--refit-epochs", type=int, default=500)
@@ -60,23 +90,40 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/refit"))
     parser.add_argument("--kept", type=float, nargs="+", default=KEPT)
     parser.add_argument("--draws", type=int, default=256)
-    parser.add_argument("--page", type=Path, default=Path("docs/results/refit.md"), help="whose table and picture to fill")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        default=Path("docs/results/refit.md"),
+        help="whose table and picture to fill",
+    )
     settings = parser.parse_args()
     torch.set_num_threads(1)
     headless()
     data = standardised(READERS[settings.name](settings.data))
-    common = {"batch_size": -(-len(data[1]) // settings.batches), "seed": settings.seed, "progress": False}
+    common = {
+        "batch_size": -(-len(data[1]) // settings.batches),
+        "seed": settings.seed,
+        "progress": False,
+    }
     first = {**common, "epochs": settings.epochs, "optimizer": bmr.adam(settings.learning_rate)}
     if settings.choose:
         choose(data, settings.seed, first)
         return
     scale = settings.scale or SCALES[settings.name]
     full = bmr.fit(model(data[0].shape[1], scale, settings.seed), data, **first)
-    table = path(full, data, settings.kept, {**common, "epochs": settings.refit_epochs, "draws": settings.draws}, settings.refit_learning_rate)
+    table = path(
+        full,
+        data,
+        settings.kept,
+        {**common, "epochs": settings.refit_epochs, "draws": settings.draws},
+        settings.refit_learning_rate,
+    )
     out = settings.out / settings.name
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "results.csv", index=False)
-    (out / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(settings).items()}, indent=1))
+    (out / "settings.json").write_text(
+        json.dumps({k: str(v) for k, v in vars(settings).items()}, indent=1)
+    )
     print(table.to_string())
     if settings.page.exists():
         write_page(settings.page, settings.name, table)
@@ -85,18 +132,35 @@ def main() -> None:
 
 def choose(data: tuple[torch.Tensor, torch.Tensor], seed: int, first: dict) -> None:
     for scale in PRIOR_SCALES:
-        history = bmr.fit(model(data[0].shape[1], scale, seed), data, validation=0.2, **first).history
-        print(f"scale {scale}: NLL of the rows held out {history['validation_nll'].iloc[-1]:.4f} at the end", flush=True)
+        history = bmr.fit(
+            model(data[0].shape[1], scale, seed), data, validation=0.2, **first
+        ).history
+        print(
+            f"scale {scale}: NLL of the rows held out {history['validation_nll'].iloc[-1]:.4f} at"
+            " the end",
+            flush=True,
+        )
 
 
-def path(full: bmr.Fit, data: tuple[torch.Tensor, torch.Tensor], sizes: list[float], again: dict, learning_rate: float) -> pd.DataFrame:
-    """One row per path and size: the columns path, kept, predicted, at_once, observed and standard_error."""
+def path(
+    full: bmr.Fit,
+    data: tuple[torch.Tensor, torch.Tensor],
+    sizes: list[float],
+    again: dict,
+    learning_rate: float,
+) -> pd.DataFrame:
+    """One row per path and size: the columns path, kept, predicted, at_once, observed and
+    standard_error.
+    """
     spike, observing = bmr.Gaussian(0), {**again, "optimizer": bmr.adam(learning_rate)}
     standing = {**again, "epochs": 1, "optimizer": bmr.adam(0.0)}
 
     def step(fit: bmr.Fit, kept: float) -> tuple[bmr.Refit, float]:
         reduction = bmr.reduce(fit.posterior, to=spike, kept=kept)
-        return bmr.refit(fit, reduction, data, **observing), bmr.refit(fit, reduction, data, **standing).observed
+        return (
+            bmr.refit(fit, reduction, data, **observing),
+            bmr.refit(fit, reduction, data, **standing).observed,
+        )
 
     rows = []
     for _ in range(2):
@@ -108,37 +172,99 @@ def path(full: bmr.Fit, data: tuple[torch.Tensor, torch.Tensor], sizes: list[flo
         one, at_once = step(full, kept)
         rows.append(("one shot", kept, one.predicted, at_once, one.observed, one.standard_error))
         next_, at_once = step(current, kept)
-        rows.append(("iterated", kept, predicted + next_.predicted, observed + at_once, observed + next_.observed, next_.standard_error))
-        current, predicted, observed = next_.fit, predicted + next_.predicted, observed + next_.observed
-        print(*(f"{row[0]:9s} {row[1]:.2f}" + "".join(f"{value:9.1f}" for value in row[2:5]) for row in rows[-2:]), sep=" | ", flush=True)
-    return pd.DataFrame(rows, columns=["path", "kept", "predicted", "at_once", "observed", "standard_error"])
+        rows.append(
+            (
+                "iterated",
+                kept,
+                predicted + next_.predicted,
+                observed + at_once,
+                observed + next_.observed,
+                next_.standard_error,
+            )
+        )
+        current, predicted, observed = (
+            next_.fit,
+            predicted + next_.predicted,
+            observed + next_.observed,
+        )
+        print(
+            *(
+                f"{row[0]:9s} {row[1]:.2f}" + "".join(f"{value:9.1f}" for value in row[2:5])
+                for row in rows[-2:]
+            ),
+            sep=" | ",
+            flush=True,
+        )
+    return pd.DataFrame(
+        rows, columns=["path", "kept", "predicted", "at_once", "observed", "standard_error"]
+    )
 
 
 def draw(file: Path, table: pd.DataFrame) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for k, (path, group) in enumerate(table[table["path"] != "more training"].groupby("path", sort=False)):
-        axes.plot(100 * (1 - group["kept"]), group["predicted"], "--", color=f"C{k}", label=f"{path}, predicted")
-        axes.plot(100 * (1 - group["kept"]), group["observed"], "o-", color=f"C{k}", label=f"{path}, observed")
+    for k, (path, group) in enumerate(
+        table[table["path"] != "more training"].groupby("path", sort=False)
+    ):
+        axes.plot(
+            100 * (1 - group["kept"]),
+            group["predicted"],
+            "--",
+            color=f"C{k}",
+            label=f"{path}, predicted",
+        )
+        axes.plot(
+            100 * (1 - group["kept"]),
+            group["observed"],
+            "o-",
+            color=f"C{k}",
+            label=f"{path}, observed",
+        )
     axes.axhline(0, color="0.6", linewidth=1)
-    axes.set(xlabel="weights pruned (%)", ylabel="ΔF (nats)", ylim=(min(-200, table["observed"].min()), None))
+    axes.set(
+        xlabel="weights pruned (%)",
+        ylabel="ΔF (nats)",
+        ylim=(min(-200, table["observed"].min()), None),
+    )
     axes.legend(fontsize=8)
     save_figure(figure, file)
 
 
 def write_page(page: Path, name: str, table: pd.DataFrame) -> None:
     """The table between the marks of the page."""
-    lines = ["| pruned | one shot, predicted | at once | observed | iterated, predicted | at once | observed |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        (
+            "| pruned | one shot, predicted | at once | observed | iterated, predicted | at once |"
+            " observed |"
+        ),
+        "|---|---|---|---|---|---|---|",
+    ]
     for kept in table[table["path"] == "one shot"]["kept"]:
-        both = [table[(table["path"] == path) & (table["kept"] == kept)].iloc[0] for path in ("one shot", "iterated")]
-        lines.append(f"| {1 - kept:.0%} | " + " | ".join(f"{row['predicted']:.1f} | {row['at_once']:.1f} | {row['observed']:.1f}" for row in both) + " |")
+        both = [
+            table[(table["path"] == path) & (table["kept"] == kept)].iloc[0]
+            for path in ("one shot", "iterated")
+        ]
+        lines.append(
+            f"| {1 - kept:.0%} | "
+            + " | ".join(
+                f"{row['predicted']:.1f} | {row['at_once']:.1f} | {row['observed']:.1f}"
+                for row in both
+            )
+            + " |"
+        )
     more, error = table[table["path"] == "more training"]["observed"], table["standard_error"].max()
     lines += [
         "",
-        f"More training of the full model: {more.iloc[0]:.1f} nats, then {more.iloc[1]:.1f}. Standard error of an observed change: at most {error:.1f}.",
+        (
+            f"More training of the full model: {more.iloc[0]:.1f} nats, then {more.iloc[1]:.1f}."
+            f" Standard error of an observed change: at most {error:.1f}."
+        ),
     ]
     text = page.read_text(encoding="utf-8")
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    page.write_text(text.split(begin)[0] + "\n".join([begin, *lines, end]) + text.split(end)[1], encoding="utf-8")
+    page.write_text(
+        text.split(begin)[0] + "\n".join([begin, *lines, end]) + text.split(end)[1],
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Draws docs/pictures/shrinkage.png, the picture of docs/choose_a_prior.md: `python benchmarks/shrinkage_profiles.py`.
+"""Draws docs/pictures/shrinkage.png, the picture of docs/choose_a_prior.md: `python
+benchmarks/shrinkage_profiles.py`.
 
-What a prior makes of an estimate ŵ = w + noise of variance 1: the posterior mean E[w | ŵ], by weighting a million draws of the prior, so that
-whatever has a `sample` can be drawn. Scales that a whole tensor shares are given.
+What a prior makes of an estimate ŵ = w + noise of variance 1: the posterior mean E[w | ŵ], by
+weighting a million draws of the prior, so that whatever has a `sample` can be drawn. Scales that a
+whole tensor shares are given.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from pyro_bmr.experiments import plots
 from pyro_bmr.files import make_folder
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "shrinkage.png"
-HALF, TENTH = {"w_inclusion": 0.5, "w_precision": 1 / 9}, {"w_inclusion": 0.1, "w_precision": 1 / 9}  # π, and a slab of scale 3
+# π, and a slab of scale 3
+HALF, TENTH = {"w_inclusion": 0.5, "w_precision": 1 / 9}, {"w_inclusion": 0.1, "w_precision": 1 / 9}
 PANELS: dict[str, dict[str, tuple[bmr.Prior, dict[str, float]]]] = {
     "Gaussian, Laplace, StudentT": {
         "Gaussian(2.0)": (bmr.Gaussian(2.0), {}),
@@ -39,7 +42,9 @@ PANELS: dict[str, dict[str, tuple[bmr.Prior, dict[str, float]]]] = {
 }
 
 
-def draws(prior: bmr.Prior, given: dict[str, float], number: int = 1_000_000, seed: int = 0) -> Tensor:
+def draws(
+    prior: bmr.Prior, given: dict[str, float], number: int = 1_000_000, seed: int = 0
+) -> Tensor:
     """Weights drawn from the prior with its shared scales given."""
     torch.manual_seed(seed)
     values = {name: torch.tensor(value) for name, value in given.items()}
@@ -48,7 +53,9 @@ def draws(prior: bmr.Prior, given: dict[str, float], number: int = 1_000_000, se
 
 def posterior_mean(w: Tensor, estimates: Tensor) -> Tensor:
     r"""E[w | ŵ] = Σ wₛ N(ŵ; wₛ, 1) / Σ N(ŵ; wₛ, 1) for each estimate ŵ."""
-    return torch.stack([((-0.5 * (estimate - w).square()).softmax(0) * w).sum() for estimate in estimates])
+    return torch.stack(
+        [((-0.5 * (estimate - w).square()).softmax(0) * w).sum() for estimate in estimates]
+    )
 
 
 def main() -> None:

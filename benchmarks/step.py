@@ -2,11 +2,13 @@
 
     python benchmarks/step.py --json docs/results/step.json
 
-All contenders stand in one process on one thread and take turns of five steps, round after round, of which the first is not counted. Times are those of
-the processor in this process, which waiting for others does not count towards, and of the clock; given are the median, and the smallest of the medians
-of ten blocks of rounds. What is not installed is left out by name. The images are the embedded digits, enlarged to 28×28 pixels, so that networks learn
-and their activations are those of training. All contenders see the same batches in the same order; ours does all that `fit` does in a step but fetch the
-batch.
+All contenders stand in one process on one thread and take turns of five steps, round after round,
+of which the first is not counted. Times are those of the processor in this process, which waiting
+for others does not count towards, and of the clock; given are the median, and the smallest of the
+medians of ten blocks of rounds. What is not installed is left out by name. The images are the
+embedded digits, enlarged to 28×28 pixels, so that networks learn and their activations are those of
+training. All contenders see the same batches in the same order; ours does all that `fit` does in a
+step but fetch the batch.
 """
 
 from __future__ import annotations
@@ -72,9 +74,19 @@ def deterministic(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
     return step
 
 
-def ours(net: nn.Sequential, x: Tensor, y: Tensor, make: object = None, masks_of: float | None = None) -> Step:
+def ours(
+    net: nn.Sequential, x: Tensor, y: Tensor, make: object = None, masks_of: float | None = None
+) -> Step:
     """The step of `fit`; with `masks_of`, after that fraction of each weight tensor was pruned."""
-    run = FitState(bmr.BayesianNetwork(copy.deepcopy(net), bmr.Gaussian(), bmr.Categorical()), bmr.MeanField, x, y, len(x), 1.0, 0)
+    run = FitState(
+        bmr.BayesianNetwork(copy.deepcopy(net), bmr.Gaussian(), bmr.Categorical()),
+        bmr.MeanField,
+        x,
+        y,
+        len(x),
+        1.0,
+        0,
+    )
     run.whole.size = run.flat.rows = ROWS
     run.flat.kl_weight = 1 / ROWS
     optimizer = run.optimizer(make or bmr.adam())
@@ -106,8 +118,19 @@ def stock_pyro(net: nn.Sequential, x: Tensor, y: Tensor, elbo: type) -> Step:
 def torchbnn_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
     bnn = importlib.import_module("torchbnn")
     if any(isinstance(m, nn.Conv2d) for m in net):
-        conv = lambda m: bnn.BayesConv2d(0, 0.1, m.in_channels, m.out_channels, m.kernel_size[0], padding=m.padding)  # noqa: E731
-    layers = [bnn.BayesLinear(0, 0.1, m.in_features, m.out_features) if isinstance(m, nn.Linear) else conv(m) if isinstance(m, nn.Conv2d) else m for m in net]
+        conv = lambda m: bnn.BayesConv2d(
+            0, 0.1, m.in_channels, m.out_channels, m.kernel_size[0], padding=m.padding
+        )
+    layers = [
+        (
+            bnn.BayesLinear(0, 0.1, m.in_features, m.out_features)
+            if isinstance(m, nn.Linear)
+            else conv(m)
+            if isinstance(m, nn.Conv2d)
+            else m
+        )
+        for m in net
+    ]
     net = nn.Sequential(*layers)
     kl = bnn.BKLLoss(reduction="sum", last_layer_only=False)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
@@ -138,16 +161,32 @@ def bayesian_torch_step(net: nn.Sequential, x: Tensor, y: Tensor, kind: str) -> 
 
 
 def blitz_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
-    modules, losses = importlib.import_module("blitz.modules"), importlib.import_module("blitz.losses")
-    conv = lambda m: modules.BayesianConv2d(m.in_channels, m.out_channels, m.kernel_size, padding=m.padding)  # noqa: E731
+    modules, losses = (
+        importlib.import_module("blitz.modules"),
+        importlib.import_module("blitz.losses"),
+    )
+    conv = lambda m: modules.BayesianConv2d(
+        m.in_channels, m.out_channels, m.kernel_size, padding=m.padding
+    )
     net = nn.Sequential(
-        *(modules.BayesianLinear(m.in_features, m.out_features) if isinstance(m, nn.Linear) else conv(m) if isinstance(m, nn.Conv2d) else m for m in net)
+        *(
+            (
+                modules.BayesianLinear(m.in_features, m.out_features)
+                if isinstance(m, nn.Linear)
+                else conv(m)
+                if isinstance(m, nn.Conv2d)
+                else m
+            )
+            for m in net
+        )
     )
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        (nn.functional.cross_entropy(net(x), y) + losses.kl_divergence_from_nn(net) / ROWS).backward()
+        (
+            nn.functional.cross_entropy(net(x), y) + losses.kl_divergence_from_nn(net) / ROWS
+        ).backward()
         optimizer.step()
 
     return step
@@ -168,13 +207,21 @@ def ivon_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
 
 def numpyro_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
     """Jitted; plain multilayer perceptrons only."""
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    )
     numpyro, jax = importlib.import_module("numpyro"), importlib.import_module("jax")
-    infer, dist = importlib.import_module("numpyro.infer"), importlib.import_module("numpyro.distributions")
+    infer, dist = (
+        importlib.import_module("numpyro.infer"),
+        importlib.import_module("numpyro.distributions"),
+    )
     if any(isinstance(m, nn.Conv2d) for m in net):
         raise ImportError("numpyro: multilayer perceptrons only")
     layers = [m for m in net if isinstance(m, nn.Linear)]
-    batch = lambda: (jax.numpy.asarray(x.flatten(1).numpy()), jax.numpy.asarray(y.numpy()))  # noqa: E731
+    batch = lambda: (
+        jax.numpy.asarray(x.flatten(1).numpy()),
+        jax.numpy.asarray(y.numpy()),
+    )
 
     def model(x: object, y: object) -> None:
         for k, layer in enumerate(layers):
@@ -186,7 +233,12 @@ def numpyro_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
         with numpyro.plate("data", ROWS, subsample_size=len(x)):
             numpyro.sample("y", dist.Categorical(logits=x), obs=y)
 
-    svi = infer.SVI(model, infer.autoguide.AutoNormal(model), numpyro.optim.Adam(1e-3), infer.TraceMeanField_ELBO())
+    svi = infer.SVI(
+        model,
+        infer.autoguide.AutoNormal(model),
+        numpyro.optim.Adam(1e-3),
+        infer.TraceMeanField_ELBO(),
+    )
     state = svi.init(jax.random.PRNGKey(0), *batch())
     update = jax.jit(svi.update)
 
@@ -203,12 +255,16 @@ CONTENDERS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Step]] = {
     "ours": ours,
     "ours, natural gradient": lambda *a: ours(*a, make=bmr.natural_gradient()),
     "ours, 95 % pruned": lambda *a: ours(*a, masks_of=0.95),
-    "ours, natural gradient, 95 % pruned": lambda *a: ours(*a, make=bmr.natural_gradient(), masks_of=0.95),
+    "ours, natural gradient, 95 % pruned": lambda *a: ours(
+        *a, make=bmr.natural_gradient(), masks_of=0.95
+    ),
     "Pyro, AutoNormal, Trace_ELBO": lambda *a: stock_pyro(*a, elbo=Trace_ELBO),
     "Pyro, AutoNormal, TraceMeanField_ELBO": lambda *a: stock_pyro(*a, elbo=TraceMeanField_ELBO),
     "ivon-opt": ivon_step,
     "torchbnn": torchbnn_step,
-    "bayesian-torch, reparameterisation": lambda *a: bayesian_torch_step(*a, kind="Reparameterization"),
+    "bayesian-torch, reparameterisation": lambda *a: bayesian_torch_step(
+        *a, kind="Reparameterization"
+    ),
     "bayesian-torch, flipout": lambda *a: bayesian_torch_step(*a, kind="Flipout"),
     "blitz": blitz_step,
     "numpyro, jitted": numpyro_step,
@@ -217,11 +273,20 @@ CONTENDERS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Step]] = {
 
 def enlarged_digits() -> tuple[Tensor, Tensor]:
     digits = bmr.load("digits")
-    return nn.functional.interpolate(digits.x_train.view(-1, 1, 8, 8), (28, 28), mode="bilinear").contiguous(), digits.y_train
+    return (
+        nn.functional.interpolate(
+            digits.x_train.view(-1, 1, 8, 8), (28, 28), mode="bilinear"
+        ).contiguous(),
+        digits.y_train,
+    )
 
 
-def measure(steps: dict[str, Step], x: Tensor, y: Tensor, rounds: int, blocks: int = 10) -> dict[str, dict[str, float]]:
-    """Contender → milliseconds a step, contenders taking turns. Each round writes other rows into x and y, which the contenders read."""
+def measure(
+    steps: dict[str, Step], x: Tensor, y: Tensor, rounds: int, blocks: int = 10
+) -> dict[str, dict[str, float]]:
+    """Contender → milliseconds a step, contenders taking turns. Each round writes other rows into x
+    and y, which the contenders read.
+    """
     images, labels = enlarged_digits()
     processor: dict[str, list[float]] = {name: [] for name in steps}
     clock: dict[str, list[float]] = {name: [] for name in steps}
@@ -254,14 +319,30 @@ def measure(steps: dict[str, Step], x: Tensor, y: Tensor, rounds: int, blocks: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--cases", default=",".join(str(k) for k in range(len(CASES))), help="numbers of the cases")
-    parser.add_argument("--contenders", default="", help="parts of the names of those to measure beside plain training; all by default")
-    parser.add_argument("--json", type=Path, help="where results are kept; cases that are not measured now stay as they are there")
+    parser.add_argument(
+        "--cases", default=",".join(str(k) for k in range(len(CASES))), help="numbers of the cases"
+    )
+    parser.add_argument(
+        "--contenders",
+        default="",
+        help="parts of the names of those to measure beside plain training; all by default",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="where results are kept; cases that are not measured now stay as they are there",
+    )
     settings = parser.parse_args()
     torch.set_num_threads(1)
-    before = json.loads(settings.json.read_text()) if settings.json and settings.json.exists() else {"milliseconds": {}}
+    before = (
+        json.loads(settings.json.read_text())
+        if settings.json and settings.json.exists()
+        else {"milliseconds": {}}
+    )
     results: dict[str, dict[str, dict[str, float]]] = before["milliseconds"]
     missing: dict[str, str] = {}
     with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
@@ -271,7 +352,9 @@ def main() -> None:
             net, (x, y) = build(), (part[:batch].clone() for part in enlarged_digits())
             steps = {}
             for name, make in CONTENDERS.items():
-                if make is not deterministic and not any(word in name for word in settings.contenders.split(",")):
+                if make is not deterministic and not any(
+                    word in name for word in settings.contenders.split(",")
+                ):
                     continue
                 try:
                     steps[name] = make(net, x, y)
@@ -279,18 +362,33 @@ def main() -> None:
                     missing[name] = str(error)
             results[case] = measure(steps, x, y, settings.rounds)
             base = results[case]["plain training, fused Adam"]
-            print(f"\n| {case} | ms, processor | over plain | best block | over plain | clock, over plain |\n|---|---|---|---|---|---|")
+            print(
+                f"\n| {case} | ms, processor | over plain | best block | over plain | clock, over"
+                " plain |\n|---|---|---|---|---|---|"
+            )
             for name, row in results[case].items():
-                ratios = [row[key] / base[key] for key in ("processor_median", "processor_best_block", "clock_median")]
+                ratios = [
+                    row[key] / base[key]
+                    for key in ("processor_median", "processor_best_block", "clock_median")
+                ]
                 print(
-                    f"| {name} | {row['processor_median']:.2f} | {ratios[0]:.2f} | {row['processor_best_block']:.2f} | {ratios[1]:.2f} | {ratios[2]:.2f} |",
+                    f"| {name} | {row['processor_median']:.2f} | {ratios[0]:.2f} |"
+                    f" {row['processor_best_block']:.2f} | {ratios[1]:.2f} | {ratios[2]:.2f} |",
                     flush=True,
                 )
     for name, why in missing.items():
         print(f"left out: {name} ({why})")
     if settings.json:
-        about = {"torch": torch.__version__, "pyro": pyro.__version__, "python": platform.python_version(), "threads": 1, "rounds": settings.rounds}
-        settings.json.write_text(json.dumps({"about": about, "milliseconds": results, "left out": missing}, indent=1))
+        about = {
+            "torch": torch.__version__,
+            "pyro": pyro.__version__,
+            "python": platform.python_version(),
+            "threads": 1,
+            "rounds": settings.rounds,
+        }
+        settings.json.write_text(
+            json.dumps({"about": about, "milliseconds": results, "left out": missing}, indent=1)
+        )
 
 
 if __name__ == "__main__":

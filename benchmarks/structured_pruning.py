@@ -1,11 +1,16 @@
-"""Networks that are really smaller: structured reductions of three LeNets on MNIST and Fashion-MNIST, then shrunk, exported and timed.
+"""Networks that are really smaller: structured reductions of three LeNets on MNIST and
+Fashion-MNIST, then shrunk, exported and timed.
 
-    python benchmarks/structured_pruning.py            # what is not in results/structured-pruning yet, then the table of the results page, of what is finished
-    python benchmarks/structured_pruning.py --only mlp --validation --seeds 1 --epochs 5    # one task on held-out training rows
+    python benchmarks/structured_pruning.py            # what is not in results/structured-pruning
+    yet, then the table of the results page, of what is finished python
+    benchmarks/structured_pruning.py --only mlp --validation --seeds 1 --epochs 5    # one task on
+    held-out training rows
 
-The ΔF of a unit (or channel) is the sum of the point spike's ΔF over its row of its layer and its bias. Where a size is wanted (LeNet-5, LeNet), the
-weights that read the unit are counted with it, and the units with the most nats per parameter are removed until the parameters left are the wanted
-fraction; otherwise units whose ΔF is positive go. Then the weights with the largest ΔF follow until the wanted fraction of weights is left.
+The ΔF of a unit (or channel) is the sum of the point spike's ΔF over its row of its layer and its
+bias. Where a size is wanted (LeNet-5, LeNet), the weights that read the unit are counted with it,
+and the units with the most nats per parameter are removed until the parameters left are the wanted
+fraction; otherwise units whose ΔF is positive go. Then the weights with the largest ΔF follow until
+the wanted fraction of weights is left.
 """
 
 from __future__ import annotations
@@ -31,12 +36,15 @@ LABELS = {
     "lenet_caffe_half": "LeNet-5 for half precision, MNIST",
     "lenet": "LeNet 6-16-120-84, Fashion-MNIST",
 }
-Chain = tuple[tuple[str, str, int], ...]  # (layer, the layer that reads it, positions of a channel there)
+# (layer, the layer that reads it, positions of a channel there)
+Chain = tuple[tuple[str, str, int], ...]
 
 
 @dataclass(frozen=True)
 class EveryUnit(bmr.Every):
-    """`Every` over units, then weights: `size` is the target of the parameters after shrinking (None: the evidence decides), `kept` that of living weights."""
+    """`Every` over units, then weights: `size` is the target of the parameters after shrinking
+    (None: the evidence decides), `kept` that of living weights.
+    """
 
     chain: Chain = ()
     size: float | None = None
@@ -44,38 +52,75 @@ class EveryUnit(bmr.Every):
     def reduce(self, posterior: bmr.Posterior, done: float) -> bmr.Reduction:
         target = self.target(done)
         assert target is not None
-        spikes = {n: s.spike_delta_f.nan_to_num(0.0) for n, s in bmr.reduce(posterior, self.to, threshold=math.inf).sites.items()}
-        units = {layer: (spikes[f"{layer}.weight"].flatten(1).sum(1) + spikes[f"{layer}.bias"]) for layer, _, _ in self.chain}
+        spikes = {
+            n: s.spike_delta_f.nan_to_num(0.0)
+            for n, s in bmr.reduce(posterior, self.to, threshold=math.inf).sites.items()
+        }
+        units = {
+            layer: spikes[f"{layer}.weight"].flatten(1).sum(1) + spikes[f"{layer}.bias"]
+            for layer, _, _ in self.chain
+        }
         if self.size is not None:  # what reads the unit goes with it
             for layer, reader, positions in self.chain:
-                read = spikes[f"{reader}.weight"].flatten(2).sum((0, 2)) if spikes[f"{reader}.weight"].ndim > 2 else spikes[f"{reader}.weight"].sum(0)
+                read = (
+                    spikes[f"{reader}.weight"].flatten(2).sum((0, 2))
+                    if spikes[f"{reader}.weight"].ndim > 2
+                    else spikes[f"{reader}.weight"].sum(0)
+                )
                 units[layer] = units[layer] + read.view(-1, positions).sum(1)
-        alive = {layer: posterior[f"{layer}.weight"].alive.flatten(1).any(1) for layer, _, _ in self.chain}
+        alive = {
+            layer: posterior[f"{layer}.weight"].alive.flatten(1).any(1)
+            for layer, _, _ in self.chain
+        }
         if self.size is not None:
-            self._to_size(posterior, units, alive, replace(self, kept=self.size).target(done) or 0.0)
+            self._to_size(
+                posterior, units, alive, replace(self, kept=self.size).target(done) or 0.0
+            )
         else:
-            alive = {layer: (a & (units[layer] <= 0)) if bool((a & (units[layer] <= 0)).any()) else a for layer, a in alive.items()}
-        masks = dict(posterior.masks) or {name: torch.ones_like(spikes[name], dtype=torch.bool) for name in spikes}
+            alive = {
+                layer: (a & (units[layer] <= 0)) if bool((a & (units[layer] <= 0)).any()) else a
+                for layer, a in alive.items()
+            }
+        masks = dict(posterior.masks) or {
+            name: torch.ones_like(spikes[name], dtype=torch.bool) for name in spikes
+        }
         for layer, reader, positions in self.chain:
             for name in (f"{layer}.weight", f"{layer}.bias"):
                 masks[name] = masks[name] & _rows(alive[layer], masks[name])
             read = alive[layer].repeat_interleave(positions)
             name = f"{reader}.weight"
             masks[name] = masks[name] & read.view(1, -1, *[1] * (masks[name].ndim - 2))
-        alive_now = sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
+        alive_now = sum(int(m.sum()) for m in masks.values()) / sum(
+            m.numel() for m in masks.values()
+        )
         result = bmr.reduce(posterior.masked(masks), self.to, kept=min(target, alive_now))
-        everywhere = {n: replace(r, spike_delta_f=spikes[n]) for n, r in result.sites.items()}  # that of units gone at this very reduction included
+        # that of units gone at this very reduction included
+        everywhere = {n: replace(r, spike_delta_f=spikes[n]) for n, r in result.sites.items()}
         return bmr.Reduction(everywhere, result.posterior, posterior)
 
-    def _to_size(self, posterior: bmr.Posterior, units: dict[str, Tensor], alive: dict[str, Tensor], target: float) -> None:
+    def _to_size(
+        self,
+        posterior: bmr.Posterior,
+        units: dict[str, Tensor],
+        alive: dict[str, Tensor],
+        target: float,
+    ) -> None:
         total = sum(site.mean.numel() for site in posterior.sites.values())
-        shapes = {layer: posterior[f"{layer}.weight"].mean.shape for layer in [*units, self.chain[-1][1]]}
+        shapes = {
+            layer: posterior[f"{layer}.weight"].mean.shape for layer in [*units, self.chain[-1][1]]
+        }
         layers = list(shapes)
         while True:
-            inputs = [shapes[layers[0]][1], *(int(alive[layer].sum()) * positions for layer, _, positions in self.chain)]
+            inputs = [
+                shapes[layers[0]][1],
+                *(int(alive[layer].sum()) * positions for layer, _, positions in self.chain),
+            ]
             outputs = [*(int(alive[layer].sum()) for layer in units), shapes[layers[-1]][0]]
             kernels = [math.prod(shapes[layer][2:]) for layer in layers]
-            if sum(o * (i * k + 1) for i, o, k in zip(inputs, outputs, kernels, strict=True)) <= target * total:
+            if (
+                sum(o * (i * k + 1) for i, o, k in zip(inputs, outputs, kernels, strict=True))
+                <= target * total
+            ):
                 return
             best, where = -math.inf, ("", 0)
             for j, (layer, _, positions) in enumerate(self.chain):
@@ -109,9 +154,34 @@ class Task:
 
 TASKS = {
     "mlp": Task("mnist", "mlp:300-100", (("1", "3", 1), ("3", "5", 1)), None, 0.0195, 0.2, 40),
-    "lenet_caffe": Task("mnist", "lenet_caffe", (("0", "2", 1), ("2", "5", 16), ("5", "7", 1)), 0.0225, 0.0145, 0.07, 20, 2e-3),
-    "lenet_caffe_half": Task("mnist", "lenet_caffe", (("0", "2", 1), ("2", "5", 16), ("5", "7", 1)), 0.045, 0.0145, 0.4, 20),
-    "lenet": Task("fashion-mnist", "lenet", (("1", "4", 1), ("4", "8", 25), ("8", "10", 1), ("10", "12", 1)), 0.148, 0.148, 0.1, 15),
+    "lenet_caffe": Task(
+        "mnist",
+        "lenet_caffe",
+        (("0", "2", 1), ("2", "5", 16), ("5", "7", 1)),
+        0.0225,
+        0.0145,
+        0.07,
+        20,
+        2e-3,
+    ),
+    "lenet_caffe_half": Task(
+        "mnist",
+        "lenet_caffe",
+        (("0", "2", 1), ("2", "5", 16), ("5", "7", 1)),
+        0.045,
+        0.0145,
+        0.4,
+        20,
+    ),
+    "lenet": Task(
+        "fashion-mnist",
+        "lenet",
+        (("1", "4", 1), ("4", "8", 25), ("8", "10", 1), ("10", "12", 1)),
+        0.148,
+        0.148,
+        0.1,
+        15,
+    ),
 }
 
 
@@ -140,10 +210,21 @@ def run(task: Task, seed: int, validation: bool, folder: Path) -> None:
     )
     net = bmr.export(fit.program, fit.posterior)
     with torch.no_grad():
-        accuracy = bmr.metrics.accuracy(torch.cat([net(part) for part in x_test.split(2000)]).softmax(1), y_test)
+        accuracy = bmr.metrics.accuracy(
+            torch.cat([net(part) for part in x_test.split(2000)]).softmax(1), y_test
+        )
     mean = bmr.metrics.accuracy(bmr.predict(fit.program, fit.posterior, x_test).probs, y_test)
-    units = {layer: int(fit.masks[f"{layer}.weight"].flatten(1).any(1).sum()) for layer, _, _ in task.chain}
-    figures = {"accuracy": accuracy, "accuracy of 32 draws": mean, "kept": float(fit.history["kept"].iloc[-1]), "units": units, "seconds": fit.seconds}
+    units = {
+        layer: int(fit.masks[f"{layer}.weight"].flatten(1).any(1).sum())
+        for layer, _, _ in task.chain
+    }
+    figures = {
+        "accuracy": accuracy,
+        "accuracy of 32 draws": mean,
+        "kept": float(fit.history["kept"].iloc[-1]),
+        "units": units,
+        "seconds": fit.seconds,
+    }
     fit.posterior.save(folder / "posterior.safetensors")
     bmr.save(net, folder, {**vars(task), **figures, "seed": seed, "validation": validation})
     print(json.dumps({"task": task.model, "seed": seed, **figures}), flush=True)
@@ -162,12 +243,25 @@ def measured(task: Task, folder: Path) -> dict[str, float | str]:
     with torch.no_grad():
         error = float((small(x) - net(x)).abs().max())
     assert error <= 1e-4, f"the shrunk network differs by {error}"
-    table = bmr.deploy(small, folder / "deployed", x, formats=("half", "program"), before=net, report=report, seconds=1.0).set_index("format")
+    table = bmr.deploy(
+        small,
+        folder / "deployed",
+        x,
+        formats=("half", "program"),
+        before=net,
+        report=report,
+        seconds=1.0,
+    ).set_index("format")
     (folder / "plan.txt").write_text(f"{plan}\n")
     before, after = table.loc["before"], table.loc["safetensors"]
-    small.load_state_dict({key: tensor.half().float() for key, tensor in small.state_dict().items()})  # as the file in half precision is read
+    # as the file in half precision is read
+    small.load_state_dict(
+        {key: tensor.half().float() for key, tensor in small.state_dict().items()}
+    )
     with torch.no_grad():
-        half = bmr.metrics.accuracy(torch.cat([small(part) for part in data.x_test.split(2000)]).softmax(1), data.y_test)
+        half = bmr.metrics.accuracy(
+            torch.cat([small(part) for part in data.x_test.split(2000)]).softmax(1), data.y_test
+        )
     return {
         "accuracy": report["accuracy"],
         "accuracy, half": half,
@@ -180,13 +274,20 @@ def measured(task: Task, folder: Path) -> dict[str, float | str]:
         "kB, dense": float(before["bytes"]) / 1000,
         "FLOPs": float(after["FLOPs"] / before["FLOPs"]),
         "largest difference": error,
-        **{f"speed-up at {batch}": float(before[f"ms at batch {batch}"] / after[f"ms at batch {batch}"]) for batch in (1, 128)},
+        **{
+            f"speed-up at {batch}": float(
+                before[f"ms at batch {batch}"] / after[f"ms at batch {batch}"]
+            )
+            for batch in (1, 128)
+        },
         **{f"ms at {batch}": float(after[f"ms at batch {batch}"]) for batch in (1, 128)},
     }
 
 
 def fill_page(rows: dict[str, list[dict[str, float | str]]]) -> None:
-    """Writes the table of the results page: mean ± standard deviation over seeds; of a task without results here, the figures that it has."""
+    """Writes the table of the results page: mean ± standard deviation over seeds; of a task without
+    results here, the figures that it has.
+    """
     digits = {
         "accuracy": 4,
         "accuracy, half": 4,
@@ -201,29 +302,48 @@ def fill_page(rows: dict[str, list[dict[str, float | str]]]) -> None:
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split("<!-- table -->\n")
     old, after = rest.split("<!-- end of table -->")
-    heads, _, *lines = [[word.strip() for word in line.split("|")[1:-1]] for line in old.strip().splitlines()]
+    heads, _, *lines = [
+        [word.strip() for word in line.split("|")[1:-1]] for line in old.strip().splitlines()
+    ]
     figures = {label: {line[0]: line[k] for line in lines} for k, label in enumerate(heads) if k}
     for name, seeds in rows.items():
-        figures[LABELS[name]] = {column: _cell([row[column] for row in seeds], digits.get(column, 1)) for column in seeds[0]}
+        figures[LABELS[name]] = {
+            column: _cell([row[column] for row in seeds], digits.get(column, 1))
+            for column in seeds[0]
+        }
     shown = [label for label in LABELS.values() if label in figures]
     columns = list(dict.fromkeys(column for label in shown for column in figures[label]))
     table = ["| | " + " | ".join(shown) + " |", "|" + "---|" * (len(shown) + 1)]
-    table += ["| " + " | ".join([column, *(figures[label].get(column, "") for label in shown)]) + " |" for column in columns]
-    PAGE.write_text(before + "\n".join(["<!-- table -->", *table, "<!-- end of table -->"]) + after, encoding="utf-8")
+    table += [
+        "| " + " | ".join([column, *(figures[label].get(column, "") for label in shown)]) + " |"
+        for column in columns
+    ]
+    PAGE.write_text(
+        before + "\n".join(["<!-- table -->", *table, "<!-- end of table -->"]) + after,
+        encoding="utf-8",
+    )
 
 
 def _cell(values: list[float | str], digits: int) -> str:
     if any(isinstance(value, str) for value in values):
         return ", ".join(map(str, values))
     numbers = torch.tensor(values, dtype=torch.float64)
-    return f"{numbers.mean():.{digits}f}" + (f" ± {numbers.std():.{digits}f}" if len(values) > 1 else "")
+    return f"{numbers.mean():.{digits}f}" + (
+        f" ± {numbers.std():.{digits}f}" if len(values) > 1 else ""
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--validation", action="store_true", help="fit on 5/6 of the training rows and score the rest")
+    parser.add_argument(
+        "--validation",
+        action="store_true",
+        help="fit on 5/6 of the training rows and score the rest",
+    )
     parser.add_argument("--out", type=Path, default=Path("results/structured-pruning"))
     for name in ("kept", "size", "temperature", "learning_rate"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float)
@@ -232,7 +352,11 @@ def main() -> None:
     parser.add_argument("--estimator")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    changes = {field.name: value for field in fields(Task) if (value := getattr(arguments, field.name, None)) is not None}
+    changes = {
+        field.name: value
+        for field in fields(Task)
+        if (value := getattr(arguments, field.name, None)) is not None
+    }
     for name, task in TASKS.items():
         if arguments.only in (None, name):
             for seed in range(arguments.seeds):
@@ -241,9 +365,21 @@ def main() -> None:
                     folder.mkdir(parents=True, exist_ok=True)
                     run(replace(task, **changes), seed, arguments.validation, folder)
     if not arguments.validation:
-        folders = {name: [arguments.out / name / str(seed) for seed in range(arguments.seeds)] for name in TASKS}
-        finished = {name: seeds for name, seeds in folders.items() if all((seed / "report.json").exists() for seed in seeds)}
-        fill_page({name: [measured(TASKS[name], seed) for seed in seeds] for name, seeds in finished.items()})
+        folders = {
+            name: [arguments.out / name / str(seed) for seed in range(arguments.seeds)]
+            for name in TASKS
+        }
+        finished = {
+            name: seeds
+            for name, seeds in folders.items()
+            if all((seed / "report.json").exists() for seed in seeds)
+        }
+        fill_page(
+            {
+                name: [measured(TASKS[name], seed) for seed in seeds]
+                for name, seeds in finished.items()
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""The comparative study: runs what is not finished of `benchmarks/study_*.toml`, and fills the tables of docs/results/study.md.
+"""The comparative study: runs what is not finished of `benchmarks/study_*.toml`, and fills the
+tables of docs/results/study.md.
 
     python benchmarks/study.py --jobs 2
     python benchmarks/study.py --only mlp lenet       # some of them
     python benchmarks/study.py --fill                 # no run, the tables of what is finished
     python benchmarks/study.py --anew --jobs 2        # the cells of docs/results/study as well
 
-The tables of regression want `results/regression-data`, which `regression_tables.py` makes, that of MNIST `results/mnist-moved.npz`, which
-`moved_mnist.py` makes. What is finished is in results/study, its figures and the commit of each fit in docs/results/study, a row per cell; a cell of
-either is not run again.
+The tables of regression want `results/regression-data`, which `regression_tables.py` makes, that of
+MNIST `results/mnist-moved.npz`, which `moved_mnist.py` makes. What is finished is in results/study,
+its figures and the commit of each fit in docs/results/study, a row per cell; a cell of either is
+not run again.
 """
 
 from __future__ import annotations
@@ -34,22 +36,40 @@ COLUMNS = {
     **dict.fromkeys(("paper_mlp", "paper_lenet", "transformers"), BESIDE_THE_PAPER),
     "regression": ("rmse", "nll", "kept", "elbo", "seconds", "step_ratio"),
 }
-"""Study → the columns of its table; "" for all others. Those of shift are added where a study has them."""
-SHIFTED = ("shift_nll_1", "shift_nll_3", "shift_nll_5", "shift_ece_1", "shift_ece_3", "shift_ece_5", "ood_auroc")
+"""Study → the columns of its table; "" for all others. Those of shift are added where a study has
+them.
+"""
+SHIFTED = (
+    "shift_nll_1",
+    "shift_nll_3",
+    "shift_nll_5",
+    "shift_ece_1",
+    "shift_ece_3",
+    "shift_ece_5",
+    "ood_auroc",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found = {path.stem.removeprefix("study_"): path for path in sorted(Path("benchmarks").glob("study_*.toml"))}
+    found = {
+        path.stem.removeprefix("study_"): path
+        for path in sorted(Path("benchmarks").glob("study_*.toml"))
+    }
     parser.add_argument("--only", nargs="+", choices=found, default=list(found))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--fill", action="store_true", help="run nothing")
-    parser.add_argument("--anew", action="store_true", help="run what is in docs/results/study, too")
+    parser.add_argument(
+        "--anew", action="store_true", help="run what is in docs/results/study, too"
+    )
     arguments = parser.parse_args()
     for name in arguments.only:
         declared = declare(found[name])
         before = pd.DataFrame({"cell": []}) if arguments.anew else cells_of_the_page(name)
-        left = replace(declared, cells=tuple(cell for cell in declared.cells if cell.slug not in set(before["cell"])))
+        left = replace(
+            declared,
+            cells=tuple(cell for cell in declared.cells if cell.slug not in set(before["cell"])),
+        )
         if not arguments.fill and left.cells:
             bmr.study(left, ROOT / name, jobs=arguments.jobs)
         table = with_those_before(declared, before, results(left, ROOT / name), ROOT / name)
@@ -64,16 +84,27 @@ def cells_of_the_page(name: str) -> pd.DataFrame:
     return pd.read_csv(path) if path.exists() else pd.DataFrame({"cell": []})
 
 
-def with_those_before(declared: Study, before: pd.DataFrame, new: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """All rows, in the order of the declaration and with its labels; those of cells that are not declared any more go."""
+def with_those_before(
+    declared: Study, before: pd.DataFrame, new: pd.DataFrame, folder: Path
+) -> pd.DataFrame:
+    """All rows, in the order of the declaration and with its labels; those of cells that are not
+    declared any more go.
+    """
     if not new.empty:
-        new = new.assign(commit=[read_cell(folder / "cells" / cell / "config.json")["versions"].get("commit", "?") for cell in new["cell"]])
+        new = new.assign(
+            commit=[
+                read_cell(folder / "cells" / cell / "config.json")["versions"].get("commit", "?")
+                for cell in new["cell"]
+            ]
+        )
     labels = {cell.slug: cell.label for cell in declared.cells}
     parts = [part for part in (before, new) if not part.empty]
     if not parts:
         return new
     table = pd.concat(parts, ignore_index=True)
-    table = table[table["cell"].isin(labels)].sort_values("cell", key=lambda cells: cells.map(list(labels).index), ignore_index=True)
+    table = table[table["cell"].isin(labels)].sort_values(
+        "cell", key=lambda cells: cells.map(list(labels).index), ignore_index=True
+    )
     return table.assign(method=table["cell"].map(labels))
 
 
@@ -81,25 +112,59 @@ def fill(name: str, table: pd.DataFrame, cells: int) -> None:
     """Puts the means of a study between its marks on the page."""
     table["data"] = [table_of(str(data)) for data in table["data"]]
     keys = [key for key in ("model", "data", "method", "option_kept") if key in table]
-    columns = [column for column in (*COLUMNS.get(name, COLUMNS[""]), *SHIFTED) if column in table and table[column].notna().any()]
+    columns = [
+        column
+        for column in (*COLUMNS.get(name, COLUMNS[""]), *SHIFTED)
+        if column in table and table[column].notna().any()
+    ]
     shown = [key for key in keys if key in ("method", "option_kept") or table[key].nunique() > 1]
     names = {"option_kept": "target"}
-    lines = ["| " + " | ".join([*(names.get(key, key) for key in shown), "fits", *columns]) + " |", "|" + "---|" * (len(shown) + 1 + len(columns))]
+    lines = [
+        "| " + " | ".join([*(names.get(key, key) for key in shown), "fits", *columns]) + " |",
+        "|" + "---|" * (len(shown) + 1 + len(columns)),
+    ]
     for key, group in table.groupby(keys, sort=False, dropna=False):
         place = dict(zip(keys, key, strict=True))
-        words = [place[k] if isinstance(place[k], str) else "" if math.isnan(place[k]) else f"{place[k]:g}" for k in shown]
-        lines.append("| " + " | ".join([*words, str(len(group)), *(mean_and_spread(c, group[c].mean(), group[c].std()) for c in columns)]) + " |")
+        words = [
+            (
+                place[k]
+                if isinstance(place[k], str)
+                else ""
+                if math.isnan(place[k])
+                else f"{place[k]:g}"
+            )
+            for k in shown
+        ]
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    *words,
+                    str(len(group)),
+                    *(mean_and_spread(c, group[c].mean(), group[c].std()) for c in columns),
+                ]
+            )
+            + " |"
+        )
     commits = ", ".join(sorted(set(table["commit"])))
     command = f"pyro-bmr study benchmarks/study_{name}.toml --out {ROOT / name}"
-    note = f"`{command}`, {len(table)} of {cells} cells, commit {commits}; [each cell](study/{name}.csv)."
+    note = (
+        f"`{command}`, {len(table)} of {cells} cells, commit {commits}; [each"
+        f" cell](study/{name}.csv)."
+    )
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(f"<!-- {name} -->")
     after = rest.split(f"<!-- end of {name} -->")[1]
-    PAGE.write_text("\n".join([f"{before}<!-- {name} -->", *lines, "", note, f"<!-- end of {name} -->{after}"]), encoding="utf-8")
+    PAGE.write_text(
+        "\n".join([f"{before}<!-- {name} -->", *lines, "", note, f"<!-- end of {name} -->{after}"]),
+        encoding="utf-8",
+    )
 
 
 def table_of(data: str) -> str:
-    """The table that a file is a split of, results/regression-data/concrete-0.npz of concrete; other data as they are called."""
+    """The table that a file is a split of, results/regression-data/concrete-0.npz of concrete;
+    other data as they are called.
+    """
     return Path(data).stem.rsplit("-", 1)[0] if data.endswith(".npz") else data
 
 

@@ -1,9 +1,12 @@
-"""Greedy search over a correlated posterior against the subset of the best exact evidence: `python benchmarks/subset_search.py`.
+"""Greedy search over a correlated posterior against the subset of the best exact evidence: `python
+benchmarks/subset_search.py`.
 
-Each problem: y = Xw + noise, d regressors with pairwise correlations of random strength, w ~ N(0, 1) with half of its entries 0. The exact log evidence
-of all 2^d subsets is computed without the library, log N(y; 0, X_A X_Aᵀ + noise² I). Compared with its best subset are: the greedy search and the exhaustive
-search over the exact posterior, the point-spike rule on its marginals, and on the mean-field posterior (of all factorised Gaussians the closest in KL:
-variances 1/P_ii), in one shot and repeated with the rest refitted after each weight that goes.
+Each problem: y = Xw + noise, d regressors with pairwise correlations of random strength, w ~ N(0,
+1) with half of its entries 0. The exact log evidence of all 2^d subsets is computed without the
+library, log N(y; 0, X_A X_Aᵀ + noise² I). Compared with its best subset are: the greedy search and
+the exhaustive search over the exact posterior, the point-spike rule on its marginals, and on the
+mean-field posterior (of all factorised Gaussians the closest in KL: variances 1/P_ii), in one shot
+and repeated with the rest refitted after each weight that goes.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ def problem(seed: int, rows: int, d: int, noise: float) -> tuple[np.ndarray, np.
     return x, x @ w + noise * rng.normal(size=rows)
 
 
-def exact_log_evidences(x: np.ndarray, y: np.ndarray, noise: float) -> dict[tuple[bool, ...], float]:
+def exact_log_evidences(
+    x: np.ndarray, y: np.ndarray, noise: float
+) -> dict[tuple[bool, ...], float]:
     """Every subset → log N(y; 0, X_A X_Aᵀ + noise² I), through the |A|×|A| determinant."""
     gram, moment, n = x.T @ x / noise**2, x.T @ y / noise**2, len(y)
     base = -0.5 * n * np.log(2 * np.pi * noise**2) - 0.5 * y @ y / noise**2
@@ -37,12 +42,18 @@ def exact_log_evidences(x: np.ndarray, y: np.ndarray, noise: float) -> dict[tupl
     for alive in itertools.product((True, False), repeat=x.shape[1]):
         a = np.array(alive)
         precision = gram[np.ix_(a, a)] + np.eye(a.sum())
-        table[alive] = base - 0.5 * np.linalg.slogdet(precision)[1] + 0.5 * moment[a] @ np.linalg.solve(precision, moment[a])
+        table[alive] = (
+            base
+            - 0.5 * np.linalg.slogdet(precision)[1]
+            + 0.5 * moment[a] @ np.linalg.solve(precision, moment[a])
+        )
     return table
 
 
 def repeated_mean_field(precision: np.ndarray, moment: np.ndarray) -> np.ndarray:
-    """The weight with the largest ΔF > 0 goes, the factorised posterior of the rest is fitted anew, until none is left."""
+    """The weight with the largest ΔF > 0 goes, the factorised posterior of the rest is fitted anew,
+    until none is left.
+    """
     alive = np.ones(len(moment), dtype=bool)
     while alive.any():
         sub = precision[np.ix_(alive, alive)]
@@ -55,7 +66,9 @@ def repeated_mean_field(precision: np.ndarray, moment: np.ndarray) -> np.ndarray
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--problems", type=int, default=100)
     parser.add_argument("--rows", type=int, default=50)
     parser.add_argument("--d", type=int, default=10)
@@ -70,22 +83,45 @@ def main() -> None:
         x, y = problem(seed, settings.rows, settings.d, settings.noise)
         exact = exact_log_evidences(x, y, settings.noise)
         best = max(exact, key=lambda subset: exact[subset])
-        precision, moment = x.T @ x / settings.noise**2 + np.eye(settings.d), x.T @ y / settings.noise**2
+        precision, moment = (
+            x.T @ x / settings.noise**2 + np.eye(settings.d),
+            x.T @ y / settings.noise**2,
+        )
         mean = torch.tensor(np.linalg.solve(precision, moment))
-        posterior, prior = bmr.Dense(mean, torch.tensor(np.linalg.inv(precision))), bmr.Gaussian(1.0)
+        posterior, prior = (
+            bmr.Dense(mean, torch.tensor(np.linalg.inv(precision))),
+            bmr.Gaussian(1.0),
+        )
         answers = {}
-        for name, method in (("greedy, full posterior", bmr.greedy_search), ("exhaustive, full posterior", bmr.exhaustive_search)):
+        for name, method in (
+            ("greedy, full posterior", bmr.greedy_search),
+            ("exhaustive, full posterior", bmr.exhaustive_search),
+        ):
             start = time.perf_counter()
             search = method(posterior, prior)
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             answers[name] = search.mask.numpy()
             full = exact[(True,) * settings.d]
-            error = max(error, *(abs(exact[tuple(row)] - full - gain) for row, gain in zip(search.alive.tolist(), search.delta_f.tolist(), strict=True)))
-        marginal = bmr.delta_f(bmr.Diagonal(mean, posterior.cov.diagonal()), prior, bmr.Gaussian(0.0))
-        factorised = bmr.delta_f(bmr.Diagonal(mean, 1 / torch.tensor(np.diag(precision))), prior, bmr.Gaussian(0.0))
+            error = max(
+                error,
+                *(
+                    abs(exact[tuple(row)] - full - gain)
+                    for row, gain in zip(
+                        search.alive.tolist(), search.delta_f.tolist(), strict=True
+                    )
+                ),
+            )
+        marginal = bmr.delta_f(
+            bmr.Diagonal(mean, posterior.cov.diagonal()), prior, bmr.Gaussian(0.0)
+        )
+        factorised = bmr.delta_f(
+            bmr.Diagonal(mean, 1 / torch.tensor(np.diag(precision))), prior, bmr.Gaussian(0.0)
+        )
         answers["one shot, marginals of the full posterior"] = (marginal <= 0).numpy()
         answers["one shot, mean field"] = (factorised <= 0).numpy()
-        answers["one weight at a time, mean field fitted anew"] = repeated_mean_field(precision, moment)
+        answers["one weight at a time, mean field fitted anew"] = repeated_mean_field(
+            precision, moment
+        )
         for name, alive in answers.items():
             found.setdefault(name, []).append(tuple(alive.tolist()) == best)
             lost.setdefault(name, []).append(exact[best] - exact[tuple(alive.tolist())])
@@ -99,7 +135,13 @@ def main() -> None:
         )
         for name, hits in found.items()
     ]
-    columns = ["method", "best subset found", "evidence lost, mean (nats)", "worst (nats)", "ms a problem"]
+    columns = [
+        "method",
+        "best subset found",
+        "evidence lost, mean (nats)",
+        "worst (nats)",
+        "ms a problem",
+    ]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     print("\n".join("| " + " | ".join(row) + " |" for row in rows))
     print(f"\nlargest difference between a ΔF of the searches and the exact one: {error:.1e} nats")

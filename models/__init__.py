@@ -1,1 +1,3 @@
-"""Pyro programs to run and to copy; each file has one function `build(data, prior)` that returns a Pyro program."""
+"""Pyro programs to run and to copy; each file has one function `build(data, prior)` that returns a
+Pyro program.
+"""

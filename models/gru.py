@@ -1,4 +1,5 @@
-"""A recurrent classifier: the rows of an image, or the points of a curve, one after another into a GRU (Cho et al. 2014, arXiv 1406.1078).
+"""A recurrent classifier: the rows of an image, or the points of a curve, one after another into a
+GRU (Cho et al. 2014, arXiv 1406.1078).
 
 `--model gru`, or `--model gru:64` for another width. Run it by itself: python models/gru.py
 """
@@ -29,15 +30,26 @@ def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "32") -> bmr.BayesianNe
     if not sizes.isdecimal() or int(sizes) < 1:
         raise bmr.ModelError(f"gru:{sizes}: the width of the state is wanted, such as gru:64")
     features = shape[-1] if len(shape) == 3 else 1
-    return bmr.BayesianNetwork(Recurrent(features, int(sizes), data.outputs), prior, data.likelihood())
+    return bmr.BayesianNetwork(
+        Recurrent(features, int(sizes), data.outputs), prior, data.likelihood()
+    )
 
 
 def main() -> None:
     torch.manual_seed(0)
     data = bmr.load("digits")
-    fit = bmr.fit(build(data, bmr.Gaussian()), data, epochs=40, temperature=0.1, reduce=bmr.Every(2, to=bmr.Gaussian(scale=0)))
+    fit = bmr.fit(
+        build(data, bmr.Gaussian()),
+        data,
+        epochs=40,
+        temperature=0.1,
+        reduce=bmr.Every(2, to=bmr.Gaussian(scale=0)),
+    )
     prediction = bmr.predict(fit.program, fit.posterior, data.x_test)
-    print(f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with {fit.history['kept'].iloc[-1]:.1%} of the weights")
+    print(
+        f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with"
+        f" {fit.history['kept'].iloc[-1]:.1%} of the weights"
+    )
 
 
 if __name__ == "__main__":

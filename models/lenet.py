@@ -1,6 +1,8 @@
-"""LeNet-5 with 6 and 16 channels and 120 and 84 units on images padded to 32×32: `--model lenet`, or `--model lenet:18-48-360-256` for other sizes.
+"""LeNet-5 with 6 and 16 channels and 120 and 84 units on images padded to 32×32: `--model lenet`,
+or `--model lenet:18-48-360-256` for other sizes.
 
-Valid 5×5 convolutions, average pooling, tanh; `--model lenet:6-16-120-84-relu` has maximum pooling and ReLU. Run it by itself: python models/lenet.py
+Valid 5×5 convolutions, average pooling, tanh; `--model lenet:6-16-120-84-relu` has maximum pooling
+and ReLU. Run it by itself: python models/lenet.py
 """
 
 import torch
@@ -9,7 +11,9 @@ from torch import nn
 import pyro_bmr as bmr
 
 
-def network(shape: tuple[int, int, int], sizes: tuple[int, int, int, int], outputs: int, relu: bool = False) -> nn.Sequential:
+def network(
+    shape: tuple[int, int, int], sizes: tuple[int, int, int, int], outputs: int, relu: bool = False
+) -> nn.Sequential:
     """For images of `shape` (channels, height, width), at most 32×32."""
     bend, pool = (nn.ReLU, nn.MaxPool2d) if relu else (nn.Tanh, nn.AvgPool2d)
     channels, height, width = shape
@@ -28,20 +32,37 @@ def network(shape: tuple[int, int, int], sizes: tuple[int, int, int, int], outpu
 
 def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "6-16-120-84") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
-    numbers = tuple(int(size) if size.isdecimal() else 0 for size in sizes.removesuffix("-relu").split("-"))
+    numbers = tuple(
+        int(size) if size.isdecimal() else 0 for size in sizes.removesuffix("-relu").split("-")
+    )
     if len(shape) != 3 or shape[1] > 32 or shape[2] > 32:
-        raise bmr.DataError(f"lenet wants images (channels, height, width) of at most 32×32, got rows of shape {shape}")
+        raise bmr.DataError(
+            "lenet wants images (channels, height, width) of at most 32×32, got rows of shape"
+            f" {shape}"
+        )
     if len(numbers) != 4 or min(numbers) < 1:
-        raise bmr.ModelError(f"lenet:{sizes}: four sizes are wanted, such as lenet:6-16-120-84 or lenet:6-16-120-84-relu")
-    return bmr.BayesianNetwork(network(shape, numbers, data.outputs, relu=sizes.endswith("-relu")), prior, data.likelihood())
+        raise bmr.ModelError(
+            f"lenet:{sizes}: four sizes are wanted, such as lenet:6-16-120-84 or"
+            " lenet:6-16-120-84-relu"
+        )
+    return bmr.BayesianNetwork(
+        network(shape, numbers, data.outputs, relu=sizes.endswith("-relu")),
+        prior,
+        data.likelihood(),
+    )
 
 
 def main() -> None:
     torch.manual_seed(0)
     data = bmr.load("digits")
-    fit = bmr.fit(build(data, bmr.Gaussian()), data, epochs=30, reduce=bmr.Every(to=bmr.Gaussian(scale=0)))
+    fit = bmr.fit(
+        build(data, bmr.Gaussian()), data, epochs=30, reduce=bmr.Every(to=bmr.Gaussian(scale=0))
+    )
     prediction = bmr.predict(fit.program, fit.posterior, data.x_test)
-    print(f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with {fit.history['kept'].iloc[-1]:.1%} of the weights")
+    print(
+        f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with"
+        f" {fit.history['kept'].iloc[-1]:.1%} of the weights"
+    )
 
 
 if __name__ == "__main__":

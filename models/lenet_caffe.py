@@ -1,6 +1,8 @@
-"""LeNet-5 as in Caffe, with 20 and 50 channels and 500 units on images of 28×28: `--model lenet_caffe`, or `--model lenet_caffe:8-16-64`.
+"""LeNet-5 as in Caffe, with 20 and 50 channels and 500 units on images of 28×28: `--model
+lenet_caffe`, or `--model lenet_caffe:8-16-64`.
 
-Valid 5×5 convolutions, max pooling, one ReLU before the outputs. Run it by itself: python models/lenet_caffe.py
+Valid 5×5 convolutions, max pooling, one ReLU before the outputs. Run it by itself: python
+models/lenet_caffe.py
 """
 
 import torch
@@ -9,8 +11,12 @@ from torch import nn
 import pyro_bmr as bmr
 
 
-def network(shape: tuple[int, int, int], sizes: tuple[int, int, int], outputs: int) -> nn.Sequential:
-    """For images of `shape` (channels, height, width), at least 16×16; weights start by He et al. 2015 (arXiv 1502.01852), biases at 0."""
+def network(
+    shape: tuple[int, int, int], sizes: tuple[int, int, int], outputs: int
+) -> nn.Sequential:
+    """For images of `shape` (channels, height, width), at least 16×16; weights start by He et al.
+    2015 (arXiv 1502.01852), biases at 0.
+    """
     channels, height, width = shape
     first, second, third = sizes
     positions = ((height - 4) // 2 - 4) // 2 * (((width - 4) // 2 - 4) // 2)
@@ -33,18 +39,28 @@ def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "20-50-500") -> bmr.Bay
     shape = tuple(data.x_train.shape[1:])
     numbers = tuple(int(size) if size.isdecimal() else 0 for size in sizes.split("-"))
     if len(shape) != 3 or min(shape[1:]) < 16:
-        raise bmr.DataError(f"lenet_caffe wants images (channels, height, width) of at least 16×16, got rows of shape {shape}")
+        raise bmr.DataError(
+            "lenet_caffe wants images (channels, height, width) of at least 16×16, got rows of"
+            f" shape {shape}"
+        )
     if len(numbers) != 3 or min(numbers) < 1:
-        raise bmr.ModelError(f"lenet_caffe:{sizes}: three sizes are wanted, such as lenet_caffe:20-50-500")
+        raise bmr.ModelError(
+            f"lenet_caffe:{sizes}: three sizes are wanted, such as lenet_caffe:20-50-500"
+        )
     return bmr.BayesianNetwork(network(shape, numbers, data.outputs), prior, data.likelihood())
 
 
 def main() -> None:
     torch.manual_seed(0)
     data = bmr.load("mnist")
-    fit = bmr.fit(build(data, bmr.Gaussian()), data, epochs=5, reduce=bmr.Every(to=bmr.Gaussian(scale=0)))
+    fit = bmr.fit(
+        build(data, bmr.Gaussian()), data, epochs=5, reduce=bmr.Every(to=bmr.Gaussian(scale=0))
+    )
     prediction = bmr.predict(fit.program, fit.posterior, data.x_test)
-    print(f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with {fit.history['kept'].iloc[-1]:.1%} of the weights")
+    print(
+        f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with"
+        f" {fit.history['kept'].iloc[-1]:.1%} of the weights"
+    )
 
 
 if __name__ == "__main__":

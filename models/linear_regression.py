@@ -1,4 +1,5 @@
-"""Bayesian linear regression as a Pyro program written by hand: `--model linear_regression` on regression data.
+"""Bayesian linear regression as a Pyro program written by hand: `--model linear_regression` on
+regression data.
 
 Run it by itself: python models/linear_regression.py
 """
@@ -13,7 +14,9 @@ import pyro_bmr as bmr
 
 
 def build(data: bmr.Data, prior: bmr.Prior) -> Callable[..., Tensor]:
-    """y = x w + b + noise: w under `prior`, b and the noise under weak priors for standardised data."""
+    """y = x w + b + noise: w under `prior`, b and the noise under weak priors for standardised
+    data.
+    """
     if data.task != "regression":
         raise bmr.DataError(f"linear_regression wants real targets; {data.name} has classes")
     features = data.x_train[0].numel()

@@ -1,4 +1,5 @@
-"""Bayesian logistic regression as a Pyro program written by hand: `--model logistic_regression` on data with classes.
+"""Bayesian logistic regression as a Pyro program written by hand: `--model logistic_regression` on
+data with classes.
 
 Run it by itself: python models/logistic_regression.py
 """
@@ -32,7 +33,10 @@ def main() -> None:
     fit = bmr.fit(build(data, bmr.Gaussian(1.0)), data, epochs=60, optimizer=bmr.adam(1e-2))
     reduction = bmr.reduce(fit.posterior, to={"w": bmr.Gaussian(scale=0)})
     prediction = bmr.predict(fit.program, reduction.posterior, data.x_test)
-    print(f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with {reduction.kept:.1%} of the weights")
+    print(
+        f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with"
+        f" {reduction.kept:.1%} of the weights"
+    )
 
 
 if __name__ == "__main__":

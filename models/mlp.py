@@ -1,4 +1,5 @@
-"""A multilayer perceptron of any sizes on flattened inputs: `--model mlp` (300-100 hidden units) or `--model mlp:500-500`.
+"""A multilayer perceptron of any sizes on flattened inputs: `--model mlp` (300-100 hidden units) or
+`--model mlp:500-500`.
 
 Run it by itself: python models/mlp.py
 """
@@ -10,7 +11,9 @@ import pyro_bmr as bmr
 
 
 def network(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Flatten, then Linear and ReLU per hidden layer, then Linear; weights start by He et al. 2015 (arXiv 1502.01852), biases at 0."""
+    """Flatten, then Linear and ReLU per hidden layer, then Linear; weights start by He et al. 2015
+    (arXiv 1502.01852), biases at 0.
+    """
     layers: list[nn.Module] = [nn.Flatten()]
     for size in hidden:
         layers += [nn.Linear(inputs, size), nn.ReLU()]
@@ -26,16 +29,25 @@ def network(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential
 def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "300-100") -> bmr.BayesianNetwork:
     hidden = tuple(int(size) if size.isdecimal() else 0 for size in sizes.split("-"))
     if min(hidden) < 1:
-        raise bmr.ModelError(f"mlp:{sizes}: the sizes of hidden layers are wanted, such as mlp:300-100")
-    return bmr.BayesianNetwork(network(data.x_train[0].numel(), hidden, data.outputs), prior, data.likelihood())
+        raise bmr.ModelError(
+            f"mlp:{sizes}: the sizes of hidden layers are wanted, such as mlp:300-100"
+        )
+    return bmr.BayesianNetwork(
+        network(data.x_train[0].numel(), hidden, data.outputs), prior, data.likelihood()
+    )
 
 
 def main() -> None:
     torch.manual_seed(0)
     data = bmr.load("digits")
-    fit = bmr.fit(build(data, bmr.Gaussian()), data, epochs=60, reduce=bmr.Every(to=bmr.Gaussian(scale=0)))
+    fit = bmr.fit(
+        build(data, bmr.Gaussian()), data, epochs=60, reduce=bmr.Every(to=bmr.Gaussian(scale=0))
+    )
     prediction = bmr.predict(fit.program, fit.posterior, data.x_test)
-    print(f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with {fit.history['kept'].iloc[-1]:.1%} of the weights")
+    print(
+        f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with"
+        f" {fit.history['kept'].iloc[-1]:.1%} of the weights"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""An MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601) on images padded to whole patches: `--model mlp_mixer`, `--model mlp_mixer:paper`.
+"""An MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601) on images padded to whole patches:
+`--model mlp_mixer`, `--model mlp_mixer:paper`.
 
-Other sizes: `--model mlp_mixer:PATCH-DIM-DEPTH-TOKEN-CHANNEL`, the last two the widths of the hidden layers over tokens and over channels. Run it by itself:
-python models/mlp_mixer.py
+Other sizes: `--model mlp_mixer:PATCH-DIM-DEPTH-TOKEN-CHANNEL`, the last two the widths of the
+hidden layers over tokens and over channels. Run it by itself: python models/mlp_mixer.py
 """
 
 import torch
@@ -13,31 +14,56 @@ import pyro_bmr as bmr
 PRESETS = {"small": "4-32-2-32-64", "paper": "4-256-6-512-512"}
 
 
-def pad_to(shape: tuple[int, int, int], patch: int, side: int | None = None) -> tuple[nn.Module, int]:
+def pad_to(
+    shape: tuple[int, int, int], patch: int, side: int | None = None
+) -> tuple[nn.Module, int]:
     """Zeros around an image up to whole patches, or to `side`; and the number of patches."""
     height, width = (side or -(-size // patch) * patch for size in shape[1:])
     top, left = (height - shape[1]) // 2, (width - shape[2]) // 2
     pad = nn.ZeroPad2d((left, width - shape[2] - left, top, height - shape[1] - top))
-    return (pad if (height, width) != shape[1:] else nn.Identity()), (height // patch) * (width // patch)
+    return (pad if (height, width) != shape[1:] else nn.Identity()), (height // patch) * (
+        width // patch
+    )
 
 
 class MixerBlock(nn.Module):
-    """A hidden layer over the tokens of each channel, then one over the channels of each token; norms first, both added."""
+    """A hidden layer over the tokens of each channel, then one over the channels of each token;
+    norms first, both added.
+    """
 
     def __init__(self, tokens: int, dim: int, token_width: int, channel_width: int) -> None:
         super().__init__()
-        self.norm_tokens, self.tokens_in, self.tokens_out = nn.LayerNorm(dim), nn.Linear(tokens, token_width), nn.Linear(token_width, tokens)
-        self.norm_channels, self.channels_in, self.channels_out = nn.LayerNorm(dim), nn.Linear(dim, channel_width), nn.Linear(channel_width, dim)
+        self.norm_tokens, self.tokens_in, self.tokens_out = (
+            nn.LayerNorm(dim),
+            nn.Linear(tokens, token_width),
+            nn.Linear(token_width, tokens),
+        )
+        self.norm_channels, self.channels_in, self.channels_out = (
+            nn.LayerNorm(dim),
+            nn.Linear(dim, channel_width),
+            nn.Linear(channel_width, dim),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.tokens_out(F.gelu(self.tokens_in(self.norm_tokens(x).transpose(1, 2)))).transpose(1, 2)
+        x = x + self.tokens_out(
+            F.gelu(self.tokens_in(self.norm_tokens(x).transpose(1, 2)))
+        ).transpose(1, 2)
         return x + self.channels_out(F.gelu(self.channels_in(self.norm_channels(x))))
 
 
 class Mixer(nn.Module):
     """Patches → tokens → blocks → the logits of the mean token."""
 
-    def __init__(self, shape: tuple[int, int, int], patch: int, dim: int, depth: int, widths: tuple[int, int], outputs: int, side: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        patch: int,
+        dim: int,
+        depth: int,
+        widths: tuple[int, int],
+        outputs: int,
+        side: int | None = None,
+    ) -> None:
         super().__init__()
         self.pad, tokens = pad_to(shape, patch, side)
         self.patch = nn.Conv2d(shape[0], dim, patch, patch)
@@ -45,27 +71,53 @@ class Mixer(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.patch(self.pad(x)).flatten(2).transpose(1, 2))).mean(1))
+        return self.head(
+            self.norm(self.blocks(self.patch(self.pad(x)).flatten(2).transpose(1, 2))).mean(1)
+        )
 
 
 def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     if len(shape) != 3:
-        raise bmr.DataError(f"mlp_mixer wants images (channels, height, width), got rows of shape {shape}")
-    numbers = [int(size) if size.isdecimal() else 0 for size in PRESETS.get(sizes, sizes).split("-")]
+        raise bmr.DataError(
+            f"mlp_mixer wants images (channels, height, width), got rows of shape {shape}"
+        )
+    numbers = [
+        int(size) if size.isdecimal() else 0 for size in PRESETS.get(sizes, sizes).split("-")
+    ]
     if len(numbers) != 5 or min(numbers) < 1:
-        raise bmr.ModelError(f"mlp_mixer:{sizes}: {' or '.join(PRESETS)} is wanted, or five numbers such as mlp_mixer:{PRESETS['small']}")
+        raise bmr.ModelError(
+            f"mlp_mixer:{sizes}: {' or '.join(PRESETS)} is wanted, or five numbers such as"
+            f" mlp_mixer:{PRESETS['small']}"
+        )
     patch, dim, depth, tokens, channels = numbers
-    net = Mixer(shape, patch, dim, depth, (tokens, channels), data.outputs, side=32 if sizes == "paper" else None)
+    net = Mixer(
+        shape,
+        patch,
+        dim,
+        depth,
+        (tokens, channels),
+        data.outputs,
+        side=32 if sizes == "paper" else None,
+    )
     return bmr.BayesianNetwork(net, prior, data.likelihood())
 
 
 def main() -> None:
     torch.manual_seed(0)
     data = bmr.load("digits")
-    fit = bmr.fit(build(data, bmr.Gaussian(), "2-32-2-32-64"), data, epochs=40, temperature=0.1, reduce=bmr.Every(2, to=bmr.Gaussian(scale=0)))
+    fit = bmr.fit(
+        build(data, bmr.Gaussian(), "2-32-2-32-64"),
+        data,
+        epochs=40,
+        temperature=0.1,
+        reduce=bmr.Every(2, to=bmr.Gaussian(scale=0)),
+    )
     prediction = bmr.predict(fit.program, fit.posterior, data.x_test)
-    print(f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with {fit.history['kept'].iloc[-1]:.1%} of the weights")
+    print(
+        f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with"
+        f" {fit.history['kept'].iloc[-1]:.1%} of the weights"
+    )
 
 
 if __name__ == "__main__":

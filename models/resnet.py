@@ -1,7 +1,8 @@
-"""A small residual network (He et al. 2016, arXiv 1512.03385) on images of any size: `--model resnet`, or `--model resnet:16-32-64` for other widths.
+"""A small residual network (He et al. 2016, arXiv 1512.03385) on images of any size: `--model
+resnet`, or `--model resnet:16-32-64` for other widths.
 
-One block a width, the image halved between them; `--model resnet:16-32-group` has group norm, which knows no batch, instead of batch norm. Run it by itself:
-python models/resnet.py
+One block a width, the image halved between them; `--model resnet:16-32-group` has group norm, which
+knows no batch, instead of batch norm. Run it by itself: python models/resnet.py
 """
 
 import itertools
@@ -17,13 +18,22 @@ Norm = Callable[[int], nn.Module]
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions beside a straight way, which is a 1×1 convolution where the width or the size of the image changes."""
+    """Two 3×3 convolutions beside a straight way, which is a 1×1 convolution where the width or the
+    size of the image changes.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.first, self.second = (
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+        )
         self.norm_first, self.norm_second = norm(outputs), norm(outputs)
-        self.straight = nn.Identity() if stride == 1 and inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride)
+        self.straight = (
+            nn.Identity()
+            if stride == 1 and inputs == outputs
+            else nn.Conv2d(inputs, outputs, 1, stride)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm_second(self.second(F.relu(self.norm_first(self.first(x)))))
@@ -49,21 +59,43 @@ class ResNet(nn.Module):
 def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "16-32") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     if len(shape) != 3:
-        raise bmr.DataError(f"resnet wants images (channels, height, width), got rows of shape {shape}")
+        raise bmr.DataError(
+            f"resnet wants images (channels, height, width), got rows of shape {shape}"
+        )
     words = sizes.split("-")
-    norm: Norm = (lambda channels: nn.GroupNorm(4, channels)) if words[-1] == "group" else nn.BatchNorm2d
+    norm: Norm = (
+        (lambda channels: nn.GroupNorm(4, channels)) if words[-1] == "group" else nn.BatchNorm2d
+    )
     widths = tuple(int(word) if word.isdecimal() else 0 for word in words if word != "group")
-    if not widths or min(widths) < 1 or (words[-1] == "group" and any(width % 4 for width in widths)):
-        raise bmr.ModelError(f"resnet:{sizes}: widths are wanted, such as resnet:16-32, or multiples of 4 and the word group: resnet:16-32-group")
-    return bmr.BayesianNetwork(ResNet(shape[0], widths, data.outputs, norm), prior, data.likelihood())
+    if (
+        not widths
+        or min(widths) < 1
+        or (words[-1] == "group" and any(width % 4 for width in widths))
+    ):
+        raise bmr.ModelError(
+            f"resnet:{sizes}: widths are wanted, such as resnet:16-32, or multiples of 4 and the"
+            " word group: resnet:16-32-group"
+        )
+    return bmr.BayesianNetwork(
+        ResNet(shape[0], widths, data.outputs, norm), prior, data.likelihood()
+    )
 
 
 def main() -> None:
     torch.manual_seed(0)
     data = bmr.load("digits")
-    fit = bmr.fit(build(data, bmr.Gaussian()), data, epochs=20, temperature=0.1, reduce=bmr.Every(1, to=bmr.Gaussian(scale=0)))
+    fit = bmr.fit(
+        build(data, bmr.Gaussian()),
+        data,
+        epochs=20,
+        temperature=0.1,
+        reduce=bmr.Every(1, to=bmr.Gaussian(scale=0)),
+    )
     prediction = bmr.predict(fit.program, fit.posterior, data.x_test)
-    print(f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with {fit.history['kept'].iloc[-1]:.1%} of the weights")
+    print(
+        f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with"
+        f" {fit.history['kept'].iloc[-1]:.1%} of the weights"
+    )
 
 
 if __name__ == "__main__":

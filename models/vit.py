@@ -1,6 +1,8 @@
-"""A vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) on images padded to whole patches: `--model vit`, `--model vit:paper`.
+"""A vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) on images padded to whole
+patches: `--model vit`, `--model vit:paper`.
 
-Other sizes: `--model vit:PATCH-DIM-DEPTH-HEADS-RATIO`, with RATIO the width of the hidden layer over DIM. Run it by itself: python models/vit.py
+Other sizes: `--model vit:PATCH-DIM-DEPTH-HEADS-RATIO`, with RATIO the width of the hidden layer
+over DIM. Run it by itself: python models/vit.py
 """
 
 import torch
@@ -11,24 +13,48 @@ import pyro_bmr as bmr
 PRESETS = {"small": "4-32-2-4-2", "paper": "4-256-6-8-2"}
 
 
-def pad_to(shape: tuple[int, int, int], patch: int, side: int | None = None) -> tuple[nn.Module, int]:
+def pad_to(
+    shape: tuple[int, int, int], patch: int, side: int | None = None
+) -> tuple[nn.Module, int]:
     """Zeros around an image up to whole patches, or to `side`; and the number of patches."""
     height, width = (side or -(-size // patch) * patch for size in shape[1:])
     top, left = (height - shape[1]) // 2, (width - shape[2]) // 2
     pad = nn.ZeroPad2d((left, width - shape[2] - left, top, height - shape[1] - top))
-    return (pad if (height, width) != shape[1:] else nn.Identity()), (height // patch) * (width // patch)
+    return (pad if (height, width) != shape[1:] else nn.Identity()), (height // patch) * (
+        width // patch
+    )
 
 
 class ViT(nn.Module):
-    """Patches → tokens with a class token in front → encoder, norms first → the class token's logits."""
+    """Patches → tokens with a class token in front → encoder, norms first → the class token's
+    logits.
+    """
 
-    def __init__(self, shape: tuple[int, int, int], patch: int, dim: int, depth: int, heads: int, ratio: int, outputs: int, side: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        patch: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        ratio: int,
+        outputs: int,
+        side: int | None = None,
+    ) -> None:
         super().__init__()
         self.pad, tokens = pad_to(shape, patch, side)
         self.patch = nn.Conv2d(shape[0], dim, patch, patch)
         self.token = nn.Parameter(torch.zeros(1, 1, dim))
         self.position = nn.Parameter(0.02 * torch.randn(1, tokens + 1, dim))
-        layer = nn.TransformerEncoderLayer(dim, heads, ratio * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            dim,
+            heads,
+            ratio * dim,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
@@ -41,23 +67,43 @@ class ViT(nn.Module):
 def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     if len(shape) != 3:
-        raise bmr.DataError(f"vit wants images (channels, height, width), got rows of shape {shape}")
-    numbers = [int(size) if size.isdecimal() else 0 for size in PRESETS.get(sizes, sizes).split("-")]
+        raise bmr.DataError(
+            f"vit wants images (channels, height, width), got rows of shape {shape}"
+        )
+    numbers = [
+        int(size) if size.isdecimal() else 0 for size in PRESETS.get(sizes, sizes).split("-")
+    ]
     if len(numbers) != 5 or min(numbers) < 1:
-        raise bmr.ModelError(f"vit:{sizes}: {' or '.join(PRESETS)} is wanted, or five numbers such as vit:{PRESETS['small']}")
+        raise bmr.ModelError(
+            f"vit:{sizes}: {' or '.join(PRESETS)} is wanted, or five numbers such as"
+            f" vit:{PRESETS['small']}"
+        )
     patch, dim, depth, heads, ratio = numbers
     if dim % heads:
-        raise bmr.ModelError(f"vit:{sizes}: the dimension {dim} is not a multiple of the {heads} heads")
-    net = ViT(shape, patch, dim, depth, heads, ratio, data.outputs, side=32 if sizes == "paper" else None)
+        raise bmr.ModelError(
+            f"vit:{sizes}: the dimension {dim} is not a multiple of the {heads} heads"
+        )
+    net = ViT(
+        shape, patch, dim, depth, heads, ratio, data.outputs, side=32 if sizes == "paper" else None
+    )
     return bmr.BayesianNetwork(net, prior, data.likelihood())
 
 
 def main() -> None:
     torch.manual_seed(0)
     data = bmr.load("digits")
-    fit = bmr.fit(build(data, bmr.Gaussian(), "2-32-2-4-2"), data, epochs=40, temperature=0.1, reduce=bmr.Every(2, to=bmr.Gaussian(scale=0)))
+    fit = bmr.fit(
+        build(data, bmr.Gaussian(), "2-32-2-4-2"),
+        data,
+        epochs=40,
+        temperature=0.1,
+        reduce=bmr.Every(2, to=bmr.Gaussian(scale=0)),
+    )
     prediction = bmr.predict(fit.program, fit.posterior, data.x_test)
-    print(f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with {fit.history['kept'].iloc[-1]:.1%} of the weights")
+    print(
+        f"accuracy {bmr.metrics.accuracy(prediction.probs, data.y_test):.3f} with"
+        f" {fit.history['kept'].iloc[-1]:.1%} of the weights"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The errors that users can cause. Each says what was asked, which rule it broke, what was got, and how to mend it.
+"""The errors that users can cause. Each says what was asked, which rule it broke, what was got, and
+how to mend it.
 
-The command line prints them in one line and exits with status 2; everything else is a bug and keeps its traceback. A result that stands but may
-mislead comes with a `PyroBMRWarning`.
+The command line prints them in one line and exits with status 2; everything else is a bug and keeps
+its traceback. A result that stands but may mislead comes with a `PyroBMRWarning`.
 """
 
 import contextlib
@@ -29,11 +30,16 @@ class ModelError(PyroBMRError):
 
 
 class OptionError(ModelError):
-    """A method of a study does not know some of its options, `unknown`; those that it knows are `known`."""
+    """A method of a study does not know some of its options, `unknown`; those that it knows are
+    `known`.
+    """
 
     def __init__(self, method: str, unknown: Iterable[str], known: Iterable[str]) -> None:
         self.unknown, self.known = sorted(unknown), list(known)
-        super().__init__(f"{method}: no option {', '.join(self.unknown)}; the options are: {', '.join(self.known)}")
+        super().__init__(
+            f"{method}: no option {', '.join(self.unknown)}; the options are:"
+            f" {', '.join(self.known)}"
+        )
 
 
 class FitError(PyroBMRError):
@@ -45,15 +51,21 @@ class ReductionError(PyroBMRError):
 
 
 class ShrinkError(PyroBMRError):
-    """A network cannot be made smaller: its masks do not fit it, or it has a part that is not a supported pattern."""
+    """A network cannot be made smaller: its masks do not fit it, or it has a part that is not a
+    supported pattern.
+    """
 
 
 class PyroBMRWarning(UserWarning):
-    """A result that is not wrong but may mislead: the message says which figure shows it, and the mend. `warnings.filterwarnings` takes the class."""
+    """A result that is not wrong but may mislead: the message says which figure shows it, and the
+    mend. `warnings.filterwarnings` takes the class.
+    """
 
 
 def warn(message: str) -> None:
-    """Warns with a `PyroBMRWarning` in the line of the user's that called the library, however many decorators are in between."""
+    """Warns with a `PyroBMRWarning` in the line of the user's that called the library, however many
+    decorators are in between.
+    """
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
@@ -61,11 +73,14 @@ def warn(message: str) -> None:
 
 
 def _is_inside(file: str) -> bool:
-    return file.startswith((_HERE, contextlib.__file__)) or file.endswith("_contextlib.py")  # the last is torch.no_grad
+    # the last is torch.no_grad
+    return file.startswith((_HERE, contextlib.__file__)) or file.endswith("_contextlib.py")
 
 
 def holds(rule: Callable[..., Any], *values: Any) -> bool:
-    """Whether a rule about arguments is true; not where it cannot be asked, as 0 < x of a tensor of several numbers or of a word."""
+    """Whether a rule about arguments is true; not where it cannot be asked, as 0 < x of a tensor of
+    several numbers or of a word.
+    """
     try:
         return bool(rule(*values))
     except (RuntimeError, TypeError, ValueError):
@@ -73,7 +88,8 @@ def holds(rule: Callable[..., Any], *values: Any) -> bool:
 
 
 def described(value: Any) -> str:
-    """A value in a few words for a message: short ones as they are, tensors and arrays by dtype and shape, other objects by their type.
+    """A value in a few words for a message: short ones as they are, tensors and arrays by dtype and
+    shape, other objects by their type.
 
     Example:
         >>> described({"w": torch.ones(3)}), described(torch.ones(3))
@@ -84,19 +100,34 @@ def described(value: Any) -> str:
         words = repr(float(value))  # numpy's is a float, with a repr of its own
     elif value is None or isinstance(value, (str, bytes, bool, int, complex)):
         words = repr(value)
-    elif isinstance(value, Mapping) and all(isinstance(part, (str, bool, int, float, type(None))) for part in value.values()):
+    elif isinstance(value, Mapping) and all(
+        isinstance(part, (str, bool, int, float, type(None))) for part in value.values()
+    ):
         words = repr(dict(value))
     elif hasattr(value, "shape"):
-        kind = "tensor" if type(value).__module__.startswith("torch") else "array" if name == "ndarray" else name
-        words = _one(f"{str(getattr(value, 'dtype', '')).removeprefix('torch.')} {kind} of shape {tuple(value.shape)}".strip())
+        kind = (
+            "tensor"
+            if type(value).__module__.startswith("torch")
+            else "array"
+            if name == "ndarray"
+            else name
+        )
+        words = _one(
+            f"{str(getattr(value, 'dtype', '')).removeprefix('torch.')} {kind} of shape"
+            f" {tuple(value.shape)}".strip()
+        )
     elif is_dataclass(value) and not isinstance(value, type):
         words = f"{name}({', '.join(f'{f.name}={described(getattr(value, f.name))}' for f in fields(value) if f.repr)})"
-    elif isinstance(value, (tuple, list)) and all(isinstance(part, (str, bool, int, float)) for part in value):
+    elif isinstance(value, (tuple, list)) and all(
+        isinstance(part, (str, bool, int, float)) for part in value
+    ):
         words = repr(value)
     elif isinstance(value, (tuple, list, Set, Mapping)):
         words = f"{_one(name)} of {len(value)}"
     else:
-        words = f"{'the class ' * isinstance(value, type)}{getattr(value, '__qualname__', _one(name))}"
+        words = (
+            f"{'the class ' * isinstance(value, type)}{getattr(value, '__qualname__', _one(name))}"
+        )
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} …"
 
 

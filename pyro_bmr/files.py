@@ -1,7 +1,9 @@
-"""Writing files so that none is ever half there, nor a folder half of one result and half of another; reading them, or saying in one line why not.
+"""Writing files so that none is ever half there, nor a folder half of one result and half of
+another; reading them, or saying in one line why not.
 
-Owns `make_folder`, `write_atomically`, `write_json` and `writing`; `replacing` and `check_digests`, for files that belong together; `reading` and
-`read_json`; and `locked`, for a folder that one process has to itself.
+Owns `make_folder`, `write_atomically`, `write_json` and `writing`; `replacing` and `check_digests`,
+for files that belong together; `reading` and `read_json`; and `locked`, for a folder that one
+process has to itself.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from safetensors import SafetensorError
 
 from pyro_bmr.errors import ModelError, PyroBMRError
 
-_STAGE, _STAGE_SECONDS = ".writing-", 86400.0  # a folder of files on their way; older ones were left by processes that were killed
+# a folder of files on their way; older ones were left by processes that were killed
+_STAGE, _STAGE_SECONDS = ".writing-", 86400.0
 
 
 def make_folder(folder: Path) -> None:
@@ -33,11 +36,15 @@ def make_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise PyroBMRError(f"cannot write to '{folder}': {error.strerror or error}; choose another folder") from None
+        raise PyroBMRError(
+            f"cannot write to '{folder}': {error.strerror or error}; choose another folder"
+        ) from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], durable: bool = False) -> None:
-    """Calls `write(temporary path)` and renames the result to `path`; `durable` has it on the disk, and not only in the system's cache, on return."""
+    """Calls `write(temporary path)` and renames the result to `path`; `durable` has it on the disk,
+    and not only in the system's cache, on return.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
@@ -53,7 +60,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], durable: bool 
 
 
 def write_json(path: Path, content: Mapping[str, Any], durable: bool = False) -> None:
-    """Writes an object as `write_atomically` does, as JSON proper, with what JSON does not know as text.
+    """Writes an object as `write_atomically` does, as JSON proper, with what JSON does not know as
+    text.
 
     Raises:
         ModelError: it is no JSON: a number in it is NaN or infinite, or it holds itself.
@@ -62,7 +70,10 @@ def write_json(path: Path, content: Mapping[str, Any], durable: bool = False) ->
     try:
         text = json.dumps(content, indent=1, allow_nan=False, default=str)
     except (ValueError, TypeError) as error:
-        raise ModelError(f"cannot write '{path.name}': it is no JSON ({error}); finite numbers, strings, lists and dicts are wanted") from None
+        raise ModelError(
+            f"cannot write '{path.name}': it is no JSON ({error}); finite numbers, strings, lists"
+            " and dicts are wanted"
+        ) from None
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"), durable)
 
 
@@ -81,34 +92,47 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise PyroBMRError(f"cannot write '{path}': {getattr(error, 'strerror', None) or error}") from None
+        raise PyroBMRError(
+            f"cannot write '{path}': {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 @contextlib.contextmanager
-def replacing(folder: Path, *heads: str, gone: Iterable[str] = (), durable: bool = False) -> Iterator[Path]:
-    """An empty folder for files that belong together, which take the places of those in `folder` when the block ends.
+def replacing(
+    folder: Path, *heads: str, gone: Iterable[str] = (), durable: bool = False
+) -> Iterator[Path]:
+    """An empty folder for files that belong together, which take the places of those in `folder`
+    when the block ends.
 
-    The files `heads`, without the last of which nobody reads the others, are removed first and come last, in their order: a process that is killed at any
-    moment leaves all old files, all new ones, or no head. A block that raises, as when the disk is full, changes nothing. `gone`: files of before that go,
-    where the block wrote none.
+    The files `heads`, without the last of which nobody reads the others, are removed first and come
+    last, in their order: a process that is killed at any moment leaves all old files, all new ones,
+    or no head. A block that raises, as when the disk is full, changes nothing. `gone`: files of
+    before that go, where the block wrote none.
 
     Raises:
         PyroBMRError: the folder, or a file of it, cannot be written.
     """
     make_folder(folder)
     for old in folder.glob(f"{_STAGE}*"):
-        with contextlib.suppress(OSError):  # it may go meanwhile, as the stage of another process does
+        # it may go meanwhile, as the stage of another process does
+        with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > _STAGE_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
     with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=_STAGE) as name:
         stage = Path(name)
         yield stage
         order = {head: number for number, head in enumerate(heads)}
-        new = sorted((path for path in stage.iterdir() if path.is_file()), key=lambda path: order.get(path.name, -1))
+        new = sorted(
+            (path for path in stage.iterdir() if path.is_file()),
+            key=lambda path: order.get(path.name, -1),
+        )
         names = {path.name for path in new}
         for path in new:
             if (folder / path.name).is_dir():
-                raise PyroBMRError(f"cannot write '{folder / path.name}': it is a folder; choose another folder, or remove it")
+                raise PyroBMRError(
+                    f"cannot write '{folder / path.name}': it is a folder; choose another folder,"
+                    " or remove it"
+                )
             if durable:
                 _sync(path)
         for old_name in (*reversed(heads), *(name for name in gone if name not in names)):
@@ -134,21 +158,30 @@ def digest(path: Path) -> str:
 
 
 def check_digests(head: Path, wanted: Any, error: type[PyroBMRError], mend: str) -> None:
-    """Raises `error` unless the files beside `head` are those that it was written with: `wanted` as `digests` gave it; None, of an older version, fits all."""
+    """Raises `error` unless the files beside `head` are those that it was written with: `wanted` as
+    `digests` gave it; None, of an older version, fits all.
+    """
     with reading(f"'{head}' is damaged", error, mend):
-        if not isinstance(wanted, (dict, type(None))) or not all(Path(name).name == name for name in wanted or ()):
+        if not isinstance(wanted, (dict, type(None))) or not all(
+            Path(name).name == name for name in wanted or ()
+        ):
             raise ValueError("files: no names with a SHA-256 each")
     for name, sha256 in (wanted or {}).items():
         path = head.parent / name
         with reading(f"'{path}' is damaged or missing", error, mend):
             found = digest(path)
         if found != sha256:
-            raise error(f"'{path}' does not fit what {head.name} says of it: it is damaged, or of another time than {head.name}; {mend}")
+            raise error(
+                f"'{path}' does not fit what {head.name} says of it: it is damaged, or of another"
+                f" time than {head.name}; {mend}"
+            )
 
 
 @contextlib.contextmanager
 def reading(fault: str, error: type[PyroBMRError], mend: str) -> Iterator[None]:
-    """Within it, whatever a reader meets in a file is one `error` of one line: the `fault` with the file's name, the reason, and the `mend`."""
+    """Within it, whatever a reader meets in a file is one `error` of one line: the `fault` with the
+    file's name, the reason, and the `mend`.
+    """
     try:
         yield
     except Exception as problem:  # readers have a dozen kinds for bytes that are not theirs
@@ -166,10 +199,12 @@ def read_json(path: Path, fault: str, error: type[PyroBMRError], mend: str) -> d
 
 @contextlib.contextmanager
 def locked(folder: Path, error: type[PyroBMRError] = PyroBMRError) -> Iterator[None]:
-    """Within it no other process, nor another thread of this one, has `folder` locked. The system ends the lock with the process, whatever ends it.
+    """Within it no other process, nor another thread of this one, has `folder` locked. The system
+    ends the lock with the process, whatever ends it.
 
     Raises:
-        PyroBMRError: `folder` cannot be written; `error`: it is locked already, with the process that has it.
+        PyroBMRError: `folder` cannot be written; `error`: it is locked already, with the process
+            that has it.
     """
     import filelock
 
@@ -179,21 +214,28 @@ def locked(folder: Path, error: type[PyroBMRError] = PyroBMRError) -> Iterator[N
         try:
             lock.acquire()
         except filelock.Timeout:
-            raise error(f"'{folder}' is in use by {_owner(owner)}; wait for its end, or choose another folder") from None
+            raise error(
+                f"'{folder}' is in use by {_owner(owner)}; wait for its end, or choose another"
+                " folder"
+            ) from None
     try:
         with writing(owner):
             owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
         for path in (owner, folder / ".lock"):
-            with contextlib.suppress(OSError):  # Windows removes no file that is open; a lock without an owner keeps nobody out
+            # Windows removes no file that is open; a lock without an owner keeps nobody out
+            with contextlib.suppress(OSError):
                 path.unlink()
         lock.release()
 
 
 def _owner(path: Path) -> str:
     try:
-        return " ".join(path.read_text(encoding="utf-8", errors="replace").split()[:4])[:100] or "another process"
+        return (
+            " ".join(path.read_text(encoding="utf-8", errors="replace").split()[:4])[:100]
+            or "another process"
+        )
     except OSError:
         return "another process"
 

@@ -1,9 +1,12 @@
-"""A call of the library in a world of its own: what is set around it, in Pyro or in torch, does not reach the programs that it runs, nor the other way round.
+"""A call of the library in a world of its own: what is set around it, in Pyro or in torch, does not
+reach the programs that it runs, nor the other way round.
 
-Owns `isolated`, for every public function that runs a Pyro program, `plain`, and the seeding of a step. Next: `checks.py`.
+Owns `isolated`, for every public function that runs a Pyro program, `plain`, and the seeding of a
+step. Next: `checks.py`.
 
-Pyro keeps its handlers, and torch its default generator, once for the whole process. So calls in several threads take turns, each with an empty stack of
-handlers; between the steps of a fit the other threads come first.
+Pyro keeps its handlers, and torch its default generator, once for the whole process. So calls in
+several threads take turns, each with an empty stack of handlers; between the steps of a fit the
+other threads come first.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class _World:
-    """What is kept once for the whole process: Pyro's handlers, plates and settings, torch's default generators."""
+    """What is kept once for the whole process: Pyro's handlers, plates and settings, torch's
+    default generators.
+    """
 
     handlers: list[Any]
     plates: list[Any]
@@ -37,7 +42,12 @@ class _World:
     @classmethod
     def now(cls, settings: bool = True) -> _World:
         cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return cls(list(_PYRO_STACK), list(_DIM_ALLOCATOR._stack), pyro.settings.get() if settings else {}, [torch.get_rng_state(), *cards])
+        return cls(
+            list(_PYRO_STACK),
+            list(_DIM_ALLOCATOR._stack),
+            pyro.settings.get() if settings else {},
+            [torch.get_rng_state(), *cards],
+        )
 
     def put(self) -> None:
         """Puts it in force again."""
@@ -55,9 +65,11 @@ class _World:
 
 
 class _Turns:
-    """One thread is inside at a time, as often as it likes; who wants in waits in the door, one at a time.
+    """One thread is inside at a time, as often as it likes; who wants in waits in the door, one at
+    a time.
 
-    Ctrl-C may come when the room has just been taken: the room itself knows who has it, and nothing else says so.
+    Ctrl-C may come when the room has just been taken: the room itself knows who has it, and nothing
+    else says so.
     """
 
     def __init__(self) -> None:
@@ -68,7 +80,8 @@ class _Turns:
     @contextmanager
     def turn(self, settings: bool) -> Iterator[_World]:
         """Gives the world as it was before, with Pyro's settings if asked for."""
-        if self.process != os.getpid():  # a child of a fork, in which the thread that was inside does not run
+        # a child of a fork, in which the thread that was inside does not run
+        if self.process != os.getpid():
             self.__init__()  # type: ignore[misc]
         try:
             self._enter()
@@ -115,9 +128,12 @@ _TURNS = _Turns()  # one for the process, as the handlers and generators are
 
 
 @contextmanager
-def world(*arguments: Any, draws: bool = False, grad: bool = True, steps: bool = False) -> Iterator[None]:
-    """Within it there is no Pyro handler of the caller's and no other thread, autograd is as in a plain call, and if the caller has set a default device, it
-    is that of the first tensor among the arguments.
+def world(
+    *arguments: Any, draws: bool = False, grad: bool = True, steps: bool = False
+) -> Iterator[None]:
+    """Within it there is no Pyro handler of the caller's and no other thread, autograd is as in a
+    plain call, and if the caller has set a default device, it is that of the first tensor among the
+    arguments.
 
     Args:
         draws: whether the caller's random state goes on; by default it stays as it was.
@@ -139,8 +155,12 @@ def world(*arguments: Any, draws: bool = False, grad: bool = True, steps: bool =
                 (_TURNS.outside if _TURNS.depth == 1 else before).put_generators()
 
 
-def isolated(*, autocast: bool = False, steps: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """For a function: calls it in a world of its own (`world`), with tensors that autograd can use (`plain`), and without `autocast` in full precision."""
+def isolated(
+    *, autocast: bool = False, steps: bool = False
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """For a function: calls it in a world of its own (`world`), with tensors that autograd can use
+    (`plain`), and without `autocast` in full precision.
+    """
 
     def decorator(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -149,7 +169,9 @@ def isolated(*, autocast: bool = False, steps: bool = False) -> Callable[[Callab
                 for kind in () if autocast else ("cpu", "cuda"):
                     if torch.is_autocast_enabled(kind):
                         stack.enter_context(torch.autocast(kind, enabled=False))
-                return function(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})  # type: ignore[arg-type]
+                return function(
+                    *map(plain, args), **{name: plain(value) for name, value in kwargs.items()}
+                )  # type: ignore[arg-type]
 
         return call
 
@@ -157,17 +179,23 @@ def isolated(*, autocast: bool = False, steps: bool = False) -> Callable[[Callab
 
 
 def give_way() -> None:
-    """Lets another thread that waits have its turn, and goes on in the same world. For loops whose steps are seconds or hours together."""
+    """Lets another thread that waits have its turn, and goes on in the same world. For loops whose
+    steps are seconds or hours together.
+    """
     _TURNS.give_way()
 
 
 def seed_generator(device: torch.device, seed: int) -> None:
-    """Seeds the default generator of `device` (torch.manual_seed also records a stack trace per call for devices that are not there)."""
+    """Seeds the default generator of `device` (torch.manual_seed also records a stack trace per
+    call for devices that are not there).
+    """
     generator_of(device).manual_seed(seed)
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds the default generators of all devices, as `torch.manual_seed` does, at a hundredth of its cost where there is the CPU alone."""
+    """Seeds the default generators of all devices, as `torch.manual_seed` does, at a hundredth of
+    its cost where there is the CPU alone.
+    """
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
     else:
@@ -176,11 +204,17 @@ def seed_generators(seed: int) -> None:
 
 def generator_of(device: torch.device) -> torch.Generator:
     """The default generator of `device`."""
-    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    return (
+        torch.cuda.default_generators[device.index or 0]
+        if device.type == "cuda"
+        else torch.default_generator
+    )
 
 
 def plain(value: Any) -> Any:
-    """A tensor that autograd can use: a copy if it was made in torch.inference_mode. Pairs of tensors too; anything else as it is."""
+    """A tensor that autograd can use: a copy if it was made in torch.inference_mode. Pairs of
+    tensors too; anything else as it is.
+    """
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
     return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
@@ -195,4 +229,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
         elif isinstance(getattr(value, "x_train", None), Tensor):
             yield value.x_train
         elif hasattr(value, "sites"):
-            yield from (site.mean for site in value.sites.values() if isinstance(getattr(site, "mean", None), Tensor))
+            yield from (
+                site.mean
+                for site in value.sites.values()
+                if isinstance(getattr(site, "mean", None), Tensor)
+            )

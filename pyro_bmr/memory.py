@@ -1,4 +1,5 @@
-"""What an allocation would take against what its device has left, so that one that cannot succeed is refused before any work.
+"""What an allocation would take against what its device has left, so that one that cannot succeed
+is refused before any work.
 
 Owns `free_bytes` and `check_memory`. Next: `isolation.py`.
 """
@@ -18,21 +19,34 @@ _SYSTEM = Path("/proc/meminfo")
 
 
 def free_bytes(device: torch.device) -> float:
-    """The bytes that can still be had on `device`: of a GPU what is free, of the machine what is available within the limit of its container; infinite where
-    the system does not say."""
+    """The bytes that can still be had on `device`: of a GPU what is free, of the machine what is
+    available within the limit of its container; infinite where the system does not say.
+    """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     found = [math.inf]
     with contextlib.suppress(OSError, KeyError, ValueError):
-        lines = dict(line.split(":", 1) for line in _SYSTEM.read_text(encoding="utf-8").splitlines() if ":" in line)
+        lines = dict(
+            line.split(":", 1)
+            for line in _SYSTEM.read_text(encoding="utf-8").splitlines()
+            if ":" in line
+        )
         found.append(1024.0 * int(lines["MemAvailable"].split()[0]))
     with contextlib.suppress(OSError, ValueError):  # no such group, or its limit is "max"
-        found.append(float((_GROUP / "memory.max").read_text()) - float((_GROUP / "memory.current").read_text()))
+        found.append(
+            float((_GROUP / "memory.max").read_text())
+            - float((_GROUP / "memory.current").read_text())
+        )
     return min(found)
 
 
 def check_memory(what: str, needed: float, device: torch.device, mend: str) -> None:
-    """Raises ModelError if `what` needs more bytes than `device` has left; the message has both figures and ends with `mend`."""
+    """Raises ModelError if `what` needs more bytes than `device` has left; the message has both
+    figures and ends with `mend`.
+    """
     free = free_bytes(device)
     if needed > free:
-        raise ModelError(f"{what} takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on '{device}'; {mend}")
+        raise ModelError(
+            f"{what} takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on '{device}';"
+            f" {mend}"
+        )

@@ -1,7 +1,9 @@
-"""Pruned means zero and gone: masks applied to any Pyro program, and the schedule of reductions during a fit.
+"""Pruned means zero and gone: masks applied to any Pyro program, and the schedule of reductions
+during a fit.
 
-Owns the effect handler `Masked`, `masked_terms`, the schedule `Every`, and `cubic`, along which kept fractions fall. A mask is a bool tensor in the shape
-of its site, True where the weight lives. Next: `prediction/predictive.py`.
+Owns the effect handler `Masked`, `masked_terms`, the schedule `Every`, and `cubic`, along which
+kept fractions fall. A mask is a bool tensor in the shape of its site, True where the weight lives.
+Next: `prediction/predictive.py`.
 """
 
 from __future__ import annotations
@@ -28,14 +30,17 @@ from pyro_bmr.reduction.result import Reduction
 
 
 class Masked(Messenger):
-    """Prunes the sites of a program, a guide, or anything else that calls `pyro.sample`: `Masked(masks)(program)`.
+    """Prunes the sites of a program, a guide, or anything else that calls `pyro.sample`:
+    `Masked(masks)(program)`.
 
-    The program sees exactly 0 at every masked entry, and the entry's log density and KL divergence are exactly 0 there, so SVI, NUTS and
-    Predictive all respect the mask. A guide in Pyro's auto style (`<site>_unconstrained`) is masked on both of its sites. Masks may be
-    replaced between calls (`handler.masks = ...`).
+    The program sees exactly 0 at every masked entry, and the entry's log density and KL divergence
+    are exactly 0 there, so SVI, NUTS and Predictive all respect the mask. A guide in Pyro's auto
+    style (`<site>_unconstrained`) is masked on both of its sites. Masks may be replaced between
+    calls (`handler.masks = ...`).
 
     Raises:
-        ReductionError: a mask is not bool, does not have its site's shape, or the site's density does not split over entries.
+        ReductionError: a mask is not bool, does not have its site's shape, or the site's density
+            does not split over entries.
     """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
@@ -44,33 +49,48 @@ class Masked(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
-        mask = self.masks.get(name, self.masks.get(name.removesuffix("_unconstrained")) if msg["infer"].get("is_auxiliary") else None)
+        mask = self.masks.get(
+            name,
+            (
+                self.masks.get(name.removesuffix("_unconstrained"))
+                if msg["infer"].get("is_auxiliary")
+                else None
+            ),
+        )
         if mask is None or msg["is_observed"]:
             return
         fn = msg["fn"]
         if mask.dtype != torch.bool or mask.shape != fn.shape():
-            raise ReductionError(f"mask of site '{name}': expected a bool tensor of shape {tuple(fn.shape())}, got {mask.dtype} of shape {tuple(mask.shape)}")
+            raise ReductionError(
+                f"mask of site '{name}': expected a bool tensor of shape {tuple(fn.shape())}, got"
+                f" {mask.dtype} of shape {tuple(mask.shape)}"
+            )
         if isinstance(fn, Drawn):
             msg["fn"] = fn.pruned(mask)
         elif isinstance(fn, dist.Delta):
             msg["fn"] = dist.Delta(fn.v.where(mask, 0), fn.log_density, event_dim=fn.event_dim)
         elif base_distribution(fn).event_shape:
             raise ReductionError(
-                f"site '{name}': the density of a {type(base_distribution(fn)).__name__} does not split over its entries, so they cannot be pruned one by one"
+                f"site '{name}': the density of a {type(base_distribution(fn)).__name__} does not"
+                " split over its entries, so they cannot be pruned one by one"
             )
         else:
-            msg["fn"] = PrunedDistribution(base_distribution(fn).expand(fn.shape()), mask).to_event(fn.event_dim)
+            msg["fn"] = PrunedDistribution(base_distribution(fn).expand(fn.shape()), mask).to_event(
+                fn.event_dim
+            )
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if isinstance(base_distribution(msg["fn"]), PrunedDistribution):  # also where the value came from outside, as in Predictive
+        # also where the value came from outside, as in Predictive
+        if isinstance(base_distribution(msg["fn"]), PrunedDistribution):
             msg["value"] = msg["value"].where(base_distribution(msg["fn"]).alive, 0)
 
 
 class PrunedDistribution(dist.TorchDistribution):
     r"""`base` where `alive` is True; the point 0 elsewhere.
 
-    The log density of a masked entry is −½ v², which is 0 at its only admissible value v = 0. The quadratic matters for samplers that
-    walk in every coordinate: a dead one stays near 0 and never drifts.
+    The log density of a masked entry is −½ v², which is 0 at its only admissible value v = 0. The
+    quadratic matters for samplers that walk in every coordinate: a dead one stays near 0 and never
+    drifts.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -85,7 +105,9 @@ class PrunedDistribution(dist.TorchDistribution):
         return self.base_dist.support
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> PrunedDistribution:
-        return PrunedDistribution(self.base_dist.expand(batch_shape), self.alive.expand(batch_shape))
+        return PrunedDistribution(
+            self.base_dist.expand(batch_shape), self.alive.expand(batch_shape)
+        )
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         return self.base_dist.sample(sample_shape).where(self.alive, 0)
@@ -94,7 +116,8 @@ class PrunedDistribution(dist.TorchDistribution):
         return self.base_dist.rsample(sample_shape).where(self.alive, 0)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        living = value.where(self.alive, self.base_dist.sample())  # any admissible value: its density is not used
+        # any admissible value: its density is not used
+        living = value.where(self.alive, self.base_dist.sample())
         return self.base_dist.log_prob(living).where(self.alive, -0.5 * value.square())
 
 
@@ -105,18 +128,23 @@ def _kl_pruned(q: PrunedDistribution, p: PrunedDistribution) -> Tensor:
 
 @dataclass(frozen=True)
 class Every:
-    """The reductions of a fit: after every `epochs` epochs, from the fraction `start` of the fit on.
+    """The reductions of a fit: after every `epochs` epochs, from the fraction `start` of the fit
+    on.
 
     Args:
         epochs: between reductions; may be a fraction, such as 0.25.
-        to: the prior to reduce to, as in `reduce`. Default: the point spike, a weight goes when the evidence rises without it.
-        start: the fraction of the fit's epochs before the first reduction, so that the data can speak first (`fit` has a warm-up of its own, too).
+        to: the prior to reduce to, as in `reduce`. Default: the point spike, a weight goes when the
+            evidence rises without it.
+        start: the fraction of the fit's epochs before the first reduction, so that the data can
+            speak first (`fit` has a warm-up of its own, too).
         threshold: nats, as in `reduce`.
-        kept: instead of the evidence, a target: the kept fraction falls on the cubic schedule of Zhu & Gupta 2017 (arXiv 1710.01878) from 1 at `start`
-            to `kept` at `stop`, the weights with the largest spike ΔF going first.
-        stop: the fraction of the epochs at which the target is reached, or after which evidence prunes no more; the rest is for the
-            survivors to settle.
-        per, heads: what goes or stays as one, as in `reduce`. A fixed pattern, ``NofM(2, 4)``, is in force from the first reduction on and needs no target.
+        kept: instead of the evidence, a target: the kept fraction falls on the cubic schedule of
+            Zhu & Gupta 2017 (arXiv 1710.01878) from 1 at `start` to `kept` at `stop`, the weights
+            with the largest spike ΔF going first.
+        stop: the fraction of the epochs at which the target is reached, or after which evidence
+            prunes no more; the rest is for the survivors to settle.
+        per, heads: what goes or stays as one, as in `reduce`. A fixed pattern, ``NofM(2, 4)``, is
+            in force from the first reduction on and needs no target.
 
     Example:
         >>> fit(program, data, epochs=20, reduce=Every(epochs=1, per="unit"))
@@ -133,13 +161,22 @@ class Every:
 
     def __post_init__(self) -> None:
         if not holds(lambda x: x > 0, self.epochs):
-            raise FitError(f"Every(epochs={described(self.epochs)}): the interval must be > 0 epochs")
+            raise FitError(
+                f"Every(epochs={described(self.epochs)}): the interval must be > 0 epochs"
+            )
         if not holds(lambda a, b: 0 <= a <= b <= 1, self.start, self.stop):
-            raise FitError(f"Every(start={described(self.start)}, stop={described(self.stop)}): 0 <= start <= stop <= 1 is wanted, as fractions of the fit")
+            raise FitError(
+                f"Every(start={described(self.start)}, stop={described(self.stop)}): 0 <= start <="
+                " stop <= 1 is wanted, as fractions of the fit"
+            )
         if not holds(lambda t: not math.isnan(t), self.threshold):
-            raise FitError(f"Every(threshold={described(self.threshold)}): a number of nats is wanted")
+            raise FitError(
+                f"Every(threshold={described(self.threshold)}): a number of nats is wanted"
+            )
         if self.kept is not None and not holds(lambda x: 0 <= x <= 1, self.kept):
-            raise FitError(f"Every(kept={described(self.kept)}): a fraction between 0 and 1 is wanted")
+            raise FitError(
+                f"Every(kept={described(self.kept)}): a fraction between 0 and 1 is wanted"
+            )
 
     def steps(self, total: int, steps_per_epoch: int) -> set[int]:
         """The steps (1 … total) after which a reduction is due."""
@@ -147,28 +184,52 @@ class Every:
         marks = {round(k * interval) for k in range(1, math.floor(total / interval + 1e-9) + 1)} | (
             {round(self.stop * total)} if self.kept is not None else set()
         )
-        return {step for step in marks if step >= 1 and self.start * total <= step <= self.stop * total + 0.5}
+        return {
+            step
+            for step in marks
+            if step >= 1 and self.start * total <= step <= self.stop * total + 0.5
+        }
 
     def target(self, done: float) -> float | None:
-        """The kept fraction wanted when the fraction `done` of the fit is over; None when evidence decides."""
+        """The kept fraction wanted when the fraction `done` of the fit is over; None when evidence
+        decides.
+        """
         if self.kept is None:
             return None
         return cubic(self.kept, done, self.start, self.stop)
 
     def reduce(self, posterior: Posterior, done: float) -> Reduction:
         """The reduction of the fit's posterior at that point."""
-        return quiet_reduction(posterior, self.to, self.per, threshold=self.threshold, kept=self.target(done), heads=self.heads)
+        return quiet_reduction(
+            posterior,
+            self.to,
+            self.per,
+            threshold=self.threshold,
+            kept=self.target(done),
+            heads=self.heads,
+        )
 
     def cautions(self, before: Mapping[str, Tensor], posterior: Posterior) -> tuple[str, ...]:
-        """What may mislead in the posterior at the end of the fit, whose masks at its start were `before`: layers that went, sites that a pattern left out."""
-        after = {name: site.alive for name, site in posterior.sites.items() if site.support == "real"}
-        emptied = collapse(after, {name: before.get(name, torch.ones_like(mask)) for name, mask in after.items()})
-        left_out = self.per.left_out({name: tuple(posterior[name].mean.shape) for name in posterior.masks}) if isinstance(self.per, NofM) else None
+        """What may mislead in the posterior at the end of the fit, whose masks at its start were
+        `before`: layers that went, sites that a pattern left out.
+        """
+        after = {
+            name: site.alive for name, site in posterior.sites.items() if site.support == "real"
+        }
+        emptied = collapse(
+            after, {name: before.get(name, torch.ones_like(mask)) for name, mask in after.items()}
+        )
+        left_out = (
+            self.per.left_out({name: tuple(posterior[name].mean.shape) for name in posterior.masks})
+            if isinstance(self.per, NofM)
+            else None
+        )
         return tuple(message for message in (emptied, left_out) if message)
 
 
 def cubic(kept: float, done: float, start: float, stop: float) -> float:
-    """The fraction to keep when the fraction `done` of a fit is over: kept + (1 − kept)(1 − t)³, t the part of the way from `start` to `stop`.
+    """The fraction to keep when the fraction `done` of a fit is over: kept + (1 − kept)(1 − t)³, t
+    the part of the way from `start` to `stop`.
 
     Source: Zhu & Gupta 2017, arXiv 1710.01878.
     """

@@ -1,4 +1,5 @@
-"""What a trace of a Pyro program is asked for: its latent and observed sites, at given values, and the log density of the observed ones.
+"""What a trace of a Pyro program is asked for: its latent and observed sites, at given values, and
+the log density of the observed ones.
 
 Owns `Values` and `likelihood_of`. Next: `guides/site_normal.py`.
 """
@@ -18,7 +19,8 @@ from pyro_bmr.errors import ModelError
 
 
 class Values(Messenger):
-    """Sets latent sites to given values and records the message of every latent and observed site. Enter it outside all other handlers.
+    """Sets latent sites to given values and records the message of every latent and observed site.
+    Enter it outside all other handlers.
 
     Raises:
         ModelError: a value has another shape than its site, which would broadcast.
@@ -39,8 +41,10 @@ class Values(Messenger):
             value, shape = self.values[msg["name"]], msg["fn"].shape()
             if value.shape != shape:
                 raise ModelError(
-                    f"site '{msg['name']}' has shape {tuple(value.shape)} in the guide or posterior and {tuple(shape)} in the program with these rows; "
-                    "make both of one program, and if its sites have entries per row, give it the rows of the fit, all at once"
+                    f"site '{msg['name']}' has shape {tuple(value.shape)} in the guide or posterior"
+                    f" and {tuple(shape)} in the program with these rows; make both of one program,"
+                    " and if its sites have entries per row, give it the rows of the fit, all at"
+                    " once"
                 )
             msg["value"], msg["done"] = value, True
             self.latent[msg["name"]] = msg
@@ -58,16 +62,29 @@ def likelihood_of(run: Values) -> Tensor:
     likelihood: Tensor | float = 0.0
     for name, msg in run.observed.items():
         if not msg["is_observed"]:
-            raise ModelError(f"site '{name}' of the program is not in the guide; make the guide from this program and batch")
-        likelihood = likelihood + scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"]).sum()
+            raise ModelError(
+                f"site '{name}' of the program is not in the guide; make the guide from this"
+                " program and batch"
+            )
+        likelihood = (
+            likelihood
+            + scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"]).sum()
+        )
     return torch.as_tensor(likelihood)
 
 
 def does_not_split(name: str, base: Any) -> str:
     """What is wrong with a mask on a site whose density is joint."""
-    return f"site '{name}': the density of a {type(base).__name__} does not split over its entries, so they cannot be pruned"
+    return (
+        f"site '{name}': the density of a {type(base).__name__} does not split over its entries, so"
+        " they cannot be pruned"
+    )
 
 
 def collapsed(parameter: Tensor) -> Tensor:
     """A number that was expanded to a site's shape, as the number again."""
-    return parameter[(0,) * parameter.ndim] if parameter.ndim and parameter.numel() and not any(parameter.stride()) else parameter
+    return (
+        parameter[(0,) * parameter.ndim]
+        if parameter.ndim and parameter.numel() and not any(parameter.stride())
+        else parameter
+    )

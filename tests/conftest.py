@@ -1,11 +1,15 @@
-"""What all tests share. torch and pyro are imported where they are used: the process that hands out the tests runs none of them."""
+"""What all tests share. torch and pyro are imported where they are used: the process that hands out
+the tests runs none of them.
+"""
 
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cheap_seeds():
-    """torch's own seeding keeps the stack of each call for devices that are not there: two milliseconds a call, ten thousand calls."""
+    """torch's own seeding keeps the stack of each call for devices that are not there: two
+    milliseconds a call, ten thousand calls.
+    """
     import torch
 
     def manual_seed(seed):
@@ -17,7 +21,9 @@ def cheap_seeds():
 
 @pytest.fixture(autouse=True)
 def isolated():
-    """Each test starts and ends with an empty param store and leaves torch's random state as it was; one thread, as tests run side by side."""
+    """Each test starts and ends with an empty param store and leaves torch's random state as it
+    was; one thread, as tests run side by side.
+    """
     import pyro
     import torch
 

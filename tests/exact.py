@@ -1,4 +1,6 @@
-"""Exact answers that the library is held against: the conjugate linear-Gaussian model and brute-force integrals. Uses scipy, not the library."""
+"""Exact answers that the library is held against: the conjugate linear-Gaussian model and
+brute-force integrals. Uses scipy, not the library.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,17 @@ class LinearGaussian:
     def log_evidence(self, mean: np.ndarray, cov: np.ndarray) -> float:
         """log N(y; X mean, X cov Xᵀ + noise² I)."""
         total = self.x @ cov @ self.x.T + self.noise**2 * np.eye(len(self.y))
-        return float(stats.multivariate_normal(self.x @ mean, total, allow_singular=False).logpdf(self.y))
+        return float(
+            stats.multivariate_normal(self.x @ mean, total, allow_singular=False).logpdf(self.y)
+        )
 
     def posterior(self, mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and covariance by conditioning the joint Gaussian of (w, y)."""
-        gain = cov @ self.x.T @ np.linalg.inv(self.x @ cov @ self.x.T + self.noise**2 * np.eye(len(self.y)))
+        gain = (
+            cov
+            @ self.x.T
+            @ np.linalg.inv(self.x @ cov @ self.x.T + self.noise**2 * np.eye(len(self.y)))
+        )
         return mean + gain @ (self.y - self.x @ mean), cov - gain @ self.x @ cov
 
 

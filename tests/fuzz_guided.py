@@ -1,6 +1,8 @@
-"""The readers of `tests.fuzz` under a fuzzer that looks for inputs that reach new lines: `pip install atheris`, then
+"""The readers of `tests.fuzz` under a fuzzer that looks for inputs that reach new lines: `pip
+install atheris`, then
 
-`python -m tests.fuzz_guided READER -runs=100000 -max_len=8192 [more options of libFuzzer]`. A crash ends it with a traceback and the input in a file.
+`python -m tests.fuzz_guided READER -runs=100000 -max_len=8192 [more options of libFuzzer]`. A crash
+ends it with a traceback and the input in a file.
 """
 
 import contextlib
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["pyro_bmr", "safetensors", "numpy.lib", "zipfile", "gzip", "json"]):
+with atheris.instrument_imports(
+    include=["pyro_bmr", "safetensors", "numpy.lib", "zipfile", "gzip", "json"]
+):
     import pyro_bmr as bmr
 from tests.fuzz import readers
 

@@ -1,7 +1,9 @@
-"""What the public functions and commands do with input that is odd or wrong: a table of what is taken, and of what is refused, by name and at once.
+"""What the public functions and commands do with input that is odd or wrong: a table of what is
+taken, and of what is refused, by name and at once.
 
-Files that are not what their name says are in `test_data.py`, `test_runs.py` and `test_fuzz.py`, the command line's options in `test_cli.py`,
-formats and small networks in `test_deployment.py` and `test_shrinking.py`.
+Files that are not what their name says are in `test_data.py`, `test_runs.py` and `test_fuzz.py`,
+the command line's options in `test_cli.py`, formats and small networks in `test_deployment.py` and
+`test_shrinking.py`.
 """
 
 import json
@@ -51,7 +53,8 @@ def frozen():
 
 def quantised():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch has another way to quantise, in a package of its own
+        # torch has another way to quantise, in a package of its own
+        warnings.simplefilter("ignore")
         return torch.ao.quantization.quantize_dynamic(plain(), {nn.Linear}, dtype=torch.qint8)
 
 
@@ -99,10 +102,17 @@ TAKEN = {
     "labels as bools": lambda: fit(classifier(), (X, Y > 0)),
     "a list of x and y": lambda: fit(classifier(), [X, Y]),
     "tied parameters": lambda: fit(lifted(tied), (X, Y)),
-    "an integer parameter": lambda: fit(lifted(lambda: Head(nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False))), (X, Y)),
-    "a parameter that is frozen": lambda: fit(lifted(lambda: Head(nn.Parameter(torch.ones(3), requires_grad=False))), (X, Y)),
+    "an integer parameter": lambda: fit(
+        lifted(lambda: Head(nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False))),
+        (X, Y),
+    ),
+    "a parameter that is frozen": lambda: fit(
+        lifted(lambda: Head(nn.Parameter(torch.ones(3), requires_grad=False))), (X, Y)
+    ),
     "a 0-d parameter": lambda: fit(lifted(lambda: Head(nn.Parameter(torch.tensor(1.0)))), (X, Y)),
-    "a parameter without entries": lambda: fit(lifted(lambda: Head(nn.Parameter(torch.zeros(0, 5)), used=False)), (X, Y)),
+    "a parameter without entries": lambda: fit(
+        lifted(lambda: Head(nn.Parameter(torch.zeros(0, 5)), used=False)), (X, Y)
+    ),
     "a non-contiguous parameter": lambda: fit(lifted(Transposed), (X, Y)),
     "odd names": lambda: fit(lifted(Named), (X, Y)),
     "a negative seed": lambda: fit(classifier(), (X, Y), seed=-3),
@@ -113,16 +123,25 @@ TAKEN = {
 @pytest.mark.parametrize("case", TAKEN)
 def test_odd_input_is_fitted_reduced_predicted_saved_and_exported(case, tmp_path):
     done = TAKEN[case]()
-    assert all(bool(s.mean.isfinite().all() and s.var.isfinite().all()) for s in done.posterior.sites.values())
+    assert all(
+        bool(s.mean.isfinite().all() and s.var.isfinite().all())
+        for s in done.posterior.sites.values()
+    )
     reduction = bmr.reduce(done.posterior, to=bmr.Gaussian(0.0))
     assert bool(bmr.predict(done.program, reduction.posterior, X).probs.isfinite().all())
     path = tmp_path / "a folder with ü and spaces" / "posterior.safetensors"
     path.parent.mkdir()
     reduction.posterior.save(path)
     loaded = bmr.Posterior.load(path)
-    assert all(torch.equal(loaded[name].mean, site.mean) for name, site in reduction.posterior.sites.items())
+    assert all(
+        torch.equal(loaded[name].mean, site.mean)
+        for name, site in reduction.posterior.sites.items()
+    )
     bmr.save(bmr.export(done.program, loaded), path.parent)
-    resumed = done.seed, fit(done.program, (X, Y), checkpoint=path.parent / "checkpoints").history["step"].iloc[-1]
+    resumed = (
+        done.seed,
+        fit(done.program, (X, Y), checkpoint=path.parent / "checkpoints").history["step"].iloc[-1],
+    )
     assert resumed[1] == 6
 
 
@@ -145,52 +164,206 @@ def done():
 
 ones = torch.ones(3)
 BAD_FITS = {
-    "x of numpy": (lambda: fit(classifier(), (X.numpy(), Y)), bmr.DataError, r"x: expected a tensor, got ndarray; .*torch\.from_numpy"),
-    "x of lists": (lambda: fit(classifier(), (X.tolist(), Y)), bmr.DataError, "x: expected a tensor, got list; .*torch.tensor"),
+    "x of numpy": (
+        lambda: fit(classifier(), (X.numpy(), Y)),
+        bmr.DataError,
+        r"x: expected a tensor, got ndarray; .*torch\.from_numpy",
+    ),
+    "x of lists": (
+        lambda: fit(classifier(), (X.tolist(), Y)),
+        bmr.DataError,
+        "x: expected a tensor, got list; .*torch.tensor",
+    ),
     "no y": (lambda: fit(classifier(), X), bmr.DataError, r"a pair \(x, y\).*got Tensor"),
-    "three of them": (lambda: fit(classifier(), (X, Y, Y)), bmr.DataError, r"a pair \(x, y\).*got tuple"),
-    "0-d x": (lambda: fit(classifier(), (torch.tensor(1.0), Y)), bmr.DataError, r"x has shape \(\)"),
-    "x of integers": (lambda: fit(classifier(), (X.long(), Y)), bmr.FitError, r"does not run as program\(x, y\) on x of shape \(8, 4\) and torch.int64"),
+    "three of them": (
+        lambda: fit(classifier(), (X, Y, Y)),
+        bmr.DataError,
+        r"a pair \(x, y\).*got tuple",
+    ),
+    "0-d x": (
+        lambda: fit(classifier(), (torch.tensor(1.0), Y)),
+        bmr.DataError,
+        r"x has shape \(\)",
+    ),
+    "x of integers": (
+        lambda: fit(classifier(), (X.long(), Y)),
+        bmr.FitError,
+        r"does not run as program\(x, y\) on x of shape \(8, 4\) and torch.int64",
+    ),
     "x of bools": (lambda: fit(classifier(), (X > 0, Y)), bmr.FitError, "torch.bool"),
-    "complex x": (lambda: fit(classifier(), (X + 1j, Y)), bmr.DataError, "x: real numbers are wanted"),
-    "sparse x": (lambda: fit(classifier(), (X.to_sparse(), Y)), bmr.DataError, "x: a dense tensor with values is wanted, .*sparse_coo"),
+    "complex x": (
+        lambda: fit(classifier(), (X + 1j, Y)),
+        bmr.DataError,
+        "x: real numbers are wanted",
+    ),
+    "sparse x": (
+        lambda: fit(classifier(), (X.to_sparse(), Y)),
+        bmr.DataError,
+        "x: a dense tensor with values is wanted, .*sparse_coo",
+    ),
     "x on no device": (lambda: fit(classifier(), (X.to("meta"), Y)), bmr.DataError, "on 'meta'"),
-    "x too narrow": (lambda: fit(classifier(), (X[:, :3], Y)), bmr.FitError, r"x of shape \(8, 3\).*cannot be multiplied"),
-    "y between classes": (lambda: fit(classifier(), (X, Y + 0.5)), bmr.DataError, r"outside the support.*got 0\.5 in row 0"),
-    "y in a column": (lambda: fit(classifier(), (X, Y[:, None])), bmr.DataError, r"y has shape \(8, 1\)"),
-    "validation too narrow": (lambda: fit(classifier(), (X, Y), validation=(X[:, :2], Y)), bmr.FitError, r"x of shape \(8, 2\)"),
-    "validation out of range": (lambda: fit(classifier(), (X, Y), validation=(X, Y + 5)), bmr.DataError, "got 5 in row 0"),
-    "validation NaN": (lambda: fit(classifier(), (X, Y), validation=NAN), bmr.FitError, "validation=nan"),
-    "epochs of 1.5": (lambda: fit(classifier(), (X, Y), epochs=1.5), bmr.FitError, r"epochs=1\.5: a whole number"),
-    "skip -1": (lambda: fit(classifier(), (X, Y), skip_faulty=-1), bmr.FitError, r"skip_faulty=-1: a number of steps >= 0"),
-    "skip all": (lambda: fit(classifier(), (X, Y), skip_faulty=True), bmr.FitError, r"skip_faulty=True: a whole number"),
-    "batch of 2.5": (lambda: fit(classifier(), (X, Y), batch_size=2.5), bmr.FitError, r"batch_size=2\.5: a whole number"),
-    "seed of 1.5": (lambda: fit(classifier(), (X, Y), seed=1.5), bmr.FitError, r"seed=1\.5: a whole number"),
-    "a seed too large": (lambda: fit(classifier(), (X, Y), seed=2**63), bmr.FitError, "seed=9223372036854775808"),
-    "no program": (lambda: fit(None, (X, Y)), bmr.FitError, "program: a Pyro program.*BayesianNetwork"),
-    "a plain network": (lambda: fit(plain(), (X, Y)), bmr.FitError, "positional arguments.*BayesianNetwork"),
-    "a guide by name": (lambda: fit(classifier(), (X, Y), guide="MeanField"), bmr.FitError, "guide: MeanField, .* is wanted, got 'MeanField'"),
-    "an optimiser by name": (lambda: fit(classifier(), (X, Y), optimizer="adam"), bmr.FitError, r"optimizer: .*adam\(1e-3\).*got 'adam'"),
+    "x too narrow": (
+        lambda: fit(classifier(), (X[:, :3], Y)),
+        bmr.FitError,
+        r"x of shape \(8, 3\).*cannot be multiplied",
+    ),
+    "y between classes": (
+        lambda: fit(classifier(), (X, Y + 0.5)),
+        bmr.DataError,
+        r"outside the support.*got 0\.5 in row 0",
+    ),
+    "y in a column": (
+        lambda: fit(classifier(), (X, Y[:, None])),
+        bmr.DataError,
+        r"y has shape \(8, 1\)",
+    ),
+    "validation too narrow": (
+        lambda: fit(classifier(), (X, Y), validation=(X[:, :2], Y)),
+        bmr.FitError,
+        r"x of shape \(8, 2\)",
+    ),
+    "validation out of range": (
+        lambda: fit(classifier(), (X, Y), validation=(X, Y + 5)),
+        bmr.DataError,
+        "got 5 in row 0",
+    ),
+    "validation NaN": (
+        lambda: fit(classifier(), (X, Y), validation=NAN),
+        bmr.FitError,
+        "validation=nan",
+    ),
+    "epochs of 1.5": (
+        lambda: fit(classifier(), (X, Y), epochs=1.5),
+        bmr.FitError,
+        r"epochs=1\.5: a whole number",
+    ),
+    "skip -1": (
+        lambda: fit(classifier(), (X, Y), skip_faulty=-1),
+        bmr.FitError,
+        r"skip_faulty=-1: a number of steps >= 0",
+    ),
+    "skip all": (
+        lambda: fit(classifier(), (X, Y), skip_faulty=True),
+        bmr.FitError,
+        r"skip_faulty=True: a whole number",
+    ),
+    "batch of 2.5": (
+        lambda: fit(classifier(), (X, Y), batch_size=2.5),
+        bmr.FitError,
+        r"batch_size=2\.5: a whole number",
+    ),
+    "seed of 1.5": (
+        lambda: fit(classifier(), (X, Y), seed=1.5),
+        bmr.FitError,
+        r"seed=1\.5: a whole number",
+    ),
+    "a seed too large": (
+        lambda: fit(classifier(), (X, Y), seed=2**63),
+        bmr.FitError,
+        "seed=9223372036854775808",
+    ),
+    "no program": (
+        lambda: fit(None, (X, Y)),
+        bmr.FitError,
+        "program: a Pyro program.*BayesianNetwork",
+    ),
+    "a plain network": (
+        lambda: fit(plain(), (X, Y)),
+        bmr.FitError,
+        "positional arguments.*BayesianNetwork",
+    ),
+    "a guide by name": (
+        lambda: fit(classifier(), (X, Y), guide="MeanField"),
+        bmr.FitError,
+        "guide: MeanField, .* is wanted, got 'MeanField'",
+    ),
+    "an optimiser by name": (
+        lambda: fit(classifier(), (X, Y), optimizer="adam"),
+        bmr.FitError,
+        r"optimizer: .*adam\(1e-3\).*got 'adam'",
+    ),
     "a made optimiser": (
-        lambda: fit(classifier(), (X, Y), optimizer=torch.optim.SGD([ones.clone().requires_grad_()], 0.1)),
+        lambda: fit(
+            classifier(), (X, Y), optimizer=torch.optim.SGD([ones.clone().requires_grad_()], 0.1)
+        ),
         bmr.FitError,
         "optimizer: a function",
     ),
-    "an optimiser with a closure": (lambda: fit(classifier(), (X, Y), optimizer=torch.optim.LBFGS), bmr.FitError, "got LBFGS"),
-    "a NaN rate": (lambda: fit(classifier(), (X, Y), optimizer=bmr.adam(NAN)), bmr.FitError, "optimizer: it cannot be made.*nan"),
-    "a schedule by name": (lambda: fit(classifier(), (X, Y), scheduler="cosine"), bmr.FitError, "scheduler: .*got 'cosine'"),
-    "reductions by name": (lambda: fit(classifier(), (X, Y), reduce="every"), bmr.FitError, r"reduce: Every\(\.\.\.\)"),
-    "start by name": (lambda: fit(classifier(), (X, Y), start="here"), bmr.FitError, r"start: Posterior\(\.\.\.\)"),
-    "start elsewhere": (lambda: fit(classifier(), (X, Y), start=moments(ones, ones)), bmr.FitError, r"start: its sites \(w\)"),
-    "a checkpoint number": (lambda: fit(classifier(), (X, Y), checkpoint=3), bmr.FitError, "checkpoint: a folder"),
-    "a NaN weight": (lambda: fit(lifted(lambda: Head(nn.Parameter(torch.tensor(NAN)))), (X, Y)), bmr.FitError, "step 1: .*not finite at extra"),
-    "all frozen": (lambda: lifted(frozen), bmr.ModelError, "no parameter of Sequential is lifted.*frozen"),
-    "quantised": (lambda: lifted(quantised), bmr.ModelError, "no parameter of Sequential is lifted"),
-    "no network": (lambda: bmr.BayesianNetwork(None, bmr.Gaussian(), bmr.Categorical()), bmr.ModelError, "net=None"),
-    "no likelihood": (lambda: bmr.BayesianNetwork(plain(), bmr.Gaussian(), None), bmr.ModelError, r"likelihood=None\): Categorical\(\)"),
-    "a class of likelihoods": (lambda: bmr.BayesianNetwork(plain(), bmr.Gaussian(), bmr.Normal), bmr.ModelError, r"likelihood=the class Normal\): "),
-    "a NaN prior mean": (lambda: bmr.Gaussian(1.0, mean=torch.tensor([0.0, NAN])), bmr.ModelError, "mean=.*finite numbers are wanted"),
-    "a prior mean of another shape": (lambda: fit(lifted(plain, bmr.Gaussian(1.0, mean=torch.ones(7))), (X, Y)), bmr.ModelError, r"prior mean of shape \(7,\)"),
+    "an optimiser with a closure": (
+        lambda: fit(classifier(), (X, Y), optimizer=torch.optim.LBFGS),
+        bmr.FitError,
+        "got LBFGS",
+    ),
+    "a NaN rate": (
+        lambda: fit(classifier(), (X, Y), optimizer=bmr.adam(NAN)),
+        bmr.FitError,
+        "optimizer: it cannot be made.*nan",
+    ),
+    "a schedule by name": (
+        lambda: fit(classifier(), (X, Y), scheduler="cosine"),
+        bmr.FitError,
+        "scheduler: .*got 'cosine'",
+    ),
+    "reductions by name": (
+        lambda: fit(classifier(), (X, Y), reduce="every"),
+        bmr.FitError,
+        r"reduce: Every\(\.\.\.\)",
+    ),
+    "start by name": (
+        lambda: fit(classifier(), (X, Y), start="here"),
+        bmr.FitError,
+        r"start: Posterior\(\.\.\.\)",
+    ),
+    "start elsewhere": (
+        lambda: fit(classifier(), (X, Y), start=moments(ones, ones)),
+        bmr.FitError,
+        r"start: its sites \(w\)",
+    ),
+    "a checkpoint number": (
+        lambda: fit(classifier(), (X, Y), checkpoint=3),
+        bmr.FitError,
+        "checkpoint: a folder",
+    ),
+    "a NaN weight": (
+        lambda: fit(lifted(lambda: Head(nn.Parameter(torch.tensor(NAN)))), (X, Y)),
+        bmr.FitError,
+        "step 1: .*not finite at extra",
+    ),
+    "all frozen": (
+        lambda: lifted(frozen),
+        bmr.ModelError,
+        "no parameter of Sequential is lifted.*frozen",
+    ),
+    "quantised": (
+        lambda: lifted(quantised),
+        bmr.ModelError,
+        "no parameter of Sequential is lifted",
+    ),
+    "no network": (
+        lambda: bmr.BayesianNetwork(None, bmr.Gaussian(), bmr.Categorical()),
+        bmr.ModelError,
+        "net=None",
+    ),
+    "no likelihood": (
+        lambda: bmr.BayesianNetwork(plain(), bmr.Gaussian(), None),
+        bmr.ModelError,
+        r"likelihood=None\): Categorical\(\)",
+    ),
+    "a class of likelihoods": (
+        lambda: bmr.BayesianNetwork(plain(), bmr.Gaussian(), bmr.Normal),
+        bmr.ModelError,
+        r"likelihood=the class Normal\): ",
+    ),
+    "a NaN prior mean": (
+        lambda: bmr.Gaussian(1.0, mean=torch.tensor([0.0, NAN])),
+        bmr.ModelError,
+        "mean=.*finite numbers are wanted",
+    ),
+    "a prior mean of another shape": (
+        lambda: fit(lifted(plain, bmr.Gaussian(1.0, mean=torch.ones(7))), (X, Y)),
+        bmr.ModelError,
+        r"prior mean of shape \(7,\)",
+    ),
     "a NaN threshold": (lambda: bmr.Every(threshold=NAN), bmr.FitError, "threshold=nan"),
     "compare without data": (lambda: bmr.compare("mlp", None), bmr.DataError, "data as load"),
     "load nothing": (lambda: bmr.load(None), bmr.DataError, "the name of a data set"),
@@ -205,7 +378,16 @@ def test_bad_fits_are_refused(case):
         call()
 
 
-@pytest.mark.parametrize("change", [{"to": "gaussian"}, {"to": bmr.Gaussian}, {"per": "galaxy"}, {"per": "head"}, {"to": {"nowhere": bmr.Gaussian(0.0)}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"to": "gaussian"},
+        {"to": bmr.Gaussian},
+        {"per": "galaxy"},
+        {"per": "head"},
+        {"to": {"nowhere": bmr.Gaussian(0.0)}},
+    ],
+)
 def test_reductions_that_cannot_be_made_are_refused_before_the_first_step(change, monkeypatch):
     monkeypatch.setattr("pyro_bmr.fitting.fit.FitState.step", None)
     with pytest.raises(bmr.ReductionError):
@@ -220,60 +402,224 @@ BAD_CALLS = {
         bmr.DataError,
         "x is NaN or infinite, first in row 7",
     ),
-    "predict no rows": (lambda d: bmr.predict(d.program, d.posterior, X[:0]), bmr.DataError, "at least one"),
-    "predict 0-d": (lambda d: bmr.predict(d.program, d.posterior, torch.tensor(1.0)), bmr.DataError, r"shape \(\)"),
-    "predict numpy": (lambda d: bmr.predict(d.program, d.posterior, X.numpy()), bmr.DataError, "got ndarray"),
-    "predict too narrow": (lambda d: bmr.predict(d.program, d.posterior, X[:, :2]), bmr.ModelError, r"does not run on x of shape \(90, 2\)"),
-    "predict 1.5 draws": (lambda d: bmr.predict(d.program, d.posterior, X, draws=1.5), bmr.ModelError, r"draws=1\.5"),
-    "predict from another posterior": (lambda d: bmr.predict(d.program, moments(ones, ones), X), bmr.ModelError, "one observed site"),
-    "score a label out of range": (lambda d: bmr.predict(d.program, d.posterior, X).log_prob(Y + 1), bmr.DataError, "label 3 in row 2 .* 0 to 2"),
-    "score a negative label": (lambda d: bmr.predict(d.program, d.posterior, X).log_prob(Y - 1), bmr.DataError, "label -1 in row 0"),
-    "score fewer rows": (lambda d: bmr.predict(d.program, d.posterior, X).log_prob(Y[:5]), bmr.DataError, r"\(90, 3\) and y \(5,\)"),
-    "reduce nothing": (lambda d: bmr.reduce(None, to=bmr.Gaussian(0.0)), bmr.ReductionError, "a Posterior is wanted"),
-    "reduce to a class": (lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian), bmr.ReductionError, r"call it, as in Gaussian\(scale=0\)"),
-    "reduce to a word": (lambda d: bmr.reduce(d.posterior, to="gaussian"), bmr.ReductionError, "'gaussian' is no target"),
-    "a NaN threshold": (lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian(0.0), threshold=NAN), bmr.ReductionError, "threshold=nan"),
-    "a NaN target": (lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian(0.0), kept=NAN), bmr.ReductionError, "kept=nan"),
+    "predict no rows": (
+        lambda d: bmr.predict(d.program, d.posterior, X[:0]),
+        bmr.DataError,
+        "at least one",
+    ),
+    "predict 0-d": (
+        lambda d: bmr.predict(d.program, d.posterior, torch.tensor(1.0)),
+        bmr.DataError,
+        r"shape \(\)",
+    ),
+    "predict numpy": (
+        lambda d: bmr.predict(d.program, d.posterior, X.numpy()),
+        bmr.DataError,
+        "got ndarray",
+    ),
+    "predict too narrow": (
+        lambda d: bmr.predict(d.program, d.posterior, X[:, :2]),
+        bmr.ModelError,
+        r"does not run on x of shape \(90, 2\)",
+    ),
+    "predict 1.5 draws": (
+        lambda d: bmr.predict(d.program, d.posterior, X, draws=1.5),
+        bmr.ModelError,
+        r"draws=1\.5",
+    ),
+    "predict from another posterior": (
+        lambda d: bmr.predict(d.program, moments(ones, ones), X),
+        bmr.ModelError,
+        "one observed site",
+    ),
+    "score a label out of range": (
+        lambda d: bmr.predict(d.program, d.posterior, X).log_prob(Y + 1),
+        bmr.DataError,
+        "label 3 in row 2 .* 0 to 2",
+    ),
+    "score a negative label": (
+        lambda d: bmr.predict(d.program, d.posterior, X).log_prob(Y - 1),
+        bmr.DataError,
+        "label -1 in row 0",
+    ),
+    "score fewer rows": (
+        lambda d: bmr.predict(d.program, d.posterior, X).log_prob(Y[:5]),
+        bmr.DataError,
+        r"\(90, 3\) and y \(5,\)",
+    ),
+    "reduce nothing": (
+        lambda d: bmr.reduce(None, to=bmr.Gaussian(0.0)),
+        bmr.ReductionError,
+        "a Posterior is wanted",
+    ),
+    "reduce to a class": (
+        lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian),
+        bmr.ReductionError,
+        r"call it, as in Gaussian\(scale=0\)",
+    ),
+    "reduce to a word": (
+        lambda d: bmr.reduce(d.posterior, to="gaussian"),
+        bmr.ReductionError,
+        "'gaussian' is no target",
+    ),
+    "a NaN threshold": (
+        lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian(0.0), threshold=NAN),
+        bmr.ReductionError,
+        "threshold=nan",
+    ),
+    "a NaN target": (
+        lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian(0.0), kept=NAN),
+        bmr.ReductionError,
+        "kept=nan",
+    ),
     "refit nothing": (lambda d: bmr.refit(d, None, (X, Y)), bmr.FitError, "a Reduction is wanted"),
-    "moments of numpy": (lambda d: moments(np.ones(3), ones), bmr.ModelError, "site 'w': mean must be a tensor.*ndarray"),
-    "moments of integers": (lambda d: moments(ones.long(), ones), bmr.ModelError, "site 'w': mean must be .*torch.int64"),
-    "no moments": (lambda d: bmr.Posterior.from_moments({}, {}, bmr.Gaussian(0.5)), bmr.ModelError, "mean: it is empty"),
+    "moments of numpy": (
+        lambda d: moments(np.ones(3), ones),
+        bmr.ModelError,
+        "site 'w': mean must be a tensor.*ndarray",
+    ),
+    "moments of integers": (
+        lambda d: moments(ones.long(), ones),
+        bmr.ModelError,
+        "site 'w': mean must be .*torch.int64",
+    ),
+    "no moments": (
+        lambda d: bmr.Posterior.from_moments({}, {}, bmr.Gaussian(0.5)),
+        bmr.ModelError,
+        "mean: it is empty",
+    ),
     "moments that are NaN": (lambda d: moments(ones * NAN, ones), bmr.ModelError, "finite means"),
     "a negative variance": (lambda d: moments(ones, -ones), bmr.ModelError, "variances >= 0"),
-    "a 0-d sample": (lambda d: bmr.Posterior.from_samples({"w": torch.tensor(1.0)}, bmr.Gaussian(0.5)), bmr.ModelError, "at least two"),
-    "samples of integers": (lambda d: bmr.Posterior.from_samples({"w": torch.ones(5, 3).long()}, bmr.Gaussian(0.5)), bmr.ModelError, "samples must be"),
-    "samples that are NaN": (lambda d: bmr.Posterior.from_samples({"w": torch.full((5, 3), NAN)}, bmr.Gaussian(0.5)), bmr.ModelError, "finite means"),
-    "a negative sample of a scale": (
-        lambda d: bmr.Posterior.from_samples({"w": -torch.rand(9, 3)}, bmr.Gaussian(0.5), supports={"w": "positive"}),
+    "a 0-d sample": (
+        lambda d: bmr.Posterior.from_samples({"w": torch.tensor(1.0)}, bmr.Gaussian(0.5)),
+        bmr.ModelError,
+        "at least two",
+    ),
+    "samples of integers": (
+        lambda d: bmr.Posterior.from_samples({"w": torch.ones(5, 3).long()}, bmr.Gaussian(0.5)),
+        bmr.ModelError,
+        "samples must be",
+    ),
+    "samples that are NaN": (
+        lambda d: bmr.Posterior.from_samples({"w": torch.full((5, 3), NAN)}, bmr.Gaussian(0.5)),
         bmr.ModelError,
         "finite means",
     ),
-    "ΔF of nothing": (lambda d: bmr.delta_f(None, unit(3), unit(3)), bmr.ReductionError, "with mean and var, is wanted; got None"),
-    "ΔF of a dense posterior of another size": (lambda d: bmr.delta_f(dense(3), dense(2), dense(3)), bmr.ReductionError, r"\(d,\) and \(d, d\) with one d"),
-    "a reduced dense posterior of another size": (lambda d: bmr.reduced_posterior(dense(3), dense(3), dense(2)), bmr.ReductionError, "with one d"),
-    "ΔF of a posterior not positive definite": (lambda d: bmr.delta_f(dense(2, -1.0), dense(2), dense(2)), bmr.ReductionError, "not positive definite"),
-    "a subset of another size": (lambda d: bmr.prune_subset(dense(2), unit(2), ones > 0), bmr.ReductionError, r"bool tensor of shape \(2,\).*\(3,\)"),
-    "a subset of floats": (lambda d: bmr.prune_subset(dense(3), unit(3), ones), bmr.ReductionError, r"got torch\.float32"),
-    "no draws": (lambda d: bmr.monte_carlo_delta_f(torch.ones(0, 3), unit(3), unit(3)), bmr.ReductionError, "as many draws"),
-    "draws that are NaN": (lambda d: bmr.monte_carlo_delta_f(torch.full((9, 3), NAN), unit(3), unit(3)), bmr.ReductionError, "9 NaN"),
-    "inclusion of NaN": (lambda d: bmr.exact_inclusion(torch.tensor([NAN, 1.0])), bmr.ReductionError, "got 1 NaN"),
-    "inclusion with a negative α": (lambda d: bmr.exact_inclusion(ones, alpha=-1.0), bmr.ReductionError, r"alpha, beta > 0.*-1\.0"),
-    "best variance of NaN": (lambda d: bmr.best_var(bmr.Message(ones * NAN, ones), ones), bmr.ReductionError, "the message has NaN"),
+    "a negative sample of a scale": (
+        lambda d: bmr.Posterior.from_samples(
+            {"w": -torch.rand(9, 3)}, bmr.Gaussian(0.5), supports={"w": "positive"}
+        ),
+        bmr.ModelError,
+        "finite means",
+    ),
+    "ΔF of nothing": (
+        lambda d: bmr.delta_f(None, unit(3), unit(3)),
+        bmr.ReductionError,
+        "with mean and var, is wanted; got None",
+    ),
+    "ΔF of a dense posterior of another size": (
+        lambda d: bmr.delta_f(dense(3), dense(2), dense(3)),
+        bmr.ReductionError,
+        r"\(d,\) and \(d, d\) with one d",
+    ),
+    "a reduced dense posterior of another size": (
+        lambda d: bmr.reduced_posterior(dense(3), dense(3), dense(2)),
+        bmr.ReductionError,
+        "with one d",
+    ),
+    "ΔF of a posterior not positive definite": (
+        lambda d: bmr.delta_f(dense(2, -1.0), dense(2), dense(2)),
+        bmr.ReductionError,
+        "not positive definite",
+    ),
+    "a subset of another size": (
+        lambda d: bmr.prune_subset(dense(2), unit(2), ones > 0),
+        bmr.ReductionError,
+        r"bool tensor of shape \(2,\).*\(3,\)",
+    ),
+    "a subset of floats": (
+        lambda d: bmr.prune_subset(dense(3), unit(3), ones),
+        bmr.ReductionError,
+        r"got torch\.float32",
+    ),
+    "no draws": (
+        lambda d: bmr.monte_carlo_delta_f(torch.ones(0, 3), unit(3), unit(3)),
+        bmr.ReductionError,
+        "as many draws",
+    ),
+    "draws that are NaN": (
+        lambda d: bmr.monte_carlo_delta_f(torch.full((9, 3), NAN), unit(3), unit(3)),
+        bmr.ReductionError,
+        "9 NaN",
+    ),
+    "inclusion of NaN": (
+        lambda d: bmr.exact_inclusion(torch.tensor([NAN, 1.0])),
+        bmr.ReductionError,
+        "got 1 NaN",
+    ),
+    "inclusion with a negative α": (
+        lambda d: bmr.exact_inclusion(ones, alpha=-1.0),
+        bmr.ReductionError,
+        r"alpha, beta > 0.*-1\.0",
+    ),
+    "best variance of NaN": (
+        lambda d: bmr.best_var(bmr.Message(ones * NAN, ones), ones),
+        bmr.ReductionError,
+        "the message has NaN",
+    ),
     "families that differ": (
-        lambda d: bmr.natural_delta_f(dist.Normal(0.0, 1.0), dist.Gamma(1.0, 1.0), dist.Normal(0.0, 1.0)),
+        lambda d: bmr.natural_delta_f(
+            dist.Normal(0.0, 1.0), dist.Gamma(1.0, 1.0), dist.Normal(0.0, 1.0)
+        ),
         bmr.ReductionError,
         "one exponential family",
     ),
-    "save nothing": (lambda d: bmr.save(None, "here"), bmr.ModelError, "a network or a mapping.*NoneType"),
+    "save nothing": (
+        lambda d: bmr.save(None, "here"),
+        bmr.ModelError,
+        "a network or a mapping.*NoneType",
+    ),
     "export nothing": (lambda d: bmr.export(None, d.posterior), bmr.ModelError, "got NoneType"),
-    "accuracy of other rows": (lambda d: bmr.metrics.accuracy(rand, zeros[:4]), bmr.DataError, r"\(5, 3\) and y \(4,\)"),
-    "accuracy of a column": (lambda d: bmr.metrics.accuracy(rand, zeros[:, None]), bmr.DataError, r"y \(5, 1\)"),
-    "accuracy of nothing": (lambda d: bmr.metrics.accuracy(rand[:0], zeros[:0]), bmr.DataError, "one row at least"),
-    "accuracy of NaN": (lambda d: bmr.metrics.accuracy(rand * NAN, zeros), bmr.DataError, "probs is NaN, first in row 0"),
-    "a Brier score out of range": (lambda d: bmr.metrics.brier(rand, zeros + 7), bmr.DataError, "label 7 in row 0"),
-    "a calibration error without bins": (lambda d: bmr.metrics.ece(rand, zeros, bins=0), bmr.DataError, "bins=0"),
-    "RMSE of a column": (lambda d: bmr.metrics.rmse(torch.zeros(5), torch.zeros(5, 1)), bmr.DataError, r"\(5,\) and y \(5, 1\)"),
-    "RMSE of NaN": (lambda d: bmr.metrics.rmse(torch.full((5,), NAN), torch.zeros(5)), bmr.DataError, "no NaN"),
+    "accuracy of other rows": (
+        lambda d: bmr.metrics.accuracy(rand, zeros[:4]),
+        bmr.DataError,
+        r"\(5, 3\) and y \(4,\)",
+    ),
+    "accuracy of a column": (
+        lambda d: bmr.metrics.accuracy(rand, zeros[:, None]),
+        bmr.DataError,
+        r"y \(5, 1\)",
+    ),
+    "accuracy of nothing": (
+        lambda d: bmr.metrics.accuracy(rand[:0], zeros[:0]),
+        bmr.DataError,
+        "one row at least",
+    ),
+    "accuracy of NaN": (
+        lambda d: bmr.metrics.accuracy(rand * NAN, zeros),
+        bmr.DataError,
+        "probs is NaN, first in row 0",
+    ),
+    "a Brier score out of range": (
+        lambda d: bmr.metrics.brier(rand, zeros + 7),
+        bmr.DataError,
+        "label 7 in row 0",
+    ),
+    "a calibration error without bins": (
+        lambda d: bmr.metrics.ece(rand, zeros, bins=0),
+        bmr.DataError,
+        "bins=0",
+    ),
+    "RMSE of a column": (
+        lambda d: bmr.metrics.rmse(torch.zeros(5), torch.zeros(5, 1)),
+        bmr.DataError,
+        r"\(5,\) and y \(5, 1\)",
+    ),
+    "RMSE of NaN": (
+        lambda d: bmr.metrics.rmse(torch.full((5,), NAN), torch.zeros(5)),
+        bmr.DataError,
+        "no NaN",
+    ),
 }
 
 
@@ -285,14 +631,27 @@ def test_bad_calls_are_refused(case, done):
 
 
 WRITERS = {
-    "posterior": lambda d, folder: [d.posterior.save(folder / f"posterior-{k}.safetensors") for k in range(5)],
+    "posterior": lambda d, folder: [
+        d.posterior.save(folder / f"posterior-{k}.safetensors") for k in range(5)
+    ],
     "save": lambda d, folder: bmr.save(d.program.net, folder / "net"),
-    "deploy": lambda d, folder: bmr.deploy(d.program.net, folder / "deployed", X, formats=["safetensors"], seconds=0),
-    "reduction": lambda d, folder: bmr.reduce(d.posterior, to=bmr.Gaussian(0.0)).save(folder / "reduction"),
+    "deploy": lambda d, folder: bmr.deploy(
+        d.program.net, folder / "deployed", X, formats=["safetensors"], seconds=0
+    ),
+    "reduction": (
+        lambda d, folder: bmr.reduce(d.posterior, to=bmr.Gaussian(0.0)).save(folder / "reduction")
+    ),
     "run": lambda d, folder: save_run(d, folder / "run", {"model": "mlp"}),
     "checkpoint": lambda d, folder: fit(classifier(), (X, Y), checkpoint=folder / "checkpoints"),
     "compare": lambda d, folder: bmr.compare(
-        "mlp:4", bmr.load("digits"), priors={"g": bmr.Gaussian()}, routes=["point"], seeds=1, settings=bmr.Settings(epochs=1), out=folder / "c", progress=False
+        "mlp:4",
+        bmr.load("digits"),
+        priors={"g": bmr.Gaussian()},
+        routes=["point"],
+        seeds=1,
+        settings=bmr.Settings(epochs=1),
+        out=folder / "c",
+        progress=False,
     ),
 }
 
@@ -301,7 +660,9 @@ WRITERS = {
 @pytest.mark.parametrize("place", ["read-only", "below a file"])
 def test_folders_that_cannot_be_written(writer, place, done, tmp_path, blank):
     (tmp_path / "file").write_text("")
-    folder = {"read-only": tmp_path.__class__("/proc/self"), "below a file": tmp_path / "file"}[place]
+    folder = {"read-only": tmp_path.__class__("/proc/self"), "below a file": tmp_path / "file"}[
+        place
+    ]
     with pytest.raises(bmr.PyroBMRError, match=r"cannot write (to )?'"):
         WRITERS[writer](done, folder)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -312,7 +673,12 @@ def full_disk(tmp_path):
     """A file system of 32 kB with 4 kB left."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(folder)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if mounted.returncode != 0:
         pytest.skip(f"no small file system can be mounted: {mounted.stderr.strip()}")
     try:
@@ -326,13 +692,19 @@ def full_disk(tmp_path):
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(writer, done, full_disk, blank):
     with pytest.raises(bmr.PyroBMRError, match="[Nn]o space left"):
         WRITERS[writer](done, full_disk)
-    assert not [p.name for p in full_disk.rglob("*") if p.is_file() and (p.name.startswith(".") or p.name.endswith(".tmp"))]
+    assert not [
+        p.name
+        for p in full_disk.rglob("*")
+        if p.is_file() and (p.name.startswith(".") or p.name.endswith(".tmp"))
+    ]
 
 
 @pytest.fixture
 def blank(monkeypatch):
     """No pictures: they take most of the time of a comparison."""
-    monkeypatch.setattr("pyro_bmr.experiments.plots.save_figure", lambda figure, path: path.write_bytes(b""))
+    monkeypatch.setattr(
+        "pyro_bmr.experiments.plots.save_figure", lambda figure, path: path.write_bytes(b"")
+    )
 
 
 def test_names_in_an_archive_lead_nowhere(tmp_path):
@@ -373,14 +745,38 @@ def test_the_command_line_with_odd_paths(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "ein Ordner, ü und 'so'"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    pd.DataFrame({"größe x": np.arange(40) % 7 / 3, "b": np.arange(40) % 5, "ziel y": np.arange(40) % 2}).to_csv("daten ü.csv", index=False)
+    pd.DataFrame(
+        {"größe x": np.arange(40) % 7 / 3, "b": np.arange(40) % 5, "ziel y": np.arange(40) % 2}
+    ).to_csv("daten ü.csv", index=False)
     small = ["--epochs", "1", "--draws", "2", "--quiet"]
-    assert main(["fit", "--data", "daten ü.csv", "--target", "ziel y", "--model", "mlp:4", *small, "--out", "lauf 1"]) == 0
+    assert (
+        main(
+            [
+                "fit",
+                "--data",
+                "daten ü.csv",
+                "--target",
+                "ziel y",
+                "--model",
+                "mlp:4",
+                *small,
+                "--out",
+                "lauf 1",
+            ]
+        )
+        == 0
+    )
     assert main(["reduce", "lauf 1", "--draws", "2"]) == 0
     assert main(["export", "lauf 1", "--seconds", "0", "--out", "aus ü"]) == 0
-    assert json.loads((folder / "aus ü" / "report.json").read_text())["settings"]["target"] == "ziel y"
+    assert (
+        json.loads((folder / "aus ü" / "report.json").read_text())["settings"]["target"] == "ziel y"
+    )
     capsys.readouterr()
-    for argv in (["fit", *small, "--out", "/proc/self/run"], ["export", "lauf 1", "--out", "daten ü.csv"], ["reduce", "daten ü.csv"]):
+    for argv in (
+        ["fit", *small, "--out", "/proc/self/run"],
+        ["export", "lauf 1", "--out", "daten ü.csv"],
+        ["reduce", "daten ü.csv"],
+    ):
         assert main(argv) == 2
         out, err = capsys.readouterr()
         assert err.count("\n") == 1 and err.startswith("pyro-bmr: ") and out == ""

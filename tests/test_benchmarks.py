@@ -1,4 +1,6 @@
-"""The programs behind the results pages load, and the schedule that one of them brings does what its page says. Their figures are not tested here."""
+"""The programs behind the results pages load, and the schedule that one of them brings does what
+its page says. Their figures are not tested here.
+"""
 
 import importlib
 import sys
@@ -18,7 +20,8 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
 def load(name):
-    for folder in (str(ROOT), str(ROOT / "benchmarks")):  # the second for what one of them takes from another
+    # the second for what one of them takes from another
+    for folder in (str(ROOT), str(ROOT / "benchmarks")):
         if folder not in sys.path:
             sys.path.append(folder)
     return importlib.import_module(f"benchmarks.{name}")
@@ -49,7 +52,10 @@ def test_structured_pruning_takes_units_first_and_then_weights(size):
     left = {}
     for layer, reader, _ in chain:
         alive = fit.masks[f"{layer}.weight"].any(1)
-        assert not fit.masks[f"{reader}.weight"][:, ~alive].any() and not fit.masks[f"{layer}.bias"][~alive].any()
+        assert (
+            not fit.masks[f"{reader}.weight"][:, ~alive].any()
+            and not fit.masks[f"{layer}.bias"][~alive].any()
+        )
         left[layer] = int(alive.sum())
     if size is not None:
         parameters = 65 * left["1"] + (left["1"] + 1) * left["3"] + (left["3"] + 1) * 10
@@ -60,12 +66,31 @@ def test_structured_pruning_takes_units_first_and_then_weights(size):
 def test_the_study_keeps_rows_of_declared_cells(tmp_path):
     study = load("study")
     cells = [SimpleNamespace(slug=slug, label=slug.upper()) for slug in ("a", "b", "c")]
-    before = pd.DataFrame({"method": ["renamed", "gone"], "cell": ["c", "gone"], "nll": [0.3, 0.9], "commit": ["1111111", "0000000"]})
+    before = pd.DataFrame(
+        {
+            "method": ["renamed", "gone"],
+            "cell": ["c", "gone"],
+            "nll": [0.3, 0.9],
+            "commit": ["1111111", "0000000"],
+        }
+    )
     (tmp_path / "cells" / "b").mkdir(parents=True)
     (tmp_path / "cells" / "b" / "config.json").write_text('{"versions": {"commit": "2222222"}}')
-    table = study.with_those_before(SimpleNamespace(cells=cells), before, pd.DataFrame({"method": ["B"], "cell": ["b"], "nll": [0.2]}), tmp_path)
-    assert table.to_dict("list") == {"method": ["B", "C"], "cell": ["b", "c"], "nll": [0.2, 0.3], "commit": ["2222222", "1111111"]}
-    assert study.with_those_before(SimpleNamespace(cells=cells), before[["cell"]][:0], pd.DataFrame(), tmp_path).empty
+    table = study.with_those_before(
+        SimpleNamespace(cells=cells),
+        before,
+        pd.DataFrame({"method": ["B"], "cell": ["b"], "nll": [0.2]}),
+        tmp_path,
+    )
+    assert table.to_dict("list") == {
+        "method": ["B", "C"],
+        "cell": ["b", "c"],
+        "nll": [0.2, 0.3],
+        "commit": ["2222222", "1111111"],
+    }
+    assert study.with_those_before(
+        SimpleNamespace(cells=cells), before[["cell"]][:0], pd.DataFrame(), tmp_path
+    ).empty
 
 
 def test_moved_digits_are_one_pixel_off():

@@ -1,6 +1,8 @@
-"""The documentation runs: every python block of docs/*.md and README.md, every relative link, every "`name` in [file]" reference.
+"""The documentation runs: every python block of docs/*.md and README.md, every relative link, every
+"`name` in [file]" reference.
 
-The blocks of one page share a namespace and run in order, in an empty folder. A block after the line `<!-- not run -->` is skipped.
+The blocks of one page share a namespace and run in order, in an empty folder. A block after the
+line `<!-- not run -->` is skipped.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def prose(text: str) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = python_blocks(page.read_text(encoding="utf-8"))
-    trees = [ast.parse("\n" * (block.line - 1) + block.code, str(page)) for block in blocks]  # tracebacks show the line of the page
+    # tracebacks show the line of the page
+    trees = [ast.parse("\n" * (block.line - 1) + block.code, str(page)) for block in blocks]
     monkeypatch.chdir(tmp_path)
     random_state, dtype = pyro.util.get_rng_state(), torch.get_default_dtype()
     pyro.clear_param_store()
@@ -66,7 +69,9 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         pyro.util.set_rng_state(random_state)
         plt.close("all")
     if blocks and page in DOCS:
-        assert any(isinstance(statement, ast.Assert) for tree in trees for statement in tree.body), "the page asserts nothing"
+        assert any(
+            isinstance(statement, ast.Assert) for tree in trees for statement in tree.body
+        ), "the page asserts nothing"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -79,22 +84,40 @@ def test_relative_links_have_a_target(page: Path) -> None:
         assert target.is_file(), f"{link}: no such file"
         if anchor:
             titles = re.findall(r"^#+ (.+)$", prose(target.read_text(encoding="utf-8")), flags=re.M)
-            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, f"{link}: no such heading"
+            assert anchor in {
+                re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles
+            }, f"{link}: no such heading"
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_named_code_is_where_the_page_says(page: Path) -> None:
-    for name, link in re.findall(r"`([\w.]+)` in \[[^\]]+\]\(([^)\s]+\.py)\)", page.read_text(encoding="utf-8")):
+    for name, link in re.findall(
+        r"`([\w.]+)` in \[[^\]]+\]\(([^)\s]+\.py)\)", page.read_text(encoding="utf-8")
+    ):
         tree = ast.parse((page.parent / link).read_text(encoding="utf-8"))
-        defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        defined = {
+            node.name
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
         assert set(name.split(".")) <= defined, f"`{name}` is not in {link}"
 
 
 def test_blocks_are_found_and_skipped() -> None:
-    text = f"text\n\n```python\na = 1\n```\n\n{NOT_RUN}\n\n```python\nboom\n```\n```sh\nls\n```\n  ```python\nb = 2\nc = 3\n```\n"
+    text = (
+        f"text\n\n```python\na = 1\n```\n\n{NOT_RUN}\n\n```python\nboom\n```\n```sh\nls\n```\n "
+        " ```python\nb = 2\nc = 3\n```\n"
+    )
     assert python_blocks(text) == [Block(4, "a = 1"), Block(16, "b = 2\nc = 3")]
     assert "boom" not in prose(text)
 
 
 def test_every_page_is_seen() -> None:
-    assert {"index.md", "notation.md", "how_it_works.md", "gotchas.md", "param_store_script.md", "choose_a_guide.md"} <= {page.name for page in DOCS}
+    assert {
+        "index.md",
+        "notation.md",
+        "how_it_works.md",
+        "gotchas.md",
+        "param_store_script.md",
+        "choose_a_guide.md",
+    } <= {page.name for page in DOCS}

@@ -1,4 +1,6 @@
-"""Files that belong together are all of one time, whenever the process dies; a full disk loses nothing; a folder has one owner; a reader is linear."""
+"""Files that belong together are all of one time, whenever the process dies; a full disk loses
+nothing; a folder has one owner; a reader is linear.
+"""
 
 import errno
 import json
@@ -37,7 +39,9 @@ class Killed(BaseException):
 
 
 def moments(version: float, site="w") -> bmr.Posterior:
-    return bmr.Posterior.from_moments({site: torch.full((3,), version)}, {site: torch.full((3,), 0.5)}, bmr.Gaussian(0.7))
+    return bmr.Posterior.from_moments(
+        {site: torch.full((3,), version)}, {site: torch.full((3,), 0.5)}, bmr.Gaussian(0.7)
+    )
 
 
 def network(version: float, bias=True) -> torch.nn.Module:
@@ -52,11 +56,26 @@ class OfRun:
 
     def write(self, folder, version):
         fit = SimpleNamespace(posterior=moments(version), program=network(version))
-        runs.save_run(fit, folder, {"model": "mlp", "data": "digits", "target": None, "prior": "gaussian", "seed": version, "temperature": 1.0})
+        runs.save_run(
+            fit,
+            folder,
+            {
+                "model": "mlp",
+                "data": "digits",
+                "target": None,
+                "prior": "gaussian",
+                "seed": version,
+                "temperature": 1.0,
+            },
+        )
 
     def read(self, folder):
         run = runs.load_run(folder, reduced=True)
-        return {run.settings["seed"], float(run.posterior["w"].mean[0]), float(load_file(folder / "network.safetensors")["0.weight"][0, 0])}
+        return {
+            run.settings["seed"],
+            float(run.posterior["w"].mean[0]),
+            float(load_file(folder / "network.safetensors")["0.weight"][0, 0]),
+        }
 
 
 class OfRunReduced(OfRun):
@@ -84,7 +103,10 @@ class OfReduction:
     def read(self, folder):
         reduction = bmr.Reduction.load(folder)
         wanted = bmr.reduce(reduction.before, to=bmr.Gaussian(scale=0.5))
-        assert torch.equal(reduction.posterior["w"].mean, wanted.posterior["w"].mean) and reduction.delta_f == wanted.delta_f
+        assert (
+            torch.equal(reduction.posterior["w"].mean, wanted.posterior["w"].mean)
+            and reduction.delta_f == wanted.delta_f
+        )
         return {float(reduction.before["w"].mean[0])}
 
 
@@ -106,7 +128,14 @@ class OfDeployment:
     """A deployed network, read by its own loaders; the second has no bias."""
 
     def write(self, folder, version):
-        bmr.deploy(network(version, version == 1.0), folder, torch.ones(2, 2), formats=["half"], report={"version": version}, seconds=0)
+        bmr.deploy(
+            network(version, version == 1.0),
+            folder,
+            torch.ones(2, 2),
+            formats=["half"],
+            report={"version": version},
+            seconds=0,
+        )
 
     def read(self, folder):
         try:
@@ -114,7 +143,10 @@ class OfDeployment:
         except FileNotFoundError:
             raise bmr.PyroBMRError("no network.py") from None
         nets = [own.load(), own.load("model-half.safetensors")]
-        return {json.loads((folder / "report.json").read_text())["version"], *(float(next(net.parameters()).detach()[0, 0]) for net in nets)}
+        return {
+            json.loads((folder / "report.json").read_text())["version"],
+            *(float(next(net.parameters()).detach()[0, 0]) for net in nets),
+        }
 
 
 KINDS = (OfRun, OfRunReduced, OfReduction, OfWeights, OfDeployment)
@@ -157,7 +189,9 @@ def test_a_kill_between_any_two_files_leaves_one_state_or_an_error(kind, tmp_pat
             assert "\n" not in str(error)
             seen.add("refused")
         made.write(folder, 2.0)  # the mend
-        assert made.read(folder) == {2.0} and not [path for path in folder.rglob("*") if path.name.startswith(".")]
+        assert made.read(folder) == {2.0} and not [
+            path for path in folder.rglob("*") if path.name.startswith(".")
+        ]
     assert len(calls) == at - 1 >= 3 and {"refused"} <= seen <= {1.0, 2.0, "refused"}
 
 
@@ -172,11 +206,16 @@ def test_a_full_disk_changes_nothing(kind, tmp_path, monkeypatch):
             file.write(text[:10])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, pytest.raises(bmr.PyroBMRError, match="cannot write '.*: No space left on device"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(bmr.PyroBMRError, match="cannot write '.*: No space left on device"),
+    ):
         patch.setattr(Path, "write_text", full)
         made.write(tmp_path, 2.0)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {p: b for p, b in after.items() if "__pycache__" not in p.parts} == {p: b for p, b in before.items() if "__pycache__" not in p.parts}
+    assert {p: b for p, b in after.items() if "__pycache__" not in p.parts} == {
+        p: b for p, b in before.items() if "__pycache__" not in p.parts
+    }
     assert made.read(tmp_path) == {1.0}
 
 
@@ -188,20 +227,35 @@ def test_files_of_two_fits_are_told_apart(tmp_path):
         folder = tmp_path / name
         of_run.write(folder, 1.0)
         (folder / name).write_bytes((tmp_path / "2.0" / name).read_bytes())
-        with pytest.raises(bmr.ModelError, match=rf"{name}' does not fit what settings\.json says of it.*fit into the folder again"):
+        with pytest.raises(
+            bmr.ModelError,
+            match=(
+                rf"{name}' does not fit what settings\.json says of it.*fit into the folder again"
+            ),
+        ):
             runs.load_run(folder)
     of_reduced.write(tmp_path / "1.0", 3.0)
     stale = runs.load_run(tmp_path / "1.0")
     of_run.write(tmp_path / "1.0", 4.0)  # a fit, while another process reduces what was there
     assert runs.load_run(tmp_path / "1.0", reduced=True).reduction == {}
     stale.reduced(bmr.reduce(stale.posterior, to=bmr.Gaussian(scale=0.5)), {"to": 1.0})
-    with pytest.raises(bmr.ModelError, match="the reduction of another fit than that in the folder; reduce again"):
+    with pytest.raises(
+        bmr.ModelError, match="the reduction of another fit than that in the folder; reduce again"
+    ):
         runs.load_run(tmp_path / "1.0", reduced=True)
     assert runs.load_run(tmp_path / "1.0").settings["seed"] == 4.0
     bmr.reduce(moments(1.0), to=bmr.Gaussian(scale=0.5)).save(tmp_path / "a")
     bmr.reduce(moments(2.0), to=bmr.Gaussian(scale=0.5)).save(tmp_path / "b")
-    (tmp_path / "a" / "before.safetensors").write_bytes((tmp_path / "b" / "before.safetensors").read_bytes())
-    with pytest.raises(bmr.ReductionError, match=r"before\.safetensors' does not fit what reduction\.json says of it.*reduce and save again"):
+    (tmp_path / "a" / "before.safetensors").write_bytes(
+        (tmp_path / "b" / "before.safetensors").read_bytes()
+    )
+    with pytest.raises(
+        bmr.ReductionError,
+        match=(
+            r"before\.safetensors' does not fit what reduction\.json says of it.*reduce and save"
+            r" again"
+        ),
+    ):
         bmr.Reduction.load(tmp_path / "a")
 
 
@@ -210,14 +264,21 @@ def test_a_run_of_the_version_before_is_read(tmp_path):
     settings = json.loads((tmp_path / "settings.json").read_text())
     del settings["files"]
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    runs.load_run(tmp_path).reduced(bmr.reduce(moments(1.0), to=bmr.Gaussian(scale=0.5)), {"to": 1.0})
+    runs.load_run(tmp_path).reduced(
+        bmr.reduce(moments(1.0), to=bmr.Gaussian(scale=0.5)), {"to": 1.0}
+    )
     assert runs.load_run(tmp_path, reduced=True).reduction["to"] == 1.0
     reduction = json.loads((tmp_path / "reduction.json").read_text())
-    (tmp_path / "reduction.json").write_text(json.dumps({k: v for k, v in reduction.items() if k not in ("files", "fit")}))
+    (tmp_path / "reduction.json").write_text(
+        json.dumps({k: v for k, v in reduction.items() if k not in ("files", "fit")})
+    )
     assert runs.load_run(tmp_path, reduced=True).reduction["to"] == 1.0
 
 
-@pytest.mark.parametrize("names", ["x", 3, {"../settings.json": "0"}, {"posterior.safetensors": None}, {"gone": "0"}, ["a"]])
+@pytest.mark.parametrize(
+    "names",
+    ["x", 3, {"../settings.json": "0"}, {"posterior.safetensors": None}, {"gone": "0"}, ["a"]],
+)
 def test_digests_that_are_none(names, tmp_path):
     OfRun().write(tmp_path, 1.0)
     settings = json.loads((tmp_path / "settings.json").read_text())
@@ -230,13 +291,23 @@ def test_warnings_of_a_reduction_that_are_none(tmp_path):
     OfReduction().write(tmp_path, 1.0)
     about = json.loads((tmp_path / "reduction.json").read_text())
     (tmp_path / "reduction.json").write_text(json.dumps({**about, "warnings": 3}))
-    with pytest.raises(bmr.ReductionError, match=r"a damaged reduction \('int' object is not iterable\); reduce and save again"):
+    with pytest.raises(
+        bmr.ReductionError,
+        match=r"a damaged reduction \('int' object is not iterable\); reduce and save again",
+    ):
         bmr.Reduction.load(tmp_path)
 
 
 def test_another_deployment_leaves_no_format_of_the_one_before(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    bmr.deploy(network(1.0), tmp_path, torch.ones(2, 2), formats=["half"], ensemble={"0.weight": torch.ones(1, 2, 2), "0.bias": torch.ones(1, 2)}, seconds=0)
+    bmr.deploy(
+        network(1.0),
+        tmp_path,
+        torch.ones(2, 2),
+        formats=["half"],
+        ensemble={"0.weight": torch.ones(1, 2, 2), "0.bias": torch.ones(1, 2)},
+        seconds=0,
+    )
     bmr.deploy(network(2.0), tmp_path, torch.ones(2, 2), formats=["state_dict"], seconds=0)
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert names == {"mine.txt", "model.safetensors", "network.py", "report.json", "state_dict.pt"}
@@ -268,7 +339,8 @@ def test_what_a_killed_process_left_goes_a_day_later(tmp_path):
 
 
 def test_a_stage_of_another_process_may_go_at_any_moment(tmp_path):
-    (tmp_path / ".writing-gone").symlink_to("nowhere")  # listed, and no longer there when its age is asked for
+    # listed, and no longer there when its age is asked for
+    (tmp_path / ".writing-gone").symlink_to("nowhere")
     with replacing(tmp_path, "head") as stage:
         (stage / "head").write_text("")
     assert (tmp_path / "head").exists()
@@ -287,11 +359,22 @@ def test_a_picture_and_a_history_are_whole_or_not_there(tmp_path, monkeypatch):
     assert not plt.get_fignums() and (tmp_path / "a.png").read_bytes() == b"old"
     folder = results_folder.ResultsFolder(tmp_path / "out", "m", DATA, Settings(), {})
     cell = SimpleNamespace(
-        reduction=None, weights={"w": torch.ones(2)}, prediction=None, warnings=(), fit=SimpleNamespace(history=pd.DataFrame({"epoch": [1]}))
+        reduction=None,
+        weights={"w": torch.ones(2)},
+        prediction=None,
+        warnings=(),
+        fit=SimpleNamespace(history=pd.DataFrame({"epoch": [1]})),
     )
-    with pytest.raises(bmr.PyroBMRError, match=r"cannot write '.*history\.csv': No space left on device"):
+    with pytest.raises(
+        bmr.PyroBMRError, match=r"cannot write '.*history\.csv': No space left on device"
+    ):
         folder.keep({"prior": "p", "route": "fitted", "seed": 0}, cell, DATA)
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.png", "model.safetensors", "report.json", "settings.json"]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        "a.png",
+        "model.safetensors",
+        "report.json",
+        "settings.json",
+    ]
 
 
 def test_results_without_their_settings_are_refused(tmp_path):
@@ -300,7 +383,9 @@ def test_results_without_their_settings_are_refused(tmp_path):
     (tmp_path / "results.csv").write_text("prior,route,seed\np,fitted,0\n")
     results_folder.ResultsFolder(tmp_path, "m", data, Settings(), {})
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(bmr.PyroBMRError, match=r"settings\.json' is no settings of a comparison \(No such file"):
+    with pytest.raises(
+        bmr.PyroBMRError, match=r"settings\.json' is no settings of a comparison \(No such file"
+    ):
         results_folder.ResultsFolder(tmp_path, "m", data, Settings(epochs=3), {})
 
 
@@ -329,14 +414,24 @@ def test_a_folder_has_one_owner_until_its_process_ends(tmp_path):
     other.start()
     assert ready.wait(60)
     with (
-        pytest.raises(bmr.FitError, match=rf"is in use by process {other.pid} on .*; wait for its end, or choose another folder") as caught,
+        pytest.raises(
+            bmr.FitError,
+            match=(
+                rf"is in use by process {other.pid} on .*; wait for its end, or choose another"
+                r" folder"
+            ),
+        ) as caught,
         locked(tmp_path, bmr.FitError),
     ):
         raise AssertionError
     assert "\n" not in str(caught.value)
     other.kill()
     other.join()
-    with locked(tmp_path), pytest.raises(bmr.PyroBMRError, match=f"process {os.getpid()}"), locked(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(bmr.PyroBMRError, match=f"process {os.getpid()}"),
+        locked(tmp_path),
+    ):
         raise AssertionError
     assert list(tmp_path.iterdir()) == []
 
@@ -346,14 +441,30 @@ def test_who_uses_a_folder_has_it_alone(tmp_path, monkeypatch):
 
     def fit(**options):
         program = bmr.BayesianNetwork(torch.nn.Linear(2, 1), bmr.Gaussian(), bmr.Normal())
-        return bmr.fit(program, (x, x[:, 0]), epochs=1, progress=False, checkpoint=tmp_path, **options)
+        return bmr.fit(
+            program, (x, x[:, 0]), epochs=1, progress=False, checkpoint=tmp_path, **options
+        )
 
-    data, declared = DATA, {"name": "n", "data": "diabetes", "models": "linear_regression", "method": [{"method": "fitted", "epochs": 1}]}
+    data, declared = (
+        DATA,
+        {
+            "name": "n",
+            "data": "diabetes",
+            "models": "linear_regression",
+            "method": [{"method": "fitted", "epochs": 1}],
+        },
+    )
     with locked(tmp_path):
         with pytest.raises(bmr.FitError, match=f"in use by process {os.getpid()}"):
             fit()
         with pytest.raises(bmr.PyroBMRError, match="in use by"):
-            bmr.compare("linear_regression", data, priors={"g": bmr.Gaussian()}, out=tmp_path, progress=False)
+            bmr.compare(
+                "linear_regression",
+                data,
+                priors={"g": bmr.Gaussian()},
+                out=tmp_path,
+                progress=False,
+            )
         with pytest.raises(bmr.PyroBMRError, match="in use by"):
             bmr.study(declared, tmp_path, progress=False)
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".owner"]
@@ -370,7 +481,10 @@ def test_reading_says_one_line(tmp_path):
         (RuntimeError("a\nb"), "a b"),
         (MemoryError(), "MemoryError"),
     ):
-        with pytest.raises(bmr.DataError) as caught, reading("'f' is nothing", bmr.DataError, "mend it"):
+        with (
+            pytest.raises(bmr.DataError) as caught,
+            reading("'f' is nothing", bmr.DataError, "mend it"),
+        ):
             raise problem
         assert str(caught.value) == f"'f' is nothing ({words}); mend it"
 
@@ -395,7 +509,17 @@ def test_the_work_grows_as_the_number_of_sites(tmp_path):
     counts = []
     for sites in (20, 20, 80):  # the first has what is done once only
         names = [f"s{k}" for k in range(sites)]
-        whole = bmr.Posterior({name: bmr.Site(torch.ones(2), torch.ones(2), Diagonal(torch.zeros(2), torch.ones(2)), bmr.Gaussian(1.0)) for name in names})
+        whole = bmr.Posterior(
+            {
+                name: bmr.Site(
+                    torch.ones(2),
+                    torch.ones(2),
+                    Diagonal(torch.zeros(2), torch.ones(2)),
+                    bmr.Gaussian(1.0),
+                )
+                for name in names
+            }
+        )
         reduction = bmr.reduce(whole, to=bmr.Gaussian(scale=0), per="layer")
         state = {name: torch.ones(2) for name in names}
         actions = {
@@ -405,7 +529,9 @@ def test_the_work_grows_as_the_number_of_sites(tmp_path):
             "table": reduction.table,
             "save reduction": lambda reduction=reduction: reduction.save(tmp_path / "many"),
             "load reduction": lambda: bmr.Reduction.load(tmp_path / "many"),
-            "checkpoint": lambda state=state: checkpoint_files.write(tmp_path / "many.checkpoint", {}, state),
+            "checkpoint": lambda state=state: checkpoint_files.write(
+                tmp_path / "many.checkpoint", {}, state
+            ),
         }
         counts.append({name: calls_of(action) for name, action in actions.items()})
     grown = {name: counts[2][name] / counts[1][name] for name in counts[0]}

@@ -1,4 +1,6 @@
-"""A short run of the fuzzer on each reader, and hostile pickles in the place of each file that is read."""
+"""A short run of the fuzzer on each reader, and hostile pickles in the place of each file that is
+read.
+"""
 
 import pickle
 
@@ -9,7 +11,18 @@ import pyro_bmr as bmr
 from tests.data.test_data import Bomb
 from tests.fuzz import fuzz, readers
 
-NAMES = ("npz", "csv", "idx", "posterior", "checkpoint", "reduction", "decisions", "report", "run", "results")
+NAMES = (
+    "npz",
+    "csv",
+    "idx",
+    "posterior",
+    "checkpoint",
+    "reduction",
+    "decisions",
+    "report",
+    "run",
+    "results",
+)
 
 
 def test_every_reader_is_fuzzed(tmp_path):
@@ -23,14 +36,18 @@ def test_readers_give_a_result_or_an_error_of_the_library(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("write", [lambda bomb: pickle.dumps(bomb), lambda bomb: saved_by_torch(bomb)], ids=["pickle", "torch"])
+@pytest.mark.parametrize(
+    "write",
+    [lambda bomb: pickle.dumps(bomb), lambda bomb: saved_by_torch(bomb)],
+    ids=["pickle", "torch"],
+)
 def test_a_hostile_pickle_in_the_place_of_a_file_does_not_act(name, write, tmp_path):
     reader, marker = readers(tmp_path)[name](), tmp_path / "marker"
     reader.file.write_bytes(write(Bomb(marker)))
     with pytest.raises(bmr.PyroBMRError):
         reader.read()
     assert not marker.exists()
-    with pytest.raises(Exception):  # noqa: B017
+    with pytest.raises(Exception):
         torch.load(reader.file, weights_only=True)
     assert not marker.exists()
     pickle.loads(pickle.dumps(Bomb(marker)))

@@ -1,4 +1,6 @@
-"""A call of the library is the same whatever is set around it: handlers, inference mode, default devices, other threads, another call."""
+"""A call of the library is the same whatever is set around it: handlers, inference mode, default
+devices, other threads, another call.
+"""
 
 import _thread
 import signal
@@ -31,7 +33,16 @@ def regression(x, y=None):
 
 
 def fitted(guide=bmr.MeanField, x=X, y=Y, **settings):
-    return bmr.fit(regression, (x, y), guide=guide, epochs=2, batch_size=20, reduce=settings.pop("reduce", None), progress=False, **settings)
+    return bmr.fit(
+        regression,
+        (x, y),
+        guide=guide,
+        epochs=2,
+        batch_size=20,
+        reduce=settings.pop("reduce", None),
+        progress=False,
+        **settings,
+    )
 
 
 FIT = fitted()
@@ -39,12 +50,24 @@ REFIT = {"epochs": 1, "batch_size": 40, "draws": 2, "progress": False}
 CALLS = {
     "fit": lambda: fitted().posterior["w"].mean,
     "fit of another guide": lambda: fitted(AutoNormal).posterior["w"].mean,
-    "fit with reductions": lambda: fitted(bmr.FullRank, reduce=bmr.Every(0.5, stop=1.0)).posterior["w"].mean,
+    "fit with reductions": (
+        lambda: fitted(bmr.FullRank, reduce=bmr.Every(0.5, stop=1.0)).posterior["w"].mean
+    ),
     "predict": lambda: bmr.predict(regression, FIT.posterior, X, draws=3).locs,
-    "elbo_terms": lambda: bmr.elbo_terms(regression, FIT.guide, X, Y, noise=NOISE).expected_log_likelihood.detach(),
+    "elbo_terms": (
+        lambda: bmr.elbo_terms(
+            regression, FIT.guide, X, Y, noise=NOISE
+        ).expected_log_likelihood.detach()
+    ),
     "from_guide": lambda: bmr.Posterior.from_guide(FIT.guide, regression, X, Y)["w"].mean,
     "a guide": lambda: bmr.MeanField(regression, X, Y).loc.detach(),
-    "refit": lambda: bmr.refit(FIT, bmr.reduce(FIT.posterior, to=bmr.Gaussian(scale=0)), (X, Y), **REFIT).observed,
+    "refit": (
+        lambda: (
+            bmr.refit(
+                FIT, bmr.reduce(FIT.posterior, to=bmr.Gaussian(scale=0)), (X, Y), **REFIT
+            ).observed
+        )
+    ),
     "best_widening": lambda: bmr.best_widening(regression, FIT.posterior, (X, Y), draws=2),
     "reduce": lambda: bmr.reduce(FIT.posterior, to=bmr.Horseshoe()).posterior["w"].mean,
 }
@@ -55,7 +78,14 @@ RESULTS = {name: call() for name, call in CALLS.items()}
 def handlers():
     """Each would change what a program means, or be refused twice."""
     data = {"w": torch.ones(3), "y": torch.zeros(40)}
-    with poutine.condition(data=data), poutine.trace(), poutine.scale(scale=0.1), poutine.mask(mask=False), pyro.plate("data", 5), poutine.seed(rng_seed=3):
+    with (
+        poutine.condition(data=data),
+        poutine.trace(),
+        poutine.scale(scale=0.1),
+        poutine.mask(mask=False),
+        pyro.plate("data", 5),
+        poutine.seed(rng_seed=3),
+    ):
         yield
 
 
@@ -80,7 +110,9 @@ def test_what_is_set_around_a_call_does_not_reach_it(world):
     for name, call in CALLS.items():
         with WORLDS[world]():
             got = call()
-        torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(RESULTS[name]), rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            torch.as_tensor(got), torch.as_tensor(RESULTS[name]), rtol=1e-6, atol=1e-6, msg=name
+        )
     assert not pyro.poutine.runtime._PYRO_STACK and not pyro.poutine.runtime._DIM_ALLOCATOR._stack
 
 
@@ -96,7 +128,13 @@ def test_a_default_dtype_that_is_not_the_datas():
     torch.set_default_dtype(torch.float64)
     try:
         for name, call in CALLS.items():
-            torch.testing.assert_close(torch.as_tensor(call()).float(), torch.as_tensor(RESULTS[name]).float(), rtol=1e-4, atol=1e-4, msg=name)
+            torch.testing.assert_close(
+                torch.as_tensor(call()).float(),
+                torch.as_tensor(RESULTS[name]).float(),
+                rtol=1e-4,
+                atol=1e-4,
+                msg=name,
+            )
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -107,17 +145,31 @@ def test_tensors_and_networks_made_in_inference_mode():
         data = bmr.Data("d", X * 1.0, Y * 1.0, X * 1.0, Y * 1.0)
         torch.manual_seed(0)
         net = bmr.BayesianNetwork(nn.Linear(3, 1), bmr.Gaussian(), bmr.Normal())
-        moments = bmr.Posterior.from_moments({"w": torch.ones(3)}, {"w": torch.full((3,), 0.01)}, bmr.Gaussian(1.0))
+        moments = bmr.Posterior.from_moments(
+            {"w": torch.ones(3)}, {"w": torch.full((3,), 0.01)}, bmr.Gaussian(1.0)
+        )
     for given in ((x, y), data):
-        assert torch.equal(bmr.fit(regression, given, epochs=2, batch_size=20, progress=False).posterior["w"].mean, RESULTS["fit"])
+        assert torch.equal(
+            bmr.fit(regression, given, epochs=2, batch_size=20, progress=False).posterior["w"].mean,
+            RESULTS["fit"],
+        )
     assert torch.equal(fitted(validation=(x, y)).posterior["w"].mean, RESULTS["fit"])
-    torch.testing.assert_close(bmr.predict(regression, FIT.posterior, x, draws=3).locs, RESULTS["predict"])
+    torch.testing.assert_close(
+        bmr.predict(regression, FIT.posterior, x, draws=3).locs, RESULTS["predict"]
+    )
     guide = bmr.MeanField(regression, x, y)
     bmr.elbo_terms(regression, guide, x, y).expected_log_likelihood.backward()
     assert guide.loc.grad.abs().min() > 0
-    assert bmr.reduce(moments, to=bmr.Horseshoe()).kept == bmr.reduce(moments.masked({}), to=bmr.Gaussian(scale=0)).kept == 1.0
+    assert (
+        bmr.reduce(moments, to=bmr.Horseshoe()).kept
+        == bmr.reduce(moments.masked({}), to=bmr.Gaussian(scale=0)).kept
+        == 1.0
+    )
     result = bmr.fit(net, (x, y), epochs=1, progress=False)
-    assert result.posterior["weight"].mean.isfinite().all() and bmr.export(result.program, result.posterior)(X).isfinite().all()
+    assert (
+        result.posterior["weight"].mean.isfinite().all()
+        and bmr.export(result.program, result.posterior)(X).isfinite().all()
+    )
 
 
 def test_calls_in_threads_are_those_of_one_thread():
@@ -128,7 +180,9 @@ def test_calls_in_threads_are_those_of_one_thread():
         for k in range(len(names)):
             name = names[(k + offset) % len(names)]
             try:
-                found["equal" if torch.equal(CALLS[name](), RESULTS[name]) else f"{name} differs"] += 1
+                found[
+                    "equal" if torch.equal(CALLS[name](), RESULTS[name]) else f"{name} differs"
+                ] += 1
             except Exception as error:
                 found[f"{name}: {error!r}"] += 1
 
@@ -155,7 +209,9 @@ def test_a_long_call_gives_way_between_its_steps_and_finds_its_world_again():
             while len(order) < 1:
                 give_way()
             order.append("long")
-            assert [handler] == pyro.poutine.runtime._PYRO_STACK and pyro.settings.get("module_local_params")
+            assert [handler] == pyro.poutine.runtime._PYRO_STACK and pyro.settings.get(
+                "module_local_params"
+            )
         pyro.settings.set(module_local_params=False)
         return torch.cat([first, torch.rand(1)])
 
@@ -201,7 +257,10 @@ def test_ctrl_c_as_a_call_has_its_turn_leaves_the_turn_to_others(waits):
             asked.wait()
         hold()
 
-    thread, before = threading.Thread(target=other, daemon=True), signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread, before = (
+        threading.Thread(target=other, daemon=True),
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -213,7 +272,10 @@ def test_ctrl_c_as_a_call_has_its_turn_leaves_the_turn_to_others(waits):
     thread.join()
     equal = []
     for _ in range(2):
-        after = threading.Thread(target=lambda: equal.append(torch.equal(CALLS["predict"](), RESULTS["predict"])), daemon=True)
+        after = threading.Thread(
+            target=lambda: equal.append(torch.equal(CALLS["predict"](), RESULTS["predict"])),
+            daemon=True,
+        )
         after.start()
         after.join(20)
     assert equal == [True, True] and torch.equal(CALLS["predict"](), RESULTS["predict"])
@@ -228,7 +290,10 @@ def test_a_fit_within_a_fit_and_within_a_program():
 
     result = bmr.fit(nested, (X, Y), epochs=1, batch_size=20, progress=False)
     assert all(seen) and len(seen) > 4
-    assert torch.equal(result.posterior["w"].mean, bmr.fit(regression, (X, Y), epochs=1, batch_size=20, progress=False).posterior["w"].mean)
+    assert torch.equal(
+        result.posterior["w"].mean,
+        bmr.fit(regression, (X, Y), epochs=1, batch_size=20, progress=False).posterior["w"].mean,
+    )
 
 
 def test_an_error_leaves_nothing_behind():
@@ -250,7 +315,9 @@ def test_the_callers_random_state_goes_on_in_elbo_terms_alone():
     for name, call in CALLS.items():
         call()
         assert torch.equal(state, torch.get_rng_state()), name
-    assert bmr.elbo_terms(regression, FIT.guide, X, Y) != bmr.elbo_terms(regression, FIT.guide, X, Y)
+    assert bmr.elbo_terms(regression, FIT.guide, X, Y) != bmr.elbo_terms(
+        regression, FIT.guide, X, Y
+    )
 
 
 def test_a_child_of_a_fork_does_not_wait_for_a_thread_it_has_not():
@@ -268,7 +335,9 @@ def test_a_child_of_a_fork_does_not_wait_for_a_thread_it_has_not():
     started.wait()
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    child = context.Process(target=lambda: queue.put(bool(torch.equal(CALLS["predict"](), RESULTS["predict"]))))
+    child = context.Process(
+        target=lambda: queue.put(bool(torch.equal(CALLS["predict"](), RESULTS["predict"])))
+    )
     child.start()
     child.join(60)
     done.set()

@@ -17,12 +17,19 @@ PAGE = ROOT / "docs" / "index.md"
 
 
 def order(page):
-    """The modules in the order of the page's table: a file, or a folder with its files in the order in which its row names them."""
+    """The modules in the order of the page's table: a file, or a folder with its files in the order
+    in which its row names them.
+    """
     found = []
     for row in re.findall(r"^\| (`[^|]*) \|(.*)\|$", page.read_text(encoding="utf-8"), re.M):
         for name in re.findall(r"`([a-z_]+)(?:\.py|/)`", row[0]):
             is_folder = f"`{name}/`" in row[0]
-            found += [f"{name}.{file}" for file in dict.fromkeys(re.findall(r"`([a-z_]+)\.py`", row[1]))] + [name] if is_folder else [name]
+            found += (
+                [f"{name}.{file}" for file in dict.fromkeys(re.findall(r"`([a-z_]+)\.py`", row[1]))]
+                + [name]
+                if is_folder
+                else [name]
+            )
     return found
 
 
@@ -35,13 +42,23 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {module_name(path): path for path in sorted(LIBRARY.rglob("*.py")) if "models" not in path.relative_to(LIBRARY).parts}
+FILES = {
+    module_name(path): path
+    for path in sorted(LIBRARY.rglob("*.py"))
+    if "models" not in path.relative_to(LIBRARY).parts
+}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-CODE = [path for folder in ("pyro_bmr", "models", "tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+CODE = [
+    path
+    for folder in ("pyro_bmr", "models", "tests", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 def imports(tree, known=()):
-    """Every module that is imported anywhere in the file; `from package import module` counts as that module."""
+    """Every module that is imported anywhere in the file; `from package import module` counts as
+    that module.
+    """
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -55,7 +72,9 @@ def imports(tree, known=()):
 
 
 def rank(module):
-    """The place of a module; a folder's own `__init__` comes after its files, and `__main__` last of all."""
+    """The place of a module; a folder's own `__init__` comes after its files, and `__main__` last
+    of all.
+    """
     short = module.removeprefix("pyro_bmr.")
     return len(ORDER) if short == "__main__" else ORDER.index(short) if short in ORDER else None
 
@@ -64,7 +83,10 @@ def is_under(module, package):
     return module == package or module.startswith(f"{package}.")
 
 
-INNER = {name: {m for m in imports(tree, FILES) if is_under(m, "pyro_bmr")} for name, tree in TREES.items()}
+INNER = {
+    name: {m for m in imports(tree, FILES) if is_under(m, "pyro_bmr")}
+    for name, tree in TREES.items()
+}
 
 
 @pytest.mark.parametrize("module", sorted(set(FILES) - {"pyro_bmr"}))
@@ -72,19 +94,29 @@ def test_a_module_imports_only_modules_above_it(module):
     assert rank(module) is not None, f"{module} has no place in the table of docs/index.md"
     folder = module.split(".")[1]
     for other in INNER[module]:
-        assert other in FILES and rank(other) is not None, f"{module} imports {other}, which has no place in the table of docs/index.md"
+        assert other in FILES and rank(other) is not None, (
+            f"{module} imports {other}, which has no place in the table of docs/index.md"
+        )
         inside = is_under(other, f"pyro_bmr.{folder}")
-        assert rank(other) < rank(module), f"{module} imports {other}, which stands below it" if not inside else f"{folder}/: {module} imports {other}"
+        assert rank(other) < rank(module), (
+            f"{module} imports {other}, which stands below it"
+            if not inside
+            else f"{folder}/: {module} imports {other}"
+        )
 
 
 def test_every_name_of_the_table_is_a_module():
-    assert len(set(ORDER)) == len(ORDER) and {f"pyro_bmr.{name}" for name in ORDER} == set(FILES) - {"pyro_bmr", "pyro_bmr.__main__"}
+    assert len(set(ORDER)) == len(ORDER) and {f"pyro_bmr.{name}" for name in ORDER} == set(
+        FILES
+    ) - {"pyro_bmr", "pyro_bmr.__main__"}
 
 
 def test_there_is_no_cycle():
     graph = {name: others - {name} for name, others in INNER.items() if name != "pyro_bmr"}
     found = list(TopologicalSorter(graph).static_order())
-    assert set(found) >= set(graph) and found.index("pyro_bmr.errors") < found.index("pyro_bmr.fitting.fit") < found.index("pyro_bmr.cli.commands")
+    assert set(found) >= set(graph) and found.index("pyro_bmr.errors") < found.index(
+        "pyro_bmr.fitting.fit"
+    ) < found.index("pyro_bmr.cli.commands")
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -92,23 +124,41 @@ def test_formulas_know_only_torch_and_numpy(name):
     allowed = {f"pyro_bmr.formulas.{other}" for other in FORMULAS} | {"pyro_bmr.errors"}
     for module in imports(TREES[f"pyro_bmr.formulas.{name}"], FILES):
         root = module.split(".")[0]
-        assert root in {"torch", "numpy"} or root in sys.stdlib_module_names or module in allowed, f"formulas/{name}.py imports {module}"
+        assert root in {"torch", "numpy"} or root in sys.stdlib_module_names or module in allowed, (
+            f"formulas/{name}.py imports {module}"
+        )
 
 
 def test_models_use_the_public_names_only():
     for path in sorted(MODELS.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        assert {m for m in imports(tree, FILES) if is_under(m, "pyro_bmr")} <= {"pyro_bmr"}, path.name
-        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bmr"}
+        assert {m for m in imports(tree, FILES) if is_under(m, "pyro_bmr")} <= {"pyro_bmr"}, (
+            path.name
+        )
+        used = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "bmr"
+        }
         assert used <= set(bmr.__all__), f"{path.name}: {sorted(used - set(bmr.__all__))}"
 
 
-@pytest.mark.parametrize("heavy", ["pandas", "joblib", "matplotlib", "sklearn", "onnx", "onnxruntime", "scipy", "dask"])
+@pytest.mark.parametrize(
+    "heavy", ["pandas", "joblib", "matplotlib", "sklearn", "onnx", "onnxruntime", "scipy", "dask"]
+)
 def test_what_few_users_need_is_imported_where_it_is_used(heavy):
-    """Every process that imports the library would pay for it: a worker of a study, one of two that train, the command line."""
+    """Every process that imports the library would pay for it: a worker of a study, one of two that
+    train, the command line.
+    """
     for name, tree in TREES.items():
-        top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
-        assert heavy not in {module.split(".")[0] for module in imports(top)}, f"{name} imports {heavy} at its top"
+        top = ast.Module(
+            [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], []
+        )
+        assert heavy not in {module.split(".")[0] for module in imports(top)}, (
+            f"{name} imports {heavy} at its top"
+        )
 
 
 def test_no_module_has_the_name_of_a_public_function():
@@ -119,7 +169,12 @@ def test_no_module_has_the_name_of_a_public_function():
 
 def test_the_public_names_are_there():
     assert len(set(bmr.__all__)) == len(bmr.__all__) and sorted(bmr.__all__) == list(bmr.__all__)
-    imported = {alias.asname or alias.name for node in TREES["pyro_bmr"].body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    imported = {
+        alias.asname or alias.name
+        for node in TREES["pyro_bmr"].body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     assert imported == set(bmr.__all__)
 
 
@@ -129,24 +184,37 @@ def test_a_public_name_has_a_docstring_of_its_own(name):
     text = thing.__doc__ or ""
     assert len(text.split()) >= 3
     if inspect.isclass(thing):
-        assert not text.startswith(f"{name}("), "the signature that dataclasses write is no docstring"
+        assert not text.startswith(f"{name}("), (
+            "the signature that dataclasses write is no docstring"
+        )
         assert all(text != base.__doc__ for base in thing.__mro__[1:])
 
 
-@pytest.mark.parametrize("path", [p for p in CODE if p.is_relative_to(LIBRARY) or p.is_relative_to(MODELS)], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [p for p in CODE if p.is_relative_to(LIBRARY) or p.is_relative_to(MODELS)],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_the_library_has_module_docstrings_and_no_pickle(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree)
     names = {m.split(".")[0] for m in imports(tree)}
-    processes = {"joblib"} if path == LIBRARY / "experiments" / "study.py" else set()  # it carries cells between processes, and reads no file
-    assert not names & ({"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} - processes)
+    # it carries cells between processes, and reads no file
+    processes = {"joblib"} if path == LIBRARY / "experiments" / "study.py" else set()
+    assert not names & (
+        {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+        - processes
+    )
 
 
 def loads(tree, owner):
     return [
         n
         for n in ast.walk(tree)
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "load" and ast.unparse(n.func.value) in owner
+        if isinstance(n, ast.Call)
+        and isinstance(n.func, ast.Attribute)
+        and n.func.attr == "load"
+        and ast.unparse(n.func.value) in owner
     ]
 
 
@@ -157,19 +225,45 @@ def test_what_no_file_may_hold(path):
         assert f"/{folder}/" not in text, f"{path.name} has a path of one machine"
     tree = ast.parse(text)
     for call in loads(tree, {"torch"}):
-        assert any(k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True for k in call.keywords), f"line {call.lineno}"
+        assert any(
+            k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True
+            for k in call.keywords
+        ), f"line {call.lineno}"
     if not path.is_relative_to(ROOT / "tests"):
         for call in loads(tree, {"np", "numpy"}):
-            assert any(k.arg == "allow_pickle" and isinstance(k.value, ast.Constant) and k.value.value is False for k in call.keywords), f"line {call.lineno}"
+            assert any(
+                k.arg == "allow_pickle"
+                and isinstance(k.value, ast.Constant)
+                and k.value.value is False
+                for k in call.keywords
+            ), f"line {call.lineno}"
 
 
 def test_the_checks_see_what_they_look_for():
     tree = ast.parse(
-        "import os.path, pyro_bmr.cli\nfrom pyro_bmr.prediction import metrics, predict\nimport torch\n"
-        "def f():\n    from pickle import loads\n    torch.load('x')\n"
+        "import os.path, pyro_bmr.cli\nfrom pyro_bmr.prediction import metrics, predict\nimport"
+        " torch\ndef f():\n    from pickle import loads\n    torch.load('x')\n"
     )
-    assert imports(tree, FILES) == {"os.path", "pyro_bmr.cli", "pyro_bmr.prediction.metrics", "pyro_bmr.prediction.predict", "torch", "pickle"}
+    assert imports(tree, FILES) == {
+        "os.path",
+        "pyro_bmr.cli",
+        "pyro_bmr.prediction.metrics",
+        "pyro_bmr.prediction.predict",
+        "torch",
+        "pickle",
+    }
     assert [call.lineno for call in loads(tree, {"torch"})] == [6]
-    assert rank("pyro_bmr.errors") == 0 < rank("pyro_bmr.formulas.gaussian") < rank("pyro_bmr.priors.gaussian") < rank("pyro_bmr.priors")
-    assert rank("pyro_bmr.reduction.search") < rank("pyro_bmr.reduction.reduce") < rank("pyro_bmr.pruning") and rank("pyro_bmr.new") is None
+    assert (
+        rank("pyro_bmr.errors")
+        == 0
+        < rank("pyro_bmr.formulas.gaussian")
+        < rank("pyro_bmr.priors.gaussian")
+        < rank("pyro_bmr.priors")
+    )
+    assert (
+        rank("pyro_bmr.reduction.search")
+        < rank("pyro_bmr.reduction.reduce")
+        < rank("pyro_bmr.pruning")
+        and rank("pyro_bmr.new") is None
+    )
     assert len(FILES) > 25 and {"pyro_bmr", "pyro_bmr.guides.point"} <= set(FILES)

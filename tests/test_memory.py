@@ -13,7 +13,11 @@ Y = X[:, 0]
 
 def network(width=30):
     torch.manual_seed(0)
-    return bmr.BayesianNetwork(nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 1), nn.Flatten(0)), bmr.Gaussian(scale=1.0), bmr.Normal())
+    return bmr.BayesianNetwork(
+        nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 1), nn.Flatten(0)),
+        bmr.Gaussian(scale=1.0),
+        bmr.Normal(),
+    )
 
 
 def test_what_is_free_is_the_least_of_what_the_system_says(tmp_path, monkeypatch):
@@ -29,7 +33,9 @@ def test_what_is_free_is_the_least_of_what_the_system_says(tmp_path, monkeypatch
     (tmp_path / "memory.max").write_text("4000\n")
     assert memory.free_bytes(cpu) == 3000
     memory.check_memory("this", 3000, cpu, "do that")
-    with pytest.raises(bmr.ModelError, match=r"^this takes 3e-06 GB, and 3e-06 GB are free on 'cpu'; do that$"):
+    with pytest.raises(
+        bmr.ModelError, match=r"^this takes 3e-06 GB, and 3e-06 GB are free on 'cpu'; do that$"
+    ):
         memory.check_memory("this", 3001, cpu, "do that")
 
 
@@ -40,10 +46,26 @@ def test_the_machine_says_what_is_free():
 @pytest.mark.parametrize(
     ("needed", "asked", "words"),
     [
-        (4 * 150**2 * 4, lambda: bmr.FullRank(network(), X, Y), "site '0.weight': a full covariance of its 150 entries"),
-        (4 * 5 * 150 * 4, lambda: bmr.LowRankPlusDiagonal(network(), X, Y, rank=3), "site '0.weight': rank 3 plus diagonal of its 150 entries"),
-        (8 * 212 * 4, lambda: bmr.fit(network(), (X, Y), epochs=1, progress=False), "a fit of 212 weights"),
-        (2 * 50 * 40 * 2 * 4, lambda: bmr.predict(*FITTED, X, draws=50), "a prediction of 50 draws at 40 rows"),
+        (
+            4 * 150**2 * 4,
+            lambda: bmr.FullRank(network(), X, Y),
+            "site '0.weight': a full covariance of its 150 entries",
+        ),
+        (
+            4 * 5 * 150 * 4,
+            lambda: bmr.LowRankPlusDiagonal(network(), X, Y, rank=3),
+            "site '0.weight': rank 3 plus diagonal of its 150 entries",
+        ),
+        (
+            8 * 212 * 4,
+            lambda: bmr.fit(network(), (X, Y), epochs=1, progress=False),
+            "a fit of 212 weights",
+        ),
+        (
+            2 * 50 * 40 * 2 * 4,
+            lambda: bmr.predict(*FITTED, X, draws=50),
+            "a prediction of 50 draws at 40 rows",
+        ),
         (2 * 9 * 211 * 4, lambda: bmr.ensemble(*FITTED, draws=9), "an ensemble of 9 networks"),
     ],
 )
@@ -51,7 +73,9 @@ def test_it_is_refused_at_the_byte(monkeypatch, needed, asked, words):
     monkeypatch.setattr(memory, "free_bytes", lambda device: float(needed))
     asked()
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1.0)
-    with pytest.raises(bmr.ModelError, match=f"^{words}.* takes .* GB, and .* GB are free on 'cpu'; "):
+    with pytest.raises(
+        bmr.ModelError, match=f"^{words}.* takes .* GB, and .* GB are free on 'cpu'; "
+    ):
         asked()
 
 

@@ -1,4 +1,6 @@
-"""Every model in `models/` takes the whole path on real rows; the sizes of the paper's networks are the paper's."""
+"""Every model in `models/` takes the whole path on real rows; the sizes of the paper's networks are
+the paper's.
+"""
 
 from dataclasses import replace
 
@@ -9,18 +11,42 @@ import pyro_bmr as bmr
 from pyro_bmr.experiments.models import load_model, model_names
 
 DIGITS = bmr.load("digits")
-SHRINKS = {"mlp", "lenet", "lenet_caffe", "resnet", "lenet:6-16-120-84-relu", "resnet:16-32-group", "vit", "mlp_mixer", "gru"}
+SHRINKS = {
+    "mlp",
+    "lenet",
+    "lenet_caffe",
+    "resnet",
+    "lenet:6-16-120-84-relu",
+    "resnet:16-32-group",
+    "vit",
+    "mlp_mixer",
+    "gru",
+}
 
 
-@pytest.mark.filterwarnings("ignore:ΔF.*parameters > rows", "ignore:the program multiplies two parts of .*self_attn")
+@pytest.mark.filterwarnings(
+    "ignore:ΔF.*parameters > rows", "ignore:the program multiplies two parts of .*self_attn"
+)
 @pytest.mark.parametrize(
-    "name", [*sorted(set(model_names()) - {"linear_regression", "logistic_regression", "lenet_caffe"}), "lenet:6-16-120-84-relu", "resnet:16-32-group"]
+    "name",
+    [
+        *sorted(set(model_names()) - {"linear_regression", "logistic_regression", "lenet_caffe"}),
+        "lenet:6-16-120-84-relu",
+        "resnet:16-32-group",
+    ],
 )
 def test_lifted_fitted_reduced_exported_and_shrunk(name):
     torch.manual_seed(0)
     program = load_model(name)(DIGITS, bmr.Gaussian())
-    assert set(program.left) == {n for n, why in program.left.items() if "norm" in why}  # nothing but norm layers is left out
-    data = replace(DIGITS, x_train=DIGITS.x_train[:256], y_train=DIGITS.y_train[:256], x_test=DIGITS.x_test[:64], y_test=DIGITS.y_test[:64])
+    # nothing but norm layers is left out
+    assert set(program.left) == {n for n, why in program.left.items() if "norm" in why}
+    data = replace(
+        DIGITS,
+        x_train=DIGITS.x_train[:256],
+        y_train=DIGITS.y_train[:256],
+        x_test=DIGITS.x_test[:64],
+        y_test=DIGITS.y_test[:64],
+    )
     fit = bmr.fit(program, data, epochs=3, batch_size=64, temperature=0.1, progress=False)
     reduction = bmr.reduce(fit.posterior, bmr.Gaussian(scale=0.0), kept=0.2)
     assert reduction.kept == pytest.approx(0.2, abs=0.01)
@@ -39,22 +65,55 @@ def test_lifted_fitted_reduced_exported_and_shrunk(name):
 
 
 def test_logistic_regression_learns_the_digits():
-    fit = bmr.fit(load_model("logistic_regression")(DIGITS, bmr.Gaussian(1.0)), DIGITS, epochs=15, optimizer=bmr.adam(0.02), progress=False)
-    assert bmr.metrics.accuracy(bmr.predict(fit.program, fit.posterior, DIGITS.x_test).probs, DIGITS.y_test) > 0.93
-    with pytest.raises(bmr.DataError, match="logistic_regression wants classes; diabetes has real targets"):
+    fit = bmr.fit(
+        load_model("logistic_regression")(DIGITS, bmr.Gaussian(1.0)),
+        DIGITS,
+        epochs=15,
+        optimizer=bmr.adam(0.02),
+        progress=False,
+    )
+    assert (
+        bmr.metrics.accuracy(
+            bmr.predict(fit.program, fit.posterior, DIGITS.x_test).probs, DIGITS.y_test
+        )
+        > 0.93
+    )
+    with pytest.raises(
+        bmr.DataError, match="logistic_regression wants classes; diabetes has real targets"
+    ):
         load_model("logistic_regression")(bmr.load("diabetes"), bmr.Gaussian(1.0))
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("mlp:500-500-500-500", 1_149_010), ("lenet", 61_706), ("lenet:6-16-120-84-relu", 61_706), ("vit:paper", 3_186_954), ("mlp_mixer:paper", 1_987_722)],
+    [
+        ("mlp:500-500-500-500", 1_149_010),
+        ("lenet", 61_706),
+        ("lenet:6-16-120-84-relu", 61_706),
+        ("vit:paper", 3_186_954),
+        ("mlp_mixer:paper", 1_987_722),
+    ],
 )
 def test_sizes_of_the_paper_on_fashion_mnist(name, parameters):
     images = replace(DIGITS, x_train=torch.zeros(8, 1, 28, 28), x_test=torch.zeros(8, 1, 28, 28))
-    assert sum(p.numel() for p in load_model(name)(images, bmr.Gaussian()).net.parameters()) == parameters
+    assert (
+        sum(p.numel() for p in load_model(name)(images, bmr.Gaussian()).net.parameters())
+        == parameters
+    )
 
 
-@pytest.mark.parametrize("name", ["resnet:1-32-group", "resnet:0", "vit:4-30-2-4-2", "vit:4-32", "mlp_mixer:large", "gru:x", "transformer:30-2-4-2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet:1-32-group",
+        "resnet:0",
+        "vit:4-30-2-4-2",
+        "vit:4-32",
+        "mlp_mixer:large",
+        "gru:x",
+        "transformer:30-2-4-2",
+    ],
+)
 def test_sizes_that_cannot_be_are_refused_with_an_example(name):
     with pytest.raises(bmr.ModelError, match=name.split(":")[0] + ":"):
         load_model(name)(DIGITS, bmr.Gaussian())

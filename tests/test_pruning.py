@@ -34,13 +34,17 @@ def test_value_density_and_kl_of_masked_entries_are_exactly_zero():
     guide_site = poutine.trace(bmr.Masked(MASKS)(guide)).get_trace(X, Y).nodes["w"]
     kl = torch.distributions.kl_divergence(guide_site["fn"], site["fn"])
     scales = guide.log_scale.detach().exp()[[0, 2]]
-    by_hand = torch.distributions.kl_divergence(dist.Normal(torch.zeros(2), scales), dist.Normal(0.0, 1.3)).sum()
+    by_hand = torch.distributions.kl_divergence(
+        dist.Normal(torch.zeros(2), scales), dist.Normal(0.0, 1.3)
+    ).sum()
     assert kl.item() == pytest.approx(by_hand.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
 def test_plain_svi_under_a_mask(elbo):
-    """MeanField in Pyro's own loop: pruned coefficients get no gradient, the others their posterior."""
+    """MeanField in Pyro's own loop: pruned coefficients get no gradient, the others their
+    posterior.
+    """
     guide = bmr.MeanField(program, X, Y)
     before = guide.log_scale.detach().clone()
     handler = bmr.Masked(MASKS)
@@ -53,7 +57,12 @@ def test_plain_svi_under_a_mask(elbo):
     assert moved.tolist() == MASKS["w"].tolist()
     kept = X[:, MASKS["w"]]
     precision = kept.T @ kept / 0.25 + torch.eye(2) / 1.69
-    torch.testing.assert_close(guide.loc.detach()[MASKS["w"]], torch.linalg.solve(precision, kept.T @ Y / 0.25), atol=0.04, rtol=0)
+    torch.testing.assert_close(
+        guide.loc.detach()[MASKS["w"]],
+        torch.linalg.solve(precision, kept.T @ Y / 0.25),
+        atol=0.04,
+        rtol=0,
+    )
 
 
 def test_autonormal_under_a_mask_converges():
@@ -63,18 +72,22 @@ def test_autonormal_under_a_mask_converges():
     for _ in range(250):
         svi.step(X, Y)
     median = guide.median()["w"]
-    assert median[0].item() == pytest.approx(1.5, abs=0.25) and median[2].item() == pytest.approx(-1.0, abs=0.25)
+    assert median[0].item() == pytest.approx(1.5, abs=0.25) and median[2].item() == pytest.approx(
+        -1.0, abs=0.25
+    )
     trace = poutine.trace(handler(guide)).get_trace(X, Y)
     assert not trace.nodes["w"]["value"][~MASKS["w"]].any()
 
 
 def test_nuts_respects_the_mask_and_stays_put():
     handled = bmr.Masked(MASKS)(program)
-    sampler = MCMC(NUTS(handled), num_samples=40, warmup_steps=30, disable_progbar=True)  # 1.5 within 0.25, about twenty standard errors
+    # 1.5 within 0.25, about twenty standard errors
+    sampler = MCMC(NUTS(handled), num_samples=40, warmup_steps=30, disable_progbar=True)
     sampler.run(X, Y)
     samples = sampler.get_samples()["w"]
     assert samples[:, 0].mean().item() == pytest.approx(1.5, abs=0.25)
-    assert samples[:, [1, 3]].abs().max() < 6  # dead coordinates are held by a quadratic, they do not drift
+    # dead coordinates are held by a quadratic, they do not drift
+    assert samples[:, [1, 3]].abs().max() < 6
     used = Predictive(handled, {"w": samples}, return_sites=["used"])(X)["used"]
     assert not used[..., [1, 3]].any() and torch.equal(used[..., 0].flatten(), samples[:, 0])
 
@@ -100,17 +113,22 @@ def test_schedule_steps():
     schedule = bmr.Every(epochs=2, start=0.2, stop=0.8)
     assert schedule.steps(total=100, steps_per_epoch=10) == {20, 40, 60, 80}
     assert bmr.Every(epochs=0.25, start=0, stop=0.1).steps(100, 10) == {2, 5, 8, 10}
-    assert 75 in bmr.Every(epochs=40, kept=0.1).steps(100, 10)  # the target is reached even between two marks
+    # the target is reached even between two marks
+    assert 75 in bmr.Every(epochs=40, kept=0.1).steps(100, 10)
 
 
 def test_cubic_schedule():
     schedule = bmr.Every(kept=0.05, start=0.1, stop=0.7)
-    assert schedule.target(0.05) == 1.0 and schedule.target(0.7) == pytest.approx(0.05) == schedule.target(0.9)
+    assert schedule.target(0.05) == 1.0 and schedule.target(0.7) == pytest.approx(
+        0.05
+    ) == schedule.target(0.9)
     assert schedule.target(0.4) == pytest.approx(0.05 + 0.95 * 0.125)
     assert bmr.Every().target(0.5) is None
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"start": 0.8, "stop": 0.2}, {"kept": -0.1}, {"kept": 1.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"start": 0.8, "stop": 0.2}, {"kept": -0.1}, {"kept": 1.1}]
+)
 def test_schedules_out_of_range(wrong):
     with pytest.raises(bmr.FitError, match="Every"):
         bmr.Every(**wrong)
@@ -120,12 +138,29 @@ def test_schedules_out_of_range(wrong):
 def test_the_history_has_the_gains_of_the_reductions(guide, monkeypatch):
     """With correlations the joint ones, which are not the sums over the marginals."""
     made, reduce = [], bmr.Every.reduce
-    monkeypatch.setattr(bmr.Every, "reduce", lambda self, *args: made.append(reduce(self, *args)) or made[-1])
+    monkeypatch.setattr(
+        bmr.Every, "reduce", lambda self, *args: made.append(reduce(self, *args)) or made[-1]
+    )
     x = torch.cat([X, X + 0.2 * X.flip(0)], 1)[:, [0, 4, 1, 5]]
     every = bmr.Every(epochs=10, start=0.3, stop=0.9)
-    fit = bmr.fit(program, (x, Y), guide=guide, epochs=30, optimizer=bmr.adam(0.1), reduce=every, progress=False)
+    fit = bmr.fit(
+        program,
+        (x, Y),
+        guide=guide,
+        epochs=30,
+        optimizer=bmr.adam(0.1),
+        reduce=every,
+        progress=False,
+    )
     made = made[1:]  # the first is a check that it can be done
     gain = sum(each.delta_f for each in made)
-    assert fit.history["delta_f"].iloc[-1] == pytest.approx(gain, rel=1e-6) and 0 < fit.history["kept"].iloc[-1] < 1
-    marginal = sum(float(s.spike_delta_f[each.before["w"].alive & ~s.site.alive].sum()) for each in made for s in each.sites.values())
+    assert (
+        fit.history["delta_f"].iloc[-1] == pytest.approx(gain, rel=1e-6)
+        and 0 < fit.history["kept"].iloc[-1] < 1
+    )
+    marginal = sum(
+        float(s.spike_delta_f[each.before["w"].alive & ~s.site.alive].sum())
+        for each in made
+        for s in each.sites.values()
+    )
     assert (abs(marginal - gain) > 0.1) == (guide is bmr.FullRank)

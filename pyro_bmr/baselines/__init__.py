@@ -1,4 +1,6 @@
-"""What the reductions are compared with: the baselines of a study, each in plain torch and for one budget."""
+"""What the reductions are compared with: the baselines of a study, each in plain torch and for one
+budget.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,8 @@ BASELINES: dict[str, tuple[Any, type[Any]]] = {
     "dropout": (dropout, DropoutOptions),
     "sparse-variational-dropout": (variational_dropout, VariationalDropoutOptions),
 }
-"""Name → (function of what makes a network, data, seed, options and progress; the class of its options)."""
+"""Name → (function of what makes a network, data, seed, options and progress; the class of its
+options).
+"""
 
 __all__ = ["BASELINES", "EverySignalToNoise", "Trained", "options_of"]

@@ -1,6 +1,7 @@
 """MC dropout (Gal & Ghahramani 2016): dropout in training and in prediction, averaged over draws.
 
-Owns `DropoutOptions`, `dropout`, `dropped_out`, and `called`, which finds the layers that a network runs. Next: `variational_dropout.py`.
+Owns `DropoutOptions`, `dropout`, `dropped_out`, and `called`, which finds the layers that a network
+runs. Next: `variational_dropout.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_bmr.baselines.point import MakeNetwork
-from pyro_bmr.baselines.training import Budget, Trained, held_out, is_between, is_whole, logits, train
+from pyro_bmr.baselines.training import (
+    Budget,
+    Trained,
+    held_out,
+    is_between,
+    is_whole,
+    logits,
+    train,
+)
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.prediction.predict import Prediction, prediction_of
@@ -26,7 +35,9 @@ _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class DropoutOptions(Budget):
-    """`dropout`: the probability by which an input of a layer is zero. `draws`: of the masks, in prediction."""
+    """`dropout`: the probability by which an input of a layer is zero. `draws`: of the masks, in
+    prediction.
+    """
 
     dropout: float = 0.2
     draws: int = 32
@@ -41,14 +52,20 @@ class DropoutOptions(Budget):
 
 @torch.no_grad()
 def called(net: nn.Module, x: Tensor) -> list[Any]:
-    """The linear layers and convolutions that `net(x)` calls as modules, in the order of their first call. Others of the network, such as the output
-    projection of torch's attention, are used by their parameters alone, and no hook on them runs."""
+    """The linear layers and convolutions that `net(x)` calls as modules, in the order of their
+    first call. Others of the network, such as the output projection of torch's attention, are used
+    by their parameters alone, and no hook on them runs.
+    """
     found: dict[nn.Module, None] = {}
     modes = {module: module.training for module in net.modules()}
     with ExitStack() as stack:
         for module in net.modules():
             if isinstance(module, _WEIGHTED):
-                stack.callback(module.register_forward_pre_hook(lambda layer, args: found.setdefault(layer)).remove)
+                stack.callback(
+                    module.register_forward_pre_hook(
+                        lambda layer, args: found.setdefault(layer)
+                    ).remove
+                )
         net.eval()(x)
     for module, mode in modes.items():
         module.training = mode
@@ -57,26 +74,36 @@ def called(net: nn.Module, x: Tensor) -> list[Any]:
 
 @contextmanager
 def dropped_out(net: nn.Module, rate: float, x: Tensor) -> Iterator[None]:
-    """Inside, each input of every linear layer but the first layer of the network is 0 with probability `rate` and else divided by 1 − `rate`, in evaluation
-    mode too; outside, the network is as it was. `x`: some rows, to see which layers there are.
+    """Inside, each input of every linear layer but the first layer of the network is 0 with
+    probability `rate` and else divided by 1 − `rate`, in evaluation mode too; outside, the network
+    is as it was. `x`: some rows, to see which layers there are.
 
     Raises:
         ModelError: the network has no such layer.
     """
     layers = [layer for layer in called(net, x)[1:] if isinstance(layer, nn.Linear)]
     if not layers:
-        raise ModelError(f"dropout: a network with a Linear layer after its first layer is wanted, got {type(net).__name__} without")
+        raise ModelError(
+            "dropout: a network with a Linear layer after its first layer is wanted, got"
+            f" {type(net).__name__} without"
+        )
     with ExitStack() as stack:
         for layer in layers:
-            hook = layer.register_forward_pre_hook(lambda layer, args: (F.dropout(args[0], rate, training=True), *args[1:]))
+            hook = layer.register_forward_pre_hook(
+                lambda layer, args: (F.dropout(args[0], rate, training=True), *args[1:])
+            )
             stack.callback(hook.remove)
         yield
 
 
-def dropout(make: MakeNetwork, data: Data, seed: int, options: DropoutOptions, progress: bool = False) -> Trained:
-    """A network trained with dropout on the inputs of its hidden and last linear layers, whose class probabilities are averaged over draws of the masks.
+def dropout(
+    make: MakeNetwork, data: Data, seed: int, options: DropoutOptions, progress: bool = False
+) -> Trained:
+    """A network trained with dropout on the inputs of its hidden and last linear layers, whose
+    class probabilities are averaged over draws of the masks.
 
-    The exported network is the deterministic one, without dropout. Source: Gal & Ghahramani 2016, arXiv 1506.02142.
+    The exported network is the deterministic one, without dropout. Source: Gal & Ghahramani 2016,
+    arXiv 1506.02142.
     """
     clock = time.perf_counter()
     net, few = make(seed), data.x_train[:2]
@@ -87,6 +114,15 @@ def dropout(make: MakeNetwork, data: Data, seed: int, options: DropoutOptions, p
     def predict(x: Tensor) -> Prediction:
         with torch.random.fork_rng(), dropped_out(net, options.dropout, few):
             torch.manual_seed(seed)
-            return prediction_of(((logits(net, x).softmax(1)[None],) for _ in range(options.draws)), options.draws)
+            return prediction_of(
+                ((logits(net, x).softmax(1)[None],) for _ in range(options.draws)), options.draws
+            )
 
-    return Trained(predict, dict(net.state_dict()), net, history, options.batch_size, time.perf_counter() - clock)
+    return Trained(
+        predict,
+        dict(net.state_dict()),
+        net,
+        history,
+        options.batch_size,
+        time.perf_counter() - clock,
+    )

@@ -1,6 +1,8 @@
-"""Pruning by magnitude: gradually during one training (Zhu & Gupta 2017), or in rounds with rewinding (Frankle et al. 2020).
+"""Pruning by magnitude: gradually during one training (Zhu & Gupta 2017), or in rounds with
+rewinding (Frankle et al. 2020).
 
-Owns `Pruning`, `MagnitudeOptions`, `RewindingOptions`, `magnitude` and `rewinding`. Next: `dropout.py`.
+Owns `Pruning`, `MagnitudeOptions`, `RewindingOptions`, `magnitude` and `rewinding`. Next:
+`dropout.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from pyro_bmr.reduction.decisions import lowest
 
 @dataclass(frozen=True)
 class Gradual(Budget):
-    """`kept`: the fraction of all parameters, biases included, that is not zero at the end. It falls on a cubic schedule from 1 at the fraction `start` of the
-    training to `kept` at `stop`, in steps of `prune_every` epochs.
+    """`kept`: the fraction of all parameters, biases included, that is not zero at the end. It
+    falls on a cubic schedule from 1 at the fraction `start` of the training to `kept` at `stop`, in
+    steps of `prune_every` epochs.
 
     Source: Zhu & Gupta 2017, arXiv 1710.01878.
     """
@@ -34,20 +37,29 @@ class Gradual(Budget):
     prune_every: float = 0.25
 
     def rules(self) -> dict[str, tuple[bool, str]]:
-        ordered = is_between(self.start, 0, 1) and is_between(self.stop, 0, 1) and self.start < self.stop
+        ordered = (
+            is_between(self.start, 0, 1) and is_between(self.stop, 0, 1) and self.start < self.stop
+        )
         return {
             **super().rules(),
             "kept": (is_between(self.kept, 0, 1), "0 <= kept <= 1"),
             "start": (ordered, "0 <= start < stop"),
             "stop": (ordered, "start < stop <= 1"),
-            "prune_every": (is_between(self.prune_every, 0, float("inf")) and self.prune_every > 0, "a number of epochs > 0"),
+            "prune_every": (
+                is_between(self.prune_every, 0, float("inf")) and self.prune_every > 0,
+                "a number of epochs > 0",
+            ),
         }
 
     def due(self, step: int, total: int) -> float | None:
         """The kept fraction to prune to after that step, or None."""
         last = round(self.stop * total)
         interval = max(round(self.prune_every * total / self.epochs), 1)
-        if self.kept == 1 or not self.start * total <= step <= self.stop * total + 1 or (step % interval and step != last):
+        if (
+            self.kept == 1
+            or not self.start * total <= step <= self.stop * total + 1
+            or (step % interval and step != last)
+        ):
             return None
         return cubic(self.kept, step / total if step < last else self.stop, self.start, self.stop)
 
@@ -59,8 +71,10 @@ class MagnitudeOptions(Gradual, Scaled):
 
 @dataclass(frozen=True)
 class RewindingOptions(Scaled):
-    """`kept`: as for `magnitude`. `rounds` of pruning, each to the same part of what is left. `rewind`: the fraction of a training after which the weights are
-    those to rewind to; 0 is the start weights. The `epochs` are those of each of the rounds + 1 trainings."""
+    """`kept`: as for `magnitude`. `rounds` of pruning, each to the same part of what is left.
+    `rewind`: the fraction of a training after which the weights are those to rewind to; 0 is the
+    start weights. The `epochs` are those of each of the rounds + 1 trainings.
+    """
 
     kept: float = 0.1
     rounds: int = 3
@@ -76,7 +90,9 @@ class RewindingOptions(Scaled):
 
 
 class Pruning:
-    """Masks over the parameters of a network, ranked all together by a score, by default their magnitude; a pruned entry stays so."""
+    """Masks over the parameters of a network, ranked all together by a score, by default their
+    magnitude; a pruned entry stays so.
+    """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -84,11 +100,23 @@ class Pruning:
 
     @torch.no_grad()
     def prune(self, kept: float, scores: list[Tensor] | None = None) -> None:
-        """Sets all but the fraction `kept` of the entries to zero, those of the least scores (≥ 0) first."""
+        """Sets all but the fraction `kept` of the entries to zero, those of the least scores (≥ 0)
+        first.
+        """
         scores = [p.abs() for p in self.parameters] if scores is None else scores
-        ranks = torch.cat([score.masked_fill(mask == 0, -1.0).flatten() for score, mask in zip(scores, self.masks, strict=True)])
-        stays = (~lowest(ranks, ranks.numel() - round(kept * ranks.numel()))).split([mask.numel() for mask in self.masks])
-        self.masks = [(part.view_as(mask) & (mask > 0)).to(mask) for part, mask in zip(stays, self.masks, strict=True)]
+        ranks = torch.cat(
+            [
+                score.masked_fill(mask == 0, -1.0).flatten()
+                for score, mask in zip(scores, self.masks, strict=True)
+            ]
+        )
+        stays = (~lowest(ranks, ranks.numel() - round(kept * ranks.numel()))).split(
+            [mask.numel() for mask in self.masks]
+        )
+        self.masks = [
+            (part.view_as(mask) & (mask > 0)).to(mask)
+            for part, mask in zip(stays, self.masks, strict=True)
+        ]
         self.hold()
 
     @torch.no_grad()
@@ -97,7 +125,9 @@ class Pruning:
         for parameter, mask in zip(self.parameters, self.masks, strict=True):
             parameter.mul_(mask)
 
-    def on(self, schedule: Gradual, scores: Callable[[], list[Tensor]] | None = None) -> Callable[[int, int], None]:
+    def on(
+        self, schedule: Gradual, scores: Callable[[], list[Tensor]] | None = None
+    ) -> Callable[[int, int], None]:
         """What to call after each step so that the pruning follows the schedule."""
 
         def after(step: int, total: int) -> None:
@@ -110,8 +140,12 @@ class Pruning:
         return after
 
 
-def magnitude(make: MakeNetwork, data: Data, seed: int, options: MagnitudeOptions, progress: bool = False) -> Trained:
-    """Gradual pruning of the parameters of least magnitude, all layers together, biases too; `kept` 1 is the dense network. `extra`: scale."""
+def magnitude(
+    make: MakeNetwork, data: Data, seed: int, options: MagnitudeOptions, progress: bool = False
+) -> Trained:
+    """Gradual pruning of the parameters of least magnitude, all layers together, biases too; `kept`
+    1 is the dense network. `extra`: scale.
+    """
     clock = time.perf_counter()
     rows = options.rows(data)
     net = make(seed)
@@ -119,11 +153,15 @@ def magnitude(make: MakeNetwork, data: Data, seed: int, options: MagnitudeOption
     return trained_point(net, history, time.perf_counter() - clock, rows, options)
 
 
-def rewinding(make: MakeNetwork, data: Data, seed: int, options: RewindingOptions, progress: bool = False) -> Trained:
-    """Iterative magnitude pruning with rewinding: train, prune, put the survivors and the learning rate back to where they were early on, train again.
+def rewinding(
+    make: MakeNetwork, data: Data, seed: int, options: RewindingOptions, progress: bool = False
+) -> Trained:
+    """Iterative magnitude pruning with rewinding: train, prune, put the survivors and the learning
+    rate back to where they were early on, train again.
 
-    After round k of n the fraction kept^(k/n) is left. The history is that of all trainings, one after the other. `extra`: scale, epochs_total.
-    Source: Frankle, Dziugaite, Roy & Carbin 2020, arXiv 1912.05671.
+    After round k of n the fraction kept^(k/n) is left. The history is that of all trainings, one
+    after the other. `extra`: scale, epochs_total. Source: Frankle, Dziugaite, Roy & Carbin 2020,
+    arXiv 1912.05671.
     """
     import pandas as pd
 
@@ -145,7 +183,20 @@ def rewinding(make: MakeNetwork, data: Data, seed: int, options: RewindingOption
         pruning.prune(options.kept ** (k / options.rounds))
         net.load_state_dict(early)
         pruning.hold()
-        history.append(train(net, rows, options, progress, after=lambda step, total: pruning.hold(), first=steps))
+        history.append(
+            train(
+                net, rows, options, progress, after=lambda step, total: pruning.hold(), first=steps
+            )
+        )
     per_epoch = len(history[0]) and int(history[0]["step"].iloc[-1]) // options.epochs
-    extra = {"epochs_total": options.epochs * (options.rounds + 1) - options.rounds * steps / per_epoch}
-    return trained_point(net, pd.concat(history, ignore_index=True), time.perf_counter() - clock, rows, options, extra)
+    extra = {
+        "epochs_total": options.epochs * (options.rounds + 1) - options.rounds * steps / per_epoch
+    }
+    return trained_point(
+        net,
+        pd.concat(history, ignore_index=True),
+        time.perf_counter() - clock,
+        rows,
+        options,
+        extra,
+    )

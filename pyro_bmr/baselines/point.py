@@ -1,7 +1,8 @@
-"""A point estimate with early stopping and with temperature scaling (Guo et al. 2017), and the deep ensemble of such (Lakshminarayanan et al. 2017).
+"""A point estimate with early stopping and with temperature scaling (Guo et al. 2017), and the deep
+ensemble of such (Lakshminarayanan et al. 2017).
 
-Owns `Scaled`, `PointOptions` and `EnsembleOptions`, `point`, `deep_ensemble`, and `trained_point`, which all point estimates share.
-Next: `magnitude.py`.
+Owns `Scaled`, `PointOptions` and `EnsembleOptions`, `point`, `deep_ensemble`, and `trained_point`,
+which all point estimates share. Next: `magnitude.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.baselines.training import Budget, Rows, Trained, held_out, is_between, is_whole, logits, train
+from pyro_bmr.baselines.training import (
+    Budget,
+    Rows,
+    Trained,
+    held_out,
+    is_between,
+    is_whole,
+    logits,
+    train,
+)
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.prediction.calibration import best_temperature
 from pyro_bmr.prediction.predict import Prediction, prediction_of
@@ -23,14 +33,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MakeNetwork = Callable[[int], nn.Module]
-"""seed → a new network to train; it leaves torch's global generator where the start weights left it, so that a training follows from the seed too."""
+"""seed → a new network to train; it leaves torch's global generator where the start weights left
+it, so that a training follows from the seed too.
+"""
 
 
 @dataclass(frozen=True)
 class Scaled(Budget):
-    """A budget with temperature scaling: `scaled` trains without the rows that are held out, the fraction `validation` of the training rows or those that the
-    data came with, and divides the logits by the one temperature that is best there. `scale` is a temperature known beforehand, from such a run: then nothing
-    is held out."""
+    """A budget with temperature scaling: `scaled` trains without the rows that are held out, the
+    fraction `validation` of the training rows or those that the data came with, and divides the
+    logits by the one temperature that is best there. `scale` is a temperature known beforehand,
+    from such a run: then nothing is held out.
+    """
 
     validation: float = 1 / 6
     scaled: bool = False
@@ -42,7 +56,10 @@ class Scaled(Budget):
             **super().rules(),
             "validation": (good, "0 < validation < 1"),
             "scaled": (isinstance(self.scaled, bool), "true or false"),
-            "scale": (is_between(self.scale, 0.05, 20) and (self.scale == 1 or not self.scaled), "0.05 <= scale <= 20, and not scaled as well"),
+            "scale": (
+                is_between(self.scale, 0.05, 20) and (self.scale == 1 or not self.scaled),
+                "0.05 <= scale <= 20, and not scaled as well",
+            ),
         }
 
     def rows(self, data: Data) -> Rows:
@@ -57,7 +74,10 @@ class PointOptions(Scaled):
     early_stopping: bool = False
 
     def rules(self) -> dict[str, tuple[bool, str]]:
-        return {**super().rules(), "early_stopping": (isinstance(self.early_stopping, bool), "true or false")}
+        return {
+            **super().rules(),
+            "early_stopping": (isinstance(self.early_stopping, bool), "true or false"),
+        }
 
     def rows(self, data: Data) -> Rows:
         return held_out(data, self.validation if self.scaled or self.early_stopping else None)
@@ -65,7 +85,9 @@ class PointOptions(Scaled):
 
 @dataclass(frozen=True)
 class EnsembleOptions(PointOptions):
-    """`members`: networks, each with start weights and an order of the data of its own. The `epochs` are those of each member."""
+    """`members`: networks, each with start weights and an order of the data of its own. The
+    `epochs` are those of each member.
+    """
 
     members: int = 3
 
@@ -73,8 +95,17 @@ class EnsembleOptions(PointOptions):
         return {**super().rules(), "members": (is_whole(self.members, 1), "a whole number >= 1")}
 
 
-def trained_point(net: nn.Module, history: pd.DataFrame, seconds: float, rows: Rows, options: Scaled, extra: dict[str, float] | None = None) -> Trained:
-    """What a method leaves behind whose prediction is that of one network, with the temperature that its options ask for."""
+def trained_point(
+    net: nn.Module,
+    history: pd.DataFrame,
+    seconds: float,
+    rows: Rows,
+    options: Scaled,
+    extra: dict[str, float] | None = None,
+) -> Trained:
+    """What a method leaves behind whose prediction is that of one network, with the temperature
+    that its options ask for.
+    """
     net.eval()
     scale = options.scale
     if options.scaled and rows.x_held is not None and rows.y_held is not None:
@@ -83,21 +114,42 @@ def trained_point(net: nn.Module, history: pd.DataFrame, seconds: float, rows: R
     def predict(x: Tensor) -> Prediction:
         return prediction_of([((logits(net, x) / scale).softmax(1)[None],)], 1)
 
-    return Trained(predict, dict(net.state_dict()), net, history, options.batch_size, seconds, extra={"scale": scale, **(extra or {})})
+    return Trained(
+        predict,
+        dict(net.state_dict()),
+        net,
+        history,
+        options.batch_size,
+        seconds,
+        extra={"scale": scale, **(extra or {})},
+    )
 
 
-def point(make: MakeNetwork, data: Data, seed: int, options: PointOptions, progress: bool = False) -> Trained:
-    """A network trained by maximum likelihood, penalised by `weight_decay`. `extra`: scale (the temperature; 1 if it is not `scaled`), best_epoch."""
+def point(
+    make: MakeNetwork, data: Data, seed: int, options: PointOptions, progress: bool = False
+) -> Trained:
+    """A network trained by maximum likelihood, penalised by `weight_decay`. `extra`: scale (the
+    temperature; 1 if it is not `scaled`), best_epoch.
+    """
     clock = time.perf_counter()
     rows = options.rows(data)
     net = make(seed)
     history = train(net, rows, options, progress, keep_best=options.early_stopping)
     best = int(history["validation_nll"].argmin()) if options.early_stopping else len(history) - 1
-    return trained_point(net, history, time.perf_counter() - clock, rows, options, {"best_epoch": float(history["epoch"].iloc[best])})
+    return trained_point(
+        net,
+        history,
+        time.perf_counter() - clock,
+        rows,
+        options,
+        {"best_epoch": float(history["epoch"].iloc[best])},
+    )
 
 
 class MeanOfNetworks(nn.Module):
-    """The log of the mean of the members' class probabilities, each member's logits divided by its own temperature."""
+    """The log of the mean of the members' class probabilities, each member's logits divided by its
+    own temperature.
+    """
 
     def __init__(self, members: list[nn.Module], scales: list[float]) -> None:
         super().__init__()
@@ -105,16 +157,34 @@ class MeanOfNetworks(nn.Module):
 
     def member_probs(self, x: Tensor) -> Tensor:
         """(members, rows, classes)."""
-        return torch.stack([(logits(member, x) / scale).softmax(1) for member, scale in zip(self.members, self.scales, strict=True)])
+        return torch.stack(
+            [
+                (logits(member, x) / scale).softmax(1)
+                for member, scale in zip(self.members, self.scales, strict=True)
+            ]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([(member(x) / scale).softmax(1) for member, scale in zip(self.members, self.scales, strict=True)]).mean(0).log()
+        return (
+            torch.stack(
+                [
+                    (member(x) / scale).softmax(1)
+                    for member, scale in zip(self.members, self.scales, strict=True)
+                ]
+            )
+            .mean(0)
+            .log()
+        )
 
 
-def deep_ensemble(make: MakeNetwork, data: Data, seed: int, options: EnsembleOptions, progress: bool = False) -> Trained:
-    """Networks trained one after the other, whose probabilities are averaged; `Trained.network` holds them all, and so do its parameters.
+def deep_ensemble(
+    make: MakeNetwork, data: Data, seed: int, options: EnsembleOptions, progress: bool = False
+) -> Trained:
+    """Networks trained one after the other, whose probabilities are averaged; `Trained.network`
+    holds them all, and so do its parameters.
 
-    Source: Lakshminarayanan, Pritzel & Blundell 2017, arXiv 1612.01474, without adversarial examples. The history is that of the last member.
+    Source: Lakshminarayanan, Pritzel & Blundell 2017, arXiv 1612.01474, without adversarial
+    examples. The history is that of the last member.
     """
     import pandas as pd
 
@@ -126,7 +196,10 @@ def deep_ensemble(make: MakeNetwork, data: Data, seed: int, options: EnsembleOpt
         history = one.history
     nets = [one.network for one in members if one.network is not None]
     net = MeanOfNetworks(nets, [one.extra["scale"] for one in members]).eval()
-    extra = {"members": float(options.members), "epochs_total": float(options.members * options.epochs)}
+    extra = {
+        "members": float(options.members),
+        "epochs_total": float(options.members * options.epochs),
+    }
     return Trained(
         lambda x: prediction_of([(net.member_probs(x),)], options.members),
         dict(net.state_dict()),

@@ -1,4 +1,5 @@
-"""Pruning by signal-to-noise ratio: the weights of a mean-field posterior with the least |μ|/σ go (Graves 2011; Blundell et al. 2015).
+"""Pruning by signal-to-noise ratio: the weights of a mean-field posterior with the least |μ|/σ go
+(Graves 2011; Blundell et al. 2015).
 
 Owns `EverySignalToNoise`, which a fit takes in the place of `Every`. Next: `experiments/models.py`.
 """
@@ -20,10 +21,12 @@ from pyro_bmr.reduction.result import Reduction
 
 @dataclass(frozen=True)
 class EverySignalToNoise(Every):
-    """The reductions of a fit on the schedule of `Every` with a target `kept`, where not the evidence but |μ|/σ says which weights stay.
+    """The reductions of a fit on the schedule of `Every` with a target `kept`, where not the
+    evidence but |μ|/σ says which weights stay.
 
-    All sites are ranked together. ΔF is reported as for `Every`: it is that of the weights that went, whatever they went for. Sources: Graves 2011 (NeurIPS,
-    "Practical variational inference for neural networks"); Blundell et al. 2015, arXiv 1505.05424, section 5.1.
+    All sites are ranked together. ΔF is reported as for `Every`: it is that of the weights that
+    went, whatever they went for. Sources: Graves 2011 (NeurIPS, "Practical variational inference
+    for neural networks"); Blundell et al. 2015, arXiv 1505.05424, section 5.1.
 
     Raises:
         FitError: there is no `kept`, or `per` is not ``"weight"``.
@@ -33,22 +36,38 @@ class EverySignalToNoise(Every):
         super().__post_init__()
         if self.kept is None or self.per != "weight":
             raise FitError(
-                f"EverySignalToNoise(kept={described(self.kept)}, per={described(self.per)}): a kept fraction between 0 and 1, and per='weight', are wanted"
+                f"EverySignalToNoise(kept={described(self.kept)}, per={described(self.per)}): a"
+                " kept fraction between 0 and 1, and per='weight', are wanted"
             )
 
     def reduce(self, posterior: Posterior, done: float) -> Reduction:
-        every = quiet_reduction(posterior, self.to, threshold=math.inf)  # all that lives, with its spike ΔF
+        # all that lives, with its spike ΔF
+        every = quiet_reduction(posterior, self.to, threshold=math.inf)
         target = self.target(done)
         assert target is not None
         ratios = {}
         for name in every.sites:
             site = posterior[name]
-            ratios[name] = (site.mean.abs() / site.var.clamp_min(torch.finfo(site.var.dtype).tiny).sqrt()).masked_fill(~site.alive, -1.0)
+            ratios[name] = (
+                site.mean.abs() / site.var.clamp_min(torch.finfo(site.var.dtype).tiny).sqrt()
+            ).masked_fill(~site.alive, -1.0)
         pooled = torch.cat([ratio.flatten() for ratio in ratios.values()])
-        stays = (~lowest(pooled, pooled.numel() - round(target * pooled.numel()))).split([ratio.numel() for ratio in ratios.values()])
+        stays = (~lowest(pooled, pooled.numel() - round(target * pooled.numel()))).split(
+            [ratio.numel() for ratio in ratios.values()]
+        )
         sites = {}
         for part, (name, result) in zip(stays, every.sites.items(), strict=True):
             mask = part.view_as(ratios[name]) & result.site.alive
             went = result.site.alive & ~mask
-            sites[name] = replace(result, site=posterior[name].masked(mask), delta_f=float(result.spike_delta_f[went].sum()))
-        return Reduction(sites, replace(posterior, sites={**posterior.sites, **{name: r.site for name, r in sites.items()}}), posterior)
+            sites[name] = replace(
+                result,
+                site=posterior[name].masked(mask),
+                delta_f=float(result.spike_delta_f[went].sum()),
+            )
+        return Reduction(
+            sites,
+            replace(
+                posterior, sites={**posterior.sites, **{name: r.site for name, r in sites.items()}}
+            ),
+            posterior,
+        )

@@ -1,6 +1,8 @@
-"""Sparse variational dropout (Molchanov, Ashukha & Vetrov 2017): a posterior N(θ, σ²) per weight under a log-uniform prior; weights of large α = σ²/θ² go.
+"""Sparse variational dropout (Molchanov, Ashukha & Vetrov 2017): a posterior N(θ, σ²) per weight
+under a log-uniform prior; weights of large α = σ²/θ² go.
 
-Owns `VariationalDropoutOptions`, `variational_dropout` and `log_uniform_kl`. Next: `signal_to_noise.py`.
+Owns `VariationalDropoutOptions`, `variational_dropout` and `log_uniform_kl`. Next:
+`signal_to_noise.py`.
 """
 
 from __future__ import annotations
@@ -27,9 +29,12 @@ _TINY = 1e-16  # beside variances, so that no gradient is infinite at zero
 
 @dataclass(frozen=True)
 class VariationalDropoutOptions(Gradual, Scaled):
-    """`threshold`: weights with log α above it are zero at the end. `kept` below 1: instead, the weights of largest log α go during the training, on the
-    schedule of `magnitude`, until that fraction of all parameters is left. `warm_up`: the part of the training over which the weight of the KL rises from 0
-    to 1. `log_variance`: log σ² at the start. `variance_rate`: by which the learning rate of log σ² is larger than that of the weights."""
+    """`threshold`: weights with log α above it are zero at the end. `kept` below 1: instead, the
+    weights of largest log α go during the training, on the schedule of `magnitude`, until that
+    fraction of all parameters is left. `warm_up`: the part of the training over which the weight of
+    the KL rises from 0 to 1. `log_variance`: log σ² at the start. `variance_rate`: by which the
+    learning rate of log σ² is larger than that of the weights.
+    """
 
     kept: float = 1.0
     threshold: float = 3.0
@@ -52,31 +57,45 @@ def log_uniform_kl(log_alpha: Tensor) -> Tensor:
 
     .. math:: \mathrm{KL} \approx \tfrac12 \log(1 + \alpha^{-1}) + k_1 - k_1 \sigma(k_2 + k_3 \log\alpha)
 
-    with k₁ = 0.63576, k₂ = 1.87320, k₃ = 1.48695. Source: Molchanov, Ashukha & Vetrov 2017, arXiv 1701.05369, equation 14.
+    with k₁ = 0.63576, k₂ = 1.87320, k₃ = 1.48695. Source: Molchanov, Ashukha & Vetrov 2017, arXiv
+    1701.05369, equation 14.
     """
     return 0.5 * F.softplus(-log_alpha) + _K1 * torch.sigmoid(-_K2 - _K3 * log_alpha)
 
 
 class NoisyLayers:
-    """σ² of the weights of linear layers and convolutions, and the hooks that add their noise to the outputs of the layers.
+    """σ² of the weights of linear layers and convolutions, and the hooks that add their noise to
+    the outputs of the layers.
 
-    An output is drawn from N(θ∗x + b, σ²∗x²), of a convolution too, whose outputs at different places are then independent, as in the source's own code: the
-    local reparametrisation of Kingma, Salimans & Welling 2015 (arXiv 1506.02557) for the additive parametrisation of Molchanov et al. 2017. Biases have none.
+    An output is drawn from N(θ∗x + b, σ²∗x²), of a convolution too, whose outputs at different
+    places are then independent, as in the source's own code: the local reparametrisation of Kingma,
+    Salimans & Welling 2015 (arXiv 1506.02557) for the additive parametrisation of Molchanov et al.
+    2017. Biases have none.
     """
 
     def __init__(self, layers: list[Any], log_variance: float) -> None:
         self.layers = layers
-        self.log_variances = [nn.Parameter(torch.full_like(layer.weight, log_variance)) for layer in layers]
+        self.log_variances = [
+            nn.Parameter(torch.full_like(layer.weight, log_variance)) for layer in layers
+        ]
         self.pruning = Pruning([layer.weight for layer in layers])
 
     def log_alphas(self) -> list[Tensor]:
         """log α per weight, ±20 at most."""
         pairs = zip(self.layers, self.log_variances, strict=True)
-        return [(log_var - (layer.weight.square() + _TINY).log()).clamp(-20, 20) for layer, log_var in pairs]
+        return [
+            (log_var - (layer.weight.square() + _TINY).log()).clamp(-20, 20)
+            for layer, log_var in pairs
+        ]
 
     def kl(self) -> Tensor:
         """Summed over the weights that live, nats."""
-        return torch.stack([(log_uniform_kl(a) * mask).sum() for a, mask in zip(self.log_alphas(), self.pruning.masks, strict=True)]).sum()
+        return torch.stack(
+            [
+                (log_uniform_kl(a) * mask).sum()
+                for a, mask in zip(self.log_alphas(), self.pruning.masks, strict=True)
+            ]
+        ).sum()
 
     def noisy(self, stack: ExitStack) -> None:
         """Adds the noise until `stack` is closed."""
@@ -85,18 +104,32 @@ class NoisyLayers:
             def add(layer: Any, args: tuple[Tensor, ...], output: Tensor, k: int = k) -> Tensor:
                 if not layer.training:
                     return output
-                variance, squares = self.log_variances[k].exp() * self.pruning.masks[k], args[0].square()
-                spread = F.linear(squares, variance) if isinstance(layer, nn.Linear) else layer._conv_forward(squares, variance, None)
+                variance, squares = (
+                    self.log_variances[k].exp() * self.pruning.masks[k],
+                    args[0].square(),
+                )
+                spread = (
+                    F.linear(squares, variance)
+                    if isinstance(layer, nn.Linear)
+                    else layer._conv_forward(squares, variance, None)
+                )
                 return output + (spread + _TINY).sqrt() * torch.randn_like(output)
 
             stack.callback(layer.register_forward_hook(add).remove)
 
 
-def variational_dropout(make: MakeNetwork, data: Data, seed: int, options: VariationalDropoutOptions, progress: bool = False) -> Trained:
-    """Sparse variational dropout on the weights of all linear layers and convolutions; biases and other parameters are point estimates.
+def variational_dropout(
+    make: MakeNetwork,
+    data: Data,
+    seed: int,
+    options: VariationalDropoutOptions,
+    progress: bool = False,
+) -> Trained:
+    """Sparse variational dropout on the weights of all linear layers and convolutions; biases and
+    other parameters are point estimates.
 
-    Prediction and export are of the means θ, pruned ones exactly 0, as in the source. `extra`: threshold_kept, the fraction of the parameters that the
-    threshold would keep.
+    Prediction and export are of the means θ, pruned ones exactly 0, as in the source. `extra`:
+    threshold_kept, the fraction of the parameters that the threshold would keep.
 
     Raises:
         ModelError: `kept` is less than the parameters that are no such weights.
@@ -108,7 +141,10 @@ def variational_dropout(make: MakeNetwork, data: Data, seed: int, options: Varia
     others = [p for p in net.parameters() if id(p) not in weights]
     total, rest = sum(p.numel() for p in net.parameters()), sum(p.numel() for p in others)
     if options.kept * total < rest:
-        raise ModelError(f"kept={options.kept}: {rest / total:.3g} of the parameters are biases and others that are not pruned; at least that is wanted")
+        raise ModelError(
+            f"kept={options.kept}: {rest / total:.3g} of the parameters are biases and others that"
+            " are not pruned; at least that is wanted"
+        )
 
     def loss(outputs: Tensor, y: Tensor, done: float) -> Tensor:
         weight = min(done / options.warm_up, 1.0) if options.warm_up else 1.0
@@ -119,18 +155,29 @@ def variational_dropout(make: MakeNetwork, data: Data, seed: int, options: Varia
         if target is None:
             noise.pruning.hold()
         else:
-            noise.pruning.prune((target * total - rest) / (total - rest), [(-a).exp() for a in noise.log_alphas()])
+            noise.pruning.prune(
+                (target * total - rest) / (total - rest), [(-a).exp() for a in noise.log_alphas()]
+            )
 
     groups: list[dict[str, Any]] = [
         {"params": list(net.parameters())},
-        {"params": noise.log_variances, "lr": options.learning_rate * options.variance_rate, "weight_decay": 0.0},
+        {
+            "params": noise.log_variances,
+            "lr": options.learning_rate * options.variance_rate,
+            "weight_decay": 0.0,
+        },
     ]
     with ExitStack() as stack:
         noise.noisy(stack)
         history = train(net, rows, options, progress, loss=loss, after=after, groups=groups)
-    lives = [(a <= options.threshold) & (mask > 0) for a, mask in zip(noise.log_alphas(), noise.pruning.masks, strict=True)]
+    lives = [
+        (a <= options.threshold) & (mask > 0)
+        for a, mask in zip(noise.log_alphas(), noise.pruning.masks, strict=True)
+    ]
     if options.kept == 1:
-        noise.pruning.masks = [alive.to(mask) for alive, mask in zip(lives, noise.pruning.masks, strict=True)]
+        noise.pruning.masks = [
+            alive.to(mask) for alive, mask in zip(lives, noise.pruning.masks, strict=True)
+        ]
         noise.pruning.hold()
     extra = {"threshold_kept": (rest + sum(int(alive.sum()) for alive in lives)) / total}
     return trained_point(net, history, time.perf_counter() - clock, rows, options, extra)

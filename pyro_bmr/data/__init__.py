@@ -1,1 +1,3 @@
-"""Data as tensors ready to fit: named sets, the readers of files, the standardisation and the held-out split."""
+"""Data as tensors ready to fit: named sets, the readers of files, the standardisation and the
+held-out split.
+"""

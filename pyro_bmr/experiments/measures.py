@@ -1,6 +1,7 @@
 """What a trained network of a study is worth: the figures of one row of its table.
 
-Owns `MEASURES`, to which further figures are added, `measured`, and `step_ratio`, one of them. Next: `cell_folder.py`.
+Owns `MEASURES`, to which further figures are added, `measured`, and `step_ratio`, one of them.
+Next: `cell_folder.py`.
 """
 
 from __future__ import annotations
@@ -28,17 +29,27 @@ Measure = Callable[[Trained, Data, Prediction], dict[str, float]]
 
 
 def _scores(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
-    by_mass = metrics.ece(prediction.probs, data.y_test, 20, "mass") if isinstance(prediction, ClassPrediction) else math.nan
+    by_mass = (
+        metrics.ece(prediction.probs, data.y_test, 20, "mass")
+        if isinstance(prediction, ClassPrediction)
+        else math.nan
+    )
     return {**scores(prediction, data), "ece_mass": by_mass}
 
 
 def _sizes(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
-    names = trained.weights if trained.network is None else (name for name, _ in trained.network.named_parameters())
+    names = (
+        trained.weights
+        if trained.network is None
+        else (name for name, _ in trained.network.named_parameters())
+    )
     return {**sizes(trained.weights, names), "size": _structured_size(trained, data)}
 
 
 def _structured_size(trained: Trained, data: Data) -> float:
-    """The fraction of the parameters that is left when whole units, channels and heads that are dead go; NaN for what `shrink` refuses."""
+    """The fraction of the parameters that is left when whole units, channels and heads that are
+    dead go; NaN for what `shrink` refuses.
+    """
     if trained.network is None:
         return math.nan
     try:
@@ -49,13 +60,21 @@ def _structured_size(trained: Trained, data: Data) -> float:
 
 
 def _costs(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
-    return {"elbo": trained.elbo, "delta_f": trained.delta_f, "seconds": trained.seconds, "step_ratio": step_ratio(trained, data), **trained.extra}
+    return {
+        "elbo": trained.elbo,
+        "delta_f": trained.delta_f,
+        "seconds": trained.seconds,
+        "step_ratio": step_ratio(trained, data),
+        **trained.extra,
+    }
 
 
 def step_ratio(trained: Trained, data: Data) -> float:
-    """Seconds of the training a step over those of a step of plain training: the same network and as many rows, fused Adam, measured right after the training
-    on the machine as it is then, for as long as the training took, a second at most. Reductions and all else that the training did between its steps are in
-    it. NaN for what is no network."""
+    """Seconds of the training a step over those of a step of plain training: the same network and
+    as many rows, fused Adam, measured right after the training on the machine as it is then, for as
+    long as the training took, a second at most. Reductions and all else that the training did
+    between its steps are in it. NaN for what is no network.
+    """
     if trained.network is None or trained.history.empty:
         return math.nan
     net = copy.deepcopy(trained.network).train().requires_grad_(True)
@@ -66,12 +85,18 @@ def step_ratio(trained: Trained, data: Data) -> float:
     def step(x: Tensor) -> None:
         optimiser.zero_grad()
         outputs = net(x)
-        loss = F.mse_loss(outputs.reshape(y.shape), y) if data.classes is None else F.cross_entropy(outputs, y.long())
+        loss = (
+            F.mse_loss(outputs.reshape(y.shape), y)
+            if data.classes is None
+            else F.cross_entropy(outputs, y.long())
+        )
         loss.backward()
         optimiser.step()
 
     with torch.random.fork_rng():
-        plain = latency(step, data.x_train, trained.batch_size, seconds=min(1.0, trained.seconds)) / 1e3
+        plain = (
+            latency(step, data.x_train, trained.batch_size, seconds=min(1.0, trained.seconds)) / 1e3
+        )
     steps = len(trained.history) * float(trained.history["step"].iloc[0])
     return trained.seconds / steps / plain
 
@@ -80,11 +105,19 @@ MEASURES: tuple[Measure, ...] = (_scores, _sizes, _costs)
 """In the order of the columns."""
 
 
-def measured(trained: Trained, data: Data, prediction: Prediction, shift: bool = False) -> dict[str, float]:
-    """All measures of a trained network: accuracy or rmse, nll, brier, ece (15 bins of equal width), ece_mass (20 of equal mass), parameters and more.
+def measured(
+    trained: Trained, data: Data, prediction: Prediction, shift: bool = False
+) -> dict[str, float]:
+    """All measures of a trained network: accuracy or rmse, nll, brier, ece (15 bins of equal
+    width), ece_mass (20 of equal mass), parameters and more.
 
-    Units as in `compare`; elbo and delta_f in nats, size as a fraction of the parameters, seconds of training, step_ratio over a step
-    of plain training. With `shift`, those of `shift.shifted_scores` as well, which takes 41 predictions of 2,000 images.
+    Units as in `compare`; elbo and delta_f in nats, size as a fraction of the parameters, seconds
+    of training, step_ratio over a step of plain training. With `shift`, those of
+    `shift.shifted_scores` as well, which takes 41 predictions of 2,000 images.
     """
     further = shifted_scores(trained.predict, data) if shift else {}
-    return {name: value for measure in MEASURES for name, value in measure(trained, data, prediction).items()} | further
+    return {
+        name: value
+        for measure in MEASURES
+        for name, value in measure(trained, data, prediction).items()
+    } | further

@@ -1,6 +1,8 @@
-"""The methods of a study by name: what trains a network on a data set with one seed, and what it leaves behind.
+"""The methods of a study by name: what trains a network on a data set with one seed, and what it
+leaves behind.
 
-Owns `METHODS` and `method_named`; `Trained` and the baselines are in `baselines/`. Next: `results_folder.py`.
+Owns `METHODS` and `method_named`; `Trained` and the baselines are in `baselines/`. Next:
+`results_folder.py`.
 """
 
 from __future__ import annotations
@@ -26,19 +28,26 @@ from pyro_bmr.pruning import Every
 __all__ = ["METHODS", "Method", "Trained", "method_named"]
 
 Method = Callable[[Build, Data, int, Mapping[str, Any], bool], Trained]
-"""(build, data, seed, options, progress) → what was trained. Options that the method does not know are an OptionError, raised before `build` is called."""
+"""(build, data, seed, options, progress) → what was trained. Options that the method does not know
+are an OptionError, raised before `build` is called.
+"""
 
 
 def _of_route(name: str, route: str, every: Callable[..., Every] = Every) -> Method:
     known = ("prior", *Settings.__dataclass_fields__)
 
-    def run(build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool) -> Trained:
+    def run(
+        build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool
+    ) -> Trained:
         if unknown := set(options) - set(known):
             raise OptionError(name, unknown, known)
         given = dict(options)
         prior = prior_from_name(str(given.pop("prior", "gaussian")))
         if every is EverySignalToNoise and not isinstance(prior, Gaussian):
-            raise ModelError(f"{name}: a Gaussian prior is wanted, such as gaussian or gaussian:0.1, got {described(prior)}")
+            raise ModelError(
+                f"{name}: a Gaussian prior is wanted, such as gaussian or gaussian:0.1, got"
+                f" {described(prior)}"
+            )
         settings = Settings(**given)
         cell = run_cell(build, data, prior, route, seed, settings, progress, every)
         program, posterior = cell.fit.program, cell.posterior
@@ -63,16 +72,24 @@ def _of_route(name: str, route: str, every: Callable[..., Every] = Every) -> Met
 def _of_baseline(name: str) -> Method:
     train, kind = BASELINES[name]
 
-    def run(build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool) -> Trained:
+    def run(
+        build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool
+    ) -> Trained:
         chosen = options_of(kind, name, options)
         if data.classes is None:
-            raise ModelError(f"{name}: the baselines are for classes, '{data.name}' has real targets; take map, fitted or reduced")
+            raise ModelError(
+                f"{name}: the baselines are for classes, '{data.name}' has real targets; take map,"
+                " fitted or reduced"
+            )
 
         def make(seed: int) -> nn.Module:
             torch.manual_seed(seed)
             program = build(data, Gaussian())
             if not isinstance(program, BayesianNetwork):
-                raise ModelError(f"{name}: a model whose build gives a BayesianNetwork is wanted, got {type(program).__name__}; take map, fitted or reduced")
+                raise ModelError(
+                    f"{name}: a model whose build gives a BayesianNetwork is wanted, got"
+                    f" {type(program).__name__}; take map, fitted or reduced"
+                )
             return program.net
 
         with torch.random.fork_rng():
@@ -87,7 +104,9 @@ METHODS: dict[str, Method] = {
     **{route: _of_route(route, route) for route in ROUTES if route != "point"},
     "snr": _of_route("snr", "reduced", EverySignalToNoise),
 }
-"""Name → method: the baselines, then the routes of `compare`, of which the point estimate under a prior is called map here."""
+"""Name → method: the baselines, then the routes of `compare`, of which the point estimate under a
+prior is called map here.
+"""
 
 
 def method_named(name: str) -> Method:

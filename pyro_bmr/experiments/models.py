@@ -1,4 +1,5 @@
-"""The models of a comparison by name: those that come with the library, and files of the user's own.
+"""The models of a comparison by name: those that come with the library, and files of the user's
+own.
 
 Owns `load_model` and `model_names`. Next: `plots.py`.
 """
@@ -21,7 +22,8 @@ Build = Callable[[Data, Prior], Callable[..., Any]]
 
 
 def load_model(name: str | Path) -> Build:
-    """The `build` function of a model: a name in `models/`, with its argument after a colon, or a .py file.
+    """The `build` function of a model: a name in `models/`, with its argument after a colon, or a
+    .py file.
 
     Raises:
         ModelError: there is no such model, or its file has no `build`.
@@ -29,16 +31,25 @@ def load_model(name: str | Path) -> Build:
     stem, _, argument = str(name).partition(":")
     if stem.endswith(".py"):
         path = Path(stem)
-        spec = importlib.util.spec_from_file_location(f"pyro_bmr_model_{path.stem}", path) if path.is_file() else None
+        spec = (
+            importlib.util.spec_from_file_location(f"pyro_bmr_model_{path.stem}", path)
+            if path.is_file()
+            else None
+        )
         if spec is None or spec.loader is None:
-            raise ModelError(f"no model file '{stem}'; give a .py file with a function build(data, prior)")
+            raise ModelError(
+                f"no model file '{stem}'; give a .py file with a function build(data, prior)"
+            )
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
     elif stem in model_names():
         module = importlib.import_module(f"pyro_bmr.models.{stem}")
     else:
-        raise ModelError(f"no model '{stem}'; the models are: {', '.join(model_names())}; or give a .py file with a function build(data, prior)")
+        raise ModelError(
+            f"no model '{stem}'; the models are: {', '.join(model_names())}; or give a .py file"
+            " with a function build(data, prior)"
+        )
     build = getattr(module, "build", None)
     if not callable(build):
         raise ModelError(f"'{stem}' has no function build(data, prior) that returns a Pyro program")
@@ -50,4 +61,9 @@ def load_model(name: str | Path) -> Build:
 def model_names() -> list[str]:
     """The models that come with the library."""
     package = importlib.import_module("pyro_bmr.models")
-    return sorted(path.stem for folder in package.__path__ for path in Path(folder).glob("*.py") if path.stem != "__init__")
+    return sorted(
+        path.stem
+        for folder in package.__path__
+        for path in Path(folder).glob("*.py")
+        if path.stem != "__init__"
+    )

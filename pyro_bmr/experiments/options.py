@@ -1,4 +1,5 @@
-"""Which options a method takes: it is asked, with a network that is never built. Also the data of a study by name, loaded once per process.
+"""Which options a method takes: it is asked, with a network that is never built. Also the data of a
+study by name, loaded once per process.
 
 Owns `known_options`, `refuse_options` and `data_named`. Next: `declaration.py`.
 """
@@ -32,7 +33,8 @@ def _no_network(data: Data, prior: Prior) -> NoReturn:
 def refuse_options(method: Method, data: Data, options: Mapping[str, Any]) -> None:
     """Raises what the method says of options that it does not take, before anything is trained.
 
-    A method checks its options first and builds its network then; here the network is an exception, at which all is well.
+    A method checks its options first and builds its network then; here the network is an exception,
+    at which all is well.
 
     Raises:
         PyroBMRError: the method does not know an option, or refuses its value.
@@ -44,7 +46,9 @@ def refuse_options(method: Method, data: Data, options: Mapping[str, Any]) -> No
         pass
 
 
-def known_options(method: Method, data: Data, options: Mapping[str, list[Value]]) -> dict[str, list[Value]]:
+def known_options(
+    method: Method, data: Data, options: Mapping[str, list[Value]]
+) -> dict[str, list[Value]]:
     """Those of the options that the method knows, whatever it says of their values."""
     try:
         refuse_options(method, data, {name: values[0] for name, values in options.items()})
@@ -56,7 +60,8 @@ def known_options(method: Method, data: Data, options: Mapping[str, list[Value]]
 
 
 def data_named(name: str, validation: float | None) -> Data:
-    """`load(name)`, or FILE.csv:COLUMN, and with `validation` what `validation_data` makes of it; from memory while the files have not changed.
+    """`load(name)`, or FILE.csv:COLUMN, and with `validation` what `validation_data` makes of it;
+    from memory while the files have not changed.
 
     Raises:
         PyroBMRError: as `load` and `validation_data`.
@@ -64,10 +69,17 @@ def data_named(name: str, validation: float | None) -> Data:
     stem, csv, column = name.rpartition(".csv:")
     path = Path(f"{stem}.csv" if csv else name)
     files = [path, *path.glob("*")] if path.exists() else []
-    return _loaded(str(path), column if csv else None, validation, tuple((str(file.absolute()), file.stat().st_mtime_ns) for file in files))
+    return _loaded(
+        str(path),
+        column if csv else None,
+        validation,
+        tuple((str(file.absolute()), file.stat().st_mtime_ns) for file in files),
+    )
 
 
 @lru_cache(maxsize=2)
-def _loaded(name: str, column: str | None, validation: float | None, files: tuple[tuple[str, int], ...]) -> Data:
+def _loaded(
+    name: str, column: str | None, validation: float | None, files: tuple[tuple[str, int], ...]
+) -> Data:
     data = load(name, column)
     return data if validation is None else validation_data(data, validation)

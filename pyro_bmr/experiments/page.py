@@ -1,4 +1,5 @@
-"""report.html: one file with its table, pictures, style and script inside it; nothing is fetched, and without JavaScript all of it can be read.
+"""report.html: one file with its table, pictures, style and script inside it; nothing is fetched,
+and without JavaScript all of it can be read.
 
 Owns `page` and `Section`. Next: `report.py`.
 """
@@ -93,12 +94,23 @@ class Section:
 
 
 def page(
-    title: str, state: str, texts: pd.DataFrame, mean: pd.DataFrame, sections: Sequence[Section], failures: Mapping[str, str], notes: Mapping[str, str]
+    title: str,
+    state: str,
+    texts: pd.DataFrame,
+    mean: pd.DataFrame,
+    sections: Sequence[Section],
+    failures: Mapping[str, str],
+    notes: Mapping[str, str],
 ) -> str:
-    """The page: a table of `texts`, sorted by the numbers of `mean` in the same places, then pictures, failures and notes."""
+    """The page: a table of `texts`, sorted by the numbers of `mean` in the same places, then
+    pictures, failures and notes.
+    """
     parts = [
         "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>',
+        (
+            '<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+            f' content="width=device-width"><title>{escape(title)}</title>'
+        ),
         f"<style>{_STYLE}</style></head><body>",
         f'<h1>{escape(title)}</h1><p class="state">{escape(state)}</p>',
         '<div class="controls"></div>',
@@ -109,11 +121,19 @@ def page(
         for caption, png in section.pictures:
             source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
             width = int.from_bytes(png[16:20], "big") * 96 // DPI  # all letters in one size
-            parts.append(f'<figure><img alt="{escape(caption)}" width="{width}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>')
+            parts.append(
+                f'<figure><img alt="{escape(caption)}" width="{width}"'
+                f' src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
+            )
     if failures:
-        lines = "".join(f"<li><code>{escape(name)}</code>: {escape(line)}</li>" for name, line in failures.items())
+        lines = "".join(
+            f"<li><code>{escape(name)}</code>: {escape(line)}</li>"
+            for name, line in failures.items()
+        )
         parts.append(f'<h2>Failed</h2><ul class="failed">{lines}</ul>')
-    parts += [f"<h2>{escape(name)}</h2><pre>{escape(text.strip())}</pre>" for name, text in notes.items()]
+    parts += [
+        f"<h2>{escape(name)}</h2><pre>{escape(text.strip())}</pre>" for name, text in notes.items()
+    ]
     return "\n".join([*parts, f"<script>{_SCRIPT}</script></body></html>", ""])
 
 
@@ -125,7 +145,16 @@ def _table(texts: pd.DataFrame, mean: pd.DataFrame) -> str:
         value = float(str(mean.iat[row, column]))
         return f'<td data-value="{"" if math.isnan(value) else repr(value)}">{text}</td>'
 
-    head = "".join(f'<th class="text">{escape(name)}</th>' if name in _TEXT else f"<th>{escape(name)}</th>" for name in map(str, texts.columns))
-    rows = ("".join(cell(row, column, str(name)) for column, name in enumerate(texts.columns)) for row in range(len(texts)))
+    head = "".join(
+        f'<th class="text">{escape(name)}</th>' if name in _TEXT else f"<th>{escape(name)}</th>"
+        for name in map(str, texts.columns)
+    )
+    rows = (
+        "".join(cell(row, column, str(name)) for column, name in enumerate(texts.columns))
+        for row in range(len(texts))
+    )
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="wide"><table id="results"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    return (
+        '<div class="wide"><table'
+        f' id="results"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    )

@@ -1,7 +1,8 @@
-"""The pictures of a study, one set per model and data set: fronts of size and quality, calibration, learning curves, layers, first weights, cost.
+"""The pictures of a study, one set per model and data set: fronts of size and quality, calibration,
+learning curves, layers, first weights, cost.
 
-Owns `draw` and `Picture`. A method has one colour in all of them. Where a method has several target fractions and one has to be chosen, it is the
-smallest that is finished. Next: `page.py`.
+Owns `draw` and `Picture`. A method has one colour in all of them. Where a method has several target
+fractions and one has to be chosen, it is the smallest that is finished. Next: `page.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ if TYPE_CHECKING:  # imported where something is drawn
 
 KEYS = ("model", "data", "method", "option_kept")
 _MARKERS = "osD^vP*X<>"
-_NAMES = {"nll": "NLL (nats per row)", "ece": "ECE (15 bins of equal width)", "rmse": "RMSE", "accuracy": "accuracy"}
+_NAMES = {
+    "nll": "NLL (nats per row)",
+    "ece": "ECE (15 bins of equal width)",
+    "rmse": "RMSE",
+    "accuracy": "accuracy",
+}
 _BETTER = {"accuracy": "higher is better"}
 _UNITS = 12  # first-layer units that are shown
 
@@ -42,23 +48,60 @@ class Picture:
     place: tuple[str, str]
 
 
-def draw(table: pd.DataFrame, mean: pd.DataFrame, spread: pd.DataFrame, folder: Path) -> list[Picture]:
-    """Draws all pictures of the finished cells in `table` into the folder; `mean` and `spread` over their seeds."""
+def draw(
+    table: pd.DataFrame, mean: pd.DataFrame, spread: pd.DataFrame, folder: Path
+) -> list[Picture]:
+    """Draws all pictures of the finished cells in `table` into the folder; `mean` and `spread` over
+    their seeds.
+    """
     pictures = []
-    for k, place in enumerate(mean[["model", "data"]].drop_duplicates().itertuples(index=False, name=None)):
-        here, mean_here, spread_here = (part[(part["model"] == place[0]) & (part["data"] == place[1])] for part in (table, mean, spread))
+    for k, place in enumerate(
+        mean[["model", "data"]].drop_duplicates().itertuples(index=False, name=None)
+    ):
+        here, mean_here, spread_here = (
+            part[(part["model"] == place[0]) & (part["data"] == place[1])]
+            for part in (table, mean, spread)
+        )
         looks = {method: _look(n) for n, method in enumerate(dict.fromkeys(mean_here["method"]))}
         chosen = _sparsest(here, mean_here)
-        first = {method: folder / "cells" / str(rows["cell"].iloc[0]) for method, rows in chosen.items()}
+        first = {
+            method: folder / "cells" / str(rows["cell"].iloc[0]) for method, rows in chosen.items()
+        }
         size = "each method at its smallest size"
-        calibration = {method: read_cell(path / "report.json").get("calibration") for method, path in first.items()}
+        calibration = {
+            method: read_cell(path / "report.json").get("calibration")
+            for method, path in first.items()
+        }
         drawn = [
-            ("fronts", "Size against quality: mean over seeds, band or bar of one standard deviation", _fronts(mean_here, spread_here, looks)),
-            ("reliability", f"Calibration on the scored rows, {size}, first seed", _reliability(calibration, looks)),
+            (
+                "fronts",
+                "Size against quality: mean over seeds, band or bar of one standard deviation",
+                _fronts(mean_here, spread_here, looks),
+            ),
+            (
+                "reliability",
+                f"Calibration on the scored rows, {size}, first seed",
+                _reliability(calibration, looks),
+            ),
             ("learning", f"Epoch by epoch, {size}, first seed", _learning(first, looks)),
-            ("layers", f"What is kept of the weights of each layer, {size}, mean over seeds", _layers(chosen, folder, looks)),
-            ("weights", f"The {_UNITS} units of the first layer with the largest norm, {size}, first seed; blank is zero", _first_weights(first)),
-            ("cost", "Seconds of training on one core, mean over seeds and sizes", _cost(here, looks)),
+            (
+                "layers",
+                f"What is kept of the weights of each layer, {size}, mean over seeds",
+                _layers(chosen, folder, looks),
+            ),
+            (
+                "weights",
+                (
+                    f"The {_UNITS} units of the first layer with the largest norm, {size}, first"
+                    " seed; blank is zero"
+                ),
+                _first_weights(first),
+            ),
+            (
+                "cost",
+                "Seconds of training on one core, mean over seeds and sizes",
+                _cost(here, looks),
+            ),
         ]
         for name, caption, figure in drawn:
             if figure is not None:
@@ -69,7 +112,12 @@ def draw(table: pd.DataFrame, mean: pd.DataFrame, spread: pd.DataFrame, folder: 
 
 
 def _look(k: int) -> dict[str, Any]:
-    return {"color": f"C{k % 10}", "marker": _MARKERS[k % len(_MARKERS)], "linestyle": ("-", "--", ":")[k // 10 % 3], "markersize": 4}
+    return {
+        "color": f"C{k % 10}",
+        "marker": _MARKERS[k % len(_MARKERS)],
+        "linestyle": ("-", "--", ":")[k // 10 % 3],
+        "markersize": 4,
+    }
 
 
 def _sparsest(table: pd.DataFrame, mean: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -80,7 +128,13 @@ def _sparsest(table: pd.DataFrame, mean: pd.DataFrame) -> dict[str, pd.DataFrame
     found = {}
     for method, rows in mean.groupby("method", sort=False):
         key = rows.sort_values("kept").iloc[0][keys]
-        same = pd.concat([(table[name] == key[name]) | (table[name].isna() & pd.isna(key[name])) for name in keys], axis=1).all(axis=1)
+        same = pd.concat(
+            [
+                (table[name] == key[name]) | (table[name].isna() & pd.isna(key[name]))
+                for name in keys
+            ],
+            axis=1,
+        ).all(axis=1)
         found[str(method)] = table[same]
     return found
 
@@ -88,13 +142,22 @@ def _sparsest(table: pd.DataFrame, mean: pd.DataFrame) -> dict[str, pd.DataFrame
 def _legend(figure: Figure, axes: Axes) -> None:
     """One legend below all panels."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=8, frameon=False)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(len(labels), 4),
+        fontsize=8,
+        frameon=False,
+    )
 
 
 def _panels(columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained"
+    )
     for axes in panels[0]:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -116,8 +179,14 @@ def _in_percent(axes: Axes, which: Literal["x", "y"], label: str) -> None:
     axes.set(**{f"{which}lim": (low, high), f"{which}label": label})
 
 
-def _fronts(mean: pd.DataFrame, spread: pd.DataFrame, looks: Mapping[str, dict[str, Any]]) -> Figure:
-    measures = [name for name in ("accuracy", "rmse", "nll", "ece") if name in mean and mean[name].notna().any()]
+def _fronts(
+    mean: pd.DataFrame, spread: pd.DataFrame, looks: Mapping[str, dict[str, Any]]
+) -> Figure:
+    measures = [
+        name
+        for name in ("accuracy", "rmse", "nll", "ece")
+        if name in mean and mean[name].notna().any()
+    ]
     figure, panels = _panels(len(measures))
     for axes, measure in zip(panels, measures, strict=True):
         for method, rows in mean.groupby("method", sort=False):
@@ -126,9 +195,18 @@ def _fronts(mean: pd.DataFrame, spread: pd.DataFrame, looks: Mapping[str, dict[s
             look = looks[str(method)]
             if len(rows) > 1:
                 axes.plot(rows["kept"], rows[measure], label=method, **look)
-                axes.fill_between(rows["kept"], rows[measure] - band, rows[measure] + band, color=look["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(
+                    rows["kept"],
+                    rows[measure] - band,
+                    rows[measure] + band,
+                    color=look["color"],
+                    alpha=0.15,
+                    linewidth=0,
+                )
             else:
-                axes.errorbar(rows["kept"], rows[measure], yerr=band, capsize=3, label=method, **look)
+                axes.errorbar(
+                    rows["kept"], rows[measure], yerr=band, capsize=3, label=method, **look
+                )
         axes.set_ylabel(_NAMES[measure])
         axes.set_title(_BETTER.get(measure, "lower is better"), fontsize=8, color="0.4")
         _in_percent(axes, "x", "parameters kept")
@@ -137,8 +215,12 @@ def _fronts(mean: pd.DataFrame, spread: pd.DataFrame, looks: Mapping[str, dict[s
 
 
 def _reliability(tables: Mapping[str, Any], looks: Mapping[str, dict[str, Any]]) -> Figure | None:
-    """Accuracy less confidence: the diagonal of a reliability diagram takes all its room, and says nothing."""
-    found = {method: np.asarray(rows, dtype=float) for method, rows in tables.items() if rows is not None}
+    """Accuracy less confidence: the diagonal of a reliability diagram takes all its room, and says
+    nothing.
+    """
+    found = {
+        method: np.asarray(rows, dtype=float) for method, rows in tables.items() if rows is not None
+    }
     if not found:
         return None
     figure, (diagram, gap) = _panels(2)
@@ -165,14 +247,23 @@ def _learning(folders: Mapping[str, Path], looks: Mapping[str, dict[str, Any]]) 
         "elbo": "ELBO (nats)",
         "kept": "weights kept",
     }
-    columns = [name for name in wanted if any(name in history and history[name].notna().any() for history in histories.values())]
+    columns = [
+        name
+        for name in wanted
+        if any(name in history and history[name].notna().any() for history in histories.values())
+    ]
     if not columns:
         return None
     figure, panels = _panels(len(columns))
     for axes, column in zip(panels, columns, strict=True):
         for method, history in histories.items():
             if column in history and "epoch" in history:
-                axes.plot(history["epoch"], history[column], label=method, **{**looks[method], "marker": None})
+                axes.plot(
+                    history["epoch"],
+                    history[column],
+                    label=method,
+                    **{**looks[method], "marker": None},
+                )
             else:
                 axes.plot([], [], label=method, **{**looks[method], "marker": None})
         axes.set(xlabel="epoch", ylabel=wanted[column])
@@ -180,21 +271,29 @@ def _learning(folders: Mapping[str, Path], looks: Mapping[str, dict[str, Any]]) 
         if column == "kept":
             _in_percent(axes, "y", wanted[column])
         elif column != "validation_nll":
-            finite = pd.concat([history[column] for history in histories.values() if column in history]).dropna()
+            finite = pd.concat(
+                [history[column] for history in histories.values() if column in history]
+            ).dropna()
             if len(finite) > 4:  # the first epochs would hide all others
-                axes.set_ylim(bottom=float(finite.quantile(0.1)) - 0.02 * abs(float(finite.quantile(0.1))))
+                axes.set_ylim(
+                    bottom=float(finite.quantile(0.1)) - 0.02 * abs(float(finite.quantile(0.1)))
+                )
     _legend(figure, panels[0])
     return figure
 
 
-def _layers(chosen: Mapping[str, pd.DataFrame], folder: Path, looks: Mapping[str, dict[str, Any]]) -> Figure | None:
+def _layers(
+    chosen: Mapping[str, pd.DataFrame], folder: Path, looks: Mapping[str, dict[str, Any]]
+) -> Figure | None:
     fractions: dict[str, dict[str, list[float]]] = {}
     for method, rows in chosen.items():
         for cell in rows["cell"]:
             tensors = read_cell(folder / "cells" / cell / "report.json").get("tensors", {})
             for layer, about in tensors.items():
                 if len(about["shape"]) > 1:
-                    fractions.setdefault(method, {}).setdefault(layer, []).append(about["nonzero"] / max(math.prod(about["shape"]), 1))
+                    fractions.setdefault(method, {}).setdefault(layer, []).append(
+                        about["nonzero"] / max(math.prod(about["shape"]), 1)
+                    )
     layers = list(dict.fromkeys(layer for found in fractions.values() for layer in found))
     if not layers:
         return None
@@ -222,17 +321,29 @@ def _layers(chosen: Mapping[str, pd.DataFrame], folder: Path, looks: Mapping[str
 def _first_weights(folders: Mapping[str, Path]) -> Figure | None:
     import matplotlib.pyplot as plt
 
-    images = {method: found for method, folder in folders.items() if (found := _first_layer(folder)) is not None}
+    images = {
+        method: found
+        for method, folder in folders.items()
+        if (found := _first_layer(folder)) is not None
+    }
     if not images:
         return None
-    figure, panels = plt.subplots(len(images), _UNITS, figsize=(0.75 * _UNITS + 2.2, 0.85 * len(images)), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        len(images),
+        _UNITS,
+        figsize=(0.75 * _UNITS + 2.2, 0.85 * len(images)),
+        squeeze=False,
+        layout="constrained",
+    )
     for row, (method, units) in zip(panels, images.items(), strict=True):
         limit = max(float(np.abs(units).max()), 1e-12)
         for k, axes in enumerate(row):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(color="0.8", linewidth=0.5)
             if k < len(units):
-                axes.imshow(units[k], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+                axes.imshow(
+                    units[k], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+                )
             else:
                 axes.set_visible(False)
         row[0].set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
@@ -240,14 +351,22 @@ def _first_weights(folders: Mapping[str, Path]) -> Figure | None:
 
 
 def _first_layer(folder: Path) -> np.ndarray | None:
-    """(units, height, width) of the units with the largest norm, if the first layer reads images: kernels, or dense rows in the shape of the input."""
+    """(units, height, width) of the units with the largest norm, if the first layer reads images:
+    kernels, or dense rows in the shape of the input.
+    """
     report = read_cell(folder / "report.json")
     shape = report.get("input_shape", [])
-    name = next((name for name, about in report.get("tensors", {}).items() if len(about["shape"]) > 1), None)
+    name = next(
+        (name for name, about in report.get("tensors", {}).items() if len(about["shape"]) > 1), None
+    )
     if len(shape) != 3 or name is None:
         return None
     path = folder / "model.safetensors"
-    with reading(f"'{path}' is not what a study writes", PyroBMRError, "remove the folder to run the cell again"):
+    with reading(
+        f"'{path}' is not what a study writes",
+        PyroBMRError,
+        "remove the folder to run the cell again",
+    ):
         weight = load_file(path)[name].float()
     if weight.ndim == 2 and weight.shape[1] == math.prod(shape):
         weight = weight.reshape(-1, *shape)
@@ -261,9 +380,21 @@ def _cost(table: pd.DataFrame, looks: Mapping[str, dict[str, Any]]) -> Figure:
     groups = table.groupby("method", sort=False)["seconds"]
     mean, spread = groups.mean(), groups.std().fillna(0.0)
     figure, (axes,) = _panels(1, 6.5, 0.35 * len(mean) + 1.0)
-    axes.barh(mean.index, mean, xerr=spread, color=[looks[str(method)]["color"] for method in mean.index], error_kw={"elinewidth": 0.8})
+    axes.barh(
+        mean.index,
+        mean,
+        xerr=spread,
+        color=[looks[str(method)]["color"] for method in mean.index],
+        error_kw={"elinewidth": 0.8},
+    )
     for place, seconds in enumerate(mean):
-        axes.text(seconds + float(spread.iloc[place]), place, f"  {seconds:.3g} s", va="center", fontsize=8)
+        axes.text(
+            seconds + float(spread.iloc[place]),
+            place,
+            f"  {seconds:.3g} s",
+            va="center",
+            fontsize=8,
+        )
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.15)

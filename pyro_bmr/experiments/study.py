@@ -1,6 +1,8 @@
-"""`study`: runs what is not finished of a declared grid, in parallel, and writes the report. The only file that starts processes.
+"""`study`: runs what is not finished of a declared grid, in parallel, and writes the report. The
+only file that starts processes.
 
-joblib carries cells, which are plain values, between the processes of this user; no file is unpickled. Next: `runs.py`.
+joblib carries cells, which are plain values, between the processes of this user; no file is
+unpickled. Next: `runs.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What is there after a run: `table`, one row per finished cell; `failures`, cell → its error in one line; `folder`."""
+    """What is there after a run: `table`, one row per finished cell; `failures`, cell → its error
+    in one line; `folder`.
+    """
 
     table: pd.DataFrame
     failures: Mapping[str, str]
@@ -45,42 +49,64 @@ def study(
     validation: float | None = None,
     progress: bool = True,
 ) -> StudyResults:
-    """Runs the cells of a declared study that are not finished, and writes results.csv, report.md, report.html and pictures to `out`.
+    """Runs the cells of a declared study that are not finished, and writes results.csv, report.md,
+    report.html and pictures to `out`.
 
-    A cell is a model, a data set, a method with its options, and a seed. It is trained with one thread in a process of its own and kept in
-    ``out/cells``; a finished one is not run again, one that failed is. Cells do not depend on each other nor on `jobs`: the same numbers come out.
+    A cell is a model, a data set, a method with its options, and a seed. It is trained with one
+    thread in a process of its own and kept in ``out/cells``; a finished one is not run again, one
+    that failed is. Cells do not depend on each other nor on `jobs`: the same numbers come out.
 
     Args:
-        declaration: a TOML file or a mapping of its shape (docs/studies.md), or what `declare` made of one.
-        jobs: processes; None for those of an enclosing `joblib.parallel_config`, whose backend (Dask, Ray, …) is used, or else one.
+        declaration: a TOML file or a mapping of its shape (docs/studies.md), or what `declare` made
+            of one.
+        jobs: processes; None for those of an enclosing `joblib.parallel_config`, whose backend
+            (Dask, Ray, …) is used, or else one.
         only: names of methods; others are not run, but what is finished of them is reported.
-        seeds, validation: in the place of those of the declaration; `validation` scores that fraction of the training rows instead of the test rows.
+        seeds, validation: in the place of those of the declaration; `validation` scores that
+            fraction of the training rows instead of the test rows.
 
     Raises:
-        PyroBMRError: something in the declaration is wrong, with file and key, and nothing was run; or `out` cannot be written, or is in
-            use by another process.
+        PyroBMRError: something in the declaration is wrong, with file and key, and nothing was run;
+            or `out` cannot be written, or is in use by another process.
 
     Example:
         >>> found = study("fashion_mnist.toml", "results/fashion-mnist", jobs=2)
     """
     if jobs is not None and (type(jobs) is not int or jobs == 0):
-        raise ModelError(f"jobs={described(jobs)}: a number of processes is wanted, -1 for one per core, or None")
+        raise ModelError(
+            f"jobs={described(jobs)}: a number of processes is wanted, -1 for one per core, or None"
+        )
     if isinstance(declaration, Study) and (seeds, validation) != (None, None):
-        raise ModelError("seeds and validation are those of the declared study; give them to declare")
-    declared = declaration if isinstance(declaration, Study) else declare(declaration, seeds=seeds, validation=validation)
+        raise ModelError(
+            "seeds and validation are those of the declared study; give them to declare"
+        )
+    declared = (
+        declaration
+        if isinstance(declaration, Study)
+        else declare(declaration, seeds=seeds, validation=validation)
+    )
     folder, wanted = Path(out), chosen(declared, only)
     if (folder / "settings.json").exists():
-        raise PyroBMRError(f"'{folder}' holds a run or a comparison; choose another folder for the study")
+        raise PyroBMRError(
+            f"'{folder}' holds a run or a comparison; choose another folder for the study"
+        )
     with locked(folder):
         make_folder(folder / "cells")
-        write_atomically(folder / f"study{declared.suffix}", lambda path: path.write_text(declared.text, encoding="utf-8"))
+        write_atomically(
+            folder / f"study{declared.suffix}",
+            lambda path: path.write_text(declared.text, encoding="utf-8"),
+        )
         todo = [cell for cell in wanted if finished_row(folder / "cells" / cell.slug) is None]
         try:
             _run(declared.name, todo, folder / "cells", jobs, progress)
         finally:
             table = results(declared, folder)
             write_report(declared, folder, table)
-    failures = {cell.slug: line for cell in wanted if (line := failure(folder / "cells" / cell.slug)) is not None}
+    failures = {
+        cell.slug: line
+        for cell in wanted
+        if (line := failure(folder / "cells" / cell.slug)) is not None
+    }
     return StudyResults(table, failures, folder)
 
 
@@ -88,7 +114,8 @@ def _run(name: str, todo: list[Cell], cells: Path, jobs: int | None, progress: b
     from joblib import Parallel, delayed
     from joblib.parallel import get_active_backend
 
-    lazy = getattr(get_active_backend()[0], "supports_return_generator", False)  # with others the bar moves at the end
+    # with others the bar moves at the end
+    lazy = getattr(get_active_backend()[0], "supports_return_generator", False)
     parallel = Parallel(n_jobs=jobs, return_as="generator_unordered" if lazy else "list")
     failed = 0
     with tqdm(total=len(todo), disable=not progress, unit="cell", desc=name) as bar:
@@ -98,11 +125,16 @@ def _run(name: str, todo: list[Cell], cells: Path, jobs: int | None, progress: b
                 bar.set_postfix_str(f"{failed} failed", refresh=False)
                 bar.update()
         except BrokenExecutor:
-            raise PyroBMRError("a process of the study was killed, perhaps for want of memory; run it again, with fewer --jobs") from None
+            raise PyroBMRError(
+                "a process of the study was killed, perhaps for want of memory; run it again, with"
+                " fewer --jobs"
+            ) from None
 
 
 def _succeeds(cell: Cell, cells: Path) -> bool:
-    tqdm.set_lock(RLock())  # the bars of a cell go to its log; the lock of all processes is a semaphore, which one that is stopped leaves behind
+    # the bars of a cell go to its log; the lock of all processes is a semaphore, which one that is
+    # stopped leaves behind
+    tqdm.set_lock(RLock())
     run_cell(cell, cells)
     return failure(cells / cell.slug) is None
 
@@ -115,14 +147,20 @@ def chosen(declared: Study, only: Collection[str]) -> list[Cell]:
     """
     names = list(dict.fromkeys(cell.name for cell in declared.cells))
     if unknown := [name for name in only if name not in names]:
-        raise ModelError(f"only '{unknown[0]}': no such method in the study; its methods are: {', '.join(names)}")
+        raise ModelError(
+            f"only '{unknown[0]}': no such method in the study; its methods are: {', '.join(names)}"
+        )
     return [cell for cell in declared.cells if not only or cell.name in only]
 
 
-def cells_left(declared: Study, out: str | Path, *, only: Collection[str] = (), jobs: int = 1) -> tuple[pd.DataFrame, float]:
-    """Each cell with its state (finished, failed or open) and seconds (estimated while not finished), and the seconds that `jobs` processes still need.
+def cells_left(
+    declared: Study, out: str | Path, *, only: Collection[str] = (), jobs: int = 1
+) -> tuple[pd.DataFrame, float]:
+    """Each cell with its state (finished, failed or open) and seconds (estimated while not
+    finished), and the seconds that `jobs` processes still need.
 
-    Estimates are means over the finished cells of the same model, data and method; without any, of the same model and data; else NaN.
+    Estimates are means over the finished cells of the same model, data and method; without any, of
+    the same model and data; else NaN.
 
     Raises:
         PyroBMRError: as `study`.
@@ -135,12 +173,23 @@ def cells_left(declared: Study, out: str | Path, *, only: Collection[str] = (), 
         row = finished_row(folder)
         state = "finished" if row else "open" if failure(folder) is None else "failed"
         seconds = row["seconds"] if row else math.nan
-        rows.append({"model": cell.model, "data": cell.data, "method": cell.label, "cell": cell.slug, "state": state, "seconds": seconds})
+        rows.append(
+            {
+                "model": cell.model,
+                "data": cell.data,
+                "method": cell.label,
+                "cell": cell.slug,
+                "state": state,
+                "seconds": seconds,
+            }
+        )
     table = pd.DataFrame(rows)
     finished = table[table["state"] == "finished"]
     for keys in (["model", "data", "method"], ["model", "data"]):
         typical = finished.groupby(keys)["seconds"].mean().rename("typical").reset_index()
-        table["seconds"] = table["seconds"].fillna(table.merge(typical, how="left", on=keys)["typical"])
+        table["seconds"] = table["seconds"].fillna(
+            table.merge(typical, how="left", on=keys)["typical"]
+        )
     left = table.loc[table["state"] != "finished", "seconds"]
     processes = (os.cpu_count() or 1) if jobs < 0 else max(jobs, 1)
     return table[["cell", "method", "state", "seconds"]], float(left.sum(skipna=False)) / processes

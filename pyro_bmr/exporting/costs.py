@@ -17,20 +17,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def parameters(net: nn.Module) -> dict[str, int]:
-    """How many numbers the network has, and how many of them are not zero; buffers of norm layers are not counted."""
+    """How many numbers the network has, and how many of them are not zero; buffers of norm layers
+    are not counted.
+    """
     numbers = list(net.parameters())
-    return {"parameters": sum(p.numel() for p in numbers), "nonzero": sum(int(p.count_nonzero()) for p in numbers)}
+    return {
+        "parameters": sum(p.numel() for p in numbers),
+        "nonzero": sum(int(p.count_nonzero()) for p in numbers),
+    }
 
 
 @torch.no_grad()
 def flops(net: nn.Module, example: Tensor) -> int:
-    """Floating-point operations for one row of `example`: matrix products, those of attention too, and convolutions.
+    """Floating-point operations for one row of `example`: matrix products, those of attention too,
+    and convolutions.
 
     A multiplication and an addition are counted as two.
     """
-    constants = {name: t.detach() for name, t in (*net.named_parameters(), *net.named_buffers())}  # the counter follows gradients, there are none here
+    # the counter follows gradients, there are none here
+    constants = {name: t.detach() for name, t in (*net.named_parameters(), *net.named_buffers())}
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # attention in one step, on a CPU, is nothing that the counter knows
+    # attention in one step, on a CPU, is nothing that the counter knows
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             torch.func.functional_call(net, constants, (example[:1].clone(),))
@@ -40,8 +48,12 @@ def flops(net: nn.Module, example: Tensor) -> int:
 
 
 @torch.no_grad()
-def latency(run: Callable[[Tensor], Any], example: Tensor, batch: int, seconds: float = 0.3) -> float:
-    """The median time of one call on `batch` rows, in milliseconds, on one thread; measured for about `seconds`, at least five calls."""
+def latency(
+    run: Callable[[Tensor], Any], example: Tensor, batch: int, seconds: float = 0.3
+) -> float:
+    """The median time of one call on `batch` rows, in milliseconds, on one thread; measured for
+    about `seconds`, at least five calls.
+    """
     x = example[torch.arange(batch) % len(example)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

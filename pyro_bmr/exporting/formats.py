@@ -1,4 +1,5 @@
-"""The files of an exported network, one function per format; each is read back by the loader of that name in the generated `network.py`.
+"""The files of an exported network, one function per format; each is read back by the loader of
+that name in the generated `network.py`.
 
 Owns `FORMATS`. Next: `deployment.py`.
 """
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError
 
-SPARSE_FROM = 0.97  # fraction of zeros; compressed rows are slower than dense ones below it on a CPU
+# fraction of zeros; compressed rows are slower than dense ones below it on a CPU
+SPARSE_FROM = 0.97
 
 
 @dataclass(frozen=True)
 class Format:
-    """`file`: its name. `loader`: the function of `network.py` that reads it. `write`: (network, example of two rows or more, path) → None."""
+    """`file`: its name. `loader`: the function of `network.py` that reads it. `write`: (network,
+    example of two rows or more, path) → None.
+    """
 
     file: str
     loader: str
@@ -31,7 +35,9 @@ class Format:
 
 
 def _state_dict(net: nn.Module, example: Tensor, path: Path) -> None:
-    made = io.BytesIO()  # torch's own writing to a file that is too large for its disk is a RuntimeError, or ends the process
+    # torch's own writing to a file that is too large for its disk is a RuntimeError, or ends the
+    # process
+    made = io.BytesIO()
     torch.save({name: t.detach().cpu() for name, t in net.state_dict().items()}, made)
     path.write_bytes(made.getbuffer())
 
@@ -41,28 +47,44 @@ def _safetensors(net: nn.Module, example: Tensor, path: Path) -> None:
 
 
 def _half(net: nn.Module, example: Tensor, path: Path) -> None:
-    save_tensors({name: t.half() if t.is_floating_point() else t for name, t in net.state_dict().items()}, path)
+    save_tensors(
+        {name: t.half() if t.is_floating_point() else t for name, t in net.state_dict().items()},
+        path,
+    )
 
 
 def _program(net: nn.Module, example: Tensor, path: Path) -> None:
     made = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
-        torch.export.save(torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), made)  # type: ignore[arg-type]
+        torch.export.save(
+            torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), made
+        )  # type: ignore[arg-type]
     path.write_bytes(made.getbuffer())
 
 
 def _onnx(net: nn.Module, example: Tensor, path: Path) -> None:
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        import onnx
+        import onnxruntime
+        import onnxscript
     except ImportError as error:
-        raise ModelError(f"format 'onnx' needs the package {error.name}; install it with: pip install 'pyro_bmr[onnx]'") from None
+        raise ModelError(
+            f"format 'onnx' needs the package {error.name}; install it with: pip install"
+            " 'pyro_bmr[onnx]'"
+        ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shapes = ({0: torch.export.Dim.DYNAMIC},)
-        torch.onnx.export(net, (example,), path, dynamo=True, verbose=False, dynamic_shapes=shapes, external_data=False)  # type: ignore[arg-type]
+        torch.onnx.export(
+            net,
+            (example,),
+            path,
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=shapes,
+            external_data=False,
+        )  # type: ignore[arg-type]
 
 
 def _prune(net: nn.Module, example: Tensor, path: Path) -> None:
@@ -79,36 +101,58 @@ def _prune(net: nn.Module, example: Tensor, path: Path) -> None:
 
 def _csr(net: nn.Module, example: Tensor, path: Path) -> None:
     tensors = dict(net.state_dict())
-    zeros = {name: float((layer.weight == 0).double().mean()) for name, layer in net.named_modules() if isinstance(layer, nn.Linear) and layer.weight.numel()}
+    zeros = {
+        name: float((layer.weight == 0).double().mean())
+        for name, layer in net.named_modules()
+        if isinstance(layer, nn.Linear) and layer.weight.numel()
+    }
     sparse = [name for name, share in zeros.items() if share >= SPARSE_FROM]
     if not sparse:
         most = max(zeros.values(), default=0.0)
-        raise ModelError(f"format 'csr' pays from {SPARSE_FROM:.0%} zeros in a Linear layer; the sparsest has {most:.1%}. Use 'safetensors', shrunk")
+        raise ModelError(
+            f"format 'csr' pays from {SPARSE_FROM:.0%} zeros in a Linear layer; the sparsest has"
+            f" {most:.1%}. Use 'safetensors', shrunk"
+        )
     for name in sparse:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls its compressed rows beta
             rows = tensors.pop(f"{name}.weight").to_sparse_csr()
-        tensors |= {f"{name}.crow": rows.crow_indices().int(), f"{name}.col": rows.col_indices().int(), f"{name}.values": rows.values()}
+        tensors |= {
+            f"{name}.crow": rows.crow_indices().int(),
+            f"{name}.col": rows.col_indices().int(),
+            f"{name}.values": rows.values(),
+        }
     save_tensors(tensors, path)
 
 
 def _semi_structured(net: nn.Module, example: Tensor, path: Path) -> None:
     if not example.is_cuda or torch.cuda.get_device_capability(example.device) < (8, 0):
         raise ModelError(
-            f"format '2:4' needs a CUDA device of compute capability 8.0 or more, the network is on '{example.device}'; use 'safetensors' or 'half'"
+            "format '2:4' needs a CUDA device of compute capability 8.0 or more, the network is on"
+            f" '{example.device}'; use 'safetensors' or 'half'"
         )
     tensors = dict(net.state_dict())
     found = False
     for name, layer in net.named_modules():
-        if isinstance(layer, nn.Linear) and layer.in_features % 64 == 0 and layer.out_features % 32 == 0:
+        if (
+            isinstance(layer, nn.Linear)
+            and layer.in_features % 64 == 0
+            and layer.out_features % 32 == 0
+        ):
             weight = layer.weight.detach().half()
             if bool((weight.view(-1, 4).count_nonzero(1) <= 2).all()):
                 packed = torch.sparse.to_sparse_semi_structured(weight)
                 del tensors[f"{name}.weight"]
-                tensors |= {f"{name}.weight.packed": packed.packed, f"{name}.weight.meta": packed.meta}
+                tensors |= {
+                    f"{name}.weight.packed": packed.packed,
+                    f"{name}.weight.meta": packed.meta,
+                }
                 found = True
     if not found:
-        raise ModelError("format '2:4': no Linear layer has at most two of every four weights and sides that are multiples of 32 and 64")
+        raise ModelError(
+            "format '2:4': no Linear layer has at most two of every four weights and sides that are"
+            " multiples of 32 and 64"
+        )
     save_tensors(tensors, path)
 
 

@@ -1,6 +1,8 @@
-"""A network as a readable Python file that needs torch alone: its layers, its forward, and a loader for each format.
+"""A network as a readable Python file that needs torch alone: its layers, its forward, and a loader
+for each format.
 
-Owns `network_source` and `loaders_source`. The files that it loads are written in `formats.py`, which is next.
+Owns `network_source` and `loaders_source`. The files that it loads are written in `formats.py`,
+which is next.
 """
 
 from __future__ import annotations
@@ -161,11 +163,16 @@ _NO_CLASS = '''def Network():
     raise ValueError("the class of the network is not in this file; set network.Network to it, or use load_program() or read(file)")
 '''
 
-_IMPORTS = {"inf": "from math import inf", "nan": "from math import nan", "device": "from torch import device"}
+_IMPORTS = {
+    "inf": "from math import inf",
+    "nan": "from math import nan",
+    "device": "from torch import device",
+}
 
 
 def network_source(graph: fx.GraphModule, title: str, version: str) -> str:
-    """The text of a Python file with the class `Network`, whose state_dict has the keys of `graph`, and loaders of all formats.
+    """The text of a Python file with the class `Network`, whose state_dict has the keys of `graph`,
+    and loaders of all formats.
 
     Raises:
         ModelError: a layer, or an operation of the forward, cannot be written as a line of Python.
@@ -173,10 +180,16 @@ def network_source(graph: fx.GraphModule, title: str, version: str) -> str:
     parts = [n for n in graph.graph.nodes if n.op in ("call_module", "get_attr")]
     names = list(dict.fromkeys(str(n.target) for n in parts))
     lines = {name: _constructor(name, graph) for name in names}
-    chain = all(n.op == "placeholder" or (n.op in ("call_module", "output") and n.args == (n.prev,)) for n in graph.graph.nodes)
+    chain = all(
+        n.op == "placeholder" or (n.op in ("call_module", "output") and n.args == (n.prev,))
+        for n in graph.graph.nodes
+    )
     if chain and len(names) == len(parts) and not any("." in name for name in names):
         layers = "\n".join(f'            ("{name}", {line}),' for name, line in lines.items())
-        code = f"class Network(nn.Sequential):\n    def __init__(self):\n        super().__init__(OrderedDict([\n{layers}\n        ]))\n"
+        code = (
+            "class Network(nn.Sequential):\n    def __init__(self):\n       "
+            f" super().__init__(OrderedDict([\n{layers}\n        ]))\n"
+        )
         return _text(title, version, code)
     made, body = set[str](), []
     for name, line in lines.items():
@@ -187,33 +200,60 @@ def network_source(graph: fx.GraphModule, title: str, version: str) -> str:
                 body.append(_placed(inner, "nn.Module()"))
         body.append(_placed(name, line))
     forward, imports = _forward(graph)
-    code = "class Network(nn.Module):\n    def __init__(self):\n        super().__init__()\n" + "\n".join(body) + f"\n\n{forward}\n"
+    code = (
+        "class Network(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        + "\n".join(body)
+        + f"\n\n{forward}\n"
+    )
     return _text(title, version, code, imports)
 
 
 def loaders_source(reason: str, title: str, version: str) -> str:
-    """The text of a Python file with the loaders alone, for a network that cannot be written as Python, for this `reason`."""
+    """The text of a Python file with the loaders alone, for a network that cannot be written as
+    Python, for this `reason`.
+    """
     plain = reason.translate({ord(c): "'" for c in '"\\'})
     return _text(title, version, _NO_CLASS.replace("{reason}", plain))
 
 
 def _text(title: str, version: str, code: str, imports: Iterable[str] = ()) -> str:
-    head = _HEAD.format(title=title, version=version, imports="".join(f"\n{line}" for line in sorted(imports)))
+    head = _HEAD.format(
+        title=title, version=version, imports="".join(f"\n{line}" for line in sorted(imports))
+    )
     return head + code + "\n" + _LOADERS
 
 
 def _forward(graph: fx.GraphModule) -> tuple[str, list[str]]:
     """The forward of the graph as an indented method, and the imports that it needs."""
     forward = graph.graph.python_code("self")
-    used = {key: value for key, value in forward.globals.items() if key not in ("torch", "NoneType") and re.search(rf"\b{key}\b", forward.src)}
-    unknown = [key for key, value in used.items() if key not in _IMPORTS and value is not getattr(builtins, key, None)]
+    used = {
+        key: value
+        for key, value in forward.globals.items()
+        if key not in ("torch", "NoneType") and re.search(rf"\b{key}\b", forward.src)
+    }
+    unknown = [
+        key
+        for key, value in used.items()
+        if key not in _IMPORTS and value is not getattr(builtins, key, None)
+    ]
     if unknown:
         raise ModelError(f"the forward uses '{unknown[0]}', which is not torch's")
     text = re.sub(r";  ?[\w, ]+(= [\w]+ )*= None", "", forward.src)
-    text = re.sub(r"^def forward\(self, (\w+)[^)]*\)[^:]*:", r"def forward(self, \1):", text.strip(), flags=re.M)
+    text = re.sub(
+        r"^def forward\(self, (\w+)[^)]*\)[^:]*:",
+        r"def forward(self, \1):",
+        text.strip(),
+        flags=re.M,
+    )
     text = "\n".join(line.split("  #")[0].rstrip() for line in text.splitlines() if line.strip())
-    text = re.sub(r"torch\._C\._nn\.(\w+)|torch\.nn\.functional\.(\w+)", lambda m: f"nn.functional.{m[1] or m[2]}", text)
-    return "\n".join(f"    {line}" for line in text.splitlines()), [line for key, line in _IMPORTS.items() if key in used]
+    text = re.sub(
+        r"torch\._C\._nn\.(\w+)|torch\.nn\.functional\.(\w+)",
+        lambda m: f"nn.functional.{m[1] or m[2]}",
+        text,
+    )
+    return "\n".join(f"    {line}" for line in text.splitlines()), [
+        line for key, line in _IMPORTS.items() if key in used
+    ]
 
 
 def _placed(name: str, value: str) -> str:
@@ -235,8 +275,19 @@ def _constructor(name: str, graph: fx.GraphModule) -> str:
     part = getattr(graph.get_submodule(parent), last)
     if isinstance(part, torch.Tensor):
         empty = f"torch.empty({tuple(part.shape)}, dtype={part.dtype})"
-        return f"nn.Parameter({empty}{'' if part.requires_grad else ', requires_grad=False'})" if isinstance(part, nn.Parameter) else empty
-    line = re.sub(r"padding_mode=(\w+)", r'padding_mode="\1"', f"nn.{part!r}")  # torch prints it without quotes
-    if type(part).__module__.startswith("torch.nn") and "\n" not in line and hasattr(nn, type(part).__name__):
+        return (
+            f"nn.Parameter({empty}{'' if part.requires_grad else ', requires_grad=False'})"
+            if isinstance(part, nn.Parameter)
+            else empty
+        )
+    # torch prints it without quotes
+    line = re.sub(r"padding_mode=(\w+)", r'padding_mode="\1"', f"nn.{part!r}")
+    if (
+        type(part).__module__.startswith("torch.nn")
+        and "\n" not in line
+        and hasattr(nn, type(part).__name__)
+    ):
         return line
-    raise ModelError(f"layer '{name}' ({type(part).__name__}) cannot be written as a line of Python")
+    raise ModelError(
+        f"layer '{name}' ({type(part).__name__}) cannot be written as a line of Python"
+    )

@@ -1,4 +1,5 @@
-"""The file of a checkpoint: safetensors, with all that is no tensor as JSON in its header, and a SHA-256 of everything. Nothing is pickled or unpickled.
+"""The file of a checkpoint: safetensors, with all that is no tensor as JSON in its header, and a
+SHA-256 of everything. Nothing is pickled or unpickled.
 
 Owns `write` and `read`. Next: `processes.py`.
 """
@@ -48,7 +49,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
         texts = metadata["settings"], metadata["state"]
         if digest(tensors, *texts) != metadata["sha256"]:
             raise ValueError("its SHA-256 is not that of its contents")
@@ -63,16 +64,22 @@ def digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
     content = hashlib.sha256("\0".join(texts).encode())
     for name, tensor in sorted(tensors.items()):
         content.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        content.update(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
     return content.hexdigest()
 
 
 def _packed(value: Any, where: str, tensors: dict[str, Tensor], names: dict[Any, str]) -> Any:
-    """`value` as JSON, its tensors added to `tensors` under the path that leads to them, each once."""
+    """`value` as JSON, its tensors added to `tensors` under the path that leads to them, each
+    once.
+    """
     inner = partial(_packed, tensors=tensors, names=names)
     if isinstance(value, Tensor):
         plain = value.detach().cpu().contiguous()
-        key = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else where
+        key = (
+            (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else where
+        )
         if key not in names:
             names[key] = where
             storage = ("storage", plain.untyped_storage().data_ptr())
@@ -88,8 +95,15 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor], names: dict[Any,
     if isinstance(value, Mapping):
         if all(isinstance(k, str) and not k.startswith("__") for k in value):
             return {k: inner(v, f"{where}/{k}") for k, v in value.items()}
-        return {"__items__": [[inner(k, f"{where}/key"), inner(v, f"{where}/{k}")] for k, v in value.items()]}
-    raise FitError(f"checkpoint: {where[1:]} is a {type(value).__name__}, which cannot be saved without pickling; fit without checkpoint, or without it")
+        return {
+            "__items__": [
+                [inner(k, f"{where}/key"), inner(v, f"{where}/{k}")] for k, v in value.items()
+            ]
+        }
+    raise FitError(
+        f"checkpoint: {where[1:]} is a {type(value).__name__}, which cannot be saved without"
+        " pickling; fit without checkpoint, or without it"
+    )
 
 
 def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -1,8 +1,9 @@
-"""The evidence lower bound of one batch, its two terms apart: expected log likelihood and KL divergence.
+"""The evidence lower bound of one batch, its two terms apart: expected log likelihood and KL
+divergence.
 
-Owns `elbo_terms`. The guides of this library have the KL of Gaussian sites in closed form; for `MeanField` the value and gradient at a fixed draw are those of
-Pyro's `TraceMeanField_ELBO`. Every other guide goes through Pyro's traces, with the value of `Trace_ELBO`.
-Next: `arguments.py`.
+Owns `elbo_terms`. The guides of this library have the KL of Gaussian sites in closed form; for
+`MeanField` the value and gradient at a fixed draw are those of Pyro's `TraceMeanField_ELBO`. Every
+other guide goes through Pyro's traces, with the value of `Trace_ELBO`. Next: `arguments.py`.
 """
 
 from __future__ import annotations
@@ -28,22 +29,29 @@ from pyro_bmr.tracing import Values, collapsed, does_not_split, likelihood_of
 
 
 class ELBOTerms(NamedTuple):
-    """ELBO = expected_log_likelihood − kl, both one-draw estimates in nats for the whole data set."""
+    """ELBO = expected_log_likelihood − kl, both one-draw estimates in nats for the whole data
+    set.
+    """
 
     expected_log_likelihood: Tensor
     kl: Tensor
 
 
 def elbo_terms(
-    program: Callable[..., Any], guide: Callable[..., Any], *args: Any, masks: Mapping[str, Tensor] | None = None, noise: Tensor | None = None
+    program: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    masks: Mapping[str, Tensor] | None = None,
+    noise: Tensor | None = None,
 ) -> ELBOTerms:
-    r"""One draw's estimate of both terms, differentiable in the parameters of `program` and `guide`.
+    r"""One draw's estimate of both terms, differentiable in the parameters of `program` and
+    `guide`.
 
     .. math:: \mathrm{ELBO} = \mathbb{E}_q[\log p(y \mid \theta)] - \mathrm{KL}(q(\theta) \,\|\, p(\theta))
 
     Args:
-        masks: site → bool tensor of the entries that live, for `MeanField` and the guides with a Gaussian per site; others are wrapped in
-            `pruning.Masked` by the caller.
+        masks: site → bool tensor of the entries that live, for `MeanField` and the guides with a
+            Gaussian per site; others are wrapped in `pruning.Masked` by the caller.
         noise: the standard-normal draw of those guides, flat; by default a new one.
     """
     with world(program, *args, draws=True, grad=False):
@@ -51,7 +59,11 @@ def elbo_terms(
 
 
 def terms_of(
-    program: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], masks: Mapping[str, Tensor], noise: Tensor | None = None
+    program: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    masks: Mapping[str, Tensor],
+    noise: Tensor | None = None,
 ) -> ELBOTerms:
     """`elbo_terms` within a call of the library."""
     if isinstance(guide, (MeanField, SiteWise)):
@@ -64,14 +76,25 @@ def terms_of(
     check_guide(shapes, run.latent_shapes())
     model_trace.compute_log_prob()
     guide_trace.compute_log_prob()
-    likelihood = sum(site["log_prob_sum"] for site in model_trace.nodes.values() if site["type"] == "sample" and site["is_observed"])
+    likelihood = sum(
+        site["log_prob_sum"]
+        for site in model_trace.nodes.values()
+        if site["type"] == "sample" and site["is_observed"]
+    )
     prior = sum(site["log_prob_sum"] for _, site in model_trace.iter_stochastic_nodes())
     entropy = -sum(site["log_prob_sum"] for _, site in guide_trace.iter_stochastic_nodes())
     return ELBOTerms(torch.as_tensor(likelihood), torch.as_tensor(-prior - entropy))
 
 
-def masked_terms(program: Callable[..., Any], guide: Callable[..., Any], batch: tuple[Any, ...], masks: Mapping[str, Tensor]) -> ELBOTerms:
-    """Both terms of the ELBO with `masks` in force, whichever the guide: the one way to them, for fits and for the bounds of fits."""
+def masked_terms(
+    program: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: tuple[Any, ...],
+    masks: Mapping[str, Tensor],
+) -> ELBOTerms:
+    """Both terms of the ELBO with `masks` in force, whichever the guide: the one way to them, for
+    fits and for the bounds of fits.
+    """
     if not masks or isinstance(guide, (MeanField, SiteWise)):
         return terms_of(program, guide, batch, masks)
     masked = Masked(masks)
@@ -79,10 +102,16 @@ def masked_terms(program: Callable[..., Any], guide: Callable[..., Any], batch: 
 
 
 def _site_wise_terms(
-    program: Callable[..., Any], guide: SiteWise | MeanField, args: tuple[Any, ...], masks: Mapping[str, Tensor], noise: Tensor | None
+    program: Callable[..., Any],
+    guide: SiteWise | MeanField,
+    args: tuple[Any, ...],
+    masks: Mapping[str, Tensor],
+    noise: Tensor | None,
 ) -> ELBOTerms:
-    """Guides with a Gaussian per site: noise where the guide's estimator wants it, the KL in closed form where the prior is Gaussian on the line, else −H(q) −
-    log p at the draw; log q − log p for one noise vector over a `MeanField`, as in Pyro's `TraceMeanField_ELBO`."""
+    """Guides with a Gaussian per site: noise where the guide's estimator wants it, the KL in closed
+    form where the prior is Gaussian on the line, else −H(q) − log p at the draw; log q − log p for
+    one noise vector over a `MeanField`, as in Pyro's `TraceMeanField_ELBO`.
+    """
     conditional = guide.conditional if isinstance(guide, SiteWise) else guide.conditionals()
     flat = guide if isinstance(guide, MeanField) and guide.estimator not in PER_ROW else None
     noise = torch.randn_like(flat.loc) if flat is not None and noise is None else noise
@@ -95,10 +124,19 @@ def _site_wise_terms(
         mask = masks.get(site.name, site.alive)
         mask = mask if mask is None or site.alive is None else mask & site.alive
         q = conditional(site.name, values, mask)
-        if guide.estimator in PER_ROW and isinstance(q, Independent) and site.transform is None and noise is None:
+        if (
+            guide.estimator in PER_ROW
+            and isinstance(q, Independent)
+            and site.transform is None
+            and noise is None
+        ):
             z: Tensor = RowNoise(q.mean, q.std, len(args[0]), guide.estimator)
         else:
-            own = torch.randn(q.noise_size, dtype=q.mean.dtype, device=q.mean.device) if noise is None else noise[used : used + q.noise_size]
+            own = (
+                torch.randn(q.noise_size, dtype=q.mean.dtype, device=q.mean.device)
+                if noise is None
+                else noise[used : used + q.noise_size]
+            )
             used += q.noise_size
             z, noises[site.name] = q.draw(own), own
         gaussians[site.name], draws[site.name] = q, z
@@ -114,13 +152,24 @@ def _site_wise_terms(
         base = base_distribution(msg["fn"])
         if hasattr(base, "alive"):  # a program under `pruning.Masked`
             if isinstance(q, Independent):
-                q = Independent.of(q.mean, q.log_std, base.alive if q.mask is None else base.alive & q.mask)
+                q = Independent.of(
+                    q.mean, q.log_std, base.alive if q.mask is None else base.alive & q.mask
+                )
             base = base.base_dist
         prior = gaussian_on_the_line(base, site.transform)
         if prior is None:
-            kl_site = _sampled_kl(site, q, draws[site.name], base, noises.get(site.name) if flat is not None else None)
+            kl_site = _sampled_kl(
+                site, q, draws[site.name], base, noises.get(site.name) if flat is not None else None
+            )
         elif isinstance(q, Independent):
-            kl_site = _GaussianKL.apply(q.mean, q.log_std, q.std.detach(), collapsed(prior.loc), collapsed(prior.scale), q.mask)
+            kl_site = _GaussianKL.apply(
+                q.mean,
+                q.log_std,
+                q.std.detach(),
+                collapsed(prior.loc),
+                collapsed(prior.scale),
+                q.mask,
+            )
         else:
             kl_site = gaussian_kl(q, prior.loc, prior.scale)
         kl = kl + kl_site * msg["scale"]
@@ -128,7 +177,9 @@ def _site_wise_terms(
 
 
 def _sampled_kl(site: Latent, q: SiteNormal, z: Tensor, prior: Any, noise: Tensor | None) -> Tensor:
-    """−H(q) − log p(z), the prior's density counted on the unconstrained scale; with the `noise` of z, log q(z) in the place of −H(q)."""
+    """−H(q) − log p(z), the prior's density counted on the unconstrained scale; with the `noise` of
+    z, log q(z) in the place of −H(q).
+    """
     z = z.draw() if isinstance(z, RowNoise) else z
     value = z if site.transform is None else site.transform(z)
     log_p = prior.log_prob(value)
@@ -136,24 +187,43 @@ def _sampled_kl(site: Latent, q: SiteNormal, z: Tensor, prior: Any, noise: Tenso
         raise ModelError(does_not_split(site.name, prior))
     if site.transform is not None:
         log_jacobian = site.transform.log_abs_det_jacobian(z, value)
-        log_p = log_p + (log_jacobian.flatten(-len(prior.event_shape)).sum(-1) if prior.event_shape else log_jacobian)
-    return (-entropy(q) if noise is None else log_density(q, z, noise)) - (log_p if q.mask is None else log_p.where(q.mask, 0)).sum()
+        log_p = log_p + (
+            log_jacobian.flatten(-len(prior.event_shape)).sum(-1)
+            if prior.event_shape
+            else log_jacobian
+        )
+    return (-entropy(q) if noise is None else log_density(q, z, noise)) - (
+        log_p if q.mask is None else log_p.where(q.mask, 0)
+    ).sum()
 
 
 class _GaussianKL(torch.autograd.Function):
-    """KL(N(μ, σ²) ‖ N(m, s²)) = Σ log(s/σ) + ((μ − m)² + σ²)/(2s²) − ½ over the entries that live, with its gradient by hand.
+    """KL(N(μ, σ²) ‖ N(m, s²)) = Σ log(s/σ) + ((μ − m)² + σ²)/(2s²) − ½ over the entries that live,
+    with its gradient by hand.
 
     A prior of one scale for the whole site needs three sums and no temporary of the site's size.
     """
 
     @staticmethod
     def forward(ctx, loc, log_scale, std, prior_loc, prior_scale, mask):  # type: ignore[no-untyped-def]
-        deviation = loc if prior_loc.ndim == 0 and not prior_loc.requires_grad and prior_loc == 0 else loc - prior_loc
+        deviation = (
+            loc
+            if prior_loc.ndim == 0 and not prior_loc.requires_grad and prior_loc == 0
+            else loc - prior_loc
+        )
         count = loc.numel()
         if mask is not None:
-            deviation, std, log_scale, count = deviation * mask, std * mask, log_scale * mask, mask.sum()
+            deviation, std, log_scale, count = (
+                deviation * mask,
+                std * mask,
+                log_scale * mask,
+                mask.sum(),
+            )
         if prior_scale.ndim == 0:
-            ratio = (torch.dot(deviation.flatten(), deviation.flatten()) + torch.dot(std.flatten(), std.flatten())) / prior_scale.square()
+            ratio = (
+                torch.dot(deviation.flatten(), deviation.flatten())
+                + torch.dot(std.flatten(), std.flatten())
+            ) / prior_scale.square()
             kl = count * (prior_scale.log() - 0.5) - log_scale.sum() + 0.5 * ratio
         else:
             alive = 1.0 if mask is None else mask
@@ -175,6 +245,10 @@ class _GaussianKL(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_prior_loc = (-grad_loc).sum_to_size(prior_loc.shape)
         if ctx.needs_input_grad[4]:
-            grad_prior_scale = grad * (ctx.count - ratio) / prior_scale if prior_scale.ndim == 0 else ((alive - grad * ratio) / prior_scale)
+            grad_prior_scale = (
+                grad * (ctx.count - ratio) / prior_scale
+                if prior_scale.ndim == 0
+                else ((alive - grad * ratio) / prior_scale)
+            )
             grad_prior_scale = grad_prior_scale.sum_to_size(prior_scale.shape)
         return grad_loc, grad_log_scale, None, grad_prior_loc, grad_prior_scale, None

@@ -1,4 +1,5 @@
-"""`fit`: the one training loop. Any Pyro program, any guide, any torch optimiser; reductions during the fit if asked.
+"""`fit`: the one training loop. Any Pyro program, any guide, any torch optimiser; reductions during
+the fit if asked.
 
 Owns `fit` and its result `Fit`; the state that its steps change is in `run.py`. Next: `refit.py`.
 """
@@ -40,8 +41,9 @@ from pyro_bmr.pruning import Every
 if TYPE_CHECKING:
     import pandas as pd
 
-# The data speak first: no empirical scale is set and no weight pruned before this many steps, or this part of a shorter fit. Earlier, on
-# small data, scales follow weights that have learned nothing yet down to zero, and such weights look superfluous.
+# The data speak first: no empirical scale is set and no weight pruned before this many steps, or
+# this part of a shorter fit. Earlier, on small data, scales follow weights that have learned
+# nothing yet down to zero, and such weights look superfluous.
 _WARM_UP_STEPS, _WARM_UP_FRACTION = 300, 0.3
 
 
@@ -58,11 +60,14 @@ class HasTrainingData(Protocol):
 class Fit:
     """What a fit leaves behind.
 
-    `posterior`: the moments, masks in force. `program`: the fitted program (a trained copy if it is a module; the argument is never
-    changed). `guide`: the trained guide. `masks`: site → bool tensor, empty without reductions. `scales`: site → empirical prior scale.
-    `history`: one row per epoch — epoch, step, skipped (steps, so far), expected_log_likelihood, kl, elbo (nats per data set, the likelihood divided by the
-    temperature in elbo), kept (of the reduced sites' entries), delta_f (predicted gain in evidence of all that was pruned so far, nats),
-    learning_rate and, with a validation split, validation_nll (nats per row, at the posterior's point). `reduction_seconds` are part of `seconds`.
+    `posterior`: the moments, masks in force. `program`: the fitted program (a trained copy if it is
+    a module; the argument is never changed). `guide`: the trained guide. `masks`: site → bool
+    tensor, empty without reductions. `scales`: site → empirical prior scale. `history`: one row per
+    epoch — epoch, step, skipped (steps, so far), expected_log_likelihood, kl, elbo (nats per data
+    set, the likelihood divided by the temperature in elbo), kept (of the reduced sites' entries),
+    delta_f (predicted gain in evidence of all that was pruned so far, nats), learning_rate and,
+    with a validation split, validation_nll (nats per row, at the posterior's point).
+    `reduction_seconds` are part of `seconds`.
     """
 
     posterior: Posterior
@@ -84,7 +89,11 @@ def adam(learning_rate: float = 3e-3) -> Callable[[Any], Optimizer]:
 
 def _adam(learning_rate: float, parameters: Any) -> Optimizer:
     parameters = list(parameters)
-    return torch.optim.Adam(parameters, lr=learning_rate, fused=not any(isinstance(p, Tensor) and p.is_complex() for p in parameters))
+    return torch.optim.Adam(
+        parameters,
+        lr=learning_rate,
+        fused=not any(isinstance(p, Tensor) and p.is_complex() for p in parameters),
+    )
 
 
 def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
@@ -112,39 +121,59 @@ def fit(
     skip_faulty: int = 0,
     shuffle: bool = True,
 ) -> Fit:
-    r"""Fits `guide` to the posterior of `program` given the data by stochastic variational inference, and returns a `Fit`.
+    r"""Fits `guide` to the posterior of `program` given the data by stochastic variational
+    inference, and returns a `Fit`.
 
-    Minimised is the mean over mini-batches of −(E_q[log p(y|θ)] − T·KL(q‖p))/N, which has the optimum of the negative ELBO of the posterior
-    ∝ p(y|θ)^{1/T} p(θ) and the step size of ordinary training. N comes from the data, through the plate; KL is never weighted by hand.
-    Under `torch.autocast` the layers of the network compute in its lower precision; weights, densities and the posterior keep their own.
+    Minimised is the mean over mini-batches of −(E_q[log p(y|θ)] − T·KL(q‖p))/N, which has the
+    optimum of the negative ELBO of the posterior ∝ p(y|θ)^{1/T} p(θ) and the step size of ordinary
+    training. N comes from the data, through the plate; KL is never weighted by hand. Under
+    `torch.autocast` the layers of the network compute in its lower precision; weights, densities
+    and the posterior keep their own.
 
     Args:
-        program: called as `program(x, y)`. Its observed site may stand in a plate of the batch's rows, or of N rows subsampled, or in none. It is fitted in
-            training mode; parts of a module that are in evaluation mode beside layers that are not, such as a frozen backbone, stay so.
-        data: (x, y), or anything with `x_train` and `y_train`. They follow the parameters of a program that is a module in device and dtype.
-        guide: `MeanField`, `Point` (maximum a posteriori), any function of the program that makes a guide module, such as Pyro's `AutoNormal`, or
-            such a module, which is copied. A hand-written guide function with `pyro.param` is trained by Pyro's SVI; see `Posterior.from_guide`.
-        optimizer: parameters → torch optimiser, or `natural_gradient()`. Default: Adam at 3e-3, fused.
-        scheduler: (optimiser, number of steps) → schedule, stepped after each step; None for a constant rate. Default: `cosine`.
-        seed: of everything random: order of the data and draws are functions of (seed, epoch) and (seed, step).
+        program: called as `program(x, y)`. Its observed site may stand in a plate of the batch's
+            rows, or of N rows subsampled, or in none. It is fitted in training mode; parts of a
+            module that are in evaluation mode beside layers that are not, such as a frozen
+            backbone, stay so.
+        data: (x, y), or anything with `x_train` and `y_train`. They follow the parameters of a
+            program that is a module in device and dtype.
+        guide: `MeanField`, `Point` (maximum a posteriori), any function of the program that makes a
+            guide module, such as Pyro's `AutoNormal`, or such a module, which is copied. A
+            hand-written guide function with `pyro.param` is trained by Pyro's SVI; see
+            `Posterior.from_guide`.
+        optimizer: parameters → torch optimiser, or `natural_gradient()`. Default: Adam at 3e-3,
+            fused.
+        scheduler: (optimiser, number of steps) → schedule, stepped after each step; None for a
+            constant rate. Default: `cosine`.
+        seed: of everything random: order of the data and draws are functions of (seed, epoch) and
+            (seed, step).
         temperature: T above; 1 is Bayes, less is "cold": data counted N/T times.
-        reduce: reductions during the fit; none before the first 300 steps (or 0.3 of a shorter fit), in which empirical scales stay at their start too.
-        validation: the fraction of the rows to hold out, at random or without `shuffle` the last ones, or (x, y), scored after each epoch.
+        reduce: reductions during the fit; none before the first 300 steps (or 0.3 of a shorter
+            fit), in which empirical scales stay at their start too.
+        validation: the fraction of the rows to hold out, at random or without `shuffle` the last
+            ones, or (x, y), scored after each epoch.
         progress: show a bar with both terms of the ELBO.
-        start: a posterior of the same program to begin at, its masks in force and the scales of its Gaussian priors held; for `MeanField`.
-        checkpoint: a folder, or `Checkpoints(folder, ...)`, in which the fit is saved as it runs. After a kill, a crash or Ctrl-C the same call goes on
-            from there and ends as if never stopped, to the bit (docs/guarantees.md).
-        skip_faulty: how many steps may be skipped, counted in the history, because the loss or its gradient is not finite or the expected log likelihood
-            falls by twenty of its recent standard deviations. One more stops the fit.
-        shuffle: whether the rows are mixed anew in each epoch, if a batch is not all of them. False for a series: batches are stretches of it, in order.
+        start: a posterior of the same program to begin at, its masks in force and the scales of its
+            Gaussian priors held; for `MeanField`.
+        checkpoint: a folder, or `Checkpoints(folder, ...)`, in which the fit is saved as it runs.
+            After a kill, a crash or Ctrl-C the same call goes on from there and ends as if never
+            stopped, to the bit (docs/guarantees.md).
+        skip_faulty: how many steps may be skipped, counted in the history, because the loss or its
+            gradient is not finite or the expected log likelihood falls by twenty of its recent
+            standard deviations. One more stops the fit.
+        shuffle: whether the rows are mixed anew in each epoch, if a batch is not all of them. False
+            for a series: batches are stretches of it, in order.
 
-    In a process group of torch.distributed, every process calls `fit` with the same arguments. Each takes its part of the rows of a batch and draws noise of
-    its own, gradients are averaged, the first process decides reductions and writes checkpoints, and all return the same `Fit` (docs/several_processes.md).
+    In a process group of torch.distributed, every process calls `fit` with the same arguments. Each
+    takes its part of the rows of a batch and draws noise of its own, gradients are averaged, the
+    first process decides reductions and writes checkpoints, and all return the same `Fit`
+    (docs/several_processes.md).
 
     Raises:
         DataError: rows disagree, values are not finite or outside the observed site's support.
-        FitError: an argument is out of range, a loss or gradient is no longer finite (with the step and the sites), `checkpoint` has another fit, or the
-            processes of a group do not agree, or one is gone.
+        FitError: an argument is out of range, a loss or gradient is no longer finite (with the step
+            and the sites), `checkpoint` has another fit, or the processes of a group do not agree,
+            or one is gone.
     """
     import pandas as pd
 
@@ -155,10 +184,19 @@ def fit(
         "optimizer": adam() if optimizer is None else optimizer,
         "scheduler": cosine if scheduler is None else scheduler,
     }
-    check_arguments(epochs, batch_size, temperature, seed, skip_faulty, {k: v for k, v in functions.items() if not isinstance(v, NaturalGradient)})
+    check_arguments(
+        epochs,
+        batch_size,
+        temperature,
+        seed,
+        skip_faulty,
+        {k: v for k, v in functions.items() if not isinstance(v, NaturalGradient)},
+    )
     for name, value, kind in (("reduce", reduce, Every), ("start", start, Posterior)):
         if value is not None and not isinstance(value, kind):
-            raise FitError(f"{name}: {kind.__name__}(...) or None is wanted, got {described(value)}")
+            raise FitError(
+                f"{name}: {kind.__name__}(...) or None is wanted, got {described(value)}"
+            )
     check_rows(x, y)
     journal = Journal(checkpoint, writes=Processes().rank == 0)
     x, y = (like_program(program, t) for t in (x, y))
@@ -171,7 +209,19 @@ def fit(
     clock = time.perf_counter()
     with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         seed_generator(x.device, seed)
-        run = FitState(program, guide, x, y, batch_size, temperature, seed, held_out, skip_faulty, shuffle, split=isinstance(validation, float))
+        run = FitState(
+            program,
+            guide,
+            x,
+            y,
+            batch_size,
+            temperature,
+            seed,
+            held_out,
+            skip_faulty,
+            shuffle,
+            split=isinstance(validation, float),
+        )
         processes = run.processes
         if start is not None:
             run.begin(start)
@@ -181,28 +231,86 @@ def fit(
         total = epochs * per_epoch
         scheduler_ = scheduler(optimizer_, total) if scheduler else None
         warm_up = min(_WARM_UP_STEPS, _WARM_UP_FRACTION * total)
-        due = {step for step in reduce.steps(total, per_epoch) if step >= warm_up} if reduce else set()
+        due = (
+            {step for step in reduce.steps(total, per_epoch) if step >= warm_up}
+            if reduce
+            else set()
+        )
         if reduce and not (due and run.has_variance):
-            why = f"none falls between the warm-up ({math.ceil(warm_up)} steps) and the end ({total} steps)" if not due else "a point estimate has no variance"
-            raise FitError(f"{described(reduce)}: no reduction can be made, {why}; fit longer, raise stop, reduce more often, or use MeanField")
+            why = (
+                f"none falls between the warm-up ({math.ceil(warm_up)} steps) and the end ({total}"
+                " steps)"
+                if not due
+                else "a point estimate has no variance"
+            )
+            raise FitError(
+                f"{described(reduce)}: no reduction can be made, {why}; fit longer, raise stop,"
+                " reduce more often, or use MeanField"
+            )
         if reduce:
-            reduce.reduce(run.posterior(), 0.0)  # raises now what would stop the fit at its first reduction
-        rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, taken = [], 0, 0.0, 0.0, 0.0, 0.0, 0
+            # raises now what would stop the fit at its first reduction
+            reduce.reduce(run.posterior(), 0.0)
+        rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, taken = (
+            [],
+            0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            0,
+        )
         if checkpoint is not None or processes.size > 1:
-            tensors = {"x": x, "y": y} | ({} if held_out is None else {"validation x": held_out[0], "validation y": held_out[1]})
-            arguments = {"epochs": epochs, "batch_size": run.batch_size, "seed": seed, "temperature": temperature, "reduce": reduce, "start": start}
-            settings = fit_settings(run, optimizer_, scheduler_, tensors, **arguments, shuffle=shuffle)
-            processes.check_arguments({k: v for k, v in settings.items() if k != "environment"}, differences, x.device)
+            tensors = {"x": x, "y": y} | (
+                {}
+                if held_out is None
+                else {"validation x": held_out[0], "validation y": held_out[1]}
+            )
+            arguments = {
+                "epochs": epochs,
+                "batch_size": run.batch_size,
+                "seed": seed,
+                "temperature": temperature,
+                "reduce": reduce,
+                "start": start,
+            }
+            settings = fit_settings(
+                run, optimizer_, scheduler_, tensors, **arguments, shuffle=shuffle
+            )
+            processes.check_arguments(
+                {k: v for k, v in settings.items() if k != "environment"}, differences, x.device
+            )
             saved = journal.latest(settings)
             if saved is not None:
                 with journal.restoring():
                     restore(run, saved["run"], optimizer_, scheduler_)
-                    rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, taken, seconds = saved["loop"]
+                    (
+                        rows,
+                        step,
+                        delta_f,
+                        reduction_seconds,
+                        likelihood_sum,
+                        kl_sum,
+                        taken,
+                        seconds,
+                    ) = saved["loop"]
                     clock -= seconds
-            found = "found another checkpoint than process 0; the folder must be one that all processes see"
+            found = (
+                "found another checkpoint than process 0; the folder must be one that all"
+                " processes see"
+            )
             processes.check_equal({"step": torch.tensor([step])}, x.device, found)
-        first = max(step - 1, 0) // per_epoch + 1  # the last step of an epoch is saved before the row of the epoch is there
-        with tqdm(total=total, initial=step, disable=not progress or processes.rank > 0, unit="step", leave=False) as bar, journal.interrupts():
+        # the last step of an epoch is saved before the row of the epoch is there
+        first = max(step - 1, 0) // per_epoch + 1
+        with (
+            tqdm(
+                total=total,
+                initial=step,
+                disable=not progress or processes.rank > 0,
+                unit="step",
+                leave=False,
+            ) as bar,
+            journal.interrupts(),
+        ):
             for epoch in range(first, epochs + 1):
                 done = step - (epoch - 1) * per_epoch
                 if not done:
@@ -218,7 +326,11 @@ def fit(
                     if scheduler_:
                         scheduler_.step()
                     if terms is not None:
-                        likelihood_sum, kl_sum, taken = likelihood_sum + terms[0], kl_sum + terms[1], taken + 1
+                        likelihood_sum, kl_sum, taken = (
+                            likelihood_sum + terms[0],
+                            kl_sum + terms[1],
+                            taken + 1,
+                        )
                     if step in due or step % per_epoch == 0:
                         began = time.perf_counter()
                         if step >= warm_up:
@@ -230,13 +342,27 @@ def fit(
                     stopping = run.interrupted if processes.size > 1 else journal.interrupted
                     if journal.due(step, step == total or stopping) and run.is_finite():
                         seconds = time.perf_counter() - clock
-                        loop = (rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, taken, seconds)
-                        journal.save(step, {"run": snapshot(run, optimizer_, scheduler_), "loop": loop})
+                        loop = (
+                            rows,
+                            step,
+                            delta_f,
+                            reduction_seconds,
+                            likelihood_sum,
+                            kl_sum,
+                            taken,
+                            seconds,
+                        )
+                        journal.save(
+                            step, {"run": snapshot(run, optimizer_, scheduler_), "loop": loop}
+                        )
                     if stopping:
                         journal.stop(step)
                     bar.update()
                     give_way()
-                likelihood, kl = (terms_sum / taken if taken else math.nan for terms_sum in (likelihood_sum, kl_sum))
+                likelihood, kl = (
+                    terms_sum / taken if taken else math.nan
+                    for terms_sum in (likelihood_sum, kl_sum)
+                )
                 row = {
                     "epoch": epoch,
                     "step": step,
@@ -255,10 +381,21 @@ def fit(
                 bar.set_postfix(ell=f"{likelihood:.4g}", kl=f"{kl:.4g}", kept=f"{row['kept']:.3g}")
         del optimizer_, scheduler_
         posterior = run.finish()
-    for message in reduce.cautions(masks_before, posterior) if reduce and processes.rank == 0 else ():
+    for message in (
+        reduce.cautions(masks_before, posterior) if reduce and processes.rank == 0 else ()
+    ):
         warn(message)
     if isinstance(program, nn.Module):
         program.eval()
     return Fit(
-        posterior, program, run.guide, run.masks, run.empirical.scales, pd.DataFrame(rows), time.perf_counter() - clock, reduction_seconds, seed, temperature
+        posterior,
+        program,
+        run.guide,
+        run.masks,
+        run.empirical.scales,
+        pd.DataFrame(rows),
+        time.perf_counter() - clock,
+        reduction_seconds,
+        seed,
+        temperature,
     )

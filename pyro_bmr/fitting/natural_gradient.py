@@ -1,6 +1,8 @@
-"""The natural-gradient fit of `MeanField`: one vector of optimiser state instead of four, and steps that follow the posterior's own variances.
+"""The natural-gradient fit of `MeanField`: one vector of optimiser state instead of four, and steps
+that follow the posterior's own variances.
 
-Owns `natural_gradient`, which `fit` takes as its optimiser, and the optimiser behind it. Next: `checkpoint_file.py`.
+Owns `natural_gradient`, which `fit` takes as its optimiser, and the optimiser behind it. Next:
+`checkpoint_file.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from torch.optim import Adam, Optimizer
 from pyro_bmr.errors import FitError, described, holds
 from pyro_bmr.fitting.mean_field_step import Draw, MeanFieldStep
 
-# Bounds of one step of the log precision. A gradient out of all proportion narrows more than it widens, which is the stable side.
+# Bounds of one step of the log precision. A gradient out of all proportion narrows more than it
+# widens, which is the stable side.
 _LARGEST_WIDENING, _LARGEST_NARROWING = 0.1, 0.5
 _FIRST_AVERAGE = 100  # steps that the start value of the curvature counts for
-# The curvature is an average over thousands of steps. After the first steps, of many weights, it takes every fourth.
+# The curvature is an average over thousands of steps. After the first steps, of many weights, it
+# takes every fourth.
 _CURVATURE_EVERY, _ALWAYS, _LARGE = 4, 500, 10_000
 
 
@@ -38,38 +42,58 @@ class NaturalGradient:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "averaging", "curvature", "cap", "adam_rate"):
             if not holds(lambda x: 0 < x < math.inf, getattr(self, name)):
-                raise FitError(f"natural_gradient({name}={described(getattr(self, name))}): a finite number > 0 is wanted")
+                raise FitError(
+                    f"natural_gradient({name}={described(getattr(self, name))}): a finite number >"
+                    " 0 is wanted"
+                )
         if not holds(lambda x: 0 <= x < 1, self.momentum):
-            raise FitError(f"natural_gradient(momentum={described(self.momentum)}): a number >= 0 and below 1 is wanted")
+            raise FitError(
+                f"natural_gradient(momentum={described(self.momentum)}): a number >= 0 and below 1"
+                " is wanted"
+            )
 
     def optimizer(self, step: MeanFieldStep, others: Iterable[Tensor]) -> OnlineNewton:
-        """The optimiser of the vectors of `step`; Adam takes the parameters `others`, which are no sites."""
+        """The optimiser of the vectors of `step`; Adam takes the parameters `others`, which are no
+        sites.
+        """
         return OnlineNewton(self, step, others)
 
 
 def natural_gradient(
-    learning_rate: float = 0.1, *, momentum: float = 0.9, averaging: float = 1e-4, curvature: float = 0.1, cap: float = 0.05, adam_rate: float = 3e-3
+    learning_rate: float = 0.1,
+    *,
+    momentum: float = 0.9,
+    averaging: float = 1e-4,
+    curvature: float = 0.1,
+    cap: float = 0.05,
+    adam_rate: float = 3e-3,
 ) -> NaturalGradient:
-    r"""The natural-gradient descent of the negative ELBO, as the optimiser of a `MeanField` fit: `fit(..., optimizer=natural_gradient())`.
+    r"""The natural-gradient descent of the negative ELBO, as the optimiser of a `MeanField` fit:
+    `fit(..., optimizer=natural_gradient())`.
 
-    With ℓ the loss of `fit` (in nats per row), λ = N/T, and s the standard deviation of a weight's prior, each step is
+    With ℓ the loss of `fit` (in nats per row), λ = N/T, and s the standard deviation of a weight's
+    prior, each step is
 
     .. math:: \mu \leftarrow \mu - \alpha\, \sigma^2 \lambda\, \overline{\nabla_\mu \ell}, \qquad
         \log\sigma \leftarrow \log\sigma - \tfrac{\rho}{2}\, \lambda\, \nabla_{\log\sigma} \ell
         = \log\sigma - \tfrac{\rho}{2} \left(\frac{\hat h + \delta}{h + \delta} - 1\right)
 
-    where 1/σ² = λ(h + δ), λδ = 1/s², and ĥ = gε/σ estimates the curvature of the mean loss from its gradient g at the draw μ + σε. So h is a
-    running average of ĥ, and no second vector is trained: variational online Newton (Khan et al. 2018, arXiv 1806.04854), in the
-    form that keeps σ positive (Lin, Schmidt & Khan 2020, arXiv 2002.10060; IVON, Shen et al. 2024, arXiv 2402.17641), here with ρ acting on log σ.
-    It holds for every site of the guide, whatever its prior; real sites start with the standard deviation of `curvature`. Parameters
-    that are no sites, such as gains of norm layers, are trained by Adam.
+    where 1/σ² = λ(h + δ), λδ = 1/s², and ĥ = gε/σ estimates the curvature of the mean loss from its
+    gradient g at the draw μ + σε. So h is a running average of ĥ, and no second vector is trained:
+    variational online Newton (Khan et al. 2018, arXiv 1806.04854), in the form that keeps σ
+    positive (Lin, Schmidt & Khan 2020, arXiv 2002.10060; IVON, Shen et al. 2024, arXiv 2402.17641),
+    here with ρ acting on log σ. It holds for every site of the guide, whatever its prior; real
+    sites start with the standard deviation of `curvature`. Parameters that are no sites, such as
+    gains of norm layers, are trained by Adam.
 
     Args:
         learning_rate: α, of the means; the schedule of the fit scales it.
         momentum: of the gradient of the means, bias-corrected.
-        averaging: the least ρ, the weight of a new ĥ; in step t it is max(ρ, 2/(t + 100)), a growing average that forgets the start.
+        averaging: the least ρ, the weight of a new ĥ; in step t it is max(ρ, 2/(t + 100)), a
+            growing average that forgets the start.
         curvature: h at the start, in nats per row and squared unit of the weight.
-        cap: the largest change of a mean in one step, in units of the site. Without it fits can diverge.
+        cap: the largest change of a mean in one step, in units of the site. Without it fits can
+            diverge.
         adam_rate: the learning rate of that Adam.
 
     Raises:
@@ -82,9 +106,13 @@ def natural_gradient(
 
 
 class OnlineNewton(Optimizer):
-    """`step(closure)` takes the `Draw` that the closure gives. Two parameter groups, so that schedules reach both: the vectors, and what Adam trains."""
+    """`step(closure)` takes the `Draw` that the closure gives. Two parameter groups, so that
+    schedules reach both: the vectors, and what Adam trains.
+    """
 
-    def __init__(self, settings: NaturalGradient, step: MeanFieldStep, others: Iterable[Tensor]) -> None:
+    def __init__(
+        self, settings: NaturalGradient, step: MeanFieldStep, others: Iterable[Tensor]
+    ) -> None:
         self.settings, self.vectors, self.steps = settings, step, 0
         super().__init__([{"params": [step.loc, step.log_scale], "lr": settings.learning_rate}], {})
         trained = list(others)
@@ -103,26 +131,37 @@ class OnlineNewton(Optimizer):
         every = _CURVATURE_EVERY if self.steps > _ALWAYS and vectors.loc.numel() > _LARGE else 1
         rho = every * max(settings.averaging, 2 / (self.steps + _FIRST_AVERAGE))
         average = self.state[vectors.loc]["average"]
-        for k, (chunk, g, odd, prior) in enumerate(zip(vectors.chunks, draw.gradients, draw.odd, draw.pulls, strict=True)):
+        for k, (chunk, g, odd, prior) in enumerate(
+            zip(vectors.chunks, draw.gradients, draw.odd, draw.pulls, strict=True)
+        ):
             std = chunk.std
             if (self.steps + k) % every == 0:
                 # change = σ(λgε + pσ) = (ĥ + δ)/(h + δ)
                 change = torch.mul(std, prior.precision, out=chunk.scratch)
-                change.addcmul_(odd, draw.noise[chunk.part], value=draw.sign / vectors.kl_weight).mul_(std)
+                change.addcmul_(
+                    odd, draw.noise[chunk.part], value=draw.sign / vectors.kl_weight
+                ).mul_(std)
                 change.sub_(prior.weight).clamp_(-_LARGEST_WIDENING / rho, _LARGEST_NARROWING / rho)
                 chunk.log_scale.sub_(change, alpha=0.5 * rho)
                 vectors.stale[k] = True
             # pull = ḡ + δ(μ − η), up to the factor of the bias correction
             smooth = average[chunk.part].lerp_(g, 1 - settings.momentum)
             pull = prior.add_to(smooth, chunk.loc, vectors.kl_weight * unbiased, chunk.scratch)
-            chunk.loc.sub_(pull.mul_(std).mul_(std).clamp_(-settings.cap / rate, settings.cap / rate), alpha=rate)
+            chunk.loc.sub_(
+                pull.mul_(std).mul_(std).clamp_(-settings.cap / rate, settings.cap / rate),
+                alpha=rate,
+            )
         if self.adam:
             self.adam.param_groups[0]["lr"] = self.param_groups[1]["lr"]
             self.adam.step()
         return draw
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "steps": self.steps, "adam": self.adam.state_dict() if self.adam else None}
+        return {
+            **super().state_dict(),
+            "steps": self.steps,
+            "adam": self.adam.state_dict() if self.adam else None,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})

@@ -1,4 +1,5 @@
-"""The noise of a `MeanField` fit: a normal vector for each step, at an eighth of the cost of drawing one.
+"""The noise of a `MeanField` fit: a normal vector for each step, at an eighth of the cost of
+drawing one.
 
 Owns `Noise`. Next: `mean_field_step.py`.
 """
@@ -14,9 +15,11 @@ _STEPS_PER_BATCH, _OFFSETS = 8, 1 << 12
 class Noise:
     r"""Standard-normal vectors, one per step, as a function of (seed, step).
 
-    A batch of size + 4096 numbers serves eight steps: each takes the window at a random offset of its own, with a random sign. Each step's
-    vector is exactly N(0, I), each of its entries is new in every step, and its mean given all earlier steps is exactly 0, so the gradient stays
-    unbiased. What the eight steps share is the size of a number, at entries that lie the difference of their offsets apart.
+    A batch of size + 4096 numbers serves eight steps: each takes the window at a random offset of
+    its own, with a random sign. Each step's vector is exactly N(0, I), each of its entries is new
+    in every step, and its mean given all earlier steps is exactly 0, so the gradient stays
+    unbiased. What the eight steps share is the size of a number, at entries that lie the difference
+    of their offsets apart.
     """
 
     def __init__(self, like: Tensor, seed: int) -> None:
@@ -34,7 +37,9 @@ class Noise:
             self.generator.manual_seed(2 * (self.seed * 1_000_003 + number) + 1)
             self.batch.normal_(generator=self.generator)
             offsets = torch.randperm(_OFFSETS, generator=self.choice)[:_STEPS_PER_BATCH].tolist()
-            signs = (2.0 * torch.randint(2, (_STEPS_PER_BATCH,), generator=self.choice) - 1).tolist()
+            signs = (
+                2.0 * torch.randint(2, (_STEPS_PER_BATCH,), generator=self.choice) - 1
+            ).tolist()
             self.windows = list(zip(offsets, signs, strict=True))
         offset, sign = self.windows[turn]
         return self.batch[offset : offset + self.size], sign

@@ -1,7 +1,8 @@
-"""The processes of one fit under torch.distributed: which rows each takes, what they sum, what one decides for all, and where they must agree.
+"""The processes of one fit under torch.distributed: which rows each takes, what they sum, what one
+decides for all, and where they must agree.
 
-Owns `Processes`, and the group of a command that torchrun has started. A fit outside any process group is one process, for which every method gives back
-what it was given. Next: `faults.py`.
+Owns `Processes`, and the group of a command that torchrun has started. A fit outside any process
+group is one process, for which every method gives back what it was given. Next: `faults.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from pyro_bmr.errors import FitError, PyroBMRError
 from pyro_bmr.fitting.checkpoint_file import digest
 
 _WAIT = timedelta(minutes=10)  # for another process, which may be at a reduction
-_SEEDS, _BETWEEN_RANKS = 1 << 40, 0x9E3779B97  # seeds of ranks lie an odd number apart, modulo the largest seed
+# seeds of ranks lie an odd number apart, modulo the largest seed
+_SEEDS, _BETWEEN_RANKS = 1 << 40, 0x9E3779B97
 
 
 class Processes:
-    """Those of the default group of torch.distributed, if there is one; `rank` is this one's number, `size` how many there are."""
+    """Those of the default group of torch.distributed, if there is one; `rank` is this one's
+    number, `size` how many there are.
+    """
 
     def __init__(self) -> None:
         grouped = dist.is_available() and dist.is_initialized()
@@ -40,7 +44,8 @@ class Processes:
         """Raises FitError if some process would have no row of a batch."""
         if min(rows, batch_size) < self.size:
             raise FitError(
-                f"batch_size={batch_size} of {rows} rows: {self.size} processes need at least one row each; make it larger, or start fewer processes"
+                f"batch_size={batch_size} of {rows} rows: {self.size} processes need at least one"
+                " row each; make it larger, or start fewer processes"
             )
 
     def rows(self, index: Tensor) -> tuple[Tensor, float]:
@@ -51,7 +56,8 @@ class Processes:
         return part, len(part) / len(index)
 
     def sum(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
-        """Σ over the processes of share · tensor, equal to the bit in all of them. One message holds them all.
+        """Σ over the processes of share · tensor, equal to the bit in all of them. One message
+        holds them all.
 
         Raises:
             FitError: another process does not answer.
@@ -70,8 +76,12 @@ class Processes:
                 self._send(dist.broadcast, values := tensor.detach().contiguous(), src=0)
                 tensor.detach().copy_(values)
 
-    def decided_by_first(self, decide: Callable[[], tuple[Mapping[str, Tensor], float]], device: torch.device) -> tuple[dict[str, Tensor], float]:
-        """The masks and the number that `decide` gives in the first process, in all of them; its error as well."""
+    def decided_by_first(
+        self, decide: Callable[[], tuple[Mapping[str, Tensor], float]], device: torch.device
+    ) -> tuple[dict[str, Tensor], float]:
+        """The masks and the number that `decide` gives in the first process, in all of them; its
+        error as well.
+        """
         if self.size == 1:
             masks, number = decide()
             return dict(masks), number
@@ -80,31 +90,57 @@ class Processes:
         if self.rank == 0:
             try:
                 found = decide()
-                said = {"shapes": {name: list(mask.shape) for name, mask in found[0].items()}, "number": found[1]}
+                said = {
+                    "shapes": {name: list(mask.shape) for name, mask in found[0].items()},
+                    "number": found[1],
+                }
             except PyroBMRError as error:
                 said = {"error": str(error)}
         said = self._said_by_first(said, device)
         if "error" in said:
             raise FitError(said["error"])
         sizes = [math.prod(shape) for shape in said["shapes"].values()]
-        flat = torch.cat([m.reshape(-1).to(torch.uint8) for m in found[0].values()]) if found[0] else torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+        flat = (
+            torch.cat([m.reshape(-1).to(torch.uint8) for m in found[0].values()])
+            if found[0]
+            else torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+        )
         self._send(dist.broadcast, flat, src=0)
-        masks = {name: part.view(shape).bool() for (name, shape), part in zip(said["shapes"].items(), flat.split(sizes), strict=True)}
+        masks = {
+            name: part.view(shape).bool()
+            for (name, shape), part in zip(said["shapes"].items(), flat.split(sizes), strict=True)
+        }
         return masks, float(said["number"])
 
-    def check_arguments(self, settings: Mapping[str, Any], differences: Callable[[Any, Any], list[str]], device: torch.device) -> None:
-        """Raises FitError in every process unless `settings` are the same in all, with `differences(first's, this one's)` where they are not."""
+    def check_arguments(
+        self,
+        settings: Mapping[str, Any],
+        differences: Callable[[Any, Any], list[str]],
+        device: torch.device,
+    ) -> None:
+        """Raises FitError in every process unless `settings` are the same in all, with
+        `differences(first's, this one's)` where they are not.
+        """
         if self.size > 1:
             mine = differences(self._said_by_first(dict(settings), device), settings)
             other = self._ranks_where(bool(mine), device)
             if other:
                 what = f" ({'; '.join(mine[:5])})" if mine else ""
-                raise FitError(f"process {_listed(other)} calls fit otherwise than process 0{what}; give all of them the same arguments")
+                raise FitError(
+                    f"process {_listed(other)} calls fit otherwise than process 0{what}; give all"
+                    " of them the same arguments"
+                )
 
-    def check_equal(self, tensors: Mapping[str, Tensor], device: torch.device, otherwise: str) -> None:
-        """Raises FitError in every process unless all have the same tensors, to the bit; it says which have not, and `otherwise`."""
+    def check_equal(
+        self, tensors: Mapping[str, Tensor], device: torch.device, otherwise: str
+    ) -> None:
+        """Raises FitError in every process unless all have the same tensors, to the bit; it says
+        which have not, and `otherwise`.
+        """
         if self.size > 1:
-            own = torch.tensor(list(bytes.fromhex(digest(tensors))), dtype=torch.uint8, device=device)
+            own = torch.tensor(
+                list(bytes.fromhex(digest(tensors))), dtype=torch.uint8, device=device
+            )
             self._send(dist.broadcast, first := own.clone(), src=0)
             other = self._ranks_where(not torch.equal(own, first), device)
             if other:
@@ -120,7 +156,9 @@ class Processes:
         text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
         length = torch.tensor([len(text)], device=device)
         self._send(dist.broadcast, length, src=0)
-        message = text if self.rank == 0 else torch.zeros(int(length), dtype=torch.uint8, device=device)
+        message = (
+            text if self.rank == 0 else torch.zeros(int(length), dtype=torch.uint8, device=device)
+        )
         self._send(dist.broadcast, message, src=0)
         return dict(json.loads(bytes(message.tolist())))
 
@@ -128,12 +166,17 @@ class Processes:
         try:
             collective(tensor, **arguments)
         except RuntimeError as error:
-            raise FitError(f"process {self.rank} of {self.size} waits for others in vain ({' '.join(str(error).split())[:120]})") from None
+            raise FitError(
+                f"process {self.rank} of {self.size} waits for others in vain"
+                f" ({' '.join(str(error).split())[:120]})"
+            ) from None
 
 
 @contextmanager
 def process_group() -> Iterator[int]:
-    """The process group that the environment says (torchrun sets it), if there is one; gives the number of this process in it."""
+    """The process group that the environment says (torchrun sets it), if there is one; gives the
+    number of this process in it.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
         return

@@ -1,4 +1,5 @@
-"""`refit`: the reduced model fitted from the reduced posterior, and the change of its free energy beside the one that the reduction predicted.
+"""`refit`: the reduced model fitted from the reduced posterior, and the change of its free energy
+beside the one that the reduction predicted.
 
 Owns `refit`, its result `Refit`, and `evidence_bound`. Next: `shrinking/graphs.py`.
 """
@@ -29,8 +30,9 @@ _CHUNK = 4096  # rows
 class Refit:
     r"""A reduction held against a fit of the reduced model.
 
-    `fit`: the reduced model, fitted. `predicted`: ΔF of the reduction, nats. `observed`: the bound −F of the refit minus that of the fit before, with its
-    `standard_error` over draws. What they differ by is what the approximate posterior misses, and what either fit has not converged to.
+    `fit`: the reduced model, fitted. `predicted`: ΔF of the reduction, nats. `observed`: the bound
+    −F of the refit minus that of the fit before, with its `standard_error` over draws. What they
+    differ by is what the approximate posterior misses, and what either fit has not converged to.
     """
 
     fit: Fit
@@ -48,30 +50,44 @@ def refit(
     seed: int = 0,
     **settings: Any,
 ) -> Refit:
-    """The reduced model fitted from where the reduction left it, and how far the prediction of its free energy was right.
+    """The reduced model fitted from where the reduction left it, and how far the prediction of its
+    free energy was right.
 
     Refit a reduction that prunes nothing (`kept=1.0`) to see what more training alone would change.
 
     Args:
         fit_: the fit that was reduced, of `MeanField`.
-        reduction: of `fit_.posterior`, to the point spike, to a spike and slab, or to a Gaussian of another scale.
+        reduction: of `fit_.posterior`, to the point spike, to a spike and slab, or to a Gaussian of
+            another scale.
         data: what `fit_` was fitted to.
         draws: of the posterior, for both free energies; the same noise in both.
         settings: of `fit`: epochs, batch_size, optimizer, ...; the temperature is that of `fit_`.
 
     Raises:
-        FitError: the reduced prior is not Gaussian, or not that of the program, or the guide is not `MeanField`.
+        FitError: the reduced prior is not Gaussian, or not that of the program, or the guide is not
+            `MeanField`.
 
     Example:
         >>> again = refit(fit_, reduce(fit_.posterior, to=Gaussian(scale=0)), data, epochs=10)
         >>> again.predicted, again.observed, again.standard_error  # nats
     """
     if not isinstance(reduction, Reduction):
-        raise FitError(f"refit: a Reduction is wanted, as reduce(...) gives it; got {type(reduction).__name__}")
+        raise FitError(
+            f"refit: a Reduction is wanted, as reduce(...) gives it; got {type(reduction).__name__}"
+        )
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 2:
-        raise FitError(f"refit(draws={described(draws)}): expected a whole number >= 2, for a standard error")
+        raise FitError(
+            f"refit(draws={described(draws)}): expected a whole number >= 2, for a standard error"
+        )
     predicted = predicted_delta_f(reduction)
-    result = fit(fit_.program, data, temperature=fit_.temperature, start=reduction.posterior, seed=seed, **settings)
+    result = fit(
+        fit_.program,
+        data,
+        temperature=fit_.temperature,
+        start=reduction.posterior,
+        seed=seed,
+        **settings,
+    )
     x, y = data if isinstance(data, tuple) else (data.x_train, data.y_train)
     before, after = (evidence_bound(each, x, y, draws, seed) for each in (fit_, result))
     change = after - before
@@ -79,16 +95,22 @@ def refit(
 
 
 def predicted_delta_f(reduction: Reduction) -> float:
-    """ΔF of the model with the reduction's masks and Gaussian priors, nats; a spike and slab counts with the set it chose."""
+    """ΔF of the model with the reduction's masks and Gaussian priors, nats; a spike and slab counts
+    with the set it chose.
+    """
     total = 0.0
     for name, result in reduction.sites.items():
         before, after = reduction.before[name], result.site
         if after.prior is None or before.prior is None:
             raise FitError(
-                f"site '{name}': its reduced prior is not Gaussian, so the program cannot be refitted under it; fit a program that declares that prior"
+                f"site '{name}': its reduced prior is not Gaussian, so the program cannot be"
+                " refitted under it; fit a program that declares that prior"
             )
         if after.prior is not before.prior and before.declared is None:
-            raise FitError(f"site '{name}': its program declares a prior of its own, whose scale a refit cannot change; write the reduced prior in the program")
+            raise FitError(
+                f"site '{name}': its program declares a prior of its own, whose scale a refit"
+                " cannot change; write the reduced prior in the program"
+            )
         if after.prior is not before.prior:
             total += result.delta_f
             continue
@@ -99,7 +121,9 @@ def predicted_delta_f(reduction: Reduction) -> float:
 @isolated(autocast=True)
 @torch.no_grad()
 def evidence_bound(fit_: Fit, x: Tensor, y: Tensor, draws: int = 64, seed: int = 0) -> Tensor:
-    r"""−F = E_q[log p(y|θ)]/T − KL(q‖p) of a fit over all rows, one estimate per draw, (draws,), nats. One seed, one noise for all mean-field fits."""
+    r"""−F = E_q[log p(y|θ)]/T − KL(q‖p) of a fit over all rows, one estimate per draw, (draws,),
+    nats. One seed, one noise for all mean-field fits.
+    """
     program, guide, x, y = fit_.program, fit_.guide, *(_like(fit_, part) for part in (x, y))
     whole = WholeData(len(x), min(_CHUNK, len(x)))
     scaled = EmpiricalScales(fit_.scales)(whole(program))

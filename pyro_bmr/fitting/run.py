@@ -1,4 +1,5 @@
-"""The state of a fit: program, guide, masks and empirical scales, and what one step, reduction or update does to them.
+"""The state of a fit: program, guide, masks and empirical scales, and what one step, reduction or
+update does to them.
 
 Owns `FitState`. Next: `snapshot.py`.
 """
@@ -39,7 +40,9 @@ from pyro_bmr.reduction.correlations import spike_gain
 from pyro_bmr.reduction.result import Reduction
 from pyro_bmr.tracing import Values, collapsed
 
-_NUMBERS = 8  # for each weight: noise, draw, standard deviation and the gradient of the draw; the moments of Adam for both vectors
+# for each weight: noise, draw, standard deviation and the gradient of the draw; the moments of Adam
+# for both vectors
+_NUMBERS = 8
 
 
 class FitState:
@@ -72,7 +75,9 @@ class FitState:
         if isinstance(program, nn.Module):
             note_modes(program)
         set_training(program, False)
-        self.rows_of_guide, latents = latents_of(program, x, y, held_out, self.sizes(), shuffle, split)
+        self.rows_of_guide, latents = latents_of(
+            program, x, y, held_out, self.sizes(), shuffle, split
+        )
         self.whole = WholeData(len(x), len(self.few[0]))
         self.scaled = self.empirical(self.whole(program))
         self.guide: Any = make_guide(guide, program, self.few, latents)
@@ -80,39 +85,86 @@ class FitState:
         self.flat: MeanFieldStep | None = None
         self.trained = self.parameters()  # whose gradients a step clears and checks
         if isinstance(self.guide, MeanField) and self.guide.estimator not in PER_ROW:
-            own, needed = self.processes.seed(seed), _NUMBERS * self.guide.loc.numel() * self.guide.loc.element_size()
-            mend = "make the network smaller, fit in a lower precision, or see docs/several_processes.md"
-            check_memory(f"a fit of {self.guide.loc.numel():,} weights, beside the guide's vectors and the data,", needed, x.device, mend)
-            self.flat = MeanFieldStep(self.scaled, self.guide, len(x), temperature, own, cast(Network, program) if hasattr(program, "plain_weights") else None)
-            self.trained = [p for p in self.trained if p is not self.guide.loc and p is not self.guide.log_scale]
+            own, needed = (
+                self.processes.seed(seed),
+                _NUMBERS * self.guide.loc.numel() * self.guide.loc.element_size(),
+            )
+            mend = (
+                "make the network smaller, fit in a lower precision, or see"
+                " docs/several_processes.md"
+            )
+            check_memory(
+                f"a fit of {self.guide.loc.numel():,} weights, beside the guide's vectors and the"
+                " data,",
+                needed,
+                x.device,
+                mend,
+            )
+            self.flat = MeanFieldStep(
+                self.scaled,
+                self.guide,
+                len(x),
+                temperature,
+                own,
+                cast(Network, program) if hasattr(program, "plain_weights") else None,
+            )
+            self.trained = [
+                p for p in self.trained if p is not self.guide.loc and p is not self.guide.log_scale
+            ]
             self.masks |= _masks_of(self.scaled, self.guide, self.few)
             self.flat.prune(self.masks)
         sites = self.posterior().sites  # also refuses guides that cannot be read
         self.has_variance = any(bool(site.var.any()) for site in sites.values())
-        empirical = {name: site.declared for name, site in sites.items() if isinstance(site.declared, Gaussian) and site.declared.scale == "empirical"}
+        empirical = {
+            name: site.declared
+            for name, site in sites.items()
+            if isinstance(site.declared, Gaussian) and site.declared.scale == "empirical"
+        }
         self.empirical_priors = empirical if self.has_variance else {}
-        self.weights = [name for name, site in sites.items() if site.support == "real" and not site.given]
+        self.weights = [
+            name for name, site in sites.items() if site.support == "real" and not site.given
+        ]
 
     @property
     def few(self) -> tuple[Tensor, Tensor]:
-        """The rows with which guide and program are read between steps; copies, since a program may write into its rows."""
+        """The rows with which guide and program are read between steps; copies, since a program may
+        write into its rows.
+        """
         return self.x[: self.rows_of_guide].clone(), self.y[: self.rows_of_guide].clone()
 
     @torch.no_grad()
     def begin(self, start: Posterior) -> None:
-        """Puts moments, masks and Gaussian priors of `start` in force; the priors stay as they are."""
+        """Puts moments, masks and Gaussian priors of `start` in force; the priors stay as they
+        are.
+        """
         if not isinstance(self.guide, MeanField):
-            raise FitError(f"start: only MeanField can begin at a posterior, the guide is {type(self.guide).__name__}")
+            raise FitError(
+                "start: only MeanField can begin at a posterior, the guide is"
+                f" {type(self.guide).__name__}"
+            )
         locs, log_scales = self.guide.views(self.guide.loc), self.guide.views(self.guide.log_scale)
-        if {name: tuple(loc.shape) for name, loc in locs.items()} != {name: tuple(site.mean.shape) for name, site in start.sites.items()}:
-            raise FitError(f"start: its sites ({', '.join(start)}) and their shapes must be those of the program ({', '.join(locs)})")
+        if {name: tuple(loc.shape) for name, loc in locs.items()} != {
+            name: tuple(site.mean.shape) for name, site in start.sites.items()
+        }:
+            raise FitError(
+                f"start: its sites ({', '.join(start)}) and their shapes must be those of the"
+                f" program ({', '.join(locs)})"
+            )
         for name, site in start.sites.items():
             living = site.alive & (site.var > 0)
             locs[name].copy_(site.mean)
             log_scales[name].copy_((0.5 * site.var.log()).where(living, log_scales[name]))
         self.masks = masks_in_force(self.program, start.masks, self.x.device)
-        held = {name: site for name, site in start.sites.items() if isinstance(site.declared, Gaussian) and site.prior is not None}
-        self.empirical.scales = {name: collapsed(site.prior.var).sqrt() for name, site in held.items() if site.prior is not None}
+        held = {
+            name: site
+            for name, site in start.sites.items()
+            if isinstance(site.declared, Gaussian) and site.prior is not None
+        }
+        self.empirical.scales = {
+            name: collapsed(site.prior.var).sqrt()
+            for name, site in held.items()
+            if site.prior is not None
+        }
         self.hold_scales = True
         if self.flat is not None:
             self.flat.prune(self.masks)
@@ -120,48 +172,80 @@ class FitState:
     def parameters(self) -> list[Tensor]:
         """All that is trained, of guide and program."""
         modules = [m for m in (self.guide, self.program) if isinstance(m, nn.Module)]
-        return [p for m in modules for p in (m.trained if isinstance(m, BayesianNetwork) else m.parameters()) if p.requires_grad]
+        return [
+            p
+            for m in modules
+            for p in (m.trained if isinstance(m, BayesianNetwork) else m.parameters())
+            if p.requires_grad
+        ]
 
     def optimizer(self, make: Callable[[Any], Optimizer] | NaturalGradient) -> Optimizer:
         """The optimiser of the guide's and the program's parameters."""
         if not isinstance(make, NaturalGradient):
             try:
-                made = make(self.parameters() if self.flat is None else [self.flat.loc, self.flat.log_scale, *self.trained])
+                made = make(
+                    self.parameters()
+                    if self.flat is None
+                    else [self.flat.loc, self.flat.log_scale, *self.trained]
+                )
             except (ValueError, TypeError) as error:
                 raise FitError(f"optimizer: it cannot be made ({error})") from error
             if not isinstance(made, Optimizer) or isinstance(made, torch.optim.LBFGS):
-                raise FitError(f"optimizer: a torch optimiser whose step takes no closure is wanted, got {type(made).__name__}")
+                raise FitError(
+                    "optimizer: a torch optimiser whose step takes no closure is wanted, got"
+                    f" {type(made).__name__}"
+                )
             return made
         if self.flat is None:
             raise FitError(
-                f'optimizer=natural_gradient(): it needs guide=MeanField with estimator="weight" or "antithetic", got {type(self.guide).__name__}; '
-                "give another optimiser, such as adam()"
+                'optimizer=natural_gradient(): it needs guide=MeanField with estimator="weight" or'
+                f' "antithetic", got {type(self.guide).__name__}; give another optimiser, such as'
+                " adam()"
             )
         rows = len(self.x) / self.temperature
         for name in () if self.hold_scales else self.weights:  # a start keeps its variances
-            self.flat.log_scale.detach()[self.flat.parts[name]].fill_(-0.5 * math.log(rows * make.curvature))
+            self.flat.log_scale.detach()[self.flat.parts[name]].fill_(
+                -0.5 * math.log(rows * make.curvature)
+            )
         return make.optimizer(self.flat, self.trained)
 
     def batches(self, seed: int, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's rows of the batches of an epoch but for the first `skip`: in an order that is a function of (seed, epoch), or in their own.
+        """This process's rows of the batches of an epoch but for the first `skip`: in an order that
+        is a function of (seed, epoch), or in their own.
 
         They are copies, since a program may write into its rows.
         """
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.arange(len(self.x), device="cpu") if self.in_order else torch.randperm(len(self.x), generator=generator, device="cpu").to(self.x.device)
+        order = (
+            torch.arange(len(self.x), device="cpu")
+            if self.in_order
+            else torch.randperm(len(self.x), generator=generator, device="cpu").to(self.x.device)
+        )
         for index in order.split(self.sizes())[skip:]:
             own, self.share = self.processes.rows(index)
             rows = slice(int(own[0]), int(own[-1]) + 1) if self.in_order else own
-            yield (self.x[rows].clone(), self.y[rows].clone()) if self.in_order else (self.x[rows], self.y[rows])
+            yield (
+                (self.x[rows].clone(), self.y[rows].clone())
+                if self.in_order
+                else (self.x[rows], self.y[rows])
+            )
 
     def sizes(self) -> list[int]:
-        """Of the batches of an epoch; less than two rows a process left over join the batch before (batch norm cannot take one alone)."""
+        """Of the batches of an epoch; less than two rows a process left over join the batch before
+        (batch norm cannot take one alone).
+        """
         return batch_sizes(len(self.x), self.batch_size, 2 * self.processes.size)
 
-    def step(self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float] | None:
-        """Both terms of the ELBO at one draw in each process, after which the optimiser has gone a step down their gradient; None if the step is skipped."""
+    def step(
+        self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int
+    ) -> tuple[float, float] | None:
+        """Both terms of the ELBO at one draw in each process, after which the optimiser has gone a
+        step down their gradient; None if the step is skipped.
+        """
         self.whole.rows = len(batch[0])
-        torch.clear_autocast_cache()  # holds weights of lower precision as they were in the step before, if the fit runs under torch.autocast
+        # holds weights of lower precision as they were in the step before, if the fit runs under
+        # torch.autocast
+        torch.clear_autocast_cache()
         for parameter in self.trained:
             parameter.grad = None
         draw = None if self.flat is None else self.flat.run(batch, step)
@@ -171,14 +255,30 @@ class FitState:
             terms = masked_terms(self.scaled, self.guide, batch, self.masks)
             ((self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)).backward()
             likelihood, kl = float(terms.expected_log_likelihood.detach()), float(terms.kl.detach())
-        sums = sum(_total(g) for g in (*(draw.gradients if draw else ()), *(p.grad for p in self.trained if p.grad is not None)))
+        sums = sum(
+            _total(g)
+            for g in (
+                *(draw.gradients if draw else ()),
+                *(p.grad for p in self.trained if p.grad is not None),
+            )
+        )
         faulty, where = not math.isfinite(likelihood + kl + sums), ""
         if self.processes.size > 1:
             draw, likelihood, kl, ranks = self._of_all(draw, likelihood, kl, faulty)
-            faulty, where = bool(ranks), f", in process {', '.join(map(str, ranks))} of {self.processes.size}"
-        fault = f"{diagnosis(self.guide, self.program, self.flat, draw, likelihood, kl)}{where}" if faulty else self.faults.jump(likelihood)
+            faulty, where = (
+                bool(ranks),
+                f", in process {', '.join(map(str, ranks))} of {self.processes.size}",
+            )
+        fault = (
+            f"{diagnosis(self.guide, self.program, self.flat, draw, likelihood, kl)}{where}"
+            if faulty
+            else self.faults.jump(likelihood)
+        )
         if fault:
-            self.faults.skip(f"step {step}: {fault}; lower the learning rate, or check the scale of the data and of the priors")
+            self.faults.skip(
+                f"step {step}: {fault}; lower the learning rate, or check the scale of the data and"
+                " of the priors"
+            )
             return None
         if draw is not None and isinstance(optimizer, OnlineNewton):
             optimizer.step(lambda: draw)
@@ -188,22 +288,42 @@ class FitState:
             optimizer.step()
         return likelihood, kl
 
-    def _of_all(self, draw: Draw | None, likelihood: float, kl: float, faulty: bool) -> tuple[Draw | None, float, float, list[int]]:
-        """What all processes found, each in its rows with its own noise, as one mean over the batch, and which have a fault; whether one is interrupted."""
+    def _of_all(
+        self, draw: Draw | None, likelihood: float, kl: float, faulty: bool
+    ) -> tuple[Draw | None, float, float, list[int]]:
+        """What all processes found, each in its rows with its own noise, as one mean over the
+        batch, and which have a fault; whether one is interrupted.
+        """
         for parameter in self.trained:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        vectors = [] if draw is None or self.flat is None else [*draw.gradients, *self.flat.times_noise(draw)]
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
+        vectors = (
+            []
+            if draw is None or self.flat is None
+            else [*draw.gradients, *self.flat.times_noise(draw)]
+        )
         numbers = self.x.new_zeros(3 + self.processes.size, dtype=torch.float32)
         numbers[:3] = torch.tensor([likelihood, kl, float(self.interrupted)])
         numbers[3 + self.processes.rank] = float(faulty)
-        *summed, numbers = self.processes.sum([*vectors, *(p.grad for p in self.trained if p.grad is not None), numbers], self.share)
+        *summed, numbers = self.processes.sum(
+            [*vectors, *(p.grad for p in self.trained if p.grad is not None), numbers], self.share
+        )
         for parameter, grad in zip(reversed(self.trained), reversed(summed), strict=False):
             parameter.grad = grad
         likelihood, kl, interrupted, *faults = numbers.tolist()
         self.interrupted = interrupted > 0
         if draw is not None:
             half = len(draw.gradients)
-            draw = Draw(likelihood, kl, summed[:half], summed[half : 2 * half], draw.pulls, draw.noise.new_ones(1).expand_as(draw.noise), 1.0)
+            draw = Draw(
+                likelihood,
+                kl,
+                summed[:half],
+                summed[half : 2 * half],
+                draw.pulls,
+                draw.noise.new_ones(1).expand_as(draw.noise),
+                1.0,
+            )
         return draw, likelihood, kl, [rank for rank, fault in enumerate(faults) if fault]
 
     def finish(self) -> Posterior:
@@ -212,7 +332,11 @@ class FitState:
             self.flat.write_back()
             self.flat = None
         posterior = self.posterior()
-        return replace(posterior, sites=with_products(posterior.sites, self.program, self.few, {})) if self.has_variance else posterior
+        return (
+            replace(posterior, sites=with_products(posterior.sites, self.program, self.few, {}))
+            if self.has_variance
+            else posterior
+        )
 
     def posterior(self) -> Posterior:
         """The posterior as it stands; the program is in evaluation mode while it is read."""
@@ -220,13 +344,25 @@ class FitState:
             self.flat.write_back()
         set_training(self.program, False)
         program, rows = self.empirical(self.program), len(self.x)
-        posterior = Posterior.from_guide(self.guide, program, *self.few, masks=self.masks, temperature=self.temperature, rows=rows, products=False)
+        posterior = Posterior.from_guide(
+            self.guide,
+            program,
+            *self.few,
+            masks=self.masks,
+            temperature=self.temperature,
+            rows=rows,
+            products=False,
+        )
         set_training(self.program, True)
         return posterior
 
     def prune(self, schedule: Every, done: float, optimizer: Optimizer) -> float:
-        """Reduces, puts the masks in force, and returns the predicted gain in evidence of what went, nats."""
-        masks, gain = self.processes.decided_by_first(lambda: self._decided(schedule.reduce(self.posterior(), done)), self.x.device)
+        """Reduces, puts the masks in force, and returns the predicted gain in evidence of what
+        went, nats.
+        """
+        masks, gain = self.processes.decided_by_first(
+            lambda: self._decided(schedule.reduce(self.posterior(), done)), self.x.device
+        )
         self.masks = {**self.masks, **masks}
         self.faults.forget()
         if self.flat is not None:
@@ -236,20 +372,41 @@ class FitState:
     def _decided(self, reduction: Reduction) -> tuple[dict[str, Tensor], float]:
         """The masks of a reduction, and the predicted gain in evidence of what goes now, nats."""
         masks = reduction.masks
-        return masks, sum(spike_gain(reduction.before[name], masks[name], site.spike_delta_f) for name, site in reduction.sites.items())
+        return masks, sum(
+            spike_gain(reduction.before[name], masks[name], site.spike_delta_f)
+            for name, site in reduction.sites.items()
+        )
 
     def agree(self, step: int) -> None:
-        """Gives all processes the buffers of the first, such as running means, and checks that they have the same weights and masks."""
+        """Gives all processes the buffers of the first, such as running means, and checks that they
+        have the same weights and masks.
+        """
         if self.processes.size > 1:
             program = self.program
             if self.flat is not None:
                 self.flat.write_back()  # the first process has done so at each of its checkpoints
             if isinstance(program, nn.Module):
                 self.processes.copy_from_first(program.buffers())
-            flat = {} if self.flat is None else {"loc": self.flat.loc, "log_scale": self.flat.log_scale}
-            tensors = {**tensors_of(self.guide, program), **flat, **{f"mask {n}": m for n, m in self.masks.items()}, **self.empirical.scales}
-            why = "the program or the optimiser does not do the same in each, perhaps because it draws random numbers of its own"
-            self.processes.check_equal(tensors, self.x.device, f"has other weights or masks than process 0 after step {step}; {why}")
+            flat = (
+                {}
+                if self.flat is None
+                else {"loc": self.flat.loc, "log_scale": self.flat.log_scale}
+            )
+            tensors = {
+                **tensors_of(self.guide, program),
+                **flat,
+                **{f"mask {n}": m for n, m in self.masks.items()},
+                **self.empirical.scales,
+            }
+            why = (
+                "the program or the optimiser does not do the same in each, perhaps because it"
+                " draws random numbers of its own"
+            )
+            self.processes.check_equal(
+                tensors,
+                self.x.device,
+                f"has other weights or masks than process 0 after step {step}; {why}",
+            )
 
     @torch.no_grad()
     def update_scales(self) -> None:
@@ -261,7 +418,9 @@ class FitState:
             self.flat.forget()
         sites = sites_of_guide(self.guide, self.program, self.few, {}, self.masks)
         for name, prior in self.empirical_priors.items():
-            self.empirical.update(name, prior, sites[name].mean, sites[name].var, self.masks.get(name))
+            self.empirical.update(
+                name, prior, sites[name].mean, sites[name].var, self.masks.get(name)
+            )
 
     def is_finite(self) -> bool:
         """Whether all that is trained is."""
@@ -270,12 +429,20 @@ class FitState:
 
     def kept(self) -> float:
         """The fraction of the reduced sites' entries that live; 1 before any reduction."""
-        return sum(int(m.sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values()) if self.masks else 1.0
+        return (
+            sum(int(m.sum()) for m in self.masks.values())
+            / sum(m.numel() for m in self.masks.values())
+            if self.masks
+            else 1.0
+        )
 
 
 def _masks_of(program: Program, guide: MeanField, few: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """The masks of a program under `Masked`."""
-    starts = {latent.name: latent.start if latent.transform is None else latent.transform(latent.start) for latent in guide.latents}
+    starts = {
+        latent.name: latent.start if latent.transform is None else latent.transform(latent.start)
+        for latent in guide.latents
+    }
     with torch.no_grad(), Values(starts) as run:
         program(*few)
     bases = {name: base_distribution(msg["fn"]) for name, msg in run.latent.items()}
@@ -288,5 +455,11 @@ def _total(gradient: Tensor) -> float:
 
 def tensors_of(guide: Any, program: Program) -> dict[str, Tensor]:
     """The parameters and buffers of both, by name."""
-    modules = {key: m for key, m in (("guide", guide), ("program", program)) if isinstance(m, nn.Module)}
-    return {f"{key}.{name}": t.detach() for key, m in modules.items() for name, t in (*m.named_parameters(), *m.named_buffers())}
+    modules = {
+        key: m for key, m in (("guide", guide), ("program", program)) if isinstance(m, nn.Module)
+    }
+    return {
+        f"{key}.{name}": t.detach()
+        for key, m in modules.items()
+        for name, t in (*m.named_parameters(), *m.named_buffers())
+    }

@@ -20,7 +20,9 @@ from pyro_bmr.tracing import Values, likelihood_of
 
 
 def snapshot(run: FitState, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
-    """All that the steps so far have changed. Order of the data and draws are functions of the seed, the epoch and the step."""
+    """All that the steps so far have changed. Order of the data and draws are functions of the
+    seed, the epoch and the step.
+    """
     return {
         "tensors": tensors_of(run.guide, run.program),
         "flat": run.flat.state() if run.flat else None,
@@ -39,9 +41,12 @@ def restore(run: FitState, state: Mapping[str, Any], optimizer: Optimizer, sched
     """Goes on from `state`.
 
     Raises:
-        FitError: the program does not give the log likelihood that it gave when the state was saved.
+        FitError: the program does not give the log likelihood that it gave when the state was
+            saved.
     """
-    run.masks, run.empirical.scales = ({name: t.to(run.x.device) for name, t in state[key].items()} for key in ("masks", "scales"))
+    run.masks, run.empirical.scales = (
+        {name: t.to(run.x.device) for name, t in state[key].items()} for key in ("masks", "scales")
+    )
     if run.flat:
         run.flat.prune(run.masks, optimizer)
     optimizer.load_state_dict(state["optimizer"])
@@ -54,13 +59,18 @@ def restore(run: FitState, state: Mapping[str, Any], optimizer: Optimizer, sched
     run.faults.restore(state["faults"])
     was, now = state["log_likelihood"], _log_likelihood(run)
     if not math.isclose(was, now, rel_tol=1e-4, abs_tol=1e-4):
-        raise FitError(f"the program has changed: at its checkpoint the log likelihood of the first rows was {was:.6g}, now it is {now:.6g}; fit anew")
+        raise FitError(
+            "the program has changed: at its checkpoint the log likelihood of the first rows was"
+            f" {was:.6g}, now it is {now:.6g}; fit anew"
+        )
     generator_of(run.x.device).set_state(state["generator"])
 
 
 @torch.no_grad()
 def _log_likelihood(run: FitState) -> float:
-    """That of the first rows at the posterior's point, by which a program that has changed is known."""
+    """That of the first rows at the posterior's point, by which a program that has changed is
+    known.
+    """
     device = [run.x.device] if run.x.device.type == "cuda" else []
     point = run.posterior().point()
     with torch.random.fork_rng(device):

@@ -1,7 +1,10 @@
-r"""Gaussians of which some entries are held at zero, kept so that one more, or one less, is a rank-one update.
+r"""Gaussians of which some entries are held at zero, kept so that one more, or one less, is a
+rank-one update.
 
-Owns one state per structure: `SweptState` (`Dense`, and the rows of a `MatrixNormal`), `LowRankState`, `IndependentState`. Each answers what the density
-ratio log q(0) − log p(0) of an entry or group is, given that the entries set so far are zero. All in float64. Imports torch only. Next: `natural_form.py`.
+Owns one state per structure: `SweptState` (`Dense`, and the rows of a `MatrixNormal`),
+`LowRankState`, `IndependentState`. Each answers what the density ratio log q(0) − log p(0) of an
+entry or group is, given that the entries set so far are zero. All in float64. Imports torch only.
+Next: `natural_form.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from pyro_bmr.formulas.matrix_normal import MatrixNormal
 from pyro_bmr.formulas.matrix_normal import checked as matrix_parts
 
 Members = list[list[tuple[int, Tensor]]]
-"""Group → (number of the structure, indices of its entries there), for each structure that the group has entries in."""
+"""Group → (number of the structure, indices of its entries there), for each structure that the
+group has entries in.
+"""
 
 _SPREAD = 1e-5  # of the factor of C: below, C⁻¹ has less than six digits
 _LOG_2PI = math.log(2 * math.pi)
@@ -49,15 +54,18 @@ class State(Protocol):
         ...
 
     def inflation(self) -> float:
-        """By how much letting go may enlarge roundings: the largest ratio of a held entry's variance
-        at the start to that given the other held ones; inf if what is held should stay."""
+        """By how much letting go may enlarge roundings: the largest ratio of a held entry's
+        variance at the start to that given the other held ones; inf if what is held should stay.
+        """
         ...
 
 
 class SweptState(NamedTuple):
-    r"""A covariance swept on the entries S that are held: Σ_RR − Σ_RS Σ_SS⁻¹ Σ_SR where they are not, −Σ_SS⁻¹ where they are; the means likewise.
+    r"""A covariance swept on the entries S that are held: Σ_RR − Σ_RS Σ_SS⁻¹ Σ_SR where they are
+    not, −Σ_SS⁻¹ where they are; the means likewise.
 
-    `mean` is (d, m): m independent columns that share one covariance. The prior is swept too if it has correlations. Source: Goodnight 1979.
+    `mean` is (d, m): m independent columns that share one covariance. The prior is swept too if it
+    has correlations. Source: Goodnight 1979.
     """
 
     cov: Tensor
@@ -106,9 +114,16 @@ class SweptState(NamedTuple):
         cov, mean = self.cov[index][:, index], self.mean[index]
         chol = torch.linalg.cholesky(cov if alive else -cov)
         half_log_det = chol.diagonal().log().sum() * (1 if alive else -1)
-        quadratic = (torch.linalg.solve_triangular(chol, mean, upper=False)).square().sum()  # held: Vb with V = Λ⁻¹, so bᵀΛ⁻¹b again
-        log_q = self.constant * len(index) - 0.5 * (mean.numel() * _LOG_2PI + quadratic) - self.mean.shape[1] * half_log_det
-        return log_q - (self.log_p[index].sum() if self.prior is None else self.prior.log_ratio(index, alive))
+        # held: Vb with V = Λ⁻¹, so bᵀΛ⁻¹b again
+        quadratic = (torch.linalg.solve_triangular(chol, mean, upper=False)).square().sum()
+        log_q = (
+            self.constant * len(index)
+            - 0.5 * (mean.numel() * _LOG_2PI + quadratic)
+            - self.mean.shape[1] * half_log_det
+        )
+        return log_q - (
+            self.log_p[index].sum() if self.prior is None else self.prior.log_ratio(index, alive)
+        )
 
     def flipped(self, index: Tensor, alive: bool) -> SweptState:
         cov, mean, held = self.cov.clone(), self.mean.clone(), self.held.clone()
@@ -126,7 +141,9 @@ class SweptState(NamedTuple):
 
 
 class LowRankState(NamedTuple):
-    r"""w = μ + D^½ε + Wz with the held entries S observed to be 0: z ~ N(C⁻¹r, C⁻¹), C = I + Σ_S w_iw_iᵀ/D_i, r = −Σ_S w_iμ_i/D_i. Only C and r change."""
+    r"""w = μ + D^½ε + Wz with the held entries S observed to be 0: z ~ N(C⁻¹r, C⁻¹), C = I + Σ_S
+    w_iw_iᵀ/D_i, r = −Σ_S w_iμ_i/D_i. Only C and r change.
+    """
 
     mean: Tensor
     var: Tensor  # D
@@ -140,9 +157,11 @@ class LowRankState(NamedTuple):
         projected, z = self._latent(self.precision, self.weighted)
         a = projected.square().sum(1)  # wᵀC⁻¹w
         b = self.factor @ z
-        rest = (self.var - a).clamp(min=torch.finfo(a.dtype).tiny)  # of a held entry: D − wᵀC⁻¹w > 0
+        # of a held entry: D − wᵀC⁻¹w > 0
+        rest = (self.var - a).clamp(min=torch.finfo(a.dtype).tiny)
         var = torch.where(self.held, self.var.square() / rest, self.var + a)
-        mean = self.mean + torch.where(self.held, (b * self.var + a * self.mean) / rest, b)  # without its own observation: Sherman–Morrison
+        # without its own observation: Sherman–Morrison
+        mean = self.mean + torch.where(self.held, (b * self.var + a * self.mean) / rest, b)
         return -0.5 * (_LOG_2PI + var.log() + mean.square() / var) - self.log_p
 
     def log_ratio(self, index: Tensor, alive: bool) -> Tensor:
@@ -152,7 +171,9 @@ class LowRankState(NamedTuple):
         scaled = projected / self.var[index, None]
         inner = torch.eye(projected.shape[1]).to(projected) + projected.mT @ scaled
         white = scaled.mT @ mean
-        quadratic = (mean.square() / self.var[index]).sum() - white @ torch.linalg.solve(inner, white)
+        quadratic = (mean.square() / self.var[index]).sum() - white @ torch.linalg.solve(
+            inner, white
+        )
         log_det = self.var[index].log().sum() + torch.linalg.slogdet(inner).logabsdet
         return -0.5 * (len(index) * _LOG_2PI + log_det + quadratic) - self.log_p[index].sum()
 
@@ -160,19 +181,29 @@ class LowRankState(NamedTuple):
         factor, sign = self.factor[index], 1 if alive else -1
         scaled = factor / self.var[index, None]
         held = self.held.index_fill(0, index.to(self.held.device), alive)
-        return self._replace(held=held, precision=self.precision + sign * factor.mT @ scaled, weighted=self.weighted - sign * scaled.mT @ self.mean[index])
+        return self._replace(
+            held=held,
+            precision=self.precision + sign * factor.mT @ scaled,
+            weighted=self.weighted - sign * scaled.mT @ self.mean[index],
+        )
 
     def log_ratios_after_each(self, index: Tensor) -> Tensor | None:
         return None
 
     def inflation(self) -> float:
-        return math.inf if bool(self.held.any()) else 1.0  # C has no bound for what its entries lose
+        # C has no bound for what its entries lose
+        return math.inf if bool(self.held.any()) else 1.0
 
-    def _latent(self, precision: Tensor, weighted: Tensor, index: Any = slice(None)) -> tuple[Tensor, Tensor]:
+    def _latent(
+        self, precision: Tensor, weighted: Tensor, index: Any = slice(None)
+    ) -> tuple[Tensor, Tensor]:
         chol, info = torch.linalg.cholesky_ex(precision)
         ends = chol.diagonal().aminmax() if len(chol) else None
         if int(info) or (ends is not None and bool(ends.min < _SPREAD * ends.max)):
-            raise ReductionError("the diagonal of the low-rank posterior is too small beside its factor for a search; take Dense(mean, cov)")
+            raise ReductionError(
+                "the diagonal of the low-rank posterior is too small beside its factor for a"
+                " search; take Dense(mean, cov)"
+            )
         projected = torch.linalg.solve_triangular(chol, self.factor[index].mT, upper=False).mT
         return projected, torch.cholesky_solve(weighted[:, None], chol)[:, 0]
 
@@ -203,11 +234,14 @@ def initial_state(posterior: Any, prior: Any) -> State:
     """The state of a posterior under a prior, nothing held at zero.
 
     Raises:
-        ReductionError: moments are not finite, a variance is not positive, or a covariance not symmetric positive definite.
+        ReductionError: moments are not finite, a variance is not positive, or a covariance not
+            symmetric positive definite.
     """
     spike = torch.zeros((), dtype=torch.float64)
     q = moments(posterior)
-    return IndependentState(delta_f(Diagonal(q.mean.double(), q.var.double()), prior, Diagonal(spike, spike)).flatten())
+    return IndependentState(
+        delta_f(Diagonal(q.mean.double(), q.var.double()), prior, Diagonal(spike, spike)).flatten()
+    )
 
 
 @initial_state.register
@@ -227,7 +261,8 @@ def _(posterior: Dense, prior: Any) -> State:
 @initial_state.register
 def _(posterior: MatrixNormal, prior: Any) -> State:
     mean, _, chol = matrix_parts(posterior)
-    white = torch.linalg.solve_triangular(chol, mean.mT, upper=False).mT  # columns independent, with the covariance of the rows
+    # columns independent, with the covariance of the rows
+    white = torch.linalg.solve_triangular(chol, mean.mT, upper=False).mT
     row_cov = _symmetric(posterior.row_cov, "rows of the posterior")
     held = torch.zeros(len(white), dtype=torch.bool, device=white.device)
     log_p, constant = _log_prior(prior, mean).sum(1), -float(chol.diagonal().log().sum())
@@ -239,12 +274,22 @@ def _(posterior: LowRank, prior: Any) -> State:
     mean, var, factor = low_rank_parts(posterior)
     rank = factor.shape[1]
     held = torch.zeros_like(mean, dtype=torch.bool)
-    return LowRankState(mean, var, factor, held, torch.eye(rank).to(factor), factor.new_zeros(rank), _log_prior(prior, mean))
+    return LowRankState(
+        mean,
+        var,
+        factor,
+        held,
+        torch.eye(rank).to(factor),
+        factor.new_zeros(rank),
+        _log_prior(prior, mean),
+    )
 
 
 @singledispatch
 def embedded(rest: Any, mask: Tensor) -> Any:
-    """The structure of the living entries (`mask`) put back among zeros: the pruned ones have mean, variance and covariances 0."""
+    """The structure of the living entries (`mask`) put back among zeros: the pruned ones have mean,
+    variance and covariances 0.
+    """
     return Diagonal(_spread(rest.mean, mask), _spread(rest.var, mask))
 
 

@@ -1,6 +1,7 @@
 r"""The discrete exponential families of torch by natural parameters, and the continuous Bernoulli.
 
-Owns no name: it registers them with `natural_form`, and hands that on. Imports torch only. Next: `exponential_family.py`.
+Owns no name: it registers them with `natural_form`, and hands that on. Imports torch only. Next:
+`exponential_family.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ import torch.distributions as td
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmr.formulas.natural_form import NaturalForm, cast_like, natural_form, not_nan, positive, wide
+from pyro_bmr.formulas.natural_form import (
+    NaturalForm,
+    cast_like,
+    natural_form,
+    not_nan,
+    positive,
+    wide,
+)
 
 __all__ = ["natural_form"]
 
 
 def _two_states(d: Any) -> Tensor:
-    """(log(1 − p), log p) in a last dimension; exact at p = 0 and 1, where the `logits` of torch are clamped."""
+    """(log(1 − p), log p) in a last dimension; exact at p = 0 and 1, where the `logits` of torch
+    are clamped.
+    """
     probs = d.__dict__.get("probs")
     if probs is not None and getattr(d, "_param", probs) is probs:
         probs = probs.double()
@@ -32,11 +42,27 @@ def _states(d: td.Categorical) -> Tensor:
     return d.probs.double().log() if d._param is d.__dict__.get("probs") else d.logits.double()
 
 
-def _finite(family: str, log_p: Tensor, dtype: torch.dtype, member: Callable[..., Distribution], trials: Tensor | int | None = None) -> NaturalForm:
-    """K states with log weights λ. `trials` of them, independent, are one draw; their number is in the carrier. `member`: from probabilities."""
+def _finite(
+    family: str,
+    log_p: Tensor,
+    dtype: torch.dtype,
+    member: Callable[..., Distribution],
+    trials: Tensor | int | None = None,
+) -> NaturalForm:
+    """K states with log weights λ. `trials` of them, independent, are one draw; their number is in
+    the carrier. `member`: from probabilities.
+    """
     n = 1 if trials is None else trials
     carrier = () if trials is None else (trials,)
-    return NaturalForm(family, (log_p,), lambda x: n * x.logsumexp(-1), lambda x: not_nan(x), lambda x: member(x.softmax(-1).to(dtype)), carrier, dtype)
+    return NaturalForm(
+        family,
+        (log_p,),
+        lambda x: n * x.logsumexp(-1),
+        lambda x: not_nan(x),
+        lambda x: member(x.softmax(-1).to(dtype)),
+        carrier,
+        dtype,
+    )
 
 
 @natural_form.register
@@ -46,7 +72,13 @@ def _(d: td.Bernoulli) -> NaturalForm:
 
 @natural_form.register
 def _(d: td.Binomial) -> NaturalForm:
-    return _finite("Binomial", _two_states(d), d._param.dtype, lambda p: td.Binomial(d.total_count, p[..., 1]), d.total_count)
+    return _finite(
+        "Binomial",
+        _two_states(d),
+        d._param.dtype,
+        lambda p: td.Binomial(d.total_count, p[..., 1]),
+        d.total_count,
+    )
 
 
 @natural_form.register
@@ -56,12 +88,23 @@ def _(d: td.Categorical) -> NaturalForm:
 
 @natural_form.register
 def _(d: td.OneHotCategorical) -> NaturalForm:
-    return _finite("OneHotCategorical", _states(d._categorical), d._categorical._param.dtype, td.OneHotCategorical)
+    return _finite(
+        "OneHotCategorical",
+        _states(d._categorical),
+        d._categorical._param.dtype,
+        td.OneHotCategorical,
+    )
 
 
 @natural_form.register
 def _(d: td.Multinomial) -> NaturalForm:
-    return _finite("Multinomial", _states(d._categorical), d._categorical._param.dtype, lambda p: td.Multinomial(d.total_count, p), d.total_count)
+    return _finite(
+        "Multinomial",
+        _states(d._categorical),
+        d._categorical._param.dtype,
+        lambda p: td.Multinomial(d.total_count, p),
+        d.total_count,
+    )
 
 
 def _given_dtype(d: Any) -> torch.dtype:
@@ -72,7 +115,14 @@ def _given_dtype(d: Any) -> torch.dtype:
 @natural_form.register
 def _(d: td.Geometric) -> NaturalForm:  # (1 − p)^x p: λ = log(1 − p)
     dtype, lam = _given_dtype(d), (_two_states(d)[..., 0],)
-    return NaturalForm("Geometric", lam, lambda x: -(-x.expm1()).log(), lambda x: positive(-x), lambda x: td.Geometric(-x.expm1().to(dtype)), dtype=dtype)
+    return NaturalForm(
+        "Geometric",
+        lam,
+        lambda x: -(-x.expm1()).log(),
+        lambda x: positive(-x),
+        lambda x: td.Geometric(-x.expm1().to(dtype)),
+        dtype=dtype,
+    )
 
 
 @natural_form.register
@@ -111,4 +161,11 @@ def _(d: td.ContinuousBernoulli) -> NaturalForm:
         return x.clamp(min=0) + (-(-size).expm1() / size).log()
 
     dtype = d._param.dtype
-    return NaturalForm("ContinuousBernoulli", (d.logits.double(),), log_normalizer, not_nan, lambda x: td.ContinuousBernoulli(logits=x.to(dtype)), dtype=dtype)
+    return NaturalForm(
+        "ContinuousBernoulli",
+        (d.logits.double(),),
+        log_normalizer,
+        not_nan,
+        lambda x: td.ContinuousBernoulli(logits=x.to(dtype)),
+        dtype=dtype,
+    )

@@ -1,4 +1,5 @@
-r"""A Beta distribution over t = logit π, counted from its peak, so that no size of α and β costs digits.
+r"""A Beta distribution over t = logit π, counted from its peak, so that no size of α and β costs
+digits.
 
 Owns `LogitBeta`. Imports torch only. Next: `spike_and_slab.py`.
 """
@@ -27,8 +28,15 @@ class LogitBeta(NamedTuple):
 
     @classmethod
     def of(cls, alpha: float, beta: float) -> LogitBeta:
-        """That of α and β; both divided by one number where they are so large that it makes no difference."""
-        sharp = math.exp(min(math.log(alpha) + math.log(beta) - _log_sum(alpha, beta) - math.log(_SHARPEST), 700.0))
+        """That of α and β; both divided by one number where they are so large that it makes no
+        difference.
+        """
+        sharp = math.exp(
+            min(
+                math.log(alpha) + math.log(beta) - _log_sum(alpha, beta) - math.log(_SHARPEST),
+                700.0,
+            )
+        )
         return cls(alpha / max(sharp, 1.0), beta / max(sharp, 1.0))
 
     @property
@@ -43,7 +51,12 @@ class LogitBeta(NamedTuple):
         r is what Stirling's formula leaves of log Γ.
         """
         log_sharp = math.log(self.alpha) + math.log(self.beta) - _log_sum(self.alpha, self.beta)
-        return 0.5 * (math.log(2 * math.pi) - log_sharp) + _stirling_rest(self.alpha) + _stirling_rest(self.beta) - _stirling_rest(self.alpha + self.beta)
+        return (
+            0.5 * (math.log(2 * math.pi) - log_sharp)
+            + _stirling_rest(self.alpha)
+            + _stirling_rest(self.beta)
+            - _stirling_rest(self.alpha + self.beta)
+        )
 
     def log_ratio(self, away: Tensor) -> Tensor:
         r"""The log density δ `away` from the peak t̂, less that at the peak.
@@ -55,12 +68,20 @@ class LogitBeta(NamedTuple):
         x = σ(−t̂)(e^−δ − 1) and x' = σ(t̂)(e^δ − 1).
         """
         peak, t = away.new_tensor(self.peak), self.peak + away
-        far = -self.alpha * (_softplus(-t) - _softplus(-peak)) - self.beta * (_softplus(t) - _softplus(peak))
+        far = -self.alpha * (_softplus(-t) - _softplus(-peak)) - self.beta * (
+            _softplus(t) - _softplus(peak)
+        )
         delta = away.clamp(-_NEAR, _NEAR)
-        sharp = math.exp(math.log(self.alpha) + math.log(self.beta) - _log_sum(self.alpha, self.beta))
-        x = torch.stack([torch.sigmoid(-peak) * torch.expm1(-delta), torch.sigmoid(peak) * torch.expm1(delta)])
+        sharp = math.exp(
+            math.log(self.alpha) + math.log(self.beta) - _log_sum(self.alpha, self.beta)
+        )
+        x = torch.stack(
+            [torch.sigmoid(-peak) * torch.expm1(-delta), torch.sigmoid(peak) * torch.expm1(delta)]
+        )
         bends = away.new_tensor([self.alpha, self.beta]) @ _phi(x)
-        return torch.where(away.abs() < _NEAR, bends - 4 * sharp * torch.sinh(delta / 2).square(), far)
+        return torch.where(
+            away.abs() < _NEAR, bends - 4 * sharp * torch.sinh(delta / 2).square(), far
+        )
 
 
 def _log_sum(a: float, b: float) -> float:
@@ -77,7 +98,9 @@ def _phi(x: Tensor) -> Tensor:
     """x − log(1 + x) for |x| < 0.65, by the series of log(1 + x) = 2 artanh u in u = x/(2 + x)."""
     u = x / (2 + x)
     powers = u.square()[..., None] ** torch.arange(1, _TERMS + 1, device=x.device)
-    return u * (x - 2 * (powers @ (1 / torch.arange(3, 2 * _TERMS + 2, 2, dtype=x.dtype, device=x.device))))
+    return u * (
+        x - 2 * (powers @ (1 / torch.arange(3, 2 * _TERMS + 2, 2, dtype=x.dtype, device=x.device)))
+    )
 
 
 def _stirling_rest(x: float) -> float:

@@ -1,6 +1,8 @@
-r"""Reduction of a low-rank-plus-diagonal posterior, Σ = D + WWᵀ, under diagonal priors, without ever forming a d×d matrix.
+r"""Reduction of a low-rank-plus-diagonal posterior, Σ = D + WWᵀ, under diagonal priors, without
+ever forming a d×d matrix.
 
-Owns the structure `LowRank`; adds it to `gaussian.delta_f`, `reduced_posterior` and `prune_subset`. Imports torch only.
+Owns the structure `LowRank`; adds it to `gaussian.delta_f`, `reduced_posterior` and `prune_subset`.
+Imports torch only.
 """
 
 from __future__ import annotations
@@ -14,18 +16,30 @@ from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas.dense import half_log_and_energy
-from pyro_bmr.formulas.gaussian import Diagonal, check_diagonal, check_mask, delta_f, moments, prune_subset, reduced_posterior, result_dtype, rounded
+from pyro_bmr.formulas.gaussian import (
+    Diagonal,
+    check_diagonal,
+    check_mask,
+    delta_f,
+    moments,
+    prune_subset,
+    reduced_posterior,
+    result_dtype,
+    rounded,
+)
 from pyro_bmr.formulas.ratios import Ratios, half_log_growth
 
 _WIDER = (
-    "the reduced posterior precision P + Π̃ − Π is not positive definite; the posterior is wider than its prior in some direction: "
-    "fit longer, or reduce to a narrower prior"
+    "the reduced posterior precision P + Π̃ − Π is not positive definite; the posterior is wider"
+    " than its prior in some direction: fit longer, or reduce to a narrower prior"
 )
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """N(mean, diag(var) + factor factorᵀ): `mean` and `var` of shape (d,), `factor` of shape (d, k)."""
+    """N(mean, diag(var) + factor factorᵀ): `mean` and `var` of shape (d,), `factor` of shape (d,
+    k).
+    """
 
     mean: Tensor
     var: Tensor
@@ -33,7 +47,9 @@ class LowRank:
 
 
 class _Parts(NamedTuple):
-    """J = (σ₀² − v)/(Dσ₀² + v(σ₀² − D)), G = vσ₀²/(Dσ₀² + v(σ₀² − D)), H = I + WᵀJW, z = H⁻¹WᵀJd, with d = μ − η̃; in float64."""
+    """J = (σ₀² − v)/(Dσ₀² + v(σ₀² − D)), G = vσ₀²/(Dσ₀² + v(σ₀² − D)), H = I + WᵀJW, z = H⁻¹WᵀJd,
+    with d = μ − η̃; in float64.
+    """
 
     ratios: Ratios  # of the independent part
     chol: Tensor  # C, CCᵀ = H
@@ -53,17 +69,25 @@ class _Parts(NamedTuple):
 
 @delta_f.register
 def _(posterior: LowRank, prior: Any, reduced_prior: Any) -> Tensor:
-    r"""The dense form with every determinant and inverse taken through k×k matrices (Woodbury; matrix determinant lemma).
+    r"""The dense form with every determinant and inverse taken through k×k matrices (Woodbury;
+    matrix determinant lemma).
 
     .. math:: -\tfrac12 \log |H| - \tfrac12 \left[(d - Wz)^\top J (d - Wz) + z^\top z\right] + e^\top\Pi G (d - Wz)
         + \tfrac12 e^\top (\Pi + \Pi\tilde\Sigma\Pi) e
 
-    and the logarithms of the independent part. The bracket is dᵀ(J − JWH⁻¹WᵀJ)d as a sum of squares.
+    and the logarithms of the independent part. The bracket is dᵀ(J − JWH⁻¹WᵀJ)d as a sum of
+    squares.
     """
     x = _parts(posterior, prior, reduced_prior)
     growth = half_log_growth(x.ratios, (x.ratios.sigma + x.ratios.nu * x.ratios.tau).sqrt()).sum()
     quadratic = (x.inner * x.left.square()).sum() + x.z.square().sum()
-    gain = growth - x.chol.diagonal().abs().log().sum() - 0.5 * quadratic + x.pull @ x.carried + 0.5 * x.pull @ (x.shift + x.spread(x.pull))
+    gain = (
+        growth
+        - x.chol.diagonal().abs().log().sum()
+        - 0.5 * quadratic
+        + x.pull @ x.carried
+        + 0.5 * x.pull @ (x.shift + x.spread(x.pull))
+    )
     return rounded(gain, _dtype(posterior), "ΔF")
 
 
@@ -72,21 +96,31 @@ def _(posterior: LowRank, prior: Any, reduced_prior: Any) -> LowRank:
     r"""Again low rank plus diagonal: D̃ = GD, W̃ = GWH^(−½), mean η̃ + G(d − Wz) + Σ̃Πe."""
     x = _parts(posterior, prior, reduced_prior)
     mean = moments(reduced_prior, posterior.mean).mean.double() + x.carried + x.spread(x.pull)
-    return LowRank(*(rounded(t, _dtype(posterior), "the reduced posterior") for t in (mean, x.var, x.factor)))
+    return LowRank(
+        *(rounded(t, _dtype(posterior), "the reduced posterior") for t in (mean, x.var, x.factor))
+    )
 
 
 @prune_subset.register
 def _(posterior: LowRank, prior: Any, pruned: Tensor) -> tuple[Tensor, LowRank]:
     r"""ΔF = log q_S(0) − log p_S(0), and the rest given w_S = 0, again low rank plus diagonal.
 
-    With w = μ + D^½ε + Wz and z ~ N(0, I), the observation w_S = 0 leaves z ~ N(C⁻¹r, C⁻¹), C = I + W_SᵀD_S⁻¹W_S, r = −W_SᵀD_S⁻¹μ_S. `prior` is diagonal.
+    With w = μ + D^½ε + Wz and z ~ N(0, I), the observation w_S = 0 leaves z ~ N(C⁻¹r, C⁻¹), C = I +
+    W_SᵀD_S⁻¹W_S, r = −W_SᵀD_S⁻¹μ_S. `prior` is diagonal.
     """
     check_mask(pruned, posterior.mean)
     mean, var, factor = checked(posterior)
     chol, z = _latent(factor[pruned], 1 / var[pruned], mean[pruned])
-    gain = _log_density_at_zero(mean[pruned], var[pruned], factor[pruned]) + half_log_and_energy(prior, posterior.mean, pruned)
+    gain = _log_density_at_zero(mean[pruned], var[pruned], factor[pruned]) + half_log_and_energy(
+        prior, posterior.mean, pruned
+    )
     gain = gain + 0.5 * int(pruned.sum()) * math.log(2 * math.pi)
-    rest = (mean[~pruned] - factor[~pruned] @ z, var[~pruned], torch.linalg.solve_triangular(chol, factor[~pruned].mT, upper=False).mT)  # W_R C^(−½)
+    # W_R C^(−½)
+    rest = (
+        mean[~pruned] - factor[~pruned] @ z,
+        var[~pruned],
+        torch.linalg.solve_triangular(chol, factor[~pruned].mT, upper=False).mT,
+    )
     dtype = _dtype(posterior)
     return rounded(gain, dtype, "ΔF"), LowRank(*(rounded(t, dtype, "the rest") for t in rest))
 
@@ -102,13 +136,23 @@ def checked(g: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ReductionError: shapes do not fit, something is not finite, or a variance is not positive.
     """
-    if g.mean.ndim != 1 or g.var.shape != g.mean.shape or g.factor.ndim != 2 or len(g.factor) != len(g.mean):
+    if (
+        g.mean.ndim != 1
+        or g.var.shape != g.mean.shape
+        or g.factor.ndim != 2
+        or len(g.factor) != len(g.mean)
+    ):
         shapes = ", ".join(str(tuple(t.shape)) for t in (g.mean, g.var, g.factor))
-        raise ReductionError(f"LowRank: mean (d,), var (d,) and factor (d, k) are wanted, got {shapes}")
+        raise ReductionError(
+            f"LowRank: mean (d,), var (d,) and factor (d, k) are wanted, got {shapes}"
+        )
     q = moments(Diagonal(g.mean, g.var))
     check_diagonal("posterior", q)
     if not g.factor.is_floating_point() or not bool(g.factor.isfinite().all()):
-        raise ReductionError(f"the factor of the posterior must be finite floating-point numbers, got {int((~g.factor.isfinite()).sum())} not finite")
+        raise ReductionError(
+            "the factor of the posterior must be finite floating-point numbers, got"
+            f" {int((~g.factor.isfinite()).sum())} not finite"
+        )
     return q.mean.double(), q.var.double(), g.factor.double()
 
 
@@ -118,10 +162,21 @@ def _parts(posterior: LowRank, prior: Any, reduced_prior: Any) -> _Parts:
     check_diagonal("prior", p)
     check_diagonal("reduced prior", p_, ">= 0")
     if not bool((p_.var > 0).all()):
-        raise ReductionError("the reduced prior must have variance > 0 here; prune_subset is the reduction to a point spike")
+        raise ReductionError(
+            "the reduced prior must have variance > 0 here; prune_subset is the reduction to a"
+            " point spike"
+        )
     eta, v0, eta_, v = (t.double() for t in (p.mean, p.var, p_.mean, p_.var))
     distance, shift, root = mean - eta_, eta_ - eta, v0.sqrt()
-    x = Ratios(var / v0, (v0 - var) / v0, v / v0, (v0 - v) / v0, (mean - eta) / root, shift / root, distance / root)
+    x = Ratios(
+        var / v0,
+        (v0 - var) / v0,
+        v / v0,
+        (v0 - v) / v0,
+        (mean - eta) / root,
+        shift / root,
+        distance / root,
+    )
     total = x.sigma + x.nu * x.tau
     inner, kept = x.kappa / total / v0, x.nu / total
     if not bool((total > 0).all()):
@@ -133,17 +188,25 @@ def _parts(posterior: LowRank, prior: Any, reduced_prior: Any) -> _Parts:
 
 
 def _latent(factor: Tensor, weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    r"""A triangular C with CCᵀ = H = I + WᵀJW, and z = H⁻¹WᵀJy: the least squares of (√J(y − Wz), z).
+    r"""A triangular C with CCᵀ = H = I + WᵀJW, and z = H⁻¹WᵀJy: the least squares of (√J(y − Wz),
+    z).
 
-    The rows with J > 0 by orthogonal steps, since H itself would not keep the I beside 1/D; the others, which are bounded by the prior, after them.
+    The rows with J > 0 by orthogonal steps, since H itself would not keep the I beside 1/D; the
+    others, which are bounded by the prior, after them.
     """
     k = factor.shape[1]
     up, down = weights.clamp(min=0).sqrt()[:, None], (-weights).clamp(min=0).sqrt()[:, None]
-    beside = torch.cat([torch.eye(k, dtype=factor.dtype, device=factor.device), factor.new_zeros(k, 1)], 1)
-    triangle = torch.linalg.qr(torch.cat([up * torch.cat([factor, target[:, None]], 1), beside])).R[:k]
+    beside = torch.cat(
+        [torch.eye(k, dtype=factor.dtype, device=factor.device), factor.new_zeros(k, 1)], 1
+    )
+    triangle = torch.linalg.qr(torch.cat([up * torch.cat([factor, target[:, None]], 1), beside])).R[
+        :k
+    ]
     first, solved = triangle[:, :k].mT, triangle[:, k]
     against = torch.linalg.solve_triangular(first, (down * factor).mT, upper=False)
-    second, info = torch.linalg.cholesky_ex(torch.eye(k, dtype=factor.dtype, device=factor.device) - against @ against.mT)
+    second, info = torch.linalg.cholesky_ex(
+        torch.eye(k, dtype=factor.dtype, device=factor.device) - against @ against.mT
+    )
     if int(info):
         raise ReductionError(_WIDER)
     solved = torch.cholesky_solve((solved - against @ (down[:, 0] * target))[:, None], second)
@@ -155,7 +218,10 @@ def _log_density_at_zero(mean: Tensor, var: Tensor, factor: Tensor) -> Tensor:
     chol, z = _latent(factor, 1 / var, mean)
     left = mean - factor @ z
     quadratic = (left * (left / var)).sum() + z.square().sum()
-    return -0.5 * (mean.numel() * math.log(2 * math.pi) + var.log().sum() + quadratic) - chol.diagonal().abs().log().sum()
+    return (
+        -0.5 * (mean.numel() * math.log(2 * math.pi) + var.log().sum() + quadratic)
+        - chol.diagonal().abs().log().sum()
+    )
 
 
 def _dtype(g: LowRank) -> torch.dtype:

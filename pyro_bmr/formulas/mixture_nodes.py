@@ -1,7 +1,7 @@
 r"""The nodes of a scale mixture Σ_k w_k N(0, v_k), as far as given weights can tell them apart.
 
-Owns `mixture_nodes`, `exponent`, `terms_that_count`, `sampled`, `unit_of`, and the warnings of a grid that ends too early. Imports torch and numpy only.
-Next: `scale_mixture.py`.
+Owns `mixture_nodes`, `exponent`, `terms_that_count`, `sampled`, `unit_of`, and the warnings of a
+grid that ends too early. Imports torch and numpy only. Next: `scale_mixture.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from pyro_bmr.errors import PyroBMRWarning, ReductionError
 from pyro_bmr.formulas.gaussian import Message
 
 _PIECE = 1 << 16
-_MERGE = {torch.float32: 1e-4, torch.float64: 1e-6}  # nodes that no weight can tell apart better than this are one node: the error in ΔF is its square
-_TAIL = {torch.float32: 1e-8, torch.float64: 1e-10}  # wide nodes that together have less than this share of every weight are left out
+# nodes that no weight can tell apart better than this are one node: the error in ΔF is its square
+_MERGE = {torch.float32: 1e-4, torch.float64: 1e-6}
+# wide nodes that together have less than this share of every weight are left out
+_TAIL = {torch.float32: 1e-8, torch.float64: 1e-10}
 END = 1e-4  # a grid ends too early for a weight of which its widest node has more than this share
 _WEIGHTS_FOR_SCALE = 8192
 _WEIGHTS_PER_GROUP_FOR_SCALE = 512
@@ -30,8 +32,10 @@ _GRID_GAP = 1e-3, math.log(3.0)  # between the logarithms of neighbouring varian
 
 
 class Nodes(NamedTuple):
-    """Variances and log weights by growing variance, (K,) or (K, groups). `total_var`: of the whole mixture, (), or one for each of the groups.
-    `open_end`: they look like a grid of which no wide node could be left out."""
+    """Variances and log weights by growing variance, (K,) or (K, groups). `total_var`: of the whole
+    mixture, (), or one for each of the groups. `open_end`: they look like a grid of which no wide
+    node could be left out.
+    """
 
     variances: Tensor
     log_weights: Tensor
@@ -39,22 +43,41 @@ class Nodes(NamedTuple):
     open_end: bool
 
 
-def mixture_nodes(variances: Any, log_weights: Any, data: Message, scale_groups: Tensor | None = None, groups: Tensor | None = None) -> Nodes:
-    """The nodes that count for `data`, in double precision; those that no weight can tell apart are merged at their mean variance.
+def mixture_nodes(
+    variances: Any,
+    log_weights: Any,
+    data: Message,
+    scale_groups: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> Nodes:
+    """The nodes that count for `data`, in double precision; those that no weight can tell apart are
+    merged at their mean variance.
 
     `scale_groups`: the row of nodes of each weight. `groups`: which weights share a variance.
 
     Raises:
         ReductionError: they are no mixture, or the message is not finite.
     """
-    v, log_w = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (variances, log_weights))
-    fits = v.shape == log_w.shape and v.ndim == (1 if scale_groups is None else 2) and v.shape[-1] > 0
+    v, log_w = (
+        torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (variances, log_weights)
+    )
+    fits = (
+        v.shape == log_w.shape and v.ndim == (1 if scale_groups is None else 2) and v.shape[-1] > 0
+    )
     if not (fits and bool((v >= 0).all() & v.isfinite().all() & ~log_w.isnan().any())):
-        ends = f"variances from {float(v.min())} to {float(v.max())}" if v.numel() else "no variances"
-        raise ReductionError(f"a mixture is variances >= 0 and as many log weights; got shapes {tuple(v.shape)} and {tuple(log_w.shape)}, {ends}")
+        ends = (
+            f"variances from {float(v.min())} to {float(v.max())}" if v.numel() else "no variances"
+        )
+        raise ReductionError(
+            f"a mixture is variances >= 0 and as many log weights; got shapes {tuple(v.shape)} and"
+            f" {tuple(log_w.shape)}, {ends}"
+        )
     off = log_w.logsumexp(-1).abs()
     if v.numel() and not float(off.max()) < 1e-5:
-        raise ReductionError(f"the weights of a mixture must sum to 1; expected log weights with logsumexp 0, got one {float(off.max()):.3g} away")
+        raise ReductionError(
+            "the weights of a mixture must sum to 1; expected log weights with logsumexp 0, got"
+            f" one {float(off.max()):.3g} away"
+        )
     sharpest, reach = _extent(data, groups)
     order = v.argsort(-1)
     v, log_w = v.gather(-1, order), log_w.gather(-1, order)
@@ -71,19 +94,37 @@ def mixture_nodes(variances: Any, log_weights: Any, data: Message, scale_groups:
 
 
 def is_open_grid(v: Tensor) -> bool:
-    """Whether variances, in order, look like the grid of a continuous prior that ends: many of them, the last two neither far apart nor at a slab's width."""
-    return v.shape[-1] > _FINITE_MIXTURE and bool(_GRID_GAP[0] < (v[..., -1] / v[..., -2]).max().log() < _GRID_GAP[1])
+    """Whether variances, in order, look like the grid of a continuous prior that ends: many of
+    them, the last two neither far apart nor at a slab's width.
+    """
+    return v.shape[-1] > _FINITE_MIXTURE and bool(
+        _GRID_GAP[0] < (v[..., -1] / v[..., -2]).max().log() < _GRID_GAP[1]
+    )
 
 
 def _extent(data: Message, groups: Tensor | None) -> tuple[float, float]:
-    """The largest of L and h², and of m² + 1/L (summed over each of the `groups`), over the weights of which the data say something."""
+    """The largest of L and h², and of m² + 1/L (summed over each of the `groups`), over the weights
+    of which the data say something.
+    """
     sharpest, farthest = 1e-30, 0.0
-    total = None if groups is None else torch.zeros(int(groups.max()) + 1 if groups.numel() else 0, dtype=torch.float64, device=data.h.device)
+    total = (
+        None
+        if groups is None
+        else torch.zeros(
+            int(groups.max()) + 1 if groups.numel() else 0,
+            dtype=torch.float64,
+            device=data.h.device,
+        )
+    )
     for start, h, precision in _pieces(data):
         informed = precision > 0
         h, precision = h.masked_fill(~informed, 0.0), precision.masked_fill(~informed, torch.inf)
         size = float(h.abs().max())
-        sharpest = max(sharpest, float(precision.masked_fill(~informed, 0.0).max()), size * size if size < 1e150 else math.inf)
+        sharpest = max(
+            sharpest,
+            float(precision.masked_fill(~informed, 0.0).max()),
+            size * size if size < 1e150 else math.inf,
+        )
         if not math.isfinite(sharpest):
             check_message(data)
         reach = ((h * (h / precision)) + 1) / precision
@@ -100,19 +141,23 @@ def check_message(data: Message) -> None:
     bad = [int((~t.isfinite()).sum()) for t in data]
     if any(bad):
         raise ReductionError(
-            f"the message of the data must be finite; got {bad[0]} h and {bad[1]} precisions that are not; a posterior as narrow as that needs float64, or "
-            "is a point estimate"
+            f"the message of the data must be finite; got {bad[0]} h and {bad[1]} precisions that"
+            " are not; a posterior as narrow as that needs float64, or is a point estimate"
         )
 
 
 def _pieces(data: Message) -> Iterator[tuple[int, Tensor, Tensor]]:
-    for k, (h, precision) in enumerate(zip(data.h.reshape(-1).split(_PIECE), data.precision.reshape(-1).split(_PIECE), strict=True)):
+    for k, (h, precision) in enumerate(
+        zip(data.h.reshape(-1).split(_PIECE), data.precision.reshape(-1).split(_PIECE), strict=True)
+    ):
         if len(h):
             yield k * _PIECE, h, precision
 
 
 def _reached(v: Tensor, log_w: Tensor, reach: float, tail: float) -> int:
-    """How many nodes count. Of two as wide as m² + 1/L or more, v_r and v_k, a weight gives the wider the share 2.4 (w_k/w_r) √(v_r/v_k) at most."""
+    """How many nodes count. Of two as wide as m² + 1/L or more, v_r and v_k, a weight gives the
+    wider the share 2.4 (w_k/w_r) √(v_r/v_k) at most.
+    """
     wide = v >= max(reach, 1e-300)
     first = wide.to(torch.uint8).argmax(-1, keepdim=True)
     falls = log_w - 0.5 * v.clamp(min=1e-300).log()
@@ -123,16 +168,30 @@ def _reached(v: Tensor, log_w: Tensor, reach: float, tail: float) -> int:
 
 
 def _merged(v: Tensor, log_w: Tensor, data: Message, sharpest: float) -> tuple[Tensor, Tensor]:
-    """One node in the place of all that are too narrow to matter, and one in that of all near the width of a slab."""
+    """One node in the place of all that are too narrow to matter, and one in that of all near the
+    width of a slab.
+    """
     merge = _MERGE.get(data.h.dtype, 1e-6)
     low, high = int((v * sharpest <= merge).sum(-1).min()), v.shape[-1]
-    if v.ndim == 1 and int((v >= v[-1] * (1 - merge)).sum()) > 1:  # a slab: how far the data tell apart what is near its width
+    # a slab: how far the data tell apart what is near its width
+    if v.ndim == 1 and int((v >= v[-1] * (1 - merge)).sum()) > 1:
         width, slope = float(v[-1]), 1e-300
         for _, h, precision in _pieces(data):
             narrow = 1 / (1 + width * precision.clamp(min=0))
-            slope = max(slope, float((narrow * (precision.clamp(min=0) + h * (h * narrow))).masked_fill(precision <= 0, 0).max()))
+            slope = max(
+                slope,
+                float(
+                    (narrow * (precision.clamp(min=0) + h * (h * narrow)))
+                    .masked_fill(precision <= 0, 0)
+                    .max()
+                ),
+            )
         high = max(int(((width - v) * slope > merge).sum()), low)
-    parts = [_merge(v[..., :low], log_w[..., :low]), (v[..., low:high], log_w[..., low:high]), _merge(v[..., high:], log_w[..., high:])]
+    parts = [
+        _merge(v[..., :low], log_w[..., :low]),
+        (v[..., low:high], log_w[..., low:high]),
+        _merge(v[..., high:], log_w[..., high:]),
+    ]
     return torch.cat([x for x, _ in parts], -1), torch.cat([w for _, w in parts], -1)
 
 
@@ -151,32 +210,52 @@ def unit_of(prior_var: Tensor) -> float:
 
 
 def exponent(h: Tensor, precision: Tensor, before: Tensor, after: Tensor | float) -> Tensor:
-    """½h²(v − v₀)/((1 + vL)(1 + v₀L)), the difference of the exponents of two Gaussians, with v₀ `before` and v `after`.
+    """½h²(v − v₀)/((1 + vL)(1 + v₀L)), the difference of the exponents of two Gaussians, with v₀
+    `before` and v `after`.
 
-    Of two nodes, no difference of large numbers: exponents counted from that of the prior agree in all their digits where a signal is strong.
+    Of two nodes, no difference of large numbers: exponents counted from that of the prior agree in
+    all their digits where a signal is strong.
     """
     return 0.5 * (h / (1 + before * precision)) * (h * (after - before) / (1 + after * precision))
 
 
-def check_end(delta_f: Tensor, data: Message, prior_var: Tensor, nodes: Nodes, row: Tensor | None) -> None:
-    """Warns of weights for which the grid ends too early: its widest node has more of them than a node in the tail of a grid may have.
+def check_end(
+    delta_f: Tensor, data: Message, prior_var: Tensor, nodes: Nodes, row: Tensor | None
+) -> None:
+    """Warns of weights for which the grid ends too early: its widest node has more of them than a
+    node in the tail of a grid may have.
 
-    Its share follows from ΔF, to the rounding of ΔF. Where that leaves it open the nodes are summed again.
+    Its share follows from ΔF, to the rounding of ΔF. Where that leaves it open the nodes are summed
+    again.
     """
-    columns = [t.expand(delta_f.shape).reshape(-1).double() for t in (data.h, data.precision, prior_var, delta_f)]
+    columns = [
+        t.expand(delta_f.shape).reshape(-1).double()
+        for t in (data.h, data.precision, prior_var, delta_f)
+    ]
     h, precision, prior_var, gain = (t[columns[1] > 0] for t in columns)
     rows = None if row is None else row.expand(delta_f.shape).reshape(-1)[columns[1] > 0]
-    v, log_w = (t[-1] if rows is None else t[-1][rows] for t in (nodes.variances, nodes.log_weights))
-    share = log_w + 0.5 * ((1 + prior_var * precision) / (1 + v * precision)).log() + exponent(h, precision, prior_var, v) - gain
+    v, log_w = (
+        t[-1] if rows is None else t[-1][rows] for t in (nodes.variances, nodes.log_weights)
+    )
+    share = (
+        log_w
+        + 0.5 * ((1 + prior_var * precision) / (1 + v * precision)).log()
+        + exponent(h, precision, prior_var, v)
+        - gain
+    )
     rounding = 8 * torch.finfo(delta_f.dtype).eps * (1 + gain.abs())
     beyond = share > math.log(END)
     for k in ((share - math.log(END)).abs() <= rounding).nonzero()[:, 0].split(_SUMMED):
-        beyond[k] = _share_of_widest(h[k, None], precision[k, None], nodes, None if rows is None else rows[k]) > math.log(END)
+        beyond[k] = _share_of_widest(
+            h[k, None], precision[k, None], nodes, None if rows is None else rows[k]
+        ) > math.log(END)
     warn_of_end(int(beyond.sum()), delta_f.numel(), "weights", float(nodes.variances[-1].max()))
 
 
 def _share_of_widest(h: Tensor, precision: Tensor, nodes: Nodes, row: Tensor | None) -> Tensor:
-    """The logarithm of the widest node's share of each weight, by a sum over all nodes; h and L are columns."""
+    """The logarithm of the widest node's share of each weight, by a sum over all nodes; h and L are
+    columns.
+    """
     v, log_w = (t[None] if row is None else t.mT[row] for t in (nodes.variances, nodes.log_weights))
     terms = log_w - 0.5 * (1 + v * precision).log() + exponent(h, precision, v[:, -1:], v)
     return terms[:, -1] - terms.logsumexp(1)
@@ -186,18 +265,23 @@ def warn_of_end(beyond: int, of: int, what: str, widest: float) -> None:
     """Warns of weights or groups beyond a grid, if there are any."""
     if beyond:
         warnings.warn(
-            f"{beyond} of {of} {what} lie where the mixture ends: beyond its widest Gaussian, of standard deviation {widest**0.5:.3g}, it falls as a Gaussian "
-            "and not as the prior it stands for, so that their ΔF and moments are off; give the mixture wider nodes",
+            f"{beyond} of {of} {what} lie where the mixture ends: beyond its widest Gaussian, of"
+            f" standard deviation {widest**0.5:.3g}, it falls as a Gaussian and not as the prior it"
+            " stands for, so that their ΔF and moments are off; give the mixture wider nodes",
             PyroBMRWarning,
             stacklevel=4,
         )
 
 
-def terms_that_count(log_terms: Callable[[Tensor], Tensor], nodes: int, count: int, like: Tensor) -> Tensor:
-    """Log terms, (nodes, count), of all nodes that some column needs, −∞ elsewhere: of every 512th node first, then of more of them near the best.
-    `log_terms` gives those of some nodes, (some, count), for weights of the shape of `like`.
+def terms_that_count(
+    log_terms: Callable[[Tensor], Tensor], nodes: int, count: int, like: Tensor
+) -> Tensor:
+    """Log terms, (nodes, count), of all nodes that some column needs, −∞ elsewhere: of every 512th
+    node first, then of more of them near the best. `log_terms` gives those of some nodes, (some,
+    count), for weights of the shape of `like`.
 
-    Between nodes that resolve a peak a log term bends by 0.02 s² over s steps or so, and what lies more than 36 nats below the best has no share.
+    Between nodes that resolve a peak a log term bends by 0.02 s² over s steps or so, and what lies
+    more than 36 nats below the best has no share.
     """
     terms = torch.full((nodes, count), -torch.inf, dtype=torch.float64, device=like.device)
     wanted, seen = np.ones(nodes, dtype=bool), np.zeros(nodes, dtype=bool)

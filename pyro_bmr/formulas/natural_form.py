@@ -1,7 +1,9 @@
-r"""Members of exponential families by natural parameters λ and log-normaliser A: the continuous families that torch knows.
+r"""Members of exponential families by natural parameters λ and log-normaliser A: the continuous
+families that torch knows.
 
-Owns `NaturalForm`, `natural_form`, and what the discrete families of `discrete_form.py` share with these. Imports torch only.
-In float64 from the parameters that the user gave. Next: `discrete_form.py`.
+Owns `NaturalForm`, `natural_form`, and what the discrete families of `discrete_form.py` share with
+these. Imports torch only. In float64 from the parameters that the user gave. Next:
+`discrete_form.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +26,14 @@ _STIRLING = 15.0  # from here on five terms of the series are right to the last 
 
 
 class NaturalForm(NamedTuple):
-    """One member of a family: its parameters λ, the log-normaliser A(λ) per batch element, where A is finite, and the way back.
+    """One member of a family: its parameters λ, the log-normaliser A(λ) per batch element, where A
+    is finite, and the way back.
 
-    `carrier`: what of the distribution belongs to the carrier measure; equal for all members of one family. `dtype`: that of the answers, by default that of λ.
-    `delta_f`: ΔF from the `source` of posterior, prior and reduced prior, where the difference of four A would lose digits that another form keeps."""
+    `carrier`: what of the distribution belongs to the carrier measure; equal for all members of one
+    family. `dtype`: that of the answers, by default that of λ. `delta_f`: ΔF from the `source` of
+    posterior, prior and reduced prior, where the difference of four A would lose digits that
+    another form keeps.
+    """
 
     family: str
     lam: tuple[Tensor, ...]
@@ -42,13 +48,15 @@ class NaturalForm(NamedTuple):
 
 @singledispatch
 def natural_form(distribution: Any) -> NaturalForm:
-    """The distribution by natural parameters. Register a family of your own with `natural_form.register`.
+    """The distribution by natural parameters. Register a family of your own with
+    `natural_form.register`.
 
     Raises:
         ReductionError: the family is not known.
     """
     raise ReductionError(
-        f"{type(distribution).__name__} is not known as a member of one exponential family; use monte_carlo_delta_f with draws of the posterior"
+        f"{type(distribution).__name__} is not known as a member of one exponential family; use"
+        " monte_carlo_delta_f with draws of the posterior"
     )
 
 
@@ -60,7 +68,10 @@ def positive(*lam: Tensor) -> Tensor:
 def definite(matrix: Tensor) -> Tensor:
     """Whether all matrices are positive definite."""
     symmetric = (matrix + matrix.mT) / 2
-    return symmetric.isfinite().all() & (torch.linalg.cholesky_ex(symmetric.nan_to_num()).info == 0).all()
+    return (
+        symmetric.isfinite().all()
+        & (torch.linalg.cholesky_ex(symmetric.nan_to_num()).info == 0).all()
+    )
 
 
 def not_nan(*lam: Tensor) -> Tensor:
@@ -98,7 +109,12 @@ def _(d: td.Normal) -> NaturalForm:
 def _(d: td.HalfNormal) -> NaturalForm:
     (scale,) = wide(d.scale)
     return NaturalForm(
-        "HalfNormal", (scale**-2,), lambda p: -0.5 * p.log(), positive, lambda p: td.HalfNormal(*cast_like(d.scale, p.rsqrt())), dtype=d.scale.dtype
+        "HalfNormal",
+        (scale**-2,),
+        lambda p: -0.5 * p.log(),
+        positive,
+        lambda p: td.HalfNormal(*cast_like(d.scale, p.rsqrt())),
+        dtype=d.scale.dtype,
     )
 
 
@@ -107,7 +123,9 @@ def _(d: td.HalfNormal) -> NaturalForm:
 def _(d: td.MultivariateNormal | td.LowRankMultivariateNormal) -> NaturalForm:
     def log_normalizer(h: Tensor, p: Tensor) -> Tensor:
         chol = torch.linalg.cholesky(p)
-        return 0.5 * torch.linalg.solve_triangular(chol, h[..., None], upper=False)[..., 0].square().sum(-1) - chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return 0.5 * torch.linalg.solve_triangular(chol, h[..., None], upper=False)[
+            ..., 0
+        ].square().sum(-1) - chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def member(h: Tensor, p: Tensor) -> Distribution:
         chol = torch.linalg.cholesky(p)
@@ -115,19 +133,31 @@ def _(d: td.MultivariateNormal | td.LowRankMultivariateNormal) -> NaturalForm:
         mean, tril = cast_like(d.loc, torch.cholesky_solve(h[..., None], chol)[..., 0], tril)
         return td.MultivariateNormal(mean, scale_tril=tril)
 
-    def delta_f(q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor]) -> Tensor:
+    def delta_f(
+        q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor]
+    ) -> Tensor:
         return joint_reduction(q[1], p[1], r[1], q[0] - r[0], r[0] - p[0]).delta_f
 
     loc, tril = d.loc.double(), _scale_tril(d)
     p = torch.cholesky_inverse(tril)
     lam = ((p @ loc[..., None])[..., 0], p)
     return NaturalForm(
-        "MultivariateNormal", lam, log_normalizer, lambda h, p: definite(p) & not_nan(h), member, (), d.loc.dtype, source=(loc, tril), delta_f=delta_f
+        "MultivariateNormal",
+        lam,
+        log_normalizer,
+        lambda h, p: definite(p) & not_nan(h),
+        member,
+        (),
+        d.loc.dtype,
+        source=(loc, tril),
+        delta_f=delta_f,
     )
 
 
 def _scale_tril(d: Any) -> Tensor:
-    """The Cholesky factor of a covariance or a scale, from the parameter that the user gave: torch's own has the errors of its dtype."""
+    """The Cholesky factor of a covariance or a scale, from the parameter that the user gave:
+    torch's own has the errors of its dtype.
+    """
     if isinstance(d, td.LowRankMultivariateNormal):
         factor = d.cov_factor.double()
         return torch.linalg.cholesky(factor @ factor.mT + d.cov_diag.double().diag_embed())
@@ -135,12 +165,16 @@ def _scale_tril(d: Any) -> Tensor:
     if "covariance_matrix" in given:
         return torch.linalg.cholesky(given["covariance_matrix"].double())
     if "precision_matrix" in given:
-        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(given["precision_matrix"].double())))
+        return torch.linalg.cholesky(
+            torch.cholesky_inverse(torch.linalg.cholesky(given["precision_matrix"].double()))
+        )
     return d.scale_tril.double()
 
 
 def _log_rising(x: Tensor, k: Tensor) -> Tensor:
-    """log Γ(x + k) − log Γ(x), by Stirling's series where both are large: without the difference of two large numbers."""
+    """log Γ(x + k) − log Γ(x), by Stirling's series where both are large: without the difference of
+    two large numbers.
+    """
     y = x + k
     large = (x > _STIRLING) & (y > _STIRLING)
     a, b = x.where(large, _STIRLING), y.where(large, _STIRLING)
@@ -151,13 +185,21 @@ def _log_rising(x: Tensor, k: Tensor) -> Tensor:
 
 def _stirling(x: Tensor) -> Tensor:
     """log Γ(x) − (x − ½) log x + x − ½ log 2π."""
-    return (1 / 12 - (1 / 360 - (1 / 1260 - (1 / 1680 - (1 / 1188) / x**2) / x**2) / x**2) / x**2) / x
+    return (
+        1 / 12 - (1 / 360 - (1 / 1260 - (1 / 1680 - (1 / 1188) / x**2) / x**2) / x**2) / x**2
+    ) / x
 
 
 def _gamma(concentration: Tensor, rate: Tensor) -> NaturalForm:
-    def delta_f(q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor]) -> Tensor:
+    def delta_f(
+        q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor]
+    ) -> Tensor:
         more, faster = r[0] - p[0], r[1] - p[1]
-        rates = more * ((q[1] + faster).log() - r[1].log()) + q[0] * (faster / q[1]).log1p() - p[0] * (faster / p[1]).log1p()
+        rates = (
+            more * ((q[1] + faster).log() - r[1].log())
+            + q[0] * (faster / q[1]).log1p()
+            - p[0] * (faster / p[1]).log1p()
+        )
         return _log_rising(q[0], more) - _log_rising(p[0], more) - rates
 
     lam = wide(concentration, rate)
@@ -185,7 +227,10 @@ def _(d: td.Exponential) -> NaturalForm:
 
 def _dirichlet_delta_f(q: tuple[Tensor], p: tuple[Tensor], r: tuple[Tensor]) -> Tensor:
     more = r[0] - p[0]
-    parts, totals = ((_log_rising(a, k) - _log_rising(b, k)) for a, b, k in ((q[0], p[0], more), (q[0].sum(-1), p[0].sum(-1), more.sum(-1))))
+    parts, totals = (
+        (_log_rising(a, k) - _log_rising(b, k))
+        for a, b, k in ((q[0], p[0], more), (q[0].sum(-1), p[0].sum(-1), more.sum(-1)))
+    )
     return parts.sum(-1) - totals
 
 
@@ -241,14 +286,18 @@ def _(d: td.Wishart) -> NaturalForm:
     k = d.event_shape[-1]
 
     def log_normalizer(inv_scale: Tensor, df: Tensor) -> Tensor:
-        return 0.5 * df * (k * math.log(2) - torch.linalg.slogdet(inv_scale).logabsdet) + torch.mvlgamma(df / 2, k)
+        return 0.5 * df * (
+            k * math.log(2) - torch.linalg.slogdet(inv_scale).logabsdet
+        ) + torch.mvlgamma(df / 2, k)
 
     return NaturalForm(
         "Wishart",
         (torch.cholesky_inverse(_scale_tril(d)), d.df.double()),
         log_normalizer,
         lambda inv_scale, df: definite(inv_scale) & positive(df - (k - 1)),
-        lambda inv_scale, df: td.Wishart(df.to(d.df.dtype), precision_matrix=inv_scale.to(d.df.dtype)),
+        lambda inv_scale, df: td.Wishart(
+            df.to(d.df.dtype), precision_matrix=inv_scale.to(d.df.dtype)
+        ),
         dtype=d.df.dtype,
     )
 
@@ -257,10 +306,14 @@ def _(d: td.Wishart) -> NaturalForm:
 def _(d: td.TransformedDistribution) -> NaturalForm:
     """p̃/p does not change under a bijection."""
     if not all(t.bijective for t in d.transforms):
-        raise ReductionError(f"{type(d).__name__} is a transform that has no inverse; give its base distribution")
+        raise ReductionError(
+            f"{type(d).__name__} is a transform that has no inverse; give its base distribution"
+        )
     base = natural_form(d.base_dist)
 
     def member(*lam: Tensor) -> Distribution:
         return td.TransformedDistribution(base.member(*lam), d.transforms)
 
-    return base._replace(family=f"transformed {base.family}", member=member, carrier=(*base.carrier, *d.transforms))
+    return base._replace(
+        family=f"transformed {base.family}", member=member, carrier=(*base.carrier, *d.transforms)
+    )

@@ -1,7 +1,9 @@
-r"""Reduction of Gaussian weights to any prior whose density can be written down, per weight, by quadrature over the weight itself.
+r"""Reduction of Gaussian weights to any prior whose density can be written down, per weight, by
+quadrature over the weight itself.
 
-Owns `density_reduction`. Imports torch and numpy only. It is the slow and general way: a scale mixture of Gaussians is better served by
-`scale_mixture.py`, a Laplace by `laplace.py`, a prior of several weights together by `monte_carlo.py`.
+Owns `density_reduction`. Imports torch and numpy only. It is the slow and general way: a scale
+mixture of Gaussians is better served by `scale_mixture.py`, a Laplace by `laplace.py`, a prior of
+several weights together by `monte_carlo.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from pyro_bmr.formulas.adaptive import Panels, integrals, summits
 from pyro_bmr.formulas.gaussian import Diagonal
 
 _CHUNK = 1 << 9  # weights at once: some 1,000 points each
-_NEAR = np.concatenate([np.arange(0.0, 9.0), 2.0 ** np.arange(4, 17)])  # in posterior standard deviations from the posterior mean
-_ZERO = np.concatenate([[0.0], 2.0 ** np.arange(-20, 17)])  # the same from zero, where priors have their kinks
+# in posterior standard deviations from the posterior mean
+_NEAR = np.concatenate([np.arange(0.0, 9.0), 2.0 ** np.arange(4, 17)])
+# the same from zero, where priors have their kinks
+_ZERO = np.concatenate([[0.0], 2.0 ** np.arange(-20, 17)])
 _AROUND = 2.0 ** np.arange(-2, 9)  # from a summit, in its own width
 _SCAN = 2.0 ** np.arange(-100, 100.5, 0.5)  # where a density is looked for, on both sides of zero
 _EVEN = 16_385  # points over the posterior means
@@ -35,27 +39,41 @@ class DensityReduction(NamedTuple):
     var: Tensor
 
 
-def density_reduction(posterior: Diagonal, prior: Diagonal, log_prob: Callable[[Tensor], Tensor]) -> DensityReduction:
-    r"""ΔF and reduced moments when each weight's prior N(η, σ₀²) becomes the density p̃, given as `log_prob`, elementwise and normalised.
+def density_reduction(
+    posterior: Diagonal, prior: Diagonal, log_prob: Callable[[Tensor], Tensor]
+) -> DensityReduction:
+    r"""ΔF and reduced moments when each weight's prior N(η, σ₀²) becomes the density p̃, given as
+    `log_prob`, elementwise and normalised.
 
     .. math:: \Delta F = \log \int \frac{q(w)}{p(w)}\, \tilde p(w)\, dw
 
-    The summits of p̃ are looked for first, on a grid of half octaves from zero and an even one over the posterior means, and its integral must come out as 1:
-    a density too narrow or too far away to be seen is refused, and so is one that is not normalised. Then Gauss–Legendre rules of six points between
-    breakpoints that close in on zero, on the summits and on the posterior mean of each weight, halved until they settle: kinks, jumps and bounds are found.
-    A weight whose posterior is wider than its prior has ΔF = 0 and the moments of p̃. In float64 whatever the dtype of the moments, if `log_prob` takes it.
+    The summits of p̃ are looked for first, on a grid of half octaves from zero and an even one over
+    the posterior means, and its integral must come out as 1: a density too narrow or too far away
+    to be seen is refused, and so is one that is not normalised. Then Gauss–Legendre rules of six
+    points between breakpoints that close in on zero, on the summits and on the posterior mean of
+    each weight, halved until they settle: kinks, jumps and bounds are found. A weight whose
+    posterior is wider than its prior has ΔF = 0 and the moments of p̃. In float64 whatever the
+    dtype of the moments, if `log_prob` takes it.
 
     Raises:
         ReductionError: `log_prob` does not give a density for each weight, of integral 1.
     """
     shape, dtype = posterior.mean.shape, posterior.mean.dtype
-    columns = [t.expand(shape).reshape(-1).double() for t in (posterior.mean, posterior.var, prior.mean, prior.var)]
+    columns = [
+        t.expand(shape).reshape(-1).double()
+        for t in (posterior.mean, posterior.var, prior.mean, prior.var)
+    ]
     if not len(columns[0]):
         return DensityReduction(*(posterior.mean.clone() for _ in range(3)))
     density = _Density(log_prob, dtype)
     edges = _edges_of(density, columns[0], columns[1])
-    parts = [_chunk(m, s2, eta, v0, density, edges) for m, s2, eta, v0 in zip(*(c.split(_CHUNK) for c in columns), strict=True)]
-    return DensityReduction(*(torch.cat(column).view(shape).to(dtype) for column in zip(*parts, strict=True)))
+    parts = [
+        _chunk(m, s2, eta, v0, density, edges)
+        for m, s2, eta, v0 in zip(*(c.split(_CHUNK) for c in columns), strict=True)
+    ]
+    return DensityReduction(
+        *(torch.cat(column).view(shape).to(dtype) for column in zip(*parts, strict=True))
+    )
 
 
 class _Density:
@@ -70,7 +88,10 @@ class _Density:
         if value.shape == w.shape and bool((value < torch.inf).all()):
             return value.double()
         if value.shape != w.shape or bool(value.isnan().any()):
-            raise ReductionError(f"log_prob must give one number for each weight; for shape {tuple(w.shape)} it gave {tuple(value.shape)} or NaN")
+            raise ReductionError(
+                f"log_prob must give one number for each weight; for shape {tuple(w.shape)} it gave"
+                f" {tuple(value.shape)} or NaN"
+            )
         return value.double().masked_fill(value == torch.inf, -torch.inf)  # a pole, at one point
 
     def _value(self, w: Tensor) -> Tensor:
@@ -84,42 +105,73 @@ class _Density:
             return self.log_prob(w.to(self.takes))
         except ValueError as error:
             raise ReductionError(
-                f"log_prob must take any real number; it raised: {str(error).splitlines()[0]}; outside of its support a density is -inf, as that of a torch "
-                "distribution with validate_args=False"
+                f"log_prob must take any real number; it raised: {str(error).splitlines()[0]};"
+                " outside of its support a density is -inf, as that of a torch distribution with"
+                " validate_args=False"
             ) from error
 
 
 def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
-    """Breakpoints that resolve p̃: around its summits, if its integral over all octaves comes out as 1."""
+    """Breakpoints that resolve p̃: around its summits, if its integral over all octaves comes out
+    as 1.
+    """
     far, wide = mean.abs().max(), var.max().sqrt()
     side = torch.as_tensor(_SCAN, device=mean.device)
-    even = torch.linspace(float(mean.min() - 8 * wide), float(mean.max() + 8 * wide), _EVEN, dtype=torch.float64, device=mean.device)
+    even = torch.linspace(
+        float(mean.min() - 8 * wide),
+        float(mean.max() + 8 * wide),
+        _EVEN,
+        dtype=torch.float64,
+        device=mean.device,
+    )
     x = torch.cat([-side, side.new_zeros(1), side, even]).unique()
     value = density(None, x[None])[0]
     inner = value[1:-1]
-    lower = torch.minimum(value[:-2], value[2:]) < inner - 1e-6 * (1 + inner.abs())  # and no rounding
-    local = ((inner >= value[:-2]) & (inner >= value[2:]) & (inner > -torch.inf) & lower).nonzero()[:, 0]
+    # and no rounding
+    lower = torch.minimum(value[:-2], value[2:]) < inner - 1e-6 * (1 + inner.abs())
+    local = ((inner >= value[:-2]) & (inner >= value[2:]) & (inner > -torch.inf) & lower).nonzero()[
+        :, 0
+    ]
     local = local[inner[local].argsort(descending=True)[:_MOST_SUMMITS]]
-    at, best, width = summits(density, torch.zeros_like(local), x[local].clone(), x[local + 2].clone())
+    at, best, width = summits(
+        density, torch.zeros_like(local), x[local].clone(), x[local + 2].clone()
+    )
     around = torch.as_tensor(np.concatenate([-_AROUND[::-1], [0.0], _AROUND]), device=mean.device)
     edges = (at[:, None] + width[:, None] * around).flatten()
     octaves = side[::2]
-    panels = Panels.between(torch.cat([edges, -octaves, octaves.new_zeros(1), octaves, even[[0, -1]]]).unique()[None])
+    panels = Panels.between(
+        torch.cat([edges, -octaves, octaves.new_zeros(1), octaves, even[[0, -1]]]).unique()[None]
+    )
     peak = torch.cat([value, best]).max()
-    whole = 0.0 if float(peak) == -torch.inf else float(integrals(density, panels, peak[None], octaves.new_zeros(1))[0, 0] * peak.exp())
+    whole = (
+        0.0
+        if float(peak) == -torch.inf
+        else float(integrals(density, panels, peak[None], octaves.new_zeros(1))[0, 0] * peak.exp())
+    )
     if not abs(whole - 1) <= _OFF:
         raise ReductionError(
-            f"a density must integrate to 1; the integral of exp(log_prob) came out as {whole:.6g}; normalise it, and if it is so already, "
-            f"it is too narrow to be found between {float(-far - 8 * wide):.3g} and {float(far + 8 * wide):.3g}: make it wider than a thousandth of that, or a "
-            "Gaussian by mean and var"
+            f"a density must integrate to 1; the integral of exp(log_prob) came out as {whole:.6g};"
+            " normalise it, and if it is so already, it is too narrow to be found between"
+            f" {float(-far - 8 * wide):.3g} and {float(far + 8 * wide):.3g}: make it wider than a"
+            " thousandth of that, or a Gaussian by mean and var"
         )
     return edges
 
 
-def _chunk(mean: Tensor, var: Tensor, prior_mean: Tensor, prior_var: Tensor, density: _Density, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk(
+    mean: Tensor,
+    var: Tensor,
+    prior_mean: Tensor,
+    prior_var: Tensor,
+    density: _Density,
+    edges: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     silent = var >= prior_var
     mu, s2 = mean[:, None], var[:, None]
-    near, zero, around = (torch.as_tensor(np.concatenate([-side[::-1], side]), device=mu.device) for side in (_NEAR, _ZERO, _AROUND))
+    near, zero, around = (
+        torch.as_tensor(np.concatenate([-side[::-1], side]), device=mu.device)
+        for side in (_NEAR, _ZERO, _AROUND)
+    )
     message = _message(mean, var, prior_mean, prior_var, silent)
 
     def log_f(owner: Tensor, w: Tensor) -> Tensor:
@@ -128,30 +180,51 @@ def _chunk(mean: Tensor, var: Tensor, prior_mean: Tensor, prior_var: Tensor, den
         away = w - about
         return (bend * away).add_(slope).mul_(away).add_(constant).add_(density(owner, w))
 
-    own = torch.cat([mu + s2.sqrt() * near, s2.sqrt() * zero, edges.expand(len(mean), -1)], 1).sort(1).values
+    own = (
+        torch.cat([mu + s2.sqrt() * near, s2.sqrt() * zero, edges.expand(len(mean), -1)], 1)
+        .sort(1)
+        .values
+    )
     index = torch.arange(len(mean), device=mean.device)
     values = log_f(index, own)
     top, last = values.argmax(1, keepdim=True), own.shape[1] - 1
     bracket = (own.gather(1, (top + step).clamp(0, last))[:, 0] for step in (-1, 1))
     at, best, width = summits(log_f, index, *bracket)
     # between two places as low as this the message, which bends by 1/σ², cannot rise to anything
-    far = torch.maximum(values[:, 1:], values[:, :-1]) < best[:, None] - 60 - (own[:, 1:] - own[:, :-1]).square() / (8 * s2)
+    far = torch.maximum(values[:, 1:], values[:, :-1]) < best[:, None] - 60 - (
+        own[:, 1:] - own[:, :-1]
+    ).square() / (8 * s2)
     own = (
         torch.cat(
-            [own[:, 1:-1].masked_fill(far[:, 1:] & far[:, :-1], torch.nan), own[:, :1], own[:, -1:], at[:, None], at[:, None] + width[:, None] * around], 1
+            [
+                own[:, 1:-1].masked_fill(far[:, 1:] & far[:, :-1], torch.nan),
+                own[:, :1],
+                own[:, -1:],
+                at[:, None],
+                at[:, None] + width[:, None] * around,
+            ],
+            1,
         )
         .sort(1)
         .values
     )
     mass, first, second = integrals(log_f, Panels.between(own), best, at).unbind(1)
     away = first / mass
-    return (best + mass.log()).masked_fill(silent, 0.0), at + away, (second / mass - away.square()).clamp(min=0)
+    return (
+        (best + mass.log()).masked_fill(silent, 0.0),
+        at + away,
+        (second / mass - away.square()).clamp(min=0),
+    )
 
 
-def _message(mean: Tensor, var: Tensor, prior_mean: Tensor, prior_var: Tensor, silent: Tensor) -> Tensor:
-    """log q(w) − log p(w) = a + b(w − c) − ½L(w − c)²: c, a, b and −½L of each weight, (4, weights); 0 where the data say nothing.
+def _message(
+    mean: Tensor, var: Tensor, prior_mean: Tensor, prior_var: Tensor, silent: Tensor
+) -> Tensor:
+    """log q(w) − log p(w) = a + b(w − c) − ½L(w − c)²: c, a, b and −½L of each weight, (4,
+    weights); 0 where the data say nothing.
 
-    c is the posterior's mean; where q and p are nearly the same the prior's, so that no difference of their exponents is taken.
+    c is the posterior's mean; where q and p are nearly the same the prior's, so that no difference
+    of their exponents is taken.
     """
     alike, shift = 2 * var > prior_var, mean - prior_mean
     energy = torch.where(alike, -0.5 * shift.square() / var, 0.5 * shift.square() / prior_var)

@@ -1,7 +1,9 @@
-r"""Automatic relevance determination: the prior variance with the best evidence, of one weight, of a group, or of a layer.
+r"""Automatic relevance determination: the prior variance with the best evidence, of one weight, of
+a group, or of a layer.
 
-Owns `best_var`. Imports torch only. Read as a function of the reduced prior N(e, v), ΔF(v) is the evidence for that variance (MacKay 1992,
-Neural Computation 4(3); Tipping 2001, JMLR 1); v = 0 is the best where the data do not ask for the weight at all.
+Owns `best_var`. Imports torch only. Read as a function of the reduced prior N(e, v), ΔF(v) is the
+evidence for that variance (MacKay 1992, Neural Computation 4(3); Tipping 2001, JMLR 1); v = 0 is
+the best where the data do not ask for the weight at all.
 """
 
 from __future__ import annotations
@@ -22,20 +24,26 @@ _STEP = 0.75  # nats of log v between the points of the scan: the maxima are wid
 
 
 class BestVariance(NamedTuple):
-    """`var`: v for each weight, or each group; `delta_f`: the gain in log evidence over the prior of the fit, of each, nats."""
+    """`var`: v for each weight, or each group; `delta_f`: the gain in log evidence over the prior
+    of the fit, of each, nats.
+    """
 
     var: Tensor
     delta_f: Tensor
 
 
-def best_var(data: Message, prior_var: Tensor, groups: Tensor | None = None, shift: Tensor | float = 0.0) -> BestVariance:
-    r"""The v ≥ 0 that maximises the evidence of priors N(e, v), e = `shift` from the prior mean of the fit.
+def best_var(
+    data: Message, prior_var: Tensor, groups: Tensor | None = None, shift: Tensor | float = 0.0
+) -> BestVariance:
+    r"""The v ≥ 0 that maximises the evidence of priors N(e, v), e = `shift` from the prior mean of
+    the fit.
 
     .. math:: v = \max(0,\; (m - e)^2 - 1/L) \quad\text{for one weight}, \qquad
         v_g = \arg\max_v \sum_{i \in g} \Delta F_i(v) \quad\text{for a group}
 
-    A group's v by a scan of log v and a golden-section search to 1e-4, held against v = 0. A weight whose posterior is wider than its prior
-    (L ≤ 0) says nothing: alone it keeps its prior, and a group of such weights alone keeps the average of theirs. Computed in float64.
+    A group's v by a scan of log v and a golden-section search to 1e-4, held against v = 0. A weight
+    whose posterior is wider than its prior (L ≤ 0) says nothing: alone it keeps its prior, and a
+    group of such weights alone keeps the average of theirs. Computed in float64.
 
     Args:
         data, prior_var: message and prior variance of each weight, of one shape.
@@ -43,8 +51,8 @@ def best_var(data: Message, prior_var: Tensor, groups: Tensor | None = None, shi
         shift: e, in units of the site.
 
     Raises:
-        ReductionError: the message or the shift is not finite, a prior variance is not positive, shapes do not fit, or an answer is outside the range of
-            the message's dtype.
+        ReductionError: the message or the shift is not finite, a prior variance is not positive,
+            shapes do not fit, or an answer is outside the range of the message's dtype.
 
     Example:
         >>> q, p = Diagonal(tensor([0.1, 2.0]), tensor([0.5, 0.5])), Diagonal(zeros(2), ones(2))
@@ -52,27 +60,55 @@ def best_var(data: Message, prior_var: Tensor, groups: Tensor | None = None, shi
         tensor([ 0., 15.])
     """
     h, precision, widths, e = _given(data, prior_var, groups, shift)
-    found = _each(h, precision, widths, e) if groups is None else _grouped(h, precision, widths, e, groups)
+    found = (
+        _each(h, precision, widths, e)
+        if groups is None
+        else _grouped(h, precision, widths, e, groups)
+    )
     dtype = data.h.dtype
     var = rounded(found.var, dtype, "best_var: the variance")
     if bool(((var == 0) & (found.var > 0)).any()):
-        raise ReductionError(f"best_var: a variance is below the range of {dtype}; give a message of torch.float64")
+        raise ReductionError(
+            f"best_var: a variance is below the range of {dtype}; give a message of torch.float64"
+        )
     return BestVariance(var, rounded(found.delta_f, dtype, "best_var: ΔF"))
 
 
-def _given(data: Message, prior_var: Tensor, groups: Tensor | None, shift: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h, L, σ₀² and e of each weight, in float64; weights about which the data said nothing have h = L = 0."""
+def _given(
+    data: Message, prior_var: Tensor, groups: Tensor | None, shift: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, L, σ₀² and e of each weight, in float64; weights about which the data said nothing have h
+    = L = 0.
+    """
     h, precision = (t.double() for t in data)
     if bad := int((~(h.isfinite() & precision.isfinite())).sum()):
-        raise ReductionError(f"best_var: the message has NaN or infinities, {bad} of {h.numel()}; the moments it was made of must be finite")
+        raise ReductionError(
+            f"best_var: the message has NaN or infinities, {bad} of {h.numel()}; the moments it was"
+            " made of must be finite"
+        )
     try:
-        widths, e = (torch.as_tensor(t, device=h.device).double().expand(h.shape) for t in (prior_var, shift))
+        widths, e = (
+            torch.as_tensor(t, device=h.device).double().expand(h.shape) for t in (prior_var, shift)
+        )
     except RuntimeError:
-        raise ReductionError(f"best_var: prior_var and shift must fit the message's shape {tuple(h.shape)}") from None
+        raise ReductionError(
+            f"best_var: prior_var and shift must fit the message's shape {tuple(h.shape)}"
+        ) from None
     if not bool((widths.isfinite() & (widths > 0) & e.isfinite()).all()):
-        raise ReductionError(f"best_var: finite prior variances > 0 and shifts are wanted; got {int((~(widths > 0)).sum())} of {h.numel()} variances outside")
-    if groups is not None and (groups.shape != h.shape or groups.is_floating_point() or groups.dtype == torch.bool or bool((groups < 0).any())):
-        raise ReductionError(f"best_var: groups must be integers >= 0 of the message's shape {tuple(h.shape)}, got {groups.dtype} of {tuple(groups.shape)}")
+        raise ReductionError(
+            "best_var: finite prior variances > 0 and shifts are wanted; got"
+            f" {int((~(widths > 0)).sum())} of {h.numel()} variances outside"
+        )
+    if groups is not None and (
+        groups.shape != h.shape
+        or groups.is_floating_point()
+        or groups.dtype == torch.bool
+        or bool((groups < 0).any())
+    ):
+        raise ReductionError(
+            f"best_var: groups must be integers >= 0 of the message's shape {tuple(h.shape)}, got"
+            f" {groups.dtype} of {tuple(groups.shape)}"
+        )
     silent = precision <= 0
     return h.masked_fill(silent, 0.0), precision.masked_fill(silent, 0.0), widths, e
 
@@ -81,17 +117,25 @@ def _each(h: Tensor, precision: Tensor, widths: Tensor, e: Tensor) -> BestVarian
     informed = precision > 0
     safe = precision.masked_fill(~informed, 1.0)
     about, root = h - precision * e, safe.sqrt()  # counted from the new mean
-    var = ((about.abs() - root) / safe * ((about.abs() + root) / safe)).clamp(min=0).where(informed, widths)
+    var = (
+        ((about.abs() - root) / safe * ((about.abs() + root) / safe))
+        .clamp(min=0)
+        .where(informed, widths)
+    )
     return BestVariance(var, log_evidence_ratio(Message(h, precision), widths, var, e))
 
 
-def _grouped(h: Tensor, precision: Tensor, widths: Tensor, e: Tensor, groups: Tensor) -> BestVariance:
+def _grouped(
+    h: Tensor, precision: Tensor, widths: Tensor, e: Tensor, groups: Tensor
+) -> BestVariance:
     h, precision, widths, e, index = (t.reshape(-1) for t in (h, precision, widths, e, groups))
     about = h - precision * e
     count = int(index.max()) + 1 if index.numel() else 0
 
     def largest(each: Tensor) -> Tensor:
-        return torch.zeros(count, dtype=torch.float64, device=h.device).scatter_reduce_(0, index, each, "amax")
+        return torch.zeros(count, dtype=torch.float64, device=h.device).scatter_reduce_(
+            0, index, each, "amax"
+        )
 
     def summed(each: Tensor) -> Tensor:
         return torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(0, index, each)
@@ -100,12 +144,15 @@ def _grouped(h: Tensor, precision: Tensor, widths: Tensor, e: Tensor, groups: Te
         """Σ ΔF(v) − Σ ΔF(0) per group."""
         var = log_var.exp()
         total = torch.zeros_like(log_var)
-        for hc, lc, ic in zip(about.split(_CHUNK), precision.split(_CHUNK), index.split(_CHUNK), strict=True):
+        for hc, lc, ic in zip(
+            about.split(_CHUNK), precision.split(_CHUNK), index.split(_CHUNK), strict=True
+        ):
             v = var[ic]
             total.index_add_(0, ic, 0.5 * hc * (hc * v / (1 + v * lc)) - 0.5 * torch.log1p(v * lc))
         return total
 
-    # each weight's best v is at most its m², so that of the group is no more than the largest; far below all 1/L nothing changes with v
+    # each weight's best v is at most its m², so that of the group is no more than the largest; far
+    # below all 1/L nothing changes with v
     sharpest = largest(precision)
     silent = sharpest == 0
     farthest = largest((about / precision.masked_fill(precision == 0, 1.0)).square())

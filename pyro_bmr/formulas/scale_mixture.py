@@ -1,12 +1,14 @@
-r"""Reduction of Gaussian weights to a scale mixture of zero-mean Gaussians (horseshoe, Student-t, Laplace), exact per weight by quadrature.
+r"""Reduction of Gaussian weights to a scale mixture of zero-mean Gaussians (horseshoe, Student-t,
+Laplace), exact per weight by quadrature.
 
-Owns `scale_mixture_reduction` (given the mixture), `grouped_reduction` (one local scale shared by a group) and `best_scale` (the global scale
-by its evidence). Imports torch only. The mixture comes as nodes, variances v_k and log weights log w_k with Σ w_k = 1:
+Owns `scale_mixture_reduction` (given the mixture), `grouped_reduction` (one local scale shared by a
+group) and `best_scale` (the global scale by its evidence). Imports torch only. The mixture comes as
+nodes, variances v_k and log weights log w_k with Σ w_k = 1:
 
     p̃(w) = Σ_k w_k N(w; 0, v_k).
 
-A prior says its nodes by its method `mixture`. Sources: Carvalho, Polson & Scott 2010, Biometrika 97(2) (κ and the ½ rule); Piironen & Vehtari
-2017, EJS 11(2) (the slab, which only changes the v_k).
+A prior says its nodes by its method `mixture`. Sources: Carvalho, Polson & Scott 2010, Biometrika
+97(2) (κ and the ½ rule); Piironen & Vehtari 2017, EJS 11(2) (the slab, which only changes the v_k).
 """
 
 from __future__ import annotations
@@ -23,7 +25,17 @@ from torch import Tensor
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas.gaussian import Message
 from pyro_bmr.formulas.line_search import line_maximum
-from pyro_bmr.formulas.mixture_nodes import END, Nodes, check_end, exponent, mixture_nodes, sampled, terms_that_count, unit_of, warn_of_end
+from pyro_bmr.formulas.mixture_nodes import (
+    END,
+    Nodes,
+    check_end,
+    exponent,
+    mixture_nodes,
+    sampled,
+    terms_that_count,
+    unit_of,
+    warn_of_end,
+)
 
 _CHUNK = 1 << 15  # weights at once: the arrays of one pass over the nodes stay in a core's cache
 _WIDEST = 1e18
@@ -33,9 +45,11 @@ Mixture = Callable[[float], tuple[Any, Any]]  # global scale → (variances, log
 
 
 class ScaleMixtureReduction(NamedTuple):
-    """Per weight: `delta_f` in nats (`grouped_reduction`: per group); `log_odds` = logit κ; reduced `mean` and `var`.
+    """Per weight: `delta_f` in nats (`grouped_reduction`: per group); `log_odds` = logit κ; reduced
+    `mean` and `var`.
 
-    κ = E[1/(1 + L v) | y] is the share of the estimate taken by the prior; a weight goes when it is above ½, that is, when the log odds are positive.
+    κ = E[1/(1 + L v) | y] is the share of the estimate taken by the prior; a weight goes when it is
+    above ½, that is, when the log odds are positive.
     """
 
     delta_f: Tensor
@@ -50,21 +64,30 @@ class ScaleMixtureReduction(NamedTuple):
 
 
 @torch.inference_mode(False)  # whose threads do not have the caller's mode
-def scale_mixture_reduction(data: Message, prior_var: Tensor, variances: Any, log_weights: Any, scale_groups: Tensor | None = None) -> ScaleMixtureReduction:
-    r"""ΔF, logit κ and reduced moments of weights with prior N(0, σ₀²) when that prior becomes the mixture Σ_k w_k N(0, v_k).
+def scale_mixture_reduction(
+    data: Message,
+    prior_var: Tensor,
+    variances: Any,
+    log_weights: Any,
+    scale_groups: Tensor | None = None,
+) -> ScaleMixtureReduction:
+    r"""ΔF, logit κ and reduced moments of weights with prior N(0, σ₀²) when that prior becomes the
+    mixture Σ_k w_k N(0, v_k).
 
     .. math:: \Delta F = \log \sum_k w_k N(m; 0, v_k + 1/L) - \log N(m; 0, \sigma_0^2 + 1/L), \qquad
         \tilde\mu = h\,E\Big[\frac{v}{1 + Lv}\Big], \quad
         \tilde\sigma^2 = E\Big[\frac{v}{1 + Lv}\Big] + h^2\,\mathrm{Var}\Big[\frac{v}{1 + Lv}\Big]
 
-    Exact given the nodes, in one pass over them; no [weights × nodes] array is made. A weight whose posterior is wider than its prior (L ≤ 0) has
-    ΔF = 0, κ = 1 and the moments of the mixture itself. Beyond its widest node a mixture falls as a Gaussian: where nodes that look like the grid of a
-    continuous prior end too early for a weight, a `PyroBMRWarning` says so.
+    Exact given the nodes, in one pass over them; no [weights × nodes] array is made. A weight whose
+    posterior is wider than its prior (L ≤ 0) has ΔF = 0, κ = 1 and the moments of the mixture
+    itself. Beyond its widest node a mixture falls as a Gaussian: where nodes that look like the
+    grid of a continuous prior end too early for a weight, a `PyroBMRWarning` says so.
 
     Args:
         data, prior_var: message and prior variance of each weight, of one shape.
         variances, log_weights: arrays of K nodes; with `scale_groups`, of shape (groups, K).
-        scale_groups: which row of the nodes is that of each weight (an integer per weight), where global scales differ between groups.
+        scale_groups: which row of the nodes is that of each weight (an integer per weight), where
+            global scales differ between groups.
 
     Raises:
         ReductionError: the nodes are no mixture, or the message is not finite.
@@ -78,35 +101,59 @@ def scale_mixture_reduction(data: Message, prior_var: Tensor, variances: Any, lo
     prior_var = prior_var.expand(shape)
     unit = unit_of(prior_var)
     if unit != 1:  # v² and h² of very large or small weights would leave the floats
-        data, prior_var = Message(data.h * unit, data.precision * unit * unit), prior_var / unit / unit
+        data, prior_var = (
+            Message(data.h * unit, data.precision * unit * unit),
+            prior_var / unit / unit,
+        )
         variances = np.asarray(variances, dtype=np.float64) / unit / unit
     nodes = mixture_nodes(variances, log_weights, data, scale_groups)
-    columns = [t.expand(shape).reshape(-1).split(_CHUNK) for t in (data.h, data.precision, prior_var)]
-    rows = [None] * len(columns[0]) if scale_groups is None else scale_groups.reshape(-1).split(_CHUNK)
+    columns = [
+        t.expand(shape).reshape(-1).split(_CHUNK) for t in (data.h, data.precision, prior_var)
+    ]
+    rows = (
+        [None] * len(columns[0]) if scale_groups is None else scale_groups.reshape(-1).split(_CHUNK)
+    )
     out = [torch.empty(shape, dtype=data.h.dtype, device=data.h.device) for _ in range(4)]
 
     def fill(k: int) -> None:
         for whole, value in zip(
-            out, _silenced(_chunk(columns[0][k], columns[1][k], columns[2][k], nodes, rows[k]), columns[1][k], nodes, rows[k]), strict=True
+            out,
+            _silenced(
+                _chunk(columns[0][k], columns[1][k], columns[2][k], nodes, rows[k]),
+                columns[1][k],
+                nodes,
+                rows[k],
+            ),
+            strict=True,
         ):
             whole.view(-1)[k * _CHUNK : (k + 1) * _CHUNK] = value
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # torch's own threads gain nothing on arrays that fit a cache
+    # torch's own threads gain nothing on arrays that fit a cache
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(fill, range(len(rows))))
     delta_f, log_odds, mean, var = out
     if nodes.open_end:
         check_end(delta_f, data, prior_var, nodes, scale_groups)
-    return ScaleMixtureReduction(*out) if unit == 1 else ScaleMixtureReduction(delta_f, log_odds, mean * unit, var * unit * unit)
+    return (
+        ScaleMixtureReduction(*out)
+        if unit == 1
+        else ScaleMixtureReduction(delta_f, log_odds, mean * unit, var * unit * unit)
+    )
 
 
-def grouped_reduction(data: Message, prior_var: Tensor, variances: Any, log_weights: Any, groups: Tensor) -> ScaleMixtureReduction:
-    r"""The same when all weights of a group share one local scale: the nodes stand for the group's scale, given which its weights are independent.
+def grouped_reduction(
+    data: Message, prior_var: Tensor, variances: Any, log_weights: Any, groups: Tensor
+) -> ScaleMixtureReduction:
+    r"""The same when all weights of a group share one local scale: the nodes stand for the group's
+    scale, given which its weights are independent.
 
     .. math:: \Delta F_g = \log \sum_k w_k \prod_{i \in g} \frac{N(m_i; 0, v_k + 1/L_i)}{N(m_i; 0, \sigma_{0i}^2 + 1/L_i)}
 
-    `groups`: an integer from 0 for each weight. `delta_f` has one entry per group; κ is the mean over a group's weights, and each weight has its
-    group's log odds. In double precision inside. The posterior of a scale that n weights share is narrow, 1/√(2n) in its logarithm: give nodes as close as
-    that, `mixture(scale, together=n)` of the priors here. Of many nodes those that no group favours are passed over.
+    `groups`: an integer from 0 for each weight. `delta_f` has one entry per group; κ is the mean
+    over a group's weights, and each weight has its group's log odds. In double precision inside.
+    The posterior of a scale that n weights share is narrow, 1/√(2n) in its logarithm: give nodes as
+    close as that, `mixture(scale, together=n)` of the priors here. Of many nodes those that no
+    group favours are passed over.
     """
     shape, dtype, index = data.h.shape, data.h.dtype, groups.reshape(-1)
     data = Message(*_informed(*(t.expand(shape).reshape(-1).double() for t in data)))
@@ -125,7 +172,10 @@ def grouped_reduction(data: Message, prior_var: Tensor, variances: Any, log_weig
 
     evidence = terms_that_count(log_terms, len(nodes.variances), count, h)
     weights = evidence.softmax(0)
-    delta_f = evidence.logsumexp(0) + by_group(0.5 * torch.log1p(prior_var * precision) + exponent(h, precision, prior_var, nodes.variances[-1]))
+    delta_f = evidence.logsumexp(0) + by_group(
+        0.5 * torch.log1p(prior_var * precision)
+        + exponent(h, precision, prior_var, nodes.variances[-1])
+    )
     if nodes.open_end:
         warn_of_end(int((weights[-1] > END).sum()), count, "groups", float(nodes.variances[-1]))
     kept, mean_away, square_away = (torch.zeros_like(h) for _ in range(3))
@@ -139,7 +189,9 @@ def grouped_reduction(data: Message, prior_var: Tensor, variances: Any, log_weig
         mean_away += p * away
         square_away += p * away.square()
     mean_share = best * near + mean_away
-    kappa, taken = (by_group(x) / torch.bincount(index, minlength=count) for x in (kept, precision * mean_share))
+    kappa, taken = (
+        by_group(x) / torch.bincount(index, minlength=count) for x in (kept, precision * mean_share)
+    )
     var = mean_share + h.square() * (square_away - mean_away.square()).clamp(min=0)
     rest = (kappa.log() - taken.log())[index], h * mean_share, var
     return ScaleMixtureReduction(delta_f.to(dtype), *(x.view(shape).to(dtype) for x in rest))
@@ -154,58 +206,95 @@ def best_scale(
     groups: Tensor | None = None,
     gain: Callable[[Message, Tensor, float], Tensor] | None = None,
 ) -> Tensor:
-    r"""The global scale τ that maximises Σ ΔF(τ) + log p(τ), to 1e-3 in log τ: one number, or one for each of `scale_groups`.
+    r"""The global scale τ that maximises Σ ΔF(τ) + log p(τ), to 1e-3 in log τ: one number, or one
+    for each of `scale_groups`.
 
-    Searched from e⁻¹² to e³ times the root mean square of the priors' scales. Of a layer with more than 8,192 weights that many at equal distances
-    stand for all, of a group 512: one number needs no more. With `groups`, weights that share a local scale, all count. `gain`: ΔF of each weight in closed
-    form, given the message, the prior's variance and the scale, where there is one.
+    Searched from e⁻¹² to e³ times the root mean square of the priors' scales. Of a layer with more
+    than 8,192 weights that many at equal distances stand for all, of a group 512: one number needs
+    no more. With `groups`, weights that share a local scale, all count. `gain`: ΔF of each weight
+    in closed form, given the message, the prior's variance and the scale, where there is one.
     """
-    h, precision, var = (t.expand(data.h.shape).reshape(-1) for t in (data.h, data.precision, prior_var))
+    h, precision, var = (
+        t.expand(data.h.shape).reshape(-1) for t in (data.h, data.precision, prior_var)
+    )
     n, rows = h.numel(), None if scale_groups is None else scale_groups.reshape(-1)
     count = 1 if rows is None else int(rows.max()) + 1
     index = torch.zeros(n, dtype=torch.long, device=h.device) if rows is None else rows
     if groups is None:
         taken = sampled(rows, n, h.device)
         h, precision, var, index = h[taken], precision[taken], var[taken], index[taken]
-    sizes = torch.bincount(torch.zeros(n, dtype=torch.long, device=h.device) if rows is None else rows, minlength=count).double()
-    factor = sizes / torch.bincount(index, minlength=count)  # each sampled weight stands for so many
+    sizes = torch.bincount(
+        torch.zeros(n, dtype=torch.long, device=h.device) if rows is None else rows, minlength=count
+    ).double()
+    # each sampled weight stands for so many
+    factor = sizes / torch.bincount(index, minlength=count)
 
     unit = unit_of(var)
 
     def sums(scales: list[float]) -> Tensor:
         if groups is not None:
-            return grouped_reduction(Message(h, precision), var, *mixture(scales[0]), groups).delta_f.double().sum()[None]
+            return (
+                grouped_reduction(Message(h, precision), var, *mixture(scales[0]), groups)
+                .delta_f.double()
+                .sum()[None]
+            )
         if gain is not None and rows is None:
-            return factor * gain(Message(h, precision), var, scales[0]).sum(dtype=torch.float64)[None]
+            return (
+                factor * gain(Message(h, precision), var, scales[0]).sum(dtype=torch.float64)[None]
+            )
         by_row = [mixture(s) for s in scales]
         v, log_w = by_row[0] if rows is None else ([v for v, _ in by_row], [w for _, w in by_row])
         scaled = Message(h * unit, precision * unit**2)
-        nodes = mixture_nodes(np.asarray(v) / unit**2, log_w, scaled, rows if rows is None else index)
+        nodes = mixture_nodes(
+            np.asarray(v) / unit**2, log_w, scaled, rows if rows is None else index
+        )
         columns = (t.split(_CHUNK) for t in (*scaled, var / unit**2, index))
-        gains = [_chunk(hc, lc, vc, nodes, None if rows is None else r, moments=False)[0].double() for hc, lc, vc, r in zip(*columns, strict=True)]
-        return factor * torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(0, index, torch.cat(gains))
+        gains = [
+            _chunk(hc, lc, vc, nodes, None if rows is None else r, moments=False)[0].double()
+            for hc, lc, vc, r in zip(*columns, strict=True)
+        ]
+        return factor * torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(
+            0, index, torch.cat(gains)
+        )
 
     def objective(log_scale: Tensor) -> Tensor:
         scales = log_scale.exp().tolist()
-        return sums(scales) + torch.tensor([log_hyper(s) for s in scales], dtype=torch.float64, device=h.device)
+        return sums(scales) + torch.tensor(
+            [log_hyper(s) for s in scales], dtype=torch.float64, device=h.device
+        )
 
     if groups is not None and rows is not None:
-        raise ReductionError("a global scale per group and a local scale per group cannot be had at once; give one of the two")
-    centre = torch.full((count,), math.log(float(var.double().mean().sqrt())), dtype=torch.float64, device=h.device)
+        raise ReductionError(
+            "a global scale per group and a local scale per group cannot be had at once; give one"
+            " of the two"
+        )
+    centre = torch.full(
+        (count,), math.log(float(var.double().mean().sqrt())), dtype=torch.float64, device=h.device
+    )
     scale = line_maximum(objective, centre - 12, centre + 3).exp()
     return scale if rows is not None else scale[0]
 
 
-def _chunk(h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Nodes, row: Tensor | None, moments: bool = True) -> tuple[Tensor, ...]:
-    """ΔF, logit κ, mean and variance of up to `_CHUNK` weights (`moments=False`: ΔF alone), summed node by node.
+def _chunk(
+    h: Tensor,
+    precision: Tensor,
+    prior_var: Tensor,
+    nodes: Nodes,
+    row: Tensor | None,
+    moments: bool = True,
+) -> tuple[Tensor, ...]:
+    """ΔF, logit κ, mean and variance of up to `_CHUNK` weights (`moments=False`: ΔF alone), summed
+    node by node.
 
-    The exponent of a node, ½h²(v − σ₀²)/((1 + vL)(1 + σ₀²L)), grows with v, so that of the widest node is taken off all.
+    The exponent of a node, ½h²(v − σ₀²)/((1 + vL)(1 + σ₀²L)), grows with v, so that of the widest
+    node is taken off all.
     """
     h, precision = _informed(h, precision)
     if len(h) <= _FEW:
         return _by_logarithms(h, precision, prior_var, nodes, row)
     single = h.dtype == torch.float32
-    variances = nodes.variances.clamp(max=_WIDEST if single else 1e100)  # v² is to stay in the floats
+    # v² is to stay in the floats
+    variances = nodes.variances.clamp(max=_WIDEST if single else 1e100)
     log_weights = nodes.log_weights
     if row is not None:
         variances, log_weights = variances.to(h), log_weights.to(h)
@@ -217,7 +306,11 @@ def _chunk(h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Nodes, row: T
     one, negative_b = torch.ones_like(h), b.neg_()
     x, s, e = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
     s0, s1, s2, v1, v2 = (torch.zeros_like(h) for _ in range(5))
-    pairs = zip(variances.tolist(), log_weights.exp().tolist(), strict=True) if row is None else zip(variances, log_weights.exp(), strict=True)
+    pairs = (
+        zip(variances.tolist(), log_weights.exp().tolist(), strict=True)
+        if row is None
+        else zip(variances, log_weights.exp(), strict=True)
+    )
     for v, w in pairs:
         if row is None:
             torch.add(one, precision, alpha=v, out=x)
@@ -243,7 +336,9 @@ def _chunk(h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Nodes, row: T
                 v = 1.0
             v1.add_(e, alpha=w * v)
             v2.addcmul_(e, s, value=w * v * v)
-    lost = ~((s0 > (1e-20 if single else 1e-250)) & s0.isfinite() & (peak < (1e3 if single else 1e9)))
+    lost = ~(
+        (s0 > (1e-20 if single else 1e-250)) & s0.isfinite() & (peak < (1e3 if single else 1e9))
+    )
     if single and bool((nodes.variances[-1] > _WIDEST).any()):
         lost |= h * (h / precision) + 1 > 1e-9 * _WIDEST * precision
     delta_f = s0.log().add_(full).add_(peak)
@@ -251,50 +346,100 @@ def _chunk(h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Nodes, row: T
         return (_mend(delta_f, lost, h, precision, prior_var, nodes, row)[0],)
     kappa, share, square, square_share = s1 / s0, v1 / s0, s2 / s0, v2 / s0
     taken = precision * share  # 1 − κ without the loss of digits near κ = 1
-    # the same variance twice: of 1/(1 + vL), good where the data speak, and of v/(1 + vL), good where they do not
+    # the same variance twice: of 1/(1 + vL), good where the data speak, and of v/(1 + vL), good
+    # where they do not
     informed = kappa < 0.5
-    spread = torch.where(informed, (square - kappa.square()).div_(precision.square()), square_share - share.square()).clamp_(min=0)
-    rounding = (h * torch.where(informed, kappa / precision, share)).square_().mul_(8 * torch.finfo(h.dtype).eps)
+    spread = torch.where(
+        informed, (square - kappa.square()).div_(precision.square()), square_share - share.square()
+    ).clamp_(min=0)
+    rounding = (
+        (h * torch.where(informed, kappa / precision, share))
+        .square_()
+        .mul_(8 * torch.finfo(h.dtype).eps)
+    )
     lost |= rounding > 1e-5 * share  # of weights far beyond a slab
-    values = (delta_f, kappa.log() - taken.log(), h * share, share + h * (h * spread.masked_fill_(h == 0, 0.0)))
+    values = (
+        delta_f,
+        kappa.log() - taken.log(),
+        h * share,
+        share + h * (h * spread.masked_fill_(h == 0, 0.0)),
+    )
     return _mend(values[0], lost, h, precision, prior_var, nodes, row, values[1:])
 
 
-def _silenced(values: tuple[Tensor, ...], precision: Tensor, nodes: Nodes, row: Tensor | None) -> tuple[Tensor, ...]:
+def _silenced(
+    values: tuple[Tensor, ...], precision: Tensor, nodes: Nodes, row: Tensor | None
+) -> tuple[Tensor, ...]:
     """The same, with what the mixture says of itself where the data say nothing."""
     silent = precision <= 0
     if not bool(silent.any()):
         return values
     delta_f, log_odds, mean, var = values
     own = nodes.total_var if row is None else nodes.total_var[row]
-    return delta_f.masked_fill(silent, 0.0), log_odds.masked_fill(silent, torch.inf), mean.masked_fill(silent, 0.0), torch.where(silent, own.to(var), var)
+    return (
+        delta_f.masked_fill(silent, 0.0),
+        log_odds.masked_fill(silent, torch.inf),
+        mean.masked_fill(silent, 0.0),
+        torch.where(silent, own.to(var), var),
+    )
 
 
-def _mend(delta_f: Tensor, lost: Tensor, h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Any, row: Tensor | None, rest: Any = ()) -> tuple[Tensor, ...]:
-    """Weights so far out that the sum has left the floats, or the exponent its digits, get theirs from logarithms."""
+def _mend(
+    delta_f: Tensor,
+    lost: Tensor,
+    h: Tensor,
+    precision: Tensor,
+    prior_var: Tensor,
+    nodes: Any,
+    row: Tensor | None,
+    rest: Any = (),
+) -> tuple[Tensor, ...]:
+    """Weights so far out that the sum has left the floats, or the exponent its digits, get theirs
+    from logarithms.
+    """
     if bool(lost.any()):
-        exact = _by_logarithms(h[lost], precision[lost], prior_var.expand(lost.shape)[lost], nodes, None if row is None else row[lost])
+        exact = _by_logarithms(
+            h[lost],
+            precision[lost],
+            prior_var.expand(lost.shape)[lost],
+            nodes,
+            None if row is None else row[lost],
+        )
         for value, better in zip((delta_f, *rest), exact, strict=False):
             value[lost] = better
     return (delta_f, *rest)
 
 
-def _by_logarithms(h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Nodes, row: Tensor | None) -> tuple[Tensor, ...]:
-    """What `_chunk` gives, as a [weights × nodes] array of logarithms in double precision: for few weights, and for any signal."""
+def _by_logarithms(
+    h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Nodes, row: Tensor | None
+) -> tuple[Tensor, ...]:
+    """What `_chunk` gives, as a [weights × nodes] array of logarithms in double precision: for few
+    weights, and for any signal.
+    """
     dtype = h.dtype
     h, precision, prior_var = (t.double()[:, None] for t in (h, precision, prior_var))
-    variances, log_weights = (t.double()[None] if row is None else t.double().mT[row] for t in (nodes.variances, nodes.log_weights))
+    variances, log_weights = (
+        t.double()[None] if row is None else t.double().mT[row]
+        for t in (nodes.variances, nodes.log_weights)
+    )
     growth, widest = 1 + variances * precision, variances[:, -1:]
     terms = log_weights - 0.5 * growth.log() + exponent(h, precision, widest, variances)
     p = terms.softmax(1)
     best = variances.expand_as(p).gather(1, p.argmax(1, keepdim=True))
-    away = (variances - best) / growth / (1 + best * precision)  # v/(1 + vL), counted from the likeliest node
+    # v/(1 + vL), counted from the likeliest node
+    away = (variances - best) / growth / (1 + best * precision)
     mean_away = (p * away).sum(1, keepdim=True)
     share = (best / (1 + best * precision) + mean_away)[:, 0]
     kappa, taken = (p / growth).sum(1), precision[:, 0] * share
     var = share + h[:, 0].square() * (p * (away - mean_away).square()).sum(1)
-    gained = terms.logsumexp(1, True) + 0.5 * torch.log1p(prior_var * precision) + exponent(h, precision, prior_var, widest)
-    return tuple(t.to(dtype) for t in (gained[:, 0], kappa.log() - taken.log(), h[:, 0] * share, var))
+    gained = (
+        terms.logsumexp(1, True)
+        + 0.5 * torch.log1p(prior_var * precision)
+        + exponent(h, precision, prior_var, widest)
+    )
+    return tuple(
+        t.to(dtype) for t in (gained[:, 0], kappa.log() - taken.log(), h[:, 0] * share, var)
+    )
 
 
 def _informed(h: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""The approximate posteriors: one structure a file. Pyro's own autoguides are accepted wherever these are."""
+"""The approximate posteriors: one structure a file. Pyro's own autoguides are accepted wherever
+these are.
+"""
 
 from pyro_bmr.guides.full_rank import FullRank
 from pyro_bmr.guides.low_rank_plus_diagonal import LowRankPlusDiagonal
@@ -8,4 +10,12 @@ from pyro_bmr.guides.point import Point
 from pyro_bmr.guides.scale_coupled import ScaleCoupled
 from pyro_bmr.guides.site_wise import SiteWise
 
-__all__ = ["FullRank", "LowRankPlusDiagonal", "MatrixVariate", "MeanField", "Point", "ScaleCoupled", "SiteWise"]
+__all__ = [
+    "FullRank",
+    "LowRankPlusDiagonal",
+    "MatrixVariate",
+    "MeanField",
+    "Point",
+    "ScaleCoupled",
+    "SiteWise",
+]

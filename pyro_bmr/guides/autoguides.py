@@ -1,6 +1,8 @@
-"""Pyro's autoguides as moments: the Gaussian that each site has on the unconstrained scale, correlations within a site included.
+"""Pyro's autoguides as moments: the Gaussian that each site has on the unconstrained scale,
+correlations within a site included.
 
-Owns `autoguide_moments`. Covariance between sites has no place in a posterior of sites and is dropped: each site gets its marginal. Next: `sites.py`.
+Owns `autoguide_moments`. Covariance between sites has no place in a posterior of sites and is
+dropped: each site gets its marginal. Next: `sites.py`.
 """
 
 from __future__ import annotations
@@ -22,13 +24,21 @@ from pyro_bmr.guides.marginals import MEND, Moments, check_plates, trace_moments
 from pyro_bmr.guides.mean_field import base_distribution, support_name
 
 
-def autoguide_moments(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], support: Callable[[str], str]) -> dict[str, Moments]:
-    """Site → moments. AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal and AutoLaplaceApproximation (a point; its
-    `laplace_approximation(...)` is an AutoMultivariateNormal) hold one Gaussian over all their sites, which is read as it stands, also where they are members
-    of an AutoGuideList. The sites of any other guide, or member, are read as `trace_moments` says.
+def autoguide_moments(
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    support: Callable[[str], str],
+) -> dict[str, Moments]:
+    """Site → moments. AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal and
+    AutoLaplaceApproximation (a point; its `laplace_approximation(...)` is an
+    AutoMultivariateNormal) hold one Gaussian over all their sites, which is read as it stands, also
+    where they are members of an AutoGuideList. The sites of any other guide, or member, are read as
+    `trace_moments` says.
 
     Raises:
-        ModelError: a site's marginal is not Gaussian on the unconstrained scale, such as those of AutoNormalizingFlow.
+        ModelError: a site's marginal is not Gaussian on the unconstrained scale, such as those of
+            AutoNormalizingFlow.
     """
     moments: dict[str, Moments] = {}
     for member in _continuous(guide):
@@ -50,7 +60,9 @@ def _continuous(guide: Any) -> Iterator[AutoContinuous]:
             yield from _continuous(member)
 
 
-def _one_gaussian(guide: AutoContinuous, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Moments]:
+def _one_gaussian(
+    guide: AutoContinuous, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Moments]:
     q = guide.get_posterior(*args, **kwargs)
     base = base_distribution(q)
     moments = {}
@@ -72,9 +84,16 @@ def _one_gaussian(guide: AutoContinuous, args: tuple[Any, ...], kwargs: Mapping[
             mean, var = base.v[flat], torch.zeros_like(base.v[flat])
         else:
             raise ModelError(
-                f"site '{name}': the posterior of {type(guide).__name__} cannot be read as Gaussian moments, since it is a {type(q).__name__}; use MeanField, "
-                "FullRank, ScaleCoupled, or one of AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, "
-                f"AutoLaplaceApproximation, AutoStructured, AutoGaussian, AutoDelta; or {MEND}"
+                f"site '{name}': the posterior of {type(guide).__name__} cannot be read as Gaussian"
+                f" moments, since it is a {type(q).__name__}; use MeanField, FullRank,"
+                " ScaleCoupled, or one of AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal,"
+                " AutoLowRankMultivariateNormal, AutoLaplaceApproximation, AutoStructured,"
+                f" AutoGaussian, AutoDelta; or {MEND}"
             )
-        moments[name] = Moments(mean.clone().view(shape), var.clone().view(shape), support, joint if len(flat) > 1 else None)
+        moments[name] = Moments(
+            mean.clone().view(shape),
+            var.clone().view(shape),
+            support,
+            joint if len(flat) > 1 else None,
+        )
     return moments

@@ -1,4 +1,5 @@
-r"""The full-rank guide: a covariance matrix for each site. Exact, for one site, in a linear-Gaussian model.
+r"""The full-rank guide: a covariance matrix for each site. Exact, for one site, in a
+linear-Gaussian model.
 
 Owns `FullRank`. Next: `low_rank_plus_diagonal.py`.
 """
@@ -19,22 +20,27 @@ from pyro_bmr.memory import check_memory
 
 
 class FullRank(SiteWise):
-    r"""q(zₛ) = N(μₛ, AₛAₛᵀ) for each site s, A lower triangular of size d × d for a site of d entries (Kucukelbir et al. 2017, JMLR 18(14)).
+    r"""q(zₛ) = N(μₛ, AₛAₛᵀ) for each site s, A lower triangular of size d × d for a site of d
+    entries (Kucukelbir et al. 2017, JMLR 18(14)).
 
-    Memory and time per step grow with d²: with its gradient and Adam's two moments a site takes 4d² numbers.
+    Memory and time per step grow with d²: with its gradient and Adam's two moments a site takes 4d²
+    numbers.
 
     Args:
         limit: the largest site that may have a covariance matrix, in entries.
         others: as in `SiteWise`; `sites="head.*"` gives a matrix to those sites alone.
 
     Raises:
-        ModelError: a site is larger than `limit`, or its matrix than the memory that is free; the message says what it would take.
+        ModelError: a site is larger than `limit`, or its matrix than the memory that is free; the
+            message says what it would take.
 
     Example:
         >>> fit(model, data, guide=partial(FullRank, sites="head.weight"))
     """
 
-    def __init__(self, program: Callable[..., Any], *args: Any, limit: int = 4096, **kwargs: Any) -> None:
+    def __init__(
+        self, program: Callable[..., Any], *args: Any, limit: int = 4096, **kwargs: Any
+    ) -> None:
         self.limit = limit
         super().__init__(program, *args, **kwargs)
 
@@ -43,11 +49,14 @@ class FullRank(SiteWise):
         if size > self.limit:
             gigabytes = 4 * size**2 * latent.start.element_size() / 1e9
             raise ModelError(
-                f"site '{latent.name}': a full covariance of its {size} entries takes {gigabytes:.3g} GB with its gradient and Adam's moments, more than the "
-                f"limit of {self.limit} entries allows; use LowRankPlusDiagonal or MatrixVariate, name smaller sites in `sites`, or raise `limit`"
+                f"site '{latent.name}': a full covariance of its {size} entries takes"
+                f" {gigabytes:.3g} GB with its gradient and Adam's moments, more than the limit of"
+                f" {self.limit} entries allows; use LowRankPlusDiagonal or MatrixVariate, name"
+                " smaller sites in `sites`, or raise `limit`"
             )
         check_memory(
-            f"site '{latent.name}': a full covariance of its {size} entries, with its gradient and Adam's moments,",
+            f"site '{latent.name}': a full covariance of its {size} entries, with its gradient and"
+            " Adam's moments,",
             4 * size**2 * latent.start.element_size(),
             latent.start.device,
             "use LowRankPlusDiagonal or MatrixVariate",

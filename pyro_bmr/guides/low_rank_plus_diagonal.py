@@ -1,4 +1,5 @@
-r"""The low-rank-plus-diagonal guide: the k directions of each site in which the posterior is most correlated, at a cost linear in its size.
+r"""The low-rank-plus-diagonal guide: the k directions of each site in which the posterior is most
+correlated, at a cost linear in its size.
 
 Owns `LowRankPlusDiagonal`. Next: `matrix_variate.py`.
 """
@@ -21,9 +22,11 @@ from pyro_bmr.memory import check_memory
 
 
 class LowRankPlusDiagonal(SiteWise):
-    r"""q(zₛ) = N(μₛ, Dₛ + WₛWₛᵀ) for each site s, D diagonal, W of size d × k (Ong, Nott & Smith 2018, JCGS 27(3); Mishkin et al. 2018, NeurIPS).
+    r"""q(zₛ) = N(μₛ, Dₛ + WₛWₛᵀ) for each site s, D diagonal, W of size d × k (Ong, Nott & Smith
+    2018, JCGS 27(3); Mishkin et al. 2018, NeurIPS).
 
-    Memory per site: (2 + k) d numbers, beside (1 + 1) d of `MeanField`; a step also takes a k × k determinant.
+    Memory per site: (2 + k) d numbers, beside (1 + 1) d of `MeanField`; a step also takes a k × k
+    determinant.
 
     Args:
         rank: k, at most the number of entries of the site.
@@ -36,16 +39,22 @@ class LowRankPlusDiagonal(SiteWise):
         >>> fit(model, data, guide=partial(LowRankPlusDiagonal, rank=4))
     """
 
-    def __init__(self, program: Callable[..., Any], *args: Any, rank: int = 8, **kwargs: Any) -> None:
+    def __init__(
+        self, program: Callable[..., Any], *args: Any, rank: int = 8, **kwargs: Any
+    ) -> None:
         if not holds(lambda x: x >= 1, rank):
-            raise ModelError(f"LowRankPlusDiagonal(rank={described(rank)}): a rank of at least 1 is wanted; MeanField is rank 0")
+            raise ModelError(
+                f"LowRankPlusDiagonal(rank={described(rank)}): a rank of at least 1 is wanted;"
+                " MeanField is rank 0"
+            )
         self.rank = rank
         super().__init__(program, *args, **kwargs)
 
     def site(self, latent: Latent, scale: Tensor) -> nn.Module | None:
         size = latent.start.numel()
         check_memory(
-            f"site '{latent.name}': rank {self.rank} plus diagonal of its {size} entries, with their gradients and Adam's moments,",
+            f"site '{latent.name}': rank {self.rank} plus diagonal of its {size} entries, with"
+            " their gradients and Adam's moments,",
             4 * (2 + self.rank) * size * latent.start.element_size(),
             latent.start.device,
             "use a smaller rank, MatrixVariate or MeanField",
@@ -62,7 +71,10 @@ class LowRankSite(nn.Module):
         self.structure = f"rank {rank} plus diagonal"
         self.loc = nn.Parameter(latent.start.clone())
         self.log_scale = nn.Parameter(scale.log().expand(size).clone())
-        start = torch.randn(size, rank, generator=torch.Generator().manual_seed(size), dtype=torch.float64)  # W = 0 is a saddle of the bound
+        # W = 0 is a saddle of the bound
+        start = torch.randn(
+            size, rank, generator=torch.Generator().manual_seed(size), dtype=torch.float64
+        )
         self.factor = nn.Parameter((0.3 / math.sqrt(rank) * start).to(latent.start))
 
     def forward(self, values: Mapping[str, Tensor], mask: Tensor | None) -> LowRankNormal:
@@ -89,7 +101,9 @@ class LowRankNormal(NamedTuple):
 
     @property
     def log_det(self) -> Tensor:
-        return 2 * living(self.log_scale.view(self.mean.shape), self.mask).sum() + torch.logdet(self._capacitance())
+        return 2 * living(self.log_scale.view(self.mean.shape), self.mask).sum() + torch.logdet(
+            self._capacitance()
+        )
 
     @property
     def noise_size(self) -> int:
@@ -111,4 +125,7 @@ class LowRankNormal(NamedTuple):
     def _capacitance(self) -> Tensor:
         """I + WᵀD⁻¹W."""
         k = self.relative.shape[1]
-        return torch.eye(k, dtype=self.mean.dtype, device=self.mean.device) + self.relative.mT @ self.relative
+        return (
+            torch.eye(k, dtype=self.mean.dtype, device=self.mean.device)
+            + self.relative.mT @ self.relative
+        )

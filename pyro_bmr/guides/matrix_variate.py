@@ -1,4 +1,5 @@
-r"""The matrix-variate guide: a covariance over the rows of a weight and one over its columns, instead of one over all entries.
+r"""The matrix-variate guide: a covariance over the rows of a weight and one over its columns,
+instead of one over all entries.
 
 Owns `MatrixVariate`. Next: `scale_coupled.py`.
 """
@@ -19,20 +20,25 @@ from pyro_bmr.guides.site_wise import SiteWise
 
 
 class MatrixVariate(SiteWise):
-    r"""q(W) = MN(M, AAᵀ, BBᵀ) for each site of two or more dimensions, Cov(W_ij, W_kl) = (AAᵀ)_ik (BBᵀ)_jl (Louizos & Welling 2016, arXiv 1603.04733).
+    r"""q(W) = MN(M, AAᵀ, BBᵀ) for each site of two or more dimensions, Cov(W_ij, W_kl) = (AAᵀ)_ik
+    (BBᵀ)_jl (Louizos & Welling 2016, arXiv 1603.04733).
 
-    The rows are the first dimension (the outputs of a layer), the columns all others. A, B lower triangular of sizes n × n and m × m: n² + m² numbers beside
-    the n m of the mean. Sites of fewer than two rows or columns are independent Normals.
+    The rows are the first dimension (the outputs of a layer), the columns all others. A, B lower
+    triangular of sizes n × n and m × m: n² + m² numbers beside the n m of the mean. Sites of fewer
+    than two rows or columns are independent Normals.
 
     Args:
         limit: the most rows or columns a site may have.
         others: as in `SiteWise`.
 
     Raises:
-        ModelError: a site has more rows or columns than `limit`; the message says what they would take.
+        ModelError: a site has more rows or columns than `limit`; the message says what they would
+            take.
     """
 
-    def __init__(self, program: Callable[..., Any], *args: Any, limit: int = 4096, **kwargs: Any) -> None:
+    def __init__(
+        self, program: Callable[..., Any], *args: Any, limit: int = 4096, **kwargs: Any
+    ) -> None:
         self.limit = limit
         super().__init__(program, *args, **kwargs)
 
@@ -44,8 +50,9 @@ class MatrixVariate(SiteWise):
             gigabytes = 4 * max(rows, columns) ** 2 * latent.start.element_size() / 1e9
             which, most = ("rows", rows) if rows > columns else ("columns", columns)
             raise ModelError(
-                f"site '{latent.name}': a covariance over its {most} {which} takes {gigabytes:.3g} GB with its gradient and Adam's moments, more than the "
-                f"limit of {self.limit} allows; use LowRankPlusDiagonal, name smaller sites in `sites`, or raise `limit`"
+                f"site '{latent.name}': a covariance over its {most} {which} takes {gigabytes:.3g}"
+                f" GB with its gradient and Adam's moments, more than the limit of {self.limit}"
+                " allows; use LowRankPlusDiagonal, name smaller sites in `sites`, or raise `limit`"
             )
         return MatrixSite(latent, scale, rows, columns) if min(rows, columns) > 1 else None
 
@@ -66,11 +73,19 @@ class MatrixSite(nn.Module):
     def forward(self, values: Mapping[str, Tensor], mask: Tensor | None) -> Matrix:
         row = self.row_log_scale.exp()[:, None] * unit_lower(self.row_tril)
         column = self.column_log_scale.exp()[:, None] * unit_lower(self.column_tril)
-        return Matrix(living(self.loc, mask), row, column, self.row_log_scale[:, None] + self.column_log_scale, mask)
+        return Matrix(
+            living(self.loc, mask),
+            row,
+            column,
+            self.row_log_scale[:, None] + self.column_log_scale,
+            mask,
+        )
 
 
 class Matrix(NamedTuple):
-    """The root A ⊗ B, rows and columns of masked entries zero. It is lower triangular, so the log determinant stays the sum of its diagonal under any mask."""
+    """The root A ⊗ B, rows and columns of masked entries zero. It is lower triangular, so the log
+    determinant stays the sum of its diagonal under any mask.
+    """
 
     mean: Tensor
     row: Tensor  # A
@@ -96,13 +111,17 @@ class Matrix(NamedTuple):
         return self.mean.numel()
 
     def draw(self, noise: Tensor) -> Tensor:
-        return self.mean + living((self.row @ self.matrix(noise) @ self.column.mT).view(self.mean.shape), self.mask)
+        return self.mean + living(
+            (self.row @ self.matrix(noise) @ self.column.mT).view(self.mean.shape), self.mask
+        )
 
     def squared_distance(self, z: Tensor, noise: Tensor) -> Tensor:
         return self.matrix(noise).square().sum()
 
     def joint(self) -> MatrixNormal | None:
-        """Of whole rows and columns that live; a mask of other shape leaves no matrix normal, so None."""
+        """Of whole rows and columns that live; a mask of other shape leaves no matrix normal, so
+        None.
+        """
         row, column = self.row, self.column
         if self.mask is not None:
             alive = self.mask.reshape(self.log_scale.shape)

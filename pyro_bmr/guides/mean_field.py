@@ -1,6 +1,8 @@
-"""The mean-field guide: independent Gaussians over the unconstrained latent sites of any Pyro program.
+"""The mean-field guide: independent Gaussians over the unconstrained latent sites of any Pyro
+program.
 
-Owns `MeanField`. The step that uses its flat parameters directly is in `mean_field_step.py`. Next: `point.py`.
+Owns `MeanField`. The step that uses its flat parameters directly is in `mean_field_step.py`. Next:
+`point.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ from pyro_bmr.isolation import isolated
 if TYPE_CHECKING:
     import pandas as pd
 
-SUPPORTS: dict[str, Transform | None] = {"real": None, "positive": ExpTransform(), "unit_interval": SigmoidTransform()}
+SUPPORTS: dict[str, Transform | None] = {
+    "real": None,
+    "positive": ExpTransform(),
+    "unit_interval": SigmoidTransform(),
+}
 """The supports with a Gaussian posterior, and the transform from the real line to each."""
 
 
@@ -42,25 +48,31 @@ class Latent(NamedTuple):
     rms: Tensor  # the root mean square of `start` where the program gave it, else 0; 0-d
     prior_scale: Tensor  # the prior's standard deviation where it is Normal, else 1; 0-d
     prior: Any  # the object that declared the site, if one did
-    normal: bool  # whether the prior is Normal on the unconstrained scale, so that the KL of a Gaussian has a closed form
+    # whether the prior is Normal on the unconstrained scale, so that the KL of a Gaussian has a
+    # closed form
+    normal: bool
     alive: Tensor | None  # the mask in force in a program under `pruning.Masked`
 
 
 @isolated()
 def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Latent]:
-    """The latent sites of `program(*args, **kwargs)` in order, with start values; leaves the random state as it was.
+    """The latent sites of `program(*args, **kwargs)` in order, with start values; leaves the random
+    state as it was.
 
-    Starts: the site's `infer["init"]` where given (a lifted parameter's own value), else the prior's mean for Normal sites, its median for the others
-    (a half-Cauchy has no mean).
+    Starts: the site's `infer["init"]` where given (a lifted parameter's own value), else the
+    prior's mean for Normal sites, its median for the others (a half-Cauchy has no mean).
 
     Raises:
-        ModelError: a site is discrete, has a support other than the reals, the positives or the unit interval, or stands in a subsampled plate.
+        ModelError: a site is discrete, has a support other than the reals, the positives or the
+            unit interval, or stands in a subsampled plate.
     """
     with torch.no_grad():
         trace = prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
         latents = [_latent(name, site) for name, site in trace.iter_stochastic_nodes()]
     if not latents:
-        raise ModelError("the program has no latent site: give it at least one pyro.sample statement without obs")
+        raise ModelError(
+            "the program has no latent site: give it at least one pyro.sample statement without obs"
+        )
     return latents
 
 
@@ -73,7 +85,8 @@ def _latent(name: str, site: Any) -> Latent:
     for frame in site["cond_indep_stack"]:
         if frame.full_size not in (None, frame.size):
             raise ModelError(
-                f"site '{name}': it stands in the subsampled plate '{frame.name}', so each batch has latents of its own; MeanField takes global latents only"
+                f"site '{name}': it stands in the subsampled plate '{frame.name}', so each batch"
+                " has latents of its own; MeanField takes global latents only"
             )
     init = site["infer"].get("init")
     normal = isinstance(base, torch.distributions.Normal)
@@ -90,18 +103,38 @@ def _latent(name: str, site: Any) -> Latent:
     rms = start.square().mean().sqrt() if init is not None else start.new_zeros(())
     prior_scale = base.stddev.mean() if normal else start.new_ones(())
     closed = gaussian_on_the_line(base, transform) is not None
-    return Latent(name, start.shape, fn.event_dim, transform, plates, start, rms, prior_scale, site["infer"].get("prior"), closed, alive)
+    return Latent(
+        name,
+        start.shape,
+        fn.event_dim,
+        transform,
+        plates,
+        start,
+        rms,
+        prior_scale,
+        site["infer"].get("prior"),
+        closed,
+        alive,
+    )
 
 
 def gaussian_on_the_line(prior: Any, transform: Transform | None) -> Any:
-    """The Normal that `prior` is on the unconstrained scale (itself, or the base of a log-normal), if it is one."""
-    if transform is not None and isinstance(prior, torch.distributions.TransformedDistribution) and prior.transforms == [transform]:
+    """The Normal that `prior` is on the unconstrained scale (itself, or the base of a log-normal),
+    if it is one.
+    """
+    if (
+        transform is not None
+        and isinstance(prior, torch.distributions.TransformedDistribution)
+        and prior.transforms == [transform]
+    ):
         prior, transform = prior.base_dist, None
     return prior if transform is None and isinstance(prior, torch.distributions.Normal) else None
 
 
 def start_scale(latent: Latent, init_scale: float) -> Tensor:
-    """The standard deviation at the start: `init_scale` times the size of the start values that the program gave, else a tenth of the prior's scale; 0-d."""
+    """The standard deviation at the start: `init_scale` times the size of the start values that the
+    program gave, else a tenth of the prior's scale; 0-d.
+    """
     return init_scale * latent.rms if latent.rms > 0 else 0.1 * latent.prior_scale
 
 
@@ -120,11 +153,17 @@ def support_name(name: str, support: Any) -> str:
     """
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    known = {constraints.real: "real", constraints.positive: "positive", constraints.nonnegative: "positive", constraints.unit_interval: "unit_interval"}
+    known = {
+        constraints.real: "real",
+        constraints.positive: "positive",
+        constraints.nonnegative: "positive",
+        constraints.unit_interval: "unit_interval",
+    }
     if support not in known:
         raise ModelError(
-            f"site '{name}': its support {support} is not the reals, the positives or the unit interval, where a Gaussian posterior can be had (on the log and "
-            "logit scale); use one of Pyro's autoguides, or reparametrise the site"
+            f"site '{name}': its support {support} is not the reals, the positives or the unit"
+            " interval, where a Gaussian posterior can be had (on the log and logit scale); use"
+            " one of Pyro's autoguides, or reparametrise the site"
         )
     return known[support]
 
@@ -134,7 +173,8 @@ def _median(base: Any) -> Tensor:
         return base.icdf(torch.full_like(base.sample(), 0.5))
     except NotImplementedError:
         entries = base.batch_shape.numel() * base.event_shape.numel()
-        return base.sample((min(1001, 1 + 10_000_000 // entries),)).median(0).values  # of a large site fewer draws, for the memory
+        # of a large site fewer draws, for the memory
+        return base.sample((min(1001, 1 + 10_000_000 // entries),)).median(0).values
 
 
 def site_table(latents: Sequence[Latent], parts: Sequence[tuple[str, int]]) -> pd.DataFrame:
@@ -142,54 +182,85 @@ def site_table(latents: Sequence[Latent], parts: Sequence[tuple[str, int]]) -> p
     import pandas as pd
 
     rows = [
-        (latent.name, latent.start.numel(), structure, parameters, "closed form" if latent.normal else "sampled")
+        (
+            latent.name,
+            latent.start.numel(),
+            structure,
+            parameters,
+            "closed form" if latent.normal else "sampled",
+        )
         for latent, (structure, parameters) in zip(latents, parts, strict=True)
     ]
     return pd.DataFrame(rows, columns=["site", "size", "structure", "parameters", "kl"])
 
 
 class MeanField(nn.Module):
-    r"""q(θ) = ∏ᵢ N(θᵢ; μᵢ, σᵢ²) on the unconstrained scale: a Normal per real site, a log-normal per positive site, a logit-normal on (0, 1).
+    r"""q(θ) = ∏ᵢ N(θᵢ; μᵢ, σᵢ²) on the unconstrained scale: a Normal per real site, a log-normal
+    per positive site, a logit-normal on (0, 1).
 
-    A Pyro guide: call it inside any SVI loop. Its parameters are two flat vectors, `loc` and `log_scale`, created here, on the program's device
-    and dtype, so that any `torch.optim` optimiser takes `guide.parameters()`.
+    A Pyro guide: call it inside any SVI loop. Its parameters are two flat vectors, `loc` and
+    `log_scale`, created here, on the program's device and dtype, so that any `torch.optim`
+    optimiser takes `guide.parameters()`.
 
     Args:
         program: any Pyro program with global continuous latents.
         args, kwargs: one batch, to find the sites.
-        init_scale: the standard deviations at the start, relative to the root mean square of the start values that the program gives (a network's own
-            weights); sites without such values start at a tenth of the prior's scale. Small, so that a network first learns as a plain one would.
-        estimator: where noise is drawn in a step. ``"weight"``: once for all rows of a batch. ``"local"``, ``"flipout"``: for each row, in
-            the linear maps and convolutions that weights are used in (`row_noise.RowNoise`). ``"antithetic"``: once for all rows, used twice in each
-            step of `fit`, with either sign. All but the first lower the variance of the gradient; the bound is the same. What each costs and when it pays
-            is in docs/choose_a_guide.md.
+        init_scale: the standard deviations at the start, relative to the root mean square of the
+            start values that the program gives (a network's own weights); sites without such values
+            start at a tenth of the prior's scale. Small, so that a network first learns as a plain
+            one would.
+        estimator: where noise is drawn in a step. ``"weight"``: once for all rows of a batch.
+            ``"local"``, ``"flipout"``: for each row, in the linear maps and convolutions that
+            weights are used in (`row_noise.RowNoise`). ``"antithetic"``: once for all rows, used
+            twice in each step of `fit`, with either sign. All but the first lower the variance of
+            the gradient; the bound is the same. What each costs and when it pays is in
+            docs/choose_a_guide.md.
 
     Raises:
         ModelError: as `latent_sites`.
     """
 
-    def __init__(self, program: Callable[..., Any], *args: Any, init_scale: float = 0.3, estimator: str = "weight", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        *args: Any,
+        init_scale: float = 0.3,
+        estimator: str = "weight",
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self.estimator = check_estimator(estimator, *PER_STEP)
         self.latents = latent_sites(program, *args, **kwargs)
         self.sizes = [latent.start.numel() for latent in self.latents]
         self.loc = nn.Parameter(torch.cat([latent.start.flatten() for latent in self.latents]))
         scales = [start_scale(latent, init_scale) for latent in self.latents]
-        self.log_scale = nn.Parameter(torch.cat([scale.log().expand(size) for scale, size in zip(scales, self.sizes, strict=True)]))
+        self.log_scale = nn.Parameter(
+            torch.cat(
+                [scale.log().expand(size) for scale, size in zip(scales, self.sizes, strict=True)]
+            )
+        )
         locs = self.views(self.loc.detach())
-        self.latents = [latent._replace(start=locs[latent.name]) for latent in self.latents]  # no second copy of the start values is kept
+        # no second copy of the start values is kept
+        self.latents = [latent._replace(start=locs[latent.name]) for latent in self.latents]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Site name → its part of a flat vector, in the site's shape; no copy."""
-        return {latent.name: part.view(latent.shape) for latent, part in zip(self.latents, flat.split(self.sizes), strict=True)}
+        return {
+            latent.name: part.view(latent.shape)
+            for latent, part in zip(self.latents, flat.split(self.sizes), strict=True)
+        }
 
     def conditionals(self) -> Callable[[str, Mapping[str, Tensor], Tensor | None], Independent]:
-        """The function (name, values, mask) → Gaussian of a site, with the entries that `mask` leaves; on views of the flat vectors that are made once."""
+        """The function (name, values, mask) → Gaussian of a site, with the entries that `mask`
+        leaves; on views of the flat vectors that are made once.
+        """
         locs, log_scales = self.views(self.loc), self.views(self.log_scale)
         return lambda name, values, mask: Independent.of(locs[name], log_scales[name], mask)
 
     def table(self) -> pd.DataFrame:
-        """One row per site: name, size, structure of its Gaussian, parameters, and whether its KL is in closed form or sampled."""
+        """One row per site: name, size, structure of its Gaussian, parameters, and whether its KL
+        is in closed form or sampled.
+        """
         return site_table(self.latents, [("independent", 2 * size) for size in self.sizes])
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

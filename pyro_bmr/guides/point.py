@@ -18,7 +18,8 @@ from pyro_bmr.guides.mean_field import latent_sites
 
 
 class Point(nn.Module):
-    r"""q(θ) = δ(θ − θ̂), so that SVI maximises log p(y, θ). θ̂ lives on the unconstrained scale; the density is that of the constrained value.
+    r"""q(θ) = δ(θ − θ̂), so that SVI maximises log p(y, θ). θ̂ lives on the unconstrained scale;
+    the density is that of the constrained value.
 
     Same arguments and start values as `MeanField`; the only parameter is the flat vector `loc`.
     """
@@ -39,5 +40,7 @@ class Point(nn.Module):
             with ExitStack() as stack:
                 for frame in latent.plates:
                     stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
-                values[latent.name] = pyro.sample(latent.name, dist.Delta(value, event_dim=latent.event_dim))
+                values[latent.name] = pyro.sample(
+                    latent.name, dist.Delta(value, event_dim=latent.event_dim)
+                )
         return values

@@ -1,10 +1,15 @@
-r"""Noise drawn for each row of a batch instead of once for all: local reparametrisation and flipout, for any program that uses weights in linear maps.
+r"""Noise drawn for each row of a batch instead of once for all: local reparametrisation and
+flipout, for any program that uses weights in linear maps.
 
-Owns `RowNoise`, a drawn weight that knows its mean and standard deviation. Products with scales keep that knowledge; a linear map of the batch uses it, so that
-each row of the output has the distribution that it has under a weight of its own; everything else sees an ordinary draw. Next: `mean_field.py`.
+Owns `RowNoise`, a drawn weight that knows its mean and standard deviation. Products with scales
+keep that knowledge; a linear map of the batch uses it, so that each row of the output has the
+distribution that it has under a weight of its own; everything else sees an ordinary draw. Next:
+`mean_field.py`.
 
-Each row's outputs have exactly the distribution they have when the weight itself is drawn; only rows of one batch become independent of each other, which
-the expectation of a sum over rows does not see, while its gradient's variance falls. That needs the first dimension of a map's input to be the batch.
+Each row's outputs have exactly the distribution they have when the weight itself is drawn; only
+rows of one batch become independent of each other, which the expectation of a sum over rows does
+not see, while its gradient's variance falls. That needs the first dimension of a map's input to be
+the batch.
 """
 
 from __future__ import annotations
@@ -24,17 +29,23 @@ PER_STEP, PER_ROW = ("weight", "antithetic"), ("local", "flipout")
 def check_estimator(estimator: str, *others: str) -> str:
     """`estimator`, if it draws noise per row or is one of the `others`."""
     if not isinstance(estimator, str) or estimator not in (*others, *PER_ROW):
-        raise ModelError(f"estimator={described(estimator)}: one of {', '.join(map(repr, (*others, *PER_ROW)))} is wanted")
+        raise ModelError(
+            f"estimator={described(estimator)}: one of {', '.join(map(repr, (*others, *PER_ROW)))}"
+            " is wanted"
+        )
     return estimator
 
 
 class RowNoise(Tensor):
-    r"""A weight W = M + S ∘ E, E of independent standard normals, whose noise is drawn where it is used.
+    r"""A weight W = M + S ∘ E, E of independent standard normals, whose noise is drawn where it is
+    used.
 
-    - ``"local"`` (Kingma, Salimans & Welling 2015, arXiv 1506.02557), for x of shape (rows, in) alone, where each output depends on noise of its own:
-      Wx + b ~ N(Mx + m_b, S²x² + s_b²), one normal per row and output. Where a row uses a weight at several places (convolutions, tokens), outputs of one row
-      share noise, and flipout is used instead.
-    - ``"flipout"`` (Wen et al. 2018, arXiv 1803.04386): row n has the weight M + (S ∘ E) ∘ rₙsₙᵀ with random signs r, s; E is drawn once.
+    - ``"local"`` (Kingma, Salimans & Welling 2015, arXiv 1506.02557), for x of shape (rows, in)
+      alone, where each output depends on noise of its own: Wx + b ~ N(Mx + m_b, S²x² + s_b²), one
+      normal per row and output. Where a row uses a weight at several places (convolutions, tokens),
+      outputs of one row share noise, and flipout is used instead.
+    - ``"flipout"`` (Wen et al. 2018, arXiv 1803.04386): row n has the weight M + (S ∘ E) ∘ rₙsₙᵀ
+      with random signs r, s; E is drawn once.
 
     A use that is neither gets one ordinary draw for all rows.
     """
@@ -43,7 +54,9 @@ class RowNoise(Tensor):
     q_std: Tensor
     rows: int
     estimator: str
-    factor: Any  # a number or 0-d tensor that multiplies M and S, kept apart so that no step takes a product of the weight's size; or None
+    # a number or 0-d tensor that multiplies M and S, kept apart so that no step takes a product of
+    # the weight's size; or None
+    factor: Any
     source: RowNoise | None  # the weight it is a multiple or transpose of
     map_noise: Any
     own_noise: Tensor | None
@@ -52,9 +65,17 @@ class RowNoise(Tensor):
 
     @staticmethod
     def __new__(
-        cls, mean: Tensor, std: Tensor, rows: int, estimator: str, factor: Any = None, source: RowNoise | None = None, map_noise: Any = None
+        cls,
+        mean: Tensor,
+        std: Tensor,
+        rows: int,
+        estimator: str,
+        factor: Any = None,
+        source: RowNoise | None = None,
+        map_noise: Any = None,
     ) -> RowNoise:
-        self: RowNoise = torch.Tensor._make_subclass(cls, mean.detach())  # the shape, dtype and device; its values are never read
+        # the shape, dtype and device; its values are never read
+        self: RowNoise = torch.Tensor._make_subclass(cls, mean.detach())
         self.q_mean, self.q_std, self.rows, self.estimator = mean, std, rows, estimator
         self.factor, self.source, self.map_noise = factor, source, map_noise
         self.own_noise, self.row_uses, self.row_draws = None, 0, ()
@@ -65,7 +86,9 @@ class RowNoise(Tensor):
         if self.source is not None:
             return self.map_noise(self.source.noise())
         if self.own_noise is None:
-            self.own_noise = torch.randn(self.q_mean.shape, dtype=self.q_mean.dtype, device=self.q_mean.device)
+            self.own_noise = torch.randn(
+                self.q_mean.shape, dtype=self.q_mean.dtype, device=self.q_mean.device
+            )
         return self.own_noise
 
     def draw(self) -> Tensor:
@@ -82,16 +105,23 @@ class RowNoise(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA or (getattr(func, "__name__", "") == "__get__" and getattr(func, "__self__", None) in _ATTRIBUTES):
+        if func in _METADATA or (
+            getattr(func, "__name__", "") == "__get__"
+            and getattr(func, "__self__", None) in _ATTRIBUTES
+        ):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         rule = _RULES.get(func)
         result = NotImplemented if rule is None else rule(func, *args, **kwargs)
         if result is NotImplemented:
-            result = func(*(_ordinary(a) for a in args), **{k: _ordinary(v) for k, v in kwargs.items()})
+            result = func(
+                *(_ordinary(a) for a in args), **{k: _ordinary(v) for k, v in kwargs.items()}
+            )
         return result
 
-    def derived(self, mean: Tensor, std: Tensor, factor: Any, map_noise: Callable[[Tensor], Tensor]) -> RowNoise:
+    def derived(
+        self, mean: Tensor, std: Tensor, factor: Any, map_noise: Callable[[Tensor], Tensor]
+    ) -> RowNoise:
         return RowNoise(mean, std, self.rows, self.estimator, factor, self, map_noise)
 
 
@@ -105,10 +135,15 @@ def _ordinary(value: Any) -> Any:
 
 
 def _used_twice(weight: RowNoise) -> ModelError:
-    others = 'estimator="weight"' if weight.estimator == "flipout" else 'estimator="flipout" (if all its uses are linear maps of one shape) or "weight"'
+    others = (
+        'estimator="weight"'
+        if weight.estimator == "flipout"
+        else 'estimator="flipout" (if all its uses are linear maps of one shape) or "weight"'
+    )
     return ModelError(
-        f"a weight of shape {tuple(weight.shape)} is used more than once in one run of the program, so that the outputs of a row share its noise, which the "
-        f"{weight.estimator} estimator cannot give; use {others}"
+        f"a weight of shape {tuple(weight.shape)} is used more than once in one run of the program,"
+        f" so that the outputs of a row share its noise, which the {weight.estimator} estimator"
+        f" cannot give; use {others}"
     )
 
 
@@ -119,7 +154,12 @@ def _scaled(func: Any, a: Any, b: Any) -> Any:
         return NotImplemented
     scale = 1 / scale if func in _QUOTIENTS else scale
     if not isinstance(scale, Tensor) or scale.ndim == 0:
-        return weight.derived(weight.q_mean, weight.q_std, scale if weight.factor is None else scale * weight.factor, lambda noise: noise)
+        return weight.derived(
+            weight.q_mean,
+            weight.q_std,
+            scale if weight.factor is None else scale * weight.factor,
+            lambda noise: noise,
+        )
     if torch.broadcast_shapes(scale.shape, weight.shape) != weight.shape:
         return NotImplemented
     scale = weight.times_factor(scale)
@@ -127,7 +167,12 @@ def _scaled(func: Any, a: Any, b: Any) -> Any:
 
 
 def _transposed(func: Any, weight: RowNoise, *args: Any) -> Any:
-    return weight.derived(func(weight.q_mean, *args), func(weight.q_std, *args), weight.factor, lambda noise: func(noise, *args))
+    return weight.derived(
+        func(weight.q_mean, *args),
+        func(weight.q_std, *args),
+        weight.factor,
+        lambda noise: func(noise, *args),
+    )
 
 
 def _linear(func: Any, x: Tensor, weight: Any, bias: Any = None) -> Any:
@@ -142,7 +187,10 @@ def _linear(func: Any, x: Tensor, weight: Any, bias: Any = None) -> Any:
     if local:
         _count_use(bias)
         out = F.linear(x, weight.q_mean, bias.times_factor(bias.q_mean))
-        return out + _noise_of(weight, F.linear(x.square(), weight.q_std.square(), bias.times_factor(bias.q_std).square()))
+        return out + _noise_of(
+            weight,
+            F.linear(x.square(), weight.q_std.square(), bias.times_factor(bias.q_std).square()),
+        )
     out = F.linear(x, weight.q_mean if isinstance(weight, RowNoise) else weight)
     if isinstance(weight, RowNoise):
         s, r = _signs(weight, weight.shape[1], weight.shape[0], (1,) * (x.ndim - 2))
@@ -152,33 +200,64 @@ def _linear(func: Any, x: Tensor, weight: Any, bias: Any = None) -> Any:
 
 def _matmul(func: Any, x: Any, weight: Any) -> Any:
     """x W for x of shape (rows, in), W of shape (in,) or (in, out)."""
-    if not isinstance(weight, RowNoise) or isinstance(x, RowNoise) or x.ndim != 2 or weight.ndim > 2:
+    if (
+        not isinstance(weight, RowNoise)
+        or isinstance(x, RowNoise)
+        or x.ndim != 2
+        or weight.ndim > 2
+    ):
         return NotImplemented
     out = _linear(func, x, weight.mT if weight.ndim == 2 else weight.unsqueeze(0))
     return out if out is NotImplemented or weight.ndim == 2 else out[:, 0]
 
 
-def _convolution(func: Any, x: Tensor, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Any:
-    """A convolution of x of shape (rows, channels, …), always by flipout: the places of one output map share their weights."""
+def _convolution(
+    func: Any,
+    x: Tensor,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """A convolution of x of shape (rows, channels, …), always by flipout: the places of one output
+    map share their weights.
+    """
     if isinstance(x, RowNoise) or x.ndim != weight.ndim or not _splits_by_rows(x, weight, bias):
         return NotImplemented
     places = (1,) * (x.ndim - 2)
     x = weight.times_factor(x) if isinstance(weight, RowNoise) else x
-    out = func(x, weight.q_mean if isinstance(weight, RowNoise) else weight, None, stride, padding, dilation, groups)
+    out = func(
+        x,
+        weight.q_mean if isinstance(weight, RowNoise) else weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
     if isinstance(weight, RowNoise):
         s, r = (t.view(*t.shape, *places) for t in _signs(weight, x.shape[1], weight.shape[0], ()))
-        out = out + r * func(x * s, weight.q_std * weight.noise(), None, stride, padding, dilation, groups)
+        out = out + r * func(
+            x * s, weight.q_std * weight.noise(), None, stride, padding, dilation, groups
+        )
     return out if bias is None else out + _row_bias(bias, places, last=False)
 
 
 def _splits_by_rows(x: Tensor, weight: Any, bias: Any) -> bool:
     uncertain = [w for w in (weight, bias) if isinstance(w, RowNoise)]
-    return bool(uncertain) and x.shape[0] == uncertain[0].rows and all(w.root.own_noise is None or w.root.row_uses for w in uncertain)
+    return (
+        bool(uncertain)
+        and x.shape[0] == uncertain[0].rows
+        and all(w.root.own_noise is None or w.root.row_uses for w in uncertain)
+    )
 
 
 def _noise_of(weight: RowNoise, var: Tensor) -> Tensor:
     _count_use(weight)
-    return var.clamp_min(1e-24).sqrt() * torch.randn_like(var)  # the clamp: no infinite gradient at an output with no living weight
+    # the clamp: no infinite gradient at an output with no living weight
+    return var.clamp_min(1e-24).sqrt() * torch.randn_like(var)
 
 
 def _count_use(weight: RowNoise) -> None:
@@ -187,12 +266,19 @@ def _count_use(weight: RowNoise) -> None:
         raise _used_twice(weight)
 
 
-def _signs(weight: RowNoise, inputs: int, outputs: int, places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """sₙ of shape (rows, …, inputs) and rₙ of (rows, …, outputs): the same at every use of a weight, so that a row has one weight throughout."""
+def _signs(
+    weight: RowNoise, inputs: int, outputs: int, places: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """sₙ of shape (rows, …, inputs) and rₙ of (rows, …, outputs): the same at every use of a
+    weight, so that a row has one weight throughout.
+    """
     _count_use(weight)
     root, like = weight.root, weight.q_mean
     if not root.row_draws:
-        root.row_draws = tuple(torch.randint(2, (weight.rows, n), device=like.device).to(like.dtype).mul_(2).sub_(1) for n in (inputs, outputs))
+        root.row_draws = tuple(
+            torch.randint(2, (weight.rows, n), device=like.device).to(like.dtype).mul_(2).sub_(1)
+            for n in (inputs, outputs)
+        )
     elif [t.shape[1] for t in root.row_draws] != [inputs, outputs]:
         raise _used_twice(weight)
     s, r = root.row_draws
@@ -206,20 +292,49 @@ def _row_bias(bias: Any, places: tuple[int, ...], last: bool) -> Tensor:
     _count_use(bias)
     root = bias.root
     if not root.row_draws:
-        root.row_draws = (torch.randn(bias.rows, len(bias), dtype=bias.q_mean.dtype, device=bias.q_mean.device),)
+        root.row_draws = (
+            torch.randn(bias.rows, len(bias), dtype=bias.q_mean.dtype, device=bias.q_mean.device),
+        )
     value = bias.times_factor(bias.q_mean + bias.q_std * root.row_draws[0])
     return value.view(bias.rows, *places, -1) if last else value.view(bias.rows, -1, *places)
 
 
 _QUOTIENTS = {torch.div, Tensor.div, Tensor.__truediv__, Tensor.__rtruediv__}
 _ATTRIBUTES = {
-    getattr(Tensor, name) for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_leaf", "grad_fn", "is_sparse", "is_quantized")
+    getattr(Tensor, name)
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "requires_grad",
+        "layout",
+        "is_leaf",
+        "grad_fn",
+        "is_sparse",
+        "is_quantized",
+    )
 }
-_METADATA = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex}
+_METADATA = {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    torch.is_floating_point,
+    torch.is_complex,
+}
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, *_QUOTIENTS), _scaled),
-    **dict.fromkeys((torch.t, Tensor.t, torch.transpose, Tensor.transpose, torch.unsqueeze, Tensor.unsqueeze), _transposed),
-    **{getattr(Tensor, name).__get__: lambda func, weight, *_: _transposed(func, weight) for name in ("T", "mT")},
+    **dict.fromkeys(
+        (torch.t, Tensor.t, torch.transpose, Tensor.transpose, torch.unsqueeze, Tensor.unsqueeze),
+        _transposed,
+    ),
+    **{
+        getattr(Tensor, name).__get__: lambda func, weight, *_: _transposed(func, weight)
+        for name in ("T", "mT")
+    },
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
     F.linear: _linear,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),

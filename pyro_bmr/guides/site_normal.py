@@ -1,10 +1,12 @@
-r"""The Gaussian that a guide has for one site, q(z) = N(μ, AAᵀ) with z = μ + Aε: what the evidence bound and a posterior ask of it.
+r"""The Gaussian that a guide has for one site, q(z) = N(μ, AAᵀ) with z = μ + Aε: what the evidence
+bound and a posterior ask of it.
 
-Owns the protocol `SiteNormal`, its independent form `Independent`, entropy, density and the closed-form KL. The correlated forms are beside
-their guides: `full_rank.py`, `low_rank_plus_diagonal.py`, `matrix_variate.py`. Next: `row_noise.py`.
+Owns the protocol `SiteNormal`, its independent form `Independent`, entropy, density and the
+closed-form KL. The correlated forms are beside their guides: `full_rank.py`,
+`low_rank_plus_diagonal.py`, `matrix_variate.py`. Next: `row_noise.py`.
 
-Masks. A masked entry has the value 0 and takes no part: its row of A is dropped, and the noise that is its own with it. What is left is a Gaussian of the
-living entries, of the same form.
+Masks. A masked entry has the value 0 and takes no part: its row of A is dropped, and the noise that
+is its own with it. What is left is a Gaussian of the living entries, of the same form.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from pyro_bmr.formulas.matrix_normal import MatrixNormal
 
 
 class SiteNormal(Protocol):
-    """`mean`, `var`: the marginals, in the site's shape, 0 where masked. `log_det`: log |AAᵀ| of the living entries. `mask`: None for all alive."""
+    """`mean`, `var`: the marginals, in the site's shape, 0 where masked. `log_det`: log |AAᵀ| of
+    the living entries. `mask`: None for all alive.
+    """
 
     @property
     def mean(self) -> Tensor: ...
@@ -43,7 +47,9 @@ class SiteNormal(Protocol):
         ...
 
     def joint(self) -> Dense | LowRank | MatrixNormal | None:
-        """Mean and covariance over the flattened site as a structure of the reductions; None when entries are independent or the form has no such structure."""
+        """Mean and covariance over the flattened site as a structure of the reductions; None when
+        entries are independent or the form has no such structure.
+        """
         ...
 
 
@@ -59,7 +65,8 @@ def count_living(q: SiteNormal) -> Tensor | int:
 
 def log_density(q: SiteNormal, z: Tensor, noise: Tensor) -> Tensor:
     """log q(z) of the living entries at the draw z of `noise`; nats."""
-    return -0.5 * (q.squared_distance(z, noise) + q.log_det + 1.8378770664093453 * count_living(q))  # log 2π
+    # log 2π
+    return -0.5 * (q.squared_distance(z, noise) + q.log_det + 1.8378770664093453 * count_living(q))
 
 
 def entropy(q: SiteNormal) -> Tensor:
@@ -72,7 +79,11 @@ def gaussian_kl(q: SiteNormal, prior_loc: Tensor, prior_scale: Tensor) -> Tensor
 
     .. math:: \sum_i \left[\log s_i + \frac{(\mu_i - \eta_i)^2 + \Sigma_{ii}}{2 s_i^2} - \frac12\right] - \frac12 \log|\Sigma|
     """
-    terms = prior_scale.log() + 0.5 * ((q.mean - prior_loc).square() + q.var) / prior_scale.square() - 0.5
+    terms = (
+        prior_scale.log()
+        + 0.5 * ((q.mean - prior_loc).square() + q.var) / prior_scale.square()
+        - 0.5
+    )
     return living(terms, q.mask).sum() - 0.5 * q.log_det
 
 

@@ -1,7 +1,9 @@
-"""What the guides with a Gaussian of their own per site share: sites, start values, draws, moments, and which KL is in closed form.
+"""What the guides with a Gaussian of their own per site share: sites, start values, draws, moments,
+and which KL is in closed form.
 
-Owns `SiteWise`, the abstract guide. A guide of this kind says only what the Gaussian of a site is (`site`); see `full_rank.py`, `low_rank_plus_diagonal.py`,
-`matrix_variate.py`, `scale_coupled.py`. Next: `full_rank.py`.
+Owns `SiteWise`, the abstract guide. A guide of this kind says only what the Gaussian of a site is
+(`site`); see `full_rank.py`, `low_rank_plus_diagonal.py`, `matrix_variate.py`, `scale_coupled.py`.
+Next: `full_rank.py`.
 """
 
 from __future__ import annotations
@@ -27,19 +29,23 @@ if TYPE_CHECKING:
 
 
 class SiteWise(nn.Module):
-    r"""q(θ) = ∏ₛ N(zₛ; μₛ, Σₛ) over sites s, zₛ on the unconstrained scale; a site's Gaussian may depend on the values of sites before it.
+    r"""q(θ) = ∏ₛ N(zₛ; μₛ, Σₛ) over sites s, zₛ on the unconstrained scale; a site's Gaussian may
+    depend on the values of sites before it.
 
     Abstract: a guide gives `site(latent, scale)`, the module that holds a site's parameters.
 
     Args:
         program: any Pyro program with global continuous latents.
         args, kwargs: one batch, to find the sites.
-        sites: shell-style patterns of the names of the sites that get the structure; all others are independent Normals, as in `MeanField`.
+        sites: shell-style patterns of the names of the sites that get the structure; all others are
+            independent Normals, as in `MeanField`.
         init_scale: as in `MeanField`.
-        estimator: as in `MeanField`, but for "antithetic", for the sites whose entries are independent.
+        estimator: as in `MeanField`, but for "antithetic", for the sites whose entries are
+            independent.
 
     Raises:
-        ModelError: as `latent_sites`; a pattern matches no site; a site is too large for the structure.
+        ModelError: as `latent_sites`; a pattern matches no site; a site is too large for the
+            structure.
     """
 
     def __init__(
@@ -57,26 +63,42 @@ class SiteWise(nn.Module):
         patterns = (sites,) if isinstance(sites, str) else tuple(sites)
         for pattern in patterns:
             if not any(fnmatchcase(latent.name, pattern) for latent in self.latents):
-                raise ModelError(f"sites={described(pattern)} matches no site; the sites are: {', '.join(latent.name for latent in self.latents)}")
+                raise ModelError(
+                    f"sites={described(pattern)} matches no site; the sites are:"
+                    f" {', '.join(latent.name for latent in self.latents)}"
+                )
         modules = []
         for latent in self.latents:
             chosen = any(fnmatchcase(latent.name, pattern) for pattern in patterns)
             scale = start_scale(latent, init_scale)
             module = self.site(latent, scale) if chosen else None
             modules.append(IndependentSite(latent, scale) if module is None else module)
-        self.parts = nn.ModuleDict({_key(latent.name): module for latent, module in zip(self.latents, modules, strict=True)})
+        self.parts = nn.ModuleDict(
+            {
+                _key(latent.name): module
+                for latent, module in zip(self.latents, modules, strict=True)
+            }
+        )
 
     def site(self, latent: Latent, scale: Tensor) -> nn.Module | None:
-        """The parameters of one site, called as `module(values, mask)` → `SiteNormal`; None for independent entries. `scale`: the deviations at the start."""
+        """The parameters of one site, called as `module(values, mask)` → `SiteNormal`; None for
+        independent entries. `scale`: the deviations at the start.
+        """
         raise NotImplementedError
 
-    def conditional(self, name: str, values: Mapping[str, Tensor], mask: Tensor | None) -> SiteNormal:
-        """The Gaussian of a site given the (constrained) values of the sites before it, with the entries that `mask` leaves."""
+    def conditional(
+        self, name: str, values: Mapping[str, Tensor], mask: Tensor | None
+    ) -> SiteNormal:
+        """The Gaussian of a site given the (constrained) values of the sites before it, with the
+        entries that `mask` leaves.
+        """
         return self.parts[_key(name)](values, mask)
 
     @torch.no_grad()
     def at_point(self, masks: Mapping[str, Tensor]) -> dict[str, SiteNormal]:
-        """Site → its Gaussian; one that depends on the values of other sites is given at their point (their medians)."""
+        """Site → its Gaussian; one that depends on the values of other sites is given at their
+        point (their medians).
+        """
         gaussians: dict[str, SiteNormal] = {}
         values: dict[str, Tensor] = {}
         for latent in self.latents:
@@ -86,7 +108,9 @@ class SiteWise(nn.Module):
         return gaussians
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """One draw: site name → value. Each site has an auxiliary site `<name>_unconstrained` that carries its log density."""
+        """One draw: site name → value. Each site has an auxiliary site `<name>_unconstrained` that
+        carries its log density.
+        """
         values: dict[str, Tensor] = {}
         for latent in self.latents:
             q = self.conditional(latent.name, values, latent.alive)
@@ -94,18 +118,32 @@ class SiteWise(nn.Module):
             fn = Drawn(partial(self.conditional, latent.name, dict(values)), noise, latent.alive)
             z = pyro.sample(f"{latent.name}_unconstrained", fn, infer={"is_auxiliary": True})
             value = z if latent.transform is None else latent.transform(z)
-            log_jacobian = torch.zeros_like(z) if latent.transform is None else -latent.transform.log_abs_det_jacobian(z, value)
+            log_jacobian = (
+                torch.zeros_like(z)
+                if latent.transform is None
+                else -latent.transform.log_abs_det_jacobian(z, value)
+            )
             if latent.event_dim:
                 log_jacobian = log_jacobian.flatten(-latent.event_dim).sum(-1)
             with ExitStack() as stack:
                 for frame in latent.plates:
                     stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
-                values[latent.name] = pyro.sample(latent.name, dist.Delta(value, log_jacobian, event_dim=latent.event_dim))
+                values[latent.name] = pyro.sample(
+                    latent.name, dist.Delta(value, log_jacobian, event_dim=latent.event_dim)
+                )
         return values
 
     def table(self) -> pd.DataFrame:
-        """One row per site: name, size, structure of its Gaussian, parameters, and whether its KL is in closed form or sampled."""
-        return site_table(self.latents, [(str(part.structure), sum(p.numel() for p in part.parameters())) for part in self.parts.values()])
+        """One row per site: name, size, structure of its Gaussian, parameters, and whether its KL
+        is in closed form or sampled.
+        """
+        return site_table(
+            self.latents,
+            [
+                (str(part.structure), sum(p.numel() for p in part.parameters()))
+                for part in self.parts.values()
+            ],
+        )
 
 
 class IndependentSite(nn.Module):
@@ -123,9 +161,13 @@ class IndependentSite(nn.Module):
 
 
 class Drawn(dist.Delta):
-    """A draw of a `SiteNormal` with its log density, as a distribution: `conditional(mask)` at a given noise."""
+    """A draw of a `SiteNormal` with its log density, as a distribution: `conditional(mask)` at a
+    given noise.
+    """
 
-    def __init__(self, conditional: Callable[[Tensor | None], SiteNormal], noise: Tensor, mask: Tensor | None) -> None:
+    def __init__(
+        self, conditional: Callable[[Tensor | None], SiteNormal], noise: Tensor, mask: Tensor | None
+    ) -> None:
         self.conditional, self.noise, self.alive_before = conditional, noise, mask
         q = conditional(mask)
         z = q.draw(noise)
@@ -133,7 +175,11 @@ class Drawn(dist.Delta):
 
     def pruned(self, mask: Tensor) -> Drawn:
         """The same draw with `mask` in force."""
-        return Drawn(self.conditional, self.noise, mask if self.alive_before is None else mask & self.alive_before)
+        return Drawn(
+            self.conditional,
+            self.noise,
+            mask if self.alive_before is None else mask & self.alive_before,
+        )
 
 
 def _key(name: str) -> str:

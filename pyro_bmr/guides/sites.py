@@ -1,6 +1,8 @@
-"""The sites of a guide held against those of its program: the same names, the same shapes, and nothing observed in the guide.
+"""The sites of a guide held against those of its program: the same names, the same shapes, and
+nothing observed in the guide.
 
-Owns `check_guide` and `guide_shapes`. Pyro draws a site that a guide lacks from its prior, and broadcasts one of another shape. Next: `posteriors/site.py`.
+Owns `check_guide` and `guide_shapes`. Pyro draws a site that a guide lacks from its prior, and
+broadcasts one of another shape. Next: `posteriors/site.py`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,21 @@ _MEND = "make the guide from this program and its rows"
 def check_guide(guide: Mapping[str, torch.Size], program: Mapping[str, torch.Size]) -> None:
     """Raises ModelError unless both have the latent sites of the same names and shapes."""
     if missing := [name for name in program if name not in guide]:
-        raise ModelError(f"site '{missing[0]}' of the program is not in the guide, whose sites are: {_listed(guide)}; {_MEND}")
+        raise ModelError(
+            f"site '{missing[0]}' of the program is not in the guide, whose sites are:"
+            f" {_listed(guide)}; {_MEND}"
+        )
     if extra := [name for name in guide if name not in program]:
-        raise ModelError(f"site '{extra[0]}' of the guide is no latent site of the program, whose sites are: {_listed(program)}; {_MEND}")
+        raise ModelError(
+            f"site '{extra[0]}' of the guide is no latent site of the program, whose sites are:"
+            f" {_listed(program)}; {_MEND}"
+        )
     for name, shape in program.items():
         if guide[name] != shape:
-            raise ModelError(f"site '{name}': expected a guide with its shape in the program, {tuple(shape)}, got {tuple(guide[name])}; {_MEND}")
+            raise ModelError(
+                f"site '{name}': expected a guide with its shape in the program, {tuple(shape)},"
+                f" got {tuple(guide[name])}; {_MEND}"
+            )
 
 
 def guide_shapes(trace: Any) -> dict[str, torch.Size]:
@@ -33,9 +44,20 @@ def guide_shapes(trace: Any) -> dict[str, torch.Size]:
         ModelError: the guide observes something, which its density would not count.
     """
     for name, site in trace.nodes.items():
-        if site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic"):
-            raise ModelError(f"site '{name}' of the guide is observed; a guide has latent sites alone: take the observation out of it")
-    return {name: site["value"].shape for name, site in trace.iter_stochastic_nodes() if not site["infer"].get("is_auxiliary")}
+        if (
+            site["type"] == "sample"
+            and site["is_observed"]
+            and not site["infer"].get("_deterministic")
+        ):
+            raise ModelError(
+                f"site '{name}' of the guide is observed; a guide has latent sites alone: take the"
+                " observation out of it"
+            )
+    return {
+        name: site["value"].shape
+        for name, site in trace.iter_stochastic_nodes()
+        if not site["infer"].get("is_auxiliary")
+    }
 
 
 def _listed(names: Mapping[str, Any]) -> str:

@@ -15,19 +15,33 @@ from pyro_bmr.likelihoods.likelihood import OBSERVED, check_output, check_target
 
 @dataclass(frozen=True)
 class Categorical:
-    """y ~ Categorical(softmax(output)): `output` is (rows, classes), `y` integers in 0 … classes − 1."""
+    """y ~ Categorical(softmax(output)): `output` is (rows, classes), `y` integers in 0 … classes −
+    1.
+    """
 
     size: int | None = None
 
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
         check_output("Categorical", output, "(rows, classes)")
         if output.ndim != 2:
-            mend = "; for a class at each position, make positions rows, or give a likelihood of your own, with observe" if output.ndim > 2 else ""
-            raise DataError(f"Categorical: the network must return (rows, classes), got shape {tuple(output.shape)}{mend}")
+            mend = (
+                "; for a class at each position, make positions rows, or give a likelihood of your"
+                " own, with observe"
+                if output.ndim > 2
+                else ""
+            )
+            raise DataError(
+                "Categorical: the network must return (rows, classes), got shape"
+                f" {tuple(output.shape)}{mend}"
+            )
         check_target(output, y)
         with data_plate(output.shape[0], self.size, output.device):
-            return pyro.sample(OBSERVED, dist.Categorical(logits=output, validate_args=False), obs=y)
+            return pyro.sample(
+                OBSERVED, dist.Categorical(logits=output, validate_args=False), obs=y
+            )
 
     def log_prob(self, output: Tensor, y: Tensor) -> Tensor:
-        """The log density of the batch, summed over its rows, nats: that of the site of `observe`, without the site."""
+        """The log density of the batch, summed over its rows, nats: that of the site of `observe`,
+        without the site.
+        """
         return -torch.nn.functional.cross_entropy(output, y.long(), reduction="sum")

@@ -14,10 +14,13 @@ from pyro_bmr.likelihoods.likelihood import OBSERVED, check_output, check_target
 
 @dataclass(frozen=True)
 class Normal:
-    """y ~ N(output, noise²) with one noise scale for all rows, the site `noise` ~ HalfNormal(`noise_scale`), inferred with the weights.
+    """y ~ N(output, noise²) with one noise scale for all rows, the site `noise` ~
+    HalfNormal(`noise_scale`), inferred with the weights.
 
-    `output` is (rows,) or (rows, 1) and `y` (rows,), or both are (rows, ...) of one shape, such as several targets, a forecast or an image: independent given
-    the weights, of one noise scale. `noise_scale` is in the units of y: the default 1 suits a standardised target."""
+    `output` is (rows,) or (rows, 1) and `y` (rows,), or both are (rows, ...) of one shape, such as
+    several targets, a forecast or an image: independent given the weights, of one noise scale.
+    `noise_scale` is in the units of y: the default 1 suits a standardised target.
+    """
 
     noise_scale: float = 1.0
     size: int | None = None
@@ -25,14 +28,21 @@ class Normal:
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
         check_output("Normal", output, "one row for each row of x")
         if output.ndim == 0:
-            raise DataError("Normal: the network must return (rows,) or (rows, 1), got a single number")
+            raise DataError(
+                "Normal: the network must return (rows,) or (rows, 1), got a single number"
+            )
         if output.ndim == 2 and output.shape[1] == 1:
             output = output[:, 0]
         if output.ndim > 1 and y is not None and y.shape != output.shape:
             shapes = f"got shape {tuple(output.shape)} and y of shape {tuple(y.shape)}"
-            raise DataError(f"Normal: the network must return (rows,) or (rows, 1), or, for several numbers a row, the shape of y; {shapes}")
+            raise DataError(
+                "Normal: the network must return (rows,) or (rows, 1), or, for several numbers a"
+                f" row, the shape of y; {shapes}"
+            )
         if output.ndim < 2:
             check_target(output, y)
         noise = pyro.sample("noise", dist.HalfNormal(output.new_tensor(self.noise_scale)))
         with data_plate(output.shape[0], self.size, output.device):
-            return pyro.sample(OBSERVED, dist.Normal(output, noise).to_event(output.ndim - 1), obs=y)
+            return pyro.sample(
+                OBSERVED, dist.Normal(output, noise).to_event(output.ndim - 1), obs=y
+            )

@@ -10,7 +10,9 @@ from pyro_bmr.errors import ModelError
 
 
 class WholeData(Messenger):
-    """Scales the observed sites of a batch of `rows` rows up to the N = `size` rows of the data, unless their plate already does."""
+    """Scales the observed sites of a batch of `rows` rows up to the N = `size` rows of the data,
+    unless their plate already does.
+    """
 
     def __init__(self, size: int, rows: int) -> None:
         super().__init__()
@@ -25,11 +27,15 @@ class WholeData(Messenger):
         if plate is None and frames:
             sizes = ", ".join(f"'{f.name}' of {f.size}" for f in frames)
             raise ModelError(
-                f"observed site '{msg['name']}': it stands in plate {sizes}, none with the {rows} rows of the batch; put it in pyro.plate(\"data\", len(x))"
+                f"observed site '{msg['name']}': it stands in plate {sizes}, none with the {rows}"
+                ' rows of the batch; put it in pyro.plate("data", len(x))'
             )
         counted = rows if plate is None or plate.full_size is None else plate.full_size
         if counted not in (rows, self.size):
             name = plate.name if plate else ""
-            raise ModelError(f"observed site '{msg['name']}': its plate '{name}' has {counted} rows, the data have {self.size}; give it the size of the data")
+            raise ModelError(
+                f"observed site '{msg['name']}': its plate '{name}' has {counted} rows, the data"
+                f" have {self.size}; give it the size of the data"
+            )
         if counted != self.size:
             msg["scale"] = msg["scale"] * (self.size / rows)

@@ -1,1 +1,3 @@
-"""An `nn.Module` as a Pyro program: what its parameters are once wrappers are taken off, and the program with one site each."""
+"""An `nn.Module` as a Pyro program: what its parameters are once wrappers are taken off, and the
+program with one site each.
+"""

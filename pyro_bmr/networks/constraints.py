@@ -1,4 +1,5 @@
-"""The tensors under a parametrization of which zero is no zero: what a prior and a mask would say of them, found by trying.
+"""The tensors under a parametrization of which zero is no zero: what a prior and a mask would say
+of them, found by trying.
 
 Owns `constraints_of`. Next: `bayesian_network.py`.
 """
@@ -20,7 +21,9 @@ from pyro_bmr.networks.plain_module import module_copy
 
 
 class Constraint(NamedTuple):
-    """Why a parameter is no site unless asked for by name (`why`), and whether it cannot be one at all."""
+    """Why a parameter is no site unless asked for by name (`why`), and whether it cannot be one at
+    all.
+    """
 
     why: str
     never: bool
@@ -28,11 +31,14 @@ class Constraint(NamedTuple):
 
 @torch.no_grad()
 def constraints_of(net: nn.Module) -> dict[str, Constraint]:
-    """Parameter → why it is left, for those that a tensor of `net` is computed from and whose zeros are not zeros of that tensor.
+    """Parameter → why it is left, for those that a tensor of `net` is computed from and whose zeros
+    are not zeros of that tensor.
 
-    A parameter is left where the tensor is not finite with one slice of it zero (0/0), where its scale does not matter (spectral norm: c·v gives what v gives,
-    and no data say what c is), or where zero does not give zero (an orthogonal map, a softplus). Skew and symmetric matrices and low-rank updates have none of
-    these and are sites. Old `spectral_norm` and the half-frozen weight norm, which are hooks, are known by their class.
+    A parameter is left where the tensor is not finite with one slice of it zero (0/0), where its
+    scale does not matter (spectral norm: c·v gives what v gives, and no data say what c is), or
+    where zero does not give zero (an orthogonal map, a softplus). Skew and symmetric matrices and
+    low-rank updates have none of these and are sites. Old `spectral_norm` and the half-frozen
+    weight norm, which are hooks, are known by their class.
     """
     found: dict[int, Constraint] = {}
     for module in net.modules():
@@ -42,7 +48,9 @@ def constraints_of(net: nn.Module) -> dict[str, Constraint]:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, (SpectralNorm, WeightNorm)):
                 end = "_orig" if isinstance(hook, SpectralNorm) else "_v"
-                why = _word(hook.name, type(hook).__name__, "its scale does not matter, and zero is 0/0")
+                why = _word(
+                    hook.name, type(hook).__name__, "its scale does not matter, and zero is 0/0"
+                )
                 found[id(getattr(module, f"{hook.name}{end}"))] = Constraint(why, True)
     return {name: found[id(p)] for name, p in net.named_parameters() if id(p) in found}
 
@@ -54,7 +62,10 @@ def _word(tensor: str, kind: str, why: str) -> str:
 def _tried(tensor: str, parts: nn.Module) -> dict[int, Constraint]:
     copied = module_copy(parts).eval()
     kind = ", ".join(type(part).__name__.lstrip("_") for part in parts.children())
-    own, orthogonal = dict(parts.named_parameters(recurse=False)), any(isinstance(part, _Orthogonal) for part in parts.children())
+    own, orthogonal = (
+        dict(parts.named_parameters(recurse=False)),
+        any(isinstance(part, _Orthogonal) for part in parts.children()),
+    )
     found = {}
     for name, parameter in parts.named_parameters():
         if not parameter.is_floating_point() or not parameter.numel():
@@ -67,7 +78,11 @@ def _tried(tensor: str, parts: nn.Module) -> dict[int, Constraint]:
                 return torch.full_like(value, torch.nan)
 
         verdict = _verdict(tensor_of, parameter.detach())
-        if verdict is None and name in own and (orthogonal or bool(tensor_of(torch.zeros_like(parameter)).any())):
+        if (
+            verdict is None
+            and name in own
+            and (orthogonal or bool(tensor_of(torch.zeros_like(parameter)).any()))
+        ):
             verdict = "its zero is not a zero there", False
         if verdict is not None:
             found[id(parameter)] = Constraint(_word(tensor, kind, verdict[0]), verdict[1])
@@ -75,7 +90,9 @@ def _tried(tensor: str, parts: nn.Module) -> dict[int, Constraint]:
 
 
 def _verdict(tensor_of: Callable[[Tensor], Tensor], value: Tensor) -> tuple[str, bool] | None:
-    """What forbids that `value` be a site, found by setting all of it, or one slice of it, to zero and to twice itself."""
+    """What forbids that `value` be a site, found by setting all of it, or one slice of it, to zero
+    and to twice itself.
+    """
     generic = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
     at = tensor_of(generic)
 

@@ -1,6 +1,8 @@
-r"""The Laplace approximation of one weight tensor from a trained value and a curvature, in plain tensors.
+r"""The Laplace approximation of one weight tensor from a trained value and a curvature, in plain
+tensors.
 
-Owns `laplace_moments`; `Posterior.from_curvature` applies it to each site of a network. Next: `from_numbers.py`.
+Owns `laplace_moments`; `Posterior.from_curvature` applies it to each site of a network. Next:
+`from_numbers.py`.
 """
 
 from __future__ import annotations
@@ -18,19 +20,34 @@ _ASYMMETRY = 1e-4  # of the largest entry: more is no rounding
 Curvature = Tensor | tuple[Tensor, Tensor]
 
 
-def laplace_moments(name: str, value: Tensor, curvature: Curvature, prior: Diagonal, penalised: bool) -> tuple[Tensor, Tensor, Dense | MatrixNormal | None]:
-    r"""Mean, variance and, unless the curvature is a diagonal, correlations of N(ŵ − P⁻¹Π(ŵ − η), P⁻¹) with P = H + Π.
+def laplace_moments(
+    name: str, value: Tensor, curvature: Curvature, prior: Diagonal, penalised: bool
+) -> tuple[Tensor, Tensor, Dense | MatrixNormal | None]:
+    r"""Mean, variance and, unless the curvature is a diagonal, correlations of N(ŵ − P⁻¹Π(ŵ − η),
+    P⁻¹) with P = H + Π.
 
-    With `penalised` the mean is ŵ itself. Arguments as for `Posterior.from_curvature`; the curvature in float64, as is all inside. Where the prior says far
-    more than the data the mean is the small difference of ŵ and its shift, and an inverse loses as many digits as the eigenvalues are apart.
+    With `penalised` the mean is ŵ itself. Arguments as for `Posterior.from_curvature`; the
+    curvature in float64, as is all inside. Where the prior says far more than the data the mean is
+    the small difference of ŵ and its shift, and an inverse loses as many digits as the eigenvalues
+    are apart.
     """
-    dtype, value, prior = value.dtype, value.double(), Diagonal(prior.mean.double(), prior.var.double())
+    dtype, value, prior = (
+        value.dtype,
+        value.double(),
+        Diagonal(prior.mean.double(), prior.var.double()),
+    )
     mean, var, joint = _moments(name, value, curvature, prior, penalised)
-    rounded = None if joint is None else type(joint)(*(getattr(joint, field.name).to(dtype) for field in fields(joint)))
+    rounded = (
+        None
+        if joint is None
+        else type(joint)(*(getattr(joint, field.name).to(dtype) for field in fields(joint)))
+    )
     return mean.to(dtype), var.to(dtype), rounded
 
 
-def _moments(name: str, value: Tensor, curvature: Curvature, prior: Diagonal, penalised: bool) -> tuple[Tensor, Tensor, Dense | MatrixNormal | None]:
+def _moments(
+    name: str, value: Tensor, curvature: Curvature, prior: Diagonal, penalised: bool
+) -> tuple[Tensor, Tensor, Dense | MatrixNormal | None]:
     prec = (1 / prior.var).expand_as(value)
     pull = 0 * value if penalised else prec * (value - prior.mean)  # Π(ŵ − η)
     size = value.numel()
@@ -42,33 +59,47 @@ def _moments(name: str, value: Tensor, curvature: Curvature, prior: Diagonal, pe
         return mean, cov.diagonal().view(value.shape).clone(), Dense(mean.flatten(), cov)
     if curvature.shape != value.shape:
         raise ModelError(
-            f"site '{name}': expected a curvature of shape {tuple(value.shape)}, or ({size}, {size}), or a pair of Kronecker factors; got shape "
-            f"{tuple(curvature.shape)}"
+            f"site '{name}': expected a curvature of shape {tuple(value.shape)}, or ({size},"
+            f" {size}), or a pair of Kronecker factors; got shape {tuple(curvature.shape)}"
         )
     total = curvature + prec
     if bad := int((~((total > 0) & total.isfinite())).sum()):
         raise ModelError(
-            f"site '{name}': expected curvature + prior precision > 0 and finite, got {bad} of {size} entries that are not; Gauss–Newton and Fisher "
-            "matrices are never negative, and IVON's Hessian only as far as the prior allows: curvature λh, prior Gaussian((λδ) ** -0.5)"
+            f"site '{name}': expected curvature + prior precision > 0 and finite, got {bad} of"
+            f" {size} entries that are not; Gauss–Newton and Fisher matrices are never negative,"
+            " and IVON's Hessian only as far as the prior allows: curvature λh, prior"
+            " Gaussian((λδ) ** -0.5)"
         )
     var = 1 / total
     return value - var * pull, var, None
 
 
-def _kronecker(name: str, value: Tensor, factors: tuple[Tensor, Tensor], prior: Diagonal, pull: Tensor) -> tuple[Tensor, Tensor, MatrixNormal]:
+def _kronecker(
+    name: str, value: Tensor, factors: tuple[Tensor, Tensor], prior: Diagonal, pull: Tensor
+) -> tuple[Tensor, Tensor, MatrixNormal]:
     matrix = value.flatten(1) if value.ndim > 1 else value[:, None]
-    wanted, got = [(len(matrix),) * 2, (matrix.shape[1],) * 2], [tuple(factor.shape) for factor in factors]
+    wanted, got = (
+        [(len(matrix),) * 2, (matrix.shape[1],) * 2],
+        [tuple(factor.shape) for factor in factors],
+    )
     if got != wanted or prior.var.numel() > 1:
         raise ModelError(
-            f"site '{name}': Kronecker factors of shapes {wanted} and a prior of one variance are wanted; got {got}, {prior.var.numel()} variances"
+            f"site '{name}': Kronecker factors of shapes {wanted} and a prior of one variance are"
+            f" wanted; got {got}, {prior.var.numel()} variances"
         )
     rows, columns = (_semidefinite(name, factor) for factor in factors)
     ratio = ((rows.trace() / len(rows)) / (columns.trace() / len(columns))).sqrt()
     if not bool(ratio.isfinite() & (ratio > 0)):
-        raise ModelError(f"site '{name}': Kronecker factors of positive trace are wanted; for a site without curvature give zeros in its own shape")
+        raise ModelError(
+            f"site '{name}': Kronecker factors of positive trace are wanted; for a site without"
+            " curvature give zeros in its own shape"
+        )
     root = prior.var.rsqrt().flatten()[0]
     damped = ((rows, ratio * root), (columns, root / ratio))
-    row_cov, col_cov = (_inverse(name, factor + damping * torch.eye(len(factor)).to(factor)) for factor, damping in damped)
+    row_cov, col_cov = (
+        _inverse(name, factor + damping * torch.eye(len(factor)).to(factor))
+        for factor, damping in damped
+    )
     mean = matrix - row_cov @ pull.view(matrix.shape) @ col_cov
     var = row_cov.diagonal()[:, None] * col_cov.diagonal()
     return mean.view(value.shape), var.view(value.shape), MatrixNormal(mean, row_cov, col_cov)
@@ -76,20 +107,32 @@ def _kronecker(name: str, value: Tensor, factors: tuple[Tensor, Tensor], prior: 
 
 def _symmetric(name: str, matrix: Tensor) -> Tensor:
     """The matrix without the rounding that makes it asymmetric."""
-    if not bool(((matrix - matrix.mT).abs() <= _ASYMMETRY * matrix.abs().max()).all()):  # NaN is refused too
-        raise ModelError(f"site '{name}': its curvature, or a factor of it, is not symmetric, or not finite; give a symmetric Gauss–Newton or Fisher matrix")
+    # NaN is refused too
+    if not bool(((matrix - matrix.mT).abs() <= _ASYMMETRY * matrix.abs().max()).all()):
+        raise ModelError(
+            f"site '{name}': its curvature, or a factor of it, is not symmetric, or not finite;"
+            " give a symmetric Gauss–Newton or Fisher matrix"
+        )
     return (matrix + matrix.mT) / 2
 
 
 def _semidefinite(name: str, factor: Tensor) -> Tensor:
     matrix = _symmetric(name, factor)
-    if len(matrix) and float(torch.linalg.eigvalsh(matrix)[0]) < -_ASYMMETRY * float(matrix.abs().max()):
-        raise ModelError(f"site '{name}': expected Kronecker factors without negative eigenvalues; give those of the Gauss–Newton or Fisher matrix")
+    if len(matrix) and float(torch.linalg.eigvalsh(matrix)[0]) < -_ASYMMETRY * float(
+        matrix.abs().max()
+    ):
+        raise ModelError(
+            f"site '{name}': expected Kronecker factors without negative eigenvalues; give those of"
+            " the Gauss–Newton or Fisher matrix"
+        )
     return matrix
 
 
 def _inverse(name: str, matrix: Tensor) -> Tensor:
     chol, info = torch.linalg.cholesky_ex(matrix)
     if int(info) != 0:
-        raise ModelError(f"site '{name}': its curvature with the prior is not positive definite; give a symmetric Gauss–Newton or Fisher matrix")
+        raise ModelError(
+            f"site '{name}': its curvature with the prior is not positive definite; give a"
+            " symmetric Gauss–Newton or Fisher matrix"
+        )
     return torch.cholesky_inverse(chol)

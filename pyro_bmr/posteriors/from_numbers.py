@@ -1,6 +1,8 @@
-"""Sites of a posterior from what was found elsewhere: given means and variances, or a trained value and a curvature.
+"""Sites of a posterior from what was found elsewhere: given means and variances, or a trained value
+and a curvature.
 
-Owns both readers and the checks of what is given; `Posterior.from_moments` and `from_curvature` say what each takes. Next: `from_draws.py`.
+Owns both readers and the checks of what is given; `Posterior.from_moments` and `from_curvature` say
+what each takes. Next: `from_draws.py`.
 """
 
 from __future__ import annotations
@@ -21,44 +23,86 @@ from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors import Gaussian, Prior
 
 
-def sites_of_moments(mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prior: Any, supports: Mapping[str, str] | None) -> dict[str, Site]:
+def sites_of_moments(
+    mean: Mapping[str, Tensor],
+    var: Mapping[str, Tensor],
+    prior: Any,
+    supports: Mapping[str, str] | None,
+) -> dict[str, Site]:
     """Site name → `Site` with independent entries."""
     sites = {}
     mean, var = checked_tensors("mean", mean), checked_tensors("var", var)
     if alone := [name for name in var if name not in mean]:
-        raise ModelError(f"site '{alone[0]}': it has a variance and no mean; give mean['{alone[0]}'], or leave it out of var")
+        raise ModelError(
+            f"site '{alone[0]}': it has a variance and no mean; give mean['{alone[0]}'], or leave"
+            " it out of var"
+        )
     for name, value in mean.items():
         if name not in var:
-            raise ModelError(f"site '{name}': it has a mean and no variance; give var['{name}'] (0 for a point estimate)")
-        spread = var[name].to(value)
-        if not bool(value.isfinite().all() & spread.isfinite().all() & (spread >= 0).all()) or not _fits(spread.shape, value.shape):
             raise ModelError(
-                f"site '{name}': expected finite means and variances >= 0, of one shape, on the unconstrained scale; got shapes {tuple(value.shape)}, "
-                f"{tuple(spread.shape)} with {int((~value.isfinite()).sum())} means and {int((~spread.isfinite()).sum())} variances infinite or NaN"
+                f"site '{name}': it has a mean and no variance; give var['{name}'] (0 for a point"
+                " estimate)"
+            )
+        spread = var[name].to(value)
+        if not bool(
+            value.isfinite().all() & spread.isfinite().all() & (spread >= 0).all()
+        ) or not _fits(spread.shape, value.shape):
+            raise ModelError(
+                f"site '{name}': expected finite means and variances >= 0, of one shape, on the"
+                f" unconstrained scale; got shapes {tuple(value.shape)}, {tuple(spread.shape)} with"
+                f" {int((~value.isfinite()).sum())} means and {int((~spread.isfinite()).sum())}"
+                " variances infinite or NaN"
             )
         check_normal(name, "the variance", var[name], value.dtype)
         support = checked_support(name, supports)
-        sites[name] = Site(value.clone(), spread.expand_as(value).clone(), *_given_prior(name, prior, value), support=support)
+        sites[name] = Site(
+            value.clone(),
+            spread.expand_as(value).clone(),
+            *_given_prior(name, prior, value),
+            support=support,
+        )
     check_patterns(prior, supports, mean)
     return sites
 
 
-def sites_of_curvature(mean: Mapping[str, Tensor], curvature: Mapping[str, Curvature], prior: Any, penalised: bool, temperature: float) -> dict[str, Site]:
+def sites_of_curvature(
+    mean: Mapping[str, Tensor],
+    curvature: Mapping[str, Curvature],
+    prior: Any,
+    penalised: bool,
+    temperature: float,
+) -> dict[str, Site]:
     """Site name → `Site` with the moments of its Laplace approximation."""
     if not holds(lambda x: 0 < x < math.inf, temperature):
-        raise ModelError(f"temperature={described(temperature)}: a finite number > 0 is wanted (1 is Bayes)")
+        raise ModelError(
+            f"temperature={described(temperature)}: a finite number > 0 is wanted (1 is Bayes)"
+        )
     sites = {}
     mean = checked_tensors("mean", mean)
     for name, value in mean.items():
         if name not in curvature:
-            raise ModelError(f"site '{name}': it has no curvature; leave it out of mean, or give curvature['{name}']")
+            raise ModelError(
+                f"site '{name}': it has no curvature; leave it out of mean, or give"
+                f" curvature['{name}']"
+            )
         if not bool(value.isfinite().all()):
-            raise ModelError(f"site '{name}': expected finite means, got {int((~value.isfinite()).sum())} that are infinite or NaN")
+            raise ModelError(
+                f"site '{name}': expected finite means, got {int((~value.isfinite()).sum())} that"
+                " are infinite or NaN"
+            )
         moments_, declared = _given_prior(name, prior, value)
         if moments_ is None:
-            raise ModelError(f"site '{name}': a Laplace posterior needs a Gaussian prior; give prior={{'{name}': Gaussian(1.0), ...}}")
-        parts = [part.to(value.device, torch.float64) / (temperature if k == 0 else 1) for k, part in enumerate(_curvature_parts(name, curvature[name]))]
-        location, var, joint = laplace_moments(name, value, parts[0] if len(parts) == 1 else (parts[0], parts[1]), moments_, penalised)
+            raise ModelError(
+                f"site '{name}': a Laplace posterior needs a Gaussian prior; give prior={{'{name}':"
+                " Gaussian(1.0), ...}"
+            )
+        parts = [
+            part.to(value.device, torch.float64) / (temperature if k == 0 else 1)
+            for k, part in enumerate(_curvature_parts(name, curvature[name]))
+        ]
+        location, var, joint = laplace_moments(
+            name, value, parts[0] if len(parts) == 1 else (parts[0], parts[1]), moments_, penalised
+        )
         sites[name] = Site(location, var, moments_, declared, joint=joint)
     check_patterns(prior, None, mean)
     return sites
@@ -68,7 +112,10 @@ def _curvature_parts(name: str, curvature: Any) -> list[Tensor]:
     """The one tensor, or the pair of Kronecker factors; no part of a graph."""
     parts = list(curvature) if isinstance(curvature, (tuple, list)) else [curvature]
     if len(parts) > 2 or not parts:
-        raise ModelError(f"site '{name}': expected a curvature that is a tensor, or a pair of Kronecker factors, got {len(parts)} parts")
+        raise ModelError(
+            f"site '{name}': expected a curvature that is a tensor, or a pair of Kronecker factors,"
+            f" got {len(parts)} parts"
+        )
     return [checked_tensors("curvature", {name: part})[name] for part in parts]
 
 
@@ -80,17 +127,29 @@ def checked_tensors(role: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in values.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ModelError(f"site '{name}': {role} must be a tensor of floating-point numbers, got {got}")
-    return {name: value.detach() if value.dtype in (torch.float32, torch.float64) else value.detach().float() for name, value in values.items()}
+            raise ModelError(
+                f"site '{name}': {role} must be a tensor of floating-point numbers, got {got}"
+            )
+    return {
+        name: (
+            value.detach()
+            if value.dtype in (torch.float32, torch.float64)
+            else value.detach().float()
+        )
+        for name, value in values.items()
+    }
 
 
 def check_normal(name: str, what: str, var: Any, dtype: torch.dtype) -> None:
-    """Raises a ModelError for variances > 0 that `dtype` holds with fewer digits than others, or as 0."""
+    """Raises a ModelError for variances > 0 that `dtype` holds with fewer digits than others, or as
+    0.
+    """
     given = var if isinstance(var, Tensor) else torch.as_tensor(var, dtype=torch.float64)
     if bad := int(((given > 0) & (given < torch.finfo(dtype).tiny)).sum()):
         raise ModelError(
-            f"site '{name}': {what} is below the range of {dtype} for {bad} of {given.numel()} entries, where digits are lost; give moments of torch.float64, "
-            "or weights in larger units"
+            f"site '{name}': {what} is below the range of {dtype} for {bad} of {given.numel()}"
+            " entries, where digits are lost; give moments of torch.float64, or weights in larger"
+            " units"
         )
 
 
@@ -100,39 +159,77 @@ def checked_support(name: str, supports: Mapping[str, str] | None) -> str:
         raise ModelError(f"supports: expected site name → support, got {described(supports)}")
     support = (supports or {}).get(name, "real")
     if not isinstance(support, str) or support not in SUPPORTS:
-        raise ModelError(f"site '{name}': support {described(support)}; one of {', '.join(map(repr, SUPPORTS))} is wanted")
+        raise ModelError(
+            f"site '{name}': support {described(support)}; one of {', '.join(map(repr, SUPPORTS))}"
+            " is wanted"
+        )
     return support
 
 
-def check_patterns(prior: Any, supports: Mapping[str, str] | None, sites: Mapping[str, Any]) -> None:
-    """Raises a ModelError for a pattern of a prior, or a site of `supports`, that is none of the sites."""
-    for role, names in (("prior", prior if isinstance(prior, Mapping) else {}), ("supports", supports or {})):
+def check_patterns(
+    prior: Any, supports: Mapping[str, str] | None, sites: Mapping[str, Any]
+) -> None:
+    """Raises a ModelError for a pattern of a prior, or a site of `supports`, that is none of the
+    sites.
+    """
+    for role, names in (
+        ("prior", prior if isinstance(prior, Mapping) else {}),
+        ("supports", supports or {}),
+    ):
         for name in names:
-            if not any(name == site or (role == "prior" and fnmatchcase(site, name)) for site in sites):
-                raise ModelError(f"{role}: '{name}' names none of the sites ({', '.join(sites)}); leave it out, or correct it")
+            if not any(
+                name == site or (role == "prior" and fnmatchcase(site, name)) for site in sites
+            ):
+                raise ModelError(
+                    f"{role}: '{name}' names none of the sites ({', '.join(sites)}); leave it out,"
+                    " or correct it"
+                )
 
 
 def _fits(shape: torch.Size, wanted: torch.Size) -> bool:
     """Whether `shape` broadcasts to `wanted`."""
-    return len(shape) <= len(wanted) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False))
+    return len(shape) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False)
+    )
 
 
 def _given_prior(name: str, prior: Any, like: Tensor) -> tuple[Diagonal | None, Prior | None]:
-    """The moments of the prior that the user names for a site, and the prior itself if it is one of the library's."""
+    """The moments of the prior that the user names for a site, and the prior itself if it is one of
+    the library's.
+    """
     if isinstance(prior, Mapping):
-        prior = next((prior[pattern] for pattern in (name, *prior) if pattern in prior and fnmatchcase(name, pattern)), None)
+        prior = next(
+            (
+                prior[pattern]
+                for pattern in (name, *prior)
+                if pattern in prior and fnmatchcase(name, pattern)
+            ),
+            None,
+        )
     if prior is None:
         return None, None
-    if isinstance(prior, type) or not (hasattr(prior, "mean") and hasattr(prior, "var")) or isinstance(prior.mean, str) or callable(prior.mean):
+    if (
+        isinstance(prior, type)
+        or not (hasattr(prior, "mean") and hasattr(prior, "var"))
+        or isinstance(prior.mean, str)
+        or callable(prior.mean)
+    ):
         raise ModelError(
-            f"site '{name}': {described(prior)} has no mean and variance of its own; give the prior of the fit as Gaussian(<number>) or Diagonal(mean, var)"
+            f"site '{name}': {described(prior)} has no mean and variance of its own; give the prior"
+            " of the fit as Gaussian(<number>) or Diagonal(mean, var)"
         )
-    mean, var = (torch.as_tensor(part, dtype=like.dtype, device=like.device).detach() for part in (prior.mean, prior.var))
-    if not bool((var > 0).all() & var.isfinite().all() & mean.isfinite().all()) or not (_fits(mean.shape, like.shape) and _fits(var.shape, like.shape)):
+    mean, var = (
+        torch.as_tensor(part, dtype=like.dtype, device=like.device).detach()
+        for part in (prior.mean, prior.var)
+    )
+    if not bool((var > 0).all() & var.isfinite().all() & mean.isfinite().all()) or not (
+        _fits(mean.shape, like.shape) and _fits(var.shape, like.shape)
+    ):
         raise ModelError(
-            f"site '{name}': the prior's variance must be > 0 and its moments finite, of a shape that fits {tuple(like.shape)}; got "
-            f"{type(prior).__name__} with a mean of shape {tuple(mean.shape)} and a variance of shape {tuple(var.shape)}; a prior without a variance, such "
-            "as a half-Cauchy, is no Gaussian: give None for its site"
+            f"site '{name}': the prior's variance must be > 0 and its moments finite, of a shape"
+            f" that fits {tuple(like.shape)}; got {type(prior).__name__} with a mean of shape"
+            f" {tuple(mean.shape)} and a variance of shape {tuple(var.shape)}; a prior without a"
+            " variance, such as a half-Cauchy, is no Gaussian: give None for its site"
         )
     check_normal(name, "the prior's variance", prior.var, like.dtype)
     return Diagonal(mean.clone(), var.clone()), prior if isinstance(prior, Gaussian) else None

@@ -18,24 +18,38 @@ from pyro_bmr.guides.mean_field import base_distribution, support_name
 from pyro_bmr.posteriors.from_guides import check_shape, declared_sites
 from pyro_bmr.posteriors.site import Site
 
-_OTHERS = ("weights", "scale_trils", "deps", "conds", "white_vecs", "prec_sqrts")  # what guides keep of a site that have more than a location and a scale
+# what guides keep of a site that have more than a location and a scale
+_OTHERS = ("weights", "scale_trils", "deps", "conds", "white_vecs", "prec_sqrts")
 
 
 def sites_of_param_store(
-    store: Any, program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Mapping[str, tuple[str, str]] | None
+    store: Any,
+    program: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    names: Mapping[str, tuple[str, str]] | None,
 ) -> dict[str, Site]:
     """Site name → `Site` without a prior."""
     store = _opened(store)
     nodes = declared_sites(program, args, kwargs)
     if names is not None and (unknown := set(names) - set(nodes)):
-        raise ModelError(f"names: the program has no site {', '.join(map(repr, sorted(unknown)))}; its sites are: {', '.join(nodes)}")
+        raise ModelError(
+            f"names: the program has no site {', '.join(map(repr, sorted(unknown)))}; its sites"
+            f" are: {', '.join(nodes)}"
+        )
     sites = {}
     for name, node in nodes.items():
         pair = _found(name, store) if names is None else names.get(name)
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or pair[0] not in store or pair[1] not in store:
+        if (
+            not isinstance(pair, (tuple, list))
+            or len(pair) != 2
+            or pair[0] not in store
+            or pair[1] not in store
+        ):
             raise ModelError(
-                f"site '{name}': no location and scale in the param store ({', '.join(store.keys()) or 'it is empty'}); "
-                f"pass names={{'{name}': ('<loc>', '<scale>'), ...}}"
+                f"site '{name}': no location and scale in the param store"
+                f" ({', '.join(store.keys()) or 'it is empty'}); pass names={{'{name}': ('<loc>',"
+                " '<scale>'), ...}"
             )
         check_plates(name, node["cond_indep_stack"])
         _check_origin(name, pair, store, named=names is not None)
@@ -44,61 +58,104 @@ def sites_of_param_store(
 
 
 def _opened(store: Any) -> Any:
-    """A param store, or a mapping whose values are taken as they stand; the state of a store becomes a store, which applies the constraints."""
+    """A param store, or a mapping whose values are taken as they stand; the state of a store
+    becomes a store, which applies the constraints.
+    """
     if isinstance(store, ParamStoreDict):
         return store
     if not isinstance(store, Mapping):
-        raise ModelError(f"store: expected pyro.get_param_store(), its get_state() or a mapping from names to tensors, got {type(store).__name__}")
-    if set(store) != {"params", "constraints"} or not all(isinstance(part, Mapping) for part in store.values()):
+        raise ModelError(
+            "store: expected pyro.get_param_store(), its get_state() or a mapping from names to"
+            f" tensors, got {type(store).__name__}"
+        )
+    if set(store) != {"params", "constraints"} or not all(
+        isinstance(part, Mapping) for part in store.values()
+    ):
         return store
     if set(store["params"]) != set(store["constraints"]):
-        raise ModelError("store: the state of a param store has a constraint for each of its params, this one has not; save it with the store's save()")
+        raise ModelError(
+            "store: the state of a param store has a constraint for each of its params, this one"
+            " has not; save it with the store's save()"
+        )
     opened = ParamStoreDict()
     opened.set_state({"params": store["params"], "constraints": store["constraints"]})
     return opened
 
 
 def _found(name: str, store: Any) -> tuple[str, str] | None:
-    """The names that AutoNormal gives a site's location and scale, under one prefix; None if there are none."""
-    if raw := [key for key in store if key.endswith((f"locs.{name}_unconstrained", f"scales.{name}_unconstrained"))]:
+    """The names that AutoNormal gives a site's location and scale, under one prefix; None if there
+    are none.
+    """
+    if raw := [
+        key
+        for key in store
+        if key.endswith((f"locs.{name}_unconstrained", f"scales.{name}_unconstrained"))
+    ]:
         raise ModelError(
-            f"site '{name}': '{raw[0]}' is an unconstrained parameter of a guide, and its constraint is not in this mapping; load it into the guide "
-            "(load_state_dict) and read that with Posterior.from_guide"
+            f"site '{name}': '{raw[0]}' is an unconstrained parameter of a guide, and its"
+            " constraint is not in this mapping; load it into the guide (load_state_dict) and read"
+            " that with Posterior.from_guide"
         )
-    prefixes = [key.removesuffix(f"locs.{name}") for key in store if key == f"locs.{name}" or key.endswith(f".locs.{name}")]
+    prefixes = [
+        key.removesuffix(f"locs.{name}")
+        for key in store
+        if key == f"locs.{name}" or key.endswith(f".locs.{name}")
+    ]
     both = [prefix for prefix in prefixes if f"{prefix}scales.{name}" in store]
     if len(both) > 1:
         raise ModelError(
-            f"site '{name}': the param store has several locations and scales for it, {', '.join(f'{prefix}locs.{name}' for prefix in both)}; pass "
-            f"names={{'{name}': ('<loc>', '<scale>'), ...}}, or clear the store before a fit"
+            f"site '{name}': the param store has several locations and scales for it,"
+            f" {', '.join(f'{prefix}locs.{name}' for prefix in both)}; pass names={{'{name}':"
+            " ('<loc>', '<scale>'), ...}, or clear the store before a fit"
         )
     return (f"{both[0]}locs.{name}", f"{both[0]}scales.{name}") if both else None
 
 
 def _check_origin(name: str, pair: tuple[str, str], store: Any, named: bool) -> None:
-    """Raises a ModelError where the two numbers are not known to be the location and the scale of an independent Gaussian."""
+    """Raises a ModelError where the two numbers are not known to be the location and the scale of
+    an independent Gaussian.
+    """
     loc, scale = pair
     if loc.endswith(f"locs.{name}"):
         prefix = loc.removesuffix(f"locs.{name}")
-        more = [key for key in store if any(key == f"{prefix}{kind}.{name}" or key.startswith(f"{prefix}{kind}.{name}.") for kind in _OTHERS)]
-        # AutoNormalMessenger and AutoRegressiveMessenger write the same names, without a prefix or in a list below _guide, and mean different things
+        more = [
+            key
+            for key in store
+            if any(
+                key == f"{prefix}{kind}.{name}" or key.startswith(f"{prefix}{kind}.{name}.")
+                for kind in _OTHERS
+            )
+        ]
+        # AutoNormalMessenger and AutoRegressiveMessenger write the same names, without a prefix or
+        # in a list below _guide, and mean different things
         if more or (not named and (not prefix or prefix.endswith("_guide."))):
             raise ModelError(
-                f"site '{name}': '{loc}' and '{scale}' may be only part of its posterior in the guide that wrote them; read that guide with "
+                f"site '{name}': '{loc}' and '{scale}' may be only part of its posterior in the"
+                " guide that wrote them; read that guide with "
                 f"Posterior.from_guide{f' (it also keeps {more[0]})' if more else f', or say names={{{name!r}: {pair}}} if they are all of it'}"
             )
     if isinstance(store, ParamStoreDict):
         if named and isinstance(store._constraints[scale], type(constraints.real)):
             warn(
-                f"site '{name}': the store has no positive constraint for '{scale}', which is read as a standard deviation; if the guide takes it for a "
-                "logarithm, read the guide with Posterior.from_guide"
+                f"site '{name}': the store has no positive constraint for '{scale}', which is read"
+                " as a standard deviation; if the guide takes it for a logarithm, read the guide"
+                " with Posterior.from_guide"
             )
     elif not hasattr(store[scale], "unconstrained"):  # an item of a live store has this
-        free = isinstance(store[scale], Tensor) and store[scale].requires_grad and store[scale].is_leaf
-        if scale.endswith("_unconstrained") or free or not named or scale.endswith(f"scales.{name}"):
+        free = (
+            isinstance(store[scale], Tensor) and store[scale].requires_grad and store[scale].is_leaf
+        )
+        if (
+            scale.endswith("_unconstrained")
+            or free
+            or not named
+            or scale.endswith(f"scales.{name}")
+        ):
             raise ModelError(
-                f"site '{name}': whether '{scale}' is a scale or Pyro's unconstrained parameter for it cannot be seen in a {type(store).__name__}; pass "
-                "pyro.get_param_store(), after its load() if it comes from a file, or its get_state(); or say what it is with Posterior.from_moments"
+                f"site '{name}': whether '{scale}' is a scale or Pyro's unconstrained parameter for"
+                f" it cannot be seen in a {type(store).__name__}; pass pyro.get_param_store(),"
+                " after its load() if it comes from a file, or its get_state(); or say what it is"
+                " with Posterior.from_moments"
             )
 
 
@@ -106,16 +163,28 @@ def _site(name: str, node: Any, pair: tuple[str, str], loc: Any, scale: Any) -> 
     for key, value in zip(pair, (loc, scale), strict=True):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ModelError(f"site '{name}': expected a tensor of floating-point numbers as '{key}', got {got}")
+            raise ModelError(
+                f"site '{name}': expected a tensor of floating-point numbers as '{key}', got {got}"
+            )
         if not bool(value.isfinite().all()):
-            raise ModelError(f"site '{name}': '{key}' is infinite or NaN; the fit has diverged there")
+            raise ModelError(
+                f"site '{name}': '{key}' is infinite or NaN; the fit has diverged there"
+            )
     if not bool((scale > 0).all()):
         raise ModelError(
-            f"site '{name}': expected scales > 0 as '{pair[1]}', got {int((scale <= 0).sum())} of {scale.numel()} that are not; an unconstrained parameter or "
-            "a logarithm is no scale: pass pyro.get_param_store() itself, or read the guide with Posterior.from_guide"
+            f"site '{name}': expected scales > 0 as '{pair[1]}', got {int((scale <= 0).sum())} of"
+            f" {scale.numel()} that are not; an unconstrained parameter or a logarithm is no scale:"
+            " pass pyro.get_param_store() itself, or read the guide with Posterior.from_guide"
         )
     check_shape(name, f"'{pair[0]}'", loc, node["value"].shape)
     if scale.shape != loc.shape and scale.ndim:
-        raise ModelError(f"site '{name}': expected '{pair[1]}' as one number or of shape {tuple(loc.shape)}, got {tuple(scale.shape)}")
+        raise ModelError(
+            f"site '{name}': expected '{pair[1]}' as one number or of shape {tuple(loc.shape)}, got"
+            f" {tuple(scale.shape)}"
+        )
     loc, scale = loc.detach().clone(), scale.detach().to(loc)
-    return Site(loc, scale.square().expand(loc.shape).clone(), support=support_name(name, base_distribution(node["fn"]).support))
+    return Site(
+        loc,
+        scale.square().expand(loc.shape).clone(),
+        support=support_name(name, base_distribution(node["fn"]).support),
+    )

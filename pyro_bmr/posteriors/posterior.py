@@ -1,7 +1,8 @@
-"""`Posterior`: a fit as data — Gaussian moments per site and the prior each was fitted under; no Pyro program, no training.
+"""`Posterior`: a fit as data — Gaussian moments per site and the prior each was fitted under; no
+Pyro program, no training.
 
-Owns `Posterior`: drawing from it, and masks. How it is read is in `from_guides.py` and `from_numbers.py`, its file in `posterior_files.py`.
-Next: `reduction/programs.py`.
+Owns `Posterior`: drawing from it, and masks. How it is read is in `from_guides.py` and
+`from_numbers.py`, its file in `posterior_files.py`. Next: `reduction/programs.py`.
 """
 
 from __future__ import annotations
@@ -32,26 +33,44 @@ from pyro_bmr.posteriors.site import Site, joint_draw, joint_roots
 class Posterior:
     """Site name → `Site`, in the order of the program, and the temperature of the fit (1 is Bayes).
 
-    `posterior["fc1.weight"].mean` and `.var` are the moments. Iterating gives the names. `rows`: how many rows of data the fit had, None if nobody said;
-    `reduce` warns where parameters outnumber them.
+    `posterior["fc1.weight"].mean` and `.var` are the moments. Iterating gives the names. `rows`:
+    how many rows of data the fit had, None if nobody said; `reduce` warns where parameters
+    outnumber them.
     """
 
     sites: Mapping[str, Site]
     temperature: float = 1.0
     rows: int | None = None
     masks: dict[str, Tensor] = field(init=False, repr=False, compare=False)
-    roots: dict[str, tuple[Tensor, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)  # of joint covariances, once drawn from
+    # of joint covariances, once drawn from
+    roots: dict[str, tuple[Tensor, ...]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
-            raise ModelError(f"temperature={described(self.temperature)}: a finite number > 0 is wanted (1 is Bayes)")
-        if self.rows is not None and (isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1):
-            raise ModelError(f"rows={described(self.rows)}: the number of rows of data is an integer >= 1, or None if it is not known")
-        object.__setattr__(self, "masks", {name: site.mask for name, site in self.sites.items() if site.mask is not None})
+            raise ModelError(
+                f"temperature={described(self.temperature)}: a finite number > 0 is wanted (1 is"
+                " Bayes)"
+            )
+        if self.rows is not None and (
+            isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1
+        ):
+            raise ModelError(
+                f"rows={described(self.rows)}: the number of rows of data is an integer >= 1, or"
+                " None if it is not known"
+            )
+        object.__setattr__(
+            self,
+            "masks",
+            {name: site.mask for name, site in self.sites.items() if site.mask is not None},
+        )
 
     def __getitem__(self, name: str) -> Site:
         if name not in self.sites:
-            raise ModelError(f"the posterior has no site '{name}'; its sites are: {', '.join(self.sites)}")
+            raise ModelError(
+                f"the posterior has no site '{name}'; its sites are: {', '.join(self.sites)}"
+            )
         return self.sites[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -90,23 +109,42 @@ class Posterior:
         for name, mask in masks.items():
             if mask.dtype != torch.bool or mask.shape != self[name].mean.shape:
                 raise ReductionError(
-                    f"mask of site '{name}': expected a bool tensor of shape {tuple(self[name].mean.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}"
+                    f"mask of site '{name}': expected a bool tensor of shape"
+                    f" {tuple(self[name].mean.shape)}, got {mask.dtype} of shape"
+                    f" {tuple(mask.shape)}"
                 )
-        pruned = {name: site.masked(masks[name]) for name, site in self.sites.items() if name in masks}
+        pruned = {
+            name: site.masked(masks[name]) for name, site in self.sites.items() if name in masks
+        }
         return replace(self, sites={**self.sites, **pruned})
 
     def widened(self, factor: float) -> Posterior:
-        """The same posterior with `factor` times the covariance of every real site, pruned entries still 0: what to draw predictions from after a fit at a
-        temperature below 1 (`best_widening`). What `reduce` says of a posterior holds for the one that was fitted, not for this one.
+        """The same posterior with `factor` times the covariance of every real site, pruned entries
+        still 0: what to draw predictions from after a fit at a temperature below 1
+        (`best_widening`). What `reduce` says of a posterior holds for the one that was fitted, not
+        for this one.
 
         Raises:
-            ModelError: `factor` is not a number ≥ 0, or a site's draws follow those of its scales (`ScaleCoupled`).
+            ModelError: `factor` is not a number ≥ 0, or a site's draws follow those of its scales
+                (`ScaleCoupled`).
         """
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-            raise ModelError(f"widened({described(factor)}): a finite number >= 0 is wanted; of a tensor give its .item()")
+        if (
+            isinstance(factor, bool)
+            or not isinstance(factor, (int, float))
+            or not 0 <= factor < math.inf
+        ):
+            raise ModelError(
+                f"widened({described(factor)}): a finite number >= 0 is wanted; of a tensor give"
+                " its .item()"
+            )
         if coupled := [name for name, site in self.sites.items() if site.message is not None]:
-            raise ModelError(f"site '{coupled[0]}': its draws follow those of its scales (ScaleCoupled) and have no variance of their own to widen")
-        return replace(self, sites={name: site.widened(factor) for name, site in self.sites.items()})
+            raise ModelError(
+                f"site '{coupled[0]}': its draws follow those of its scales (ScaleCoupled) and have"
+                " no variance of their own to widen"
+            )
+        return replace(
+            self, sites={name: site.widened(factor) for name, site in self.sites.items()}
+        )
 
     @classmethod
     @isolated()
@@ -121,21 +159,35 @@ class Posterior:
         products: bool = True,
         **kwargs: Any,
     ) -> Posterior:
-        """The posterior that `guide` holds for `program(*args, **kwargs)`, with the priors that the program declares.
+        """The posterior that `guide` holds for `program(*args, **kwargs)`, with the priors that the
+        program declares.
 
-        Read are the guides of this library, and any guide whose sites are Gaussian or points on the unconstrained scale: Pyro's, in an AutoGuideList too, and
-        your own. Each site has its marginal, with the correlations within it (`Site.joint`), also where it follows other sites, linearly and with a constant
-        scale; covariance between sites is dropped. AutoLaplaceApproximation is a point, its `laplace_approximation(...)` the Gaussian. Two calls give the same
-        to the bit; random state and param store stay as they were. `args` is one batch; a handful of rows is enough. `rows`: of all the data of the fit.
-        `products`: whether to look for sites that multiply each other (`Site.multiplies`), by a few runs of the program at other values.
+        Read are the guides of this library, and any guide whose sites are Gaussian or points on the
+        unconstrained scale: Pyro's, in an AutoGuideList too, and your own. Each site has its
+        marginal, with the correlations within it (`Site.joint`), also where it follows other sites,
+        linearly and with a constant scale; covariance between sites is dropped.
+        AutoLaplaceApproximation is a point, its `laplace_approximation(...)` the Gaussian. Two
+        calls give the same to the bit; random state and param store stay as they were. `args` is
+        one batch; a handful of rows is enough. `rows`: of all the data of the fit. `products`:
+        whether to look for sites that multiply each other (`Site.multiplies`), by a few runs of the
+        program at other values.
 
         Raises:
-            ModelError: a site's marginal is not Gaussian, it stands in a subsampled plate, or a shape, a support, a mask or a moment is not what it must be.
+            ModelError: a site's marginal is not Gaussian, it stands in a subsampled plate, or a
+                shape, a support, a mask or a moment is not what it must be.
         """
-        masks = masks_in_force(program, masks or {}, next((t.device for t in args if isinstance(t, Tensor)), None))
+        masks = masks_in_force(
+            program, masks or {}, next((t.device for t in args if isinstance(t, Tensor)), None)
+        )
         with undisturbed(guide, program):
-            sites = with_priors(sites_of_guide(guide, program, args, kwargs, masks), program, args, kwargs, masks)
-            return cls(with_products(sites, program, args, kwargs) if products else sites, temperature, rows)
+            sites = with_priors(
+                sites_of_guide(guide, program, args, kwargs, masks), program, args, kwargs, masks
+            )
+            return cls(
+                with_products(sites, program, args, kwargs) if products else sites,
+                temperature,
+                rows,
+            )
 
     @classmethod
     @isolated()
@@ -149,38 +201,60 @@ class Posterior:
         rows: int | None = None,
         **kwargs: Any,
     ) -> Posterior:
-        """The posterior whose locations and scales (on the unconstrained scale) are in a Pyro param store, after any SVI script.
+        """The posterior whose locations and scales (on the unconstrained scale) are in a Pyro param
+        store, after any SVI script.
 
         Args:
-            store: `pyro.get_param_store()`, after its `load()` if it comes from a file; or its `get_state()`, with the constraints. In any other mapping values
-                are taken as they stand, so it needs `names`: Pyro's own names there may hold unconstrained values.
-            names: site → (name of its location, name of its scale) in the store. By default those that `AutoNormal` writes are looked for:
-                names that end in ``locs.<site>`` and ``scales.<site>``, with one prefix.
+            store: `pyro.get_param_store()`, after its `load()` if it comes from a file; or its
+                `get_state()`, with the constraints. In any other mapping values are taken as they
+                stand, so it needs `names`: Pyro's own names there may hold unconstrained values.
+            names: site → (name of its location, name of its scale) in the store. By default those
+                that `AutoNormal` writes are looked for: names that end in ``locs.<site>`` and
+                ``scales.<site>``, with one prefix.
             rows: of all the data of the fit.
 
         Raises:
-            ModelError: a site is not found, or twice; a value does not fit it; a scale is not > 0, or not known to be one, or not all that its guide keeps.
+            ModelError: a site is not found, or twice; a value does not fit it; a scale is not > 0,
+                or not known to be one, or not all that its guide keeps.
         """
         masks = masks_in_force(program, {})
         with undisturbed(program):
-            return cls(with_priors(sites_of_param_store(store, program, args, kwargs, names), program, args, kwargs, masks), temperature, rows)
+            return cls(
+                with_priors(
+                    sites_of_param_store(store, program, args, kwargs, names),
+                    program,
+                    args,
+                    kwargs,
+                    masks,
+                ),
+                temperature,
+                rows,
+            )
 
     @classmethod
     def from_moments(
-        cls, mean: Mapping[str, Tensor], var: Mapping[str, Tensor], prior: Any, *, supports: Mapping[str, str] | None = None, rows: int | None = None
+        cls,
+        mean: Mapping[str, Tensor],
+        var: Mapping[str, Tensor],
+        prior: Any,
+        *,
+        supports: Mapping[str, str] | None = None,
+        rows: int | None = None,
     ) -> Posterior:
         """The posterior of given means and variances, from wherever they come; independent entries.
 
         Args:
-            mean, var: site → tensor; of one shape, or `var` one that broadcasts. On the unconstrained scale (`supports`). Lower precision than float32 is
-                raised to it.
-            prior: under which they were found: ``Gaussian(<number>)`` or anything with `mean` and `var`; or patterns of site names → such, where None, and
-                sites that no pattern names, have no Gaussian prior and are not reduced.
+            mean, var: site → tensor; of one shape, or `var` one that broadcasts. On the
+                unconstrained scale (`supports`). Lower precision than float32 is raised to it.
+            prior: under which they were found: ``Gaussian(<number>)`` or anything with `mean` and
+                `var`; or patterns of site names → such, where None, and sites that no pattern
+                names, have no Gaussian prior and are not reduced.
             supports: site → "positive" or "unit_interval" for those that are not real.
             rows: how many rows of data they were found with, if known.
 
         Raises:
-            ModelError: names or shapes disagree, a variance is negative or not finite, a prior has no finite moments, or a pattern names no site.
+            ModelError: names or shapes disagree, a variance is negative or not finite, a prior has
+                no finite moments, or a pattern names no site.
         """
         return cls(sites_of_moments(mean, var, prior, supports), rows=rows)
 
@@ -199,19 +273,25 @@ class Posterior:
         """The posterior with the moments of draws, such as those of NUTS or of an ensemble.
 
         Args:
-            samples: site → (draws, ...) tensor of constrained values, at least two draws, as many for each site. An entry that is 0 in all draws is pruned.
+            samples: site → (draws, ...) tensor of constrained values, at least two draws, as many
+                for each site. An entry that is 0 in all draws is pruned.
             prior, supports, rows: as for `from_moments`.
-            joint_up_to: real sites of 2 to so many entries get the covariance of their draws too, if there are at least ten draws for each entry (fewer
-                would make it too near to singular). Correlations between sites are not kept.
-            chains: True: the samples are (chains, draws, ...), as of ``MCMC.get_samples(group_by_chain=True)``. False: they are (draws, ...). None: the same,
-                but refused where they may be chains, or entries before draws: all shapes begin with the same (c, n), n ≥ 20, 1 < c < n, and c ≤ 32 or the means
-                of the n columns differ no more than those of draws of one number; or, for any c, far less. An ensemble of few may have to say False.
+            joint_up_to: real sites of 2 to so many entries get the covariance of their draws too,
+                if there are at least ten draws for each entry (fewer would make it too near to
+                singular). Correlations between sites are not kept.
+            chains: True: the samples are (chains, draws, ...), as of
+                ``MCMC.get_samples(group_by_chain=True)``. False: they are (draws, ...). None: the
+                same, but refused where they may be chains, or entries before draws: all shapes
+                begin with the same (c, n), n ≥ 20, 1 < c < n, and c ≤ 32 or the means of the n
+                columns differ no more than those of draws of one number; or, for any c, far less.
+                An ensemble of few may have to say False.
 
         Raises:
-            ModelError: as `from_moments`, or there are fewer than two draws, an entry does not move, or the shapes may be those of chains.
+            ModelError: as `from_moments`, or there are fewer than two draws, an entry does not
+                move, or the shapes may be those of chains.
 
-        Warns:
-            PyroBMRWarning: chains disagree (split R-hat > 1.1), or one draw of 100 or more makes up a quarter of a variance, as in heavy tails.
+        Warns: PyroBMRWarning: chains disagree (split R-hat > 1.1), or one draw of 100 or more makes
+            up a quarter of a variance, as in heavy tails.
         """
         return cls(sites_of_samples(samples, prior, supports, joint_up_to, chains), rows=rows)
 
@@ -227,31 +307,45 @@ class Posterior:
         temperature: float = 1.0,
         rows: int | None = None,
     ) -> Posterior:
-        r"""The Laplace posterior of a network trained in plain torch: precision = curvature of the negative log likelihood + prior precision.
+        r"""The Laplace posterior of a network trained in plain torch: precision = curvature of the
+        negative log likelihood + prior precision.
 
         .. math:: P = H + \Pi, \qquad \mu = \hat w \text{ (MAP)}, \qquad \mu = \hat w - P^{-1}\Pi(\hat w - \eta) \text{ (maximum likelihood)}
 
-        Sources: MacKay 1992; Ritter, Botev & Barber 2018 for Kronecker factors; Shen et al. 2024 (IVON), whose mean m, Hessian h, effective sample size λ and
-        weight decay δ are `mean=m`, `curvature=λh`, `prior=Gaussian((λδ) ** -0.5)`. An entry of h may be negative as long as h + δ > 0.
+        Sources: MacKay 1992; Ritter, Botev & Barber 2018 for Kronecker factors; Shen et al. 2024
+        (IVON), whose mean m, Hessian h, effective sample size λ and weight decay δ are `mean=m`,
+        `curvature=λh`, `prior=Gaussian((λδ) ** -0.5)`. An entry of h may be negative as long as h +
+        δ > 0.
 
         Args:
-            mean: site → trained value ŵ; the names are those of the network's parameters, so that `export` finds them.
-            curvature: site → H summed over the data, nats per squared unit: of the site's shape (the diagonal of the Hessian, Gauss–Newton or Fisher matrix),
-                (d, d) for a site of d > 1 entries (all of it), or a pair (rows (n, n), columns (m, m)) of Kronecker factors, H = rows ⊗ columns. The prior is
-                added to each of a pair, rows + (r√Π) I and columns + (√Π/r) I with r² the ratio of their mean eigenvalues (Martens & Grosse 2015): one prior
-                variance for the site, and an approximation.
+            mean: site → trained value ŵ; the names are those of the network's parameters, so that
+                `export` finds them.
+            curvature: site → H summed over the data, nats per squared unit: of the site's shape
+                (the diagonal of the Hessian, Gauss–Newton or Fisher matrix), (d, d) for a site of d
+                > 1 entries (all of it), or a pair (rows (n, n), columns (m, m)) of Kronecker
+                factors, H = rows ⊗ columns. The prior is added to each of a pair, rows + (r√Π) I
+                and columns + (√Π/r) I with r² the ratio of their mean eigenvalues (Martens & Grosse
+                2015): one prior variance for the site, and an approximation.
             prior, rows: as for `from_moments`.
-            penalised: whether ŵ was trained with the penalty that the prior is (weight decay). False: ŵ maximises the likelihood alone.
-            temperature: T; the data count N/T times, H becomes H/T. 1 is Bayes. The diagonal of a curvature knows nothing of correlations, and the
-                sum of many gains in evidence is too good then; a small T, chosen on held-out rows, prunes what the loss hardly feels first.
+            penalised: whether ŵ was trained with the penalty that the prior is (weight decay).
+                False: ŵ maximises the likelihood alone.
+            temperature: T; the data count N/T times, H becomes H/T. 1 is Bayes. The diagonal of a
+                curvature knows nothing of correlations, and the sum of many gains in evidence is
+                too good then; a small T, chosen on held-out rows, prunes what the loss hardly feels
+                first.
 
         Raises:
-            ModelError: as `from_moments`, or a curvature does not fit its site, is not symmetric, or curvature + prior precision is not > 0.
+            ModelError: as `from_moments`, or a curvature does not fit its site, is not symmetric,
+                or curvature + prior precision is not > 0.
         """
-        return cls(sites_of_curvature(mean, curvature, prior, penalised, temperature), temperature, rows)
+        return cls(
+            sites_of_curvature(mean, curvature, prior, penalised, temperature), temperature, rows
+        )
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file; the description of the sites is in its metadata as JSON. Priors of the user's own are kept as moments only."""
+        """One safetensors file; the description of the sites is in its metadata as JSON. Priors of
+        the user's own are kept as moments only.
+        """
         write_posterior(Path(path), self.sites, self.temperature, self.rows)
 
     @classmethod

@@ -1,4 +1,5 @@
-"""The file of a posterior: safetensors, with what is no tensor as JSON in its metadata. Nothing is pickled or unpickled.
+"""The file of a posterior: safetensors, with what is no tensor as JSON in its metadata. Nothing is
+pickled or unpickled.
 
 Owns `write_posterior` and `read_posterior`. Next: `posterior.py`.
 """
@@ -27,12 +28,22 @@ from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.posteriors.site import Site
 
 _FORMAT = "pyro_bmr posterior 1"
-_PRIORS: dict[str, Any] = {kind.__name__: kind for kind in vars(priors).values() if is_dataclass(kind) and isinstance(kind, type)}
-_JOINTS: dict[str | None, Any] = {structure.__name__: structure for structure in (Dense, LowRank, MatrixNormal)}
+_PRIORS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in vars(priors).values()
+    if is_dataclass(kind) and isinstance(kind, type)
+}
+_JOINTS: dict[str | None, Any] = {
+    structure.__name__: structure for structure in (Dense, LowRank, MatrixNormal)
+}
 
 
-def write_posterior(path: Path, sites: Mapping[str, Site], temperature: float, rows: int | None) -> None:
-    """Writes the sites of a posterior, its temperature and its rows, so that `path` is whole or as it was."""
+def write_posterior(
+    path: Path, sites: Mapping[str, Site], temperature: float, rows: int | None
+) -> None:
+    """Writes the sites of a posterior, its temperature and its rows, so that `path` is whole or as
+    it was.
+    """
     tensors: dict[str, Tensor] = {}
     about = {}
     for name, site in sites.items():
@@ -42,14 +53,34 @@ def write_posterior(path: Path, sites: Mapping[str, Site], temperature: float, r
             "mask": site.mask,
             "prior_mean": site.prior.mean if site.prior else None,
             "prior_var": site.prior.var if site.prior else None,
-            **{f"joint_{part.name}": getattr(site.joint, part.name) for part in (fields(site.joint) if site.joint else ())},
-            **({f"message_{part}": value for part, value in site.message._asdict().items()} if site.message else {}),
+            **{
+                f"joint_{part.name}": getattr(site.joint, part.name)
+                for part in (fields(site.joint) if site.joint else ())
+            },
+            **(
+                {f"message_{part}": value for part, value in site.message._asdict().items()}
+                if site.message
+                else {}
+            ),
         }
-        tensors |= {f"{name}/{part}": t.contiguous().clone() for part, t in parts.items() if t is not None}
+        tensors |= {
+            f"{name}/{part}": t.contiguous().clone() for part, t in parts.items() if t is not None
+        }
         known = type(site.declared) in vars(priors).values()
         values = dict(vars(site.declared)) if known else {}
-        tensors |= {f"{name}/declared_{key}": t.contiguous().clone() for key, t in values.items() if isinstance(t, Tensor)}
-        declared = {"type": type(site.declared).__name__, **{k: v for k, v in values.items() if not isinstance(v, Tensor)}} if known else None
+        tensors |= {
+            f"{name}/declared_{key}": t.contiguous().clone()
+            for key, t in values.items()
+            if isinstance(t, Tensor)
+        }
+        declared = (
+            {
+                "type": type(site.declared).__name__,
+                **{k: v for k, v in values.items() if not isinstance(v, Tensor)},
+            }
+            if known
+            else None
+        )
         joint = type(site.joint).__name__ if site.joint else None
         about[name] = {
             "support": site.support,
@@ -59,7 +90,10 @@ def write_posterior(path: Path, sites: Mapping[str, Site], temperature: float, r
             "multiplies": site.multiplies,
             "of_rows": site.of_rows,
         }
-    metadata = {"format": _FORMAT, "posterior": json.dumps({"sites": about, "temperature": temperature, "rows": rows})}
+    metadata = {
+        "format": _FORMAT,
+        "posterior": json.dumps({"sites": about, "temperature": temperature, "rows": rows}),
+    }
     write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
 
 
@@ -70,30 +104,44 @@ def read_posterior(path: Path) -> tuple[dict[str, Site], float, int | None]:
         ModelError: the file is not one, or is damaged.
     """
     mend = "give a file that Posterior.save wrote"
-    parts: dict[str, dict[str, Tensor]] = {}  # site → its tensors; nobody looks through those of all sites for one
+    # site → its tensors; nobody looks through those of all sites for one
+    parts: dict[str, dict[str, Tensor]] = {}
     with reading(f"{path}: not a readable safetensors file", ModelError, mend):
         opened: AbstractContextManager[Any] = safe_open(path, framework="pt")
         with opened as file:
             metadata = file.metadata() or {}
-            for key in file.keys():  # noqa: SIM118 (not a dict)
+            for key in file.keys():
                 name, _, part = key.rpartition("/")
                 parts.setdefault(name, {})[part] = file.get_tensor(key)
     if metadata.get("format") != _FORMAT:
-        raise ModelError(f"{path}: not a saved posterior (format {metadata.get('format')!r}, expected {_FORMAT!r}); {mend}")
+        raise ModelError(
+            f"{path}: not a saved posterior (format {metadata.get('format')!r}, expected"
+            f" {_FORMAT!r}); {mend}"
+        )
     with reading(f"{path}: a damaged posterior", ModelError, mend):
         about = json.loads(metadata["posterior"])
         made: dict[tuple[str, str], Any] = {}
-        sites = {name: _site_of_file(name, entry, parts[name], made) for name, entry in about["sites"].items()}
+        sites = {
+            name: _site_of_file(name, entry, parts[name], made)
+            for name, entry in about["sites"].items()
+        }
         temperature, rows = about["temperature"], about.get("rows")
         if not sites or not isinstance(temperature, (int, float)):
             raise ValueError("no sites, or no temperature")
     return sites, temperature, rows
 
 
-def _site_of_file(name: str, entry: Mapping[str, Any], part: Mapping[str, Any], made: dict[tuple[str, str], Any]) -> Site:
-    """The site that `write_posterior` described by `entry`, from its tensors by name; raises unless they fit each other. `made`: the declared priors so far."""
-    tensors = {key.removeprefix("declared_"): t for key, t in part.items() if key.startswith("declared_")}
-    key = (repr(entry["declared"]), name if tensors else "")  # priors of numbers alone are the same object at all sites
+def _site_of_file(
+    name: str, entry: Mapping[str, Any], part: Mapping[str, Any], made: dict[tuple[str, str], Any]
+) -> Site:
+    """The site that `write_posterior` described by `entry`, from its tensors by name; raises unless
+    they fit each other. `made`: the declared priors so far.
+    """
+    tensors = {
+        key.removeprefix("declared_"): t for key, t in part.items() if key.startswith("declared_")
+    }
+    # priors of numbers alone are the same object at all sites
+    key = (repr(entry["declared"]), name if tensors else "")
     if key not in made:
         values = {**(entry["declared"] or {}), **tensors}
         made[key] = _PRIORS[values.pop("type")](**values) if values else None
@@ -101,10 +149,21 @@ def _site_of_file(name: str, entry: Mapping[str, Any], part: Mapping[str, Any], 
     prior = Diagonal(part["prior_mean"], part["prior_var"]) if "prior_var" in part else None
     structure = _JOINTS.get(entry.get("joint"))
     joint = structure and structure(**{f.name: part[f"joint_{f.name}"] for f in fields(structure)})
-    message = Message(*(part[f"message_{field}"] for field in Message._fields)) if "message_h" in part else None
+    message = (
+        Message(*(part[f"message_{field}"] for field in Message._fields))
+        if "message_h" in part
+        else None
+    )
     mean, var, mask = part["mean"], part["var"], part.get("mask")
-    given = [mean, var, *((part["prior_mean"], part["prior_var"]) if prior else ()), *(message or ())]
-    if var.shape != mean.shape or not all(t.is_floating_point() and _broadcasts(t, mean) for t in given):
+    given = [
+        mean,
+        var,
+        *((part["prior_mean"], part["prior_var"]) if prior else ()),
+        *(message or ()),
+    ]
+    if var.shape != mean.shape or not all(
+        t.is_floating_point() and _broadcasts(t, mean) for t in given
+    ):
         raise ValueError(f"site '{name}': its moments are not floating numbers of one shape")
     if mask is not None and (mask.shape != mean.shape or mask.dtype != torch.bool):
         raise ValueError(f"site '{name}': its mask is not bool of the shape of its mean")
@@ -114,7 +173,19 @@ def _site_of_file(name: str, entry: Mapping[str, Any], part: Mapping[str, Any], 
     texts = (*entry["given"], *multiplies, *([] if of_rows is None else [of_rows]))
     if entry["support"] not in SUPPORTS or not all(isinstance(other, str) for other in texts):
         raise ValueError(f"site '{name}': support {entry['support']!r}, given {entry['given']!r}")
-    return Site(mean, var, prior, declared, entry["support"], mask, tuple(entry["given"]), joint, message, tuple(multiplies), of_rows)
+    return Site(
+        mean,
+        var,
+        prior,
+        declared,
+        entry["support"],
+        mask,
+        tuple(entry["given"]),
+        joint,
+        message,
+        tuple(multiplies),
+        of_rows,
+    )
 
 
 def _broadcasts(value: Tensor, to: Tensor) -> bool:
@@ -124,5 +195,13 @@ def _broadcasts(value: Tensor, to: Tensor) -> bool:
 def _fits(joint: Dense | LowRank | MatrixNormal) -> bool:
     d = joint.mean.shape
     if isinstance(joint, MatrixNormal):
-        return len(d) == 2 and joint.row_cov.shape == (d[0], d[0]) and joint.col_cov.shape == (d[1], d[1])
-    return len(d) == 1 and (joint.cov.shape == (*d, *d) if isinstance(joint, Dense) else joint.var.shape == d and joint.factor.shape[:-1] == d)
+        return (
+            len(d) == 2
+            and joint.row_cov.shape == (d[0], d[0])
+            and joint.col_cov.shape == (d[1], d[1])
+        )
+    return len(d) == 1 and (
+        joint.cov.shape == (*d, *d)
+        if isinstance(joint, Dense)
+        else joint.var.shape == d and joint.factor.shape[:-1] == d
+    )

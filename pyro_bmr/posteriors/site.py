@@ -1,6 +1,8 @@
-"""`Site`: one latent site of a posterior — Gaussian moments, their correlations, the prior of the fit, the entries that live.
+"""`Site`: one latent site of a posterior — Gaussian moments, their correlations, the prior of the
+fit, the entries that live.
 
-Owns `Site`, what a mask does to it, `rows_digest`, and the draw of a correlated one. Next: `curvature.py`.
+Owns `Site`, what a mask does to it, `rows_digest`, and the draw of a correlated one. Next:
+`curvature.py`.
 """
 
 from __future__ import annotations
@@ -23,18 +25,22 @@ Joint = Dense | LowRank | MatrixNormal
 
 @dataclass(frozen=True)
 class Site:
-    """One latent site: q = N(`mean`, `var`) entry by entry, on the unconstrained scale (log for positive sites, logit on (0, 1)).
+    """One latent site: q = N(`mean`, `var`) entry by entry, on the unconstrained scale (log for
+    positive sites, logit on (0, 1)).
 
-    `prior`: the Gaussian prior of the fit, its moments expanded lazily from numbers; None for a prior that is not Gaussian.
-    `declared`: the prior object that declared the site, if one did. `mask`: the entries that live; None for all.
-    Pruned entries have mean and variance 0.
-    `given`: the latent sites on which the prior's moments depend; they stand at their posterior point (their median).
-    `joint`: the correlations of the entries where q has them, over the flattened site (`MatrixNormal`: over its rows and the rest); `mean` and
-    `var` are its marginals. None for independent entries.
-    `message`: where q couples the site with the scales that `declared` multiplies it by (`ScaleCoupled`), what the data said of the weight, in the weight's
-    units; a draw of the site then follows the draw of its scales, and `mean` and `var` are those given the scales at their medians. Else None.
-    `multiplies`: the sites by which the program multiplies this one, slice by slice (`products.with_products`); empty also where nobody looked.
-    `of_rows`: in a site of the data's plate, with an entry for each row, which rows these are (`rows_digest` of x); else None.
+    `prior`: the Gaussian prior of the fit, its moments expanded lazily from numbers; None for a
+    prior that is not Gaussian. `declared`: the prior object that declared the site, if one did.
+    `mask`: the entries that live; None for all. Pruned entries have mean and variance 0. `given`:
+    the latent sites on which the prior's moments depend; they stand at their posterior point (their
+    median). `joint`: the correlations of the entries where q has them, over the flattened site
+    (`MatrixNormal`: over its rows and the rest); `mean` and `var` are its marginals. None for
+    independent entries. `message`: where q couples the site with the scales that `declared`
+    multiplies it by (`ScaleCoupled`), what the data said of the weight, in the weight's units; a
+    draw of the site then follows the draw of its scales, and `mean` and `var` are those given the
+    scales at their medians. Else None. `multiplies`: the sites by which the program multiplies this
+    one, slice by slice (`products.with_products`); empty also where nobody looked. `of_rows`: in a
+    site of the data's plate, with an entry for each row, which rows these are (`rows_digest` of x);
+    else None.
     """
 
     mean: Tensor
@@ -66,11 +72,21 @@ class Site:
         return value if self.mask is None else value.where(self.mask, 0)
 
     def masked(self, mask: Tensor) -> Site:
-        """The same site with `mask` in force: moments of pruned entries 0, and the joint covariance that of the others."""
-        return replace(self, mean=self.mean.where(mask, 0), var=self.var.where(mask, 0), mask=mask, joint=_masked_joint(self.joint, mask))
+        """The same site with `mask` in force: moments of pruned entries 0, and the joint covariance
+        that of the others.
+        """
+        return replace(
+            self,
+            mean=self.mean.where(mask, 0),
+            var=self.var.where(mask, 0),
+            mask=mask,
+            joint=_masked_joint(self.joint, mask),
+        )
 
     def widened(self, factor: float) -> Site:
-        """The same site with `factor` times the covariance; one that is not on all numbers stays as it is."""
+        """The same site with `factor` times the covariance; one that is not on all numbers stays as
+        it is.
+        """
         if self.support != "real":
             return self
         return replace(self, var=self.var * factor, joint=_widened_joint(self.joint, factor))
@@ -90,17 +106,25 @@ def _widened_joint(joint: Joint | None, factor: float) -> Joint | None:
 
 
 def _masked_joint(joint: Joint | None, mask: Tensor) -> Joint | None:
-    """The covariance of the living entries, rows and columns of the others 0; None where a matrix normal loses its form."""
+    """The covariance of the living entries, rows and columns of the others 0; None where a matrix
+    normal loses its form.
+    """
     flat = mask.flatten()
     if isinstance(joint, Dense):
         return Dense(joint.mean.where(flat, 0), joint.cov * (flat[:, None] & flat))
     if isinstance(joint, LowRank):
-        return LowRank(joint.mean.where(flat, 0), joint.var.where(flat, 0), joint.factor * flat[:, None])
+        return LowRank(
+            joint.mean.where(flat, 0), joint.var.where(flat, 0), joint.factor * flat[:, None]
+        )
     if isinstance(joint, MatrixNormal):
         alive = mask.reshape(joint.mean.shape)
         rows, columns = alive.any(1), alive.any(0)
         if bool((alive == rows[:, None] & columns).all()):
-            return MatrixNormal(joint.mean.where(alive, 0), joint.row_cov * (rows[:, None] & rows), joint.col_cov * (columns[:, None] & columns))
+            return MatrixNormal(
+                joint.mean.where(alive, 0),
+                joint.row_cov * (rows[:, None] & rows),
+                joint.col_cov * (columns[:, None] & columns),
+            )
     return None
 
 
@@ -123,5 +147,9 @@ def joint_draw(joint: Joint, roots: tuple[Tensor, ...], noise: Callable[..., Ten
     if isinstance(joint, Dense):
         return joint.mean + roots[0] @ noise(len(joint.mean))
     if isinstance(joint, LowRank):
-        return joint.mean + joint.var.sqrt() * noise(len(joint.mean)) + joint.factor @ noise(joint.factor.shape[1])
+        return (
+            joint.mean
+            + joint.var.sqrt() * noise(len(joint.mean))
+            + joint.factor @ noise(joint.factor.shape[1])
+        )
     return joint.mean + roots[0] @ noise(*joint.mean.shape) @ roots[1].mT

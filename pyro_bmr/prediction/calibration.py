@@ -1,4 +1,5 @@
-"""One number fitted on held-out rows so that a predictive is neither too bold nor too timid: a temperature of logits, or a factor on posterior variances.
+"""One number fitted on held-out rows so that a predictive is neither too bold nor too timid: a
+temperature of logits, or a factor on posterior variances.
 
 Owns `best_temperature` and `best_widening`. Next: `metrics.py`.
 """
@@ -28,23 +29,29 @@ _COLDEST, _HOTTEST = 0.05, 20.0
 def best_temperature(logits: Tensor, y: Tensor) -> float:
     r"""The T > 0 with the least mean cross entropy of softmax(logits / T), between 0.05 and 20.
 
-    The cross entropy is convex in 1/T, so that it has one minimum; where that is at an end of the range, a `PyroBMRWarning` says so. A class may be impossible,
-    with the logit −∞, unless it is the label. Source: Guo et al. 2017, arXiv 1706.04599.
+    The cross entropy is convex in 1/T, so that it has one minimum; where that is at an end of the
+    range, a `PyroBMRWarning` says so. A class may be impossible, with the logit −∞, unless it is
+    the label. Source: Guo et al. 2017, arXiv 1706.04599.
 
     Raises:
-        DataError: logits are NaN or +∞, a label is out of range or impossible, or there are no rows.
+        DataError: logits are NaN or +∞, a label is out of range or impossible, or there are no
+            rows.
     """
     check_labels(logits, y, "logits")
     logits, y = logits.double(), y.to(logits.device).long()
     bad = logits.isposinf().any(1) | logits.gather(1, y[:, None])[:, 0].isneginf()
     if bool(bad.any()):
-        raise DataError(f"logits must be below +inf, and that of the label finite; first in row {int(bad.nonzero()[0])} they are not, at any temperature")
-    loss = lambda temperature: float(F.cross_entropy(logits / temperature, y))  # noqa: E731
+        raise DataError(
+            "logits must be below +inf, and that of the label finite; first in row"
+            f" {int(bad.nonzero()[0])} they are not, at any temperature"
+        )
+    loss = lambda temperature: float(F.cross_entropy(logits / temperature, y))
     best = _least(loss, _COLDEST, _HOTTEST, 1e-4)
     if min(loss(_COLDEST), loss(_HOTTEST)) <= loss(best) + 1e-12:
         warnings.warn(
-            f"the best temperature, {best:.4g}, is at an end of the search from {_COLDEST} to {_HOTTEST}: the rows do not say how bold the logits may be, "
-            "as when none is wrong; give more rows, or rows that were not trained on",
+            f"the best temperature, {best:.4g}, is at an end of the search from {_COLDEST} to"
+            f" {_HOTTEST}: the rows do not say how bold the logits may be, as when none is wrong;"
+            " give more rows, or rows that were not trained on",
             PyroBMRWarning,
             stacklevel=3,
         )
@@ -53,22 +60,33 @@ def best_temperature(logits: Tensor, y: Tensor) -> float:
 
 @isolated(autocast=True)
 def best_widening(
-    program: Callable[..., Any], posterior: Posterior, rows: tuple[Tensor, Tensor], *, most: float = 64.0, draws: int = 32, seed: int = 0
+    program: Callable[..., Any],
+    posterior: Posterior,
+    rows: tuple[Tensor, Tensor],
+    *,
+    most: float = 64.0,
+    draws: int = 32,
+    seed: int = 0,
 ) -> float:
-    r"""The factor c for `Posterior.widened` with the least NLL of held-out `rows` (x, y), between 1/`most` and `most`.
+    r"""The factor c for `Posterior.widened` with the least NLL of held-out `rows` (x, y), between
+    1/`most` and `most`.
 
     .. math:: \hat c = \arg\min_c -\sum_i \log \tfrac1S \sum_s p(y_i \mid x_i, w_s), \qquad w_s = \mu + \sqrt{c}\,\sigma \epsilon_s
 
-    with the same noise ε for every c. A posterior fitted at a temperature T < 1 has variances up to 1/T times too small. Like the temperature of logits (Guo
-    et al. 2017) c is one number on held-out rows; unlike it, it widens the predictive where the posterior is wide. Cold posteriors: Wenzel et al. 2020,
-    arXiv 2002.02405. A Laplace approximation widened by held-out rows: Ritter, Botev & Barber 2018.
+    with the same noise ε for every c. A posterior fitted at a temperature T < 1 has variances up to
+    1/T times too small. Like the temperature of logits (Guo et al. 2017) c is one number on
+    held-out rows; unlike it, it widens the predictive where the posterior is wide. Cold posteriors:
+    Wenzel et al. 2020, arXiv 2002.02405. A Laplace approximation widened by held-out rows: Ritter,
+    Botev & Barber 2018.
 
     Args:
         draws, seed: as for `predict`. Up to 20 predictions are made.
 
     Raises:
-        DataError: `rows` is no pair of tensors, `most` no finite number above 1, or the likelihood of the rows is NaN.
-        DataError, ModelError: as `predict`; or a site's draws follow those of its scales (`Posterior.widened`).
+        DataError: `rows` is no pair of tensors, `most` no finite number above 1, or the likelihood
+            of the rows is NaN.
+        DataError, ModelError: as `predict`; or a site's draws follow those of its scales
+            (`Posterior.widened`).
 
     Example:
         >>> factor = bmr.best_widening(fit.program, fit.posterior, (x_held, y_held))
@@ -81,9 +99,17 @@ def best_widening(
     x, y = rows
 
     def nll(factor: float) -> float:
-        value = -float(predict(program, posterior.widened(factor), x, draws=draws, seed=seed).log_prob(y).double().mean())
+        value = -float(
+            predict(program, posterior.widened(factor), x, draws=draws, seed=seed)
+            .log_prob(y)
+            .double()
+            .mean()
+        )
         if math.isnan(value):
-            raise DataError(f"the log likelihood of the held-out rows is NaN with variances {factor:.3g} times as large; look for NaN in x and y")
+            raise DataError(
+                f"the log likelihood of the held-out rows is NaN with variances {factor:.3g} times"
+                " as large; look for NaN in x and y"
+            )
         return value
 
     return _least(nll, 1 / most, most, 0.05)
@@ -92,4 +118,12 @@ def best_widening(
 def _least(f: Callable[[float], float], low: float, high: float, within: float) -> float:
     """Where f is least in low … high, to within the fraction `within`."""
     start, end = (torch.tensor(bound, dtype=torch.float64).log() for bound in (low, high))
-    return float(line_maximum(lambda log: torch.tensor(-f(float(log.exp())), dtype=torch.float64), start, end, points=5, tolerance=within).exp())
+    return float(
+        line_maximum(
+            lambda log: torch.tensor(-f(float(log.exp())), dtype=torch.float64),
+            start,
+            end,
+            points=5,
+            tolerance=within,
+        ).exp()
+    )

@@ -1,6 +1,8 @@
-"""What a prediction is worth: accuracy, negative log likelihood, Brier score, calibration error, RMSE, predictive entropy, AUROC. Tensors in, numbers out.
+"""What a prediction is worth: accuracy, negative log likelihood, Brier score, calibration error,
+RMSE, predictive entropy, AUROC. Tensors in, numbers out.
 
-All in double precision inside, whatever the dtype of the scores. Probabilities are refused unless they are one distribution a row, up to rounding.
+All in double precision inside, whatever the dtype of the scores. Probabilities are refused unless
+they are one distribution a row, up to rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ Binning = Literal["width", "mass"]
 
 
 def accuracy(probs: Tensor, y: Tensor) -> float:
-    """The fraction of rows whose most probable class is y; of classes that are equally probable the first. Logits do as well as probabilities."""
+    """The fraction of rows whose most probable class is y; of classes that are equally probable the
+    first. Logits do as well as probabilities.
+    """
     check_labels(probs, y)
     return float((probs.argmax(1) == y.to(probs.device)).double().mean())
 
@@ -25,11 +29,14 @@ def accuracy(probs: Tensor, y: Tensor) -> float:
 def brier(probs: Tensor, y: Tensor) -> float:
     r"""Mean over rows of :math:`\sum_c (p_c - [y = c])^2`, between 0 and 2 (Brier 1950)."""
     p = _distributions(probs, y)
-    return float((p - torch.nn.functional.one_hot(y.to(p.device).long(), p.shape[1])).square().sum(1).mean())
+    return float(
+        (p - torch.nn.functional.one_hot(y.to(p.device).long(), p.shape[1])).square().sum(1).mean()
+    )
 
 
 def ece(probs: Tensor, y: Tensor, bins: int = 15, binning: Binning = "width") -> float:
-    r"""Expected calibration error :math:`\sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|` of the top class, over bins of equal width or equal mass.
+    r"""Expected calibration error :math:`\sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|`
+    of the top class, over bins of equal width or equal mass.
 
     Source: Naeini, Cooper & Hauskrecht 2015; Guo et al. 2017 (15 bins of equal width).
     """
@@ -40,26 +47,36 @@ def ece(probs: Tensor, y: Tensor, bins: int = 15, binning: Binning = "width") ->
 def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Binning = "width") -> Tensor:
     """One row per non-empty bin: mean confidence, accuracy, fraction of the rows; float64.
 
-    A confidence on the edge of two bins of equal width is in the lower one. In bins of equal mass rows of the same confidence stay in their order.
+    A confidence on the edge of two bins of equal width is in the lower one. In bins of equal mass
+    rows of the same confidence stay in their order.
     """
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
         raise DataError(f"bins={described(bins)}: a whole number of bins, at least 1, is wanted")
     if not isinstance(binning, str) or binning not in get_args(Binning):
-        raise DataError(f"binning={described(binning)}: one of {', '.join(map(repr, get_args(Binning)))} is wanted")
+        raise DataError(
+            f"binning={described(binning)}: one of {', '.join(map(repr, get_args(Binning)))} is"
+            " wanted"
+        )
     confidence, top = _distributions(probs, y).max(1)
     correct = (top == y.to(probs.device)).double()
     if binning == "width":
         index = _bin(confidence, bins)
     else:
         index = torch.empty(len(y), dtype=torch.long, device=probs.device)
-        index[confidence.argsort(stable=True)] = torch.arange(len(y), device=probs.device) * bins // len(y)
+        index[confidence.argsort(stable=True)] = (
+            torch.arange(len(y), device=probs.device) * bins // len(y)
+        )
     used, place = index.unique(return_inverse=True)
-    sums = confidence.new_zeros(len(used), 3).index_add_(0, place, torch.stack([confidence, correct, torch.ones_like(correct)], 1))
+    sums = confidence.new_zeros(len(used), 3).index_add_(
+        0, place, torch.stack([confidence, correct, torch.ones_like(correct)], 1)
+    )
     return torch.cat([sums[:, :2] / sums[:, 2:], sums[:, 2:] / len(y)], 1)
 
 
 def _bin(confidence: Tensor, bins: int) -> Tensor:
-    """The b with b/bins < confidence ≤ (b + 1)/bins, by exact arithmetic: of the product with `bins` only its first half fits a double."""
+    """The b with b/bins < confidence ≤ (b + 1)/bins, by exact arithmetic: of the product with
+    `bins` only its first half fits a double.
+    """
     high = confidence.float().double()
     nearest = (confidence * bins).round()
     above = (high * bins - nearest) + (confidence - high) * bins > 0
@@ -73,33 +90,53 @@ def rmse(mean: Tensor, y: Tensor) -> float:
     bad = [name for name, value in (("mean", mean), ("y", y)) if not bool(value.isfinite().all())]
     if mean.shape != y.shape or mean.numel() == 0 or bad:
         also = f"; {' and '.join(bad)} not finite" if bad else ""
-        raise DataError(f"mean of shape {tuple(mean.shape)} and y {tuple(y.shape)}{also}; the same shape, at least one row, and no NaN are wanted")
+        raise DataError(
+            f"mean of shape {tuple(mean.shape)} and y {tuple(y.shape)}{also}; the same shape, at"
+            " least one row, and no NaN are wanted"
+        )
     error = (mean.double() - y.to(mean.device).double()).abs()
     largest = error.max()  # its square need not be a float
     return float(largest * (error / largest).square().mean().sqrt()) if float(largest) > 0 else 0.0
 
 
 def predictive_entropy(probs: Tensor) -> Tensor:
-    r"""The entropy of each row's predictive distribution, nats: :math:`-\sum_c p_c \log p_c`, a score of being out of distribution (Ovadia et al. 2019).
+    r"""The entropy of each row's predictive distribution, nats: :math:`-\sum_c p_c \log p_c`, a
+    score of being out of distribution (Ovadia et al. 2019).
 
     In the dtype of `probs`, at least float32.
     """
-    dtype = torch.promote_types(probs.dtype, torch.float32) if isinstance(probs, Tensor) and not probs.is_complex() else torch.float32
+    dtype = (
+        torch.promote_types(probs.dtype, torch.float32)
+        if isinstance(probs, Tensor) and not probs.is_complex()
+        else torch.float32
+    )
     return torch.special.entr(_distributions(probs)).sum(1).to(dtype)
 
 
 def auroc(scores_in: Tensor, scores_out: Tensor) -> float:
-    """The probability that a row out of distribution has a larger score than one in it, ties counting half: the area under the ROC curve.
+    """The probability that a row out of distribution has a larger score than one in it, ties
+    counting half: the area under the ROC curve.
 
-    Scores of two dtypes are compared as the numbers they are. Source: Mann & Whitney 1947; Hanley & McNeil 1982.
+    Scores of two dtypes are compared as the numbers they are. Source: Mann & Whitney 1947; Hanley &
+    McNeil 1982.
     """
     for name, value in (("scores_in", scores_in), ("scores_out", scores_out)):
         check_tensor(value, name)
         if value.ndim != 1 or value.numel() == 0 or bool(value.isnan().any()):
-            raise DataError(f"{name} of shape {tuple(value.shape)}; one number per row, at least one row, and no NaN are wanted")
-    dtype = torch.float64 if scores_in.is_floating_point() or scores_out.is_floating_point() else torch.int64
+            raise DataError(
+                f"{name} of shape {tuple(value.shape)}; one number per row, at least one row, and"
+                " no NaN are wanted"
+            )
+    dtype = (
+        torch.float64
+        if scores_in.is_floating_point() or scores_out.is_floating_point()
+        else torch.int64
+    )
     ordered, outside = scores_in.to(dtype).sort().values, scores_out.to(scores_in.device, dtype)
-    below, not_above = torch.searchsorted(ordered, outside), torch.searchsorted(ordered, outside, right=True)
+    below, not_above = (
+        torch.searchsorted(ordered, outside),
+        torch.searchsorted(ordered, outside, right=True),
+    )
     return int((below + not_above).sum()) / (2 * len(ordered) * len(outside))
 
 
@@ -113,7 +150,10 @@ def _distributions(probs: Tensor, y: Tensor | None = None) -> Tensor:
     if y is not None:
         check_labels(probs, y)
     elif probs.ndim != 2 or probs.numel() == 0 or bool(probs.isnan().any()):
-        raise DataError(f"probs of shape {tuple(probs.shape)}; (rows, classes) without NaN, one row at least, is wanted")
+        raise DataError(
+            f"probs of shape {tuple(probs.shape)}; (rows, classes) without NaN, one row at least,"
+            " is wanted"
+        )
     p = probs.double()
     off = (p.sum(1) - 1).abs()
     rounding = max(1e-5, 16 * torch.finfo(probs.dtype).eps) if probs.is_floating_point() else 0.0
@@ -121,7 +161,8 @@ def _distributions(probs: Tensor, y: Tensor | None = None) -> Tensor:
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise DataError(
-            f"probs must be >= 0 and sum to 1 in each row; row {row} sums to {float(p[row].sum()):.6g}, its least is {float(p[row].min()):.6g}; "
-            "of logits take softmax(1)"
+            f"probs must be >= 0 and sum to 1 in each row; row {row} sums to"
+            f" {float(p[row].sum()):.6g}, its least is {float(p[row].min()):.6g}; of logits take"
+            " softmax(1)"
         )
     return p

@@ -1,4 +1,5 @@
-"""Whether a reduction costs accuracy on rows at hand: the loss of each row before and after it, held against each other.
+"""Whether a reduction costs accuracy on rows at hand: the loss of each row before and after it,
+held against each other.
 
 Owns `paired_loss`. Next: `fitting/elbo.py`.
 """
@@ -11,14 +12,21 @@ from torch import Tensor
 
 from pyro_bmr.checks import check_tensor
 from pyro_bmr.errors import DataError
-from pyro_bmr.prediction.predictive import ClassPrediction, MixturePrediction, Prediction, RealPrediction
+from pyro_bmr.prediction.predictive import (
+    ClassPrediction,
+    MixturePrediction,
+    Prediction,
+    RealPrediction,
+)
 
 _ERRORS = 2.0  # standard errors
 
 
 class PairedLoss(NamedTuple):
-    """`before`, `after`: the mean loss; `rise`: their difference, with the `standard_error` of the mean of the rows' differences (NaN for one row);
-    `rows`: how many; `measure`: "error rate", "squared error" or "negative log likelihood"."""
+    """`before`, `after`: the mean loss; `rise`: their difference, with the `standard_error` of the
+    mean of the rows' differences (NaN for one row); `rows`: how many; `measure`: "error rate",
+    "squared error" or "negative log likelihood".
+    """
 
     before: float
     after: float
@@ -37,19 +45,22 @@ class PairedLoss(NamedTuple):
         if not self.worse:
             return None
         return (
-            f"the {self.measure} rises from {self.before:.4g} to {self.after:.4g} on {self.rows:,} rows, by {self.rise:.2g} ± {self.standard_error:.2g} per "
-            "row, more than two standard errors. Prune less (kept=, threshold=), in rounds during the fit (Every), or fit the reduced model (refit)"
+            f"the {self.measure} rises from {self.before:.4g} to {self.after:.4g} on {self.rows:,}"
+            f" rows, by {self.rise:.2g} ± {self.standard_error:.2g} per row, more than two standard"
+            " errors. Prune less (kept=, threshold=), in rounds during the fit (Every), or fit the"
+            " reduced model (refit)"
         )
 
 
 def paired_loss(before: Prediction, after: Prediction, y: Tensor) -> PairedLoss:
-    r"""How much more is lost per row after a reduction than before, of the same rows: of classes the errors, of Normals the squared errors, of other
-    distributions the negative log likelihood.
+    r"""How much more is lost per row after a reduction than before, of the same rows: of classes
+    the errors, of Normals the squared errors, of other distributions the negative log likelihood.
 
     .. math:: d_i = \ell_i^{\text{after}} - \ell_i^{\text{before}}, \qquad \bar d = \tfrac1n \sum_i d_i, \qquad
         \mathrm{se}^2 = \frac{1}{n(n-1)} \sum_i (d_i - \bar d)^2
 
-    The rows that both predict equally well cancel, so the standard error is smaller than those of two losses apart (McNemar 1947 for classes).
+    The rows that both predict equally well cancel, so the standard error is smaller than those of
+    two losses apart (McNemar 1947 for classes).
 
     Raises:
         DataError: the predictions are not of the rows of `y`, not of one kind, or are NaN.
@@ -59,14 +70,30 @@ def paired_loss(before: Prediction, after: Prediction, y: Tensor) -> PairedLoss:
         >>> paired_loss(before, after, y).rise
     """
     if type(before) is not type(after) or type(before) not in _MEASURES:
-        raise DataError(f"paired_loss: expected two predictions of one kind, as predict gives them, got {type(before).__name__} and {type(after).__name__}")
+        raise DataError(
+            "paired_loss: expected two predictions of one kind, as predict gives them, got"
+            f" {type(before).__name__} and {type(after).__name__}"
+        )
     first, second = (_losses(prediction, y) for prediction in (before, after))
     difference = second - first
-    error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
-    return PairedLoss(float(first.mean()), float(second.mean()), float(difference.mean()), error, len(difference), _MEASURES[type(before)])
+    error = (
+        float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
+    )
+    return PairedLoss(
+        float(first.mean()),
+        float(second.mean()),
+        float(difference.mean()),
+        error,
+        len(difference),
+        _MEASURES[type(before)],
+    )
 
 
-_MEASURES = {ClassPrediction: "error rate", RealPrediction: "squared error", MixturePrediction: "negative log likelihood"}
+_MEASURES = {
+    ClassPrediction: "error rate",
+    RealPrediction: "squared error",
+    MixturePrediction: "negative log likelihood",
+}
 
 
 def _losses(prediction: Prediction, y: Tensor) -> Tensor:
@@ -80,5 +107,8 @@ def _losses(prediction: Prediction, y: Tensor) -> Tensor:
     else:
         each = -log_p.double()
     if len(each) == 0 or bool(each.isnan().any()):
-        raise DataError(f"paired_loss: expected at least one row, and no NaN, got {len(each)} rows and {int(each.isnan().sum())} NaN")
+        raise DataError(
+            f"paired_loss: expected at least one row, and no NaN, got {len(each)} rows and"
+            f" {int(each.isnan().sum())} NaN"
+        )
     return each.reshape(len(each), -1).mean(1)

@@ -1,7 +1,9 @@
-"""What a prediction is: averaged class probabilities, or a mixture over draws, with its epistemic and aleatoric parts apart.
+"""What a prediction is: averaged class probabilities, or a mixture over draws, with its epistemic
+and aleatoric parts apart.
 
-Owns `ClassPrediction`, `RealPrediction` and `MixturePrediction`, and `prediction_of`, which averages over draws or members of any origin. In all of them the
-rows come first. Next: `predict.py`.
+Owns `ClassPrediction`, `RealPrediction` and `MixturePrediction`, and `prediction_of`, which
+averages over draws or members of any origin. In all of them the rows come first. Next:
+`predict.py`.
 """
 
 from __future__ import annotations
@@ -20,16 +22,20 @@ from pyro_bmr.errors import DataError, ModelError, warn
 
 @dataclass(frozen=True)
 class ClassPrediction:
-    """`probs` (n, ..., classes), the average over draws. In nats, (n, ...): `aleatoric`, the mean entropy of the draws; `epistemic`, what the draws disagree
-    by (mutual information; their sum is the entropy of `probs`)."""
+    """`probs` (n, ..., classes), the average over draws. In nats, (n, ...): `aleatoric`, the mean
+    entropy of the draws; `epistemic`, what the draws disagree by (mutual information; their sum is
+    the entropy of `probs`).
+    """
 
     probs: Tensor
     aleatoric: Tensor
     epistemic: Tensor
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """log p(y | x, data), (n, ...), nats; where a row has several labels, of each by itself. A probability below the smallest normal number of its dtype
-        counts as that, and a `PyroBMRWarning` says how many do."""
+        """log p(y | x, data), (n, ...), nats; where a row has several labels, of each by itself. A
+        probability below the smallest normal number of its dtype counts as that, and a
+        `PyroBMRWarning` says how many do.
+        """
         if self.probs.ndim > 2:
             _check_shape(y, self.probs.shape[:-1])
         flat, labels = self.probs.flatten(0, -2), y.flatten() if self.probs.ndim > 2 else y
@@ -38,15 +44,18 @@ class ClassPrediction:
         least = torch.finfo(flat.dtype).tiny
         if below := int((picked < least).sum()):
             warn(
-                f"log_prob: {below} of {len(picked)} labels have a probability of 0 in {flat.dtype}; each counts as {least:.3g}, {math.log(least):.1f} nats, "
-                "which is too good: average over more draws, or widen the posterior"
+                f"log_prob: {below} of {len(picked)} labels have a probability of 0 in"
+                f" {flat.dtype}; each counts as {least:.3g}, {math.log(least):.1f} nats, which is"
+                " too good: average over more draws, or widen the posterior"
             )
         return picked.clamp_min(least).log().view(self.probs.shape[:-1])
 
 
 @dataclass(frozen=True)
 class RealPrediction:
-    """A mixture of Normals over draws: `locs` and `scales` (draws, n, ...), in the units of y; the entries of a row are independent in each draw."""
+    """A mixture of Normals over draws: `locs` and `scales` (draws, n, ...), in the units of y; the
+    entries of a row are independent in each draw.
+    """
 
     locs: Tensor
     scales: Tensor
@@ -74,8 +83,9 @@ class RealPrediction:
 
 @dataclass(frozen=True)
 class MixturePrediction:
-    """A mixture over draws of any distribution: `parts` has for each draw the distribution of each batch of rows, whose rows stand in dimension `dim` of a
-    draw from it (negative)."""
+    """A mixture over draws of any distribution: `parts` has for each draw the distribution of each
+    batch of rows, whose rows stand in dimension `dim` of a draw from it (negative).
+    """
 
     parts: Sequence[Sequence[Any]]
     dim: int
@@ -99,14 +109,31 @@ class MixturePrediction:
         """log p(y | x, data) of each row, (n,), nats."""
         first = self.parts[0]
         shape, rows = first[0].shape(), sum(fn.shape()[self.dim] for fn in first)
-        _check_shape(y, (rows, *(size for k, size in enumerate(shape) if k != len(shape) + self.dim)))
-        batches = y.to(self.device).movedim(0, self.dim).split([fn.shape()[self.dim] for fn in first], self.dim)
-        return _mixed(torch.stack([torch.cat([self._of_rows(fn, batch) for fn, batch in zip(part, batches, strict=True)]) for part in self.parts]))
+        _check_shape(
+            y, (rows, *(size for k, size in enumerate(shape) if k != len(shape) + self.dim))
+        )
+        batches = (
+            y.to(self.device)
+            .movedim(0, self.dim)
+            .split([fn.shape()[self.dim] for fn in first], self.dim)
+        )
+        return _mixed(
+            torch.stack(
+                [
+                    torch.cat(
+                        [self._of_rows(fn, batch) for fn, batch in zip(part, batches, strict=True)]
+                    )
+                    for part in self.parts
+                ]
+            )
+        )
 
     @property
     def device(self) -> torch.device:
         """Where the distributions are."""
-        return next(t.device for t in vars(_innermost(self.parts[0][0])).values() if isinstance(t, Tensor))
+        return next(
+            t.device for t in vars(_innermost(self.parts[0][0])).values() if isinstance(t, Tensor)
+        )
 
     def _of_rows(self, fn: Any, y: Tensor) -> Tensor:
         log_p = fn.log_prob(y).movedim(self.dim + len(fn.event_shape), 0)
@@ -114,17 +141,28 @@ class MixturePrediction:
 
     def _each(self, moment: str) -> Tensor:
         try:
-            return torch.stack([torch.cat([getattr(fn, moment).movedim(self.dim, 0) for fn in part]) for part in self.parts])
+            return torch.stack(
+                [
+                    torch.cat([getattr(fn, moment).movedim(self.dim, 0) for fn in part])
+                    for part in self.parts
+                ]
+            )
         except (NotImplementedError, AttributeError) as error:
-            raise ModelError(f"the {moment} of a {type(_innermost(self.parts[0][0])).__name__} has no closed form; log_prob(y) scores it") from error
+            raise ModelError(
+                f"the {moment} of a {type(_innermost(self.parts[0][0])).__name__} has no closed"
+                " form; log_prob(y) scores it"
+            ) from error
 
 
 Prediction = ClassPrediction | RealPrediction | MixturePrediction
-Parameters = tuple[Tensor, ...]  # (probs,) of a Categorical, (loc, scale) of a Normal; draws are stacked in front
+# (probs,) of a Categorical, (loc, scale) of a Normal; draws are stacked in front
+Parameters = tuple[Tensor, ...]
 
 
 def prediction_of(parts: Iterable[Parameters], draws: int) -> ClassPrediction | RealPrediction:
-    """The prediction of `draws` whose parameters come in `parts`, one or several draws at a time; those of classes are never all in memory."""
+    """The prediction of `draws` whose parameters come in `parts`, one or several draws at a time;
+    those of classes are never all in memory.
+    """
     kept: list[Parameters] = []
     probs: Tensor | None = None
     aleatoric: Tensor | None = None
@@ -133,7 +171,11 @@ def prediction_of(parts: Iterable[Parameters], draws: int) -> ClassPrediction | 
             kept.append(part)
             continue
         total, entropy = part[0].sum(0), _entropy(part[0]).sum(0)
-        probs, aleatoric = (total, entropy) if probs is None or aleatoric is None else (probs.add_(total), aleatoric.add_(entropy))
+        probs, aleatoric = (
+            (total, entropy)
+            if probs is None or aleatoric is None
+            else (probs.add_(total), aleatoric.add_(entropy))
+        )
     if probs is None or aleatoric is None:
         locs, scales = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
         return RealPrediction(locs, scales)
@@ -159,6 +201,9 @@ def _innermost(fn: Any) -> Any:
 def _check_shape(y: Tensor, shape: Sequence[int]) -> None:
     check_tensor(y, "y")
     if tuple(y.shape) != tuple(shape):
-        raise DataError(f"y has shape {tuple(y.shape)}, the prediction is of shape {tuple(shape)}; give one value for each of its entries")
+        raise DataError(
+            f"y has shape {tuple(y.shape)}, the prediction is of shape {tuple(shape)}; give one"
+            " value for each of its entries"
+        )
     if bad := int(y.isnan().sum()):
         raise DataError(f"y is NaN in {bad} of {y.numel()} entries; leave these rows out")

@@ -1,4 +1,5 @@
-"""What is believed before the data: one family a file, each a frozen dataclass that declares sites and names reductions.
+"""What is believed before the data: one family a file, each a frozen dataclass that declares sites
+and names reductions.
 
 One line a prior: `as` makes the name public here, and saved posteriors know it again.
 """

@@ -1,6 +1,8 @@
-"""Empirical-Bayes scales: the state that `Gaussian("empirical")` needs during a fit, kept outside the program.
+"""Empirical-Bayes scales: the state that `Gaussian("empirical")` needs during a fit, kept outside
+the program.
 
-Owns `EmpiricalScales`, an effect handler. A prior is a frozen value and a program is a function; the scale in force is held here.
+Owns `EmpiricalScales`, an effect handler. A prior is a frozen value and a program is a function;
+the scale in force is held here.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from pyro_bmr.priors.tiers import spread, tier_parts
 
 
 class EmpiricalScales(Messenger):
-    """Gives each site declared `Gaussian(scale="empirical")` the scales held in `scales`; a site with none keeps its start.
+    """Gives each site declared `Gaussian(scale="empirical")` the scales held in `scales`; a site
+    with none keeps its start.
 
-    `scales`: site → a number (0-d), or one per unit, input or weight, in the shape that `tiers.tier_shape` says.
-    Use as a decorator of a program: `EmpiricalScales()(program)`.
+    `scales`: site → a number (0-d), or one per unit, input or weight, in the shape that
+    `tiers.tier_shape` says. Use as a decorator of a program: `EmpiricalScales()(program)`.
     """
 
     def __init__(self, scales: Mapping[str, Tensor] | None = None) -> None:
@@ -43,8 +46,11 @@ class EmpiricalScales(Messenger):
             msg["fn"] = dist.Normal(loc, scale).expand(shape).to_event(len(shape))
 
     @torch.no_grad()
-    def update(self, name: str, prior: Gaussian, mean: Tensor, var: Tensor, mask: Tensor | None) -> None:
-        """The M-step s² ← mean of (μ − mean)² + σ² over the entries that share s and survive `mask`; it never lowers the evidence bound.
+    def update(
+        self, name: str, prior: Gaussian, mean: Tensor, var: Tensor, mask: Tensor | None
+    ) -> None:
+        """The M-step s² ← mean of (μ − mean)² + σ² over the entries that share s and survive
+        `mask`; it never lowers the evidence bound.
 
         Scales without a surviving entry stay as they are.
         """
@@ -52,6 +58,10 @@ class EmpiricalScales(Messenger):
         assert not isinstance(prior_mean, str), "the program has run"
         second_moment = (mean - prior_mean).square() + var
         alive = torch.ones_like(mean) if mask is None else mask.to(mean.dtype)
-        total, count = (tier_parts(t, prior.per, prior.block).sum(-1) for t in (second_moment * alive, alive))
+        total, count = (
+            tier_parts(t, prior.per, prior.block).sum(-1) for t in (second_moment * alive, alive)
+        )
         updated = (total / count.clamp_min(1)).sqrt()
-        self.scales[name] = updated.where(count > 0, self.scales.get(name, torch.ones_like(updated)))
+        self.scales[name] = updated.where(
+            count > 0, self.scales.get(name, torch.ones_like(updated))
+        )

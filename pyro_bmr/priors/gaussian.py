@@ -1,6 +1,8 @@
-"""Gaussian priors over the weights of a site, with a fixed, an inferred or an empirical scale, shared as wanted.
+"""Gaussian priors over the weights of a site, with a fixed, an inferred or an empirical scale,
+shared as wanted.
 
-Owns `Gaussian` and what every prior shares: the protocols `Prior` and `ScaleMixture`, and the start value of a weight. Next: `layer_scale.py`.
+Owns `Gaussian` and what every prior shares: the protocols `Prior` and `ScaleMixture`, and the start
+value of a weight. Next: `layer_scale.py`.
 """
 
 from __future__ import annotations
@@ -21,26 +23,33 @@ from pyro_bmr.priors.tiers import Tier, check_tier, sample_scales, tier_shape
 
 @runtime_checkable
 class Prior(Protocol):
-    """What is believed of one weight tensor before the data. A prior declares a site (`sample`) and names the target of a reduction."""
+    """What is believed of one weight tensor before the data. A prior declares a site (`sample`) and
+    names the target of a reduction.
+    """
 
     shrinkage: ClassVar[bool]  # whether fitting it says by itself which weights are zero
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
-        """The weight tensor of `shape`, drawn by `pyro.sample` statements of which the one called `name` holds the entries that a mask
-        can prune. `init` is where a guide should start, and fixes dtype and device."""
+        """The weight tensor of `shape`, drawn by `pyro.sample` statements of which the one called
+        `name` holds the entries that a mask can prune. `init` is where a guide should start, and
+        fixes dtype and device.
+        """
         ...
 
 
 @runtime_checkable
 class ScaleMixture(Protocol):
-    """A prior that is a scale mixture of zero-mean Gaussians, so that a reduction to it is exact by quadrature over the scale.
+    """A prior that is a scale mixture of zero-mean Gaussians, so that a reduction to it is exact by
+    quadrature over the scale.
 
-    Where the global scale is to be found by its evidence the prior also has `log_hyper(scale)`, the log density of its hyper-prior up to a constant.
+    Where the global scale is to be found by its evidence the prior also has `log_hyper(scale)`, the
+    log density of its hyper-prior up to a constant.
     """
 
     def mixture(self, scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Variances v_k and log weights log w_k of p(w) ≈ Σ_k w_k N(w; 0, v_k), Σ w_k = 1, for weights in units of the site. `scale`: the global
-        scale; None for the prior's own value."""
+        """Variances v_k and log weights log w_k of p(w) ≈ Σ_k w_k N(w; 0, v_k), Σ w_k = 1, for
+        weights in units of the site. `scale`: the global scale; None for the prior's own value.
+        """
         ...
 
 
@@ -52,20 +61,29 @@ class Gaussian:
         scale: where s comes from.
 
             - a number: s itself. As the target of a reduction, 0 is the point spike at `mean`.
-            - ``"empirical"`` (default): s starts at 1, so that the data speak first, and after some hundred steps of the fit is set, after each
-              epoch, to the value that maximises the evidence bound, s² ← mean of (μ − mean)² + σ² over the surviving weights that share it
+            - ``"empirical"`` (default): s starts at 1, so that the data speak first, and after some
+              hundred steps of the fit is set, after each epoch, to the value that maximises the
+              evidence bound, s² ← mean of (μ − mean)² + σ² over the surviving weights that share it
               (the M-step of empirical Bayes).
-            - ``"layer"``: s = c/√fan_in, inferred, with c⁻² ~ Gamma(`concentration`, `rate`) at the site `<name>_precision`. The site of the weights is
-              the standardised w̄ ~ N(0, 1) and the weight is s·w̄, so that the site's prior does not depend on s and w̄ = 0 means w = 0.
-        mean: the prior mean: a number (default 0), a tensor that broadcasts to the weight, or ``"init"``, the weight's own start value. With a
-            pretrained network ``"init"`` is the prior of MOPED: weights stay near the pretrained ones unless the data disagree (Krishnan, Subedar
-            & Tickoo 2020, AAAI, arXiv 1906.05323). For an inferred scale it must be 0.
-        concentration, rate: of the Gamma hyper-prior of ``"layer"``; the default Gamma(2, 2) has mean 1. Source: Marković, Friston & Kiebel 2024.
-        per: which weights share an inferred or empirical scale: the whole ``"layer"`` (default), each output ``"unit"`` or each ``"input"`` (automatic
-            relevance determination; MacKay 1994, Neal 1996), or each ``"weight"`` alone. Inferred per weight, the prior of w is a Student-t
-            with 2·`concentration` degrees of freedom. Empirical per weight has nothing to pool: the best scale of a weight without evidence
-            is as small as its posterior, and both shrink together to zero; take an inferred scale there.
-        block: how many neighbouring units or inputs share a scale; the head dimension makes groups of attention heads.
+            - ``"layer"``: s = c/√fan_in, inferred, with c⁻² ~ Gamma(`concentration`, `rate`) at the
+              site `<name>_precision`. The site of the weights is the standardised w̄ ~ N(0, 1) and
+              the weight is s·w̄, so that the site's prior does not depend on s and w̄ = 0 means w =
+              0.
+        mean: the prior mean: a number (default 0), a tensor that broadcasts to the weight, or
+            ``"init"``, the weight's own start value. With a pretrained network ``"init"`` is the
+            prior of MOPED: weights stay near the pretrained ones unless the data disagree
+            (Krishnan, Subedar & Tickoo 2020, AAAI, arXiv 1906.05323). For an inferred scale it must
+            be 0.
+        concentration, rate: of the Gamma hyper-prior of ``"layer"``; the default Gamma(2, 2) has
+            mean 1. Source: Marković, Friston & Kiebel 2024.
+        per: which weights share an inferred or empirical scale: the whole ``"layer"`` (default),
+            each output ``"unit"`` or each ``"input"`` (automatic relevance determination; MacKay
+            1994, Neal 1996), or each ``"weight"`` alone. Inferred per weight, the prior of w is a
+            Student-t with 2·`concentration` degrees of freedom. Empirical per weight has nothing to
+            pool: the best scale of a weight without evidence is as small as its posterior, and both
+            shrink together to zero; take an inferred scale there.
+        block: how many neighbouring units or inputs share a scale; the head dimension makes groups
+            of attention heads.
 
     Example:
         >>> BayesianNetwork(net, prior=Gaussian("layer", per="input"), likelihood=Categorical())
@@ -82,21 +100,44 @@ class Gaussian:
     def __post_init__(self) -> None:
         check_tier(self.per, self.block, f"Gaussian(per={described(self.per)})")
         if isinstance(self.mean, str) and self.mean != "init":
-            raise ModelError(f'Gaussian(mean={described(self.mean)}): the mean is a number, a tensor, or "init" for the start value of the weight')
-        if not isinstance(self.mean, str) and not holds(lambda m: torch.as_tensor(m, device="cpu").isfinite().all(), self.mean):
+            raise ModelError(
+                f'Gaussian(mean={described(self.mean)}): the mean is a number, a tensor, or "init"'
+                " for the start value of the weight"
+            )
+        if not isinstance(self.mean, str) and not holds(
+            lambda m: torch.as_tensor(m, device="cpu").isfinite().all(), self.mean
+        ):
             raise ModelError(f"Gaussian(mean={described(self.mean)}): finite numbers are wanted")
         if isinstance(self.scale, str):
             if self.scale not in ("layer", "empirical"):
-                raise ModelError(f'Gaussian(scale={described(self.scale)}): the scale is a number >= 0, "layer" or "empirical"')
-            if self.scale == "layer" and not (isinstance(self.mean, (int, float)) and self.mean == 0):
-                raise ModelError(f'{described(self)}: an inferred scale needs mean 0; give a number or "empirical"')
-            if not holds(lambda a, b: 0 < a < math.inf and 0 < b < math.inf, self.concentration, self.rate):
-                raise ModelError(f"Gaussian(concentration={described(self.concentration)}, rate={described(self.rate)}): both must be finite numbers > 0")
+                raise ModelError(
+                    f'Gaussian(scale={described(self.scale)}): the scale is a number >= 0, "layer"'
+                    ' or "empirical"'
+                )
+            if self.scale == "layer" and not (
+                isinstance(self.mean, (int, float)) and self.mean == 0
+            ):
+                raise ModelError(
+                    f"{described(self)}: an inferred scale needs mean 0; give a number or"
+                    ' "empirical"'
+                )
+            if not holds(
+                lambda a, b: 0 < a < math.inf and 0 < b < math.inf, self.concentration, self.rate
+            ):
+                raise ModelError(
+                    f"Gaussian(concentration={described(self.concentration)},"
+                    f" rate={described(self.rate)}): both must be finite numbers > 0"
+                )
         elif not (holds(lambda x: x == 0, self.scale) or has_square(self.scale)):
-            raise ModelError(f'Gaussian(scale={described(self.scale)}): the scale is a finite number >= 0 ({SCALES}, or 0), "layer" or "empirical"')
+            raise ModelError(
+                f"Gaussian(scale={described(self.scale)}): the scale is a finite number >= 0"
+                f' ({SCALES}, or 0), "layer" or "empirical"'
+            )
         elif self.per != "layer":
             given = f"Gaussian(scale={described(self.scale)}, per={described(self.per)})"
-            raise ModelError(f'{given}: a given scale is shared by all; per is for "layer" and "empirical"')
+            raise ModelError(
+                f'{given}: a given scale is shared by all; per is for "layer" and "empirical"'
+            )
 
     def __eq__(self, other: object) -> bool:
         """Equal fields; means that are tensors by their values."""
@@ -104,14 +145,25 @@ class Gaussian:
             return NotImplemented
         a, b = self.mean, other.mean
         tensors = isinstance(a, Tensor), isinstance(b, Tensor)
-        same = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else not any(tensors) and a == b
-        return bool(same) and all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.name != "mean")
+        same = (
+            torch.equal(a, b)
+            if isinstance(a, Tensor) and isinstance(b, Tensor)
+            else not any(tensors) and a == b
+        )
+        return bool(same) and all(
+            getattr(self, f.name) == getattr(other, f.name)
+            for f in fields(self)
+            if f.name != "mean"
+        )
 
     @property
     def var(self) -> float:
         """s² of a fixed scale, so that the prior can stand in `delta_f`."""
         if isinstance(self.scale, str):
-            raise ModelError(f'Gaussian(scale="{described(self.scale)}") has no variance of its own before a fit; give a number')
+            raise ModelError(
+                f'Gaussian(scale="{described(self.scale)}") has no variance of its own before a'
+                " fit; give a number"
+            )
         return float(self.scale) ** 2
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
@@ -121,9 +173,16 @@ class Gaussian:
             hyper = dist.Gamma(like.new_tensor(self.concentration), like.new_tensor(self.rate))
             precision = sample_scales(f"{name}_precision", hyper, shape, self.per, self.block)
             start = None if init is None else init / unit
-            return unit * precision.rsqrt() * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+            return (
+                unit
+                * precision.rsqrt()
+                * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+            )
         if self.scale == 0:
-            raise ModelError(f"site '{name}': Gaussian(scale=0) is a point and cannot be declared; it is only the target of a reduction")
+            raise ModelError(
+                f"site '{name}': Gaussian(scale=0) is a point and cannot be declared; it is only"
+                " the target of a reduction"
+            )
         tier_shape(shape, self.per, self.block)  # refuses a block that does not fit
         scale = like.new_tensor(1.0 if isinstance(self.scale, str) else self.scale)
         return sample_normal(name, shape, self._mean(name, shape, init, like), scale, init, self)
@@ -131,29 +190,45 @@ class Gaussian:
     def _mean(self, name: str, shape: tuple[int, ...], init: Tensor | None, like: Tensor) -> Tensor:
         if isinstance(self.mean, str):
             if init is None:
-                raise ModelError(f"site '{name}': Gaussian(mean=\"init\") is centred at the start value; pass it, sample(name, shape, init)")
+                raise ModelError(
+                    f"site '{name}': Gaussian(mean=\"init\") is centred at the start value; pass"
+                    " it, sample(name, shape, init)"
+                )
             return init.detach()
         mean = torch.as_tensor(self.mean, dtype=like.dtype, device=like.device)
         try:
             return mean if mean.ndim == 0 else mean.expand(shape)
         except RuntimeError:
-            raise ModelError(f"site '{name}': the prior mean of shape {tuple(mean.shape)} does not fit a weight of shape {tuple(shape)}") from None
+            raise ModelError(
+                f"site '{name}': the prior mean of shape {tuple(mean.shape)} does not fit a weight"
+                f" of shape {tuple(shape)}"
+            ) from None
 
 
 SCALES = "from 1e-150 to 1e150"  # whose squares are floats
 
 
 def has_square(scale: Any) -> bool:
-    """Whether a scale is a number > 0 with a variance: its square neither vanishes nor overflows."""
+    """Whether a scale is a number > 0 with a variance: its square neither vanishes nor
+    overflows.
+    """
     return holds(lambda x: 1e-150 <= x <= 1e150, scale)
 
 
 def fan_in(shape: tuple[int, ...]) -> int:
-    """The number of inputs that one output of a weight tensor (out, in, ...) sums over; 1 for vectors."""
+    """The number of inputs that one output of a weight tensor (out, in, ...) sums over; 1 for
+    vectors.
+    """
     return math.prod(shape[1:]) if len(shape) > 1 else 1
 
 
-def sample_normal(name: str, shape: tuple[int, ...], loc: Tensor, scale: Tensor, init: Tensor | None, prior: Prior) -> Tensor:
-    """The site `name` of independent Normals; `init` and `prior` travel in its `infer` dictionary to guides and posteriors."""
+def sample_normal(
+    name: str, shape: tuple[int, ...], loc: Tensor, scale: Tensor, init: Tensor | None, prior: Prior
+) -> Tensor:
+    """The site `name` of independent Normals; `init` and `prior` travel in its `infer` dictionary
+    to guides and posteriors.
+    """
     infer: dict[str, Any] = {"prior": prior, "init": init}
-    return pyro.sample(name, dist.Normal(loc, scale).expand(shape).to_event(len(shape)), infer=infer)  # type: ignore[arg-type]
+    return pyro.sample(
+        name, dist.Normal(loc, scale).expand(shape).to_event(len(shape)), infer=infer
+    )  # type: ignore[arg-type]

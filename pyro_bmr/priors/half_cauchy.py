@@ -15,14 +15,24 @@ from pyro_bmr.priors.tiers import Tier, sample_scales
 Parametrization = Literal["half-cauchy", "gamma"]
 
 
-def sample_half_cauchy(name: str, scale: Tensor, shape: tuple[int, ...], tier: Tier, block: int, parametrization: Parametrization) -> Tensor:
-    r"""Half-Cauchy scales C⁺(0, `scale`) of a tier, spread so that they broadcast against a weight tensor of `shape`.
+def sample_half_cauchy(
+    name: str,
+    scale: Tensor,
+    shape: tuple[int, ...],
+    tier: Tier,
+    block: int,
+    parametrization: Parametrization,
+) -> Tensor:
+    r"""Half-Cauchy scales C⁺(0, `scale`) of a tier, spread so that they broadcast against a weight
+    tensor of `shape`.
 
-    ``"half-cauchy"``: the site `name`. ``"gamma"``: the sites `<name>_numerator` and `<name>_denominator`,
+    ``"half-cauchy"``: the site `name`. ``"gamma"``: the sites `<name>_numerator` and
+    `<name>_denominator`,
 
     .. math:: \lambda = \text{scale}\,\sqrt{a / b}, \qquad a, b \sim \mathrm{Gamma}(\tfrac12, 1),
 
-    the same density in tails that a log-normal posterior follows more easily (Louizos, Ullrich & Welling 2017, arXiv 1705.08665).
+    the same density in tails that a log-normal posterior follows more easily (Louizos, Ullrich &
+    Welling 2017, arXiv 1705.08665).
     """
     if parametrization == "half-cauchy":
         return sample_scales(name, dist.HalfCauchy(scale), shape, tier, block)

@@ -33,27 +33,36 @@ class Horseshoe:
     .. math:: \psi = \tau \prod_t \lambda^{(t)} / \sqrt{\text{fan in}}, \quad \gamma^2 = \frac{c^2\psi^2}{c^2 + \psi^2}, \quad
         \tau \sim C^+(0, \tau_0), \; \lambda^{(t)} \sim C^+(0, 1)
 
-    with c counted in 1/√fan_in too, and one λ⁽ᵗ⁾ for each unit, input or weight of the tiers t. The site is w̄, so pruning w̄ prunes w; the
-    scales are the sites `<name>_tau`, `<name>_unit`, `<name>_input` and `<name>_lambda`. Sources: Carvalho, Polson & Scott 2010, Biometrika 97(2);
-    Piironen & Vehtari 2017, EJS 11(2) (the slab); Louizos, Ullrich & Welling 2017, arXiv 1705.08665, and Ghosh, Yao & Doshi-Velez 2019, JMLR 20 (units).
+    with c counted in 1/√fan_in too, and one λ⁽ᵗ⁾ for each unit, input or weight of the tiers t. The
+    site is w̄, so pruning w̄ prunes w; the scales are the sites `<name>_tau`, `<name>_unit`,
+    `<name>_input` and `<name>_lambda`. Sources: Carvalho, Polson & Scott 2010, Biometrika 97(2);
+    Piironen & Vehtari 2017, EJS 11(2) (the slab); Louizos, Ullrich & Welling 2017, arXiv
+    1705.08665, and Ghosh, Yao & Doshi-Velez 2019, JMLR 20 (units).
 
-    As the target of a reduction, scales are counted in the units of the site: v = c²τ²λ²/(c² + τ²λ²), exact by quadrature over one λ, with τ found by
-    its evidence: λ per weight with τ per layer (the default) or per unit (tiers ``("unit", "weight")``), or λ per unit. For other tiers, and an
-    inferred slab, there is `reduction_program`.
+    As the target of a reduction, scales are counted in the units of the site: v = c²τ²λ²/(c² +
+    τ²λ²), exact by quadrature over one λ, with τ found by its evidence: λ per weight with τ per
+    layer (the default) or per unit (tiers ``("unit", "weight")``), or λ per unit. For other tiers,
+    and an inferred slab, there is `reduction_program`.
 
-    A group prior is a horseshoe without the tier ``"weight"``: ``tiers=("layer", "unit")`` lets whole units or output channels go, ``"input"`` whole
-    inputs or input channels; `block` makes the groups wider, such as the rows of an attention head.
+    A group prior is a horseshoe without the tier ``"weight"``: ``tiers=("layer", "unit")`` lets
+    whole units or output channels go, ``"input"`` whole inputs or input channels; `block` makes the
+    groups wider, such as the rows of an attention head.
 
     Args:
-        tau0: the scale of τ, and τ itself without the tier ``"layer"``: small when few weights are expected to matter (`from_active` computes it).
-            Default 1, which leaves τ to the data.
-        slab_scale: c, how large a weight that escapes the shrinkage may become; None for no slab. Default 2.
-        tiers: any of ``"layer"``, ``"unit"``, ``"input"``, ``"weight"``: what has a scale of its own. Default: layer and weight.
-        slab_df: None (default) for c = `slab_scale`; a number ν to infer one c per tensor, c⁻² ~ Gamma(ν/2, ν·slab_scale²/2) at the site
-            `<name>_slab_precision`, which makes the slab a Student-t with ν degrees of freedom.
+        tau0: the scale of τ, and τ itself without the tier ``"layer"``: small when few weights are
+            expected to matter (`from_active` computes it). Default 1, which leaves τ to the data.
+        slab_scale: c, how large a weight that escapes the shrinkage may become; None for no slab.
+            Default 2.
+        tiers: any of ``"layer"``, ``"unit"``, ``"input"``, ``"weight"``: what has a scale of its
+            own. Default: layer and weight.
+        slab_df: None (default) for c = `slab_scale`; a number ν to infer one c per tensor, c⁻² ~
+            Gamma(ν/2, ν·slab_scale²/2) at the site `<name>_slab_precision`, which makes the slab a
+            Student-t with ν degrees of freedom.
         block: how many neighbouring units or inputs share the scale of their tier.
-        parametrization: of the half-Cauchys: ``"half-cauchy"`` (default), or ``"gamma"``, two sites each, `half_cauchy.py`.
-        by_fan_in: count τ and c in units of 1/√fan_in (default), so that one setting does for layers of any width; False for those of the weight.
+        parametrization: of the half-Cauchys: ``"half-cauchy"`` (default), or ``"gamma"``, two sites
+            each, `half_cauchy.py`.
+        by_fan_in: count τ and c in units of 1/√fan_in (default), so that one setting does for
+            layers of any width; False for those of the weight.
     """
 
     tau0: float = 1.0
@@ -67,29 +76,60 @@ class Horseshoe:
 
     def __post_init__(self) -> None:
         if not has_square(self.tau0):
-            raise ModelError(f"Horseshoe(tau0={described(self.tau0)}): tau0 is a finite number > 0 ({SCALES})")
-        if self.slab_scale is not None and not has_square(self.slab_scale):
-            raise ModelError(f"Horseshoe(slab_scale={described(self.slab_scale)}): slab_scale is a finite number > 0 ({SCALES}), or None for no slab")
-        if self.slab_df is not None and (self.slab_scale is None or not holds(lambda x: 0 < x < math.inf, self.slab_df)):
             raise ModelError(
-                f"Horseshoe(slab_scale={described(self.slab_scale)}, slab_df={described(self.slab_df)}): slab_df is a finite number > 0 and needs a slab_scale"
+                f"Horseshoe(tau0={described(self.tau0)}): tau0 is a finite number > 0 ({SCALES})"
             )
-        if not isinstance(self.parametrization, str) or self.parametrization not in ("half-cauchy", "gamma"):
-            raise ModelError(f'Horseshoe(parametrization={described(self.parametrization)}): it is "half-cauchy" or "gamma"')
-        if not isinstance(self.tiers, (tuple, list)) or not self.tiers or not holds(lambda t: len(set(t)) == len(t), self.tiers):
-            raise ModelError(f"Horseshoe(tiers={described(self.tiers)}): a tuple of different tiers is wanted, from {', '.join(TIERS)}")
+        if self.slab_scale is not None and not has_square(self.slab_scale):
+            raise ModelError(
+                f"Horseshoe(slab_scale={described(self.slab_scale)}): slab_scale is a finite number"
+                f" > 0 ({SCALES}), or None for no slab"
+            )
+        if self.slab_df is not None and (
+            self.slab_scale is None or not holds(lambda x: 0 < x < math.inf, self.slab_df)
+        ):
+            raise ModelError(
+                f"Horseshoe(slab_scale={described(self.slab_scale)},"
+                f" slab_df={described(self.slab_df)}): slab_df is a finite number > 0 and needs a"
+                " slab_scale"
+            )
+        if not isinstance(self.parametrization, str) or self.parametrization not in (
+            "half-cauchy",
+            "gamma",
+        ):
+            raise ModelError(
+                f'Horseshoe(parametrization={described(self.parametrization)}): it is "half-cauchy"'
+                ' or "gamma"'
+            )
+        if (
+            not isinstance(self.tiers, (tuple, list))
+            or not self.tiers
+            or not holds(lambda t: len(set(t)) == len(t), self.tiers)
+        ):
+            raise ModelError(
+                f"Horseshoe(tiers={described(self.tiers)}): a tuple of different tiers is wanted,"
+                f" from {', '.join(TIERS)}"
+            )
         grouped = [tier for tier in self.tiers if tier in ("unit", "input")]
         for tier in self.tiers:
-            check_tier(tier, self.block if tier in grouped or not grouped else 1, f"Horseshoe(tiers={described(self.tiers)})")
-        object.__setattr__(self, "tiers", tuple(tier for tier in TIERS if tier in self.tiers))  # in order, and no list, as a saved posterior gives
+            check_tier(
+                tier,
+                self.block if tier in grouped or not grouped else 1,
+                f"Horseshoe(tiers={described(self.tiers)})",
+            )
+        # in order, and no list, as a saved posterior gives
+        object.__setattr__(self, "tiers", tuple(tier for tier in TIERS if tier in self.tiers))
 
     @classmethod
-    def from_active(cls, active: float, of: int, rows: int, noise: float = 1.0, **options: Any) -> Horseshoe:
-        r"""The horseshoe that expects `active` of `of` weights (or units, or inputs) to matter in data of `rows` rows.
+    def from_active(
+        cls, active: float, of: int, rows: int, noise: float = 1.0, **options: Any
+    ) -> Horseshoe:
+        r"""The horseshoe that expects `active` of `of` weights (or units, or inputs) to matter in
+        data of `rows` rows.
 
         .. math:: \tau_0 = \frac{p_0}{p - p_0} \cdot \frac{s}{\sqrt n}
 
-        in units of the weight (`by_fan_in` is False), for inputs of variance 1. Source: Piironen & Vehtari 2017, EJS 11(2).
+        in units of the weight (`by_fan_in` is False), for inputs of variance 1. Source: Piironen &
+        Vehtari 2017, EJS 11(2).
 
         Args:
             active, of: p₀ and p, 0 < p₀ < p.
@@ -104,20 +144,36 @@ class Horseshoe:
             >>> Horseshoe.from_active(5, of=50, rows=100, noise=0.5).tau0
             0.00555...
         """
-        if not holds(lambda a, p, n, s: 0 < a < p and n >= 1 and 0 < s < math.inf, active, of, rows, noise):
-            given = ", ".join(f"{name}={described(value)}" for name, value in (("active", active), ("of", of), ("rows", rows), ("noise", noise)))
-            raise ModelError(f"Horseshoe.from_active({given}): wanted are 0 < active < of, rows >= 1, noise > 0")
-        return cls(tau0=active / (of - active) * noise / math.sqrt(rows), by_fan_in=False, **options)
+        if not holds(
+            lambda a, p, n, s: 0 < a < p and n >= 1 and 0 < s < math.inf, active, of, rows, noise
+        ):
+            given = ", ".join(
+                f"{name}={described(value)}"
+                for name, value in (
+                    ("active", active),
+                    ("of", of),
+                    ("rows", rows),
+                    ("noise", noise),
+                )
+            )
+            raise ModelError(
+                f"Horseshoe.from_active({given}): wanted are 0 < active < of, rows >= 1, noise > 0"
+            )
+        return cls(
+            tau0=active / (of - active) * noise / math.sqrt(rows), by_fan_in=False, **options
+        )
 
     @classmethod
     def tiered(cls, weights: bool = False) -> Horseshoe:
-        r"""The hierarchical prior of Marković, Friston & Kiebel 2024 (IEEE Access 12, arXiv 2309.12095): layer, unit, slab, and with `weights` each weight.
+        r"""The hierarchical prior of Marković, Friston & Kiebel 2024 (IEEE Access 12, arXiv
+        2309.12095): layer, unit, slab, and with `weights` each weight.
 
         .. math:: c^{-2} \sim \mathrm{Gamma}(2, 6), \quad \psi_i = 0.01\, \epsilon\, \tau_i, \quad \epsilon, \tau_i \sim C^+(0, 1), \quad
             W_{ij} = \frac{c\,\psi_i}{\sqrt{c^2 + \psi_i^2}}\, \bar w_{ij}
 
-        in units of the weight; ψ carries a factor λᵢⱼ ~ C⁺(0, 1) with `weights`, which the published runs left out. Their last layer
-        has one half-Cauchy scale: ``Horseshoe(tiers=("layer",), slab_scale=None, by_fan_in=False)``.
+        in units of the weight; ψ carries a factor λᵢⱼ ~ C⁺(0, 1) with `weights`, which the
+        published runs left out. Their last layer has one half-Cauchy scale:
+        ``Horseshoe(tiers=("layer",), slab_scale=None, by_fan_in=False)``.
         """
         tiers: tuple[Tier, ...] = ("layer", "unit", "weight") if weights else ("layer", "unit")
         return cls(tau0=0.01, slab_scale=math.sqrt(3.0), slab_df=4.0, tiers=tiers, by_fan_in=False)
@@ -127,34 +183,53 @@ class Horseshoe:
         unit = 1 / math.sqrt(fan_in(shape)) if self.by_fan_in else 1.0
         gamma = self.sample_scale(name, shape, like)
         start = None if init is None else init / unit
-        return unit * gamma * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+        return (
+            unit
+            * gamma
+            * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+        )
 
     def sample_scale(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """γ, broadcasting to `shape`, from the `pyro.sample` statements of its tiers and slab; dtype and device are those of `like`."""
+        """γ, broadcasting to `shape`, from the `pyro.sample` statements of its tiers and slab;
+        dtype and device are those of `like`.
+        """
         psi = like.new_tensor(self.tau0)
         for tier in self.tiers:
             block = self.block if tier in ("unit", "input") else 1
             scale = psi if tier == "layer" else like.new_ones(())
-            lam = sample_half_cauchy(f"{name}_{SITES[tier]}", scale, shape, tier, block, self.parametrization)
+            lam = sample_half_cauchy(
+                f"{name}_{SITES[tier]}", scale, shape, tier, block, self.parametrization
+            )
             psi = lam if tier == "layer" else psi * lam
-        return psi if self.slab_scale is None else psi / (1 + (psi / self._slab(name, like)).square()).sqrt()
+        return (
+            psi
+            if self.slab_scale is None
+            else psi / (1 + (psi / self._slab(name, like)).square()).sqrt()
+        )
 
     def _slab(self, name: str, like: Tensor) -> Tensor:
         assert self.slab_scale is not None
         if self.slab_df is None:
             return like.new_tensor(self.slab_scale)
         half = self.slab_df / 2
-        precision: Tensor = pyro.sample(f"{name}_slab_precision", dist.Gamma(like.new_tensor(half), like.new_tensor(half * self.slab_scale**2)))
+        precision: Tensor = pyro.sample(
+            f"{name}_slab_precision",
+            dist.Gamma(like.new_tensor(half), like.new_tensor(half * self.slab_scale**2)),
+        )
         return precision.rsqrt()
 
     def drop(self, name: str, mean: Tensor, var: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        r"""Log odds by which each weight goes, the prior's own decision after a fit; it goes when they are positive.
+        r"""Log odds by which each weight goes, the prior's own decision after a fit; it goes when
+        they are positive.
 
-        Given the scales, w̄ ~ N(0, 1), and w̄ = 0 gains Gᵢ = −½ log σ² − ½ μ²/σ² nats of evidence for a posterior N(μ, σ²): the point spike's ΔF. To that are
-        added 0.02 nats, the noise of weights of which the data say nothing. Without the tier ``"weight"`` a unit or input goes as a whole, by the sum.
+        Given the scales, w̄ ~ N(0, 1), and w̄ = 0 gains Gᵢ = −½ log σ² − ½ μ²/σ² nats of evidence
+        for a posterior N(μ, σ²): the point spike's ΔF. To that are added 0.02 nats, the noise of
+        weights of which the data say nothing. Without the tier ``"weight"`` a unit or input goes as
+        a whole, by the sum.
 
-        The usual rule κ > ½ (Carvalho, Polson & Scott 2010), with κ = σ² here, is one for weights that are well informed each. In a network thousands are
-        little informed and matter together; it removes almost all of them.
+        The usual rule κ > ½ (Carvalho, Polson & Scott 2010), with κ = σ² here, is one for weights
+        that are well informed each. In a network thousands are little informed and matter together;
+        it removes almost all of them.
         """
         alive = var > 0  # pruned entries have variance 0
         sigma2 = var.clamp(max=1.0)
@@ -162,25 +237,40 @@ class Horseshoe:
         groups: list[Tier] = [tier for tier in self.tiers if tier in ("unit", "input")]
         if "weight" not in self.tiers and groups:
             each = gain.where(alive, 0)
-            by_group = [spread(tier_parts(each, tier, self.block).sum(-1), tier, self.block).expand(var.shape) for tier in groups]
+            by_group = [
+                spread(tier_parts(each, tier, self.block).sum(-1), tier, self.block).expand(
+                    var.shape
+                )
+                for tier in groups
+            ]
             gain = torch.stack(by_group).amax(0)
         return gain.where(alive, torch.inf)
 
-    def mixture(self, scale: float | None = None, together: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        r"""Variances and log weights of p(w) ≈ Σ_k w_k N(w; 0, v_k) given the product `scale` of all scales but one half-Cauchy λ (default `tau0`).
+    def mixture(
+        self, scale: float | None = None, together: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        r"""Variances and log weights of p(w) ≈ Σ_k w_k N(w; 0, v_k) given the product `scale` of
+        all scales but one half-Cauchy λ (default `tau0`).
 
-        With t = log λ the half-Cauchy has the density sech(t)/π, smooth and with exponential tails, so the trapezoid rule converges exponentially; t from −32
-        to 44, so that neither a posterior near zero that is 10¹³ times as narrow as τ nor a weight 10¹⁵ times as large is beyond the nodes. `together`: how
-        many weights share λ, whose posterior is as narrow as 1/√(2n) in t.
+        With t = log λ the half-Cauchy has the density sech(t)/π, smooth and with exponential tails,
+        so the trapezoid rule converges exponentially; t from −32 to 44, so that neither a posterior
+        near zero that is 10¹³ times as narrow as τ nor a weight 10¹⁵ times as large is beyond the
+        nodes. `together`: how many weights share λ, whose posterior is as narrow as 1/√(2n) in t.
         """
         t = np.arange(-32.0, 44.0, 0.23 / math.sqrt(together))
         psi = (self.tau0 if scale is None else scale) ** 2 * np.exp(2 * t)
         log_weights = -np.logaddexp(t, -t)
-        return psi if self.slab_scale is None else psi / (1 + psi / self.slab_scale**2), log_weights - np.logaddexp.reduce(log_weights)
+        return (
+            psi if self.slab_scale is None else psi / (1 + psi / self.slab_scale**2)
+        ), log_weights - np.logaddexp.reduce(log_weights)
 
     @property
     def log_hyper(self) -> Callable[[float], float]:
-        """log C⁺(τ; 0, τ₀) up to a constant; an AttributeError where a single tier is all there is, and τ = τ₀ is known."""
+        """log C⁺(τ; 0, τ₀) up to a constant; an AttributeError where a single tier is all there is,
+        and τ = τ₀ is known.
+        """
         if len(self.tiers) == 1:
-            raise AttributeError(f"{described(self)} has a known global scale, and no hyper-prior on it")
+            raise AttributeError(
+                f"{described(self)} has a known global scale, and no hyper-prior on it"
+            )
         return lambda scale: -math.log1p((scale / self.tau0) ** 2)

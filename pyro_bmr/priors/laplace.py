@@ -21,19 +21,22 @@ from pyro_bmr.priors.mixing import mixing_grid
 
 @dataclass(frozen=True)
 class Laplace:
-    r"""w ~ Laplace(0, b), independently for each weight: all weights pulled to zero by the same force, whatever their size.
+    r"""w ~ Laplace(0, b), independently for each weight: all weights pulled to zero by the same
+    force, whatever their size.
 
     .. math:: p(w) = \frac{1}{2b} e^{-|w|/b}, \qquad \mathrm{Var}(w) = 2b^2
 
-    The most probable weights are those of the lasso (Tibshirani 1996, JRSS B 58(1)), many of them zero. A posterior is no such point: it takes a constant
-    off large weights and leaves small ones more than a horseshoe does, so a fit says of no weight that it is zero. Source: Park & Casella 2008,
-    JASA 103(482), whose mixture over variances, v ~ Exponential with mean 2b², is `mixture`. A fit uses the density above, in which nothing couples a
-    weight with a variance of its own.
+    The most probable weights are those of the lasso (Tibshirani 1996, JRSS B 58(1)), many of them
+    zero. A posterior is no such point: it takes a constant off large weights and leaves small ones
+    more than a horseshoe does, so a fit says of no weight that it is zero. Source: Park & Casella
+    2008, JASA 103(482), whose mixture over variances, v ~ Exponential with mean 2b², is `mixture`.
+    A fit uses the density above, in which nothing couples a weight with a variance of its own.
 
     Args:
-        scale: b, the mean of |w|; or ``"layer"`` (default) for b = c/√fan_in, c ~ C⁺(0, 1) inferred at the site `<name>_scale`. The site of the weights
-            is then the standardised w̄ ~ Laplace(0, 1). As the target of a reduction b counts in units of the site, and ``"layer"`` has it found by its
-            evidence.
+        scale: b, the mean of |w|; or ``"layer"`` (default) for b = c/√fan_in, c ~ C⁺(0, 1) inferred
+            at the site `<name>_scale`. The site of the weights is then the standardised w̄ ~
+            Laplace(0, 1). As the target of a reduction b counts in units of the site, and
+            ``"layer"`` has it found by its evidence.
     """
 
     scale: float | Literal["layer"] = "layer"
@@ -43,33 +46,54 @@ class Laplace:
         check_scale("Laplace", self.scale)
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
-        return sample_scaled(self, name, shape, init, self.scale, lambda scale: dist.Laplace(scale.new_zeros(()), scale))
+        return sample_scaled(
+            self,
+            name,
+            shape,
+            init,
+            self.scale,
+            lambda scale: dist.Laplace(scale.new_zeros(()), scale),
+        )
 
     def log_prob(self, w: Tensor) -> Tensor:
-        """The log density of each weight, nats. Raises a ModelError if the scale is not a number."""
+        """The log density of each weight, nats. Raises a ModelError if the scale is not a
+        number.
+        """
         scale = w.new_tensor(number(self))
         return dist.Laplace(scale.new_zeros(()), scale).log_prob(w)
 
-    def mixture(self, scale: float | None = None, together: int = 1, reach: float = 1e4) -> tuple[np.ndarray, np.ndarray]:
-        """Variances 2b²E with E ~ Exponential(1), and their log weights; b = `scale`, or the prior's own number.
+    def mixture(
+        self, scale: float | None = None, together: int = 1, reach: float = 1e4
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Variances 2b²E with E ~ Exponential(1), and their log weights; b = `scale`, or the
+        prior's own number.
 
-        A weight of size w has its √v near √(w b), to within b: the nodes are equidistant in log √v below b, in √v above, as far as weights of size
-        `reach` · b need; a reduction warns of weights beyond. `together`: how many weights share v, whose posterior is as narrow as 1/√(2n) in log √v. A weight
-        by itself has a closed form, `formulas/laplace.py`, which `reduce` takes.
+        A weight of size w has its √v near √(w b), to within b: the nodes are equidistant in log √v
+        below b, in √v above, as far as weights of size `reach` · b need; a reduction warns of
+        weights beyond. `together`: how many weights share v, whose posterior is as narrow as
+        1/√(2n) in log √v. A weight by itself has a closed form, `formulas/laplace.py`, which
+        `reduce` takes.
 
         Raises:
             ModelError: a million nodes would not be enough.
         """
         low, high, step = -23.0, math.sqrt(reach) + 9.0, 0.25 / math.sqrt(together)
         if not high - low < 1e6 * step:
-            raise ModelError(f"Laplace.mixture: {together} weights that share a variance, {reach:.3g} times as large as b, need more than a million nodes")
-        root = lambda u: np.logaddexp(0.0, u)  # noqa: E731  # √v in units of b: eᵘ below 1, u above
-        nodes, log_weights = mixing_grid(lambda u: np.log(root(u)) - 0.5 * root(u) ** 2 - np.logaddexp(0.0, -u), low, high, step)
+            raise ModelError(
+                f"Laplace.mixture: {together} weights that share a variance, {reach:.3g} times as"
+                " large as b, need more than a million nodes"
+            )
+        root = lambda u: np.logaddexp(0.0, u)  # √v in units of b: eᵘ below 1, u above
+        nodes, log_weights = mixing_grid(
+            lambda u: np.log(root(u)) - 0.5 * root(u) ** 2 - np.logaddexp(0.0, -u), low, high, step
+        )
         return (number(self, scale) * root(nodes)) ** 2, log_weights
 
     @property
     def log_hyper(self) -> Callable[[float], float]:
-        """The log density of the half-Cauchy hyper-prior on the scale, up to a constant; an AttributeError where the scale is a number and not to be found."""
+        """The log density of the half-Cauchy hyper-prior on the scale, up to a constant; an
+        AttributeError where the scale is a number and not to be found.
+        """
         if not isinstance(self.scale, str):
             raise AttributeError(f"{self!r} has a known scale, and no hyper-prior on it")
         return log_half_cauchy

@@ -45,4 +45,6 @@ def prior_from_name(name: str) -> Prior:
             return Gaussian(float(number))
     except ValueError:
         pass
-    raise ModelError(f"no prior '{name}'; the priors are: {', '.join(PRIORS)} and gaussian:SCALE with a number")
+    raise ModelError(
+        f"no prior '{name}'; the priors are: {', '.join(PRIORS)} and gaussian:SCALE with a number"
+    )

@@ -1,6 +1,7 @@
 """The spike-and-slab prior.
 
-Owns `SpikeAndSlab` and the mixture distribution of its fitted form. Its reduction is in `formulas/spike_and_slab.py`.
+Owns `SpikeAndSlab` and the mixture distribution of its fitted form. Its reduction is in
+`formulas/spike_and_slab.py`.
 """
 
 from __future__ import annotations
@@ -25,38 +26,48 @@ _START = 2.0  # of the logit of a relaxed indicator: in, with room for doubt
 
 @dataclass(frozen=True)
 class SpikeAndSlab:
-    r"""Each weight, or each group of weights, is in a slab with probability π, in a spike at zero otherwise; π ~ Beta(α, β), one per tensor.
+    r"""Each weight, or each group of weights, is in a slab with probability π, in a spike at zero
+    otherwise; π ~ Beta(α, β), one per tensor.
 
-    As the target of a reduction (Mitchell & Beauchamp 1988, JASA 83(404); Marković, Friston & Kiebel 2024) the slab is the prior of the fit, the spike
-    is the point zero unless `spike_scale` is given, and π is inferred from the weights themselves.
+    As the target of a reduction (Mitchell & Beauchamp 1988, JASA 83(404); Marković, Friston &
+    Kiebel 2024) the slab is the prior of the fit, the spike is the point zero unless `spike_scale`
+    is given, and π is inferred from the weights themselves.
 
     Fitted, SVI needs a density, and there are two:
 
-    - the indicator summed out, with a spike of finite width r (George & McCulloch 1993, JASA 88(423); Ishwaran & Rao 2005, Annals of Statistics
-      33(2)), the default: the site is w̄ ~ π N(0, 1) + (1 − π) N(0, r²) and w = s w̄;
-    - with a `temperature` t, the indicator relaxed to z in (0, 1), binary concrete (Maddison, Mnih & Teh 2017, arXiv 1611.00712), the site `<name>_slab`:
+    - the indicator summed out, with a spike of finite width r (George & McCulloch 1993, JASA
+      88(423); Ishwaran & Rao 2005, Annals of Statistics 33(2)), the default: the site is w̄ ~ π
+      N(0, 1) + (1 − π) N(0, r²) and w = s w̄;
+    - with a `temperature` t, the indicator relaxed to z in (0, 1), binary concrete (Maddison, Mnih
+      & Teh 2017, arXiv 1611.00712), the site `<name>_slab`:
 
       .. math:: z = \sigma\big((\operatorname{logit} \pi + \epsilon)/t\big), \quad \epsilon \sim \mathrm{Logistic}(0, 1), \quad
           w = s\,z\,\bar w, \quad \bar w \sim N(0, 1)
 
       so that the spike is near the point zero; one z per weight, unit or input.
 
-    Both have the layer scale s = c/√fan_in, c⁻² ~ Gamma(2, 2), of `Gaussian("layer")`; π is the site `<name>_inclusion`.
+    Both have the layer scale s = c/√fan_in, c⁻² ~ Gamma(2, 2), of `Gaussian("layer")`; π is the
+    site `<name>_inclusion`.
 
     Args:
-        spike_scale: the spike's standard deviation in units of the site. None (default): 0 in a reduction, r = 0.05 when fitted. It has no place
-            beside a temperature.
-        alpha, beta: of the Beta prior on π, as if `alpha` weights had been seen in the slab and `beta` in the spike; the default Beta(1, 1) leaves the
-            sparsity to the data. Beta(1, n) with n the number of weights expects few of them (Castillo, Schmidt-Hieber & van der Vaart 2015, Annals of
-            Statistics 43(5)).
-        temperature: None (default) sums the indicator out; a number t > 0 relaxes it: near 0 the prior of z is close to 0 or 1, and the
-            gradients are large. 0.5 is a fair start.
-        per: what has an indicator of its own when relaxed: each ``"weight"`` (default), each output ``"unit"``, or each ``"input"``.
-        block: how many neighbouring units or inputs share an indicator, such as the rows of an attention head.
-        slab_scale: of a reduction. None (default): the slab is the prior of the fit. A number: N(0, slab_scale²), in units of the site.
-            ``"empirical"``: the width that has, together with π, the best evidence; ask for it when the prior's scale was fitted to all weights of a
-            layer, of which most are not needed, and is too narrow to tell slab from spike. Where the data say little of many weights its evidence has no
-            maximum; it is bounded by the widest weights then, with a warning: give a number.
+        spike_scale: the spike's standard deviation in units of the site. None (default): 0 in a
+            reduction, r = 0.05 when fitted. It has no place beside a temperature.
+        alpha, beta: of the Beta prior on π, as if `alpha` weights had been seen in the slab and
+            `beta` in the spike; the default Beta(1, 1) leaves the sparsity to the data. Beta(1, n)
+            with n the number of weights expects few of them (Castillo, Schmidt-Hieber & van der
+            Vaart 2015, Annals of Statistics 43(5)).
+        temperature: None (default) sums the indicator out; a number t > 0 relaxes it: near 0 the
+            prior of z is close to 0 or 1, and the gradients are large. 0.5 is a fair start.
+        per: what has an indicator of its own when relaxed: each ``"weight"`` (default), each output
+            ``"unit"``, or each ``"input"``.
+        block: how many neighbouring units or inputs share an indicator, such as the rows of an
+            attention head.
+        slab_scale: of a reduction. None (default): the slab is the prior of the fit. A number: N(0,
+            slab_scale²), in units of the site. ``"empirical"``: the width that has, together with
+            π, the best evidence; ask for it when the prior's scale was fitted to all weights of a
+            layer, of which most are not needed, and is too narrow to tell slab from spike. Where
+            the data say little of many weights its evidence has no maximum; it is bounded by the
+            widest weights then, with a warning: give a number.
         inclusion: of a reduction. A known π, instead of one that is learned.
     """
 
@@ -71,27 +82,52 @@ class SpikeAndSlab:
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.spike_scale is not None and not (holds(lambda x: x == 0, self.spike_scale) or has_square(self.spike_scale)):
-            raise ModelError(f"SpikeAndSlab(spike_scale={described(self.spike_scale)}): the spike's scale is a finite number >= 0 ({SCALES}, or 0), or None")
+        if self.spike_scale is not None and not (
+            holds(lambda x: x == 0, self.spike_scale) or has_square(self.spike_scale)
+        ):
+            raise ModelError(
+                f"SpikeAndSlab(spike_scale={described(self.spike_scale)}): the spike's scale is a"
+                f" finite number >= 0 ({SCALES}, or 0), or None"
+            )
         if not holds(lambda a, b: a > 0 and b > 0, self.alpha, self.beta):
-            raise ModelError(f"SpikeAndSlab(alpha={described(self.alpha)}, beta={described(self.beta)}): both must be > 0")
+            raise ModelError(
+                f"SpikeAndSlab(alpha={described(self.alpha)}, beta={described(self.beta)}): both"
+                " must be > 0"
+            )
         if self.temperature is not None and not holds(lambda x: 0 < x < math.inf, self.temperature):
-            raise ModelError(f"SpikeAndSlab(temperature={described(self.temperature)}): the temperature is a finite number > 0, or None")
+            raise ModelError(
+                f"SpikeAndSlab(temperature={described(self.temperature)}): the temperature is a"
+                " finite number > 0, or None"
+            )
         check_tier(self.per, self.block, f"SpikeAndSlab(per={described(self.per)})")
         if self.temperature is None and self.per != "weight":
-            raise ModelError(f"SpikeAndSlab(per={described(self.per)}): a group has a relaxed indicator; give a temperature, such as 0.5")
+            raise ModelError(
+                f"SpikeAndSlab(per={described(self.per)}): a group has a relaxed indicator; give a"
+                " temperature, such as 0.5"
+            )
         if self.temperature is not None and self.spike_scale is not None:
-            raise ModelError(f"{described(self)}: with a relaxed indicator the spike has no width of its own; leave spike_scale out")
+            raise ModelError(
+                f"{described(self)}: with a relaxed indicator the spike has no width of its own;"
+                " leave spike_scale out"
+            )
         if isinstance(self.slab_scale, str):
             if self.slab_scale != "empirical":
-                raise ModelError(f'SpikeAndSlab(slab_scale={described(self.slab_scale)}): the slab\'s scale is a number > 0, "empirical", or None')
-        elif self.slab_scale is not None and not (has_square(self.slab_scale) and self.slab_scale > (self.spike_scale or 0)):
+                raise ModelError(
+                    f"SpikeAndSlab(slab_scale={described(self.slab_scale)}): the slab's scale is a"
+                    ' number > 0, "empirical", or None'
+                )
+        elif self.slab_scale is not None and not (
+            has_square(self.slab_scale) and self.slab_scale > (self.spike_scale or 0)
+        ):
             raise ModelError(
-                f"SpikeAndSlab(slab_scale={described(self.slab_scale)}): the slab's scale is finite ({SCALES}) and wider than the spike's "
-                f"({self.spike_scale or 0})"
+                f"SpikeAndSlab(slab_scale={described(self.slab_scale)}): the slab's scale is finite"
+                f" ({SCALES}) and wider than the spike's ({self.spike_scale or 0})"
             )
         if self.inclusion is not None and not holds(lambda x: 0 < x < 1, self.inclusion):
-            raise ModelError(f"SpikeAndSlab(inclusion={described(self.inclusion)}): a probability between 0 and 1 is wanted, neither of which")
+            raise ModelError(
+                f"SpikeAndSlab(inclusion={described(self.inclusion)}): a probability between 0 and"
+                " 1 is wanted, neither of which"
+            )
 
     @property
     def fitted_spike_scale(self) -> float:
@@ -100,33 +136,61 @@ class SpikeAndSlab:
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
         if not 0 < self.fitted_spike_scale < 1:
             raise ModelError(
-                f"site '{name}': SpikeAndSlab(spike_scale={described(self.spike_scale)}) cannot be fitted; the spike must be narrower than the slab (1) "
-                "and have a width, or be left to the default"
+                f"site '{name}': SpikeAndSlab(spike_scale={described(self.spike_scale)}) cannot be"
+                " fitted; the spike must be narrower than the slab (1) and have a width, or be"
+                " left to the default"
             )
         like = torch.zeros(shape) if init is None else init
         unit = 1 / math.sqrt(fan_in(shape))
-        precision = pyro.sample(f"{name}_precision", dist.Gamma(like.new_tensor(2.0), like.new_tensor(2.0)))
-        inclusion = pyro.sample(f"{name}_inclusion", dist.Beta(like.new_tensor(self.alpha), like.new_tensor(self.beta)))
+        precision = pyro.sample(
+            f"{name}_precision", dist.Gamma(like.new_tensor(2.0), like.new_tensor(2.0))
+        )
+        inclusion = pyro.sample(
+            f"{name}_inclusion", dist.Beta(like.new_tensor(self.alpha), like.new_tensor(self.beta))
+        )
         start = None if init is None else init / unit
         scale = unit * precision.rsqrt()
         if self.temperature is None:
-            fn = SpikeSlabMixture(inclusion, like.new_tensor(self.fitted_spike_scale)).expand(shape).to_event(len(shape))
+            fn = (
+                SpikeSlabMixture(inclusion, like.new_tensor(self.fitted_spike_scale))
+                .expand(shape)
+                .to_event(len(shape))
+            )
             return scale * pyro.sample(name, fn, infer={"prior": self, "init": start})  # type: ignore[arg-type]
-        concrete = dist.RelaxedBernoulli(like.new_tensor(self.temperature), logits=torch.logit(inclusion))
-        slab = sample_scales(f"{name}_slab", concrete, shape, self.per, self.block, init=like.new_tensor(_START))
-        return scale * slab * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+        concrete = dist.RelaxedBernoulli(
+            like.new_tensor(self.temperature), logits=torch.logit(inclusion)
+        )
+        slab = sample_scales(
+            f"{name}_slab", concrete, shape, self.per, self.block, init=like.new_tensor(_START)
+        )
+        return (
+            scale
+            * slab
+            * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+        )
 
     def drop(self, name: str, mean: Tensor, var: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Log odds by which each weight goes, by the prior's own decision after a fit: those of its indicator, at the posterior point of the other sites."""
+        """Log odds by which each weight goes, by the prior's own decision after a fit: those of its
+        indicator, at the posterior point of the other sites.
+        """
         if self.temperature is not None:
-            return -spread(torch.logit(values[f"{name}_slab"]), self.per, self.block).expand(mean.shape)
-        return -SpikeSlabMixture(values[f"{name}_inclusion"], mean.new_tensor(self.fitted_spike_scale)).inclusion_log_odds(mean, var)
+            return -spread(torch.logit(values[f"{name}_slab"]), self.per, self.block).expand(
+                mean.shape
+            )
+        return -SpikeSlabMixture(
+            values[f"{name}_inclusion"], mean.new_tensor(self.fitted_spike_scale)
+        ).inclusion_log_odds(mean, var)
 
 
 class SpikeSlabMixture(dist.TorchDistribution):
-    r"""π N(0, 1) + (1 − π) N(0, r²): the indicator summed out, so that the density is smooth. Reparametrised draws are not defined."""
+    r"""π N(0, 1) + (1 − π) N(0, r²): the indicator summed out, so that the density is smooth.
+    Reparametrised draws are not defined.
+    """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {"inclusion": constraints.unit_interval, "spike_scale": constraints.positive}
+    arg_constraints: ClassVar[dict[str, Any]] = {
+        "inclusion": constraints.unit_interval,
+        "spike_scale": constraints.positive,
+    }
     support = constraints.real
 
     def __init__(self, inclusion: Tensor, spike_scale: Tensor, validate_args: Any = None) -> None:
@@ -134,19 +198,36 @@ class SpikeSlabMixture(dist.TorchDistribution):
         super().__init__(self.inclusion.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> SpikeSlabMixture:
-        return SpikeSlabMixture(self.inclusion.expand(batch_shape), self.spike_scale.expand(batch_shape))
+        return SpikeSlabMixture(
+            self.inclusion.expand(batch_shape), self.spike_scale.expand(batch_shape)
+        )
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
-            slab = torch.rand(shape, dtype=self.inclusion.dtype, device=self.inclusion.device) < self.inclusion
-            return torch.randn_like(slab, dtype=self.inclusion.dtype) * torch.where(slab, torch.ones_like(self.inclusion), self.spike_scale)
+            slab = (
+                torch.rand(shape, dtype=self.inclusion.dtype, device=self.inclusion.device)
+                < self.inclusion
+            )
+            return torch.randn_like(slab, dtype=self.inclusion.dtype) * torch.where(
+                slab, torch.ones_like(self.inclusion), self.spike_scale
+            )
 
     def log_prob(self, value: Tensor) -> Tensor:
         slab = self.inclusion.log() - 0.5 * value.square()
-        spike = (-self.inclusion).log1p() - self.spike_scale.log() - 0.5 * (value / self.spike_scale).square()
+        spike = (
+            (-self.inclusion).log1p()
+            - self.spike_scale.log()
+            - 0.5 * (value / self.spike_scale).square()
+        )
         return torch.logaddexp(slab, spike) - 0.5 * math.log(2 * math.pi)
 
     def inclusion_log_odds(self, mean: Tensor, var: Tensor) -> Tensor:
-        r"""Log odds of the slab under w ~ N(mean, var): logit π + E[log N(w; 0, 1) − log N(w; 0, r²)], the mean-field update of the indicator."""
-        return torch.logit(self.inclusion) + self.spike_scale.log() - 0.5 * (mean.square() + var) * (1 - self.spike_scale**-2)
+        r"""Log odds of the slab under w ~ N(mean, var): logit π + E[log N(w; 0, 1) − log N(w; 0,
+        r²)], the mean-field update of the indicator.
+        """
+        return (
+            torch.logit(self.inclusion)
+            + self.spike_scale.log()
+            - 0.5 * (mean.square() + var) * (1 - self.spike_scale**-2)
+        )

@@ -21,20 +21,24 @@ from pyro_bmr.priors.mixing import mixing_grid
 
 @dataclass(frozen=True)
 class StudentT:
-    r"""w ~ t_ν(0, s), independently for each weight: like a Gaussian near zero, and hardly shrunk far from it.
+    r"""w ~ t_ν(0, s), independently for each weight: like a Gaussian near zero, and hardly shrunk
+    far from it.
 
     .. math:: p(w) = \frac{\Gamma(\frac{\nu + 1}{2})}{\Gamma(\frac\nu2)\sqrt{\nu\pi}\, s}\left(1 + \frac{w^2}{\nu s^2}\right)^{-\frac{\nu + 1}{2}},
         \qquad \mathrm{Var}(w) = \frac{\nu s^2}{\nu - 2} \text{ for } \nu > 2
 
-    A fit says of no weight that it is zero. Source: Gelman, Jakulin, Pittau & Su 2008, Annals of Applied Statistics 2(4); as a mixture over
-    precisions Tipping 2001, JMLR 1. A fit uses the density. The same prior with a site for the precision of each weight is
-    ``Gaussian("layer", per="weight", concentration=df / 2, rate=df / 2)``.
+    A fit says of no weight that it is zero. Source: Gelman, Jakulin, Pittau & Su 2008, Annals of
+    Applied Statistics 2(4); as a mixture over precisions Tipping 2001, JMLR 1. A fit uses the
+    density. The same prior with a site for the precision of each weight is ``Gaussian("layer",
+    per="weight", concentration=df / 2, rate=df / 2)``.
 
     Args:
-        df: ν, the degrees of freedom: 1 is a Cauchy, above 30 it is a Gaussian for all purposes. Default 4.
-        scale: s, the typical size of a weight; or ``"layer"`` (default) for s = c/√fan_in, c ~ C⁺(0, 1) inferred at the site `<name>_scale`. The site of
-            the weights is then the standardised w̄ ~ t_ν(0, 1). As the target of a reduction s counts in units of the site, and ``"layer"`` has it
-            found by its evidence.
+        df: ν, the degrees of freedom: 1 is a Cauchy, above 30 it is a Gaussian for all purposes.
+            Default 4.
+        scale: s, the typical size of a weight; or ``"layer"`` (default) for s = c/√fan_in, c ~
+            C⁺(0, 1) inferred at the site `<name>_scale`. The site of the weights is then the
+            standardised w̄ ~ t_ν(0, 1). As the target of a reduction s counts in units of the site,
+            and ``"layer"`` has it found by its evidence.
     """
 
     df: float = 4.0
@@ -43,31 +47,51 @@ class StudentT:
 
     def __post_init__(self) -> None:
         if not holds(lambda x: 0 < x < math.inf, self.df):
-            raise ModelError(f"StudentT(df={described(self.df)}): the degrees of freedom are a finite number > 0")
+            raise ModelError(
+                f"StudentT(df={described(self.df)}): the degrees of freedom are a finite number > 0"
+            )
         check_scale("StudentT", self.scale)
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
-        return sample_scaled(self, name, shape, init, self.scale, lambda scale: dist.StudentT(scale.new_tensor(self.df), scale.new_zeros(()), scale))
+        return sample_scaled(
+            self,
+            name,
+            shape,
+            init,
+            self.scale,
+            lambda scale: dist.StudentT(scale.new_tensor(self.df), scale.new_zeros(()), scale),
+        )
 
     def log_prob(self, w: Tensor) -> Tensor:
-        """The log density of each weight, nats. Raises a ModelError if the scale is not a number."""
+        """The log density of each weight, nats. Raises a ModelError if the scale is not a
+        number.
+        """
         scale = w.new_tensor(number(self))
         return dist.StudentT(scale.new_tensor(self.df), scale.new_zeros(()), scale).log_prob(w)
 
-    def mixture(self, scale: float | None = None, together: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Variances s²/g with g ~ Gamma(ν/2, ν/2), and their log weights; s = `scale`, or the prior's own number. Right for weights up to 10¹⁰ s.
+    def mixture(
+        self, scale: float | None = None, together: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Variances s²/g with g ~ Gamma(ν/2, ν/2), and their log weights; s = `scale`, or the
+        prior's own number. Right for weights up to 10¹⁰ s.
 
-        `together`: how many weights share g, whose posterior is as narrow as √(2/(ν + n)) in its logarithm.
+        `together`: how many weights share g, whose posterior is as narrow as √(2/(ν + n)) in its
+        logarithm.
         """
         half = self.df / 2
         step = min(0.25, 0.6 / math.sqrt(half + (together - 1) / 2))
-        low = max(min(-42.0 / half - 12 / math.sqrt(half), -60.0), -600.0)  # g is below with probability < 1e-18, or as far out as floats allow
-        nodes, log_weights = mixing_grid(lambda u: half * (u - np.exp(u)), low, math.log1p(60 / half), step)
+        # g is below with probability < 1e-18, or as far out as floats allow
+        low = max(min(-42.0 / half - 12 / math.sqrt(half), -60.0), -600.0)
+        nodes, log_weights = mixing_grid(
+            lambda u: half * (u - np.exp(u)), low, math.log1p(60 / half), step
+        )
         return number(self, scale) ** 2 * np.exp(-nodes), log_weights
 
     @property
     def log_hyper(self) -> Callable[[float], float]:
-        """The log density of the half-Cauchy hyper-prior on the scale, up to a constant; an AttributeError where the scale is a number and not to be found."""
+        """The log density of the half-Cauchy hyper-prior on the scale, up to a constant; an
+        AttributeError where the scale is a number and not to be found.
+        """
         if not isinstance(self.scale, str):
             raise AttributeError(f"{described(self)} has a known scale, and no hyper-prior on it")
         return log_half_cauchy

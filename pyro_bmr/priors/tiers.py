@@ -1,7 +1,8 @@
-"""Tiers of a weight tensor: which of its entries share a scale, from the whole tensor down to each weight.
+"""Tiers of a weight tensor: which of its entries share a scale, from the whole tensor down to each
+weight.
 
-Owns the four tiers and the arithmetic of sharing: the shape of a tier's scales, spreading them over the entries, summing entries by scale.
-Next: `gaussian.py`.
+Owns the four tiers and the arithmetic of sharing: the shape of a tier's scales, spreading them over
+the entries, summing entries by scale. Next: `gaussian.py`.
 """
 
 from __future__ import annotations
@@ -18,20 +19,30 @@ TIERS: tuple[Tier, ...] = ("layer", "unit", "input", "weight")
 
 
 def check_tier(tier: Any, block: int, where: str) -> None:
-    """Raises a ModelError, which names `where`, unless `tier` is one of `TIERS` and `block` a number of rows or columns that the tier can have."""
+    """Raises a ModelError, which names `where`, unless `tier` is one of `TIERS` and `block` a
+    number of rows or columns that the tier can have.
+    """
     if not isinstance(tier, str) or tier not in TIERS:
         raise ModelError(f"{where}: a tier is one of {', '.join(TIERS)}, got {described(tier)}")
     if not (isinstance(block, int) and block >= 1):
-        raise ModelError(f"{where}: block={described(block)} is a number of neighbouring units or inputs, an integer >= 1")
+        raise ModelError(
+            f"{where}: block={described(block)} is a number of neighbouring units or inputs, an"
+            " integer >= 1"
+        )
     if block > 1 and tier not in ("unit", "input"):
-        raise ModelError(f"{where}: block={described(block)} joins neighbouring units or inputs; it needs the tier unit or input")
+        raise ModelError(
+            f"{where}: block={described(block)} joins neighbouring units or inputs; it needs the"
+            " tier unit or input"
+        )
 
 
 def tier_shape(shape: tuple[int, ...], tier: Tier, block: int = 1) -> tuple[int, ...]:
-    """The shape of a tier's scales for a weight tensor of `shape` (out, in, ...): one number, one per output unit, one per input, or one per weight.
+    """The shape of a tier's scales for a weight tensor of `shape` (out, in, ...): one number, one
+    per output unit, one per input, or one per weight.
 
-    A convolution's units are its output channels, its inputs the input channels. A vector (a bias) has units but no inputs: there the tier
-    ``"input"`` is one number. With `block` > 1 as many neighbouring units or inputs share a scale, such as the rows of one attention head.
+    A convolution's units are its output channels, its inputs the input channels. A vector (a bias)
+    has units but no inputs: there the tier ``"input"`` is one number. With `block` > 1 as many
+    neighbouring units or inputs share a scale, such as the rows of one attention head.
 
     Raises:
         ModelError: `block` does not divide the units or inputs.
@@ -42,26 +53,45 @@ def tier_shape(shape: tuple[int, ...], tier: Tier, block: int = 1) -> tuple[int,
     if axis >= len(shape):
         return ()
     if shape[axis] % block:
-        raise ModelError(f"block={described(block)} does not divide the {shape[axis]} {tier}s of a weight of shape {tuple(shape)}; give a divisor")
+        raise ModelError(
+            f"block={described(block)} does not divide the {shape[axis]} {tier}s of a weight of"
+            f" shape {tuple(shape)}; give a divisor"
+        )
     return tuple(size // block if k == axis else 1 for k, size in enumerate(shape))
 
 
 def spread(scales: Tensor, tier: Tier, block: int = 1) -> Tensor:
-    """The scales of a tier, repeated over their blocks, so that they broadcast against the weight tensor."""
+    """The scales of a tier, repeated over their blocks, so that they broadcast against the weight
+    tensor.
+    """
     axis = {"unit": 0, "input": 1}.get(tier)
-    return scales if block == 1 or axis is None or axis >= scales.ndim else scales.repeat_interleave(block, axis)
+    return (
+        scales
+        if block == 1 or axis is None or axis >= scales.ndim
+        else scales.repeat_interleave(block, axis)
+    )
 
 
 def tier_parts(values: Tensor, tier: Tier, block: int = 1) -> Tensor:
-    """The entries of a weight tensor that share a scale, as the last dimension after those of `tier_shape`."""
+    """The entries of a weight tensor that share a scale, as the last dimension after those of
+    `tier_shape`.
+    """
     rows = tier_shape(tuple(values.shape), tier, block)
     if tier == "input" and rows:
         values = values.transpose(0, 1)
     return values.reshape(*rows, -1)
 
 
-def sample_scales(name: str, fn: Any, shape: tuple[int, ...], tier: Tier, block: int = 1, init: Tensor | None = None) -> Tensor:
-    """The site `name` of a tier's scales, drawn from `fn` independently, spread so that they broadcast against a weight tensor of `shape`.
+def sample_scales(
+    name: str,
+    fn: Any,
+    shape: tuple[int, ...],
+    tier: Tier,
+    block: int = 1,
+    init: Tensor | None = None,
+) -> Tensor:
+    """The site `name` of a tier's scales, drawn from `fn` independently, spread so that they
+    broadcast against a weight tensor of `shape`.
 
     `init`: one number, where a guide should start all of them, on the unconstrained scale.
     """

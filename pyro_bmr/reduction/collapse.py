@@ -1,6 +1,8 @@
-"""Layers that a reduction empties: a network that goes through such a layer is a constant function, however many weights live elsewhere.
+"""Layers that a reduction empties: a network that goes through such a layer is a constant function,
+however many weights live elsewhere.
 
-Owns `collapse`, which says so in a sentence, from masks alone, and `collapse_of`, which reads them off a network. Imports torch only. Next: `multiplied.py`.
+Owns `collapse`, which says so in a sentence, from masks alone, and `collapse_of`, which reads them
+off a network. Imports torch only. Next: `multiplied.py`.
 """
 
 from __future__ import annotations
@@ -25,44 +27,80 @@ class _Layer(NamedTuple):
 def collapse(after: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = None) -> str | None:
     """What to say of the layers that have lost their units, or None.
 
-    A layer is a site of two or more dimensions, or the gain of a norm (a vector called ``<path>.weight``), but not a token (1, 1, d) or positions (1, n, d);
-    its units are its first axis, and one lives while an entry of it does. A fused projection of query, key and value is three layers. The sentence is due if
+    A layer is a site of two or more dimensions, or the gain of a norm (a vector called
+    ``<path>.weight``), but not a token (1, 1, d) or positions (1, n, d); its units are its first
+    axis, and one lives while an entry of it does. A fused projection of query, key and value is
+    three layers. The sentence is due if
 
-    - a layer has no living unit and had one before, and there are other layers, and not every entry of all sites is gone (the empty model, which needs no
-      warning); or
-    - a layer has less than a tenth of its units and had that tenth before, while the median of the other layers has more than half of theirs.
+    - a layer has no living unit and had one before, and there are other layers, and not every entry
+      of all sites is gone (the empty model, which needs no warning); or
+    - a layer has less than a tenth of its units and had that tenth before, while the median of the
+      other layers has more than half of theirs.
 
     Args:
-        after, before: site → bool tensor, True where a weight lives. Without `before`, every unit lived and only empty layers count.
+        after, before: site → bool tensor, True where a weight lives. Without `before`, every unit
+            lived and only empty layers count.
     """
     if not any(_is_layer(name, mask) for name, mask in after.items()):
         return None
     layers = _layers(after)
-    start = _layers(before) if before is not None else {name: _Layer(layer.units, layer.units) for name, layer in layers.items()}
+    start = (
+        _layers(before)
+        if before is not None
+        else {name: _Layer(layer.units, layer.units) for name, layer in layers.items()}
+    )
     if len(layers) < 2 or not any(bool(mask.any()) for mask in after.values()):
         return None
-    empty = [name for name, layer in layers.items() if layer.living == 0 and (start[name].living > 0 or before is None)]
-    narrow = [name for name, layer in layers.items() if before is not None and name not in empty and _narrow(name, layers, start)]
+    empty = [
+        name
+        for name, layer in layers.items()
+        if layer.living == 0 and (start[name].living > 0 or before is None)
+    ]
+    narrow = [
+        name
+        for name, layer in layers.items()
+        if before is not None and name not in empty and _narrow(name, layers, start)
+    ]
     parts = []
     if empty:
         which = _listed(empty, layers)
-        parts.append(f"no living unit is left in {which}: unless a skip connection goes around it, the network is a constant function of its input")
+        parts.append(
+            f"no living unit is left in {which}: unless a skip connection goes around it, the"
+            " network is a constant function of its input"
+        )
     if narrow:
-        parts.append(f"less than a tenth of the units lives in {_listed(narrow, layers)}, while the median of the other layers keeps more than half")
+        parts.append(
+            f"less than a tenth of the units lives in {_listed(narrow, layers)}, while the median"
+            " of the other layers keeps more than half"
+        )
     if not parts:
         return None
     site = (empty or narrow)[0].partition(" ")[0]
     others = [layer for name, layer in layers.items() if name not in empty + narrow]
-    rest = f"; the other layers keep {sum(o.living for o in others):,} of {sum(o.units for o in others):,}" if others else ""
+    rest = (
+        f"; the other layers keep {sum(o.living for o in others):,} of"
+        f" {sum(o.units for o in others):,}"
+        if others
+        else ""
+    )
     return (
-        f"layer collapse: {'; '.join(parts)}{rest}. Give the layer a target of its own, as in kept={{'{site}': 0.5}}, leave it out with "
-        f"to={{'{site}': None, '*': ...}}, prune less, or in rounds during a fit (Every)"
+        f"layer collapse: {'; '.join(parts)}{rest}. Give the layer a target of its own, as in"
+        f" kept={{'{site}': 0.5}}, leave it out with to={{'{site}': None, '*': ...}}, prune less,"
+        " or in rounds during a fit (Every)"
     )
 
 
 def collapse_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The same of the tensors of a plain network, in which pruned weights are zeros: of its empty layers, for a report."""
-    sentence = collapse({name: tensor != 0 for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.layout == torch.strided})
+    """The same of the tensors of a plain network, in which pruned weights are zeros: of its empty
+    layers, for a report.
+    """
+    sentence = collapse(
+        {
+            name: tensor != 0
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point() and tensor.layout == torch.strided
+        }
+    )
     return [sentence] if sentence else []
 
 
@@ -71,8 +109,18 @@ def _layers(masks: Mapping[str, Tensor]) -> dict[str, _Layer]:
     for name, mask in masks.items():
         if not _is_layer(name, mask):
             continue
-        rows = mask.flatten(1).any(1) if mask.ndim > 1 and mask.numel() else mask.new_zeros(len(mask)) if mask.ndim > 1 else mask
-        for part, own in zip(_PARTS if _is_fused(name, mask) else ("",), rows.chunk(3) if _is_fused(name, mask) else (rows,), strict=True):
+        rows = (
+            mask.flatten(1).any(1)
+            if mask.ndim > 1 and mask.numel()
+            else mask.new_zeros(len(mask))
+            if mask.ndim > 1
+            else mask
+        )
+        for part, own in zip(
+            _PARTS if _is_fused(name, mask) else ("",),
+            rows.chunk(3) if _is_fused(name, mask) else (rows,),
+            strict=True,
+        ):
             layers[f"{name}{part}"] = _Layer(int(own.sum()), len(own))
     return layers
 
@@ -80,7 +128,8 @@ def _layers(masks: Mapping[str, Tensor]) -> dict[str, _Layer]:
 def _is_layer(name: str, mask: Tensor) -> bool:
     if mask.ndim < 2:
         return mask.ndim == 1 and name.endswith(".weight")
-    return mask.ndim == 2 or len(mask) > 1 or "weight" in name.rpartition(".")[2]  # (1, n, d) is a token or the positions, which are added and may be 0
+    # (1, n, d) is a token or the positions, which are added and may be 0
+    return mask.ndim == 2 or len(mask) > 1 or "weight" in name.rpartition(".")[2]
 
 
 _PARTS = (" (query)", " (key)", " (value)")
@@ -94,10 +143,18 @@ def _is_fused(name: str, mask: Tensor) -> bool:
 
 def _narrow(name: str, layers: Mapping[str, _Layer], start: Mapping[str, _Layer]) -> bool:
     layer = layers[name]
-    others = [other.living / other.units for key, other in layers.items() if key != name and other.units]
-    return layer.living < _FEW * layer.units <= start[name].living and bool(others) and median(others) > _MOST
+    others = [
+        other.living / other.units for key, other in layers.items() if key != name and other.units
+    ]
+    return (
+        layer.living < _FEW * layer.units <= start[name].living
+        and bool(others)
+        and median(others) > _MOST
+    )
 
 
 def _listed(names: list[str], layers: Mapping[str, _Layer]) -> str:
-    shown = ", ".join(f"'{name}' ({layers[name].living} of {layers[name].units})" for name in names[:_NAMED])
+    shown = ", ".join(
+        f"'{name}' ({layers[name].living} of {layers[name].units})" for name in names[:_NAMED]
+    )
     return f"layer {shown}" + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -1,4 +1,5 @@
-"""The living entries of a site as vectors, which is what a rule of a reduced prior works on, and what it answers.
+"""The living entries of a site as vectors, which is what a rule of a reduced prior works on, and
+what it answers.
 
 Owns `Living`, `Reduced` and `living_part`. Next: `slabs.py`.
 """
@@ -17,7 +18,8 @@ from pyro_bmr.posteriors.site import Site
 
 @dataclass(frozen=True)
 class Living:
-    """The living entries of a site as vectors: posterior `q` and prior `p` of the fit, the point spike's ΔF of each, and the group of each.
+    """The living entries of a site as vectors: posterior `q` and prior `p` of the fit, the point
+    spike's ΔF of each, and the group of each.
 
     `groups`: an integer from 0 for each; None where each weight decides for itself.
     """
@@ -32,10 +34,19 @@ class Living:
     def rows(self) -> Tensor:
         """The output unit of each entry, counted over those with a living entry."""
         shape = self.site.mean.shape
-        return numbered(_column(torch.arange(shape[0] if shape else 1, device=self.site.mean.device).view(-1, *[1] * (len(shape) - 1)), self.site))
+        return numbered(
+            _column(
+                torch.arange(shape[0] if shape else 1, device=self.site.mean.device).view(
+                    -1, *[1] * (len(shape) - 1)
+                ),
+                self.site,
+            )
+        )
 
     def target(self, gaussian: Any) -> Diagonal:
-        """A Gaussian of the site's shape, or of one that broadcasts to it, at the living entries."""
+        """A Gaussian of the site's shape, or of one that broadcasts to it, at the living
+        entries.
+        """
         full = moments(gaussian, self.site.mean)
         return Diagonal(_column(full.mean, self.site), _column(full.var, self.site))
 
@@ -43,7 +54,9 @@ class Living:
         """One number per decision: the sum over its entries."""
         if self.groups is None:
             return each
-        return each.new_zeros(int(self.groups.max()) + 1 if len(each) else 0).index_add_(0, self.groups, each)
+        return each.new_zeros(int(self.groups.max()) + 1 if len(each) else 0).index_add_(
+            0, self.groups, each
+        )
 
     def spread(self, decisions: Tensor) -> Tensor:
         """The decision of each entry."""
@@ -52,7 +65,9 @@ class Living:
 
 @dataclass(frozen=True)
 class Reduced:
-    """What a rule answers: ΔF of the site, log odds by which each living entry goes, their moments and their prior from now on."""
+    """What a rule answers: ΔF of the site, log odds by which each living entry goes, their moments
+    and their prior from now on.
+    """
 
     delta_f: float
     drop: Tensor
@@ -67,14 +82,26 @@ def living_part(site: Site, spike: Tensor, groups: Tensor | None = None) -> Livi
     assert site.prior is not None
     p = Diagonal(*(_column(t.to(site.mean), site) for t in (site.prior.mean, site.prior.var)))
     index = None if groups is None else numbered(_column(groups, site))
-    return Living(site, Diagonal(_column(site.mean, site), _column(site.var, site)), p, _column(spike, site), index)
+    return Living(
+        site,
+        Diagonal(_column(site.mean, site), _column(site.var, site)),
+        p,
+        _column(spike, site),
+        index,
+    )
 
 
 def _column(t: Tensor, site: Site) -> Tensor:
-    """The living entries of `t`, which broadcasts to the site, as a vector: a view where everything lives or `t` is one number."""
+    """The living entries of `t`, which broadcasts to the site, as a vector: a view where everything
+    lives or `t` is one number.
+    """
     if t.numel() == 1:
         return t.reshape(()).expand(site.living)
-    return t.expand(site.mean.shape).reshape(-1) if site.mask is None else t.expand(site.mean.shape)[site.mask]
+    return (
+        t.expand(site.mean.shape).reshape(-1)
+        if site.mask is None
+        else t.expand(site.mean.shape)[site.mask]
+    )
 
 
 def numbered(groups: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""Which entries of which sites live or die together: the group of each entry, as an integer tensor in the shape of its site.
+"""Which entries of which sites live or die together: the group of each entry, as an integer tensor
+in the shape of its site.
 
-Owns `group_labels`, which makes them of a word such as "unit", and the patterns `Block` and `NofM`. Imports torch only. Next: `entries.py`.
+Owns `group_labels`, which makes them of a word such as "unit", and the patterns `Block` and `NofM`.
+Imports torch only. Next: `entries.py`.
 """
 
 from __future__ import annotations
@@ -19,12 +21,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 GROUPS = ("unit", "channel", "input", "head", "layer")
 """The groups that `group_labels` knows by name."""
 
-_IN_PROJECTIONS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_IN_PROJECTIONS = (
+    "in_proj_weight",
+    "in_proj_bias",
+    "q_proj_weight",
+    "k_proj_weight",
+    "v_proj_weight",
+)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Groups that are tiles of `rows` × `columns` entries of a matrix (out, in·...), for block-sparse kernels."""
+    """Groups that are tiles of `rows` × `columns` entries of a matrix (out, in·...), for
+    block-sparse kernels.
+    """
 
     rows: int
     columns: int
@@ -36,7 +46,9 @@ class Block:
 
 @dataclass(frozen=True)
 class NofM:
-    """`n` of every `m` neighbours along the inputs of a matrix (out, in·...) live: those with the smallest ΔF of being zero. NofM(2, 4) is the 2:4 pattern."""
+    """`n` of every `m` neighbours along the inputs of a matrix (out, in·...) live: those with the
+    smallest ΔF of being zero. NofM(2, 4) is the 2:4 pattern.
+    """
 
     n: int = 2
     m: int = 4
@@ -46,7 +58,8 @@ class NofM:
             raise ReductionError(f"{described(self)}: 0 < n < m is wanted, as in NofM(2, 4)")
 
     def mask(self, drop: Tensor) -> Tensor:
-        """True for the n entries of each m with the smallest `drop`; dead entries (infinite `drop`) stay dead, vectors are left whole.
+        """True for the n entries of each m with the smallest `drop`; dead entries (infinite `drop`)
+        stay dead, vectors are left whole.
 
         Raises:
             ReductionError: the inputs of the matrix do not divide by m.
@@ -55,7 +68,10 @@ class NofM:
             return drop.isfinite() | (drop < 0)
         rows = drop.flatten(1)
         if rows.shape[1] % self.m:
-            raise ReductionError(f"{rows.shape[1]} inputs do not divide by m = {self.m}; leave the site out with to={{'<site>': None, ...}}")
+            raise ReductionError(
+                f"{rows.shape[1]} inputs do not divide by m = {self.m}; leave the site out with"
+                " to={'<site>': None, ...}"
+            )
         tiles = rows.unflatten(1, (-1, self.m))
         rank = tiles.argsort(dim=-1, stable=True).argsort(dim=-1)
         return ((rank < self.n) & (tiles < math.inf)).view(drop.shape)
@@ -67,32 +83,46 @@ class NofM:
 
     def left_out(self, shapes: Shapes) -> str | None:
         """What to say of those, which the pattern leaves as they are; None if there are none."""
-        listed = [f"site '{name}' ({count} inputs)" for name, count in self.undivided(shapes).items()]
+        listed = [
+            f"site '{name}' ({count} inputs)" for name, count in self.undivided(shapes).items()
+        ]
         if not listed:
             return None
         more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-        return f"NofM({self.n}, {self.m}) leaves {', '.join(listed[:5])}{more} out: the inputs do not divide by m = {self.m}"
+        return (
+            f"NofM({self.n}, {self.m}) leaves {', '.join(listed[:5])}{more} out: the inputs do not"
+            f" divide by m = {self.m}"
+        )
 
 
-def group_labels(shapes: Shapes, per: str | Block | Mapping[str, Tensor], heads: int | Mapping[str, int] | None = None) -> dict[str, Tensor]:
-    """Site → the number of each entry's group, −1 for entries that are in none and stay. Groups may have entries in several sites.
+def group_labels(
+    shapes: Shapes,
+    per: str | Block | Mapping[str, Tensor],
+    heads: int | Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """Site → the number of each entry's group, −1 for entries that are in none and stay. Groups may
+    have entries in several sites.
 
     Args:
         shapes: site → shape.
         per: what a group is.
 
-            - ``"unit"`` or ``"channel"``: the weights into one output unit or channel, `weight[i]` of a site (out, in, ...), with its bias, the entry i of the
-              site of the same module path that ends in ``bias``. Entries of other vectors are groups of their own.
+            - ``"unit"`` or ``"channel"``: the weights into one output unit or channel, `weight[i]`
+              of a site (out, in, ...), with its bias, the entry i of the site of the same module
+              path that ends in ``bias``. Entries of other vectors are groups of their own.
             - ``"input"``: the weights out of one input, `weight[:, j]`. Vectors are in no group.
-            - ``"head"``: a head of a `torch.nn.MultiheadAttention`: its rows of the projections of query, key and value, its entries of their bias, and its
-              columns of ``out_proj.weight``. All other entries are in no group.
+            - ``"head"``: a head of a `torch.nn.MultiheadAttention`: its rows of the projections of
+              query, key and value, its entries of their bias, and its columns of
+              ``out_proj.weight``. All other entries are in no group.
             - ``"layer"``: all sites of one module path.
             - `Block`: a tile of a matrix. Vectors are in no group.
-            - a mapping from sites to integer tensors that broadcast to the site: entries with one number, in whatever site, are one group; negative: in none.
+            - a mapping from sites to integer tensors that broadcast to the site: entries with one
+              number, in whatever site, are one group; negative: in none.
         heads: for ``"head"``: the number of heads, of all attention layers or module path → number.
 
     Raises:
-        ReductionError: `per` is none of these, a label does not fit its site, or the heads do not divide the width.
+        ReductionError: `per` is none of these, a label does not fit its site, or the heads do not
+            divide the width.
     """
     if isinstance(per, Mapping):
         return _own_labels(shapes, per)
@@ -102,7 +132,10 @@ def group_labels(shapes: Shapes, per: str | Block | Mapping[str, Tensor], heads:
     if isinstance(per, str) and per == "head":
         return _heads(shapes, heads)
     if not isinstance(per, str) or per not in kinds:
-        raise ReductionError(f"per={described(per)}: one of 'weight', {', '.join(map(repr, GROUPS))}, Block(...), NofM(...) or a mapping from sites to labels")
+        raise ReductionError(
+            f"per={described(per)}: one of 'weight', {', '.join(map(repr, GROUPS))}, Block(...),"
+            " NofM(...) or a mapping from sites to labels"
+        )
     return kinds[per](shapes)
 
 
@@ -111,7 +144,11 @@ def _numbered(shapes: Shapes, local: Mapping[str, Tensor | None]) -> dict[str, T
     labels, used = {}, 0
     for name, shape in shapes.items():
         own = local[name]
-        labels[name] = torch.full((1,) * len(shape), -1).expand(shape) if own is None else (own + used).expand(shape)
+        labels[name] = (
+            torch.full((1,) * len(shape), -1).expand(shape)
+            if own is None
+            else (own + used).expand(shape)
+        )
         used += 0 if own is None or not own.numel() else int(own.max()) + 1
     return labels
 
@@ -122,19 +159,43 @@ def _units(shapes: Shapes) -> dict[str, Tensor]:
         weight = _sibling(name, "bias", "weight")
         if len(shape) == 1 and len(shapes.get(weight, ())) > 1 and shapes[weight][0] == shape[0]:
             biases[name] = weight
-    rows = {name: torch.arange(math.prod(shape[:1])).view(shape[:1] + (1,) * len(shape[1:])) for name, shape in shapes.items()}
-    labels = _numbered(shapes, {name: None if name in biases else own for name, own in rows.items()})
-    return {name: labels[biases[name]].flatten(1)[:, 0] if name in biases else own for name, own in labels.items()}
+    rows = {
+        name: torch.arange(math.prod(shape[:1])).view(shape[:1] + (1,) * len(shape[1:]))
+        for name, shape in shapes.items()
+    }
+    labels = _numbered(
+        shapes, {name: None if name in biases else own for name, own in rows.items()}
+    )
+    return {
+        name: labels[biases[name]].flatten(1)[:, 0] if name in biases else own
+        for name, own in labels.items()
+    }
 
 
 def _inputs(shapes: Shapes) -> dict[str, Tensor]:
-    return _numbered(shapes, {name: torch.arange(shape[1]).view(-1, *(1,) * (len(shape) - 2)) if len(shape) > 1 else None for name, shape in shapes.items()})
+    return _numbered(
+        shapes,
+        {
+            name: (
+                torch.arange(shape[1]).view(-1, *(1,) * (len(shape) - 2))
+                if len(shape) > 1
+                else None
+            )
+            for name, shape in shapes.items()
+        },
+    )
 
 
 def _layers(shapes: Shapes) -> dict[str, Tensor]:
-    paths = [name.rpartition(".")[0] if "." in name or name in ("weight", "bias") else f"{name}." for name in shapes]
+    paths = [
+        name.rpartition(".")[0] if "." in name or name in ("weight", "bias") else f"{name}."
+        for name in shapes
+    ]
     order = {path: k for k, path in enumerate(dict.fromkeys(paths))}
-    return {name: torch.tensor(order[path]).expand(shape) for (name, shape), path in zip(shapes.items(), paths, strict=True)}
+    return {
+        name: torch.tensor(order[path]).expand(shape)
+        for (name, shape), path in zip(shapes.items(), paths, strict=True)
+    }
 
 
 def _tiles(shape: tuple[int, ...], block: Block) -> Tensor | None:
@@ -142,7 +203,10 @@ def _tiles(shape: tuple[int, ...], block: Block) -> Tensor | None:
         return None
     columns = math.prod(shape[1:])
     across = -(-columns // block.columns)
-    labels = torch.arange(shape[0])[:, None] // block.rows * across + torch.arange(columns) // block.columns
+    labels = (
+        torch.arange(shape[0])[:, None] // block.rows * across
+        + torch.arange(columns) // block.columns
+    )
     return labels.view(shape)
 
 
@@ -159,17 +223,23 @@ def _heads(shapes: Shapes, heads: int | Mapping[str, int] | None) -> dict[str, T
             continue
         count = heads.get(path) if isinstance(heads, Mapping) else heads
         if count is None:
-            raise ReductionError(f"per='head': how many heads has '{path}'? pass heads=8, or heads={{'{path}': 8}}")
+            raise ReductionError(
+                f"per='head': how many heads has '{path}'? pass heads=8, or heads={{'{path}': 8}}"
+            )
         width = shape[along] // 3 if leaf in ("in_proj_weight", "in_proj_bias") else shape[along]
         if count < 1 or width % count:
-            raise ReductionError(f"heads={count}: the width {width} of site '{name}' does not divide into so many heads")
+            raise ReductionError(
+                f"heads={count}: the width {width} of site '{name}' does not divide into so many"
+                " heads"
+            )
         if path not in layers:
             layers[path], used = used, used + count
         index = torch.arange(shape[along]) % width // (width // count) + layers[path]
         labels[name] = index.view(*(1,) * along, -1, *(1,) * (len(shape) - along - 1)).expand(shape)
     if not layers:
         raise ReductionError(
-            f"per='head': no site is a projection of a torch.nn.MultiheadAttention; the sites are: {', '.join(shapes)}; pass labels of your own"
+            "per='head': no site is a projection of a torch.nn.MultiheadAttention; the sites are:"
+            f" {', '.join(shapes)}; pass labels of your own"
         )
     return labels
 
@@ -177,18 +247,26 @@ def _heads(shapes: Shapes, heads: int | Mapping[str, int] | None) -> dict[str, T
 def _own_labels(shapes: Shapes, per: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, own in per.items():
         if name not in shapes:
-            raise ReductionError(f"per: there is no reduced site '{name}'; the reduced sites are: {', '.join(shapes)}")
-        fits = own.ndim <= len(shapes[name]) and all(a in (1, b) for a, b in zip(own.shape[::-1], shapes[name][::-1], strict=False))
+            raise ReductionError(
+                f"per: there is no reduced site '{name}'; the reduced sites are:"
+                f" {', '.join(shapes)}"
+            )
+        fits = own.ndim <= len(shapes[name]) and all(
+            a in (1, b) for a, b in zip(own.shape[::-1], shapes[name][::-1], strict=False)
+        )
         if own.is_floating_point() or own.dtype == torch.bool or not fits:
             raise ReductionError(
-                f"per: the groups of site '{name}' must be integers that broadcast to {tuple(shapes[name])}, got {own.dtype} of shape {tuple(own.shape)}"
+                f"per: the groups of site '{name}' must be integers that broadcast to"
+                f" {tuple(shapes[name])}, got {own.dtype} of shape {tuple(own.shape)}"
             )
     distinct = torch.unique(torch.cat([own.flatten().long().cpu() for own in per.values()]))
     distinct = distinct[distinct >= 0]
     labels = {}
     for name, shape in shapes.items():
         own = per[name].long().cpu() if name in per else torch.tensor(-1)
-        labels[name] = torch.where(own >= 0, torch.searchsorted(distinct, own.contiguous()), -1).expand(shape)
+        labels[name] = torch.where(
+            own >= 0, torch.searchsorted(distinct, own.contiguous()), -1
+        ).expand(shape)
     return labels
 
 

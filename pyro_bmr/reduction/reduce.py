@@ -1,6 +1,7 @@
 """`reduce`: which reduced prior for which site of a posterior, and the decision, weight by weight.
 
-Owns `reduce`. What one prior says of one site is in `rules.py`, the decision over all in `decisions.py`, the result in `result.py`. Next: `pruning.py`.
+Owns `reduce`. What one prior says of one site is in `rules.py`, the decision over all in
+`decisions.py`, the result in `result.py`. Next: `pruning.py`.
 """
 
 from __future__ import annotations
@@ -40,47 +41,64 @@ def reduce(
     heads: int | Mapping[str, int] | None = None,
     search: SearchMethod | None = greedy_search,
 ) -> Reduction:
-    r"""What the evidence, the posterior and the set of living weights would be under the prior `to`; no new fit.
+    r"""What the evidence, the posterior and the set of living weights would be under the prior
+    `to`; no new fit.
 
-    Warns (`PyroBMRWarning`, and `Reduction.warnings`) where a layer loses its units, where factors of a product are pruned apart, and where ΔF is a sum over
-    more weights than can be independent.
+    Warns (`PyroBMRWarning`, and `Reduction.warnings`) where a layer loses its units, where factors
+    of a product are pruned apart, and where ΔF is a sum over more weights than can be independent.
 
-    Each weight's question is the point spike's: ΔF = ½ log(σ₀²/σ²) − ½ μ²/σ² for a prior N(0, σ₀²) and a posterior N(μ, σ²). The question of a group is whether
-    all of it goes: its ΔF is the sum over its weights, or where the posterior has correlations (`Site.joint`) the joint density ratio log q(0) − log p(0).
+    Each weight's question is the point spike's: ΔF = ½ log(σ₀²/σ²) − ½ μ²/σ² for a prior N(0, σ₀²)
+    and a posterior N(μ, σ²). The question of a group is whether all of it goes: its ΔF is the sum
+    over its weights, or where the posterior has correlations (`Site.joint`) the joint density ratio
+    log q(0) − log p(0).
 
     Args:
-        posterior: of a fit under Gaussian priors; entries that its masks have pruned stay pruned and count nowhere.
-        to: the reduced prior, or patterns of site names → reduced prior (None leaves a site alone). A prior without patterns goes to every real
-            site with a Gaussian prior.
+        posterior: of a fit under Gaussian priors; entries that its masks have pruned stay pruned
+            and count nowhere.
+        to: the reduced prior, or patterns of site names → reduced prior (None leaves a site alone).
+            A prior without patterns goes to every real site with a Gaussian prior.
 
-            - ``Gaussian(scale=0)``, the point spike: a weight goes when its ΔF is above `threshold`; the site's ΔF is the sum over those that went.
-            - ``Gaussian(scale=s)``: new moments, nothing is pruned. ``Gaussian()``: s per site by its evidence.
-            - ``SpikeAndSlab()``: a weight goes when ΔF − ζ is above `threshold`, with ζ the inclusion log odds of the site; a group has one indicator.
-            - ``Horseshoe()``: new moments; a weight goes when logit κ is above `threshold`, that is, when κ > ½; a group when the sum of its logits is.
-            - None: the decision of the priors under which the posterior was fitted (a horseshoe's, by the evidence given its scales;
-              inclusion < ½; a Gaussian keeps all); ΔF is 0.
+            - ``Gaussian(scale=0)``, the point spike: a weight goes when its ΔF is above
+              `threshold`; the site's ΔF is the sum over those that went.
+            - ``Gaussian(scale=s)``: new moments, nothing is pruned. ``Gaussian()``: s per site by
+              its evidence.
+            - ``SpikeAndSlab()``: a weight goes when ΔF − ζ is above `threshold`, with ζ the
+              inclusion log odds of the site; a group has one indicator.
+            - ``Horseshoe()``: new moments; a weight goes when logit κ is above `threshold`, that
+              is, when κ > ½; a group when the sum of its logits is.
+            - None: the decision of the priors under which the posterior was fitted (a horseshoe's,
+              by the evidence given its scales; inclusion < ½; a Gaussian keeps all); ΔF is 0.
 
-            Scales are in the units of the site: a standardised site (`Gaussian("layer")`) counts them in layer scales.
-        per: what goes or stays as one: ``"weight"``, ``"unit"``, ``"channel"``, ``"input"``, ``"head"`` or ``"layer"`` (see `groups.group_labels`), a tile
-            ``Block(rows, columns)``, or a mapping from sites to integer tensors, the number of each entry's group (negative: stays). ``NofM(2, 4)`` is a
-            constraint instead: of every 4 neighbours along the inputs the 2 with the smallest ΔF live, whatever the evidence says.
+            Scales are in the units of the site: a standardised site (`Gaussian("layer")`) counts
+                them in layer scales.
+        per: what goes or stays as one: ``"weight"``, ``"unit"``, ``"channel"``, ``"input"``,
+            ``"head"`` or ``"layer"`` (see `groups.group_labels`), a tile ``Block(rows, columns)``,
+            or a mapping from sites to integer tensors, the number of each entry's group (negative:
+            stays). ``NofM(2, 4)`` is a constraint instead: of every 4 neighbours along the inputs
+            the 2 with the smallest ΔF live, whatever the evidence says.
         threshold: in nats, per weight or group.
-        kept: instead of the threshold, prune the weights with the largest spike ΔF, or the groups with the largest per weight, until this fraction of all the
-            sites' entries lives. Of several layers the last one's units, which are the outputs of a network, stay then (with ``"unit"`` and ``"channel"``; a
-            mapping of your own for `per` says otherwise). Patterns of site names → fraction set a target for each site of its own; sites that none names
+        kept: instead of the threshold, prune the weights with the largest spike ΔF, or the groups
+            with the largest per weight, until this fraction of all the sites' entries lives. Of
+            several layers the last one's units, which are the outputs of a network, stay then (with
+            ``"unit"`` and ``"channel"``; a mapping of your own for `per` says otherwise). Patterns
+            of site names → fraction set a target for each site of its own; sites that none names
             follow the evidence.
         heads: the number of attention heads for ``per="head"``, or module path → number.
-        search: how sites with correlations are searched when they are reduced to the point spike: `greedy_search`, `exhaustive_search`, a `partial` of them,
-            or None for one decision per weight or group without regard to the others. With a `kept` per site there is no search.
+        search: how sites with correlations are searched when they are reduced to the point spike:
+            `greedy_search`, `exhaustive_search`, a `partial` of them, or None for one decision per
+            weight or group without regard to the others. With a `kept` per site there is no search.
 
     Raises:
-        ReductionError: no site can be reduced, a pattern matches none, the posterior is a point estimate, or an argument is out of range.
+        ReductionError: no site can be reduced, a pattern matches none, the posterior is a point
+            estimate, or an argument is out of range.
 
     Example:
         >>> reduce(posterior, to=Gaussian(scale=0)).table()  # the point spike, weight by weight
         >>> reduce(posterior, to={"fc1.*": Gaussian(scale=0)}, per="unit", kept=0.5)  # half of the units of one layer, with their biases
     """
-    reduction = quiet_reduction(posterior, to, per, threshold=threshold, kept=kept, heads=heads, search=search)
+    reduction = quiet_reduction(
+        posterior, to, per, threshold=threshold, kept=kept, heads=heads, search=search
+    )
     for message in reduction.warnings:
         warn(message)
     return reduction
@@ -96,11 +114,18 @@ def quiet_reduction(
     heads: int | Mapping[str, int] | None = None,
     search: SearchMethod | None = greedy_search,
 ) -> Reduction:
-    """As `reduce`, which has the arguments, without warning: for one of the many reductions of a fit. What `reduce` warns of is in `Reduction.warnings`."""
+    """As `reduce`, which has the arguments, without warning: for one of the many reductions of a
+    fit. What `reduce` warns of is in `Reduction.warnings`.
+    """
     if not isinstance(posterior, Posterior):
-        raise ReductionError(f"reduce: a Posterior is wanted, such as fit.posterior; got {type(posterior).__name__}")
+        raise ReductionError(
+            f"reduce: a Posterior is wanted, such as fit.posterior; got {type(posterior).__name__}"
+        )
     if any(isinstance(prior, type) for prior in (to.values() if isinstance(to, Mapping) else [to])):
-        raise ReductionError(f"to={described(to)}: a prior is wanted and not its class; call it, as in Gaussian(scale=0)")
+        raise ReductionError(
+            f"to={described(to)}: a prior is wanted and not its class; call it, as in"
+            " Gaussian(scale=0)"
+        )
     if not holds(lambda t: not math.isnan(t), threshold):
         raise ReductionError(f"threshold={described(threshold)}: a number of nats is wanted")
     _check_arguments(per, kept, heads)
@@ -110,8 +135,12 @@ def quiet_reduction(
     for name, prior in list(targets.items()):
         try:
             if isinstance(prior, SpikeAndSlab) and labels is not None:
-                targets[name] = prior = with_slab(posterior, name, prior, labels[name].to(posterior[name].mean.device))
-            results[name] = _rescaled(posterior[name], prior, site_reduction(posterior, name, prior))
+                targets[name] = prior = with_slab(
+                    posterior, name, prior, labels[name].to(posterior[name].mean.device)
+                )
+            results[name] = _rescaled(
+                posterior[name], prior, site_reduction(posterior, name, prior)
+            )
         except ReductionError as error:
             raise ReductionError(f"site '{name}': {error}") from None
     said: list[str] = []
@@ -128,18 +157,33 @@ def quiet_reduction(
             went = result.site.alive & ~masks[name]
             each = result.spike_delta_f[went]
             gained, terms = (total(each), len(each)) if gain is None else (gain, int(len(each) > 0))
-        elif isinstance(targets[name], SpikeAndSlab) and labels is not None:  # one indicator for each group
+        # one indicator for each group
+        elif isinstance(targets[name], SpikeAndSlab) and labels is not None:
             terms = len(labels[name].to(result.site.mean.device)[result.site.alive].unique())
         results[name] = replace(result, delta_f=gained, site=site, terms=terms)
-    after = replace(posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}})
-    return Reduction(results, after, posterior, labels, (*said, *multiplied(posterior, results, labels), *cautions(posterior, results)))
+    after = replace(
+        posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}}
+    )
+    return Reduction(
+        results,
+        after,
+        posterior,
+        labels,
+        (*said, *multiplied(posterior, results, labels), *cautions(posterior, results)),
+    )
 
 
 def _rescaled(site: Site, to: Prior | None, result: SiteReduction) -> SiteReduction:
-    """With correlations, under a Gaussian of another scale: the exact answer in the place of that of the marginals. Other continuous priors leave marginals."""
+    """With correlations, under a Gaussian of another scale: the exact answer in the place of that
+    of the marginals. Other continuous priors leave marginals.
+    """
     if site.joint is None or result.site.prior is site.prior:
         return replace(result, terms=0 if to is None else result.site.living)
-    exact = rescaled_site(site, result.site.prior) if isinstance(to, Gaussian) and result.site.prior is not None else None
+    exact = (
+        rescaled_site(site, result.site.prior)
+        if isinstance(to, Gaussian) and result.site.prior is not None
+        else None
+    )
     if exact is None:
         return replace(result, site=replace(result.site, joint=None), terms=site.living)
     return replace(result, site=exact[0], delta_f=exact[1], terms=1)
@@ -152,14 +196,28 @@ def _labels(
     kept: float | Mapping[str, float] | None,
     heads: int | Mapping[str, int] | None,
 ) -> dict[str, Tensor] | None:
-    """The group of each entry, None for single weights. For a target size over several layers the units of the network's last one are in no group."""
+    """The group of each entry, None for single weights. For a target size over several layers the
+    units of the network's last one are in no group.
+    """
     if isinstance(per, NofM) or (isinstance(per, str) and per == "weight"):
         return None
     labels = group_labels({name: tuple(posterior[name].mean.shape) for name in targets}, per, heads)
-    matrices = [name for name in posterior if posterior[name].support == "real" and posterior[name].mean.ndim > 1]
-    if isinstance(per, str) and per in ("unit", "channel") and isinstance(kept, float | int) and matrices and {matrices[-1]} < set(matrices) & set(targets):
+    matrices = [
+        name
+        for name in posterior
+        if posterior[name].support == "real" and posterior[name].mean.ndim > 1
+    ]
+    if (
+        isinstance(per, str)
+        and per in ("unit", "channel")
+        and isinstance(kept, float | int)
+        and matrices
+        and {matrices[-1]} < set(matrices) & set(targets)
+    ):
         outputs = labels[matrices[-1]].flatten()
-        labels = {name: torch.where(torch.isin(own, outputs), -1, own) for name, own in labels.items()}
+        labels = {
+            name: torch.where(torch.isin(own, outputs), -1, own) for name, own in labels.items()
+        }
     return labels
 
 
@@ -168,26 +226,44 @@ def _check_arguments(per: object, kept: float | Mapping[str, float] | None, head
         if fraction is not None and not holds(lambda x: 0 <= x <= 1, fraction):
             raise ReductionError(f"kept={described(kept)}: a fraction between 0 and 1 is wanted")
     if heads is not None and not (isinstance(per, str) and per == "head"):
-        raise ReductionError(f"heads={described(heads)}: only per='head' asks for the number of heads; got per={described(per)}")
+        raise ReductionError(
+            f"heads={described(heads)}: only per='head' asks for the number of heads; got"
+            f" per={described(per)}"
+        )
     if isinstance(per, NofM) and kept is not None:
-        raise ReductionError(f"kept={described(kept)}: {per} fixes the fraction itself; leave kept out")
+        raise ReductionError(
+            f"kept={described(kept)}: {per} fixes the fraction itself; leave kept out"
+        )
 
 
-def _targets(posterior: Posterior, to: Prior | Mapping[str, Prior | None] | None) -> dict[str, Prior | None]:
+def _targets(
+    posterior: Posterior, to: Prior | Mapping[str, Prior | None] | None
+) -> dict[str, Prior | None]:
     if to is None:
-        chosen: dict[str, Prior | None] = {name: None for name, site in posterior.sites.items() if site.support == "real" and site.declared is not None}
+        chosen: dict[str, Prior | None] = {
+            name: None
+            for name, site in posterior.sites.items()
+            if site.support == "real" and site.declared is not None
+        }
     elif isinstance(to, Mapping):
         chosen = {}
         for pattern in to:
             if not any(fnmatchcase(name, pattern) for name in posterior):
-                raise ReductionError(f"pattern '{pattern}' matches no site; the sites are: {', '.join(posterior)}")
+                raise ReductionError(
+                    f"pattern '{pattern}' matches no site; the sites are: {', '.join(posterior)}"
+                )
         for name in posterior:
             found = next((p for p in to if fnmatchcase(name, p)), None)
             reducible = posterior[name].support == "real" and posterior[name].prior is not None
-            if found is not None and to[found] is not None and (reducible or found == name):  # an exact name that cannot be reduced is refused by name
+            # an exact name that cannot be reduced is refused by name
+            if found is not None and to[found] is not None and (reducible or found == name):
                 chosen[name] = to[found]
     else:
-        chosen = {name: to for name, site in posterior.sites.items() if site.support == "real" and site.prior is not None}
+        chosen = {
+            name: to
+            for name, site in posterior.sites.items()
+            if site.support == "real" and site.prior is not None
+        }
     if not chosen:
         raise ReductionError(
             "no site to reduce: none is real with a Gaussian prior; the sites are: "

@@ -1,8 +1,10 @@
-r"""Where a search over subsets stands: what each group gains by going or coming back, and the moves.
+r"""Where a search over subsets stands: what each group gains by going or coming back, and the
+moves.
 
-Owns `SearchPath`, and `start` and `without`, with which every search begins and goes on. The candidates
-of a step are compared through a state that a rank-one change updates (`formulas/conditioning.py`), so none needs
-a factorisation of its own. Imports torch only. Next: `search.py`.
+Owns `SearchPath`, and `start` and `without`, with which every search begins and goes on. The
+candidates of a step are compared through a state that a rank-one change updates
+(`formulas/conditioning.py`), so none needs a factorisation of its own. Imports torch only. Next:
+`search.py`.
 """
 
 from __future__ import annotations
@@ -30,9 +32,16 @@ def start(posterior: Any, prior: Any, groups: Any) -> tuple[list[State], Members
     labels: list[Tensor] = []
     used = 0
     for k, q in enumerate(posteriors):
-        own = torch.arange(entries(q)) + used if groups is None else torch.as_tensor(groups[k] if many else groups).cpu()
+        own = (
+            torch.arange(entries(q)) + used
+            if groups is None
+            else torch.as_tensor(groups[k] if many else groups).cpu()
+        )
         if tuple(own.shape) != (entries(q),) or own.is_floating_point():
-            raise ReductionError(f"groups: one integer for each of the {entries(q)} entries is wanted, got {own.dtype} of shape {tuple(own.shape)}")
+            raise ReductionError(
+                f"groups: one integer for each of the {entries(q)} entries is wanted, got"
+                f" {own.dtype} of shape {tuple(own.shape)}"
+            )
         labels.append(own)
         used += entries(q)
     found: dict[int, list[tuple[int, Tensor]]] = {}
@@ -43,9 +52,15 @@ def start(posterior: Any, prior: Any, groups: Any) -> tuple[list[State], Members
             if name >= 0:
                 found.setdefault(name, []).append((k, index))
     if not found:
-        raise ReductionError("groups: every entry is in no group (−1), so there is nothing to search")
+        raise ReductionError(
+            "groups: every entry is in no group (−1), so there is nothing to search"
+        )
     members = [found[name] for name in sorted(found)]
-    return [initial_state(q, p) for q, p in zip(posteriors, priors, strict=True)], members, (posteriors, priors)
+    return (
+        [initial_state(q, p) for q, p in zip(posteriors, priors, strict=True)],
+        members,
+        (posteriors, priors),
+    )
 
 
 def without(states: Sequence[State], member: list[tuple[int, Tensor]]) -> tuple[list[State], float]:
@@ -115,7 +130,9 @@ class SearchPath:
         return True
 
     def neighbours(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Every group once, the ΔF of the model in which it alone has flipped, and the gains there."""
+        """Every group once, the ΔF of the model in which it alone has flipped, and the gains
+        there.
+        """
         easy = self.lost + self.loss() <= _LOSS
         groups = (self.alive | easy).nonzero()[:, 0]
         totals = self.total + torch.where(self.alive, self.drop, -self.drop)[groups]
@@ -133,7 +150,9 @@ class SearchPath:
         chosen, totals, table = (torch.cat(column) for column in zip(*parts, strict=True))
         return chosen, totals, table
 
-    def left_out(self, states: list[State], total: float, gone: list[int]) -> Iterator[tuple[int, list[State], float]]:
+    def left_out(
+        self, states: list[State], total: float, gone: list[int]
+    ) -> Iterator[tuple[int, list[State], float]]:
         """Each of the groups `gone` with the state in which all of them but this one are set to
         zero, by halves: none is let go, which loses digits."""
         if len(gone) == 1:
@@ -168,7 +187,9 @@ class SearchPath:
 
 
 class _Singles(NamedTuple):
-    """The groups of one entry: per structure their numbers and their entries. The numbers of all others."""
+    """The groups of one entry: per structure their numbers and their entries. The numbers of all
+    others.
+    """
 
     groups: list[Tensor]
     positions: list[Tensor]
@@ -183,11 +204,16 @@ class _Singles(NamedTuple):
                 pairs[member[0][0]].append((g, int(member[0][1])))
             else:
                 others.append(g)
-        groups, index = ([torch.tensor([pair[part] for pair in own], dtype=torch.long) for own in pairs] for part in (0, 1))
+        groups, index = (
+            [torch.tensor([pair[part] for pair in own], dtype=torch.long) for own in pairs]
+            for part in (0, 1)
+        )
         return cls(groups, index, others)
 
 
-def _drop_gains(states: Sequence[State], members: Members, alive: Tensor, singles: _Singles) -> Tensor:
+def _drop_gains(
+    states: Sequence[State], members: Members, alive: Tensor, singles: _Singles
+) -> Tensor:
     """Per group: log q − log p of the group at zero, given the other groups that are gone."""
     gains = torch.empty(len(members), dtype=torch.float64)
     for state, groups, index in zip(states, singles.groups, singles.positions, strict=True):

@@ -1,4 +1,5 @@
-r"""The models that a search over subsets visited: the best, their probabilities, and averages over them.
+r"""The models that a search over subsets visited: the best, their probabilities, and averages over
+them.
 
 Owns `Search` and `search_result`. Imports torch only. Next: `search_path.py`.
 """
@@ -22,10 +23,13 @@ Given = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Search:
-    """The models that a search visited. A model is the set of groups that live; an entry without a group lives in all.
+    """The models that a search visited. A model is the set of groups that live; an entry without a
+    group lives in all.
 
-    `alive`: (models, groups) bool, the best first. `delta_f`: (models,) gain in log evidence over the full model, nats. `probability`: (models,) posterior
-    probability among the models visited, ∝ exp(ΔF − threshold · number of groups pruned). `posterior`, `prior`, `members`: what was searched.
+    `alive`: (models, groups) bool, the best first. `delta_f`: (models,) gain in log evidence over
+    the full model, nats. `probability`: (models,) posterior probability among the models visited, ∝
+    exp(ΔF − threshold · number of groups pruned). `posterior`, `prior`, `members`: what was
+    searched.
     """
 
     alive: Tensor
@@ -37,12 +41,16 @@ class Search:
 
     @property
     def inclusion(self) -> Tensor:
-        """The posterior probability of each group, (groups,): the sum over the models it lives in."""
+        """The posterior probability of each group, (groups,): the sum over the models it lives
+        in.
+        """
         return self.probability @ self.alive.to(self.probability)
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
-        """Of the best model: one bool tensor per structure, True where an entry (of a matrix normal, a row) lives."""
+        """Of the best model: one bool tensor per structure, True where an entry (of a matrix
+        normal, a row) lives.
+        """
         return self.masks_of(0)
 
     @property
@@ -54,7 +62,9 @@ class Search:
 
     def masks_of(self, model: int) -> tuple[Tensor, ...]:
         """As `masks`, of another model: a row of `alive`."""
-        masks = [torch.ones(entries(q), dtype=torch.bool, device=q.mean.device) for q in self.posterior]
+        masks = [
+            torch.ones(entries(q), dtype=torch.bool, device=q.mean.device) for q in self.posterior
+        ]
         for group in (~self.alive[model]).nonzero()[:, 0].tolist():
             for block, index in self.members[group]:
                 masks[block][index] = False
@@ -68,21 +78,29 @@ class Search:
         )
 
     def average(self, window: float = 3.0) -> tuple[Diagonal, ...]:
-        r"""Mean and variance of every entry under the average of the models within `window` nats of the best (Occam's window).
+        r"""Mean and variance of every entry under the average of the models within `window` nats of
+        the best (Occam's window).
 
         .. math:: \bar\mu = \sum_k p_k \mu_k, \qquad \bar\sigma^2 = \sum_k p_k (\sigma_k^2 + \mu_k^2) - \bar\mu^2
 
-        Source: Hoeting, Madigan, Raftery & Volinsky 1999; Penny et al. 2010 for nested dynamic models, whose window of odds 1:20 is 3 nats.
+        Source: Hoeting, Madigan, Raftery & Volinsky 1999; Penny et al. 2010 for nested dynamic
+        models, whose window of odds 1:20 is 3 nats.
         """
-        chosen = (self.probability >= self.probability[0] * math.exp(-window)).nonzero()[:, 0].tolist()
+        chosen = (
+            (self.probability >= self.probability[0] * math.exp(-window)).nonzero()[:, 0].tolist()
+        )
         weights = self.probability[chosen] / self.probability[chosen].sum()
         models = [self.reduced(model) for model in chosen]
         averages = []
         for k, q in enumerate(self.posterior):
-            means, variances = (torch.stack([part(model[k]).double() for model in models]) for part in (lambda g: g.mean, marginal_var))
+            means, variances = (
+                torch.stack([part(model[k]).double() for model in models])
+                for part in (lambda g: g.mean, marginal_var)
+            )
             share = weights.to(means).view(-1, *[1] * q.mean.ndim)
             mean = (share * means).sum(0)
-            var = (share * (variances + (means - mean).square())).sum(0)  # Σ pσ² + Σ p(μ − μ̄)²: the second moments would cancel
+            # Σ pσ² + Σ p(μ − μ̄)²: the second moments would cancel
+            var = (share * (variances + (means - mean).square())).sum(0)
             averages.append(Diagonal(mean.to(q.mean.dtype), var.to(q.mean.dtype)))
         return tuple(averages)
 
@@ -93,7 +111,11 @@ def marginal_var(structure: Any) -> Tensor:
         return structure.cov.diagonal()
     if hasattr(structure, "factor"):
         return structure.var + structure.factor.square().sum(-1)
-    return structure.row_cov.diagonal()[:, None] * structure.col_cov.diagonal() if hasattr(structure, "row_cov") else structure.var
+    return (
+        structure.row_cov.diagonal()[:, None] * structure.col_cov.diagonal()
+        if hasattr(structure, "row_cov")
+        else structure.var
+    )
 
 
 def search_result(

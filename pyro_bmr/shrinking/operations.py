@@ -1,4 +1,5 @@
-"""What each supported operation means for channels: what of its output is constant, which channels it ties, which it reads.
+"""What each supported operation means for channels: what of its output is constant, which channels
+it ties, which it reads.
 
 Owns `layer_state`, `function_state` and `SUPPORTED`. Next: `channels.py`.
 """
@@ -17,7 +18,15 @@ from torch.nn import functional as F
 
 from pyro_bmr.errors import ShrinkError
 from pyro_bmr.shrinking.graphs import MASKED
-from pyro_bmr.shrinking.reshapes import PERMUTES, RESHAPES, concatenated, expanded, indexed, permuted, reshaped
+from pyro_bmr.shrinking.reshapes import (
+    PERMUTES,
+    RESHAPES,
+    concatenated,
+    expanded,
+    indexed,
+    permuted,
+    reshaped,
+)
 from pyro_bmr.shrinking.ties import Axes, State, Ties, fixed
 
 _ELEMENTWISE_LAYERS: tuple[type[nn.Module], ...] = (
@@ -38,19 +47,43 @@ _POOLS: tuple[type[nn.Module], ...] = (
     nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
     nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d,
 )  # fmt: skip
-_POOL_FUNCTIONS: set[Any] = {F.max_pool1d, F.max_pool2d, F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d}
+_POOL_FUNCTIONS: set[Any] = {
+    F.max_pool1d,
+    F.max_pool2d,
+    F.avg_pool1d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d,
+}
 _MEANS: set[Any] = {torch.mean, torch.sum, "mean", "sum"}
-_SOFTMAXES: set[Any] = {torch.softmax, F.softmax, F.log_softmax, torch.log_softmax, "softmax", "log_softmax"}
+_SOFTMAXES: set[Any] = {
+    torch.softmax,
+    F.softmax,
+    F.log_softmax,
+    torch.log_softmax,
+    "softmax",
+    "log_softmax",
+}
 
 SUPPORTED = (
-    "Linear, Conv1d, Conv2d, BatchNorm, LayerNorm, GroupNorm, RMSNorm, elementwise activations, dropout, pooling, padding, flatten and other reshapes, "
-    "transpose, sums and products, mean, concatenation, indexing, softmax, scaled dot-product attention, "
-    "MultiheadAttention, TransformerEncoder(Layer), Embedding, LSTM, GRU"
+    "Linear, Conv1d, Conv2d, BatchNorm, LayerNorm, GroupNorm, RMSNorm, elementwise activations,"
+    " dropout, pooling, padding, flatten and other reshapes, transpose, sums and products, mean,"
+    " concatenation, indexing, softmax, scaled dot-product attention, MultiheadAttention,"
+    " TransformerEncoder(Layer), Embedding, LSTM, GRU"
 )
 
 
-def layer_state(ties: Ties, node: fx.Node, layer: nn.Module, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The state of a layer's output; `value`: what it gave when run. Raises ShrinkError if it is not a supported one."""
+def layer_state(
+    ties: Ties,
+    node: fx.Node,
+    layer: nn.Module,
+    value: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The state of a layer's output; `value`: what it gave when run. Raises ShrinkError if it is
+    not a supported one.
+    """
     x = args[0] if args else None
     refusal = _refusal(f"layer '{node.target}' ({type(layer).__name__})")
     if not isinstance(x, State):
@@ -64,16 +97,26 @@ def layer_state(ties: Ties, node: fx.Node, layer: nn.Module, value: Any, args: t
         same = (layer.weight == layer.weight[:1]).all(0)
         unknown = ~same.expand(value.shape)
         outputs = ties.shared(f"{node.target} out", ties.new(layer.embedding_dim))
-        return State(layer.weight[0].expand(value.shape).masked_fill(unknown, 0), unknown, (*x.axes, outputs))
+        return State(
+            layer.weight[0].expand(value.shape).masked_fill(unknown, 0), unknown, (*x.axes, outputs)
+        )
     if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) and layer.running_mean is not None:
-        gone = torch.zeros_like(x.unknown) if layer.weight is None else (layer.weight == 0).view(1, -1, *[1] * (x.unknown.ndim - 2)).expand_as(x.unknown)
+        gone = (
+            torch.zeros_like(x.unknown)
+            if layer.weight is None
+            else (layer.weight == 0).view(1, -1, *[1] * (x.unknown.ndim - 2)).expand_as(x.unknown)
+        )
         ties.shared(f"{node.target} in", x.axes[1])
         return _state(layer(x.value), x.unknown & ~gone, x.axes)
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
-        return _coupled(ties, node, layer, x, range(x.value.ndim - len(layer.normalized_shape), x.value.ndim))
+        return _coupled(
+            ties, node, layer, x, range(x.value.ndim - len(layer.normalized_shape), x.value.ndim)
+        )
     if isinstance(layer, nn.GroupNorm):
         ties.couple(node, x.axes[1])
-        unknown = x.unknown.flatten(1).any(1).view(-1, *[1] * (x.unknown.ndim - 1)).expand_as(x.unknown)
+        unknown = (
+            x.unknown.flatten(1).any(1).view(-1, *[1] * (x.unknown.ndim - 1)).expand_as(x.unknown)
+        )
         return _state(layer(x.value), unknown, x.axes)
     if isinstance(layer, (nn.Softmax, nn.LogSoftmax)) and layer.dim is not None:
         return _coupled(ties, node, layer, x, [layer.dim])
@@ -94,11 +137,18 @@ def layer_state(ties: Ties, node: fx.Node, layer: nn.Module, value: Any, args: t
 
 
 def function_state(ties: Ties, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The state of what a function or method gives. Raises ShrinkError if it is not a supported one."""
+    """The state of what a function or method gives. Raises ShrinkError if it is not a supported
+    one.
+    """
     target: Any = node.target
     refusal = _refusal(f"'{getattr(target, '__name__', target)}' at '{node.name}'")
-    name = "reshape" if target == "view" else target  # what is known of a value need not lie in memory as the value does
-    run: Callable[..., Any] = (lambda first, *rest, **named: getattr(first, name)(*rest, **named)) if node.op == "call_method" else target
+    # what is known of a value need not lie in memory as the value does
+    name = "reshape" if target == "view" else target
+    run: Callable[..., Any] = (
+        (lambda first, *rest, **named: getattr(first, name)(*rest, **named))
+        if node.op == "call_method"
+        else target
+    )
     x = args[0] if args else None
     if target in _BINARY and all(isinstance(a, (State, int, float)) for a in args) and not kwargs:
         return _binary(ties, run, args)
@@ -115,7 +165,12 @@ def function_state(ties: Ties, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     if target in _ELEMENTWISE_FUNCTIONS:
         return _state(run(x.value, *args[1:], **kwargs), x.unknown, x.axes)
     if target in _POOL_FUNCTIONS:
-        return _pool(ties, lambda t: run(t, *args[1:], **kwargs), x, x.value.ndim - (1 if "1d" in target.__name__ else 2) - 1)
+        return _pool(
+            ties,
+            lambda t: run(t, *args[1:], **kwargs),
+            x,
+            x.value.ndim - (1 if "1d" in target.__name__ else 2) - 1,
+        )
     if target in RESHAPES:
         return reshaped(ties, x, lambda t: run(t, *args[1:], **kwargs))
     if target in PERMUTES:
@@ -124,13 +179,17 @@ def function_state(ties: Ties, node: fx.Node, args: tuple[Any, ...], kwargs: dic
         return expanded(x, lambda t: run(t, *args[1:], **kwargs))
     if target in _MEANS:
         return _mean(ties, run, x, args[1:], kwargs)
-    if target in _SOFTMAXES and isinstance(dim := kwargs.get("dim", args[1] if len(args) > 1 else None), int):
+    if target in _SOFTMAXES and isinstance(
+        dim := kwargs.get("dim", args[1] if len(args) > 1 else None), int
+    ):
         return _coupled(ties, node, lambda t: run(t, *args[1:], **kwargs), x, [dim])
     if target is operator.getitem:
         return indexed(ties, x, args[1])
     if target in (torch.chunk, torch.split, "chunk", "split"):
         ties.fix_all(x)
-        parts = zip(run(x.value, *args[1:], **kwargs), run(x.unknown, *args[1:], **kwargs), strict=True)
+        parts = zip(
+            run(x.value, *args[1:], **kwargs), run(x.unknown, *args[1:], **kwargs), strict=True
+        )
         return tuple(State(value, unknown, fixed(value.shape)) for value, unknown in parts)
     raise refusal
 
@@ -153,7 +212,11 @@ def _conv(ties: Ties, node: fx.Node, layer: nn.Conv1d | nn.Conv2d, x: State) -> 
         ties.fix(axis)
     if layer.groups == 1:
         outputs = ties.shared(f"{node.target} out", ties.new(channels))
-        padded = layer.padding_mode == "zeros" and layer.padding != "valid" and (layer.padding == "same" or any(layer.padding))  # type: ignore[arg-type]
+        padded = (
+            layer.padding_mode == "zeros"
+            and layer.padding != "valid"
+            and (layer.padding == "same" or any(layer.padding))
+        )  # type: ignore[arg-type]
         ties.read(node, x, 1, outputs, nonzero.flatten(2).any(2), padded=padded)
     elif layer.groups == layer.in_channels:
         outputs = np.repeat(ties.shared(f"{node.target} in", x.axes[1]), channels // layer.groups)
@@ -164,10 +227,14 @@ def _conv(ties: Ties, node: fx.Node, layer: nn.Conv1d | nn.Conv2d, x: State) -> 
     return _state(value, unknown, (x.axes[0], outputs, *fixed(value.shape[2:])))
 
 
-def _coupled(ties: Ties, node: fx.Node, run: Callable[[Tensor], Tensor], x: State, dims: Sequence[int]) -> State:
+def _coupled(
+    ties: Ties, node: fx.Node, run: Callable[[Tensor], Tensor], x: State, dims: Sequence[int]
+) -> State:
     for dim in dims:
         ties.couple(node, x.axes[dim])
-    unknown = x.unknown.any(dim=tuple(dims), keepdim=True).expand_as(x.unknown) if dims else x.unknown
+    unknown = (
+        x.unknown.any(dim=tuple(dims), keepdim=True).expand_as(x.unknown) if dims else x.unknown
+    )
     return _state(run(x.value), unknown, x.axes)
 
 
@@ -175,7 +242,8 @@ def _pool(ties: Ties, run: Callable[[Tensor], Tensor], x: State, channel: int) -
     for axis in x.axes[channel + 1 :]:
         ties.fix(axis)
     value = run(x.value)
-    unknown = run(x.unknown.to(value.dtype)) != run(torch.zeros_like(x.value))  # what a pad adds is known, whatever its value
+    # what a pad adds is known, whatever its value
+    unknown = run(x.unknown.to(value.dtype)) != run(torch.zeros_like(x.value))
     return _state(value, unknown, (*x.axes[: channel + 1], *fixed(value.shape[channel + 1 :])))
 
 
@@ -197,7 +265,14 @@ def _binary(ties: Ties, run: Callable[..., Tensor], args: tuple[Any, ...]) -> St
 
 
 def _attention(ties: Ties, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
-    named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
+    named = (
+        dict(
+            zip(
+                ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False
+            )
+        )
+        | kwargs
+    )
     q, k, v = (named[name] for name in ("query", "key", "value"))
     if (
         named.get("attn_mask") is not None
@@ -206,7 +281,10 @@ def _attention(ties: Ties, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
         or q.value.ndim < 3
         or not all(isinstance(s, State) for s in (q, k, v))
     ):
-        raise ShrinkError(f"'{node.name}': scaled dot-product attention with a mask, dropout or grouped queries is not supported; {MASKED}")
+        raise ShrinkError(
+            f"'{node.name}': scaled dot-product attention with a mask, dropout or grouped queries"
+            f" is not supported; {MASKED}"
+        )
     for axis in (q.axes[-1], k.axes[-1], k.axes[-2], v.axes[-2]):
         ties.fix(axis)
     for p, o, r in zip(q.axes[:-2], k.axes[:-2], v.axes[:-2], strict=True):
@@ -215,17 +293,27 @@ def _attention(ties: Ties, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     # the weights of attention sum to 1: what is the same at every position stays as it is
     moves = v.unknown.any(-2, keepdim=True) | (v.value != v.value[..., :1, :]).any(-2, keepdim=True)
     shape = (*q.value.shape[:-1], v.value.shape[-1])
-    return _state(v.value[..., :1, :].expand(shape), moves.expand(shape), (*q.axes[:-1], v.axes[-1]))
+    return _state(
+        v.value[..., :1, :].expand(shape), moves.expand(shape), (*q.axes[:-1], v.axes[-1])
+    )
 
 
-def _mean(ties: Ties, run: Callable[..., Tensor], x: State, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
+def _mean(
+    ties: Ties, run: Callable[..., Tensor], x: State, rest: tuple[Any, ...], kwargs: dict[str, Any]
+) -> State:
     dim = rest[0] if rest else kwargs.get("dim")
-    dims = {d % x.value.ndim for d in ((dim,) if isinstance(dim, int) else dim or range(x.value.ndim))}
+    dims = {
+        d % x.value.ndim for d in ((dim,) if isinstance(dim, int) else dim or range(x.value.ndim))
+    }
     keep = bool(kwargs.get("keepdim", rest[1] if len(rest) > 1 else False))
     for d in dims:
         ties.fix(x.axes[d])
     unknown = x.unknown.any(dim=tuple(dims), keepdim=keep)
-    axes = tuple(fixed((1,))[0] if d in dims else axis for d, axis in enumerate(x.axes) if keep or d not in dims)
+    axes = tuple(
+        fixed((1,))[0] if d in dims else axis
+        for d, axis in enumerate(x.axes)
+        if keep or d not in dims
+    )
     return _state(run(x.value, *rest, **kwargs), unknown, axes)
 
 
@@ -240,7 +328,9 @@ def _state(value: Tensor, unknown: Tensor, axes: Axes) -> State:
 def _all_unknown(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_all_unknown(part) for part in value)
-    return State(torch.zeros_like(value), torch.ones_like(value, dtype=torch.bool), fixed(value.shape))
+    return State(
+        torch.zeros_like(value), torch.ones_like(value, dtype=torch.bool), fixed(value.shape)
+    )
 
 
 def _channel_axis(layer: nn.Module, x: State) -> int:

@@ -1,4 +1,5 @@
-"""The graph of the smaller network: every layer and tensor cut to its living channels, what has become a constant put in as one.
+"""The graph of the smaller network: every layer and tensor cut to its living channels, what has
+become a constant put in as one.
 
 Owns `Rebuilt`. What lives is decided in `channels.py`. Next: `verification.py`.
 """
@@ -26,19 +27,25 @@ class Rebuilt:
     """The `graph` of the smaller network, and its `parts`: layers and tensors by name.
 
     Raises:
-        ShrinkError: a value that has become a constant, or is reshaped, has no axis of rows of its own.
+        ShrinkError: a value that has become a constant, or is reshaped, has no axis of rows of its
+            own.
     """
 
-    def __init__(self, channels: Channels, batch_axes: Mapping[fx.Node, int], sizes: Mapping[fx.Node, Any]) -> None:
+    def __init__(
+        self, channels: Channels, batch_axes: Mapping[fx.Node, int], sizes: Mapping[fx.Node, Any]
+    ) -> None:
         self.channels, self.batch_axes, self.sizes = channels, batch_axes, sizes
         self.parts: dict[str, Any] = {}
         self.graph = fx.Graph()
         self.new: dict[fx.Node, Any] = {}  # nodes of the smaller network, and numbers
         reads = {read.node: read for read in channels.reads}
-        static = set[fx.Node]()  # what never depended on the input, such as an expanded class token, stays as it is written
+        # what never depended on the input, such as an expanded class token, stays as it is written
+        static = set[fx.Node]()
         for node in channels.graph.graph.nodes:
             sources = _from_states(channels, node)
-            if node.op == "get_attr" or (node.op != "call_module" and sources and sources <= static):
+            if node.op == "get_attr" or (
+                node.op != "call_module" and sources and sources <= static
+            ):
                 static.add(node)
         constants = {n for n in channels.graph.graph.nodes if n not in static and self._constant(n)}
         for node in channels.graph.graph.nodes:
@@ -53,7 +60,11 @@ class Rebuilt:
                 self.new[node] = self._size(node)
             else:
                 with foreign_errors(f"'{node.name}' in a smaller size"):
-                    self.new[node] = self._resized(node) or self._reshape_node(node) or self.graph.node_copy(node, lambda n: self.new[n])
+                    self.new[node] = (
+                        self._resized(node)
+                        or self._reshape_node(node)
+                        or self.graph.node_copy(node, lambda n: self.new[n])
+                    )
                     self._part(node, reads)
         self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         used = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")}
@@ -73,23 +84,45 @@ class Rebuilt:
         axis, alive = self.batch_axes[node], self._alive(node)
         value = self.channels.states[node].value
         if axis < 0 or alive is None:
-            raise ShrinkError(f"'{node.name}' is a constant now, but none of its axes has the size of the batch; {MASKED}")
+            raise ShrinkError(
+                f"'{node.name}' is a constant now, but none of its axes has the size of the batch;"
+                f" {MASKED}"
+            )
         value = cut(value, alive).narrow(axis, 0, 1).clone()
         name = f"constant_{node.name}"
         self.parts[name] = nn.Parameter(value) if value.is_floating_point() else value
         source = next(iter(self.graph.nodes))
         rows = self.graph.call_method("size", (source, 0))
-        return self.graph.call_method("expand", (self.graph.get_attr(name), *(rows if k == axis else n for k, n in enumerate(value.shape))))
+        return self.graph.call_method(
+            "expand",
+            (
+                self.graph.get_attr(name),
+                *(rows if k == axis else n for k, n in enumerate(value.shape)),
+            ),
+        )
 
     def _unchanged_sum(self, node: fx.Node, constants: set[fx.Node]) -> fx.Node | None:
         """The summand that the sum equals, when the other one has become zero."""
-        if node.op not in ("call_function", "call_method") or getattr(node.target, "__name__", node.target) not in ("add", "iadd") or len(node.args) != 2:
+        if (
+            node.op not in ("call_function", "call_method")
+            or getattr(node.target, "__name__", node.target) not in ("add", "iadd")
+            or len(node.args) != 2
+        ):
             return None
         for zero, other in (node.args, node.args[::-1]):
-            if isinstance(zero, fx.Node) and isinstance(other, fx.Node) and zero in constants and other not in constants:
+            if (
+                isinstance(zero, fx.Node)
+                and isinstance(other, fx.Node)
+                and zero in constants
+                and other not in constants
+            ):
                 alive = self._alive(zero)
                 same = self.channels.values[other].shape == self.channels.values[node].shape
-                if alive is not None and same and not bool(cut(self.channels.states[zero].value, alive).any()):
+                if (
+                    alive is not None
+                    and same
+                    and not bool(cut(self.channels.states[zero].value, alive).any())
+                ):
                     return other
         return None
 
@@ -105,7 +138,9 @@ class Rebuilt:
             self.parts[str(node.target)] = self._attribute(node)
 
     def _size(self, node: fx.Node) -> Any:
-        """A size, or what is computed of sizes alone: as the original network has it. It is asked for anew where nothing of that axis went."""
+        """A size, or what is computed of sizes alone: as the original network has it. It is asked
+        for anew where nothing of that axis went.
+        """
         source = node.args[0]
         if isinstance(source, fx.Node) and isinstance(self.channels.states[source], State):
             alive = self._alive(source)
@@ -115,26 +150,46 @@ class Rebuilt:
                 return self.graph.node_copy(node, lambda n: self.new[n])
             size = self.sizes[node]
             if isinstance(size, tuple):  # the whole shape
-                return tuple(self.graph.call_method("size", (self.new[source], k)) if whole[k] else self._number(node, n) for k, n in enumerate(size))
+                return tuple(
+                    (
+                        self.graph.call_method("size", (self.new[source], k))
+                        if whole[k]
+                        else self._number(node, n)
+                    )
+                    for k, n in enumerate(size)
+                )
             if node.target == "size" and len(node.args) == 2 and whole[int(node.args[1])]:  # type: ignore[arg-type]
                 return self.graph.node_copy(node, lambda n: self.new[n])
             return self._number(node, size)
-        if node.target is operator.getitem and isinstance(source, fx.Node) and isinstance(self.new[source], tuple):
+        if (
+            node.target is operator.getitem
+            and isinstance(source, fx.Node)
+            and isinstance(self.new[source], tuple)
+        ):
             return self.new[source][node.args[1]]  # type: ignore[index]
         return self.graph.node_copy(node, lambda n: self.new[n])
 
     def _number(self, node: fx.Node, size: Any) -> Any:
         if size is None:
-            raise ShrinkError(f"'{node.name}' is a size that is no multiple of the number of rows, of a value that is cut; {MASKED}")
+            raise ShrinkError(
+                f"'{node.name}' is a size that is no multiple of the number of rows, of a value"
+                f" that is cut; {MASKED}"
+            )
         if not isinstance(size, Rows):
             return size
         rows = self.graph.call_method("size", (next(iter(self.graph.nodes)), 0))
-        return rows if size.times == 1 else self.graph.call_function(operator.mul, (rows, size.times))
+        return (
+            rows if size.times == 1 else self.graph.call_function(operator.mul, (rows, size.times))
+        )
 
     def _resized(self, node: fx.Node) -> fx.Node | None:
         """A view, reshape or expand of which something was cut, with the sizes that are left."""
         alive = self._alive(node)
-        if node.target not in ("view", "reshape", "expand", torch.reshape) or alive is None or all(a.all() for a in alive):
+        if (
+            node.target not in ("view", "reshape", "expand", torch.reshape)
+            or alive is None
+            or all(a.all() for a in alive)
+        ):
             return None
         asked: Any = node.args[1] if len(node.args) == 2 else node.args[1:]
         if isinstance(asked, fx.Node) and isinstance(self.new[asked], tuple):
@@ -146,23 +201,33 @@ class Rebuilt:
         sizes = []
         for k, (a, size) in enumerate(zip(alive, asked, strict=True), len(shape) - len(alive)):
             if bool(a.all()):
-                sizes.append(self.new[size] if isinstance(size, fx.Node) and size in self.new else size)
+                sizes.append(
+                    self.new[size] if isinstance(size, fx.Node) and size in self.new else size
+                )
             else:
-                inferred = (size == -1 if isinstance(size, int) else False) or (expand and k >= 0 and shape[k] == len(a))
+                inferred = (size == -1 if isinstance(size, int) else False) or (
+                    expand and k >= 0 and shape[k] == len(a)
+                )
                 sizes.append(-1 if inferred else int(a.sum()))
         return self.graph.call_method("expand" if expand else "reshape", (self.new[source], *sizes))
 
     def _reshape_node(self, node: fx.Node) -> fx.Node | None:
         layer = self.channels.modules.get(str(node.target)) if node.op == "call_module" else None
         alive = self._alive(node)
-        if alive is None or not (node.target in RESHAPES or isinstance(layer, nn.Unflatten)) or all(a.all() for a in alive):
+        if (
+            alive is None
+            or not (node.target in RESHAPES or isinstance(layer, nn.Unflatten))
+            or all(a.all() for a in alive)
+        ):
             return None
         name = getattr(node.target, "__name__", node.target)
         if name in ("flatten", "squeeze", "unsqueeze"):
             return None  # these have no sizes
         sizes = [int(a.sum()) for a in alive]
         if (axis := self.batch_axes[node]) < 0:
-            raise ShrinkError(f"'{node.name}': a reshape without an axis of rows cannot be made smaller; {MASKED}")
+            raise ShrinkError(
+                f"'{node.name}': a reshape without an axis of rows cannot be made smaller; {MASKED}"
+            )
         sizes[axis] = -1
         return self.graph.call_method("reshape", (self.new[node.all_input_nodes[0]], *sizes))
 
@@ -177,7 +242,9 @@ class Rebuilt:
         channels, state = self.channels, self.channels.states[node]
         if node in reads:
             read = reads[node]
-            inputs, outputs = (torch.from_numpy(channels.living(ids)) for ids in (read.inputs, read.outputs))
+            inputs, outputs = (
+                torch.from_numpy(channels.living(ids)) for ids in (read.inputs, read.outputs)
+            )
             weight = layer.weight.detach()  # type: ignore[union-attr, operator]
             bias: Tensor | None = None if layer.bias is None else layer.bias.detach()  # type: ignore[union-attr, operator, assignment]
             folded = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
@@ -185,11 +252,20 @@ class Rebuilt:
             if bool(folded.any()):
                 bias = folded if bias is None else bias + folded
             weight, bias = weight[outputs][:, inputs], None if bias is None else bias[outputs]
-            return linear(weight, bias) if isinstance(layer, nn.Linear) else _conv(layer, weight, bias, 1)  # type: ignore[arg-type]
+            return (
+                linear(weight, bias)
+                if isinstance(layer, nn.Linear)
+                else _conv(layer, weight, bias, 1)
+            )  # type: ignore[arg-type]
         if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and layer.groups == layer.in_channels:
             alive = torch.from_numpy(channels.living(state.axes[1]))
             groups = int(channels.living(channels.states[node.args[0]].axes[1]).sum())  # type: ignore[index]
-            return _conv(layer, layer.weight.detach()[alive], None if layer.bias is None else layer.bias.detach()[alive], groups)
+            return _conv(
+                layer,
+                layer.weight.detach()[alive],
+                None if layer.bias is None else layer.bias.detach()[alive],
+                groups,
+            )
         if isinstance(layer, nn.PReLU) and layer.num_parameters > 1:
             slopes = layer.weight.detach()[torch.from_numpy(channels.living(state.axes[1]))].clone()
             cut_layer = nn.PReLU(len(slopes), device="meta")
@@ -197,12 +273,23 @@ class Rebuilt:
             return cut_layer
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             alive = torch.from_numpy(channels.living(state.axes[1]))
-            small = type(layer)(int(alive.sum()), layer.eps, layer.momentum, layer.affine, device=layer.running_mean.device, dtype=layer.running_mean.dtype)  # type: ignore[union-attr]
-            small.load_state_dict({k: v[alive] if v.ndim else v for k, v in layer.state_dict().items()})
+            small = type(layer)(
+                int(alive.sum()),
+                layer.eps,
+                layer.momentum,
+                layer.affine,
+                device=layer.running_mean.device,
+                dtype=layer.running_mean.dtype,
+            )  # type: ignore[union-attr]
+            small.load_state_dict(
+                {k: v[alive] if v.ndim else v for k, v in layer.state_dict().items()}
+            )
             return small
         if isinstance(layer, nn.Embedding):
             alive = torch.from_numpy(channels.living(state.axes[-1]))
-            return nn.Embedding.from_pretrained(layer.weight.detach()[:, alive].clone(), freeze=False, padding_idx=layer.padding_idx)
+            return nn.Embedding.from_pretrained(
+                layer.weight.detach()[:, alive].clone(), freeze=False, padding_idx=layer.padding_idx
+            )
         return copy.deepcopy(layer)
 
 
@@ -213,9 +300,21 @@ def _from_states(channels: Channels, node: fx.Node) -> set[fx.Node]:
 def _conv(layer: Any, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
     inputs = weight.shape[1] * groups
     small = type(layer)(
-        inputs, weight.shape[0], layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups, bias is not None, layer.padding_mode, device="meta"
+        inputs,
+        weight.shape[0],
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        groups,
+        bias is not None,
+        layer.padding_mode,
+        device="meta",
     )
-    small.weight, small.bias = nn.Parameter(weight.clone()), None if bias is None else nn.Parameter(bias.clone())
+    small.weight, small.bias = (
+        nn.Parameter(weight.clone()),
+        (None if bias is None else nn.Parameter(bias.clone())),
+    )
     return small  # type: ignore[no-any-return]
 
 
@@ -229,5 +328,13 @@ def cut(value: Tensor, alive: tuple[np.ndarray, ...]) -> Tensor:
 
 def depends(channels: Channels, node: fx.Node) -> bool:
     """Whether what lives of a value depends on the input."""
-    states = [s for s in (channels.states[node] if isinstance(channels.states[node], tuple) else [channels.states[node]]) if isinstance(s, State)]
+    states = [
+        s
+        for s in (
+            channels.states[node]
+            if isinstance(channels.states[node], tuple)
+            else [channels.states[node]]
+        )
+        if isinstance(s, State)
+    ]
     return any(bool(cut(s.unknown, channels.alive(s.axes)).any()) for s in states)

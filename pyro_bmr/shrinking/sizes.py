@@ -1,4 +1,5 @@
-"""Sizes of the original network, as numbers for the smaller one: a scale such as 1/√(number of units) is part of the function, and stays.
+"""Sizes of the original network, as numbers for the smaller one: a scale such as 1/√(number of
+units) is part of the function, and stays.
 
 Owns `Rows`, `size_in_rows` and `batch_axis`. Next: `rebuilding.py`.
 """
@@ -19,7 +20,9 @@ class Rows:
 
 
 def size_in_rows(two: Any, three: Any) -> Any:
-    """What a size is at any number of rows, from what it is at two and at three: a number, `Rows`, a tuple of these; None where it is neither."""
+    """What a size is at any number of rows, from what it is at two and at three: a number, `Rows`,
+    a tuple of these; None where it is neither.
+    """
     if isinstance(two, (tuple, list)):
         return tuple(size_in_rows(a, b) for a, b in zip(two, three, strict=True))
     if two == three:
@@ -28,6 +31,8 @@ def size_in_rows(two: Any, three: Any) -> Any:
 
 
 def batch_axis(two: torch.Size, three: torch.Size) -> int:
-    """The axis that has the size of the batch; −1 if there is none, or it is merged with another."""
+    """The axis that has the size of the batch; −1 if there is none, or it is merged with
+    another.
+    """
     axes = [k for k, (a, b) in enumerate(zip(two, three, strict=True)) if (a, b) == (2, 3)]
     return axes[0] if len(axes) == 1 else -1

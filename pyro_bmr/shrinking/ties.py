@@ -1,4 +1,5 @@
-"""Which channels of a network are one and the same, and which layer reads which: the book that the analysis keeps.
+"""Which channels of a network are one and the same, and which layer reads which: the book that the
+analysis keeps.
 
 Owns `State`, `Read` and `Ties`. The entries are made by `operations.py`. Next: `reshapes.py`.
 """
@@ -18,7 +19,9 @@ Axes = tuple[np.ndarray, ...]
 
 @dataclass(frozen=True)
 class State:
-    """What is known of one value of the graph: the constant `value`, 0 where it is `unknown`, and the identities of the positions of its axes."""
+    """What is known of one value of the graph: the constant `value`, 0 where it is `unknown`, and
+    the identities of the positions of its axes.
+    """
 
     value: Tensor
     unknown: Tensor
@@ -27,7 +30,9 @@ class State:
 
 @dataclass(frozen=True)
 class Read:
-    """A layer that weighs its inputs: `nonzero` (outputs, inputs), `foldable` (inputs), the constants in `level` (inputs)."""
+    """A layer that weighs its inputs: `nonzero` (outputs, inputs), `foldable` (inputs), the
+    constants in `level` (inputs).
+    """
 
     node: fx.Node
     inputs: np.ndarray
@@ -38,8 +43,10 @@ class Read:
 
 
 class Ties:
-    """Identities of channels: those that are tied live and die together, and `FIXED` never goes. `reads`: every layer that weighs channels.
-    `kept`: layer → why channels of it stay that could have gone."""
+    """Identities of channels: those that are tied live and die together, and `FIXED` never goes.
+    `reads`: every layer that weighs channels. `kept`: layer → why channels of it stay that could
+    have gone.
+    """
 
     def __init__(self) -> None:
         self._parent = [FIXED]
@@ -74,7 +81,9 @@ class Ties:
         self.tie(ids, np.zeros_like(ids))
 
     def shared(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """`ids`, tied to those of the first use of `name`: what is used more than once is cut for all its uses alike."""
+        """`ids`, tied to those of the first use of `name`: what is used more than once is cut for
+        all its uses alike.
+        """
         self.tie(self._first_use.setdefault(name, ids), ids)
         return ids
 
@@ -92,30 +101,57 @@ class Ties:
             self.fix(axis)
 
     def couple(self, node: fx.Node, ids: np.ndarray) -> None:
-        """Ties all channels of a layer that mixes them, such as a LayerNorm, and says so in `kept`."""
+        """Ties all channels of a layer that mixes them, such as a LayerNorm, and says so in
+        `kept`.
+        """
         if self.tracked(ids):
-            self.kept[str(node.target)] = "each of its outputs reads all of its channels; they are kept together"
+            self.kept[str(node.target)] = (
+                "each of its outputs reads all of its channels; they are kept together"
+            )
         self.tie_all(ids)
 
-    def read(self, node: fx.Node, x: State, axis: int, outputs: np.ndarray, nonzero: Tensor, padded: bool) -> None:
-        """Enters a layer that weighs the channels of `axis`; `padded`: it pads with zeros, so that only the constant 0 can be folded."""
+    def read(
+        self, node: fx.Node, x: State, axis: int, outputs: np.ndarray, nonzero: Tensor, padded: bool
+    ) -> None:
+        """Enters a layer that weighs the channels of `axis`; `padded`: it pads with zeros, so that
+        only the constant 0 can be folded.
+        """
         self.shared(f"{node.target} in", x.axes[axis])
         value, unknown = (t.movedim(axis, 0).flatten(1) for t in (x.value, x.unknown))
         constant = ~unknown.any(1) & (value == value[:, :1]).all(1)
         foldable = constant & (value[:, 0] == 0) if padded else constant
         if bool((constant & ~foldable & nonzero.any(0)).any()):
             where = (constant & ~foldable & nonzero.any(0)).nonzero().flatten().tolist()
-            self.kept[str(node.target)] = f"reads the constant input channels {where} through zero padding, where a constant is not a bias; they are kept"
-        self.reads.append(Read(node, x.axes[axis], outputs, nonzero.cpu().numpy(), foldable.cpu().numpy(), value[:, 0].clone()))
+            self.kept[str(node.target)] = (
+                f"reads the constant input channels {where} through zero padding, where a constant"
+                " is not a bias; they are kept"
+            )
+        self.reads.append(
+            Read(
+                node,
+                x.axes[axis],
+                outputs,
+                nonzero.cpu().numpy(),
+                foldable.cpu().numpy(),
+                value[:, 0].clone(),
+            )
+        )
 
     def agree(self) -> None:
-        """A layer that is used more than once has one bias: only a constant that is the same in every use can be folded into it."""
+        """A layer that is used more than once has one bias: only a constant that is the same in
+        every use can be folded into it.
+        """
         uses: dict[Any, list[int]] = {}
         for k, read in enumerate(self.reads):
             uses.setdefault(read.node.target, []).append(k)
         for same in (ks for ks in uses.values() if len(ks) > 1):
             first = self.reads[same[0]]
-            foldable = np.logical_and.reduce([self.reads[k].foldable & (self.reads[k].level == first.level).cpu().numpy() for k in same])
+            foldable = np.logical_and.reduce(
+                [
+                    self.reads[k].foldable & (self.reads[k].level == first.level).cpu().numpy()
+                    for k in same
+                ]
+            )
             for k in same:
                 self.reads[k] = replace(self.reads[k], foldable=foldable)
 

@@ -16,20 +16,30 @@ TOTAL = 65 * 12 + 13 * 10
 
 
 def trained(name, **options):
-    return method_named(name)(BUILD, DATA, 3, {"epochs": 5, "learning_rate": 2e-2, **options}, False)
+    return method_named(name)(
+        BUILD, DATA, 3, {"epochs": 5, "learning_rate": 2e-2, **options}, False
+    )
 
 
 @pytest.mark.parametrize("name", ["magnitude", "rewinding", "snr", "sparse-variational-dropout"])
 def test_the_fraction_kept_is_that_of_all_parameters(name):
     result = trained(name, kept=0.23)
-    assert sum(int(w.count_nonzero()) for w in result.weights.values()) == pytest.approx(0.23 * TOTAL, abs=1)
+    assert sum(int(w.count_nonzero()) for w in result.weights.values()) == pytest.approx(
+        0.23 * TOTAL, abs=1
+    )
     assert sum(p.numel() for p in result.network.parameters()) == TOTAL
     with torch.no_grad():
-        assert result.network(DATA.x_test).shape == (len(DATA.x_test), 10) and bmr.metrics.accuracy(result.predict(DATA.x_test).probs, DATA.y_test) > 0.3
+        assert (
+            result.network(DATA.x_test).shape == (len(DATA.x_test), 10)
+            and bmr.metrics.accuracy(result.predict(DATA.x_test).probs, DATA.y_test) > 0.3
+        )
 
 
 def test_pruning_takes_the_smallest_and_never_gives_back():
-    weights = [torch.nn.Parameter(torch.tensor([0.5, -3.0, 0.1])), torch.nn.Parameter(torch.tensor([[2.0, -0.2]]))]
+    weights = [
+        torch.nn.Parameter(torch.tensor([0.5, -3.0, 0.1])),
+        torch.nn.Parameter(torch.tensor([[2.0, -0.2]])),
+    ]
     pruning = Pruning(weights)
     pruning.prune(0.6)
     assert [w.tolist() for w in weights] == [[0.5, -3.0, 0.0], [[2.0, 0.0]]]
@@ -39,7 +49,10 @@ def test_pruning_takes_the_smallest_and_never_gives_back():
 
 
 def test_pruning_meets_its_size_among_equal_weights():
-    weights = [torch.nn.Parameter(torch.tensor([1.0, 2.0, 1.0, 1.0])), torch.nn.Parameter(torch.tensor([[1.0, -1.0]]))]
+    weights = [
+        torch.nn.Parameter(torch.tensor([1.0, 2.0, 1.0, 1.0])),
+        torch.nn.Parameter(torch.tensor([[1.0, -1.0]])),
+    ]
     Pruning(weights).prune(0.5)
     assert [w.tolist() for w in weights] == [[0.0, 2.0, 0.0, 0.0], [[1.0, -1.0]]]
 
@@ -62,18 +75,24 @@ def test_dropout_averages_over_masks_and_leaves_a_plain_network():
 
 
 def test_the_divergence_from_the_log_uniform_prior():
-    """KL = E log|1 + √α z| − ½ log α + (γ + log 2)/2, which vanishes as α grows, by quadrature; the fit of Molchanov et al. 2017 is within 0.05 nats."""
+    """KL = E log|1 + √α z| − ½ log α + (γ + log 2)/2, which vanishes as α grows, by quadrature; the
+    fit of Molchanov et al. 2017 is within 0.05 nats.
+    """
     z = np.linspace(-9, 9, 2_000_001)
     density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi) * (z[1] - z[0])
     for log_alpha in (-4.0, -1.3, 0.2, 1.7, 4.0):
         mean = (density * np.log(np.abs(1 + np.exp(0.5 * log_alpha) * z) + 1e-300)).sum()
         exact = mean - 0.5 * log_alpha + (np.euler_gamma + np.log(2)) / 2
-        assert float(log_uniform_kl(torch.tensor([log_alpha], dtype=torch.float64)).sum()) == pytest.approx(exact, abs=0.05)
+        assert float(
+            log_uniform_kl(torch.tensor([log_alpha], dtype=torch.float64)).sum()
+        ) == pytest.approx(exact, abs=0.05)
 
 
 def test_unknown_options_and_methods_are_named():
     for name in METHODS:
-        with pytest.raises(bmr.ModelError, match=f"^{name}: no option epocs; the options are: .*epochs"):
+        with pytest.raises(
+            bmr.ModelError, match=f"^{name}: no option epocs; the options are: .*epochs"
+        ):
             method_named(name)(BUILD, DATA, 0, {"epocs": 3}, False)
     with pytest.raises(bmr.ModelError, match="no method 'pruning'; the methods are: point, "):
         method_named("pruning")

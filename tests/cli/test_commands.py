@@ -1,4 +1,6 @@
-"""The command line: what it prints and writes, and that every error a user can cause is one line and exit status 2."""
+"""The command line: what it prints and writes, and that every error a user can cause is one line
+and exit status 2.
+"""
 
 import json
 import re
@@ -41,7 +43,10 @@ def files(tmp_path, monkeypatch):
         "one_class": {"y_train": 0 * y[:30], "y_test": 0 * y[30:]},
         "objects": {"y_train": np.array([None] * 30, dtype=object)},
     }.items():
-        np.savez(tmp_path / f"{name}.npz", **{key: value for key, value in (good | changes).items() if value is not None})
+        np.savez(
+            tmp_path / f"{name}.npz",
+            **{key: value for key, value in (good | changes).items() if value is not None},
+        )
     pd.DataFrame(x, columns=["a", "b", "c"]).to_csv(tmp_path / "good.csv", index=False)
     (tmp_path / "text.csv").write_text("a,b\n" + "1,x\n2,y\n" * 10)
     (tmp_path / "ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
@@ -84,9 +89,17 @@ def test_without_a_command_the_help_is_printed_and_the_status_is_that_of_an_erro
 def test_data(capsys):
     assert run("data") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["digits", "diabetes", "fashion-mnist", "mnist", "mnist-1d"]
+    assert [line.split()[0] for line in lines] == [
+        "digits",
+        "diabetes",
+        "fashion-mnist",
+        "mnist",
+        "mnist-1d",
+    ]
     for line, source in zip(lines, sources().values(), strict=True):
-        assert source.about in line and line.endswith("installed" if source.installed() else f"install with: {source.install}")
+        assert source.about in line and line.endswith(
+            "installed" if source.installed() else f"install with: {source.install}"
+        )
 
 
 def test_data_that_is_not_installed(capsys, monkeypatch):
@@ -97,31 +110,108 @@ def test_data_that_is_not_installed(capsys, monkeypatch):
 
 
 def test_compare(files, capsys):
-    assert run("compare", "--model", "mlp:4", "--data", "good.npz", "--priors", "gaussian:0.3", "--out", "here", *QUICK) == 0
+    assert (
+        run(
+            "compare",
+            "--model",
+            "mlp:4",
+            "--data",
+            "good.npz",
+            "--priors",
+            "gaussian:0.3",
+            "--out",
+            "here",
+            *QUICK,
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert err == ""
     lines = [line.split() for line in out.splitlines()]
-    assert lines[0] == ["prior", "route", "accuracy", "nll", "brier", "ece", "kept", "delta_f", "seconds"]
-    assert [line[:2] for line in lines[1:4]] == [["gaussian:0.3", route] for route in ("point", "fitted", "reduced")]
+    assert lines[0] == [
+        "prior",
+        "route",
+        "accuracy",
+        "nll",
+        "brier",
+        "ece",
+        "kept",
+        "delta_f",
+        "seconds",
+    ]
+    assert [line[:2] for line in lines[1:4]] == [
+        ["gaussian:0.3", route] for route in ("point", "fitted", "reduced")
+    ]
     assert out.endswith("results.csv, report.md, pictures and 3 exported networks are in here\n")
     table = pd.read_csv(files / "here" / "results.csv")
     assert len(table) == 3 and f"{table['nll'].iloc[1]:.3f}" == lines[2][3]
-    written = {str(path.relative_to(files / "here")) for path in (files / "here").rglob("*") if path.is_file()}
-    assert {"results.csv", "report.md", "settings.json", "pictures/comparison.png", "networks/gaussian-0.3-fitted-0/model.safetensors"} <= written
+    written = {
+        str(path.relative_to(files / "here"))
+        for path in (files / "here").rglob("*")
+        if path.is_file()
+    }
+    assert {
+        "results.csv",
+        "report.md",
+        "settings.json",
+        "pictures/comparison.png",
+        "networks/gaussian-0.3-fitted-0/model.safetensors",
+    } <= written
 
 
 def test_compare_regression_by_default_with_a_hand_written_program(files, blank, capsys):
-    assert run("compare", "--data", "good.csv", "--target", "c", "--out", "here", "--priors", "gaussian", "--routes", "fitted", *QUICK) == 0
+    assert (
+        run(
+            "compare",
+            "--data",
+            "good.csv",
+            "--target",
+            "c",
+            "--out",
+            "here",
+            "--priors",
+            "gaussian",
+            "--routes",
+            "fitted",
+            *QUICK,
+        )
+        == 0
+    )
     assert "rmse" in capsys.readouterr().out
     assert pd.read_csv(files / "here" / "results.csv")["model"].tolist() == ["linear_regression"]
 
 
 def test_options_reach_the_settings(files, blank, capsys):
-    options = {"--batch-size": 11, "--learning-rate": 0.02, "--temperature": 0.5, "--kept": 0.4, "--reduce-every": 0.5, "--start": 0.2, "--stop": 0.9}
-    assert run("compare", "--data", "good.npz", "--out", "here", *SMALL, *(str(part) for pair in options.items() for part in pair)) == 0
+    options = {
+        "--batch-size": 11,
+        "--learning-rate": 0.02,
+        "--temperature": 0.5,
+        "--kept": 0.4,
+        "--reduce-every": 0.5,
+        "--start": 0.2,
+        "--stop": 0.9,
+    }
+    assert (
+        run(
+            "compare",
+            "--data",
+            "good.npz",
+            "--out",
+            "here",
+            *SMALL,
+            *(str(part) for pair in options.items() for part in pair),
+        )
+        == 0
+    )
     kept = json.loads((files / "here" / "settings.json").read_text())
     assert {name: kept[name.removeprefix("--").replace("-", "_")] for name in options} == options
-    assert (kept["epochs"], kept["draws"], kept["validation"], kept["model"], kept["data"]) == (1, 2, None, "mlp:4", "good")
+    assert (kept["epochs"], kept["draws"], kept["validation"], kept["model"], kept["data"]) == (
+        1,
+        2,
+        None,
+        "mlp:4",
+        "good",
+    )
     assert kept["optimizer"] == "adam"
 
 
@@ -132,12 +222,17 @@ def test_help_says_what_each_option_is(capsys, command):
     assert "None" not in out and "False" not in out and "['" not in out
     options = out.partition("options:")[2].split("\n  -")[1:]
     assert all(len(option.split()) > 2 for option in options), "an option without a word of help"
-    for name, choices in {"--per": "weight, unit, channel, input, head, layer", "--optimizer": "adam, natural-gradient"}.items():
+    for name, choices in {
+        "--per": "weight, unit, channel, input, head, layer",
+        "--optimizer": "adam, natural-gradient",
+    }.items():
         assert name not in out or choices in " ".join(out.split())
 
 
 def test_targets_of_the_help_are_targets():
-    site = bmr.Site(torch.randn(4, 3), torch.full((4, 3), 0.2), bmr.Diagonal(torch.zeros(()), torch.tensor(0.7)))
+    site = bmr.Site(
+        torch.randn(4, 3), torch.full((4, 3), 0.2), bmr.Diagonal(torch.zeros(()), torch.tensor(0.7))
+    )
     names = re.sub(r" \([^)]*\)", "", TARGETS).replace("SCALE", "0.3").split(", ")
     assert len(names) == 8
     for name in names:
@@ -145,28 +240,47 @@ def test_targets_of_the_help_are_targets():
 
 
 def test_prior_names():
-    assert prior_from_name("gaussian:0.1") == bmr.Gaussian(0.1) and prior_from_name("horseshoe:unit") == bmr.Horseshoe(tiers=("layer", "unit"))
-    assert all(prior_from_name(name) == prior for name, prior in PRIORS.items()) and prior_from_name("gaussian:layer") == bmr.Gaussian("layer")
+    assert prior_from_name("gaussian:0.1") == bmr.Gaussian(0.1) and prior_from_name(
+        "horseshoe:unit"
+    ) == bmr.Horseshoe(tiers=("layer", "unit"))
+    assert all(
+        prior_from_name(name) == prior for name, prior in PRIORS.items()
+    ) and prior_from_name("gaussian:layer") == bmr.Gaussian("layer")
 
 
 ERRORS = {
-    "unknown prior": (["--priors", "gausian"], "no prior 'gausian'; the priors are: gaussian, .*spike-and-slab"),
+    "unknown prior": (
+        ["--priors", "gausian"],
+        "no prior 'gausian'; the priors are: gaussian, .*spike-and-slab",
+    ),
     "prior without a number": (["--priors", "gaussian:wide"], "no prior 'gaussian:wide'"),
     "negative scale": (["--priors", "gaussian:-1"], "scale"),
     "unknown data": (["--data", "nope"], "'nope'; the data sets are: digits"),
     "unknown suffix": (["--data", "note.txt"], r"note\.txt.*\.npz, \.csv"),
     "unknown route": (["--routes", "fited"], "fited.*routes are point, fitted, reduced"),
-    "unknown optimizer": (["--optimizer", "sgd"], "no optimizer 'sgd'; the optimizers are: adam, natural-gradient"),
-    "unknown model": (["--model", "nope"], "no model 'nope'; the models are: gru, lenet, .*linear_regression, .*mlp"),
+    "unknown optimizer": (
+        ["--optimizer", "sgd"],
+        "no optimizer 'sgd'; the optimizers are: adam, natural-gradient",
+    ),
+    "unknown model": (
+        ["--model", "nope"],
+        "no model 'nope'; the models are: gru, lenet, .*linear_regression, .*mlp",
+    ),
     "missing model file": (["--model", "gone.py"], "no model file 'gone.py'"),
     "model file without build": (["--model", "empty.py"], r"no function build\(data, prior\)"),
-    "model for other data": (["--model", "linear_regression"], "linear_regression wants real targets"),
+    "model for other data": (
+        ["--model", "linear_regression"],
+        "linear_regression wants real targets",
+    ),
     "lenet of three sizes": (["--model", "lenet:1-2-3", "--data", "digits"], "four sizes"),
     "lenet of letters": (["--model", "lenet:a-b-c-d", "--data", "digits"], "lenet:a-b-c-d"),
     "mlp of letters": (["--model", "mlp:a"], "mlp:a"),
     "mlp without units": (["--model", "mlp:0"], "mlp:0"),
     "mlp with half a size": (["--model", "mlp:30-"], "mlp:30-"),
-    "argument for a model without": (["--model", "linear_regression:3", "--data", "diabetes"], "linear_regression"),
+    "argument for a model without": (
+        ["--model", "linear_regression:3", "--data", "diabetes"],
+        "linear_regression",
+    ),
     "npz without x_test": (["--data", "no_test.npz"], r"no_test\.npz.*no x_test"),
     "NaN in x": (["--data", "hole.npz"], "training rows.*x is NaN.*row 7"),
     "negative label": (["--data", "negative.npz"], "label -1 is out of range"),
@@ -185,13 +299,22 @@ ERRORS = {
     "negative learning rate": (["--learning-rate", "-1"], "learning.rate.*-1"),
     "temperature zero": (["--temperature", "0"], "temperature=0"),
     "kept above one": (["--kept", "2", "--routes", "reduced"], "kept=2"),
-    "start after stop": (["--start", "0.9", "--stop", "0.2", "--routes", "reduced"], "start=0.9.*stop=0.2"),
+    "start after stop": (
+        ["--start", "0.9", "--stop", "0.2", "--routes", "reduced"],
+        "start=0.9.*stop=0.2",
+    ),
     "validation without rows": (["--validation", "0"], "validation=0"),
     "validation is no number": (["--validation", "nan"], "validation=nan"),
     "negative threads": (["--threads", "-1"], "threads.*-1"),
-    "diverging": (["--learning-rate", "1e9", "--epochs", "9", "--routes", "fitted"], "not finite.*lower the learning rate"),
+    "diverging": (
+        ["--learning-rate", "1e9", "--epochs", "9", "--routes", "fitted"],
+        "not finite.*lower the learning rate",
+    ),
     "unwritable folder": (["--out", "file"], "cannot write to 'file'.*choose another folder"),
-    "folder below a file": (["--out", "file/below"], "cannot write to 'file/below'.*choose another folder"),
+    "folder below a file": (
+        ["--out", "file/below"],
+        "cannot write to 'file/below'.*choose another folder",
+    ),
     "no number": (["--epochs", "many"], "invalid int value: 'many'.*--help"),
     "unknown option": (["--epoch-count", "3"], "--epoch-count.*--help"),
 }
@@ -202,7 +325,12 @@ def test_errors_are_one_line(files, blank, capsys, options, message):
     status = run("compare", "--data", "good.npz", "--out", "here", *SMALL, *options)
     out, err = capsys.readouterr()
     assert status == 2 and out == ""
-    assert err.endswith("\n") and err.count("\n") == 1 and err.startswith("pyro-bmr") and "Traceback" not in err
+    assert (
+        err.endswith("\n")
+        and err.count("\n") == 1
+        and err.startswith("pyro-bmr")
+        and "Traceback" not in err
+    )
     assert re.search(message, err), err
 
 
@@ -214,7 +342,9 @@ def test_wrong_commands(capsys, argv):
 
 
 @pytest.mark.parametrize(
-    "options", [["--batch-size", "0"], ["--learning-rate", "1e9", "--epochs", "9", "--routes", "fitted"]], ids=["before the fit", "in the fit"]
+    "options",
+    [["--batch-size", "0"], ["--learning-rate", "1e9", "--epochs", "9", "--routes", "fitted"]],
+    ids=["before the fit", "in the fit"],
 )
 def test_errors_are_one_line_with_progress_bars_too(files, blank, capsys, options):
     loud = [option for option in SMALL if option != "--quiet"]
@@ -241,7 +371,10 @@ def test_a_folder_that_a_run_cannot_have_is_refused_before_the_fit(files, monkey
     monkeypatch.setattr("pyro_bmr.cli.commands.fit", lambda *args, **kwargs: pytest.fail("fitted"))
     (files / "compared").mkdir()
     (files / "compared" / "results.csv").write_text("prior,route,seed\n")
-    for folder, message in {"file": "cannot write to 'file'", "compared": "'compared' holds results of compare or study; choose another folder"}.items():
+    for folder, message in {
+        "file": "cannot write to 'file'",
+        "compared": "'compared' holds results of compare or study; choose another folder",
+    }.items():
         assert run("fit", "--data", "good.npz", "--model", "mlp:2", "--quiet", "--out", folder) == 2
         assert message in capsys.readouterr().err
 
@@ -250,11 +383,20 @@ def test_a_comparison_and_a_study_take_the_place_of_no_other_result(files, blank
     (files / "kept").mkdir()
     for name in ("posterior.safetensors", "settings.json"):
         (files / "kept" / name).write_text("{}")
-    (files / "study.toml").write_text('name = "s"\ndata = ["good.npz"]\nmodels = ["mlp:2"]\n[[method]]\nname = "m"\nmethod = "map"\n')
-    for argv in (["compare", "--data", "good.npz", "--out", "kept", *SMALL], ["study", "study.toml", "--out", "kept", "--quiet"]):
+    (files / "study.toml").write_text(
+        'name = "s"\ndata = ["good.npz"]\nmodels = ["mlp:2"]\n[[method]]\nname = "m"\nmethod ='
+        ' "map"\n'
+    )
+    for argv in (
+        ["compare", "--data", "good.npz", "--out", "kept", *SMALL],
+        ["study", "study.toml", "--out", "kept", "--quiet"],
+    ):
         assert run(*argv) == 2
         assert re.search(r"'kept' holds a run.*; choose another folder", capsys.readouterr().err)
-    assert {path.name: path.read_text() for path in (files / "kept").iterdir()} == {"posterior.safetensors": "{}", "settings.json": "{}"}
+    assert {path.name: path.read_text() for path in (files / "kept").iterdir()} == {
+        "posterior.safetensors": "{}",
+        "settings.json": "{}",
+    }
 
 
 def test_a_bug_keeps_its_traceback(files, monkeypatch):
@@ -267,6 +409,15 @@ def test_a_bug_keeps_its_traceback(files, monkeypatch):
 
 
 def test_as_a_process(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "pyro_bmr", "data"], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "pyro_bmr", "data"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
     assert done.returncode == 0 and done.stderr == ""
-    assert [line.split()[0] for line in done.stdout.splitlines()] == list(sources()) and not list(tmp_path.iterdir())
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(sources()) and not list(
+        tmp_path.iterdir()
+    )

@@ -1,4 +1,6 @@
-"""Named data sets and the user's own files: values, shapes and moments; bad input names the thing and the mend."""
+"""Named data sets and the user's own files: values, shapes and moments; bad input names the thing
+and the mend.
+"""
 
 import gzip
 import hashlib
@@ -19,7 +21,12 @@ from pyro_bmr.data import named as library
 from pyro_bmr.data.named import sources
 from pyro_bmr.data.readers import read_idx
 
-IDX = {"x_train": "train-images-idx3-ubyte", "y_train": "train-labels-idx1-ubyte", "x_test": "t10k-images-idx3-ubyte", "y_test": "t10k-labels-idx1-ubyte"}
+IDX = {
+    "x_train": "train-images-idx3-ubyte",
+    "y_train": "train-labels-idx1-ubyte",
+    "x_test": "t10k-images-idx3-ubyte",
+    "y_test": "t10k-labels-idx1-ubyte",
+}
 SPLITS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -58,7 +65,12 @@ def npz(tmp_path):
 
 
 def idx_bytes(array):
-    return b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
+    return (
+        b"\x00\x00\x08"
+        + bytes([array.ndim])
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 def idx_folder(folder, zipped=(), seed=0):
@@ -93,29 +105,57 @@ def test_digits():
     raw = load_digits()
     assert (data.x_train.shape, data.x_test.shape) == ((1438, 1, 8, 8), (359, 1, 8, 8))
     assert (data.y_train.shape, data.y_test.shape) == ((1438,), (359,))
-    assert {data.x_train.dtype, data.x_test.dtype} == {torch.float32} and {data.y_train.dtype, data.y_test.dtype} == {torch.int64}
-    assert (data.task, data.classes, data.outputs, data.name) == ("classification", 10, 10, "digits")
+    assert {data.x_train.dtype, data.x_test.dtype} == {torch.float32} and {
+        data.y_train.dtype,
+        data.y_test.dtype,
+    } == {torch.int64}
+    assert (data.task, data.classes, data.outputs, data.name) == (
+        "classification",
+        10,
+        10,
+        "digits",
+    )
     assert isinstance(data.likelihood(), bmr.Categorical)
-    assert abs(float(data.x_train.double().mean())) < 1e-5 and abs(float(data.x_train.double().std(correction=0)) - 1) < 1e-5
+    assert (
+        abs(float(data.x_train.double().mean())) < 1e-5
+        and abs(float(data.x_train.double().std(correction=0)) - 1) < 1e-5
+    )
     both = torch.cat([data.x_train, data.x_test])
     pixels = ((both - both.min()) * 16 / (both.max() - both.min())).flatten(1).round().int().numpy()
     got = np.concatenate([pixels, torch.cat([data.y_train, data.y_test])[:, None].int().numpy()], 1)
     want = np.concatenate([raw.data.astype(np.int32), raw.target[:, None].astype(np.int32)], 1)
-    assert np.array_equal(np.unique(got, axis=0), np.unique(want, axis=0)) and len(np.unique(want, axis=0)) == 1797
+    assert (
+        np.array_equal(np.unique(got, axis=0), np.unique(want, axis=0))
+        and len(np.unique(want, axis=0)) == 1797
+    )
 
 
 def test_diabetes():
     data = bmr.load("diabetes")
     raw = load_diabetes()
-    assert (data.x_train.shape, data.x_test.shape, data.y_train.shape, data.y_test.shape) == ((354, 10), (88, 10), (354,), (88,))
+    assert (data.x_train.shape, data.x_test.shape, data.y_train.shape, data.y_test.shape) == (
+        (354, 10),
+        (88, 10),
+        (354,),
+        (88,),
+    )
     assert {getattr(data, key).dtype for key in SPLITS} == {torch.float32}
-    assert (data.task, data.classes, data.outputs) == ("regression", None, 1) and isinstance(data.likelihood(), bmr.Normal)
+    assert (data.task, data.classes, data.outputs) == ("regression", None, 1) and isinstance(
+        data.likelihood(), bmr.Normal
+    )
     for part in (data.x_train, data.y_train):
-        assert part.double().mean(0).abs().max() < 1e-5 and (part.double().std(0, correction=0) - 1).abs().max() < 1e-5
+        assert (
+            part.double().mean(0).abs().max() < 1e-5
+            and (part.double().std(0, correction=0) - 1).abs().max() < 1e-5
+        )
     targets = torch.cat([data.y_train, data.y_test]).double() * data.target_scale + data.target_mean
     assert np.allclose(np.sort(targets.numpy()), np.sort(raw.target), rtol=0, atol=1e-3)
-    assert float(data.x_test.mean(0).abs().max()) > 1e-3, "the test rows are standardised by the training rows' moments, not their own"
-    assert data.target_scale == pytest.approx(float((data.y_train.double() * data.target_scale).std(correction=0)), rel=1e-5)
+    assert float(data.x_test.mean(0).abs().max()) > 1e-3, (
+        "the test rows are standardised by the training rows' moments, not their own"
+    )
+    assert data.target_scale == pytest.approx(
+        float((data.y_train.double() * data.target_scale).std(correction=0)), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["digits", "diabetes"])
@@ -125,22 +165,47 @@ def test_split_is_deterministic_and_disjoint(name):
     torch.manual_seed(3)
     assert same(first, bmr.load(name))
     assert not rows(first.x_train) & rows(first.x_test)
-    assert len(rows(first.x_train)) == len(first.x_train) and len(rows(first.x_test)) == len(first.x_test)
+    assert len(rows(first.x_train)) == len(first.x_train) and len(rows(first.x_test)) == len(
+        first.x_test
+    )
 
 
 def test_fashion_mnist():
     data = installed("fashion-mnist")
-    assert (data.x_train.shape, data.x_test.shape, data.classes) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28), 10)
-    assert data.y_train.bincount().tolist() == [6000] * 10 and data.y_test.bincount().tolist() == [1000] * 10
-    assert data.y_train[:5].tolist() == [9, 0, 0, 3, 0] and data.y_test[:5].tolist() == [9, 2, 1, 1, 6]
+    assert (data.x_train.shape, data.x_test.shape, data.classes) == (
+        (60_000, 1, 28, 28),
+        (10_000, 1, 28, 28),
+        10,
+    )
+    assert (
+        data.y_train.bincount().tolist() == [6000] * 10
+        and data.y_test.bincount().tolist() == [1000] * 10
+    )
+    assert data.y_train[:5].tolist() == [9, 0, 0, 3, 0] and data.y_test[:5].tolist() == [
+        9,
+        2,
+        1,
+        1,
+        6,
+    ]
     assert abs(float(data.x_train.mean())) < 1e-3 and abs(float(data.x_train.std()) - 1) < 1e-3
     assert data.x_train.dtype == torch.float32 and data.y_train.dtype == torch.int64
 
 
 def test_mnist():
     data = installed("mnist")
-    assert (data.x_train.shape, data.x_test.shape, data.classes) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28), 10)
-    assert data.y_train[:5].tolist() == [5, 0, 4, 1, 9] and data.y_test[:5].tolist() == [7, 2, 1, 0, 4]
+    assert (data.x_train.shape, data.x_test.shape, data.classes) == (
+        (60_000, 1, 28, 28),
+        (10_000, 1, 28, 28),
+        10,
+    )
+    assert data.y_train[:5].tolist() == [5, 0, 4, 1, 9] and data.y_test[:5].tolist() == [
+        7,
+        2,
+        1,
+        0,
+        4,
+    ]
     assert abs(float(data.x_train.mean())) < 1e-3 and abs(float(data.x_train.std()) - 1) < 1e-3
 
 
@@ -150,9 +215,16 @@ def test_mnist_1d_leaves_the_global_random_states():
     before = np.random.get_state(), random.getstate()
     data = installed("mnist-1d")
     after = np.random.get_state(), random.getstate()
-    assert np.array_equal(before[0][1], after[0][1]) and before[0][2:] == after[0][2:] and before[1] == after[1]
+    assert (
+        np.array_equal(before[0][1], after[0][1])
+        and before[0][2:] == after[0][2:]
+        and before[1] == after[1]
+    )
     assert (data.x_train.shape, data.x_test.shape, data.classes) == ((4000, 40), (1000, 40), 10)
-    assert data.x_train.mean(0).abs().max() < 1e-4 and (data.x_train.std(0, correction=0) - 1).abs().max() < 1e-4
+    assert (
+        data.x_train.mean(0).abs().max() < 1e-4
+        and (data.x_train.std(0, correction=0) - 1).abs().max() < 1e-4
+    )
     assert data.y_train.dtype == torch.int64 and data.y_train.bincount().min() > 300
 
 
@@ -179,18 +251,34 @@ def test_an_altered_named_set_is_refused(tmp_path, monkeypatch):
 
 def test_npz_of_images(npz):
     rng = np.random.default_rng(0)
-    x_train, x_test = rng.integers(0, 256, (20, 6, 5), dtype=np.uint8), rng.integers(0, 256, (8, 6, 5), dtype=np.uint8)
+    x_train, x_test = (
+        rng.integers(0, 256, (20, 6, 5), dtype=np.uint8),
+        rng.integers(0, 256, (8, 6, 5), dtype=np.uint8),
+    )
     y_train, y_test = np.arange(20, dtype=np.int16) % 4, np.arange(8, dtype=np.uint8) % 4
     data = bmr.load(npz(x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test))
-    assert (data.x_train.shape, data.x_test.shape, data.classes, data.name) == ((20, 1, 6, 5), (8, 1, 6, 5), 4, "mine")
+    assert (data.x_train.shape, data.x_test.shape, data.classes, data.name) == (
+        (20, 1, 6, 5),
+        (8, 1, 6, 5),
+        4,
+        "mine",
+    )
     mean, sd = x_train.astype(float).mean(), x_train.astype(float).std()
-    assert np.allclose(data.x_train[:, 0], (x_train - mean) / sd, atol=1e-5) and np.allclose(data.x_test[:, 0], (x_test - mean) / sd, atol=1e-5)
-    assert data.y_train.dtype == torch.int64 and data.y_train.tolist() == y_train.tolist() and data.y_test.tolist() == y_test.tolist()
+    assert np.allclose(data.x_train[:, 0], (x_train - mean) / sd, atol=1e-5) and np.allclose(
+        data.x_test[:, 0], (x_test - mean) / sd, atol=1e-5
+    )
+    assert (
+        data.y_train.dtype == torch.int64
+        and data.y_train.tolist() == y_train.tolist()
+        and data.y_test.tolist() == y_test.tolist()
+    )
 
 
 def test_npz_of_channels_keeps_its_shape(npz):
     rng = np.random.default_rng(0)
-    data = bmr.load(npz(x_train=rng.normal(size=(30, 3, 4, 5)), x_test=rng.normal(size=(9, 3, 4, 5))))
+    data = bmr.load(
+        npz(x_train=rng.normal(size=(30, 3, 4, 5)), x_test=rng.normal(size=(9, 3, 4, 5)))
+    )
     assert data.x_train.shape == (30, 3, 4, 5) and data.x_test.shape == (9, 3, 4, 5)
 
 
@@ -200,9 +288,23 @@ def test_npz_of_real_targets(npz, column):
     x_train, x_test = rng.normal(4, [1, 2, 3], (25, 3)), rng.normal(4, [1, 2, 3], (7, 3))
     y_train, y_test = rng.normal(50, 8, 25), rng.normal(50, 8, 7)
     shape = (-1, 1) if column else (-1,)
-    data = bmr.load(npz(x_train=x_train, y_train=y_train.reshape(shape), x_test=x_test, y_test=y_test.reshape(shape)))
-    assert (data.task, data.classes, data.y_train.shape, data.y_train.dtype) == ("regression", None, (25,), torch.float32)
-    assert data.target_mean == pytest.approx(y_train.mean(), rel=1e-6) and data.target_scale == pytest.approx(y_train.std(), rel=1e-5)
+    data = bmr.load(
+        npz(
+            x_train=x_train,
+            y_train=y_train.reshape(shape),
+            x_test=x_test,
+            y_test=y_test.reshape(shape),
+        )
+    )
+    assert (data.task, data.classes, data.y_train.shape, data.y_train.dtype) == (
+        "regression",
+        None,
+        (25,),
+        torch.float32,
+    )
+    assert data.target_mean == pytest.approx(
+        y_train.mean(), rel=1e-6
+    ) and data.target_scale == pytest.approx(y_train.std(), rel=1e-5)
     assert np.allclose(data.x_test, (x_test - x_train.mean(0)) / x_train.std(0), atol=1e-5)
     assert np.allclose(data.y_test, (y_test - y_train.mean()) / y_train.std(), atol=1e-5)
 
@@ -216,8 +318,12 @@ def test_one_test_row(npz):
 def test_constant_columns_are_only_centred(npz, value):
     x_train, x_test = np.random.default_rng(2).normal(size=(37, 3)), np.zeros((5, 3))
     x_train[:, 1], x_test[:, 1] = value, value + 0.5
-    data = bmr.load(npz(x_train=x_train, y_train=np.arange(37) % 3, x_test=x_test, y_test=np.arange(5) % 3))
-    assert float(data.x_train[:, 1].abs().max()) < 1e-6 and data.x_test[:, 1].tolist() == pytest.approx([0.5] * 5, abs=1e-6)
+    data = bmr.load(
+        npz(x_train=x_train, y_train=np.arange(37) % 3, x_test=x_test, y_test=np.arange(5) % 3)
+    )
+    assert float(data.x_train[:, 1].abs().max()) < 1e-6 and data.x_test[
+        :, 1
+    ].tolist() == pytest.approx([0.5] * 5, abs=1e-6)
 
 
 def test_a_large_offset_does_not_cost_the_digits(npz):
@@ -229,7 +335,13 @@ def test_a_large_offset_does_not_cost_the_digits(npz):
 
 def table(n=40):
     rng = np.random.default_rng(4)
-    made = pd.DataFrame({"height": rng.normal(170, 10, n), "age": rng.integers(20, 60, n), "price": rng.normal(9, 2, n)})
+    made = pd.DataFrame(
+        {
+            "height": rng.normal(170, 10, n),
+            "age": rng.integers(20, 60, n),
+            "price": rng.normal(9, 2, n),
+        }
+    )
     return made.assign(price=made["price"] + 0.1 * made["height"], grade=np.arange(n) % 3)
 
 
@@ -237,18 +349,33 @@ def test_csv_regression(tmp_path):
     made = table()
     made.to_csv(tmp_path / "houses.csv", index=False)
     data = bmr.load(tmp_path / "houses.csv", "price")
-    assert (data.task, data.name, data.x_train.shape, data.x_test.shape) == ("regression", "houses", (32, 3), (8, 3))
+    assert (data.task, data.name, data.x_train.shape, data.x_test.shape) == (
+        "regression",
+        "houses",
+        (32, 3),
+        (8, 3),
+    )
     assert same(data, bmr.load(str(tmp_path / "houses.csv"), target="price"))
-    prices = torch.cat([data.y_train, data.y_test]).double().numpy() * data.target_scale + data.target_mean
+    prices = (
+        torch.cat([data.y_train, data.y_test]).double().numpy() * data.target_scale
+        + data.target_mean
+    )
     assert np.allclose(np.sort(prices), np.sort(made["price"]), atol=1e-4)
     heights = torch.cat([data.x_train, data.x_test])[:, 0].double().numpy()
-    assert np.corrcoef(heights[np.argsort(prices)], made.sort_values("price")["height"])[0, 1] == pytest.approx(1, abs=1e-6)
+    assert np.corrcoef(heights[np.argsort(prices)], made.sort_values("price")["height"])[
+        0, 1
+    ] == pytest.approx(1, abs=1e-6)
 
 
 def test_csv_classes(tmp_path):
     table().to_csv(tmp_path / "houses.csv", index=False)
     data = bmr.load(tmp_path / "houses.csv", "grade")
-    assert (data.task, data.classes, data.y_train.dtype, data.x_train.shape) == ("classification", 3, torch.int64, (32, 3))
+    assert (data.task, data.classes, data.y_train.dtype, data.x_train.shape) == (
+        "classification",
+        3,
+        torch.int64,
+        (32, 3),
+    )
     assert torch.cat([data.y_train, data.y_test]).bincount().tolist() == [14, 13, 13]
 
 
@@ -262,8 +389,16 @@ def test_csv_of_few_rows(tmp_path):
 def test_folder_of_idx_files(tmp_path, zipped):
     made = idx_folder(tmp_path / "letters", zipped)
     data = bmr.load(tmp_path / "letters")
-    assert (data.name, data.classes, data.x_train.shape, data.x_test.shape) == ("letters", 4, (12, 1, 5, 4), (6, 1, 5, 4))
-    assert data.y_train.tolist() == made["y_train"].tolist() and data.y_test.tolist() == made["y_test"].tolist()
+    assert (data.name, data.classes, data.x_train.shape, data.x_test.shape) == (
+        "letters",
+        4,
+        (12, 1, 5, 4),
+        (6, 1, 5, 4),
+    )
+    assert (
+        data.y_train.tolist() == made["y_train"].tolist()
+        and data.y_test.tolist() == made["y_test"].tolist()
+    )
     want = (made["x_test"] - made["x_train"].mean()) / made["x_train"].std()
     assert np.allclose(data.x_test[:, 0], want, atol=1e-5)
 
@@ -303,8 +438,14 @@ BAD_IDX = {
     "truncated": (GOOD[:-3], "10 × 20.*197.*truncated"),
     "too long": (GOOD + b"\x00", "10 × 20.*201"),
     "short header": (GOOD[:7], "not an IDX file"),
-    "a length of 0 beside huge ones": (b"\x00\x00\x08\x04" + struct.pack(">4I", 0, 2**32 - 1, 2**32 - 1, 7), "0 × 4294967295 × 4294967295 × 7 cannot be held"),
-    "more axes than an array has": (b"\x00\x00\x08\x64" + struct.pack(">100I", *[1] * 100) + b"\x07", "cannot be held"),
+    "a length of 0 beside huge ones": (
+        b"\x00\x00\x08\x04" + struct.pack(">4I", 0, 2**32 - 1, 2**32 - 1, 7),
+        "0 × 4294967295 × 4294967295 × 7 cannot be held",
+    ),
+    "more axes than an array has": (
+        b"\x00\x00\x08\x64" + struct.pack(">100I", *[1] * 100) + b"\x07",
+        "cannot be held",
+    ),
     "empty": (b"", "not an IDX file.*nothing"),
     "wrong magic": (b"\x00\x00\x0d" + GOOD[3:], "not an IDX file.*00000d02"),
     "text": (b"<!DOCTYPE html>", "not an IDX file"),
@@ -322,7 +463,10 @@ def test_bad_idx(tmp_path, raw, message):
 
 
 def test_unknown_name():
-    with pytest.raises(bmr.DataError, match=r"'nope'.*digits, diabetes, fashion-mnist, mnist, mnist-1d.*\.npz, \.csv"):
+    with pytest.raises(
+        bmr.DataError,
+        match=r"'nope'.*digits, diabetes, fashion-mnist, mnist, mnist-1d.*\.npz, \.csv",
+    ):
         bmr.load("nope")
 
 
@@ -342,20 +486,44 @@ FULL = arrays()
 BAD_NPZ = {
     "no x_test": ({"x_test": None}, "no x_test.*found: x_train, y_train, y_test"),
     "no y": ({"y_train": None, "y_test": None}, "no y_train and no y_test"),
-    "NaN in x_train": ({"x_train": hole(FULL["x_train"])}, "training rows.*x is NaN.*row 4.*drop or impute"),
-    "infinity in x_test": ({"x_test": hole(FULL["x_test"], np.inf)}, "test rows.*x is NaN or infinite.*row 4"),
+    "NaN in x_train": (
+        {"x_train": hole(FULL["x_train"])},
+        "training rows.*x is NaN.*row 4.*drop or impute",
+    ),
+    "infinity in x_test": (
+        {"x_test": hole(FULL["x_test"], np.inf)},
+        "test rows.*x is NaN or infinite.*row 4",
+    ),
     "NaN in y": ({"y_train": hole(FULL["y_train"])}, "training rows.*y is NaN.*row 4"),
     "negative label": ({"y_train": FULL["y_train"] - 1}, "training label -1.*labels run from 0"),
     "negative test label": ({"y_test": FULL["y_test"] - 1}, "test label -1.*labels run from 0"),
     "label never seen": ({"y_test": FULL["y_test"] + 1}, "test label 3.*largest training label, 2"),
-    "one class": ({"y_train": 0 * FULL["y_train"], "y_test": 0 * FULL["y_test"]}, "one class only.*two"),
-    "constant target": ({"y_train": np.full(30, 4.0), "y_test": np.full(9, 4.0)}, r"constant \(4\)"),
-    "constant odd target": ({"y_train": np.full(30, 0.1), "y_test": np.full(9, 0.1)}, r"constant \(0\.1\)"),
-    "other rows": ({"y_train": np.arange(29) % 3}, r"training rows.*\(30, 4\).*\(29,\).*same number of rows"),
-    "other columns": ({"x_test": np.ones((9, 5))}, r"x_train has shape \(30, 4\) and x_test \(9, 5\)"),
+    "one class": (
+        {"y_train": 0 * FULL["y_train"], "y_test": 0 * FULL["y_test"]},
+        "one class only.*two",
+    ),
+    "constant target": (
+        {"y_train": np.full(30, 4.0), "y_test": np.full(9, 4.0)},
+        r"constant \(4\)",
+    ),
+    "constant odd target": (
+        {"y_train": np.full(30, 0.1), "y_test": np.full(9, 0.1)},
+        r"constant \(0\.1\)",
+    ),
+    "other rows": (
+        {"y_train": np.arange(29) % 3},
+        r"training rows.*\(30, 4\).*\(29,\).*same number of rows",
+    ),
+    "other columns": (
+        {"x_test": np.ones((9, 5))},
+        r"x_train has shape \(30, 4\) and x_test \(9, 5\)",
+    ),
     "no rows": ({"x_test": np.ones((0, 4)), "y_test": np.ones(0, int)}, "test rows.*at least one"),
     "flat x": ({"x_train": np.ones(30), "x_test": np.ones(9)}, r"\(rows, \.\.\.\)"),
-    "wide y": ({"y_train": np.ones((30, 2)), "y_test": np.ones((9, 2))}, r"\(30, 2\).*one number per row"),
+    "wide y": (
+        {"y_train": np.ones((30, 2)), "y_test": np.ones((9, 2))},
+        r"\(30, 2\).*one number per row",
+    ),
     "text": ({"y_train": np.array(["cat", "dog"] * 15)}, "y_train has type <U3.*numbers"),
     "complex": ({"x_train": FULL["x_train"] + 1j}, "x_train has type complex128.*numbers"),
 }
@@ -433,7 +601,11 @@ def test_files_that_are_no_npz(tmp_path, write):
 BAD_CSV = {
     "without target": ("a,b\n" + "1,2\n" * 9, None, "--target; its columns are: a, b$"),
     "wrong target": ("a,b\n" + "1,2\n" * 9, "c", "--target; its columns are: a, b; got 'c'"),
-    "text column": ("a,city,b\n" + "1,Bonn,2.5\n2,Ulm,1.5\n" * 5, "b", "columns city are not numbers; encode or drop"),
+    "text column": (
+        "a,city,b\n" + "1,Bonn,2.5\n2,Ulm,1.5\n" * 5,
+        "b",
+        "columns city are not numbers; encode or drop",
+    ),
     "text target": ("a,b\n" + "1,x\n2,y\n" * 5, "b", "columns b are not numbers"),
     "hole": ("a,b\n" + "1,2.5\n2,1.5\n" * 5 + ",3.5\n", "b", "x is NaN.*drop or impute"),
     "too few rows": ("a,b\n1,2.5\n2,3.5\n", "b", "2 rows and 2 columns; at least 5 rows"),
@@ -460,14 +632,23 @@ def test_csv_that_is_not_text(tmp_path):
 
 def test_sources_begin_with_the_default():
     assert list(sources()) == ["digits", "diabetes", "fashion-mnist", "mnist", "mnist-1d"]
-    assert all(source.about and bool(source.install) == (name not in ("digits", "diabetes")) for name, source in sources().items())
+    assert all(
+        source.about and bool(source.install) == (name not in ("digits", "diabetes"))
+        for name, source in sources().items()
+    )
 
 
 def test_validation_rows_of_an_npz(tmp_path):
     rng = np.random.default_rng(0)
-    arrays = {f"{v}_{s}": (rng.normal(3, 2, (n, 4)) if v == "x" else rng.integers(0, 3, n)) for s, n in (("train", 30), ("test", 9), ("val", 7)) for v in "xy"}
+    arrays = {
+        f"{v}_{s}": rng.normal(3, 2, (n, 4)) if v == "x" else rng.integers(0, 3, n)
+        for s, n in (("train", 30), ("test", 9), ("val", 7))
+        for v in "xy"
+    }
     np.savez(tmp_path / "d.npz", **arrays)
     data = bmr.load(tmp_path / "d.npz")
     x = arrays["x_train"]
-    np.testing.assert_allclose(data.x_val, (arrays["x_val"] - x.mean(0)) / x.std(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        data.x_val, (arrays["x_val"] - x.mean(0)) / x.std(0), rtol=1e-4, atol=1e-5
+    )
     assert data.y_val.tolist() == arrays["y_val"].tolist() and len(data.x_train) == 30

@@ -1,4 +1,6 @@
-"""`compare`: the columns that its docstring promises, what is on disk, going on where it stopped, and scores against `predict` by hand."""
+"""`compare`: the columns that its docstring promises, what is on disk, going on where it stopped,
+and scores against `predict` by hand.
+"""
 
 import json
 import math
@@ -23,12 +25,18 @@ from pyro_bmr.experiments.results_folder import summary
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings("ignore:.*the reduction after the fit")  # fits of two epochs, with more weights than rows
+# fits of two epochs, with more weights than rows
+pytestmark = pytest.mark.filterwarnings("ignore:.*the reduction after the fit")
 
-COLUMNS = "model data prior route seed temperature {} nll brier ece parameters kept_parameters kept delta_f seconds"
+COLUMNS = (
+    "model data prior route seed temperature {} nll brier ece parameters kept_parameters kept"
+    " delta_f seconds"
+)
 CLASSES, REALS = COLUMNS.format("accuracy").split(), COLUMNS.format("rmse").split()
 PRIORS = ("gaussian", "horseshoe", "spike-and-slab")
-QUICK = Settings(epochs=2, batch_size=40, learning_rate=1e-2, reduce_every=0.5, start=0.5, stop=1.0, draws=4)
+QUICK = Settings(
+    epochs=2, batch_size=40, learning_rate=1e-2, reduce_every=0.5, start=0.5, stop=1.0, draws=4
+)
 FILE = """
 from torch import nn
 import pyro_bmr as bmr
@@ -41,7 +49,13 @@ def build(data, prior, hidden="3"):
 
 def few(name, train=160, test=60):
     data = bmr.load(name)
-    return replace(data, x_train=data.x_train[:train], y_train=data.y_train[:train], x_test=data.x_test[:test], y_test=data.y_test[:test])
+    return replace(
+        data,
+        x_train=data.x_train[:train],
+        y_train=data.y_train[:train],
+        x_test=data.x_test[:test],
+        y_test=data.y_test[:test],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +77,13 @@ def done(digits, tmp_path_factory):
 
 def one(data, **options):
     """A single cheap cell."""
-    wanted = {"priors": {"gaussian": bmr.Gaussian(0.5)}, "routes": ["fitted"], "seeds": 1, "settings": QUICK, "progress": False} | options
+    wanted = {
+        "priors": {"gaussian": bmr.Gaussian(0.5)},
+        "routes": ["fitted"],
+        "seeds": 1,
+        "settings": QUICK,
+        "progress": False,
+    } | options
     return compare(wanted.pop("model", "linear_regression"), data, **wanted)
 
 
@@ -92,31 +112,60 @@ def networks(folder):
 def test_columns_and_rows(done):
     table, _ = done
     assert list(table.columns) == CLASSES
-    assert [tuple(key) for key in table[["prior", "route", "seed"]].values] == [(p, r, s) for p in PRIORS for r in ROUTES for s in (0, 1)]
-    assert set(table["model"]) == {"mlp:4"} and set(table["data"]) == {"digits"} and set(table["temperature"]) == {1.0}
-    assert compare.__doc__ is not None and ", ".join(CLASSES).replace("accuracy", "accuracy or rmse") in re.sub(r"\s+", " ", compare.__doc__)
+    assert [tuple(key) for key in table[["prior", "route", "seed"]].values] == [
+        (p, r, s) for p in PRIORS for r in ROUTES for s in (0, 1)
+    ]
+    assert (
+        set(table["model"]) == {"mlp:4"}
+        and set(table["data"]) == {"digits"}
+        and set(table["temperature"]) == {1.0}
+    )
+    assert compare.__doc__ is not None and ", ".join(CLASSES).replace(
+        "accuracy", "accuracy or rmse"
+    ) in re.sub(r"\s+", " ", compare.__doc__)
 
 
 def test_scores_are_possible_and_depend_on_the_seed(done):
     table, _ = done
-    assert table["accuracy"].between(0, 1).all() and table["brier"].between(0, 2).all() and table["ece"].between(0, 1).all()
-    assert (table["nll"] > 0).all() and (table["seconds"] > 0).all() and (table["nll"] < 2 * math.log(10)).all()
+    assert (
+        table["accuracy"].between(0, 1).all()
+        and table["brier"].between(0, 2).all()
+        and table["ece"].between(0, 1).all()
+    )
+    assert (
+        (table["nll"] > 0).all()
+        and (table["seconds"] > 0).all()
+        and (table["nll"] < 2 * math.log(10)).all()
+    )
     first, second = (table[table["seed"] == seed].reset_index(drop=True) for seed in (0, 1))
     assert (first["nll"] != second["nll"]).all()
 
 
 def test_kept(done):
     table, folder = done
-    assert (table["parameters"] == 64 * 4 + 4 + 4 * 10 + 10).all() and table["kept"].between(0, 1).all()
+    assert (table["parameters"] == 64 * 4 + 4 + 4 * 10 + 10).all() and table["kept"].between(
+        0, 1
+    ).all()
     assert (table["kept"] == table["kept_parameters"] / table["parameters"]).all()
     for row in table.to_dict("records"):
-        weights = load_file(folder / "networks" / f"{row['prior']}-{row['route']}-{row['seed']}" / "model.safetensors")
+        weights = load_file(
+            folder
+            / "networks"
+            / f"{row['prior']}-{row['route']}-{row['seed']}"
+            / "model.safetensors"
+        )
         assert sorted(weights) == ["1.bias", "1.weight", "3.bias", "3.weight"]
         assert sum(int((w != 0).sum()) for w in weights.values()) == row["kept_parameters"]
-    whole = (table["route"] == "point") | ((table["prior"] == "gaussian") & (table["route"] == "fitted"))
+    whole = (table["route"] == "point") | (
+        (table["prior"] == "gaussian") & (table["route"] == "fitted")
+    )
     assert (table.loc[whole, "kept"] == 1).all() and (table.loc[whole, "delta_f"] == 0).all()
     pruned = table[(table["prior"] == "gaussian") & (table["route"] == "reduced")]
-    assert (pruned["kept"] < 0.95).all() and (pruned["kept"] > 0.05).all() and (pruned["delta_f"] > 1).all()
+    assert (
+        (pruned["kept"] < 0.95).all()
+        and (pruned["kept"] > 0.05).all()
+        and (pruned["delta_f"] > 1).all()
+    )
 
 
 def test_guides(diabetes):
@@ -124,10 +173,23 @@ def test_guides(diabetes):
     found = one(diabetes, priors={"h": prior}, settings=replace(settings, guide="scale-coupled"))
     torch.manual_seed(0)
     program = load_model("linear_regression")(diabetes, prior)
-    fit = bmr.fit(program, diabetes, guide=bmr.ScaleCoupled, epochs=2, batch_size=40, optimizer=bmr.adam(1e-2), seed=0, progress=False)
+    fit = bmr.fit(
+        program,
+        diabetes,
+        guide=bmr.ScaleCoupled,
+        epochs=2,
+        batch_size=40,
+        optimizer=bmr.adam(1e-2),
+        seed=0,
+        progress=False,
+    )
     prediction = bmr.predict(fit.program, fit.posterior, diabetes.x_test, draws=6)
-    assert found["rmse"].item() == pytest.approx(bmr.metrics.rmse(prediction.mean, diabetes.y_test) * diabetes.target_scale)
-    assert found["rmse"].item() != one(diabetes, priors={"h": prior}, settings=settings)["rmse"].item()
+    assert found["rmse"].item() == pytest.approx(
+        bmr.metrics.rmse(prediction.mean, diabetes.y_test) * diabetes.target_scale
+    )
+    assert (
+        found["rmse"].item() != one(diabetes, priors={"h": prior}, settings=settings)["rmse"].item()
+    )
 
 
 def test_a_correlated_site_that_is_gone_stays_gone(diabetes):
@@ -142,9 +204,18 @@ def test_a_correlated_site_that_is_gone_stays_gone(diabetes):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guide": "full"}, "no guide 'full'; the guides are: mean-field, scale-coupled, matrix-variate, low-rank"),
-        ({"guide": "low-rank", "estimator": "antithetic"}, "estimator 'antithetic' is for the guide mean-field, got guide 'low-rank'"),
-        ({"guide": "scale-coupled", "optimizer": "natural-gradient"}, "optimizer 'natural-gradient' is for the guide mean-field"),
+        (
+            {"guide": "full"},
+            "no guide 'full'; the guides are: mean-field, scale-coupled, matrix-variate, low-rank",
+        ),
+        (
+            {"guide": "low-rank", "estimator": "antithetic"},
+            "estimator 'antithetic' is for the guide mean-field, got guide 'low-rank'",
+        ),
+        (
+            {"guide": "scale-coupled", "optimizer": "natural-gradient"},
+            "optimizer 'natural-gradient' is for the guide mean-field",
+        ),
     ],
 )
 def test_guides_that_are_refused(options, message):
@@ -152,7 +223,8 @@ def test_guides_that_are_refused(options, message):
         Settings(**options)
 
 
-@pytest.mark.parametrize(("kept", "left"), [(1.0, 11), (0.4, 5)])  # 10 weights and an intercept, which the prior leaves alone
+# 10 weights and an intercept, which the prior leaves alone
+@pytest.mark.parametrize(("kept", "left"), [(1.0, 11), (0.4, 5)])
 def test_size_of_a_fitted_shrinkage_prior(diabetes, kept, left):
     table = one(diabetes, priors={"horseshoe": bmr.Horseshoe()}, settings=replace(QUICK, kept=kept))
     own = one(diabetes, priors={"horseshoe": bmr.Horseshoe()})
@@ -164,24 +236,46 @@ def test_size_of_a_fitted_shrinkage_prior(diabetes, kept, left):
 def test_files(done):
     table, folder = done
     pd.testing.assert_frame_equal(pd.read_csv(folder / "results.csv"), table)
-    assert sorted(networks(folder)) == sorted(f"{p}-{r}-{s}" for p in PRIORS for r in ROUTES for s in (0, 1))
-    assert all({"model.safetensors", "report.json", "history.csv"} <= {p.name for p in path.iterdir()} for path in networks(folder).values())
+    assert sorted(networks(folder)) == sorted(
+        f"{p}-{r}-{s}" for p in PRIORS for r in ROUTES for s in (0, 1)
+    )
+    assert all(
+        {"model.safetensors", "report.json", "history.csv"} <= {p.name for p in path.iterdir()}
+        for path in networks(folder).values()
+    )
     pictures = sorted(path.name for path in (folder / "pictures").iterdir())
-    assert pictures == ["comparison.png", "delta_f-gaussian.png", "delta_f-horseshoe.png", "delta_f-spike-and-slab.png"]
-    assert all((folder / "pictures" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pictures)
+    assert pictures == [
+        "comparison.png",
+        "delta_f-gaussian.png",
+        "delta_f-horseshoe.png",
+        "delta_f-spike-and-slab.png",
+    ]
+    assert all(
+        (folder / "pictures" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pictures
+    )
     assert not list(folder.rglob("*.tmp"))
 
 
 def test_report_of_a_cell(done):
     table, folder = done
-    row = table[(table["prior"] == "gaussian") & (table["route"] == "reduced") & (table["seed"] == 1)].iloc[0]
+    row = table[
+        (table["prior"] == "gaussian") & (table["route"] == "reduced") & (table["seed"] == 1)
+    ].iloc[0]
     report = strict(folder / "networks" / "gaussian-reduced-1" / "report.json")
-    assert list(report["row"]) == CLASSES and {k: report["row"][k] for k in CLASSES} == {k: row[k] for k in CLASSES}
-    assert report["settings"].items() >= {"model": "mlp:4", "data": "digits", **QUICK.__dict__}.items()
+    assert list(report["row"]) == CLASSES and {k: report["row"][k] for k in CLASSES} == {
+        k: row[k] for k in CLASSES
+    }
+    assert (
+        report["settings"].items() >= {"model": "mlp:4", "data": "digits", **QUICK.__dict__}.items()
+    )
     assert sum(tensor["nonzero"] for tensor in report["tensors"].values()) == row["kept_parameters"]
     assert {site["site"] for site in report["sites"]} == set(report["tensors"])
-    ece = sum(part * abs(confidence - accuracy) for confidence, accuracy, part in report["calibration"])
-    assert ece == pytest.approx(row["ece"], abs=1e-12) and sum(part for _, _, part in report["calibration"]) == pytest.approx(1)
+    ece = sum(
+        part * abs(confidence - accuracy) for confidence, accuracy, part in report["calibration"]
+    )
+    assert ece == pytest.approx(row["ece"], abs=1e-12) and sum(
+        part for _, _, part in report["calibration"]
+    ) == pytest.approx(1)
     history = pd.read_csv(folder / "networks" / "gaussian-reduced-1" / "history.csv")
     assert list(history["epoch"]) == [1, 2] and history["step"].iloc[-1] == 2 * 160 / 40
 
@@ -189,7 +283,12 @@ def test_report_of_a_cell(done):
 def test_report_of_the_comparison(done):
     table, folder = done
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert text.startswith("# mlp:4 on digits\n") and "2 seeds" in text and "310 parameters" in text and "epochs 2" in text
+    assert (
+        text.startswith("# mlp:4 on digits\n")
+        and "2 seeds" in text
+        and "310 parameters" in text
+        and "epochs 2" in text
+    )
     for row in summary(table).itertuples(index=False):
         assert "| " + " | ".join(row) + " |" in text
     for path in (folder / "pictures").iterdir():
@@ -200,8 +299,20 @@ def test_report_of_the_comparison(done):
 def test_summary(done):
     table, _ = done
     text = summary(table)
-    assert list(text.columns) == ["prior", "route", "accuracy", "nll", "brier", "ece", "kept", "delta_f", "seconds"]
-    assert [tuple(pair) for pair in text[["prior", "route"]].values] == [(p, r) for p in PRIORS for r in ROUTES]
+    assert list(text.columns) == [
+        "prior",
+        "route",
+        "accuracy",
+        "nll",
+        "brier",
+        "ece",
+        "kept",
+        "delta_f",
+        "seconds",
+    ]
+    assert [tuple(pair) for pair in text[["prior", "route"]].values] == [
+        (p, r) for p in PRIORS for r in ROUTES
+    ]
     rows = table[(table["prior"] == "horseshoe") & (table["route"] == "reduced")]
     a, b = rows["nll"]
     got = text[(text["prior"] == "horseshoe") & (text["route"] == "reduced")].iloc[0]
@@ -224,7 +335,9 @@ def test_going_on_fits_nothing_twice(done, digits, monkeypatch, blank):
 def test_going_on_with_more_seeds(diabetes, tmp_path, monkeypatch, blank):
     one(diabetes, out=tmp_path)
     seeds, fit = [], cells.fit
-    monkeypatch.setattr(cells, "fit", lambda *args, **kwargs: seeds.append(kwargs["seed"]) or fit(*args, **kwargs))
+    monkeypatch.setattr(
+        cells, "fit", lambda *args, **kwargs: seeds.append(kwargs["seed"]) or fit(*args, **kwargs)
+    )
     table = one(diabetes, out=tmp_path, seeds=3)
     assert seeds == [1, 2] and list(table["seed"]) == [0, 1, 2] and list(table.columns) == REALS
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), table)
@@ -238,10 +351,15 @@ def test_going_on_with_any_name_of_a_prior(diabetes, tmp_path, monkeypatch, blan
     assert list(again["prior"]) == [name] and again["nll"].tolist() == table["nll"].tolist()
 
 
-@pytest.mark.parametrize(("change", "message"), [({"epochs": 3}, "epochs was 2, is 3"), ({"kept": 0.5}, "kept was None, is 0.5")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"epochs": 3}, "epochs was 2, is 3"), ({"kept": 0.5}, "kept was None, is 0.5")],
+)
 def test_other_settings_are_refused(diabetes, tmp_path, blank, change, message):
     one(diabetes, out=tmp_path)
-    with pytest.raises(bmr.PyroBMRError, match=rf"other settings.*{message}.*choose another folder"):
+    with pytest.raises(
+        bmr.PyroBMRError, match=rf"other settings.*{message}.*choose another folder"
+    ):
         one(diabetes, out=tmp_path, settings=replace(QUICK, **change))
     assert len(pd.read_csv(tmp_path / "results.csv")) == 1
 
@@ -279,16 +397,32 @@ def test_the_same_seed_gives_the_same_numbers(digits):
     for seed in (3, 4):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        tables.append(one(digits, model="mlp:4", routes=ROUTES, priors={"horseshoe": bmr.Horseshoe(), "gaussian": bmr.Gaussian()}))
+        tables.append(
+            one(
+                digits,
+                model="mlp:4",
+                routes=ROUTES,
+                priors={"horseshoe": bmr.Horseshoe(), "gaussian": bmr.Gaussian()},
+            )
+        )
         assert torch.equal(torch.get_rng_state(), state)
-    pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables), check_exact=True)
+    pd.testing.assert_frame_equal(
+        *(table.drop(columns="seconds") for table in tables), check_exact=True
+    )
 
 
 def test_regression_columns(diabetes):
     table = one(diabetes, priors=None, routes=ROUTES)
     assert list(table.columns) == REALS and len(table) == 9
-    assert table["brier"].isna().all() and table["ece"].isna().all() and (table["rmse"] > 20).all() and (table["rmse"] < 300).all()
-    assert "rmse" in summary(table) and "ece" not in summary(table) and "brier" not in summary(table)
+    assert (
+        table["brier"].isna().all()
+        and table["ece"].isna().all()
+        and (table["rmse"] > 20).all()
+        and (table["rmse"] < 300).all()
+    )
+    assert (
+        "rmse" in summary(table) and "ece" not in summary(table) and "brier" not in summary(table)
+    )
 
 
 def test_regression_on_disk(diabetes, tmp_path):
@@ -296,7 +430,11 @@ def test_regression_on_disk(diabetes, tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), table)
     report = strict(tmp_path / "networks" / "gaussian-fitted-0" / "report.json")
     assert report["row"]["brier"] is None and report["calibration"] is None
-    assert set(load_file(tmp_path / "networks" / "gaussian-fitted-0" / "model.safetensors")) == {"w", "b", "noise"}
+    assert set(load_file(tmp_path / "networks" / "gaussian-fitted-0" / "model.safetensors")) == {
+        "w",
+        "b",
+        "noise",
+    }
     assert (tmp_path / "pictures" / "comparison.png").exists()
 
 
@@ -304,13 +442,25 @@ def test_real_targets_are_scored_in_their_own_units(diabetes):
     prior = bmr.Gaussian(0.5)
     row = one(diabetes, settings=replace(QUICK, epochs=40)).iloc[0]
     program = load_model("linear_regression")(diabetes, prior)
-    fit = bmr.fit(program, diabetes, epochs=40, batch_size=40, optimizer=bmr.adam(1e-2), seed=0, progress=False)
+    fit = bmr.fit(
+        program,
+        diabetes,
+        epochs=40,
+        batch_size=40,
+        optimizer=bmr.adam(1e-2),
+        seed=0,
+        progress=False,
+    )
     prediction = bmr.predict(program, fit.posterior, diabetes.x_test, draws=4, seed=0)
     y = diabetes.y_test.double().numpy() * diabetes.target_scale + diabetes.target_mean
     locs = prediction.locs.double().numpy() * diabetes.target_scale + diabetes.target_mean
     scales = prediction.scales.double().numpy() * diabetes.target_scale
-    density = (np.exp(-0.5 * ((y - locs) / scales) ** 2) / (scales * math.sqrt(2 * math.pi))).mean(0)
-    assert y.std() > 30 and row["rmse"] == pytest.approx(math.sqrt(((locs.mean(0) - y) ** 2).mean()), rel=1e-5)
+    density = (np.exp(-0.5 * ((y - locs) / scales) ** 2) / (scales * math.sqrt(2 * math.pi))).mean(
+        0
+    )
+    assert y.std() > 30 and row["rmse"] == pytest.approx(
+        math.sqrt(((locs.mean(0) - y) ** 2).mean()), rel=1e-5
+    )
     assert row["nll"] == pytest.approx(-np.log(density).mean(), rel=1e-5)
     assert row["rmse"] < 0.95 * y.std(), "forty epochs predict better than the mean"
 
@@ -320,11 +470,19 @@ def test_classes_are_scored_by_the_posterior_predictive(digits):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         program = load_model("mlp:4")(digits, bmr.Gaussian(0.5))
-    fit = bmr.fit(program, digits, epochs=2, batch_size=40, optimizer=bmr.adam(1e-2), seed=0, progress=False)
-    probs = bmr.predict(fit.program, fit.posterior, digits.x_test, draws=4, seed=0).probs.double().numpy()
+    fit = bmr.fit(
+        program, digits, epochs=2, batch_size=40, optimizer=bmr.adam(1e-2), seed=0, progress=False
+    )
+    probs = (
+        bmr.predict(fit.program, fit.posterior, digits.x_test, draws=4, seed=0)
+        .probs.double()
+        .numpy()
+    )
     labels = digits.y_test.numpy()
     right = probs[np.arange(60), labels]
-    assert row["nll"] == pytest.approx(-np.log(right).mean(), rel=1e-5) and row["accuracy"] == pytest.approx((probs.argmax(1) == labels).mean())
+    assert row["nll"] == pytest.approx(-np.log(right).mean(), rel=1e-5) and row[
+        "accuracy"
+    ] == pytest.approx((probs.argmax(1) == labels).mean())
     assert row["brier"] == pytest.approx((1 - 2 * right + (probs**2).sum(1)).mean(), rel=1e-5)
 
 
@@ -335,23 +493,56 @@ def test_the_temperature_is_used_and_written_down(diabetes):
 
 def test_the_natural_gradient(diabetes, tmp_path, blank):
     settings = Settings(epochs=3, batch_size=40, draws=4, optimizer="natural-gradient")
-    assert settings.learning_rate == 0.1 and Settings().learning_rate == 3e-3 and Settings(learning_rate=0.2).learning_rate == 0.2
-    table = one(diabetes, priors={"g": bmr.Gaussian(0.5)}, routes=["point", "fitted"], settings=settings, out=tmp_path)
+    assert (
+        settings.learning_rate == 0.1
+        and Settings().learning_rate == 3e-3
+        and Settings(learning_rate=0.2).learning_rate == 0.2
+    )
+    table = one(
+        diabetes,
+        priors={"g": bmr.Gaussian(0.5)},
+        routes=["point", "fitted"],
+        settings=settings,
+        out=tmp_path,
+    )
     program = load_model("linear_regression")(diabetes, bmr.Gaussian(0.5))
     expected = []
-    for guide, optimizer in ((bmr.Point, bmr.adam(3e-3)), (bmr.MeanField, bmr.natural_gradient(0.1))):
-        fit = bmr.fit(program, diabetes, guide=guide, epochs=3, batch_size=40, optimizer=optimizer, progress=False)
-        prediction = bmr.predict(fit.program, fit.posterior, diabetes.x_test, draws=0 if guide is bmr.Point else 4)
+    for guide, optimizer in (
+        (bmr.Point, bmr.adam(3e-3)),
+        (bmr.MeanField, bmr.natural_gradient(0.1)),
+    ):
+        fit = bmr.fit(
+            program,
+            diabetes,
+            guide=guide,
+            epochs=3,
+            batch_size=40,
+            optimizer=optimizer,
+            progress=False,
+        )
+        prediction = bmr.predict(
+            fit.program, fit.posterior, diabetes.x_test, draws=0 if guide is bmr.Point else 4
+        )
         expected.append(bmr.metrics.rmse(prediction.mean, diabetes.y_test) * diabetes.target_scale)
     assert table["rmse"].tolist() == pytest.approx(expected)
     assert strict(tmp_path / "settings.json")["optimizer"] == "natural-gradient"
     with pytest.raises(bmr.PyroBMRError, match="optimizer was 'natural-gradient', is 'adam'"):
-        one(diabetes, priors={"g": bmr.Gaussian(0.5)}, routes=["fitted"], settings=replace(settings, optimizer="adam"), out=tmp_path)
+        one(
+            diabetes,
+            priors={"g": bmr.Gaussian(0.5)},
+            routes=["fitted"],
+            settings=replace(settings, optimizer="adam"),
+            out=tmp_path,
+        )
 
 
 def test_going_on_in_a_folder_from_before_some_settings(diabetes, tmp_path, monkeypatch, blank):
     table = one(diabetes, out=tmp_path)
-    kept = {key: value for key, value in strict(tmp_path / "settings.json").items() if key not in ("optimizer", "widen", "guide")}
+    kept = {
+        key: value
+        for key, value in strict(tmp_path / "settings.json").items()
+        if key not in ("optimizer", "widen", "guide")
+    }
     (tmp_path / "settings.json").write_text(json.dumps(kept))
     monkeypatch.setattr(cells, "fit", no_fits)
     assert one(diabetes, out=tmp_path)["nll"].tolist() == table["nll"].tolist()
@@ -363,11 +554,17 @@ def test_a_target_fraction(digits):
 
 
 def test_validation_does_not_look_at_the_test_rows(digits):
-    blind = replace(digits, x_test=torch.full_like(digits.x_test, torch.nan), y_test=torch.full_like(digits.y_test, 99))
+    blind = replace(
+        digits,
+        x_test=torch.full_like(digits.x_test, torch.nan),
+        y_test=torch.full_like(digits.y_test, 99),
+    )
     settings = replace(QUICK, validation=0.2)
     table = one(blind, model="mlp:4", settings=settings)
     assert math.isfinite(table["nll"].iloc[0]) and table["data"].tolist() == ["digits (validation)"]
-    assert (table["accuracy"] * 32 % 1).tolist() == pytest.approx([0], abs=1e-9), "a fifth of 160 rows is scored"
+    assert (table["accuracy"] * 32 % 1).tolist() == pytest.approx([0], abs=1e-9), (
+        "a fifth of 160 rows is scored"
+    )
     assert table["nll"].iloc[0] != one(digits, model="mlp:4")["nll"].iloc[0]
     with pytest.raises(bmr.ModelError, match=r"validation=1\.5"):
         one(digits, model="mlp:4", settings=replace(QUICK, validation=1.5))
@@ -377,12 +574,17 @@ def test_a_file_as_model(diabetes, tmp_path):
     (tmp_path / "mine.py").write_text(FILE)
     path = tmp_path / "mine.py"
     table = one(diabetes, model=path)
-    assert table["parameters"].tolist() == [10 * 3 + 3 + 3 + 1] and table["model"].tolist() == [str(path)]
+    assert table["parameters"].tolist() == [10 * 3 + 3 + 3 + 1] and table["model"].tolist() == [
+        str(path)
+    ]
     assert one(diabetes, model=f"{path}:2")["parameters"].tolist() == [10 * 2 + 2 + 2 + 1]
 
 
 def test_a_file_with_a_dataclass(diabetes, tmp_path):
-    head = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Sizes:\n    hidden: int = 5\n"
+    head = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass"
+        " Sizes:\n    hidden: int = 5\n"
+    )
     (tmp_path / "mine.py").write_text(head + FILE.replace('hidden="3"', "hidden=Sizes().hidden"))
     assert one(diabetes, model=tmp_path / "mine.py")["parameters"].tolist() == [10 * 5 + 5 + 5 + 1]
 
@@ -395,8 +597,15 @@ def test_a_function_as_model(diabetes):
 
 
 def test_models_that_are_not_there(tmp_path):
-    assert {"lenet", "linear_regression", "mlp", "vit"} < set(model_names()) and "__init__" not in model_names()
-    with pytest.raises(bmr.ModelError, match=r"no model 'nope'.*lenet, lenet_caffe, linear_regression, .*mlp.*build\(data, prior\)"):
+    assert {"lenet", "linear_regression", "mlp", "vit"} < set(
+        model_names()
+    ) and "__init__" not in model_names()
+    with pytest.raises(
+        bmr.ModelError,
+        match=(
+            r"no model 'nope'.*lenet, lenet_caffe, linear_regression, .*mlp.*build\(data, prior\)"
+        ),
+    ):
         load_model("nope")
     with pytest.raises(bmr.ModelError, match=r"no model file '.*gone\.py'"):
         load_model(tmp_path / "gone.py")
@@ -415,14 +624,18 @@ def test_unknown_routes(diabetes):
 
 
 def test_a_model_that_does_not_suit_the_data(digits, diabetes):
-    with pytest.raises(bmr.DataError, match="linear_regression wants real targets; digits has classes"):
+    with pytest.raises(
+        bmr.DataError, match="linear_regression wants real targets; digits has classes"
+    ):
         one(digits)
     with pytest.raises(bmr.DataError, match=r"lenet wants images.*\(10,\)"):
         one(diabetes, model="lenet")
 
 
 def test_the_histogram_of_a_site_with_nothing_left(tmp_path):
-    figure = plots.delta_f_histogram({"gone": torch.full((4,), torch.nan), "there": torch.tensor([-30.0, 1.0, torch.nan, 2.0])})
+    figure = plots.delta_f_histogram(
+        {"gone": torch.full((4,), torch.nan), "there": torch.tensor([-30.0, 1.0, torch.nan, 2.0])}
+    )
     heights = [sum(patch.get_height() for patch in axes.patches) for axes in figure.axes]
     assert heights == [0, 3] and [axes.get_title() for axes in figure.axes] == ["gone", "there"]
     plots.save_figure(figure, tmp_path / "delta_f.png")
@@ -431,7 +644,9 @@ def test_the_histogram_of_a_site_with_nothing_left(tmp_path):
 
 def test_the_histogram_of_values_that_hardly_differ():
     value = torch.tensor(-0.0014921059)
-    figure = plots.delta_f_histogram({"same": torch.stack([value, value.nextafter(torch.tensor(0.0)), value])})
+    figure = plots.delta_f_histogram(
+        {"same": torch.stack([value, value.nextafter(torch.tensor(0.0)), value])}
+    )
     assert sum(patch.get_height() for patch in figure.axes[0].patches) == 3
     plt.close(figure)
 
@@ -441,13 +656,22 @@ def test_results_of_other_data_are_not_taken(tmp_path, blank):
 
     data = bmr.load("diabetes")
     settings = Settings(epochs=1)
-    arguments = {"priors": {"gaussian": bmr.Gaussian()}, "routes": ["point"], "seeds": 1, "settings": settings, "out": tmp_path, "progress": False}
+    arguments = {
+        "priors": {"gaussian": bmr.Gaussian()},
+        "routes": ["point"],
+        "seeds": 1,
+        "settings": settings,
+        "out": tmp_path,
+        "progress": False,
+    }
     bmr.compare("linear_regression", data, **arguments)
     with pytest.raises(bmr.PyroBMRError, match="fingerprint"):
         bmr.compare("linear_regression", replace(data, y_test=data.y_test + 1), **arguments)
     twins = {"a:b": bmr.Gaussian(), "a-b": bmr.Gaussian()}
     with pytest.raises(bmr.ModelError, match="two of the names give one folder"):
-        bmr.compare("linear_regression", data, **{**arguments, "priors": twins, "out": tmp_path / "x"})
+        bmr.compare(
+            "linear_regression", data, **{**arguments, "priors": twins, "out": tmp_path / "x"}
+        )
 
 
 @pytest.mark.parametrize("damage", ["figure", "cut", "report"])
@@ -456,23 +680,49 @@ def test_a_row_is_the_one_of_its_network(done, digits, tmp_path, damage):
     shutil.copytree(done[1], folder)
     table = folder / "results.csv"
     text = table.read_text()
-    at = text.splitlines()[1].rindex(",") + len(text.splitlines()[0]) + 3  # a digit of the first row's seconds
+    # a digit of the first row's seconds
+    at = text.splitlines()[1].rindex(",") + len(text.splitlines()[0]) + 3
     if damage == "figure":
-        table.write_text(f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}" if text[at].isdigit() else text[:at] + "1" + text[at:])
+        table.write_text(
+            f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}"
+            if text[at].isdigit()
+            else text[:at] + "1" + text[at:]
+        )
     elif damage == "cut":
         table.write_text(text[:-6])  # in the last row's seconds, which is still a number
     else:
         (folder / "networks" / "gaussian-fitted-1" / "report.json").unlink()
-    with pytest.raises(bmr.PyroBMRError, match="damaged; remove its row|no report of a comparison .No such file") as error:
+    with pytest.raises(
+        bmr.PyroBMRError, match="damaged; remove its row|no report of a comparison .No such file"
+    ) as error:
         compare("mlp:4", digits, seeds=2, settings=QUICK, out=folder, progress=False)
     assert len(str(error.value)) < 400
 
 
-def test_a_warning_of_many_cells_comes_once_with_the_figures_of_the_first(diabetes, tmp_path, monkeypatch, blank):
-    monkeypatch.setattr(cells, "_cautions", lambda program, reduction, data, draws, seed: (f"ΔF = {seed}. Refit", "else"))
+def test_a_warning_of_many_cells_comes_once_with_the_figures_of_the_first(
+    diabetes, tmp_path, monkeypatch, blank
+):
+    monkeypatch.setattr(
+        cells,
+        "_cautions",
+        lambda program, reduction, data, draws, seed: (f"ΔF = {seed}. Refit", "else"),
+    )
     with pytest.warns(bmr.PyroBMRWarning) as caught:
-        table = compare("linear_regression", diabetes, priors={"g": bmr.Gaussian()}, seeds=3, settings=replace(QUICK, epochs=1), out=tmp_path, progress=False)
+        table = compare(
+            "linear_regression",
+            diabetes,
+            priors={"g": bmr.Gaussian()},
+            seeds=3,
+            settings=replace(QUICK, epochs=1),
+            out=tmp_path,
+            progress=False,
+        )
     words = [str(warning.message) for warning in caught]
-    where, rest = f"{diabetes.name}, g, reduced, seed 0, the reduction after the fit", " (2 more cells have this warning, with other figures)"
+    where, rest = (
+        f"{diabetes.name}, g, reduced, seed 0, the reduction after the fit",
+        " (2 more cells have this warning, with other figures)",
+    )
     assert words == [f"{where}: ΔF = 0. Refit{rest}", f"{where}: else{rest}"] and len(table) == 9
-    assert json.loads((tmp_path / "networks" / "g-reduced-2" / "report.json").read_text())["warnings"][:2] == ["ΔF = 2. Refit", "else"]
+    assert json.loads((tmp_path / "networks" / "g-reduced-2" / "report.json").read_text())[
+        "warnings"
+    ][:2] == ["ΔF = 2. Refit", "else"]

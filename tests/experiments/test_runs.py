@@ -1,4 +1,6 @@
-"""Fit, reduce and export as three commands on a saved run, and what becomes of a run whose parts have changed."""
+"""Fit, reduce and export as three commands on a saved run, and what becomes of a run whose parts
+have changed.
+"""
 
 import importlib.util
 import json
@@ -35,8 +37,34 @@ def files(tmp_path_factory):
     y = (x[:, 0] > 0).astype(int) + (x[:, 1] > 0.5)
     np.savez(folder / "data.npz", x_train=x[:90], y_train=y[:90], x_test=x[90:], y_test=y[90:])
     (folder / "model.py").write_text(MODEL)
-    options = ["--model", str(folder / "model.py"), "--data", str(folder / "data.npz"), "--epochs", "20", "--batch-size", "15", "--draws", "4", "--quiet"]
-    assert main(["fit", *options, "--seed", "3", "--prior", "gaussian:0.7", "--out", str(folder / "run")]) == 0
+    options = [
+        "--model",
+        str(folder / "model.py"),
+        "--data",
+        str(folder / "data.npz"),
+        "--epochs",
+        "20",
+        "--batch-size",
+        "15",
+        "--draws",
+        "4",
+        "--quiet",
+    ]
+    assert (
+        main(
+            [
+                "fit",
+                *options,
+                "--seed",
+                "3",
+                "--prior",
+                "gaussian:0.7",
+                "--out",
+                str(folder / "run"),
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -52,51 +80,141 @@ def run(files, tmp_path):
 
 def test_fit_reduce_export(run, files, capsys):
     settings = json.loads((run / "settings.json").read_text())
-    assert (settings["seed"], settings["prior"], settings["epochs"], settings["format"]) == (3, "gaussian:0.7", 20, "pyro_bmr run 1")
-    assert sorted(p.name for p in run.iterdir()) == ["network.safetensors", "posterior.safetensors", "settings.json"]
+    assert (settings["seed"], settings["prior"], settings["epochs"], settings["format"]) == (
+        3,
+        "gaussian:0.7",
+        20,
+        "pyro_bmr run 1",
+    )
+    assert sorted(p.name for p in run.iterdir()) == [
+        "network.safetensors",
+        "posterior.safetensors",
+        "settings.json",
+    ]
 
     assert main(["reduce", str(run), "--kept", "0.4", "--draws", "4"]) == 0
     out = capsys.readouterr().out
     assert "0.weight" in out and re.search(r"kept 0\.\d+, delta_f -?\d+.*accuracy 0\.\d+", out)
     reduction = json.loads((run / "reduction.json").read_text())
-    assert (reduction["to"], reduction["per"], reduction["target"]) == ("gaussian:0", "weight", 0.4) and abs(reduction["kept"] - 0.4) < 0.02
+    assert (reduction["to"], reduction["per"], reduction["target"]) == (
+        "gaussian:0",
+        "weight",
+        0.4,
+    ) and abs(reduction["kept"] - 0.4) < 0.02
     saved = bmr.Posterior.load(run / "reduced.safetensors")
-    again = bmr.reduce(bmr.Posterior.load(run / "posterior.safetensors"), to=bmr.Gaussian(scale=0), kept=0.4)
+    again = bmr.reduce(
+        bmr.Posterior.load(run / "posterior.safetensors"), to=bmr.Gaussian(scale=0), kept=0.4
+    )
     assert all(torch.equal(saved.masks[name], mask) for name, mask in again.masks.items())
 
     out_folder = run.parent / "out"
-    assert main(["export", str(run), "--shrink", "--format", "state_dict", "half", "--ensemble", "3", "--seconds", "0", "--out", str(out_folder)]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(run),
+                "--shrink",
+                "--format",
+                "state_dict",
+                "half",
+                "--ensemble",
+                "3",
+                "--seconds",
+                "0",
+                "--out",
+                str(out_folder),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "parameters " in out and "ms at batch 128" in out
     report = json.loads((out_folder / "report.json").read_text())
-    assert report["settings"]["seed"] == 3 and report["reduction"]["delta_f"] == reduction["delta_f"] and abs(report["kept"] - 0.4) < 0.02
+    assert (
+        report["settings"]["seed"] == 3
+        and report["reduction"]["delta_f"] == reduction["delta_f"]
+        and abs(report["kept"] - 0.4) < 0.02
+    )
     assert len(load_file(out_folder / "ensemble.safetensors")["0.weight"]) == 3
     net = loaders(out_folder).load()
     data = bmr.load(files / "data.npz")
     dense = bmr.export(load_run(run, reduced=True).program(bmr.Gaussian(0.7), data), saved)
     with torch.no_grad():
         torch.testing.assert_close(net(data.x_test), dense(data.x_test), rtol=0, atol=1e-5)
-    assert report["accuracy"] == pytest.approx(float((dense(data.x_test).argmax(1) == data.y_test).double().mean()))
-    assert float(dense[1].running_mean.abs().max()) > 0.01, "the running statistics of the fit are in the export"
+    assert report["accuracy"] == pytest.approx(
+        float((dense(data.x_test).argmax(1) == data.y_test).double().mean())
+    )
+    assert float(dense[1].running_mean.abs().max()) > 0.01, (
+        "the running statistics of the fit are in the export"
+    )
 
-    assert main(["export", str(run), "--unreduced", "--seconds", "0", "--out", str(run.parent / "whole")]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(run),
+                "--unreduced",
+                "--seconds",
+                "0",
+                "--out",
+                str(run.parent / "whole"),
+            ]
+        )
+        == 0
+    )
     assert json.loads((run.parent / "whole" / "report.json").read_text())["kept"] == 1.0
 
 
 def test_groups_and_natural_gradient_during_the_fit(files, tmp_path, capsys):
-    options = ["--model", str(files / "model.py"), "--data", str(files / "data.npz"), "--epochs", "4", "--batch-size", "15", "--draws", "4", "--quiet"]
-    reductions = ["--reduce-to", "gaussian:0", "--per", "unit", "--kept", "0.5", "--stop", "0.9", "--optimizer", "natural-gradient"]
+    options = [
+        "--model",
+        str(files / "model.py"),
+        "--data",
+        str(files / "data.npz"),
+        "--epochs",
+        "4",
+        "--batch-size",
+        "15",
+        "--draws",
+        "4",
+        "--quiet",
+    ]
+    reductions = [
+        "--reduce-to",
+        "gaussian:0",
+        "--per",
+        "unit",
+        "--kept",
+        "0.5",
+        "--stop",
+        "0.9",
+        "--optimizer",
+        "natural-gradient",
+    ]
     assert main(["fit", *options, *reductions, "--out", str(tmp_path / "run")]) == 0
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
-    assert (settings["per"], settings["optimizer"], settings["learning_rate"]) == ("unit", "natural-gradient", 0.1)
+    assert (settings["per"], settings["optimizer"], settings["learning_rate"]) == (
+        "unit",
+        "natural-gradient",
+        0.1,
+    )
     masks = bmr.Posterior.load(tmp_path / "run" / "posterior.safetensors").masks
-    assert all(bool(row.all()) or not bool(row.any()) for row in masks["0.weight"]) and 0 < int(masks["0.bias"].sum()) < 8
+    assert (
+        all(bool(row.all()) or not bool(row.any()) for row in masks["0.weight"])
+        and 0 < int(masks["0.bias"].sum()) < 8
+    )
     assert torch.equal(masks["0.weight"].any(1), masks["0.bias"]), "a unit goes with its bias"
     capsys.readouterr()
     for argv, message in [
         (["fit", *options, "--per", "unit"], "--per unit: .*--reduce-to"),
-        (["fit", *options, "--point", "--optimizer", "natural-gradient"], "it needs guide=MeanField.*adam"),
-        (["reduce", str(tmp_path / "run"), "--per", "row"], "'row': one of 'weight', 'unit', 'channel', 'input', 'head', 'layer'"),
+        (
+            ["fit", *options, "--point", "--optimizer", "natural-gradient"],
+            "it needs guide=MeanField.*adam",
+        ),
+        (
+            ["reduce", str(tmp_path / "run"), "--per", "row"],
+            "'row': one of 'weight', 'unit', 'channel', 'input', 'head', 'layer'",
+        ),
         (["reduce", str(tmp_path / "run"), "--heads", "2"], "heads=2.*per='head'"),
     ]:
         assert main([*argv, *(["--out", str(tmp_path / "other")] if argv[0] == "fit" else [])]) == 2
@@ -105,8 +223,36 @@ def test_groups_and_natural_gradient_during_the_fit(files, tmp_path, capsys):
 
 
 def test_a_guide_by_name(files, tmp_path, capsys):
-    options = ["--model", str(files / "model.py"), "--data", str(files / "data.npz"), "--epochs", "4", "--batch-size", "15", "--draws", "4", "--quiet"]
-    assert main(["fit", *options, "--guide", "low-rank", "--reduce-to", "gaussian:0", "--kept", "0.5", "--out", str(tmp_path / "run")]) == 0
+    options = [
+        "--model",
+        str(files / "model.py"),
+        "--data",
+        str(files / "data.npz"),
+        "--epochs",
+        "4",
+        "--batch-size",
+        "15",
+        "--draws",
+        "4",
+        "--quiet",
+    ]
+    assert (
+        main(
+            [
+                "fit",
+                *options,
+                "--guide",
+                "low-rank",
+                "--reduce-to",
+                "gaussian:0",
+                "--kept",
+                "0.5",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["guide"] == "low-rank"
     site = bmr.Posterior.load(tmp_path / "run" / "posterior.safetensors")["0.weight"]
     assert isinstance(site.joint, bmr.LowRank) and float(site.joint.factor.abs().max()) > 0
@@ -114,12 +260,17 @@ def test_a_guide_by_name(files, tmp_path, capsys):
     capsys.readouterr()
     for words, message in [
         (["--guide", "lowrank"], "no guide 'lowrank'; the guides are: mean-field, "),
-        (["--guide", "low-rank", "--optimizer", "natural-gradient"], "optimizer 'natural-gradient' is for the guide mean-field"),
+        (
+            ["--guide", "low-rank", "--optimizer", "natural-gradient"],
+            "optimizer 'natural-gradient' is for the guide mean-field",
+        ),
         (["--guide", "low-rank", "--point"], "--guide low-rank: a point estimate has none"),
     ]:
         assert main(["fit", *options, *words, "--out", str(tmp_path / "other")]) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and re.search(message, err) and not (tmp_path / "other").exists(), err
+        assert (
+            err.count("\n") == 1 and re.search(message, err) and not (tmp_path / "other").exists()
+        ), err
 
 
 def loaders(folder):
@@ -135,16 +286,43 @@ def test_a_new_fit_removes_the_old_reduction(run, files):
     data = bmr.load(files / "data.npz")
     fit = bmr.fit(old.program(bmr.Gaussian(0.7), data), data, epochs=1, progress=False)
     save_run(fit, run, {**old.settings})
-    assert not (run / "reduced.safetensors").exists() and load_run(run, reduced=True).reduction == {}
+    assert (
+        not (run / "reduced.safetensors").exists() and load_run(run, reduced=True).reduction == {}
+    )
 
 
 def test_a_program_of_ones_own_exports_its_weights(tmp_path, capsys):
     folder = str(tmp_path / "run")
-    assert main(["fit", "--model", "linear_regression", "--data", "diabetes", "--epochs", "4", "--draws", "2", "--quiet", "--out", folder]) == 0
+    assert (
+        main(
+            [
+                "fit",
+                "--model",
+                "linear_regression",
+                "--data",
+                "diabetes",
+                "--epochs",
+                "4",
+                "--draws",
+                "2",
+                "--quiet",
+                "--out",
+                folder,
+            ]
+        )
+        == 0
+    )
     assert main(["reduce", folder, "--draws", "2"]) == 0
     assert main(["export", folder, "--out", str(tmp_path / "out")]) == 0
-    weights, posterior = load_file(tmp_path / "out" / "model.safetensors"), load_run(folder, reduced=True).posterior
-    assert weights and all(torch.equal(value, posterior.point()[name]) for name, value in weights.items() if name in posterior.masks)
+    weights, posterior = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_run(folder, reduced=True).posterior,
+    )
+    assert weights and all(
+        torch.equal(value, posterior.point()[name])
+        for name, value in weights.items()
+        if name in posterior.masks
+    )
     capsys.readouterr()
     assert main(["export", folder, "--shrink", "--out", str(tmp_path / "no")]) == 2
     err = capsys.readouterr().err
@@ -156,21 +334,43 @@ def test_one_fit_has_one_score_in_the_units_of_the_target(tmp_path, monkeypatch,
     options = ["--data", "diabetes", "--model", "mlp:3", "--epochs", "1", "--draws", "3", "--quiet"]
     assert main(["fit", *options, "--seed", "1", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
-    compared = ["--priors", "gaussian", "--routes", "fitted", "--seeds", "2", "--out", str(tmp_path / "compared")]
+    compared = [
+        "--priors",
+        "gaussian",
+        "--routes",
+        "fitted",
+        "--seeds",
+        "2",
+        "--out",
+        str(tmp_path / "compared"),
+    ]
     assert main(["compare", *options, *compared]) == 0
     row = pd.read_csv(tmp_path / "compared" / "results.csv").iloc[1]
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert row["seed"] == settings["seed"] == 1 and 20 < row["rmse"] < 300 and 4 < row["nll"] < 9
-    assert settings["rmse"] == pytest.approx(row["rmse"], rel=1e-5) and settings["nll"] == pytest.approx(row["nll"], rel=1e-5)
-    assert f"rmse {row['rmse']:.4g}, nll {row['nll']:.4g} (rmse and nll in the units of the target)" in said
+    assert settings["rmse"] == pytest.approx(row["rmse"], rel=1e-5) and settings[
+        "nll"
+    ] == pytest.approx(row["nll"], rel=1e-5)
+    assert (
+        f"rmse {row['rmse']:.4g}, nll {row['nll']:.4g} (rmse and nll in the units of the target)"
+        in said
+    )
     assert main(["reduce", str(tmp_path / "run"), "--threshold", "inf", "--draws", "3"]) == 0
     assert f"rmse {row['rmse']:.4g}, nll {row['nll']:.4g} (" in capsys.readouterr().out
-    assert main(["export", str(tmp_path / "run"), "--seconds", "0", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(["export", str(tmp_path / "run"), "--seconds", "0", "--out", str(tmp_path / "out")])
+        == 0
+    )
     report, data = json.loads((tmp_path / "out" / "report.json").read_text()), bmr.load("diabetes")
     with torch.no_grad():
-        outputs = loaders(tmp_path / "out").load()(data.x_test)[:, 0] * report["target"]["scale"] + report["target"]["mean"]
+        outputs = (
+            loaders(tmp_path / "out").load()(data.x_test)[:, 0] * report["target"]["scale"]
+            + report["target"]["mean"]
+        )
     y = data.y_test * data.target_scale + data.target_mean
-    assert float(y.min()) >= 25 and report["rmse"] == pytest.approx(float((outputs - y).square().mean().sqrt()), rel=1e-5)
+    assert float(y.min()) >= 25 and report["rmse"] == pytest.approx(
+        float((outputs - y).square().mean().sqrt()), rel=1e-5
+    )
 
 
 def change(path, old, new):
@@ -178,12 +378,34 @@ def change(path, old, new):
 
 
 DAMAGE = {
-    "no run": (lambda run: (run / "settings.json").unlink(), "is no run of pyro-bmr fit: settings.json"),
-    "another file": (lambda run: (run / "settings.json").write_text("[]"), "is no run of pyro-bmr fit"),
-    "truncated posterior": (lambda run: (run / "posterior.safetensors").write_bytes((run / "posterior.safetensors").read_bytes()[:-8]), "not a readable"),
-    "truncated network": (lambda run: (run / "network.safetensors").write_bytes((run / "network.safetensors").read_bytes()[:50]), "is damaged"),
-    "changed model": (lambda run: change(run / "settings.json", b'"model_sha256": "', b'"model_sha256": "0'), "has changed since the fit"),
-    "network of another size": (lambda run: change(run / "network.safetensors", b"[8,3]", b"[3,8]"), "does not fit what"),
+    "no run": (
+        lambda run: (run / "settings.json").unlink(),
+        "is no run of pyro-bmr fit: settings.json",
+    ),
+    "another file": (
+        lambda run: (run / "settings.json").write_text("[]"),
+        "is no run of pyro-bmr fit",
+    ),
+    "truncated posterior": (
+        lambda run: (run / "posterior.safetensors").write_bytes(
+            (run / "posterior.safetensors").read_bytes()[:-8]
+        ),
+        "not a readable",
+    ),
+    "truncated network": (
+        lambda run: (run / "network.safetensors").write_bytes(
+            (run / "network.safetensors").read_bytes()[:50]
+        ),
+        "is damaged",
+    ),
+    "changed model": (
+        lambda run: change(run / "settings.json", b'"model_sha256": "', b'"model_sha256": "0'),
+        "has changed since the fit",
+    ),
+    "network of another size": (
+        lambda run: change(run / "network.safetensors", b"[8,3]", b"[3,8]"),
+        "does not fit what",
+    ),
 }
 
 
@@ -199,7 +421,10 @@ ERRORS = {
     "no such run": (["reduce", "nowhere"], "'nowhere' is no run"),
     "unknown per": (["reduce", "RUN", "--per", "galaxy"], "per='galaxy'"),
     "unknown format": (["export", "RUN", "--format", "zip"], "no format 'zip'; the formats are"),
-    "kept without reductions": (["fit", "--kept", "0.1", "--epochs", "1"], "--kept 0.1.*--reduce-to"),
+    "kept without reductions": (
+        ["fit", "--kept", "0.1", "--epochs", "1"],
+        "--kept 0.1.*--reduce-to",
+    ),
     "unknown prior": (["reduce", "RUN", "--to", "normal"], "no prior 'normal'"),
     "threads": (["export", "RUN", "--threads", "0"], "--threads 0"),
 }
@@ -217,17 +442,29 @@ def test_what_may_mislead_is_a_line_on_the_screen_and_in_the_files(run, tmp_path
     """A twentieth of the weights: hidden layer empty, accuracy down on the test rows."""
     assert main(["reduce", str(run), "--kept", "0.05", "--per", "unit", "--draws", "4"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert all(line.startswith("pyro-bmr: warning: ") for line in lines) and len(lines) == len(set(lines)) == 2
+    assert (
+        all(line.startswith("pyro-bmr: warning: ") for line in lines)
+        and len(lines) == len(set(lines)) == 2
+    )
     assert "layer collapse: no living unit is left in layer '0.weight' (0 of 8)" in lines[0]
     assert re.search(r"test data: the error rate rises from 0\.\d+ to 0\.\d+ on 30 rows", lines[1])
-    assert json.loads((run / "reduction.json").read_text())["warnings"] == [lines[0].removeprefix("pyro-bmr: warning: ")]
+    assert json.loads((run / "reduction.json").read_text())["warnings"] == [
+        lines[0].removeprefix("pyro-bmr: warning: ")
+    ]
 
     assert main(["export", str(run), "--seconds", "0.001", "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().err.splitlines()
     said = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
-    assert any("error rate rises" in line for line in lines) and any("layer collapse" in line for line in lines)
-    assert any("error rate rises" in line for line in said) and any("'0.weight' (0 of 8)" in line for line in said)
+    assert any("error rate rises" in line for line in lines) and any(
+        "layer collapse" in line for line in lines
+    )
+    assert any("error rate rises" in line for line in said) and any(
+        "'0.weight' (0 of 8)" in line for line in said
+    )
 
     assert main(["reduce", str(run), "--kept", "1", "--draws", "4"]) == 0
     assert main(["export", str(run), "--seconds", "0.001", "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().err == "" and json.loads((tmp_path / "out" / "report.json").read_text())["warnings"] == []
+    assert (
+        capsys.readouterr().err == ""
+        and json.loads((tmp_path / "out" / "report.json").read_text())["warnings"] == []
+    )

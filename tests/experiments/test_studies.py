@@ -1,4 +1,6 @@
-"""Studies: what a declaration may say, cells that are run once, fail alone and do not depend on the number of processes, and reports with the numbers."""
+"""Studies: what a declaration may say, cells that are run once, fail alone and do not depend on the
+number of processes, and reports with the numbers.
+"""
 
 import base64
 import copy
@@ -35,9 +37,15 @@ from pyro_bmr.experiments.study import cells_left, study
 matplotlib.use("Agg")
 torch.set_num_threads(1)
 
-HEAD = 'name = "tiny"\nseeds = 2\ndata = ["digits.npz"]\nmodels = ["mlp:3"]\n[settings]\nepochs = 2\nbatch_size = 40\n'
+HEAD = (
+    'name = "tiny"\nseeds = 2\ndata = ["digits.npz"]\nmodels = ["mlp:3"]\n[settings]\nepochs ='
+    " 2\nbatch_size = 40\n"
+)
 POINT = HEAD + '[[method]]\nname = "MAP & co"\nmethod = "point"\n'
-BOTH = POINT + '[[method]]\nname = "half"\nmethod = "reduced"\nkept = [0.5, 0.25]\nstart = 0.5\nstop = 1.0\ndraws = 2\n'
+BOTH = (
+    POINT + '[[method]]\nname = "half"\nmethod = "reduced"\nkept = [0.5, 0.25]\nstart = 0.5\nstop ='
+    " 1.0\ndraws = 2\n"
+)
 
 
 @pytest.fixture
@@ -45,7 +53,13 @@ def here(tmp_path, monkeypatch):
     """A folder with a few digits, in which the test runs."""
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8)
-    np.savez(tmp_path / "digits.npz", x_train=images[:160], y_train=labels[:160], x_test=images[160:240], y_test=labels[160:240])
+    np.savez(
+        tmp_path / "digits.npz",
+        x_train=images[:160],
+        y_train=labels[:160],
+        x_test=images[160:240],
+        y_test=labels[160:240],
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -69,7 +83,11 @@ def runs(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(methods, "METHODS", {name: counted(name, method) for name, method in methods.METHODS.items()})
+    monkeypatch.setattr(
+        methods,
+        "METHODS",
+        {name: counted(name, method) for name, method in methods.METHODS.items()},
+    )
     return seen
 
 
@@ -83,22 +101,54 @@ def quiet(declaration, out="out", **options):
 
 
 def test_the_grid(here):
-    text = BOTH.replace('["mlp:3"]', '["mlp:3", "mlp:2"]').replace("epochs = 2", "epochs = 2\ntemperature = 0.5\n[settings.for.'mlp:2']\nepochs = 3")
-    text = text.replace("batch_size = 40\n", "").replace('method = "point"', 'method = "point"\nmodels = "mlp:2"\nbatch_size = [20, 40]')
+    text = BOTH.replace('["mlp:3"]', '["mlp:3", "mlp:2"]').replace(
+        "epochs = 2", "epochs = 2\ntemperature = 0.5\n[settings.for.'mlp:2']\nepochs = 3"
+    )
+    text = text.replace("batch_size = 40\n", "").replace(
+        'method = "point"', 'method = "point"\nmodels = "mlp:2"\nbatch_size = [20, 40]'
+    )
     cells = declare(write(text + "[method.for.'digits.npz']\ndraws = 7\n")).cells
     assert [(c.model, c.label, c.options.get("kept"), c.seed) for c in cells] == [
         *(("mlp:3", "half", kept, seed) for kept in (0.5, 0.25) for seed in (0, 1)),
-        *(("mlp:2", f"MAP & co, batch_size {size}", None, seed) for size in (20, 40) for seed in (0, 1)),
+        *(
+            ("mlp:2", f"MAP & co, batch_size {size}", None, seed)
+            for size in (20, 40)
+            for seed in (0, 1)
+        ),
         *(("mlp:2", "half", kept, seed) for kept in (0.5, 0.25) for seed in (0, 1)),
     ]
-    assert cells[0].options == {"epochs": 2, "temperature": 0.5, "kept": 0.5, "start": 0.5, "stop": 1.0, "draws": 7} and cells[-1].options["epochs"] == 3
-    assert cells[1].slug.startswith("mlp-3_digits.npz_reduced_kept-0.5_seed-1_") and len({cell.slug for cell in cells}) == 12
+    assert (
+        cells[0].options
+        == {
+            "epochs": 2,
+            "temperature": 0.5,
+            "kept": 0.5,
+            "start": 0.5,
+            "stop": 1.0,
+            "draws": 7,
+        }
+        and cells[-1].options["epochs"] == 3
+    )
+    assert (
+        cells[1].slug.startswith("mlp-3_digits.npz_reduced_kept-0.5_seed-1_")
+        and len({cell.slug for cell in cells}) == 12
+    )
 
 
 def test_what_makes_another_cell(here):
-    slugs = [declare(write(text)).cells[0].slug for text in (POINT, POINT.replace("MAP & co", "renamed"), POINT.replace("epochs = 2", "epochs = 3"))]
+    slugs = [
+        declare(write(text)).cells[0].slug
+        for text in (
+            POINT,
+            POINT.replace("MAP & co", "renamed"),
+            POINT.replace("epochs = 2", "epochs = 3"),
+        )
+    ]
     assert slugs[0] == slugs[1] != slugs[2]
-    assert declare(write(POINT), validation=0.2).cells[0].slug != slugs[0] and len(declare("study.toml", seeds=3).cells) == 3
+    assert (
+        declare(write(POINT), validation=0.2).cells[0].slug != slugs[0]
+        and len(declare("study.toml", seeds=3).cells) == 3
+    )
     with np.load("digits.npz") as arrays:
         np.savez("digits.npz", **{**arrays, "y_test": (arrays["y_test"] + 1) % 10})
     os.utime("digits.npz", (1, 1))
@@ -112,15 +162,26 @@ def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
         build(data, bmr.Gaussian())
 
     monkeypatch.setitem(methods.METHODS, "other", other)
-    cells = declare(write(POINT.replace("epochs = 2", "epochs = 2\nrewind = 1") + '[[method]]\nmethod = "other"\n')).cells
-    assert [dict(cell.options) for cell in cells[::2]] == [{"epochs": 2, "batch_size": 40}, {"rewind": 1}]
+    cells = declare(
+        write(
+            POINT.replace("epochs = 2", "epochs = 2\nrewind = 1") + '[[method]]\nmethod = "other"\n'
+        )
+    ).cells
+    assert [dict(cell.options) for cell in cells[::2]] == [
+        {"epochs": 2, "batch_size": 40},
+        {"rewind": 1},
+    ]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("seeds = 2", "seeds = = 2", r"study\.toml: this is no TOML \(.*line 2"),
-        ("seeds = 2", "seed = 2", r"study\.toml: seed: no such key; the keys are name, seeds, data, models"),
+        (
+            "seeds = 2",
+            "seed = 2",
+            r"study\.toml: seed: no such key; the keys are name, seeds, data, models",
+        ),
         ("seeds = 2", "seeds = 0", r"study\.toml: seeds: .* got 0"),
         ("seeds = 2", "seeds = [1, 1]", r"study\.toml: seeds: .* got \[1, 1\]"),
         ("seeds = 2", "seeds = true", r"study\.toml: seeds: .* got True"),
@@ -134,25 +195,63 @@ def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
         ("epochs = 2", "epochs = []", r"study\.toml: settings\.epochs: .* got \[\]"),
         ("epochs = 2", "epochs = 1979-05-27", r"study\.toml: settings\.epochs: .* got datetime"),
         ("epochs = 2", "epochs = inf", r"study\.toml: settings\.epochs: a finite number"),
-        ("epochs = 2", "epocs = 2", r"study\.toml: settings\.epocs: no method of the study knows this option"),
+        (
+            "epochs = 2",
+            "epocs = 2",
+            r"study\.toml: settings\.epocs: no method of the study knows this option",
+        ),
         ("epochs = 2", "epochs = 0", r"study\.toml: method 'MAP & co': epochs=0"),
-        ("epochs = 2", "validation = 0.2", r"study\.toml: settings\.validation: .*at the top of the file"),
-        ("epochs = 2", "for.lenet.epochs = 3", r"study\.toml: settings\.for\.lenet: no such key; the keys are mlp:3, digits\.npz"),
-        ('method = "point"', 'method = "pint"', r"study\.toml: method 'MAP & co'\.method: no method 'pint'; the methods are: point"),
-        ('method = "point"', 'method = "point"\nkepd = 0.5', r"study\.toml: method 'MAP & co': point: no option kepd"),
+        (
+            "epochs = 2",
+            "validation = 0.2",
+            r"study\.toml: settings\.validation: .*at the top of the file",
+        ),
+        (
+            "epochs = 2",
+            "for.lenet.epochs = 3",
+            r"study\.toml: settings\.for\.lenet: no such key; the keys are mlp:3, digits\.npz",
+        ),
+        (
+            'method = "point"',
+            'method = "pint"',
+            r"study\.toml: method 'MAP & co'\.method: no method 'pint'; the methods are: point",
+        ),
+        (
+            'method = "point"',
+            'method = "point"\nkepd = 0.5',
+            r"study\.toml: method 'MAP & co': point: no option kepd",
+        ),
         (
             'method = "point"',
             'method = "point"\nmodels = "lenet"',
-            r"study\.toml: method 'MAP & co'\.models: no 'lenet' at the top of the file, which has mlp:3",
+            (
+                r"study\.toml: method 'MAP & co'\.models: no 'lenet' at the top of the file, which"
+                r" has mlp:3"
+            ),
         ),
         (
             'method = "point"',
             'method = "point"\nbatch_size = [9, 9]',
-            r"study\.toml: method 'MAP & co': mlp-3_digits\S+ is declared already, by method 'MAP & co'",
+            (
+                r"study\.toml: method 'MAP & co': mlp-3_digits\S+ is declared already, by method"
+                r" 'MAP & co'"
+            ),
         ),
-        ('name = "MAP & co"\n', "name = 3\n", r"study\.toml: method\[0\]\.name: a text is wanted, got 3"),
-        ("[[method]]\n", '[[method]]\nmethod = "point"\nname = "MAP & co"\n[[method]]\n', r"study\.toml: method 'MAP & co': two methods have this name"),
-        ("[[method]]\n", '[[method]]\nmethod = "point"\nname = "twin"\n[[method]]\n', r"study\.toml: method 'MAP & co': .* by method 'twin'; remove one"),
+        (
+            'name = "MAP & co"\n',
+            "name = 3\n",
+            r"study\.toml: method\[0\]\.name: a text is wanted, got 3",
+        ),
+        (
+            "[[method]]\n",
+            '[[method]]\nmethod = "point"\nname = "MAP & co"\n[[method]]\n',
+            r"study\.toml: method 'MAP & co': two methods have this name",
+        ),
+        (
+            "[[method]]\n",
+            '[[method]]\nmethod = "point"\nname = "twin"\n[[method]]\n',
+            r"study\.toml: method 'MAP & co': .* by method 'twin'; remove one",
+        ),
         ("[[method]]", "[method]", r"study\.toml: method: at least one \[\[method\]\] is wanted"),
     ],
 )
@@ -170,7 +269,11 @@ def test_other_refusals(here, runs, capsys):
     with pytest.raises(bmr.PyroBMRError, match=r"'none\.toml' cannot be read \(No such file"):
         declare("none.toml")
     declared = declare(write(POINT))
-    for options, message in (({"only": ["MAP"]}, "only 'MAP': .*methods are: MAP & co"), ({"jobs": 0}, "jobs=0"), ({"seeds": 3}, "give them to declare")):
+    for options, message in (
+        ({"only": ["MAP"]}, "only 'MAP': .*methods are: MAP & co"),
+        ({"jobs": 0}, "jobs=0"),
+        ({"seeds": 3}, "give them to declare"),
+    ):
         with pytest.raises(bmr.ModelError, match=message):
             quiet(declared, **options)
     assert not runs
@@ -179,15 +282,28 @@ def test_other_refusals(here, runs, capsys):
 def test_a_study_goes_on_where_it_stopped(here, blank, runs, capsys):
     write(BOTH)
     first = quiet("study.toml", only=["MAP & co"])
-    assert runs == [("point", 0, None), ("point", 1, None)] and len(first.table) == 2 and not first.failures
+    assert (
+        runs == [("point", 0, None), ("point", 1, None)]
+        and len(first.table) == 2
+        and not first.failures
+    )
     cells, seconds = cells_left(declare("study.toml"), "out", jobs=2)
     mean = first.table["seconds"].mean()
-    assert cells["state"].tolist() == ["finished"] * 2 + ["open"] * 4 and seconds == pytest.approx(2 * mean) and cells["seconds"][5] == pytest.approx(mean)
+    assert (
+        cells["state"].tolist() == ["finished"] * 2 + ["open"] * 4
+        and seconds == pytest.approx(2 * mean)
+        and cells["seconds"][5] == pytest.approx(mean)
+    )
     stamps = {path: path.stat().st_mtime_ns for path in Path("out/cells").rglob("*.*")}
     table = quiet("study.toml").table
-    assert runs[2:] == [("reduced", seed, kept) for kept in (0.5, 0.25) for seed in (0, 1)] and len(table) == 6
+    assert (
+        runs[2:] == [("reduced", seed, kept) for kept in (0.5, 0.25) for seed in (0, 1)]
+        and len(table) == 6
+    )
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
-    pd.testing.assert_frame_equal(table[:2][first.table.columns], first.table, check_dtype=False, check_exact=True)
+    pd.testing.assert_frame_equal(
+        table[:2][first.table.columns], first.table, check_dtype=False, check_exact=True
+    )
     assert main(["study", "study.toml", "--out", "out", "--quiet"]) == 0 and len(runs) == 6
     assert main(["study", "study.toml", "--out", "out", "--list"]) == 0
     printed = capsys.readouterr().out
@@ -198,23 +314,49 @@ def test_the_row_of_a_cell(here, blank):
     table = quiet(write(BOTH), only=["half"], seeds=1).table
     data, row = bmr.load("digits.npz"), table.iloc[1]
     options = {"epochs": 2, "batch_size": 40, "kept": 0.25, "start": 0.5, "stop": 1.0, "draws": 2}
-    alone = bmr.compare("mlp:3", data, priors={"g": bmr.Gaussian()}, routes=["reduced"], seeds=1, settings=Settings(**options), progress=False).iloc[0]
-    for name in ("accuracy", "nll", "brier", "ece", "parameters", "kept_parameters", "kept", "delta_f"):
+    alone = bmr.compare(
+        "mlp:3",
+        data,
+        priors={"g": bmr.Gaussian()},
+        routes=["reduced"],
+        seeds=1,
+        settings=Settings(**options),
+        progress=False,
+    ).iloc[0]
+    for name in (
+        "accuracy",
+        "nll",
+        "brier",
+        "ece",
+        "parameters",
+        "kept_parameters",
+        "kept",
+        "delta_f",
+    ):
         assert row[name] == alone[name], name
     assert {name: row[f"option_{name}"] for name in options} == options and row["method"] == "half"
     folder = Path("out/cells") / row["cell"]
     weights = load_file(folder / "model.safetensors")
-    assert sum(int(w.count_nonzero()) for w in weights.values()) == row["kept_parameters"] and row["kilobytes"] * 1000 == os.path.getsize(
-        folder / "model.safetensors"
-    )
+    assert sum(int(w.count_nonzero()) for w in weights.values()) == row["kept_parameters"] and row[
+        "kilobytes"
+    ] * 1000 == os.path.getsize(folder / "model.safetensors")
     small = bmr.shrink_plan(
-        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3), torch.nn.ReLU(), torch.nn.Linear(3, 10)), weights_alive(weights), data.x_test
+        torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(64, 3), torch.nn.ReLU(), torch.nn.Linear(3, 10)
+        ),
+        weights_alive(weights),
+        data.x_test,
     )
     assert row["size"] == small.parameters[1] / small.parameters[0] and 0 < row["ece_mass"] < 1
     history = pd.read_csv(folder / "history.csv")
     assert history["elbo"].iloc[-1] == row["elbo"] and "step" in (folder / "log.txt").read_text()
     config = json.loads((folder / "config.json").read_text())
-    assert config["options"] == options and config["seed"] == 0 and config["fingerprint"] and config["versions"]["torch"] == torch.__version__
+    assert (
+        config["options"] == options
+        and config["seed"] == 0
+        and config["fingerprint"]
+        and config["versions"]["torch"] == torch.__version__
+    )
 
 
 def weights_alive(weights):
@@ -222,9 +364,16 @@ def weights_alive(weights):
 
 
 def test_held_out_rows(here, blank):
-    rows = quiet(write(POINT), seeds=1).table.iloc[0], quiet("study.toml", seeds=1, validation=0.25).table.iloc[0]
-    assert [row["data"] for row in rows] == ["digits.npz", "digits.npz (validation)"] and rows[0]["nll"] != rows[1]["nll"]
-    assert rows[1]["accuracy"] * 40 == pytest.approx(round(rows[1]["accuracy"] * 40)), "a quarter of 160 rows is scored"
+    rows = (
+        quiet(write(POINT), seeds=1).table.iloc[0],
+        quiet("study.toml", seeds=1, validation=0.25).table.iloc[0],
+    )
+    assert [row["data"] for row in rows] == ["digits.npz", "digits.npz (validation)"] and rows[0][
+        "nll"
+    ] != rows[1]["nll"]
+    assert rows[1]["accuracy"] * 40 == pytest.approx(round(rows[1]["accuracy"] * 40)), (
+        "a quarter of 160 rows is scored"
+    )
 
 
 def test_a_cell_that_fails_fails_alone(here, blank, runs, monkeypatch, capsys):
@@ -241,17 +390,32 @@ def test_a_cell_that_fails_fails_alone(here, blank, runs, monkeypatch, capsys):
     write(BOTH)
     assert main(["study", "study.toml", "--out", "out", "--quiet", "--only", "MAP & co"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and errors[0].startswith("pyro-bmr: mlp-3_digits.npz_point_seed-0_") and errors[0].endswith(" failed: ValueError: no luck")
+    assert (
+        len(errors) == 1
+        and errors[0].startswith("pyro-bmr: mlp-3_digits.npz_point_seed-0_")
+        and errors[0].endswith(" failed: ValueError: no luck")
+    )
     folder = Path("out/cells") / errors[0].split()[1]
     log = (folder / "log.txt").read_text()
     assert "so far so good" in log and "Traceback" in log and not (folder / "row.json").exists()
     assert pd.read_csv("out/results.csv")["seed"].tolist() == [1]
-    assert "no luck" in Path("out/report.md").read_text() and "ValueError: no luck" in Path("out/report.html").read_text()
-    assert cells_left(declare("study.toml"), "out", only=["MAP & co"])[0]["state"].tolist() == ["failed", "finished"]
+    assert (
+        "no luck" in Path("out/report.md").read_text()
+        and "ValueError: no luck" in Path("out/report.html").read_text()
+    )
+    assert cells_left(declare("study.toml"), "out", only=["MAP & co"])[0]["state"].tolist() == [
+        "failed",
+        "finished",
+    ]
     monkeypatch.setitem(methods.METHODS, "point", good)
     runs.clear()
     done = quiet("study.toml", only=["MAP & co"])
-    assert [run[:2] for run in runs] == [("point", 0)] and not done.failures and not (folder / "failed.txt").exists() and len(done.table) == 2
+    assert (
+        [run[:2] for run in runs] == [("point", 0)]
+        and not done.failures
+        and not (folder / "failed.txt").exists()
+        and len(done.table) == 2
+    )
 
 
 def test_a_stopped_study_keeps_what_is_finished(here, blank, monkeypatch, capsys):
@@ -266,7 +430,9 @@ def test_a_stopped_study_keeps_what_is_finished(here, blank, monkeypatch, capsys
     monkeypatch.setitem(methods.METHODS, "point", stopped)
     assert main(["study", write(POINT), "--out", "out", "--quiet"]) == 130
     assert capsys.readouterr().err == "pyro-bmr: stopped\n"
-    assert pd.read_csv("out/results.csv")["seed"].tolist() == [0] and not list(Path("out").rglob("*.tmp"))
+    assert pd.read_csv("out/results.csv")["seed"].tolist() == [0] and not list(
+        Path("out").rglob("*.tmp")
+    )
     assert cells_left(declare("study.toml"), "out")[0]["state"].tolist() == ["finished", "open"]
 
 
@@ -275,7 +441,9 @@ def test_damaged_rows_are_errors_of_one_line(here, blank):
     row = done.folder / "cells" / done.table["cell"][0] / "row.json"
     for content in ("", "[1]", "{}", '{"nll": "1"}', "[" * 100_000):
         row.write_text(content)
-        with pytest.raises(bmr.PyroBMRError, match=r"row\.json' is .*remove .* to run the cell again"):
+        with pytest.raises(
+            bmr.PyroBMRError, match=r"row\.json' is .*remove .* to run the cell again"
+        ):
             quiet("study.toml", seeds=1)
 
 
@@ -312,7 +480,9 @@ class Page(HTMLParser):
             self.rows[-1].append(["", attrs.get("data-value")])
         if tag == "img":
             self.pictures.append(attrs["src"])
-        assert not {"href", "srcset", "onload"} & set(attrs) and (tag == "img" or "src" not in attrs)
+        assert not {"href", "srcset", "onload"} & set(attrs) and (
+            tag == "img" or "src" not in attrs
+        )
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -325,17 +495,43 @@ class Page(HTMLParser):
 
 def test_the_report(here):
     done = quiet(write(BOTH))
-    table = pd.read_csv("out/results.csv", converters=dict.fromkeys(done.table.select_dtypes("float"), float))  # to the last digit
-    pd.testing.assert_frame_equal(table, done.table.reset_index(drop=True), check_exact=True, check_dtype=False)
+    # to the last digit
+    table = pd.read_csv(
+        "out/results.csv", converters=dict.fromkeys(done.table.select_dtypes("float"), float)
+    )
+    pd.testing.assert_frame_equal(
+        table, done.table.reset_index(drop=True), check_exact=True, check_dtype=False
+    )
     text = Path("out/report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert "http" not in text and "url(" not in text and "@import" not in text and "link" not in page.tags
+    assert (
+        "http" not in text
+        and "url(" not in text
+        and "@import" not in text
+        and "link" not in page.tags
+    )
     files = sorted(Path("out/pictures").iterdir())
-    assert [file.name for file in files] == [f"1-{name}.png" for name in ("cost", "fronts", "layers", "learning", "reliability", "weights")]
-    assert sorted(page.pictures) == sorted(f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}" for file in files)
+    assert [file.name for file in files] == [
+        f"1-{name}.png"
+        for name in ("cost", "fronts", "layers", "learning", "reliability", "weights")
+    ]
+    assert sorted(page.pictures) == sorted(
+        f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}" for file in files
+    )
     names = [name for name, _ in page.rows[0]]
-    assert names[:5] == ["model", "data", "method", "target", "seeds"] and {"accuracy", "nll", "ece_mass", "size", "seconds", "step_ratio"} < set(names)
-    groups = [table[table["method"] == "MAP & co"], table[table["option_kept"] == 0.5], table[table["option_kept"] == 0.25]]
+    assert names[:5] == ["model", "data", "method", "target", "seeds"] and {
+        "accuracy",
+        "nll",
+        "ece_mass",
+        "size",
+        "seconds",
+        "step_ratio",
+    } < set(names)
+    groups = [
+        table[table["method"] == "MAP & co"],
+        table[table["option_kept"] == 0.5],
+        table[table["option_kept"] == 0.25],
+    ]
     for row, group in zip(page.rows[1:], groups, strict=True):
         assert [row[2][0], row[4][0]] == [group["method"].iloc[0], "2"]
         for name, (shown, value) in list(zip(names, row, strict=True))[5:]:
@@ -345,11 +541,19 @@ def test_the_report(here):
                 continue
             assert float(value) == pytest.approx((a + b) / 2, rel=1e-12, abs=1e-15), name
             digits = len(shown.split(" ")[0].partition(".")[2])
-            assert shown == f"{float(value):.{digits}f} ± {abs(a - b) / math.sqrt(2):.{digits}f}", name
+            assert shown == f"{float(value):.{digits}f} ± {abs(a - b) / math.sqrt(2):.{digits}f}", (
+                name
+            )
     words = "".join(page.words)
-    assert BOTH.strip() in words and "6 of 6 cells finished, 0 failed; 2 seeds" in words and f"torch {torch.__version__}" in words
+    assert (
+        BOTH.strip() in words
+        and "6 of 6 cells finished, 0 failed; 2 seeds" in words
+        and f"torch {torch.__version__}" in words
+    )
     markdown = Path("out/report.md").read_text(encoding="utf-8")
-    assert all(f"| {row[5][0]} |" in markdown for row in page.rows[1:]) and all(f"(pictures/{file.name})" in markdown for file in files)
+    assert all(f"| {row[5][0]} |" in markdown for row in page.rows[1:]) and all(
+        f"(pictures/{file.name})" in markdown for file in files
+    )
     assert Path("out/study.toml").read_text() == BOTH
 
 
@@ -360,25 +564,44 @@ def test_an_axis_of_fractions_ends_at_100_percent():
         pictures._in_percent(axes, "x", "kept")
         figure.canvas.draw()
         low, high = axes.get_xlim()
-        assert low < least and 1 < high < 2 and [label.get_text() for label in axes.get_xticklabels()][-1] == "100 %"
+        assert (
+            low < least
+            and 1 < high < 2
+            and [label.get_text() for label in axes.get_xticklabels()][-1] == "100 %"
+        )
         matplotlib.pyplot.close(figure)
 
 
 def test_a_report_of_real_targets(here):
-    declaration = {"name": "lines", "data": "diabetes", "models": "linear_regression", "settings": {"epochs": 1}, "method": [{"method": "fitted", "draws": 2}]}
+    declaration = {
+        "name": "lines",
+        "data": "diabetes",
+        "models": "linear_regression",
+        "settings": {"epochs": 1},
+        "method": [{"method": "fitted", "draws": 2}],
+    }
     row = quiet(declaration).table.iloc[0]
     assert 20 < row["rmse"] < 300 and math.isnan(row["ece"]) and math.isnan(row["size"])
     page = Page(Path("out/report.html").read_text(encoding="utf-8"))
     names = [name for name, _ in page.rows[0]]
     assert "rmse" in names and "ece" not in names and "size" not in names
-    assert sorted(file.name for file in Path("out/pictures").iterdir()) == ["1-cost.png", "1-fronts.png", "1-learning.png"] and len(page.pictures) == 3
+    assert (
+        sorted(file.name for file in Path("out/pictures").iterdir())
+        == ["1-cost.png", "1-fronts.png", "1-learning.png"]
+        and len(page.pictures) == 3
+    )
     assert json.loads(Path("out/study.json").read_text()) == declaration
 
 
 def test_the_same_numbers_in_two_processes(here, blank):
     write(BOTH)
-    tables = [quiet("study.toml", f"out-{jobs}", jobs=jobs, only=["half"], seeds=1).table for jobs in (1, 2)]
-    pd.testing.assert_frame_equal(*(table.drop(columns=["seconds", "step_ratio"]) for table in tables), check_exact=True)
+    tables = [
+        quiet("study.toml", f"out-{jobs}", jobs=jobs, only=["half"], seeds=1).table
+        for jobs in (1, 2)
+    ]
+    pd.testing.assert_frame_equal(
+        *(table.drop(columns=["seconds", "step_ratio"]) for table in tables), check_exact=True
+    )
 
 
 @pytest.mark.parametrize("classes", [3, None])
@@ -396,17 +619,27 @@ def test_step_ratio_is_the_training_over_as_many_plain_steps(classes, monkeypatc
     y = torch.randint(3, (20,)) if classes else torch.randn(20)
     net = Slow(4, classes or 1)
     before = copy.deepcopy(net.state_dict())
-    trained = methods.Trained(None, {}, net, pd.DataFrame({"step": [4, 8, 12]}), 5, seconds=12 * 0.04)
+    trained = methods.Trained(
+        None, {}, net, pd.DataFrame({"step": [4, 8, 12]}), 5, seconds=12 * 0.04
+    )
     state = torch.get_rng_state()
     data = bmr.Data("made up", x, y, x, y, classes)
     assert measures.step_ratio(trained, data) == pytest.approx(4)
     assert set(rows) == {5} and torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()), "the trained network was trained further"
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()), (
+        "the trained network was trained further"
+    )
     assert math.isnan(measures.step_ratio(dataclasses.replace(trained, network=None), data))
 
 
 def test_scores_under_shift_if_asked(here, blank):
-    table = quiet(write(POINT.replace("seeds = 2", "seeds = 1\nshift = true").replace("epochs = 2", "epochs = 30"))).table
+    table = quiet(
+        write(
+            POINT.replace("seeds = 2", "seeds = 1\nshift = true").replace(
+                "epochs = 2", "epochs = 30"
+            )
+        )
+    ).table
     nll = [table[f"shift_nll_{severity}"][0] for severity in range(1, 6)]
     assert table["nll"][0] < nll[0] < nll[2] < nll[4] and math.isnan(table["ood_auroc"][0])
     assert not any(name.startswith("shift") for name in quiet(write(POINT), "plain", seeds=1).table)
@@ -415,9 +648,23 @@ def test_scores_under_shift_if_asked(here, blank):
 @pytest.mark.slow
 def test_control_c(here):
     write(BOTH.replace("seeds = 2", "seeds = 40").replace("epochs = 2", "epochs = 20"))
-    command = [sys.executable, "-m", "pyro_bmr", "study", "study.toml", "--jobs", "2", "--out", "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "pyro_bmr",
+        "study",
+        "study.toml",
+        "--jobs",
+        "2",
+        "--out",
+        "out",
+    ]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     until = time.monotonic() + 60
     while len(list(Path("out").rglob("row.json"))) < 3 and time.monotonic() < until:
@@ -426,11 +673,18 @@ def test_control_c(here):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error == "pyro-bmr: stopped\n"
     finished = len(list(Path("out").rglob("row.json")))
-    assert 3 <= finished < 120 and len(pd.read_csv("out/results.csv")) == finished and Path("out/report.html").exists()
+    assert (
+        3 <= finished < 120
+        and len(pd.read_csv("out/results.csv")) == finished
+        and Path("out/report.html").exists()
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("distributed") is None, reason="distributed is not installed: pip install 'pyro_bmr[cluster]'")
+@pytest.mark.skipif(
+    find_spec("distributed") is None,
+    reason="distributed is not installed: pip install 'pyro_bmr[cluster]'",
+)
 @pytest.mark.filterwarnings("default")
 def test_on_a_dask_cluster(here, blank):
     from distributed import Client, LocalCluster
@@ -442,14 +696,21 @@ def test_on_a_dask_cluster(here, blank):
         joblib.parallel_config(backend="dask", wait_for_workers_timeout=60),
     ):
         table = quiet("study.toml", "on-cluster").table
-        cells = sum(len(tasks) for tasks in client.run(lambda dask_worker: list(dask_worker.state.log)).values())
+        cells = sum(
+            len(tasks)
+            for tasks in client.run(lambda dask_worker: list(dask_worker.state.log)).values()
+        )
     assert cells > 0, "the cluster has seen no task"
     pd.testing.assert_frame_equal(
-        table.drop(columns=["seconds", "step_ratio"]), quiet("study.toml", "alone").table.drop(columns=["seconds", "step_ratio"]), check_exact=True
+        table.drop(columns=["seconds", "step_ratio"]),
+        quiet("study.toml", "alone").table.drop(columns=["seconds", "step_ratio"]),
+        check_exact=True,
     )
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed (apt-get install git)")
+@pytest.mark.skipif(
+    shutil.which("git") is None, reason="git is not installed (apt-get install git)"
+)
 def test_the_commit_says_whether_the_code_was_changed_and_not_the_pages(tmp_path, monkeypatch):
     def git(*words):
         words = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *words)

@@ -1,4 +1,6 @@
-"""Networks of many forms are deployed: outputs of any structure, parameters anywhere, forwards with flags and sizes, and those that are no Python of torch."""
+"""Networks of many forms are deployed: outputs of any structure, parameters anywhere, forwards with
+flags and sizes, and those that are no Python of torch.
+"""
 
 import json
 from collections import namedtuple
@@ -21,9 +23,14 @@ class Lists(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.ws = nn.ParameterList([nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(3, 8))])
+        self.ws = nn.ParameterList(
+            [nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(3, 8))]
+        )
         self.gains = nn.ParameterDict({"a b": nn.Parameter(torch.rand(8))})
-        self.scale, self.shift = nn.Parameter(torch.randn(3)), nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
+        self.scale, self.shift = (
+            nn.Parameter(torch.randn(3)),
+            nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False),
+        )
         self.register_buffer("center", torch.randn(4), persistent=False)
 
     def forward(self, x):
@@ -34,7 +41,10 @@ class Lists(nn.Module):
 class Sizes(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b = nn.Sequential(nn.Conv1d(1, 8, 3), nn.ReLU()), nn.ModuleList([nn.Linear(16, 3)])
+        self.a, self.b = (
+            nn.Sequential(nn.Conv1d(1, 8, 3), nn.ReLU()),
+            nn.ModuleList([nn.Linear(16, 3)]),
+        )
 
     def forward(self, x):
         h = self.a(x.unsqueeze(1))
@@ -56,7 +66,11 @@ class Flag(nn.Module):
 class Queries(nn.Module):
     def __init__(self):
         super().__init__()
-        self.i, self.a, self.o = nn.Linear(1, 8), nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+        self.i, self.a, self.o = (
+            nn.Linear(1, 8),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.Linear(8, 3),
+        )
         self.q = nn.Parameter(torch.randn(1, 3, 8))
 
     def forward(self, x):
@@ -70,7 +84,12 @@ Pair = namedtuple("Pair", "box label")
 class Heads(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.t, self.box, self.label, self.kind = nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(8, 3), kind
+        self.t, self.box, self.label, self.kind = (
+            nn.Linear(4, 8),
+            nn.Linear(8, 1),
+            nn.Linear(8, 3),
+            kind,
+        )
 
     def forward(self, x):
         h = torch.relu(self.t(x))
@@ -92,7 +111,9 @@ class Infinite(nn.Module):
         self.a = nn.Linear(4, 3)
 
     def forward(self, x):
-        return F.softmax(self.a(x).masked_fill(x[:, :3] > 0, float("-inf")) + torch.arange(3, device=x.device), 1).nan_to_num()
+        return F.softmax(
+            self.a(x).masked_fill(x[:, :3] > 0, float("-inf")) + torch.arange(3, device=x.device), 1
+        ).nan_to_num()
 
 
 class Waves(nn.Module):
@@ -122,7 +143,9 @@ def shared():
 
 
 def pruned():
-    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3)))
+    net = nn.Sequential(
+        nn.Linear(4, 8), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3))
+    )
     prune.ln_structured(net[0], "weight", 0.5, n=2, dim=0)
     net(torch.zeros(2, 4))
     return net
@@ -217,21 +240,35 @@ class Measured(nn.Module):
 
 def test_a_network_without_python_is_deployed_in_other_formats(x, tmp_path):
     net = Measured()
-    with pytest.warns(bmr.PyroBMRWarning, match=r"Measured cannot be written as Python .*'len'.*network\.py reads the other files without its class"):
-        table = bmr.deploy(net, tmp_path, x, formats=["state_dict", "half", "prune", "program"], seconds=0)
+    with pytest.warns(
+        bmr.PyroBMRWarning,
+        match=(
+            r"Measured cannot be written as Python .*'len'.*network\.py reads the other files"
+            r" without its class"
+        ),
+    ):
+        table = bmr.deploy(
+            net, tmp_path, x, formats=["state_dict", "half", "prune", "program"], seconds=0
+        )
     assert table["format"].tolist() == ["safetensors", "state_dict", "half", "prune", "program"]
     report = json.loads((tmp_path / "report.json").read_text())
-    assert "'len'" in report["not_in_python"] and sorted(report["tensors"]) == sorted(net.state_dict())
+    assert "'len'" in report["not_in_python"] and sorted(report["tensors"]) == sorted(
+        net.state_dict()
+    )
     network = _module(tmp_path / "network.py")
     agree(net, network.load_program(), torch.randn(9, 4))
     assert torch.equal(network.read("model.safetensors")["a.weight"], net.a.weight)
-    with pytest.raises(ValueError, match=r"class of the network is not in this file; set network\.Network"):
+    with pytest.raises(
+        ValueError, match=r"class of the network is not in this file; set network\.Network"
+    ):
         network.load()
     vars(network)["Network"] = Measured
     agree(net, network.load(), x)
 
 
-@pytest.mark.parametrize("change", [("tanh", "relu"), ("return b", "return (b,)"), ("= self.a(x)", "= self.c(x)")])
+@pytest.mark.parametrize(
+    "change", [("tanh", "relu"), ("return b", "return (b,)"), ("= self.a(x)", "= self.c(x)")]
+)
 def test_python_that_is_not_the_network_is_not_kept(change, x, tmp_path, monkeypatch):
     from pyro_bmr.exporting import deployment
 
@@ -244,23 +281,38 @@ def test_python_that_is_not_the_network_is_not_kept(change, x, tmp_path, monkeyp
     net.g = nn.Parameter(torch.rand(8))
     source = deployment.network_source
     monkeypatch.setattr(deployment, "network_source", lambda *args: source(*args).replace(*change))
-    with pytest.warns(bmr.PyroBMRWarning, match="cannot be written as Python .*(written so, |AttributeError)"):
+    with pytest.warns(
+        bmr.PyroBMRWarning, match="cannot be written as Python .*(written so, |AttributeError)"
+    ):
         bmr.deploy(net, tmp_path, x, seconds=0)
     assert "Not here: " in (tmp_path / "network.py").read_text()
 
 
 def test_what_cannot_be_deployed_is_refused_by_name(x, tmp_path):
     for example in ((x, x), {"x": x}, x[:0], torch.tensor(1.0)):
-        with pytest.raises(bmr.ModelError, match=r"example: expected rows of the network's input, as one tensor, got (tuple|dict|shape \(0, 4\)|shape \(\))"):
+        with pytest.raises(
+            bmr.ModelError,
+            match=(
+                r"example: expected rows of the network's input, as one tensor, got"
+                r" (tuple|dict|shape \(0, 4\)|shape \(\))"
+            ),
+        ):
             bmr.deploy(nn.Linear(4, 3), tmp_path / "new", example, seconds=0)
-    with pytest.raises(bmr.ModelError, match=r"Linear gives no tensor on rows of the example, of shape \(5, 3\)"):
+    with pytest.raises(
+        bmr.ModelError, match=r"Linear gives no tensor on rows of the example, of shape \(5, 3\)"
+    ):
         bmr.deploy(nn.Linear(4, 3), tmp_path / "new", x[:, :3], seconds=0)
-    with pytest.raises(bmr.ModelError, match=r"'safetensors' does not run on batches of \(1, 128\) rows \(RuntimeError"):
+    with pytest.raises(
+        bmr.ModelError,
+        match=r"'safetensors' does not run on batches of \(1, 128\) rows \(RuntimeError",
+    ):
         bmr.deploy(Fixed(), tmp_path / "new", x, seconds=0)
     broken = nn.Linear(4, 3)
     with torch.no_grad():
         broken.bias[1] = torch.nan
-    with pytest.raises(bmr.ModelError, match=r"'bias' of shape \(3,\) has 1 of 3 values that are NaN"):
+    with pytest.raises(
+        bmr.ModelError, match=r"'bias' of shape \(3,\) has 1 of 3 values that are NaN"
+    ):
         bmr.deploy(broken, tmp_path / "new", x, seconds=0)
     assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
 
@@ -275,10 +327,16 @@ class Fixed(nn.Module):
 
 
 def test_flops_of_attention():
-    assert flops(Queries().eval(), torch.randn(2, 4)) == 2 * (4 * 8 + 3 * 8 * 8 + 2 * 4 * 8 * 8 + 2 * 3 * 4 * 8 + 3 * 8 * 8 + 8 * 3)
-    layer, x = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval(), torch.randn(2, 5, 8)  # in one step where torch is left to choose
+    assert flops(Queries().eval(), torch.randn(2, 4)) == 2 * (
+        4 * 8 + 3 * 8 * 8 + 2 * 4 * 8 * 8 + 2 * 3 * 4 * 8 + 3 * 8 * 8 + 8 * 3
+    )
+    # in one step where torch is left to choose
+    layer, x = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval(), torch.randn(2, 5, 8)
     by_hand = 2 * (4 * 5 * 8 * 8 + 2 * 5 * 5 * 8 + 2 * 5 * 8 * 12)
-    assert flops(layer, x) == flops(bmr.shrink(layer, {}, x), x) == by_hand and torch.backends.mha.get_fastpath_enabled()
+    assert (
+        flops(layer, x) == flops(bmr.shrink(layer, {}, x), x) == by_hand
+        and torch.backends.mha.get_fastpath_enabled()
+    )
 
 
 @pytest.mark.slow
@@ -289,4 +347,5 @@ def test_onnx_gives_all_outputs(name, x, tmp_path):
     bmr.deploy(net, tmp_path, x, formats=["onnx", "program"], seconds=0)
     network = _module(tmp_path / "network.py")
     agree(net, network.load_onnx(), torch.randn(7, 4), structure=False)
-    agree(net, network.load_program(), torch.randn(7, 4), structure=False)  # of torch.fx, whose dicts are a class of their own
+    # of torch.fx, whose dicts are a class of their own
+    agree(net, network.load_program(), torch.randn(7, 4), structure=False)

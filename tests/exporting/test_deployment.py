@@ -1,4 +1,6 @@
-"""A deployed folder: every format read back without pyro and pyro_bmr, sizes, the report, damage, and no half-written folders."""
+"""A deployed folder: every format read back without pyro and pyro_bmr, sizes, the report, damage,
+and no half-written folders.
+"""
 
 import json
 import subprocess
@@ -60,15 +62,26 @@ def sparse_net(dead=0.5):
 
 
 def child(folder, net, x, formats):
-    """Runs the loaders of `formats` in an interpreter that has neither pyro nor pyro_bmr nor safetensors."""
+    """Runs the loaders of `formats` in an interpreter that has neither pyro nor pyro_bmr nor
+    safetensors.
+    """
     with torch.no_grad():
         want = net(x)
     save_file({"x": x.contiguous()}, folder / "inputs.safetensors")
     save_file({"y": want.contiguous()}, folder / "outputs.safetensors")
     (folder / "child.py").write_text(CHILD)
     size = float(want.abs().max())
-    lines = [f"{FORMATS[f].loader} {FORMATS[f].file} {2e-2 * size if f == 'half' else 1e-5 * size}" for f in formats]
-    run = subprocess.run([sys.executable, "child.py", *lines], cwd=folder, capture_output=True, text=True, timeout=300)
+    lines = [
+        f"{FORMATS[f].loader} {FORMATS[f].file} {2e-2 * size if f == 'half' else 1e-5 * size}"
+        for f in formats
+    ]
+    run = subprocess.run(
+        [sys.executable, "child.py", *lines],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr
 
 
@@ -78,7 +91,11 @@ def test_formats_round_trip_without_pyro(x, tmp_path):
     formats = ["state_dict", "safetensors", "half", "prune"]
     table = bmr.deploy(small, tmp_path, x, formats=formats, before=net, seconds=0)
     child(tmp_path, small, x, formats)
-    assert table["format"].tolist() == ["before", "safetensors", *(f for f in formats if f != "safetensors")]
+    assert table["format"].tolist() == [
+        "before",
+        "safetensors",
+        *(f for f in formats if f != "safetensors"),
+    ]
 
 
 @pytest.mark.slow
@@ -102,33 +119,66 @@ def test_compressed_rows(x, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaders(tmp_path).load_csr()(x), sparse(x), rtol=1e-4, atol=1e-5)
     tensors = load_file(tmp_path / "csr.safetensors")
-    assert tensors["1.values"].tolist() == net[1].weight[masks["1.weight"]].tolist() and "5.weight" in tensors and "3.weight" not in tensors
+    assert (
+        tensors["1.values"].tolist() == net[1].weight[masks["1.weight"]].tolist()
+        and "5.weight" in tensors
+        and "3.weight" not in tensors
+    )
     assert table.loc["csr", "bytes"] < 0.25 * table.loc["safetensors", "bytes"]
 
 
 def test_file_sizes(x, tmp_path):
     net = made(NETS["mlp"], 0).float()
     small = bmr.shrink(net, random_masks(net, 0.5, "rows", 0), x[:1])
-    table = bmr.deploy(small, tmp_path, x, formats=["half"], before=net, seconds=0).set_index("format")
+    table = bmr.deploy(small, tmp_path, x, formats=["half"], before=net, seconds=0).set_index(
+        "format"
+    )
     dense, left = (sum(p.numel() for p in n.parameters()) for n in (net, small))
     for row, numbers, width in (("before", dense, 4), ("safetensors", left, 4), ("half", left, 2)):
         assert 0 <= table.loc[row, "bytes"] - width * numbers < 700  # the header
     assert left < 0.7 * dense
-    assert table.loc["safetensors", ["bytes", "parameters"]].tolist() == [(tmp_path / "model.safetensors").stat().st_size, left]
+    assert table.loc["safetensors", ["bytes", "parameters"]].tolist() == [
+        (tmp_path / "model.safetensors").stat().st_size,
+        left,
+    ]
     assert (table[["ms at batch 1", "ms at batch 128"]] > 0).all(axis=None)
     assert table.loc["before", "FLOPs"] == 2 * (64 * 20 + 20 * 15 + 15 * 10)
 
 
 def test_the_report(x, tmp_path):
     net, masks = sparse_net()
-    table = bmr.deploy(bmr.shrinking.masked(net, masks), tmp_path, x, report={"delta_f": 12.5, "prior": "Gaussian()", "data": "digits", "seed": 3}, seconds=0)
+    table = bmr.deploy(
+        bmr.shrinking.masked(net, masks),
+        tmp_path,
+        x,
+        report={"delta_f": 12.5, "prior": "Gaussian()", "data": "digits", "seed": 3},
+        seconds=0,
+    )
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["delta_f"], report["prior"], report["data"], report["seed"], report["version"]) == (12.5, "Gaussian()", "digits", 3, bmr.__version__)
-    assert report["input"] == {"shape": [1, 8, 8], "dtype": "float32"} and report["costs"] == table.to_dict(orient="records")
-    assert report["tensors"]["1.weight"] == {"shape": [20, 64], "nonzero": int(masks["1.weight"].sum())}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "network.py", "report.json"]
+    assert (
+        report["delta_f"],
+        report["prior"],
+        report["data"],
+        report["seed"],
+        report["version"],
+    ) == (12.5, "Gaussian()", "digits", 3, bmr.__version__)
+    assert report["input"] == {"shape": [1, 8, 8], "dtype": "float32"} and report[
+        "costs"
+    ] == table.to_dict(orient="records")
+    assert report["tensors"]["1.weight"] == {
+        "shape": [20, 64],
+        "nonzero": int(masks["1.weight"].sum()),
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "model.safetensors",
+        "network.py",
+        "report.json",
+    ]
     text = (tmp_path / "network.py").read_text()
-    assert '("1", nn.Linear(in_features=64, out_features=20, bias=True)),' in text and "pyro" not in text.replace("pyro_bmr", "", 1)
+    assert (
+        '("1", nn.Linear(in_features=64, out_features=20, bias=True)),' in text
+        and "pyro" not in text.replace("pyro_bmr", "", 1)
+    )
 
 
 def loaders(folder):
@@ -142,9 +192,13 @@ def loaders(folder):
 def test_damaged_files_are_refused(file, damage, deployed):
     raw = (deployed / file).read_bytes()
     try:
-        (deployed / file).write_bytes(raw[:-9] if damage == "truncated" else raw[:-1] + bytes([raw[-1] ^ 1]))
+        (deployed / file).write_bytes(
+            raw[:-9] if damage == "truncated" else raw[:-1] + bytes([raw[-1] ^ 1])
+        )
         loader = next(f.loader for f in FORMATS.values() if f.file == file)
-        with pytest.raises(ValueError, match=rf"{file} is not the file that was written: its sha256"):
+        with pytest.raises(
+            ValueError, match=rf"{file} is not the file that was written: its sha256"
+        ):
             getattr(loaders(deployed), loader)()
     finally:
         (deployed / file).write_bytes(raw)
@@ -153,7 +207,9 @@ def test_damaged_files_are_refused(file, damage, deployed):
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory, x):
     folder = tmp_path_factory.mktemp("deployed")
-    bmr.deploy(made(NETS["mlp"], 2).float(), folder, x, formats=["state_dict", "program"], seconds=0)
+    bmr.deploy(
+        made(NETS["mlp"], 2).float(), folder, x, formats=["state_dict", "program"], seconds=0
+    )
     return folder
 
 
@@ -165,7 +221,9 @@ def test_a_truncated_file_is_refused_without_a_report_too(x, tmp_path):
     assert torch.equal(loaders(tmp_path).load()(x), net(x))
     for cut in (raw[:-4], raw[:40], raw[:5], b""):
         (tmp_path / "model.safetensors").write_bytes(cut)
-        with pytest.raises(ValueError, match=r"model\.safetensors is truncated or no safetensors file"):
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors is truncated or no safetensors file"
+        ):
             loaders(tmp_path).load()
 
 
@@ -175,11 +233,36 @@ class Odd(nn.Module):
 
 
 REFUSED = {
-    "unknown format": (lambda: sparse_net()[0], ["tflite"], bmr.ModelError, r"no format 'tflite'; the formats are: state_dict, safetensors"),
-    "csr of a dense network": (lambda: sparse_net()[0], ["state_dict", "csr"], bmr.ModelError, r"'csr' pays from 97% zeros.*sparsest has 0\.0%"),
-    "2:4 on a CPU": (lambda: sparse_net()[0], ["half", "2:4"], bmr.ModelError, r"'2:4' needs a CUDA device.*'cpu'"),
-    "no layers to prune": (lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)), ["prune"], bmr.ModelError, r"'prune': the network has no Linear"),
-    "control flow": (Odd, ["program"], bmr.ModelError, r"format 'program' cannot hold this network .*leave it out of `formats`"),
+    "unknown format": (
+        lambda: sparse_net()[0],
+        ["tflite"],
+        bmr.ModelError,
+        r"no format 'tflite'; the formats are: state_dict, safetensors",
+    ),
+    "csr of a dense network": (
+        lambda: sparse_net()[0],
+        ["state_dict", "csr"],
+        bmr.ModelError,
+        r"'csr' pays from 97% zeros.*sparsest has 0\.0%",
+    ),
+    "2:4 on a CPU": (
+        lambda: sparse_net()[0],
+        ["half", "2:4"],
+        bmr.ModelError,
+        r"'2:4' needs a CUDA device.*'cpu'",
+    ),
+    "no layers to prune": (
+        lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)),
+        ["prune"],
+        bmr.ModelError,
+        r"'prune': the network has no Linear",
+    ),
+    "control flow": (
+        Odd,
+        ["program"],
+        bmr.ModelError,
+        r"format 'program' cannot hold this network .*leave it out of `formats`",
+    ),
 }
 
 
@@ -211,13 +294,20 @@ def test_an_ensemble_of_shrunk_draws(x, tmp_path):
     torch.manual_seed(0)
     program = bmr.BayesianNetwork(mlp.network(64, (30,), 10), bmr.Gaussian(0.5), bmr.Categorical())
     data = bmr.load("digits")
-    fit = bmr.fit(program, (data.x_train[:200], data.y_train[:200]), epochs=3, batch_size=50, progress=False)
-    masks = {name: torch.ones_like(site.mean, dtype=torch.bool) for name, site in fit.posterior.sites.items()}
+    fit = bmr.fit(
+        program, (data.x_train[:200], data.y_train[:200]), epochs=3, batch_size=50, progress=False
+    )
+    masks = {
+        name: torch.ones_like(site.mean, dtype=torch.bool)
+        for name, site in fit.posterior.sites.items()
+    }
     masks["1.weight"][:20] = masks["1.bias"][:20] = False
     posterior = fit.posterior.masked(masks)
     draws = bmr.ensemble(fit.program, posterior, draws=64, seed=1, example=x[:1])
     small = bmr.shrink(bmr.export(fit.program, posterior), {}, x[:1])
-    assert {name: tuple(t.shape) for name, t in draws.items()} == {name: (64, *t.shape) for name, t in small.state_dict().items()}
+    assert {name: tuple(t.shape) for name, t in draws.items()} == {
+        name: (64, *t.shape) for name, t in small.state_dict().items()
+    }
     bmr.deploy(small, tmp_path, x, ensemble=draws, seconds=0)
     with torch.no_grad():
         mine = torch.stack([net(x).softmax(1) for net in loaders(tmp_path).load_ensemble()]).mean(0)
@@ -229,7 +319,9 @@ def test_an_ensemble_of_shrunk_draws(x, tmp_path):
 
 
 def test_draws_that_shrink_to_different_shapes():
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.Flatten(), nn.Linear(72, 3))
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.Flatten(), nn.Linear(72, 3)
+    )
     sites = {n: bmr.Site(p.detach(), torch.full_like(p, 0.04)) for n, p in net.named_parameters()}
     program = bmr.BayesianNetwork(net, bmr.Gaussian(0.5), bmr.Categorical())
     masks = {"0.weight": torch.tensor([True, False]).view(2, 1, 1, 1).expand(2, 1, 3, 3).clone()}
@@ -240,7 +332,9 @@ def test_draws_that_shrink_to_different_shapes():
 
 
 def test_flops_are_counted_by_hand(x):
-    assert costs.flops(nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(108, 4)), x) == 2 * (3 * 9 * 36 + 108 * 4)
+    assert costs.flops(
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(108, 4)), x
+    ) == 2 * (3 * 9 * 36 + 108 * 4)
     layer = nn.Linear(4, 3)
     with torch.no_grad():
         layer.weight[0] = 0

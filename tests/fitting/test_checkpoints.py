@@ -1,4 +1,6 @@
-"""Fits that are stopped and go on: to the bit as if never stopped, at every step, and never from what is damaged or of another fit."""
+"""Fits that are stopped and go on: to the bit as if never stopped, at every step, and never from
+what is damaged or of another fit.
+"""
 
 import json
 import math
@@ -40,7 +42,9 @@ class Killed(BaseException):
 
 
 def stopped(call, folder, monkeypatch, at, copies=()):
-    """Runs `call` until its checkpoint of step `at` is there; after the steps `copies` the folder is copied to one named by the step beside it."""
+    """Runs `call` until its checkpoint of step `at` is there; after the steps `copies` the folder
+    is copied to one named by the step beside it.
+    """
     save = checkpoints.Journal.save
 
     def save_and_die(self, step, state):
@@ -57,7 +61,9 @@ def stopped(call, folder, monkeypatch, at, copies=()):
 
 
 def same(a, b):
-    """Whether two fits are equal to the bit: moments, masks, scales, history, and all that the program and the guide hold."""
+    """Whether two fits are equal to the bit: moments, masks, scales, history, and all that the
+    program and the guide hold.
+    """
     for x, y in ((a.posterior.masks, b.posterior.masks), (a.masks, b.masks), (a.scales, b.scales)):
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
     for name in a.posterior:
@@ -65,7 +71,11 @@ def same(a, b):
         assert torch.equal(a.posterior[name].var, b.posterior[name].var), name
     for x, y in ((a.guide, b.guide), (a.program, b.program)):
         if isinstance(x, nn.Module):
-            pairs = zip([*x.named_parameters(), *x.named_buffers()], [*y.named_parameters(), *y.named_buffers()], strict=True)
+            pairs = zip(
+                [*x.named_parameters(), *x.named_buffers()],
+                [*y.named_parameters(), *y.named_buffers()],
+                strict=True,
+            )
             assert all(name == other and torch.equal(s, t) for (name, s), (other, t) in pairs)
     pd.testing.assert_frame_equal(a.history, b.history, check_exact=True)
     return True
@@ -73,34 +83,82 @@ def same(a, b):
 
 def normed(prior, seed=0):
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+    net = nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3)
+    )
     return bmr.BayesianNetwork(net, prior, bmr.Categorical())
 
 
 def large(prior, seed=0):
-    """Enough weights for the KL to be evaluated in every eighth step, and the curvature in every fourth."""
+    """Enough weights for the KL to be evaluated in every eighth step, and the curvature in every
+    fourth.
+    """
     torch.manual_seed(seed)
-    return bmr.BayesianNetwork(nn.Sequential(nn.Linear(4, 1500), nn.ReLU(), nn.Linear(1500, 3)), prior, bmr.Categorical())
+    return bmr.BayesianNetwork(
+        nn.Sequential(nn.Linear(4, 1500), nn.ReLU(), nn.Linear(1500, 3)), prior, bmr.Categorical()
+    )
 
 
-one_cycle = lambda o, steps: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.005, total_steps=steps)  # noqa: E731
+one_cycle = lambda o, steps: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.005, total_steps=steps)
 CASES = {
     "adam": lambda **k: fit(classifier(), blobs(), **k),
-    "empirical and pruned": lambda **k: fit(classifier(bmr.Gaussian()), blobs(), reduce=REDUCE, epochs=6, **k),
-    "large, with a KL of an earlier step": lambda **k: fit(large(bmr.Gaussian(0.5)), blobs(), epochs=6, **k),
-    "large": lambda **k: fit(large(bmr.Gaussian(mean="init")), blobs(), reduce=REDUCE, epochs=6, **k),
-    "large, natural gradient": lambda **k: fit(large(bmr.Gaussian(0.5)), blobs(), reduce=REDUCE, epochs=6, optimizer=bmr.natural_gradient(), **k),
-    "natural gradient with norms": lambda **k: fit(normed(bmr.Gaussian()), blobs(), reduce=REDUCE, epochs=6, optimizer=bmr.natural_gradient(), **k),
+    "empirical and pruned": lambda **k: fit(
+        classifier(bmr.Gaussian()), blobs(), reduce=REDUCE, epochs=6, **k
+    ),
+    "large, with a KL of an earlier step": lambda **k: fit(
+        large(bmr.Gaussian(0.5)), blobs(), epochs=6, **k
+    ),
+    "large": lambda **k: fit(
+        large(bmr.Gaussian(mean="init")), blobs(), reduce=REDUCE, epochs=6, **k
+    ),
+    "large, natural gradient": lambda **k: fit(
+        large(bmr.Gaussian(0.5)),
+        blobs(),
+        reduce=REDUCE,
+        epochs=6,
+        optimizer=bmr.natural_gradient(),
+        **k,
+    ),
+    "natural gradient with norms": lambda **k: fit(
+        normed(bmr.Gaussian()),
+        blobs(),
+        reduce=REDUCE,
+        epochs=6,
+        optimizer=bmr.natural_gradient(),
+        **k,
+    ),
     "horseshoe, norms, dropout": lambda **k: fit(normed(bmr.Horseshoe()), blobs(), epochs=3, **k),
-    "layer scale, validation": lambda **k: fit(classifier(bmr.Gaussian("layer")), blobs(), validation=0.2, **k),
+    "layer scale, validation": lambda **k: fit(
+        classifier(bmr.Gaussian("layer")), blobs(), validation=0.2, **k
+    ),
     "spike and slab": lambda **k: fit(classifier(bmr.SpikeAndSlab()), blobs(), **k),
     "point": lambda **k: fit(normed(bmr.Gaussian(0.5)), blobs(), guide=bmr.Point, **k),
-    "sgd, one cycle": lambda **k: fit(classifier(), blobs(), optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9), scheduler=one_cycle, **k),
-    "adamw, constant rate": lambda **k: fit(classifier(), blobs(), optimizer=partial(torch.optim.AdamW, lr=0.01, amsgrad=True), scheduler=None, **k),
-    "autonormal": lambda **k: fit(linear, regression(), guide=AutoNormal, reduce=REDUCE, epochs=6, **k),
-    "auto low rank": lambda **k: fit(linear, regression(), guide=AutoLowRankMultivariateNormal, **k),
-    "full rank": lambda **k: fit(linear, regression(dtype=torch.float64), guide=bmr.FullRank, reduce=REDUCE, epochs=6, **k),
-    "local noise": lambda **k: fit(classifier(), blobs(), guide=partial(bmr.MeanField, estimator="local"), **k),
+    "sgd, one cycle": lambda **k: fit(
+        classifier(),
+        blobs(),
+        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        scheduler=one_cycle,
+        **k,
+    ),
+    "adamw, constant rate": lambda **k: fit(
+        classifier(),
+        blobs(),
+        optimizer=partial(torch.optim.AdamW, lr=0.01, amsgrad=True),
+        scheduler=None,
+        **k,
+    ),
+    "autonormal": lambda **k: fit(
+        linear, regression(), guide=AutoNormal, reduce=REDUCE, epochs=6, **k
+    ),
+    "auto low rank": lambda **k: fit(
+        linear, regression(), guide=AutoLowRankMultivariateNormal, **k
+    ),
+    "full rank": lambda **k: fit(
+        linear, regression(dtype=torch.float64), guide=bmr.FullRank, reduce=REDUCE, epochs=6, **k
+    ),
+    "local noise": lambda **k: fit(
+        classifier(), blobs(), guide=partial(bmr.MeanField, estimator="local"), **k
+    ),
 }
 
 
@@ -120,22 +178,38 @@ def test_checkpoints_change_nothing_and_a_finished_fit_is_not_repeated(tmp_path,
     call = CASES["empirical and pruned"]
     whole = call()
     assert same(whole, call(checkpoint=bmr.Checkpoints(tmp_path, every_steps=1)))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000017.safetensors", "step-000000018.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-000000017.safetensors",
+        "step-000000018.safetensors",
+    ]
     monkeypatch.setattr(fitting.FitState, "step", None)
     assert same(whole, call(checkpoint=tmp_path))
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)),
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
     fit(classifier(), blobs(), epochs=1, checkpoint=tmp_path / "here")
-    assert [c.split(".")[1] if c.startswith(".") else c for c in calls] == ["step-000000001", "rename", "here", "step-000000003", "rename", "here"]
+    assert [c.split(".")[1] if c.startswith(".") else c for c in calls] == [
+        "step-000000001",
+        "rename",
+        "here",
+        "step-000000003",
+        "rename",
+        "here",
+    ]
 
 
 @pytest.fixture(scope="module")
 def halfway_of_all(tmp_path_factory):
-    """A fit that was never stopped, and the folder of the same with checkpoints after steps 5 and 6 of 12."""
+    """A fit that was never stopped, and the folder of the same with checkpoints after steps 5 and 6
+    of 12.
+    """
     folder = tmp_path_factory.mktemp("halfway") / "fit"
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("pyro_bmr.files._sync", lambda path: None)
@@ -145,7 +219,9 @@ def halfway_of_all(tmp_path_factory):
 
 @pytest.fixture
 def halfway(tmp_path, halfway_of_all):
-    """A folder of a fit with checkpoints after steps 5 and 6 of 12; the call that goes on; and what it must give."""
+    """A folder of a fit with checkpoints after steps 5 and 6 of 12; the call that goes on; and what
+    it must give.
+    """
     whole, folder = halfway_of_all
     shutil.copytree(folder, tmp_path / "fit")
     return tmp_path / "fit", CASES["adam"], whole
@@ -173,10 +249,17 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(halfway, damage):
     folder, call, whole = halfway
     DAMAGE[damage](folder / "step-000000006.safetensors")
-    with pytest.warns(UserWarning, match=r"step-000000006\.safetensors' is (damaged|no checkpoint).*the one before is used"):
+    with pytest.warns(
+        UserWarning,
+        match=r"step-000000006\.safetensors' is (damaged|no checkpoint).*the one before is used",
+    ):
         again = call(checkpoint=folder)
     assert same(whole, again)
-    assert [p.name for p in sorted(folder.iterdir())] == ["step-000000006.safetensors", "step-000000012.safetensors"]  # step 6 is the first of the second
+    # step 6 is the first of the second
+    assert [p.name for p in sorted(folder.iterdir())] == [
+        "step-000000006.safetensors",
+        "step-000000012.safetensors",
+    ]
 
 
 def test_of_damaged_checkpoints_alone_the_fit_begins_anew(halfway):
@@ -191,16 +274,26 @@ def test_of_damaged_checkpoints_alone_the_fit_begins_anew(halfway):
 def other(**changes):
     """The call of `halfway` with something else in it."""
     arguments = {"program": classifier(), "data": blobs(), **changes}
-    return lambda checkpoint: fit(arguments.pop("program"), arguments.pop("data"), checkpoint=checkpoint, **arguments)
+    return lambda checkpoint: fit(
+        arguments.pop("program"), arguments.pop("data"), checkpoint=checkpoint, **arguments
+    )
 
 
 def relu():
     torch.manual_seed(0)
-    return bmr.BayesianNetwork(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), bmr.Gaussian(0.5), bmr.Categorical())
+    return bmr.BayesianNetwork(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),
+        bmr.Gaussian(0.5),
+        bmr.Categorical(),
+    )
 
 
 def wider():
-    return bmr.BayesianNetwork(nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)), bmr.Gaussian(0.5), bmr.Categorical())
+    return bmr.BayesianNetwork(
+        nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)),
+        bmr.Gaussian(0.5),
+        bmr.Categorical(),
+    )
 
 
 OTHERS = {
@@ -211,12 +304,33 @@ OTHERS = {
     "rows": (lambda: other(data=blobs(91)), r"data\.x was .*\(90, 4\).*, is .*\(91, 4\)"),
     "values": (lambda: other(data=(blobs()[0] + 1e-6, blobs()[1])), r"data\.x was "),
     "validation": (lambda: other(validation=0.2), r"data\.validation x was None, is "),
-    "learning rate": (lambda: other(optimizer=bmr.adam(1e-3)), r"optimizer\.groups\.0\.lr was 0\.003, is 0\.001"),
-    "optimizer": (lambda: other(optimizer=partial(torch.optim.SGD, lr=3e-3)), r"optimizer\.type was 'torch\.optim\.adam\.Adam', is 'torch\.optim\.sgd\.SGD'"),
-    "natural gradient": (lambda: other(optimizer=bmr.natural_gradient(averaging=0.1)), r"optimizer\.type was .*OnlineNewton"),
-    "scheduler": (lambda: other(scheduler=None), r"scheduler\.type was 'torch\.optim\.lr_scheduler\.CosineAnnealingLR', is 'builtins\.NoneType'"),
+    "learning rate": (
+        lambda: other(optimizer=bmr.adam(1e-3)),
+        r"optimizer\.groups\.0\.lr was 0\.003, is 0\.001",
+    ),
+    "optimizer": (
+        lambda: other(optimizer=partial(torch.optim.SGD, lr=3e-3)),
+        r"optimizer\.type was 'torch\.optim\.adam\.Adam', is 'torch\.optim\.sgd\.SGD'",
+    ),
+    "natural gradient": (
+        lambda: other(optimizer=bmr.natural_gradient(averaging=0.1)),
+        r"optimizer\.type was .*OnlineNewton",
+    ),
+    "scheduler": (
+        lambda: other(scheduler=None),
+        (
+            r"scheduler\.type was 'torch\.optim\.lr_scheduler\.CosineAnnealingLR', is"
+            r" 'builtins\.NoneType'"
+        ),
+    ),
     "reduce": (lambda: other(reduce=REDUCE), r"reduce"),
-    "guide": (lambda: other(guide=bmr.Point), r"guide\.type was 'pyro_bmr\.guides\.mean_field\.MeanField', is 'pyro_bmr\.guides\.point\.Point'"),
+    "guide": (
+        lambda: other(guide=bmr.Point),
+        (
+            r"guide\.type was 'pyro_bmr\.guides\.mean_field\.MeanField', is"
+            r" 'pyro_bmr\.guides\.point\.Point'"
+        ),
+    ),
     "width": (lambda: other(program=wider()), r"program\.modules was .*8.*, is .*9"),
     "activation": (lambda: other(program=relu()), r"program\.modules was .*Tanh.*, is .*ReLU"),
     "prior": (lambda: other(program=classifier(bmr.Gaussian(0.6))), r"scale was 0\.5, is 0\.6"),
@@ -229,13 +343,18 @@ def test_another_fit_is_refused_with_the_difference(halfway, what):
     folder = halfway[0]
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     make, words = OTHERS[what]
-    with pytest.raises(bmr.FitError, match=rf"checkpoints of another fit \(.*{words}.*the same arguments, or another folder"):
+    with pytest.raises(
+        bmr.FitError,
+        match=rf"checkpoints of another fit \(.*{words}.*the same arguments, or another folder",
+    ):
         make()(checkpoint=folder)
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def test_a_network_that_starts_elsewhere_goes_on_all_the_same(halfway):
-    """The start values are in the checkpoint: a script need not fix the seed of its network to be stopped and started."""
+    """The start values are in the checkpoint: a script need not fix the seed of its network to be
+    stopped and started.
+    """
     folder, _, whole = halfway
     assert same(whole, fit(classifier(seed=7), blobs(), checkpoint=folder))
 
@@ -248,7 +367,12 @@ def test_a_start_is_known_by_its_values_and_not_by_what_was_drawn_from_it(tmp_pa
     start.draw()
     assert start.roots and same(call(), call(checkpoint=tmp_path))
     with pytest.raises(bmr.FitError, match=r"start\.sites\.w\.mean was"):
-        fit(linear, regression(), start=bmr.Posterior.from_samples({"w": draws + 1}, bmr.Gaussian(0.5)), checkpoint=tmp_path)
+        fit(
+            linear,
+            regression(),
+            start=bmr.Posterior.from_samples({"w": draws + 1}, bmr.Gaussian(0.5)),
+            checkpoint=tmp_path,
+        )
 
 
 def test_a_program_that_has_changed_inside_is_refused(tmp_path, monkeypatch):
@@ -260,8 +384,16 @@ def test_a_program_that_has_changed_inside_is_refused(tmp_path, monkeypatch):
 
         return linear
 
-    stopped(lambda checkpoint: fit(program(0.3), regression(), checkpoint=checkpoint), tmp_path, monkeypatch, 3)
-    with pytest.raises(bmr.FitError, match=r"the program has changed.*log likelihood of the first rows was -?[\d.]+, now it is"):
+    stopped(
+        lambda checkpoint: fit(program(0.3), regression(), checkpoint=checkpoint),
+        tmp_path,
+        monkeypatch,
+        3,
+    )
+    with pytest.raises(
+        bmr.FitError,
+        match=r"the program has changed.*log likelihood of the first rows was -?[\d.]+, now it is",
+    ):
         fit(program(0.31), regression(), checkpoint=tmp_path)
 
 
@@ -271,7 +403,13 @@ def test_a_state_that_is_whole_but_does_not_fit_is_refused(halfway):
         settings, state = checkpoint_files.read(path)
         state["run"]["tensors"]["guide.loc"] = torch.ones(3)
         checkpoint_files.write(path, settings, state)
-    with pytest.raises(bmr.FitError, match=r"step-000000006\.safetensors' does not fit this fit \(RuntimeError: .*remove the folder"):
+    with pytest.raises(
+        bmr.FitError,
+        match=(
+            r"step-000000006\.safetensors' does not fit this fit \(RuntimeError: .*remove the"
+            r" folder"
+        ),
+    ):
         call(checkpoint=folder)
 
 
@@ -279,7 +417,9 @@ def test_another_number_of_threads_is_a_warning(halfway):
     folder, call, _ = halfway
     torch.set_num_threads(2)
     try:
-        with pytest.warns(UserWarning, match=r"not to the bit \(environment\.threads was 1, is 2\)"):
+        with pytest.warns(
+            UserWarning, match=r"not to the bit \(environment\.threads was 1, is 2\)"
+        ):
             call(checkpoint=folder)
     finally:
         torch.set_num_threads(1)
@@ -292,18 +432,28 @@ class Lookahead(torch.optim.SGD):
 
 
 def test_state_that_cannot_be_saved_is_refused_by_name(tmp_path):
-    with pytest.raises(bmr.FitError, match=r"optimizer Lookahead keeps rounds outside its state_dict"):
+    with pytest.raises(
+        bmr.FitError, match=r"optimizer Lookahead keeps rounds outside its state_dict"
+    ):
         fit(classifier(), blobs(), optimizer=partial(Lookahead, lr=0.1), checkpoint=tmp_path)
 
     class Odd(torch.optim.SGD):
         def state_dict(self):
             return {**super().state_dict(), "hook": print}
 
-    with pytest.raises(bmr.FitError, match=r"run/optimizer/hook is a builtin_function_or_method, which cannot be saved"):
+    with pytest.raises(
+        bmr.FitError,
+        match=r"run/optimizer/hook is a builtin_function_or_method, which cannot be saved",
+    ):
         fit(classifier(), blobs(), optimizer=partial(Odd, lr=0.1), checkpoint=tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(bmr.FitError, match="scheduler Bare has no state_dict"):
-        fit(classifier(), blobs(), scheduler=lambda o, steps: type("Bare", (), {"step": lambda self: None})(), checkpoint=tmp_path)
+        fit(
+            classifier(),
+            blobs(),
+            scheduler=lambda o, steps: type("Bare", (), {"step": lambda self: None})(),
+            checkpoint=tmp_path,
+        )
 
 
 def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -317,9 +467,18 @@ def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(fitting.FitState, "step", overflow)
-        with pytest.raises(bmr.FitError, match=r"step 8: .*not finite at 0\.weight.*; the last good checkpoint is '.*step-000000006\.safetensors'"):
+        with pytest.raises(
+            bmr.FitError,
+            match=(
+                r"step 8: .*not finite at 0\.weight.*; the last good checkpoint is"
+                r" '.*step-000000006\.safetensors'"
+            ),
+        ):
             CASES["adam"](checkpoint=bmr.Checkpoints(tmp_path, every_steps=1))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000005.safetensors", "step-000000006.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-000000005.safetensors",
+        "step-000000006.safetensors",
+    ]
     assert same(CASES["adam"](), CASES["adam"](checkpoint=tmp_path))
 
 
@@ -346,7 +505,15 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(fitting.FitState, "step", pressed)
         with pytest.raises(
-            KeyboardInterrupt, match="^$" if again else r"stopped after step 5; .*step-000000005\.safetensors', from which the same call goes on"
+            KeyboardInterrupt,
+            match=(
+                "^$"
+                if again
+                else (
+                    r"stopped after step 5; .*step-000000005\.safetensors', from which the same"
+                    r" call goes on"
+                )
+            ),
         ):
             CASES["adam"](checkpoint=tmp_path)
     assert signal.getsignal(signal.SIGINT) is before
@@ -360,17 +527,34 @@ def test_a_full_disk_stops_the_first_checkpoint_and_warns_of_later_ones(tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_files, "save_file", full)
-        with pytest.raises(bmr.PyroBMRError, match=r"cannot write '.*step-000000001\.safetensors': No space left"):
+        with pytest.raises(
+            bmr.PyroBMRError, match=r"cannot write '.*step-000000001\.safetensors': No space left"
+        ):
             CASES["adam"](checkpoint=tmp_path)
         assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_files, "save_file", lambda t, p, metadata: (full if "step-000000012" in p.name else save_file)(t, p, metadata=metadata))
-        with pytest.warns(UserWarning, match=r"No space left on device; the fit goes on, its last checkpoint is step-000000001\.safetensors"):
+        patch.setattr(
+            checkpoint_files,
+            "save_file",
+            lambda t, p, metadata: (full if "step-000000012" in p.name else save_file)(
+                t, p, metadata=metadata
+            ),
+        )
+        with pytest.warns(
+            UserWarning,
+            match=(
+                r"No space left on device; the fit goes on, its last checkpoint is"
+                r" step-000000001\.safetensors"
+            ),
+        ):
             assert same(CASES["adam"](), CASES["adam"](checkpoint=tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001.safetensors"]
 
 
-@pytest.mark.parametrize("change", [{"every_seconds": -1.0}, {"every_seconds": math.nan}, {"every_steps": 0}, {"keep": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"every_seconds": -1.0}, {"every_seconds": math.nan}, {"every_steps": 0}, {"keep": 0}],
+)
 def test_checkpoints_out_of_range(change):
     with pytest.raises(bmr.FitError, match=rf"Checkpoints\({next(iter(change))}="):
         bmr.Checkpoints("here", **change)
@@ -380,22 +564,42 @@ def test_a_checkpoint_holds_tensors_and_json_alone(halfway):
     path = halfway[0] / "step-000000006.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    assert metadata["format"] == "pyro_bmr checkpoint 1" and json.loads(metadata["settings"])["epochs"] == 4
+    assert (
+        metadata["format"] == "pyro_bmr checkpoint 1"
+        and json.loads(metadata["settings"])["epochs"] == 4
+    )
     tensors = load_file(path)
     assert {"/run/tensors/guide.loc", "/run/optimizer/state/0/exp_avg"} <= tensors.keys()
-    assert sum(t.numel() for t in tensors.values()) < 8 * (67 * 7 + 5056)  # loc, log scale, twice two of Adam, the program; each once
+    # loc, log scale, twice two of Adam, the program; each once
+    assert sum(t.numel() for t in tensors.values()) < 8 * (67 * 7 + 5056)
 
 
 def test_every_so_many_seconds(tmp_path, monkeypatch):
     now = iter(range(1000))
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: next(now))
     saves, save = [], checkpoints.Journal.save
-    monkeypatch.setattr(checkpoints.Journal, "save", lambda self, step, state: (saves.append(step), save(self, step, state)))
+    monkeypatch.setattr(
+        checkpoints.Journal,
+        "save",
+        lambda self, step, state: (saves.append(step), save(self, step, state)),
+    )
     CASES["adam"](checkpoint=bmr.Checkpoints(tmp_path, every_seconds=4))
     assert saves == [1, 5, 9, 12]
 
 
-COMMAND = ["fit", "--model", "mlp:8", "--epochs", "4", "--threads", "1", "--draws", "2", "--quiet", "--resume"]
+COMMAND = [
+    "fit",
+    "--model",
+    "mlp:8",
+    "--epochs",
+    "4",
+    "--threads",
+    "1",
+    "--draws",
+    "2",
+    "--quiet",
+    "--resume",
+]
 
 
 @pytest.mark.usefixtures("keyboard")
@@ -414,7 +618,12 @@ def test_the_command_line_stops_and_goes_on(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         assert main([*COMMAND, "--out", str(folders["stopped"])]) == 130
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("pyro-bmr: stopped after step 20; ") and "goes on" in err
+    assert (
+        out == ""
+        and err.count("\n") == 1
+        and err.startswith("pyro-bmr: stopped after step 20; ")
+        and "goes on" in err
+    )
     assert main([*COMMAND, "--out", str(folders["stopped"])]) == 0
     for name in ("posterior", "network"):
         one, two = (load_file(folder / f"{name}.safetensors") for folder in folders.values())

@@ -14,9 +14,23 @@ from pyro_bmr.pruning import Masked
 
 X, Y = torch.randn(9, 4, dtype=torch.float64), torch.randint(3, (9,))
 ROWS = bmr.Horseshoe(0.4, None, ("layer", "unit"), parametrization="gamma")
-SHARED = [bmr.Gaussian("layer", per="unit"), bmr.Laplace(), bmr.StudentT(3.0, 0.4), bmr.SpikeAndSlab(temperature=0.6, per="input")]
-PRIORS = [bmr.Gaussian(0.6, mean=0.2), bmr.Gaussian("layer"), bmr.Gaussian("empirical"), bmr.Horseshoe(), ROWS, bmr.SpikeAndSlab(), *SHARED]
-SAMPLED_AS_PYRO = [p for p in PRIORS if not isinstance(p, bmr.Laplace)]  # of a Laplace, Pyro takes the KL in closed form
+SHARED = [
+    bmr.Gaussian("layer", per="unit"),
+    bmr.Laplace(),
+    bmr.StudentT(3.0, 0.4),
+    bmr.SpikeAndSlab(temperature=0.6, per="input"),
+]
+PRIORS = [
+    bmr.Gaussian(0.6, mean=0.2),
+    bmr.Gaussian("layer"),
+    bmr.Gaussian("empirical"),
+    bmr.Horseshoe(),
+    ROWS,
+    bmr.SpikeAndSlab(),
+    *SHARED,
+]
+# of a Laplace, Pyro takes the KL in closed form
+SAMPLED_AS_PYRO = [p for p in PRIORS if not isinstance(p, bmr.Laplace)]
 
 
 def network(prior):
@@ -35,7 +49,11 @@ def hand_written(x, y=None):
 
 def masks_for(guide, seed=3):
     generator = torch.Generator().manual_seed(seed)
-    return {s.name: torch.rand(s.shape, generator=generator) < 0.6 for s in guide.latents if s.transform is None}
+    return {
+        s.name: torch.rand(s.shape, generator=generator) < 0.6
+        for s in guide.latents
+        if s.transform is None
+    }
 
 
 def pyro_loss(program, guide, values, y):
@@ -49,7 +67,10 @@ def pyro_loss(program, guide, values, y):
 
     guide_trace = poutine.trace(Fixed()(wrapped)).get_trace(X, y)
     model_trace = poutine.trace(poutine.replay(program, guide_trace)).get_trace(X, y)
-    model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+    model_trace, guide_trace = (
+        prune_subsample_sites(model_trace),
+        prune_subsample_sites(guide_trace),
+    )
     for trace in (model_trace, guide_trace):
         trace.compute_log_prob()
     guide_trace.compute_score_parts()
@@ -58,11 +79,15 @@ def pyro_loss(program, guide, values, y):
 
 def site_values(guide, noise):
     z = guide.views(guide.loc + guide.log_scale.exp() * noise)
-    return {s.name: z[s.name] if s.transform is None else s.transform(z[s.name]) for s in guide.latents}
+    return {
+        s.name: z[s.name] if s.transform is None else s.transform(z[s.name]) for s in guide.latents
+    }
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("prior", [*SAMPLED_AS_PYRO, None], ids=[*(repr(p)[:44] for p in SAMPLED_AS_PYRO), "by hand"])
+@pytest.mark.parametrize(
+    "prior", [*SAMPLED_AS_PYRO, None], ids=[*(repr(p)[:44] for p in SAMPLED_AS_PYRO), "by hand"]
+)
 def test_value_and_gradient_are_pyros(prior, masked):
     program, y = (hand_written, X[:, 1]) if prior is None else (network(prior), Y)
     guide = bmr.MeanField(program, X, y)
@@ -98,8 +123,12 @@ def test_gradients_by_finite_differences():
         for k in range(0, loc.numel(), 7):
             step = torch.zeros_like(loc)
             step[k] = 1e-6
-            up, down = ([loc + s, log_scale] if which == 0 else [loc, log_scale + s] for s in (step, -step))
-            assert (loss(*up) - loss(*down)).item() / 2e-6 == pytest.approx(grad[k].item(), rel=1e-4, abs=1e-5)
+            up, down = (
+                [loc + s, log_scale] if which == 0 else [loc, log_scale + s] for s in (step, -step)
+            )
+            assert (loss(*up) - loss(*down)).item() / 2e-6 == pytest.approx(
+                grad[k].item(), rel=1e-4, abs=1e-5
+            )
 
 
 def test_autonormal_goes_through_pyro_and_agrees_in_the_mean():
@@ -114,10 +143,22 @@ def test_autonormal_goes_through_pyro_and_agrees_in_the_mean():
     for name, value in fast.views(fast.loc.detach()).items():
         layer, part = name.split(".")
         setattr(getattr(auto.locs, layer), part, pyro.nn.PyroParam(value.clone()))
-        setattr(getattr(auto.scales, layer), part, pyro.nn.PyroParam(scales[name].clone(), dist.constraints.positive))
+        setattr(
+            getattr(auto.scales, layer),
+            part,
+            pyro.nn.PyroParam(scales[name].clone(), dist.constraints.positive),
+        )
     pyro.clear_param_store()
     with torch.no_grad():
-        totals = [torch.stack([t.expected_log_likelihood - t.kl for t in (bmr.elbo_terms(program, g, X, Y) for _ in range(400))]) for g in (fast, auto)]
+        totals = [
+            torch.stack(
+                [
+                    t.expected_log_likelihood - t.kl
+                    for t in (bmr.elbo_terms(program, g, X, Y) for _ in range(400))
+                ]
+            )
+            for g in (fast, auto)
+        ]
     error = sum(float(t.var() / len(t)) for t in totals) ** 0.5
     assert abs(float(totals[0].mean() - totals[1].mean())) < 4 * error
 
@@ -127,7 +168,9 @@ def test_priors_with_an_event_dimension():
     cov = torch.tensor([[1.3, 0.4], [0.4, 0.8]], dtype=torch.float64)
 
     def joint(x, y=None):
-        w = pyro.sample("w", dist.MultivariateNormal(torch.tensor([0.2, -0.1], dtype=torch.float64), cov))
+        w = pyro.sample(
+            "w", dist.MultivariateNormal(torch.tensor([0.2, -0.1], dtype=torch.float64), cov)
+        )
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(x[:, :2] @ w, 0.9), obs=y)
 
@@ -135,8 +178,12 @@ def test_priors_with_an_event_dimension():
     noise = torch.tensor([0.3, -1.1], dtype=torch.float64)
     w = guide.loc + guide.log_scale.exp() * noise
     log_q = dist.Normal(guide.loc, guide.log_scale.exp()).log_prob(w).sum()
-    expected = log_q - dist.MultivariateNormal(torch.tensor([0.2, -0.1], dtype=torch.float64), cov).log_prob(w)
-    assert bmr.elbo_terms(joint, guide, X, X[:, 1], noise=noise).kl.item() == pytest.approx(expected.item(), rel=1e-10)
+    expected = log_q - dist.MultivariateNormal(
+        torch.tensor([0.2, -0.1], dtype=torch.float64), cov
+    ).log_prob(w)
+    assert bmr.elbo_terms(joint, guide, X, X[:, 1], noise=noise).kl.item() == pytest.approx(
+        expected.item(), rel=1e-10
+    )
     with pytest.raises(bmr.ModelError, match="site 'w'.*does not split"):
         bmr.elbo_terms(joint, guide, X, X[:, 1], masks={"w": torch.tensor([True, False])})
 
@@ -145,10 +192,14 @@ def test_a_masked_program_has_the_kl_of_its_living_entries():
     program = network(bmr.Gaussian(0.6))
     guide = bmr.MeanField(program, X, Y)
     masks, noise = masks_for(guide), torch.randn_like(guide.loc)
-    inside = bmr.elbo_terms(Masked(masks)(program), bmr.MeanField(Masked(masks)(program), X, Y), X, Y, noise=noise)
+    inside = bmr.elbo_terms(
+        Masked(masks)(program), bmr.MeanField(Masked(masks)(program), X, Y), X, Y, noise=noise
+    )
     outside = bmr.elbo_terms(program, guide, X, Y, noise=noise, masks=masks)
     assert inside.kl.item() == pytest.approx(outside.kl.item(), rel=1e-10)
-    assert inside.expected_log_likelihood.item() == pytest.approx(outside.expected_log_likelihood.item(), rel=1e-10)
+    assert inside.expected_log_likelihood.item() == pytest.approx(
+        outside.expected_log_likelihood.item(), rel=1e-10
+    )
 
 
 def test_a_site_that_the_guide_has_not_is_no_likelihood():

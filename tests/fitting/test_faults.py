@@ -1,4 +1,6 @@
-"""Steps that cannot be taken: what counts as one, how many are skipped, and what a fit makes of them."""
+"""Steps that cannot be taken: what counts as one, how many are skipped, and what a fit makes of
+them.
+"""
 
 import numpy as np
 import pytest
@@ -26,16 +28,24 @@ class NotANumber(nn.Module):
 
 def fit(calls, value=float("nan"), **arguments):
     torch.manual_seed(0)
-    program = bmr.BayesianNetwork(nn.Sequential(nn.Linear(3, 2), NotANumber(calls, value)), bmr.Gaussian(scale=1.0), bmr.Categorical())
+    program = bmr.BayesianNetwork(
+        nn.Sequential(nn.Linear(3, 2), NotANumber(calls, value)),
+        bmr.Gaussian(scale=1.0),
+        bmr.Categorical(),
+    )
     return bmr.fit(program, (X, Y), batch_size=8, progress=False, **arguments)
 
 
 def test_the_averages_are_those_of_numpy_and_a_jump_is_twenty_deviations():
     faults, values = Faults(5), np.random.default_rng(0).normal(-300.0, 2.0, 100)
     assert not any(faults.jump(value) for value in values)
-    assert faults.mean == pytest.approx(values.mean(), rel=1e-12) and faults.var == pytest.approx(values.var(), rel=1e-9)
+    assert faults.mean == pytest.approx(values.mean(), rel=1e-12) and faults.var == pytest.approx(
+        values.var(), rel=1e-9
+    )
     edge = values.mean() - 20 * values.std()
-    assert faults.jump(edge - 0.01).startswith(f"the expected log likelihood fell to {edge - 0.01:.6g}, of late it was {values.mean():.6g}")
+    assert faults.jump(edge - 0.01).startswith(
+        f"the expected log likelihood fell to {edge - 0.01:.6g}, of late it was {values.mean():.6g}"
+    )
     assert faults.steps == 100 and not faults.jump(edge + 0.01) and faults.steps == 101
     assert faults.mean == pytest.approx(0.99 * values.mean() + 0.01 * (edge + 0.01), rel=1e-12)
     faults.forget()
@@ -50,12 +60,26 @@ def test_none_is_a_jump_where_none_may_be_skipped():
 
 
 def test_skipped_steps_change_nothing_and_are_counted():
-    with pytest.raises(bmr.FitError, match=r"^step 12: the loss or its gradient is not finite at 0.bias, 0.weight .*; steps skipped before: 1$"):
+    with pytest.raises(
+        bmr.FitError,
+        match=(
+            r"^step 12: the loss or its gradient is not finite at 0.bias, 0.weight .*; steps"
+            r" skipped before: 1$"
+        ),
+    ):
         fit({5, 12}, epochs=2, skip_faulty=1)
-    with pytest.raises(bmr.FitError, match=r"^step 5: the loss or its gradient is not finite at 0.bias, 0.weight .*; lower the learning rate"):
+    with pytest.raises(
+        bmr.FitError,
+        match=(
+            r"^step 5: the loss or its gradient is not finite at 0.bias, 0.weight .*; lower the"
+            r" learning rate"
+        ),
+    ):
         fit({5, 12}, epochs=2)
     result = fit({5, 12}, epochs=3, skip_faulty=2)
-    assert result.history["skipped"].tolist() == [1, 2, 2] and bool(torch.isfinite(result.posterior["0.weight"].mean).all())
+    assert result.history["skipped"].tolist() == [1, 2, 2] and bool(
+        torch.isfinite(result.posterior["0.weight"].mean).all()
+    )
     never, last = fit(set(), epochs=2), fit({16}, epochs=2, skip_faulty=1)
     before = fit(set(), epochs=2, optimizer=lambda p: StopsBefore(p, 15))
     assert torch.equal(last.posterior["0.weight"].mean, before.posterior["0.weight"].mean)

@@ -1,4 +1,6 @@
-"""Fits killed by SIGKILL within a step, within a save and within a reduction, started again by the same call, against one that was never stopped."""
+"""Fits killed by SIGKILL within a step, within a save and within a reduction, started again by the
+same call, against one that was never stopped.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ PHASES = ("step", "save", "reduce")
 
 
 class Size(NamedTuple):
-    """Of a network with more than 10,000 weights, of which the KL is evaluated in every eighth step, and of its fit."""
+    """Of a network with more than 10,000 weights, of which the KL is evaluated in every eighth
+    step, and of its fit.
+    """
 
     inputs: int
     units: int
@@ -36,18 +40,39 @@ class Size(NamedTuple):
     reduction_epochs: float
 
 
-SIZES = {"blobs": Size(4, 3000, 3, 5, 3, 0.5), "digits": Size(64, 200, 10, 150, 20, 2), "fashion-mnist": Size(784, 32, 10, 5, 20, 0.05)}
+SIZES = {
+    "blobs": Size(4, 3000, 3, 5, 3, 0.5),
+    "digits": Size(64, 200, 10, 150, 20, 2),
+    "fashion-mnist": Size(784, 32, 10, 5, 20, 0.05),
+}
 
 
 def fit(folder: Path | None, name: str) -> bmr.Fit:
     size = SIZES[name]
     data = blobs(900) if name == "blobs" else bmr.load(name)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(size.inputs, size.units), nn.BatchNorm1d(size.units), nn.ReLU(), nn.Linear(size.units, size.outputs))
+    net = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(size.inputs, size.units),
+        nn.BatchNorm1d(size.units),
+        nn.ReLU(),
+        nn.Linear(size.units, size.outputs),
+    )
     program = bmr.BayesianNetwork(net, bmr.Gaussian(), bmr.Categorical())
     schedule = bmr.Every(epochs=size.reduction_epochs, kept=0.1, start=0.1, stop=0.95)
-    checkpoint = None if folder is None else bmr.Checkpoints(folder, every_steps=size.checkpoint_steps)
-    return bmr.fit(program, data, epochs=size.epochs, batch_size=128, temperature=0.1, reduce=schedule, progress=False, checkpoint=checkpoint)
+    checkpoint = (
+        None if folder is None else bmr.Checkpoints(folder, every_steps=size.checkpoint_steps)
+    )
+    return bmr.fit(
+        program,
+        data,
+        epochs=size.epochs,
+        batch_size=128,
+        temperature=0.1,
+        reduce=schedule,
+        progress=False,
+        checkpoint=checkpoint,
+    )
 
 
 def child(sender: Connection, folder: Path, name: str) -> None:
@@ -66,13 +91,19 @@ def child(sender: Connection, folder: Path, name: str) -> None:
 
         setattr(owner, method, told)
 
-    for owner, method, phase in ((FitState, "step", "step"), (checkpoints.Journal, "save", "save"), (FitState, "prune", "reduce")):
+    for owner, method, phase in (
+        (FitState, "step", "step"),
+        (checkpoints.Journal, "save", "save"),
+        (FitState, "prune", "reduce"),
+    ):
         telling(owner, method, phase)
     fit(folder, name)
 
 
 def kill(folder: Path, name: str, phase: str, after: int, delay: float) -> int:
-    """Starts the fit, kills it `delay` seconds into the first such phase after the step `after`, and returns that step."""
+    """Starts the fit, kills it `delay` seconds into the first such phase after the step `after`,
+    and returns that step.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.fitting.test_killed_fits"])
     receiver, sender = context.Pipe(duplex=False)
@@ -108,10 +139,19 @@ def test_killed_fifty_times(name, tmp_path):
     at, counts, half_written = 0, dict.fromkeys(PHASES, 0), 0
     for k in range(50):
         phase = PHASES[k % 3]
-        at = kill(tmp_path, name, phase, at + rng.randrange(60 if phase == "step" else 20), rng.random() * (0.02 if phase == "reduce" else 0.006))
+        at = kill(
+            tmp_path,
+            name,
+            phase,
+            at + rng.randrange(60 if phase == "step" else 20),
+            rng.random() * (0.02 if phase == "reduce" else 0.006),
+        )
         counts[phase] += 1
         half_written += len(list(tmp_path.glob(".step-*")))
         for path in tmp_path.glob("step-*.safetensors"):
             checkpoint_files.read(path)
     assert same(whole, fit(tmp_path, name))
-    print(f"\n{name}: killed within {counts}, last at step {at} of {whole.history['step'].iloc[-1]}; {half_written} times a file was left half written")
+    print(
+        f"\n{name}: killed within {counts}, last at step {at} of {whole.history['step'].iloc[-1]};"
+        f" {half_written} times a file was left half written"
+    )

@@ -1,4 +1,6 @@
-"""The step of a mean-field fit against the same numbers by autograd; its noise; what is left of it after pruning."""
+"""The step of a mean-field fit against the same numbers by autograd; its noise; what is left of it
+after pruning.
+"""
 
 import pyro
 import pyro.distributions as dist
@@ -23,27 +25,49 @@ def moved(guide):
 
 
 def several_scales(x, y=None):
-    """A prior with a mean and a scale per entry, one whose moments depend on another site, a positive site, and a joint one."""
-    w = pyro.sample("w", dist.Normal(torch.linspace(-0.5, 1, 4).double(), torch.linspace(0.4, 1.3, 4).double()).to_event(1))
+    """A prior with a mean and a scale per entry, one whose moments depend on another site, a
+    positive site, and a joint one.
+    """
+    w = pyro.sample(
+        "w",
+        dist.Normal(
+            torch.linspace(-0.5, 1, 4).double(), torch.linspace(0.4, 1.3, 4).double()
+        ).to_event(1),
+    )
     centre = pyro.sample("centre", dist.Normal(torch.tensor(0.3).double(), 0.7))
     spread = pyro.sample("spread", dist.LogNormal(torch.tensor(-0.3).double(), 0.5))
     with pyro.poutine.scale(scale=1.5):
-        v = pyro.sample("v", dist.Normal(centre.expand(4), spread * torch.linspace(0.5, 2, 4).double()).to_event(1))
-    u = pyro.sample("u", dist.MultivariateNormal(torch.tensor([0.2, -0.1]).double(), torch.tensor([[1.3, 0.4], [0.4, 0.8]]).double()))
+        v = pyro.sample(
+            "v",
+            dist.Normal(centre.expand(4), spread * torch.linspace(0.5, 2, 4).double()).to_event(1),
+        )
+    u = pyro.sample(
+        "u",
+        dist.MultivariateNormal(
+            torch.tensor([0.2, -0.1]).double(), torch.tensor([[1.3, 0.4], [0.4, 0.8]]).double()
+        ),
+    )
     with pyro.plate("data", ROWS, subsample=torch.arange(len(x))):
         pyro.sample("y", dist.Normal(x @ (w * v) + u.sum(), 0.9), obs=y)
 
 
 def expected(program, guide, y, masks, noise):
-    """Both terms of the bound, and the gradient of the loss of a fit, by autograd through `elbo_terms`; of two draws, the mean."""
-    draws = [bmr.elbo_terms(program, guide, X, y, masks=masks, noise=n) for n in ((noise, -noise) if guide.estimator == "antithetic" else (noise,))]
+    """Both terms of the bound, and the gradient of the loss of a fit, by autograd through
+    `elbo_terms`; of two draws, the mean.
+    """
+    draws = [
+        bmr.elbo_terms(program, guide, X, y, masks=masks, noise=n)
+        for n in ((noise, -noise) if guide.estimator == "antithetic" else (noise,))
+    ]
     likelihood, kl = (sum(terms) / len(draws) for terms in zip(*draws, strict=True))
     loss = (TEMPERATURE * kl - likelihood) / ROWS
     return likelihood.item(), kl.item(), torch.autograd.grad(loss, [guide.loc, guide.log_scale])
 
 
 def alive(guide, masks):
-    return torch.cat([masks.get(s.name, torch.ones(s.shape, dtype=torch.bool)).flatten() for s in guide.latents])
+    return torch.cat(
+        [masks.get(s.name, torch.ones(s.shape, dtype=torch.bool)).flatten() for s in guide.latents]
+    )
 
 
 @pytest.mark.parametrize("estimator", ["weight", "antithetic"])
@@ -53,10 +77,15 @@ def test_value_and_gradient_are_those_of_autograd(prior, masked, estimator):
     program, y = (hand_written, X[:, 1]) if prior is None else (network(prior), Y)
     guide = moved(bmr.MeanField(program, X, y, estimator=estimator))
     masks = masks_for(guide) if masked else {}
-    step = MeanFieldStep(program, guide, ROWS, TEMPERATURE, seed=4, network=None if prior is None else program)
+    step = MeanFieldStep(
+        program, guide, ROWS, TEMPERATURE, seed=4, network=None if prior is None else program
+    )
     step.prune(masks)
     living = alive(guide, masks)
-    both_signs = [next(number for number in range(50) if step.noise.at(number)[1] == sign) for sign in (1.0, -1.0)]
+    both_signs = [
+        next(number for number in range(50) if step.noise.at(number)[1] == sign)
+        for sign in (1.0, -1.0)
+    ]
     for number in both_signs:  # the second run of a network declares no weights
         draw = step.run((X, y), number)
         noise = torch.randn_like(guide.loc)
@@ -73,7 +102,14 @@ def test_value_and_gradient_are_those_of_autograd(prior, masked, estimator):
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_priors_of_every_form(masked, estimator):
     guide = moved(bmr.MeanField(several_scales, X, X[:, 1], estimator=estimator))
-    masks = {"w": torch.tensor([True, False, True, True]), "v": torch.tensor([False, True, True, False])} if masked else {}
+    masks = (
+        {
+            "w": torch.tensor([True, False, True, True]),
+            "v": torch.tensor([False, True, True, False]),
+        }
+        if masked
+        else {}
+    )
     step = MeanFieldStep(several_scales, guide, ROWS, TEMPERATURE, seed=4)
     step.prune(masks)
     living = alive(guide, masks)
@@ -92,7 +128,9 @@ def test_priors_of_every_form(masked, estimator):
 
 def test_large_sites_go_in_chunks():
     torch.manual_seed(2)
-    program = bmr.BayesianNetwork(nn.Linear(4, 20_000).double(), bmr.Gaussian(0.6, mean=0.2), bmr.Categorical(size=ROWS))
+    program = bmr.BayesianNetwork(
+        nn.Linear(4, 20_000).double(), bmr.Gaussian(0.6, mean=0.2), bmr.Categorical(size=ROWS)
+    )
     guide = moved(bmr.MeanField(program, X, Y))
     step = MeanFieldStep(program, guide, ROWS, TEMPERATURE, seed=4)
     draw = step.run((X, Y), 1)
@@ -105,7 +143,12 @@ def test_large_sites_go_in_chunks():
 
 def test_the_noise_is_standard_normal_new_in_each_step_and_a_function_of_seed_and_step():
     like = torch.empty(5000, dtype=torch.float64)
-    vectors = torch.stack([sign * numbers.clone() for numbers, sign in (Noise(like, 3).at(step) for step in range(24))])
+    vectors = torch.stack(
+        [
+            sign * numbers.clone()
+            for numbers, sign in (Noise(like, 3).at(step) for step in range(24))
+        ]
+    )
     again = Noise(like, 3)
     for step in (17, 2, 16, 9):
         numbers, sign = again.at(step)
@@ -115,7 +158,8 @@ def test_the_noise_is_standard_normal_new_in_each_step_and_a_function_of_seed_an
         assert stats.kstest(vector.numpy(), "norm").pvalue > 1e-4
     correlations = torch.corrcoef(vectors) - torch.eye(24)
     assert correlations.abs().max() < 5 / 5000**0.5
-    sizes = torch.corrcoef(vectors.square()) - torch.eye(24)  # at one entry, nothing is shared between steps
+    # at one entry, nothing is shared between steps
+    sizes = torch.corrcoef(vectors.square()) - torch.eye(24)
     assert sizes.abs().max() < 5 / 5000**0.5
 
 
@@ -146,5 +190,7 @@ def test_pruning_keeps_the_state_of_the_survivors():
     step.write_gradients(step.run((X, Y), 3))
     optimizer.step()
     step.write_back()
-    assert torch.equal(guide.loc[living], step.loc) and torch.equal(guide.loc[~living], loc[~living])
+    assert torch.equal(guide.loc[living], step.loc) and torch.equal(
+        guide.loc[~living], loc[~living]
+    )
     assert not torch.equal(guide.loc[living], loc[living])

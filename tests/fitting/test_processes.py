@@ -1,4 +1,6 @@
-"""A fit in two processes: the same mean gradient, the same weights in both, one word for all about faults, and resumption after one is killed."""
+"""A fit in two processes: the same mean gradient, the same weights in both, one word for all about
+faults, and resumption after one is killed.
+"""
 
 import os
 import socket
@@ -16,13 +18,24 @@ ROOT = SCRIPT.parents[1]
 
 
 def in_two(*arguments):
-    """Runs the script in two processes of one group; returns their exit statuses and what they wrote to the standard error."""
+    """Runs the script in two processes of one group; returns their exit statuses and what they
+    wrote to the standard error.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    group = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(command, env=group, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, env=group, capture_output=True, text=True, timeout=240, check=False
+    )
     return [int(status) for status in done.stdout.split()], done.stderr
 
 
@@ -37,7 +50,9 @@ def together(tmp_path_factory):
 def test_both_end_with_the_same_to_the_bit(together):
     for case in ("natural", "point"):
         first, second = together[0][case], together[1][case]
-        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+        assert first.keys() == second.keys() and all(
+            torch.equal(first[name], second[name]) for name in first
+        )
     assert together[0]["history"] == together[1]["history"]
     kept = together[0]["history"][0]["kept"]
     assert kept[-1] < 0.8 < kept[0] == 1
@@ -63,12 +78,19 @@ def test_each_process_draws_its_own_noise(together):
 def test_faults_are_said_in_both(together):
     for rank in range(2):
         nan, start, small, seed = together[rank]["errors"]
-        assert nan.startswith("step 10: the loss or its gradient is not finite at ") and ", in process 1 of 2; lower" in nan, nan
+        assert (
+            nan.startswith("step 10: the loss or its gradient is not finite at ")
+            and ", in process 1 of 2; lower" in nan
+        ), nan
         assert start == "no error"  # weights that start differently are those of the first
         assert small.startswith("batch_size=1 of 101 rows: 2 processes need at least one row each")
-        assert seed.startswith("process 1 calls fit otherwise than process 0") and ("seed was 0, is 1" in seed) == (rank == 1)
+        assert seed.startswith("process 1 calls fit otherwise than process 0") and (
+            "seed was 0, is 1" in seed
+        ) == (rank == 1)
         stopped, skipped = together[rank]["skipped"]
-        assert "step 12" in stopped and "steps skipped before: 2" in stopped and skipped == "no error"
+        assert (
+            "step 12" in stopped and "steps skipped before: 2" in stopped and skipped == "no error"
+        )
 
 
 @pytest.mark.slow
@@ -76,24 +98,63 @@ def test_one_killed_the_other_says_so_and_both_go_on(tmp_path):
     statuses, words = in_two("killed", tmp_path)
     assert statuses == [0, 9], words
     said = (tmp_path / "0.txt").read_text()
-    assert "process 0 of 2 waits for others in vain" in said and "the last good checkpoint is" in said and "step-000000012" in said
+    assert (
+        "process 0 of 2 waits for others in vain" in said
+        and "the last good checkpoint is" in said
+        and "step-000000012" in said
+    )
     assert in_two("finished", tmp_path)[0] == [0, 0]
     (tmp_path / "anew").mkdir()
     assert in_two("finished", tmp_path / "anew")[0] == [0, 0]
-    resumed, whole = (torch.load(folder / "1.pt", weights_only=True) for folder in (tmp_path, tmp_path / "anew"))
+    resumed, whole = (
+        torch.load(folder / "1.pt", weights_only=True) for folder in (tmp_path, tmp_path / "anew")
+    )
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow
 def test_torchrun_gives_the_accuracy_of_one_process(tmp_path):
-    words = ["-m", "pyro_bmr", "fit", "--data", "digits", "--model", "mlp:50", "--epochs", "40", "--reduce-to", "gaussian:0", "--quiet"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [
+        "-m",
+        "pyro_bmr",
+        "fit",
+        "--data",
+        "digits",
+        "--model",
+        "mlp:50",
+        "--epochs",
+        "40",
+        "--reduce-to",
+        "gaussian:0",
+        "--quiet",
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     scores = {}
     for name, start in (("one", [sys.executable]), ("two", torchrun)):
         for seed in ("0", "1"):
             command = [*start, *words, "--seed", seed, "--out", str(tmp_path / name / seed)]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                check=False,
+            )
             assert done.returncode == 0, done.stderr
             scores[name, seed] = float(done.stdout.split("accuracy ")[1].split(",")[0])
-            assert done.stdout.count("the run is in") == 1 and (tmp_path / name / seed / "posterior.safetensors").exists()
-    assert min(scores.values()) > 0.93 and abs(sum(v if k[0] == "one" else -v for k, v in scores.items())) / 2 < 0.02
+            assert (
+                done.stdout.count("the run is in") == 1
+                and (tmp_path / name / seed / "posterior.safetensors").exists()
+            )
+    assert (
+        min(scores.values()) > 0.93
+        and abs(sum(v if k[0] == "one" else -v for k, v in scores.items())) / 2 < 0.02
+    )

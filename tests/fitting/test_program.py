@@ -1,4 +1,6 @@
-"""What a fit finds out about its program before the first step: the order of rows, latent sites with entries per row, guides of other sites."""
+"""What a fit finds out about its program before the first step: the order of rows, latent sites
+with entries per row, guides of other sites.
+"""
 
 from functools import partial
 
@@ -39,14 +41,26 @@ def test_a_series_keeps_its_order_if_a_batch_is_all_of_it():
     time, y = series()
     before, after = y[:-1].double(), y[1:].double()
     exact = float(before @ after / 0.01 / (before @ before / 0.01 + 1))  # the conjugate posterior
-    for settings in ({"batch_size": 199}, {"batch_size": 200, "guide": bmr.Point}, {"batch_size": 100, "shuffle": False}):  # of 199, the last row joins
-        result = bmr.fit(ar1, (time, y), epochs=100, optimizer=bmr.adam(0.1), progress=False, **settings)
-        assert float(result.posterior["rho"].mean) == pytest.approx(exact, abs=0.03) and abs(exact - 0.9) < 0.05
+    # of 199, the last row joins
+    for settings in (
+        {"batch_size": 199},
+        {"batch_size": 200, "guide": bmr.Point},
+        {"batch_size": 100, "shuffle": False},
+    ):
+        result = bmr.fit(
+            ar1, (time, y), epochs=100, optimizer=bmr.adam(0.1), progress=False, **settings
+        )
+        assert (
+            float(result.posterior["rho"].mean) == pytest.approx(exact, abs=0.03)
+            and abs(exact - 0.9) < 0.05
+        )
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 50}, {"batch_size": 200, "validation": 0.2}])
 def test_a_series_is_not_mixed_without_a_word(settings):
-    with pytest.raises(bmr.FitError, match=r"observed site 'y' depends on the order of the rows.*shuffle=False"):
+    with pytest.raises(
+        bmr.FitError, match=r"observed site 'y' depends on the order of the rows.*shuffle=False"
+    ):
         bmr.fit(ar1, series(), progress=False, **settings)
 
 
@@ -60,10 +74,28 @@ def test_rows_in_order_are_stretches_and_the_last_ones_are_held_out():
             return pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
 
     rows = torch.arange(20.0)[:, None]
-    result = bmr.fit(program, (rows, rows[:, 0]), shuffle=False, batch_size=5, epochs=1, validation=0.25, progress=False)
+    result = bmr.fit(
+        program,
+        (rows, rows[:, 0]),
+        shuffle=False,
+        batch_size=5,
+        epochs=1,
+        validation=0.25,
+        progress=False,
+    )
     steps = [batch for batch in seen if len(batch) == 5]
-    assert steps[-4:-1] == [list(map(float, range(k, k + 5))) for k in (0, 5, 10)] and steps[-1] == [15.0, 16.0, 17.0, 18.0, 19.0]
-    other = bmr.fit(program, (rows[:15], rows[:15, 0]), shuffle=False, batch_size=5, epochs=1, validation=(rows[15:], rows[15:, 0]), progress=False)
+    assert steps[-4:-1] == [list(map(float, range(k, k + 5))) for k in (0, 5, 10)] and steps[
+        -1
+    ] == [15.0, 16.0, 17.0, 18.0, 19.0]
+    other = bmr.fit(
+        program,
+        (rows[:15], rows[:15, 0]),
+        shuffle=False,
+        batch_size=5,
+        epochs=1,
+        validation=(rows[15:], rows[15:, 0]),
+        progress=False,
+    )
     assert result.history.equals(other.history)
 
 
@@ -96,10 +128,15 @@ def test_what_is_not_a_sum_over_rows_is_said():
         cov = scale * (-torch.cdist(x, x)).exp() + 0.1 * torch.eye(len(x))
         return pyro.sample("y", dist.MultivariateNormal(x.new_zeros(len(x)), cov), obs=y)
 
-    with pytest.raises(bmr.FitError, match=r"observed site 'penalty' does not depend on the rows.*batch_size=len\(x\)"):
+    with pytest.raises(
+        bmr.FitError,
+        match=r"observed site 'penalty' does not depend on the rows.*batch_size=len\(x\)",
+    ):
         fit(penalised, (X, Y), batch_size=20)
     for program in (centred, kernel):
-        with pytest.warns(bmr.PyroBMRWarning, match="'y': the log density of a batch is not the sum"):
+        with pytest.warns(
+            bmr.PyroBMRWarning, match="'y': the log density of a batch is not the sum"
+        ):
             fit(program, (X, Y), batch_size=20)
         fit(program, (X, Y))
     fit(penalised, (X, Y))
@@ -118,8 +155,14 @@ def test_programs_that_draw_and_that_write_into_their_rows_are_taken():
     x = X.clone()
     own = fit(writes, (x, Y), epochs=3)
     assert torch.equal(x, X)
-    assert torch.equal(own.posterior["w"].mean, fit(lambda x, y=None: linear(2.0 * x, y), (X, Y), epochs=3).posterior["w"].mean)
-    torch.testing.assert_close(bmr.predict(writes, own.posterior, x).mean, bmr.predict(lambda x, y=None: linear(2.0 * x, y), own.posterior, X).mean)
+    assert torch.equal(
+        own.posterior["w"].mean,
+        fit(lambda x, y=None: linear(2.0 * x, y), (X, Y), epochs=3).posterior["w"].mean,
+    )
+    torch.testing.assert_close(
+        bmr.predict(writes, own.posterior, x).mean,
+        bmr.predict(lambda x, y=None: linear(2.0 * x, y), own.posterior, X).mean,
+    )
     assert torch.equal(x, X)
 
 
@@ -166,15 +209,43 @@ def module_of(program):
 
 
 OTHER_GUIDES = {
-    "lacks a site": (without_b, bmr.ModelError, "site 'b' of the program is not in the guide, whose sites are: w"),
-    "lacks a site, MeanField": (lambda _: bmr.MeanField(poutine.condition(linear, data={"b": torch.tensor(0.0)}), X, Y), bmr.ModelError, "site 'b'.*not in"),
-    "has a site more": (lambda _: AutoNormal(other_program), bmr.ModelError, "site 'c' of the guide is no latent site of the program"),
-    "has a site more, MeanField": (lambda _: module_of(other_program), bmr.ModelError, "site 'c' of the guide is no latent site"),
-    "another shape": (Wide, bmr.ModelError, r"site 'w'.*\(3,\), got \(1,\)|site 'w' has shape \(1,\).* and \(3,\)"),
-    "another shape, MeanField": (lambda _: module_of(narrow), bmr.ModelError, r"site 'w'.*\(3,\), got \(1,\)|site 'w' has shape \(1,\).* and \(3,\)"),
+    "lacks a site": (
+        without_b,
+        bmr.ModelError,
+        "site 'b' of the program is not in the guide, whose sites are: w",
+    ),
+    "lacks a site, MeanField": (
+        lambda _: bmr.MeanField(poutine.condition(linear, data={"b": torch.tensor(0.0)}), X, Y),
+        bmr.ModelError,
+        "site 'b'.*not in",
+    ),
+    "has a site more": (
+        lambda _: AutoNormal(other_program),
+        bmr.ModelError,
+        "site 'c' of the guide is no latent site of the program",
+    ),
+    "has a site more, MeanField": (
+        lambda _: module_of(other_program),
+        bmr.ModelError,
+        "site 'c' of the guide is no latent site",
+    ),
+    "another shape": (
+        Wide,
+        bmr.ModelError,
+        r"site 'w'.*\(3,\), got \(1,\)|site 'w' has shape \(1,\).* and \(3,\)",
+    ),
+    "another shape, MeanField": (
+        lambda _: module_of(narrow),
+        bmr.ModelError,
+        r"site 'w'.*\(3,\), got \(1,\)|site 'w' has shape \(1,\).* and \(3,\)",
+    ),
     "observes": (Observes, bmr.ModelError, "site 'b' of the guide is observed"),
     "a function of the rows": (by_hand, bmr.FitError, "Pyro's SVI"),
-    "that it makes": (lambda _: by_hand, bmr.FitError, "pyro.param 'loc' of the guide would not be trained.*Pyro's SVI"),
+    "that it makes": (
+        lambda _: by_hand,
+        bmr.FitError,
+        "pyro.param 'loc' of the guide would not be trained.*Pyro's SVI",
+    ),
 }
 
 
@@ -221,8 +292,13 @@ def in_steps(x, y=None):
 @pytest.mark.parametrize("program", [local, subsampled, groups, in_steps])
 def test_latent_sites_with_entries_per_row(program, guide):
     result = fit(program, (X, Y), guide=guide)
-    assert sum(site.mean.numel() for name, site in result.posterior.sites.items() if name.startswith("u")) == (8 if program is groups else 40)
-    with pytest.raises(bmr.FitError, match=r"site 'u\w*': its shape depends on the rows.*batch_size=len\(x\) \(40\)"):
+    assert sum(
+        site.mean.numel() for name, site in result.posterior.sites.items() if name.startswith("u")
+    ) == (8 if program is groups else 40)
+    with pytest.raises(
+        bmr.FitError,
+        match=r"site 'u\w*': its shape depends on the rows.*batch_size=len\(x\) \(40\)",
+    ):
         fit(program, (X, Y), guide=guide, batch_size=20)
 
 
@@ -236,10 +312,18 @@ def test_a_posterior_per_row_is_the_exact_one():
     result = fit(local, (x, y), optimizer=bmr.adam(0.08), epochs=250)
     u = result.posterior["u"]
     torch.testing.assert_close(u.mean, mean[3:], atol=0.08, rtol=0)
-    torch.testing.assert_close(u.var, 1 / precision.diagonal()[3:], rtol=0.4, atol=0)  # of a mean field: the conditional variance
+    # of a mean field: the conditional variance
+    torch.testing.assert_close(u.var, 1 / precision.diagonal()[3:], rtol=0.4, atol=0)
     bound = bmr.elbo_terms(local, result.guide, x, y)
-    exact = torch.distributions.MultivariateNormal(torch.zeros(40).double(), design @ cov @ design.mT + 0.09 * torch.eye(40).double()).log_prob(y)
-    assert float(exact) - 25 < float((bound.expected_log_likelihood - bound.kl).detach()) < float(exact) + 12  # one draw
+    exact = torch.distributions.MultivariateNormal(
+        torch.zeros(40).double(), design @ cov @ design.mT + 0.09 * torch.eye(40).double()
+    ).log_prob(y)
+    # one draw
+    assert (
+        float(exact) - 25
+        < float((bound.expected_log_likelihood - bound.kl).detach())
+        < float(exact) + 12
+    )
 
 
 def test_held_out_rows_have_no_latent_entries():
@@ -261,10 +345,15 @@ def test_a_plate_of_outputs_as_long_as_the_tried_rows_is_no_plate_of_rows():
         with pyro.plate("outputs", 8, dim=-2):
             b = pyro.sample("b", dist.Normal(x.new_zeros(1), 1.0))
             with pyro.plate("data", len(x), dim=-1):
-                pyro.sample("y", dist.Normal(x[:, 0] + b, 0.5), obs=None if y is None else y.expand(8, -1))
+                pyro.sample(
+                    "y", dist.Normal(x[:, 0] + b, 0.5), obs=None if y is None else y.expand(8, -1)
+                )
 
     posterior = fit(outputs, (X, Y)).posterior
-    assert posterior["b"].of_rows is None and bmr.predict(outputs, posterior, X[:5]).mean.shape == (5, 8)
+    assert posterior["b"].of_rows is None and bmr.predict(outputs, posterior, X[:5]).mean.shape == (
+        5,
+        8,
+    )
 
 
 def test_as_many_other_rows_are_other_rows(tmp_path):
@@ -287,13 +376,18 @@ def test_a_site_that_changes_its_shape_during_a_fit_is_named():
 
     for guide in (bmr.MeanField, bmr.FullRank, AutoNormal):
         calls.clear()
-        with pytest.raises(bmr.ModelError, match=r"site 'w'.*\(3,\).*\(1,\)|site 'w'.*\(1,\).*\(3,\)"):
+        with pytest.raises(
+            bmr.ModelError, match=r"site 'w'.*\(3,\).*\(1,\)|site 'w'.*\(1,\).*\(3,\)"
+        ):
             fit(changing, (X, Y), guide=guide, epochs=20)
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoDiagonalNormal])
 def test_guides_of_two_fits_stay_apart(guide):
-    first, second = (fit(linear, (X, sign * Y), guide=guide, epochs=30, optimizer=bmr.adam(0.1)) for sign in (1, -1))
+    first, second = (
+        fit(linear, (X, sign * Y), guide=guide, epochs=30, optimizer=bmr.adam(0.1))
+        for sign in (1, -1)
+    )
     for result in (first, second, first):
         read = bmr.Posterior.from_guide(result.guide, linear, X, Y)
         torch.testing.assert_close(read["b"].mean, result.posterior["b"].mean)
@@ -302,8 +396,15 @@ def test_guides_of_two_fits_stay_apart(guide):
 
 def test_the_rows_of_a_table_are_not_taken_for_a_pair():
     frame = np.zeros((2, 3))
-    for data, words in ((torch.utils.data.TensorDataset(X, Y), "TensorDataset"), ({"x": X, "y": Y}, "dict"), (frame, "ndarray"), (X, "Tensor")):
-        with pytest.raises(bmr.DataError, match=rf"data: expected a pair \(x, y\) of tensors.*got .*{words}"):
+    for data, words in (
+        (torch.utils.data.TensorDataset(X, Y), "TensorDataset"),
+        ({"x": X, "y": Y}, "dict"),
+        (frame, "ndarray"),
+        (X, "Tensor"),
+    ):
+        with pytest.raises(
+            bmr.DataError, match=rf"data: expected a pair \(x, y\) of tensors.*got .*{words}"
+        ):
             fit(linear, data)
 
 
@@ -318,10 +419,14 @@ def test_a_program_that_needs_all_its_rows_is_fitted_to_them():
         w = pyro.sample("w", dist.Normal(0.0, 0.6))
         return pyro.sample("y", dist.MultivariateNormal(w * x[:, 0], scale_tril=chol), obs=y)
 
-    fit = bmr.fit(field, (x, y), epochs=150, batch_size=30, optimizer=bmr.adam(5e-2), progress=False)
+    fit = bmr.fit(
+        field, (x, y), epochs=150, batch_size=30, optimizer=bmr.adam(5e-2), progress=False
+    )
     solved = torch.cholesky_solve(torch.stack([x[:, 0], y], 1), chol)
     precision = x[:, 0] @ solved[:, 0] + 1 / 0.6**2
-    assert abs(fit.posterior["w"].mean - x[:, 0] @ solved[:, 1] / precision) < 0.1 / precision.sqrt()
+    assert (
+        abs(fit.posterior["w"].mean - x[:, 0] @ solved[:, 1] / precision) < 0.1 / precision.sqrt()
+    )
     assert fit.posterior["w"].var == pytest.approx(float(1 / precision), rel=0.1)
     with pytest.raises(bmr.FitError, match="does not run as program"):
         bmr.fit(field, (x, y), epochs=1, batch_size=15, progress=False)
@@ -338,13 +443,24 @@ def test_a_program_that_needs_many_rows_is_tried_on_a_batch(per_row):
             return pyro.sample("y", dist.Normal(w * x[:, 0], 1.0), obs=y)
 
     def fit(batch_size):
-        return bmr.fit(program, (x, y), epochs=1, batch_size=batch_size, progress=False, validation=None if per_row else (x[:20], y[:20]))
+        return bmr.fit(
+            program,
+            (x, y),
+            epochs=1,
+            batch_size=batch_size,
+            progress=False,
+            validation=None if per_row else (x[:20], y[:20]),
+        )
 
     assert fit(64).posterior["w"].mean.shape == (64 if per_row else 1,)
-    with pytest.raises(bmr.FitError, match=r"does not run as program\(x, y\) on x of shape \(8, 1\).*too few"):
+    with pytest.raises(
+        bmr.FitError, match=r"does not run as program\(x, y\) on x of shape \(8, 1\).*too few"
+    ):
         fit(8)
     if per_row:
-        with pytest.raises(bmr.FitError, match="site 'w': its shape depends on the rows of the batch"):
+        with pytest.raises(
+            bmr.FitError, match="site 'w': its shape depends on the rows of the batch"
+        ):
             fit(32)
     else:
         assert fit(32).history["step"].tolist() == [2]

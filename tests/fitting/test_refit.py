@@ -1,4 +1,6 @@
-"""Refits: against the exact evidence of a linear-Gaussian model with orthogonal regressors, where mean field is exact."""
+"""Refits: against the exact evidence of a linear-Gaussian model with orthogonal regressors, where
+mean field is exact.
+"""
 
 import numpy as np
 import pyro
@@ -19,7 +21,9 @@ DATA = (torch.tensor(X), torch.tensor(Y))
 SETTINGS = {"epochs": 20, "batch_size": N, "optimizer": bmr.adam(0.003), "progress": False}
 EXACT_MEAN, EXACT_COV = MODEL.posterior(np.zeros(D), SCALE**2 * np.eye(D))
 EXACT = bmr.Posterior.from_moments(
-    {"w": torch.tensor(EXACT_MEAN)}, {"w": torch.tensor(np.diag(EXACT_COV))}, bmr.Diagonal(torch.zeros(D).double(), torch.tensor(SCALE**2).double())
+    {"w": torch.tensor(EXACT_MEAN)},
+    {"w": torch.tensor(np.diag(EXACT_COV))},
+    bmr.Diagonal(torch.zeros(D).double(), torch.tensor(SCALE**2).double()),
 )
 
 
@@ -31,7 +35,9 @@ def program(x, y=None):
 
 @pytest.fixture(scope="module")
 def fitted():
-    return bmr.fit(program, DATA, **{**SETTINGS, "epochs": 1, "optimizer": bmr.adam(1e-12)}, start=EXACT)
+    return bmr.fit(
+        program, DATA, **{**SETTINGS, "epochs": 1, "optimizer": bmr.adam(1e-12)}, start=EXACT
+    )
 
 
 def log_evidence(alive):
@@ -51,26 +57,51 @@ def test_predicted_and_observed_are_the_exact_change(fitted, kept):
     exact = log_evidence(alive) - log_evidence(np.ones(D))
     assert abs(exact) > 0.2 and result.predicted == pytest.approx(exact, abs=1e-6)
     assert result.observed == pytest.approx(exact, abs=0.1 + 4 * result.standard_error)
-    assert torch.equal(result.fit.masks["w"], reduction.masks["w"]) and not result.fit.posterior["w"].mean[~reduction.masks["w"]].any()
+    assert (
+        torch.equal(result.fit.masks["w"], reduction.masks["w"])
+        and not result.fit.posterior["w"].mean[~reduction.masks["w"]].any()
+    )
 
 
 def test_a_fit_begins_where_it_is_told(fitted):
-    held = bmr.fit(program, DATA, epochs=1, batch_size=N, optimizer=bmr.adam(1e-12), progress=False, start=fitted.posterior)
+    held = bmr.fit(
+        program,
+        DATA,
+        epochs=1,
+        batch_size=N,
+        optimizer=bmr.adam(1e-12),
+        progress=False,
+        start=fitted.posterior,
+    )
     torch.testing.assert_close(held.posterior["w"].mean, fitted.posterior["w"].mean)
     torch.testing.assert_close(held.posterior["w"].var, fitted.posterior["w"].var)
     with pytest.raises(bmr.FitError, match="start: its sites"):
-        bmr.fit(program, DATA, epochs=1, progress=False, start=bmr.Posterior({"v": fitted.posterior["w"]}))
+        bmr.fit(
+            program,
+            DATA,
+            epochs=1,
+            progress=False,
+            start=bmr.Posterior({"v": fitted.posterior["w"]}),
+        )
     with pytest.raises(bmr.FitError, match="only MeanField can begin"):
         bmr.fit(program, DATA, guide=bmr.Point, epochs=1, progress=False, start=fitted.posterior)
 
 
 def test_a_refit_climbs_to_the_evidence(fitted):
     """From means that are off by 0.3 each."""
-    off = bmr.Posterior.from_moments({"w": EXACT["w"].mean + 0.3}, {"w": EXACT["w"].var}, EXACT["w"].prior)
-    started = bmr.fit(program, DATA, **{**SETTINGS, "epochs": 1, "optimizer": bmr.adam(1e-12)}, start=off)
+    off = bmr.Posterior.from_moments(
+        {"w": EXACT["w"].mean + 0.3}, {"w": EXACT["w"].var}, EXACT["w"].prior
+    )
+    started = bmr.fit(
+        program, DATA, **{**SETTINGS, "epochs": 1, "optimizer": bmr.adam(1e-12)}, start=off
+    )
     nothing = bmr.reduce(started.posterior, to=bmr.Gaussian(0), kept=1.0)
-    result = bmr.refit(started, nothing, DATA, epochs=60, batch_size=N, optimizer=bmr.adam(0.02), progress=False)
-    assert result.predicted == 0 and result.observed == pytest.approx(float((evidence_bound(fitted, *DATA) - evidence_bound(started, *DATA)).mean()), rel=0.1)
+    result = bmr.refit(
+        started, nothing, DATA, epochs=60, batch_size=N, optimizer=bmr.adam(0.02), progress=False
+    )
+    assert result.predicted == 0 and result.observed == pytest.approx(
+        float((evidence_bound(fitted, *DATA) - evidence_bound(started, *DATA)).mean()), rel=0.1
+    )
     assert result.observed > 2
 
 
@@ -80,9 +111,20 @@ def test_scales_of_the_start_are_held():
     first = bmr.fit(model, DATA, epochs=20, batch_size=N, optimizer=bmr.adam(0.05), progress=False)
     assert first.scales["weight"] != 1
     reduction = bmr.reduce(first.posterior, to=bmr.Gaussian(0), kept=0.6)
-    result = bmr.refit(first, reduction, DATA, epochs=5, batch_size=N, optimizer=bmr.adam(0.02), progress=False, draws=2)
+    result = bmr.refit(
+        first,
+        reduction,
+        DATA,
+        epochs=5,
+        batch_size=N,
+        optimizer=bmr.adam(0.02),
+        progress=False,
+        draws=2,
+    )
     assert result.fit.scales == {name: pytest.approx(scale) for name, scale in first.scales.items()}
-    assert result.fit.posterior["weight"].prior.var.item() == pytest.approx(first.scales["weight"].item() ** 2)
+    assert result.fit.posterior["weight"].prior.var.item() == pytest.approx(
+        first.scales["weight"].item() ** 2
+    )
 
 
 def test_what_a_refit_refuses(fitted):
@@ -91,15 +133,34 @@ def test_what_a_refit_refuses(fitted):
     with pytest.raises(bmr.FitError, match="declares a prior of its own"):
         predicted_delta_f(bmr.reduce(fitted.posterior, to=bmr.Gaussian(0.4)))
     slab = bmr.reduce(fitted.posterior, to=bmr.SpikeAndSlab())
-    assert predicted_delta_f(slab) == pytest.approx(log_evidence(slab.masks["w"].numpy()) - log_evidence(np.ones(D)), abs=1e-6)
+    assert predicted_delta_f(slab) == pytest.approx(
+        log_evidence(slab.masks["w"].numpy()) - log_evidence(np.ones(D)), abs=1e-6
+    )
 
 
-@pytest.mark.parametrize("optimizer", [bmr.adam(0.01), bmr.natural_gradient()], ids=["adam", "natural gradient"])
+@pytest.mark.parametrize(
+    "optimizer", [bmr.adam(0.01), bmr.natural_gradient()], ids=["adam", "natural gradient"]
+)
 def test_survivors_go_on_learning(fitted, optimizer):
     """A fit that begins with masks, and one of a program under `Masked`, train what is left."""
     alive = torch.tensor([True, False, True, True])
-    begun = bmr.fit(program, DATA, epochs=40, batch_size=N, optimizer=optimizer, progress=False, start=fitted.posterior.masked({"w": alive}))
-    masked = bmr.fit(bmr.Masked({"w": alive})(program), DATA, epochs=40, batch_size=N, optimizer=optimizer, progress=False)
+    begun = bmr.fit(
+        program,
+        DATA,
+        epochs=40,
+        batch_size=N,
+        optimizer=optimizer,
+        progress=False,
+        start=fitted.posterior.masked({"w": alive}),
+    )
+    masked = bmr.fit(
+        bmr.Masked({"w": alive})(program),
+        DATA,
+        epochs=40,
+        batch_size=N,
+        optimizer=optimizer,
+        progress=False,
+    )
     for result, before in ((begun, fitted.posterior["w"].mean), (masked, torch.zeros(D))):
         moved = (result.posterior["w"].mean - before).abs()
         assert (moved[alive] > 1e-4).all() and result.posterior["w"].mean[1] == 0
@@ -107,19 +168,27 @@ def test_survivors_go_on_learning(fitted, optimizer):
 
 @pytest.mark.parametrize("guide", [bmr.MeanField, bmr.FullRank])
 def test_the_bound_of_a_fit_takes_the_path_of_the_fit_to_the_kl(guide):
-    """With data that say nothing of the weights the bound has no noise where the KL is in closed form."""
+    """With data that say nothing of the weights the bound has no noise where the KL is in closed
+    form.
+    """
 
     def silent(x, y=None):
         pyro.sample("w", dist.Normal(torch.full((D,), 0.3, dtype=x.dtype), SCALE).to_event(1))
         with pyro.plate("data", len(x)):
             return pyro.sample("y", dist.Normal(x.new_tensor(0.2), NOISE), obs=y)
 
-    result = bmr.fit(silent, DATA, guide=guide, epochs=2, batch_size=N, optimizer=bmr.adam(1e-12), progress=False)
+    result = bmr.fit(
+        silent, DATA, guide=guide, epochs=2, batch_size=N, optimizer=bmr.adam(1e-12), progress=False
+    )
     bound = evidence_bound(result, *DATA, draws=8)
-    assert bound.std() < 1e-9 and float(bound[0]) == pytest.approx(result.history["elbo"].iloc[-1], abs=1e-6)
+    assert bound.std() < 1e-9 and float(bound[0]) == pytest.approx(
+        result.history["elbo"].iloc[-1], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("draws", [1, 0, True, 2.0])
 def test_a_standard_error_needs_two_draws(fitted, draws):
     with pytest.raises(bmr.FitError, match=r"refit\(draws=.*>= 2"):
-        bmr.refit(fitted, bmr.reduce(fitted.posterior, bmr.Gaussian(scale=0), kept=1.0), DATA, draws=draws)
+        bmr.refit(
+            fitted, bmr.reduce(fitted.posterior, bmr.Gaussian(scale=0), kept=1.0), DATA, draws=draws
+        )

@@ -1,4 +1,6 @@
-"""Many fits in one process: they leave no memory behind, share no state, and never touch Pyro's param store."""
+"""Many fits in one process: they leave no memory behind, share no state, and never touch Pyro's
+param store.
+"""
 
 import gc
 from pathlib import Path
@@ -38,7 +40,15 @@ def soak(fits: int, folder: Path, epochs: int = 6) -> tuple[np.ndarray, list[int
     gc.freeze()  # what was there before is not looked through after each fit
     for k in range(fits):
         checkpoint = folder / str(k % 8) if k % 8 < 4 and k < 8 else None
-        done = bmr.fit(classifier(bmr.Gaussian()), blobs(300), epochs=epochs, batch_size=32, progress=False, checkpoint=checkpoint, **KINDS[k % 4])
+        done = bmr.fit(
+            classifier(bmr.Gaussian()),
+            blobs(300),
+            epochs=epochs,
+            batch_size=32,
+            progress=False,
+            checkpoint=checkpoint,
+            **KINDS[k % 4],
+        )
         if k in (0, 4 * ((fits - 1) // 4)):
             kept.append(done)
         del done
@@ -62,11 +72,15 @@ def test_two_hundred_fits_leave_no_memory_behind(tmp_path):
     memory, alive, kept = soak(200, tmp_path)
     at, late = np.arange(50, 200), memory[50:]
     slope = np.polyfit(at, late, 1)[0]
-    blocks = late.reshape(10, 15).mean(1)  # neighbours are not independent: the noise of the slope from the means of blocks
+    # neighbours are not independent: the noise of the slope from the means of blocks
+    blocks = late.reshape(10, 15).mean(1)
     centres = at.reshape(10, 15).mean(1)
     residual = blocks - np.polyval(np.polyfit(centres, blocks, 1), centres)
     error = np.sqrt(residual.var(ddof=2) / ((centres - centres.mean()) ** 2).sum())
-    print(f"\nresident {memory[50] / 2**20:.1f} MB after 50 fits, {memory[-1] / 2**20:.1f} MB after 200; slope {slope:.0f} ± {error:.0f} bytes per fit")
+    print(
+        f"\nresident {memory[50] / 2**20:.1f} MB after 50 fits, {memory[-1] / 2**20:.1f} MB after"
+        f" 200; slope {slope:.0f} ± {error:.0f} bytes per fit"
+    )
     assert slope < max(2 * error, 1024), f"{slope:.0f} ± {error:.0f} bytes per fit"
     assert len(set(alive[50:196])) == 1  # then the last fit of the first kind is kept
     assert same(*kept)

@@ -1,6 +1,8 @@
-"""What tests/fitting/test_processes.py runs in two processes of one group: `python tests/fitting/two_processes.py CASE FOLDER`.
+"""What tests/fitting/test_processes.py runs in two processes of one group: `python
+tests/fitting/two_processes.py CASE FOLDER`.
 
-Prints their exit statuses. The libraries are imported once; the two are forked before anything is computed.
+Prints their exit statuses. The libraries are imported once; the two are forked before anything is
+computed.
 """
 
 import os
@@ -21,21 +23,45 @@ Y = (X @ torch.tensor([2.0, -1.0, 0.5, 0.0, 0.0, 0.0]) > 0).long()
 
 def model(seed=0):
     torch.manual_seed(seed)
-    return bmr.BayesianNetwork(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)), bmr.Gaussian(scale=0.7), bmr.Categorical())
+    return bmr.BayesianNetwork(
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)),
+        bmr.Gaussian(scale=0.7),
+        bmr.Categorical(),
+    )
 
 
 def point(seed=0):
-    """Without noise, with batches that do not divide by two: what two processes find is what one finds."""
-    return bmr.fit(model(seed), (X, Y), guide=bmr.Point, epochs=6, batch_size=25, optimizer=bmr.adam(1e-2), progress=False)
+    """Without noise, with batches that do not divide by two: what two processes find is what one
+    finds.
+    """
+    return bmr.fit(
+        model(seed),
+        (X, Y),
+        guide=bmr.Point,
+        epochs=6,
+        batch_size=25,
+        optimizer=bmr.adam(1e-2),
+        progress=False,
+    )
 
 
 def natural():
-    """Gradients of different noise in each, reductions, an empirical scale, and weights that start differently in each."""
+    """Gradients of different noise in each, reductions, an empirical scale, and weights that start
+    differently in each.
+    """
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(rank)
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
     program = bmr.BayesianNetwork(net, bmr.Gaussian(), bmr.Categorical())
-    return bmr.fit(program, (X, Y), epochs=20, batch_size=25, optimizer=bmr.natural_gradient(), reduce=bmr.Every(2), progress=False)
+    return bmr.fit(
+        program,
+        (X, Y),
+        epochs=20,
+        batch_size=25,
+        optimizer=bmr.natural_gradient(),
+        reduce=bmr.Every(2),
+        progress=False,
+    )
 
 
 class NotANumber(nn.Module):
@@ -47,12 +73,21 @@ class NotANumber(nn.Module):
 
     def forward(self, x):
         self.calls += self.training
-        return x * (float("nan") if self.calls >= self.since and dist.get_rank() == self.rank else 1.0)
+        return x * (
+            float("nan") if self.calls >= self.since and dist.get_rank() == self.rank else 1.0
+        )
 
 
 def faulty(skip=0):
     net = nn.Sequential(nn.Linear(6, 8), NotANumber(1, 10), nn.Linear(8, 2))
-    return bmr.fit(bmr.BayesianNetwork(net, bmr.Gaussian(scale=1.0), bmr.Categorical()), (X, Y), epochs=6, batch_size=25, progress=False, skip_faulty=skip)
+    return bmr.fit(
+        bmr.BayesianNetwork(net, bmr.Gaussian(scale=1.0), bmr.Categorical()),
+        (X, Y),
+        epochs=6,
+        batch_size=25,
+        progress=False,
+        skip_faulty=skip,
+    )
 
 
 class Quits(nn.Module):
@@ -71,14 +106,36 @@ class Quits(nn.Module):
 
 def killed(folder, at):
     torch.manual_seed(3)
-    program = bmr.BayesianNetwork(nn.Sequential(nn.Linear(6, 8), Quits(1, at), nn.Linear(8, 2)), bmr.Gaussian(), bmr.Categorical())
-    return bmr.fit(program, (X, Y), epochs=8, batch_size=25, progress=False, reduce=bmr.Every(1), checkpoint=bmr.Checkpoints(folder, every_steps=4))
+    program = bmr.BayesianNetwork(
+        nn.Sequential(nn.Linear(6, 8), Quits(1, at), nn.Linear(8, 2)),
+        bmr.Gaussian(),
+        bmr.Categorical(),
+    )
+    return bmr.fit(
+        program,
+        (X, Y),
+        epochs=8,
+        batch_size=25,
+        progress=False,
+        reduce=bmr.Every(1),
+        checkpoint=bmr.Checkpoints(folder, every_steps=4),
+    )
 
 
 def saved_while_running(folder):
-    """A fixed scale and epochs without a reduction, in which the checkpoints of the first process alone read the posterior."""
+    """A fixed scale and epochs without a reduction, in which the checkpoints of the first process
+    alone read the posterior.
+    """
     rule = bmr.Checkpoints(folder, every_steps=3)
-    return bmr.fit(model(), (X, Y), epochs=12, batch_size=25, progress=False, reduce=bmr.Every(4, kept=0.5), checkpoint=rule)
+    return bmr.fit(
+        model(),
+        (X, Y),
+        epochs=12,
+        batch_size=25,
+        progress=False,
+        reduce=bmr.Every(4, kept=0.5),
+        checkpoint=rule,
+    )
 
 
 def message(run, *arguments):
@@ -91,7 +148,11 @@ def message(run, *arguments):
 
 def tensors(fit):
     of_program = {f"program {name}": t for name, t in fit.program.state_dict().items()}
-    return {**{f"mean {n}": s.mean for n, s in fit.posterior.sites.items()}, **{f"var {n}": s.var for n, s in fit.posterior.sites.items()}, **of_program}
+    return {
+        **{f"mean {n}": s.mean for n, s in fit.posterior.sites.items()},
+        **{f"var {n}": s.var for n, s in fit.posterior.sites.items()},
+        **of_program,
+    }
 
 
 def main(case, folder):
@@ -100,11 +161,28 @@ def main(case, folder):
     rank = dist.get_rank()
     if case == "together":
         natural_fit, point_fit = natural(), point()
-        errors = [message(faulty), message(point, rank), message(lambda: bmr.fit(model(), (X, Y), batch_size=1, progress=False))]
+        errors = [
+            message(faulty),
+            message(point, rank),
+            message(lambda: bmr.fit(model(), (X, Y), batch_size=1, progress=False)),
+        ]
         seed = message(lambda: bmr.fit(model(), (X, Y), seed=rank, epochs=1, progress=False))
-        found = {"natural": tensors(natural_fit), "point": tensors(point_fit), "history": [f.history.to_dict("list") for f in (natural_fit, point_fit)]}
+        found = {
+            "natural": tensors(natural_fit),
+            "point": tensors(point_fit),
+            "history": [f.history.to_dict("list") for f in (natural_fit, point_fit)],
+        }
         saved = message(saved_while_running, folder / "checkpoints")
-        torch.save({**found, "errors": [*errors, seed], "skipped": faulty_skipped(), "saved": saved, "seed": Processes().seed(7)}, folder / f"{rank}.pt")
+        torch.save(
+            {
+                **found,
+                "errors": [*errors, seed],
+                "skipped": faulty_skipped(),
+                "saved": saved,
+                "seed": Processes().seed(7),
+            },
+            folder / f"{rank}.pt",
+        )
     elif case == "killed":
         (folder / f"{rank}.txt").write_text(message(killed, folder / "checkpoints", 14))
     else:
@@ -132,6 +210,7 @@ def forked(rank, case, folder):
 
 
 if __name__ == "__main__":
-    bmr.adam(1e-3)([torch.zeros(1, requires_grad=True)])  # the first optimiser imports what torch leaves for later
+    # the first optimiser imports what torch leaves for later
+    bmr.adam(1e-3)([torch.zeros(1, requires_grad=True)])
     both = [forked(rank, sys.argv[1], Path(sys.argv[2])) for rank in range(2)]
     print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in both))

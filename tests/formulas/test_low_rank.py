@@ -1,4 +1,6 @@
-"""Low rank plus diagonal: blocks set to zero, against the dense form and the exact conjugate model."""
+"""Low rank plus diagonal: blocks set to zero, against the dense form and the exact conjugate
+model.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +13,10 @@ from pyro_bmr.formulas.low_rank import LowRank, log_density_at_zero
 
 RNG = np.random.default_rng(5)
 D, K = 9, 3
-MEAN, VAR, FACTOR = (torch.tensor(a) for a in (RNG.normal(size=D), RNG.uniform(0.05, 0.6, D), RNG.normal(size=(D, K)) * 0.5))
+MEAN, VAR, FACTOR = (
+    torch.tensor(a)
+    for a in (RNG.normal(size=D), RNG.uniform(0.05, 0.6, D), RNG.normal(size=(D, K)) * 0.5)
+)
 PRIOR = bmr.Diagonal(torch.tensor(RNG.normal(size=D) * 0.4), torch.tensor(RNG.uniform(0.8, 3.0, D)))
 POSTERIOR = LowRank(MEAN, VAR, FACTOR)
 COV = torch.diag(VAR) + FACTOR @ FACTOR.mT
@@ -25,9 +30,17 @@ def test_a_block_at_zero_is_the_ratio_of_two_densities_and_leaves_the_conditiona
     log_q = stats.multivariate_normal(MEAN.numpy()[s], cov[np.ix_(s, s)]).logpdf(np.zeros(s.sum()))
     log_p = stats.norm(PRIOR.mean.numpy()[s], PRIOR.var.numpy()[s] ** 0.5).logpdf(0).sum()
     assert gain.item() == pytest.approx(log_q - log_p, abs=1e-10)
-    solve = np.linalg.solve(cov[np.ix_(s, s)], np.column_stack([cov[np.ix_(s, r)], MEAN.numpy()[s]]))
-    np.testing.assert_allclose(rest.mean, MEAN.numpy()[r] - cov[np.ix_(r, s)] @ solve[:, -1], atol=1e-10)
-    np.testing.assert_allclose(torch.diag(rest.var) + rest.factor @ rest.factor.mT, cov[np.ix_(r, r)] - cov[np.ix_(r, s)] @ solve[:, :-1], atol=1e-10)
+    solve = np.linalg.solve(
+        cov[np.ix_(s, s)], np.column_stack([cov[np.ix_(s, r)], MEAN.numpy()[s]])
+    )
+    np.testing.assert_allclose(
+        rest.mean, MEAN.numpy()[r] - cov[np.ix_(r, s)] @ solve[:, -1], atol=1e-10
+    )
+    np.testing.assert_allclose(
+        torch.diag(rest.var) + rest.factor @ rest.factor.mT,
+        cov[np.ix_(r, r)] - cov[np.ix_(r, s)] @ solve[:, :-1],
+        atol=1e-10,
+    )
 
 
 def test_it_agrees_with_the_dense_form_block_after_block():
@@ -46,10 +59,19 @@ def test_a_large_site_needs_no_matrix_of_its_size():
     """300,000 entries: a (d, d) matrix would take 360 gigabytes."""
     d = 300_000
     generator = torch.Generator().manual_seed(1)
-    posterior = LowRank(torch.randn(d, generator=generator), torch.rand(d, generator=generator) + 0.1, torch.randn(d, 2, generator=generator) / 500)
+    posterior = LowRank(
+        torch.randn(d, generator=generator),
+        torch.rand(d, generator=generator) + 0.1,
+        torch.randn(d, 2, generator=generator) / 500,
+    )
     pruned = torch.rand(d, generator=generator) < 0.5
     gain, rest = prune_subset(posterior, bmr.Gaussian(2.0), pruned)
     assert gain.isfinite() and rest.mean.shape == (int((~pruned).sum()),)
     block = LowRank(posterior.mean[pruned], posterior.var[pruned], posterior.factor[pruned])
-    independent = torch.distributions.Normal(block.mean, (block.var + block.factor.square().sum(1)).sqrt()).log_prob(torch.zeros(())).sum()
-    assert log_density_at_zero(block).item() == pytest.approx(independent.item(), rel=1e-3)  # correlations are small here
+    independent = (
+        torch.distributions.Normal(block.mean, (block.var + block.factor.square().sum(1)).sqrt())
+        .log_prob(torch.zeros(()))
+        .sum()
+    )
+    # correlations are small here
+    assert log_density_at_zero(block).item() == pytest.approx(independent.item(), rel=1e-3)

@@ -1,4 +1,6 @@
-"""The law of exponential families against 200 digits on thousands of points, in float32 and in float64; the answers are in `tests/reference/`."""
+"""The law of exponential families against 200 digits on thousands of points, in float32 and in
+float64; the answers are in `tests/reference/`.
+"""
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from tests.formulas.test_precision_gaussian import close
 from tests.reference import exponential
 
 LAW = np.load(exponential.FILE)
-CLASSES = {name: getattr(td, name) for name in exponential.FAMILIES} | {"Dirichlet": lambda *a: td.Dirichlet(torch.stack(a, -1))}
+CLASSES = {name: getattr(td, name) for name in exponential.FAMILIES} | {
+    "Dirichlet": lambda *a: td.Dirichlet(torch.stack(a, -1))
+}
 ATTRIBUTES = {
     "Normal": ("loc", "scale"), "HalfNormal": ("scale",), "Gamma": ("concentration", "rate"), "Beta": ("concentration1", "concentration0"),
     "Dirichlet": ("concentration",), "Poisson": ("rate",), "Bernoulli": ("probs",), "Geometric": ("probs",), "VonMises": ("loc", "concentration"),
@@ -28,11 +32,26 @@ def test_exponential_families(name, dtype):
     exists = np.isfinite(want).all(1)
     points = torch.as_tensor(exponential.parameters(name, dtype)[exists])
     prior, post, reduced = (CLASSES[name](*points[:, k].unbind(-1)) for k in range(3))
-    close(bmr.natural_delta_f(post, prior, reduced), want[exists, 0], dtype, 2 if dtype == "float32" else 1e6, 1e-9)
+    close(
+        bmr.natural_delta_f(post, prior, reduced),
+        want[exists, 0],
+        dtype,
+        2 if dtype == "float32" else 1e6,
+        1e-9,
+    )
     result = bmr.natural_posterior(post, prior, reduced)
-    got = [getattr(result, attribute).reshape(len(points), -1).double() for attribute in ATTRIBUTES[name]]
-    scale = np.abs(want[exists, 1:]) + (np.abs(points[..., 0].double().numpy()).max(1)[:, None] if name in ("Normal", "VonMises") else 0)
-    close(torch.cat(got, 1).flatten(), want[exists, 1:].flatten(), dtype, 8, 1e-10 * scale.flatten())
+    got = [
+        getattr(result, attribute).reshape(len(points), -1).double()
+        for attribute in ATTRIBUTES[name]
+    ]
+    scale = np.abs(want[exists, 1:]) + (
+        np.abs(points[..., 0].double().numpy()).max(1)[:, None]
+        if name in ("Normal", "VonMises")
+        else 0
+    )
+    close(
+        torch.cat(got, 1).flatten(), want[exists, 1:].flatten(), dtype, 8, 1e-10 * scale.flatten()
+    )
     assert exists.sum() > 1500
 
 
@@ -42,4 +61,6 @@ def test_the_stored_answers_are_what_the_program_gives(name):
     for dtype in exponential.DTYPES:
         points = exponential.parameters(name, dtype)
         for k in np.random.default_rng().integers(len(points), size=1):
-            np.testing.assert_allclose(exponential.answer(name, points[k]), LAW[f"{dtype}_{name}"][k], rtol=1e-15)
+            np.testing.assert_allclose(
+                exponential.answer(name, points[k]), LAW[f"{dtype}_{name}"][k], rtol=1e-15
+            )

@@ -1,4 +1,6 @@
-"""Densities of the user's own: narrow, far, bounded, with poles and kinks, against closed forms; what is no density."""
+"""Densities of the user's own: narrow, far, bounded, with poles and kinks, against closed forms;
+what is no density.
+"""
 
 import math
 
@@ -18,7 +20,10 @@ def number(x):
     return torch.tensor(x, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("loc, scale", [(0.33, 0.3), (0.33, 0.003), (0.33, 1e-6), (2.2, 1e-3), (-37.123, 1e-3), (1e4, 1.0)])
+@pytest.mark.parametrize(
+    "loc, scale",
+    [(0.33, 0.3), (0.33, 0.003), (0.33, 1e-6), (2.2, 1e-3), (-37.123, 1e-3), (1e4, 1.0)],
+)
 def test_a_normal_is_the_gaussian_form(loc, scale):
     got = density_reduction(Q, P, Normal(number(loc), scale).log_prob)
     target = bmr.Gaussian(scale, mean=loc)
@@ -38,9 +43,15 @@ def test_through_reduce():
 
 def test_two_narrow_peaks_are_the_sum_of_two():
     parts = [(0.3, 0.41, 1e-4), (0.7, -0.777, 1e-3)]
-    log_prob = lambda w: torch.stack([math.log(p) + Normal(number(m), s).log_prob(w) for p, m, s in parts]).logsumexp(0)  # noqa: E731
-    want = torch.stack([math.log(p) + bmr.delta_f(Q, P, bmr.Gaussian(s, mean=m)) for p, m, s in parts]).logsumexp(0)
-    torch.testing.assert_close(density_reduction(Q, P, log_prob).delta_f, want, rtol=1e-9, atol=1e-9)
+    log_prob = lambda w: torch.stack(
+        [math.log(p) + Normal(number(m), s).log_prob(w) for p, m, s in parts]
+    ).logsumexp(0)
+    want = torch.stack(
+        [math.log(p) + bmr.delta_f(Q, P, bmr.Gaussian(s, mean=m)) for p, m, s in parts]
+    ).logsumexp(0)
+    torch.testing.assert_close(
+        density_reduction(Q, P, log_prob).delta_f, want, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("low, high", [(-1.0, 2.5), (5.0, 6.0), (0.3, 0.31)])
@@ -50,7 +61,12 @@ def test_a_uniform_has_jumps(low, high):
     precision = 1 / Q.var - 1
     m, s = Q.mean / Q.var / precision, precision.rsqrt()
     below, above = (torch.special.log_ndtr((m - end) / s) for end in (low, high))
-    want = below + torch.log1p(-(above - below).exp()) - math.log(high - low) - Normal(number(0.0), (1 + 1 / precision).sqrt()).log_prob(m)
+    want = (
+        below
+        + torch.log1p(-(above - below).exp())
+        - math.log(high - low)
+        - Normal(number(0.0), (1 + 1 / precision).sqrt()).log_prob(m)
+    )
     torch.testing.assert_close(got.delta_f, want, rtol=1e-7, atol=1e-7)
 
 
@@ -64,8 +80,14 @@ def test_a_cauchy_is_a_mixture():
 NO_DENSITIES = {
     "not normalised": (lambda w: -w.square(), "came out as 1.77245; normalise it"),
     "improper": (torch.zeros_like, "must integrate to 1"),
-    "too narrow to be found": (Uniform(number(50.0), number(50.001), validate_args=False).log_prob, "came out as 0; .* too narrow"),
-    "validated": (Uniform(number(0.0), number(1.0), validate_args=True).log_prob, "must take any real number; it raised: .* validate_args=False"),
+    "too narrow to be found": (
+        Uniform(number(50.0), number(50.001), validate_args=False).log_prob,
+        "came out as 0; .* too narrow",
+    ),
+    "validated": (
+        Uniform(number(0.0), number(1.0), validate_args=True).log_prob,
+        "must take any real number; it raised: .* validate_args=False",
+    ),
     "NaN": (lambda w: w.log(), "one number for each weight"),
 }
 

@@ -1,4 +1,6 @@
-"""Scale mixtures: the one-weight horseshoe against Simpson's rule over the local scale, others against quadrature over the weight, groups, extremes."""
+"""Scale mixtures: the one-weight horseshoe against Simpson's rule over the local scale, others
+against quadrature over the weight, groups, extremes.
+"""
 
 import warnings
 
@@ -21,7 +23,9 @@ HORSESHOE = bmr.Horseshoe(slab_scale=None)
 
 def one_weight(mean, var):
     q = Diagonal(*(torch.tensor([v], dtype=torch.float64) for v in (mean, var)))
-    p = Diagonal(torch.zeros(1, dtype=torch.float64), torch.full((1,), PRIOR_VAR, dtype=torch.float64))
+    p = Diagonal(
+        torch.zeros(1, dtype=torch.float64), torch.full((1,), PRIOR_VAR, dtype=torch.float64)
+    )
     return message(q, p), p.var
 
 
@@ -41,16 +45,41 @@ def brute_force(mean, var, tau, slab):
     evidence = integral(np.ones_like)
     kappa = integral(lambda v: 1 / (1 + precision * v)) / evidence
     reduced = (1 - kappa) * m
-    second = integral(lambda v: v / (1 + precision * v) + (precision * v / (1 + precision * v) * m) ** 2) / evidence
-    return np.log(evidence) - stats.norm(0, np.sqrt(PRIOR_VAR + 1 / precision)).logpdf(m), kappa, reduced, second - reduced**2
+    second = (
+        integral(lambda v: v / (1 + precision * v) + (precision * v / (1 + precision * v) * m) ** 2)
+        / evidence
+    )
+    return (
+        np.log(evidence) - stats.norm(0, np.sqrt(PRIOR_VAR + 1 / precision)).logpdf(m),
+        kappa,
+        reduced,
+        second - reduced**2,
+    )
 
 
 @pytest.mark.parametrize("slab", [None, 0.8])
-@pytest.mark.parametrize("mean, var, tau", [(0.35, 0.04, 0.2), (-1.9, 0.1, 0.2), (0.02, 0.3, 0.05), (0.9, 0.02, 1.3), (1.0, 0.0099, 1e-3), (0.3, 1e-3, 1e-4)])
+@pytest.mark.parametrize(
+    "mean, var, tau",
+    [
+        (0.35, 0.04, 0.2),
+        (-1.9, 0.1, 0.2),
+        (0.02, 0.3, 0.05),
+        (0.9, 0.02, 1.3),
+        (1.0, 0.0099, 1e-3),
+        (0.3, 1e-3, 1e-4),
+    ],
+)
 def test_one_weight_is_brute_force_quadrature(mean, var, tau, slab):  # (i)
-    got = scale_mixture_reduction(*one_weight(mean, var), *bmr.Horseshoe(slab_scale=slab).mixture(tau))
+    got = scale_mixture_reduction(
+        *one_weight(mean, var), *bmr.Horseshoe(slab_scale=slab).mixture(tau)
+    )
     expected = brute_force(mean, var, tau, slab)
-    for value, reference, name in zip((got.delta_f, got.kappa, got.mean, got.var), expected, ("ΔF", "κ", "mean", "var"), strict=True):
+    for value, reference, name in zip(
+        (got.delta_f, got.kappa, got.mean, got.var),
+        expected,
+        ("ΔF", "κ", "mean", "var"),
+        strict=True,
+    ):
         assert value.item() == pytest.approx(reference, rel=1e-6, abs=1e-9), name
 
 
@@ -65,19 +94,29 @@ def test_tau_is_the_optimum_of_its_evidence():
     rng = np.random.default_rng(1)
     mean = np.where(rng.random(200) < 0.1, rng.normal(0, 1.2, 200), rng.normal(0, 0.1, 200))
     q = Diagonal(torch.tensor(mean), torch.full((200,), 0.01, dtype=torch.float64))
-    p = Diagonal(torch.zeros(200, dtype=torch.float64), torch.full((200,), PRIOR_VAR, dtype=torch.float64))
+    p = Diagonal(
+        torch.zeros(200, dtype=torch.float64), torch.full((200,), PRIOR_VAR, dtype=torch.float64)
+    )
     data, prior = message(q, p), bmr.Horseshoe(0.5, slab_scale=None)
 
     def loss(log_tau):
         tau = np.exp(log_tau)
-        return -scale_mixture_reduction(data, p.var, *HORSESHOE.mixture(tau)).delta_f.sum().item() + np.log1p((tau / 0.5) ** 2)
+        return -scale_mixture_reduction(
+            data, p.var, *HORSESHOE.mixture(tau)
+        ).delta_f.sum().item() + np.log1p((tau / 0.5) ** 2)
 
-    best = optimize.minimize_scalar(loss, bounds=(-9, 2), method="bounded", options={"xatol": 1e-5}).x
-    assert np.log(best_scale(data, p.var, prior.mixture, prior.log_hyper).item()) == pytest.approx(best, abs=2e-3)
+    best = optimize.minimize_scalar(
+        loss, bounds=(-9, 2), method="bounded", options={"xatol": 1e-5}
+    ).x
+    assert np.log(best_scale(data, p.var, prior.mixture, prior.log_hyper).item()) == pytest.approx(
+        best, abs=2e-3
+    )
 
 
 def test_a_weight_without_information_keeps_the_prior():
-    got = scale_mixture_reduction(*one_weight(0.4, 1.9), *bmr.Horseshoe(slab_scale=0.8).mixture(0.3))
+    got = scale_mixture_reduction(
+        *one_weight(0.4, 1.9), *bmr.Horseshoe(slab_scale=0.8).mixture(0.3)
+    )
     assert got.delta_f.item() == pytest.approx(0, abs=1e-12)
     assert got.kappa.item() == pytest.approx(1, abs=1e-12) and got.mean.item() == 0.0
 
@@ -85,30 +124,55 @@ def test_a_weight_without_information_keeps_the_prior():
 def test_tau_of_a_large_layer_is_that_of_its_sample():
     generator = torch.Generator().manual_seed(0)
     n = 40_000
-    mean = torch.where(torch.rand(n, generator=generator) < 0.1, 1.2, 0.1).double() * torch.randn(n, generator=generator, dtype=torch.float64)
-    p = Diagonal(torch.zeros(n, dtype=torch.float64), torch.full((n,), PRIOR_VAR, dtype=torch.float64))
+    mean = torch.where(torch.rand(n, generator=generator) < 0.1, 1.2, 0.1).double() * torch.randn(
+        n, generator=generator, dtype=torch.float64
+    )
+    p = Diagonal(
+        torch.zeros(n, dtype=torch.float64), torch.full((n,), PRIOR_VAR, dtype=torch.float64)
+    )
     data = message(Diagonal(mean, torch.full((n,), 0.01, dtype=torch.float64)), p)
     tau = best_scale(data, p.var, HORSESHOE.mixture, HORSESHOE.log_hyper).item()
-    gain = [scale_mixture_reduction(data, p.var, *HORSESHOE.mixture(tau * factor)).delta_f.sum().item() for factor in (0.9, 1.0, 1.1)]
+    gain = [
+        scale_mixture_reduction(data, p.var, *HORSESHOE.mixture(tau * factor)).delta_f.sum().item()
+        for factor in (0.9, 1.0, 1.1)
+    ]
     assert gain[1] > max(gain[0], gain[2])
 
 
 def test_a_sample_counts_for_the_whole_layer():
-    """Against a sharp hyper-prior the sampled third would lose: τ is that of all the weights, by scipy."""
+    """Against a sharp hyper-prior the sampled third would lose: τ is that of all the weights, by
+    scipy.
+    """
     rng = np.random.default_rng(2)
-    mean = np.tile(np.where(rng.random(100) < 0.2, rng.normal(0, 1.2, 100), rng.normal(0, 0.1, 100)), 200)  # what every third sees is what there is
-    p = Diagonal(torch.zeros(20_000, dtype=torch.float64), torch.full((20_000,), PRIOR_VAR, dtype=torch.float64))
-    data = message(Diagonal(torch.tensor(mean), torch.full((20_000,), 0.01, dtype=torch.float64)), p)
+    # what every third sees is what there is
+    mean = np.tile(
+        np.where(rng.random(100) < 0.2, rng.normal(0, 1.2, 100), rng.normal(0, 0.1, 100)), 200
+    )
+    p = Diagonal(
+        torch.zeros(20_000, dtype=torch.float64),
+        torch.full((20_000,), PRIOR_VAR, dtype=torch.float64),
+    )
+    data = message(
+        Diagonal(torch.tensor(mean), torch.full((20_000,), 0.01, dtype=torch.float64)), p
+    )
     few = Message(data.h[:100], data.precision[:100])
 
     def hyper(tau):
         return -5000 * np.log(tau) ** 2
 
     def loss(log_tau):
-        return -200 * scale_mixture_reduction(few, p.var[:100], *HORSESHOE.mixture(np.exp(log_tau))).delta_f.sum().item() - hyper(np.exp(log_tau))
+        return -200 * scale_mixture_reduction(
+            few, p.var[:100], *HORSESHOE.mixture(np.exp(log_tau))
+        ).delta_f.sum().item() - hyper(np.exp(log_tau))
 
-    best = optimize.minimize_scalar(loss, bounds=(-6, 1), method="bounded", options={"xatol": 1e-5}).x
-    assert np.log(best_scale(data, p.var, HORSESHOE.mixture, hyper).item()) == pytest.approx(best, abs=2e-3) and best < -0.1
+    best = optimize.minimize_scalar(
+        loss, bounds=(-6, 1), method="bounded", options={"xatol": 1e-5}
+    ).x
+    assert (
+        np.log(best_scale(data, p.var, HORSESHOE.mixture, hyper).item())
+        == pytest.approx(best, abs=2e-3)
+        and best < -0.1
+    )
 
 
 def numbers(*values):
@@ -117,9 +181,13 @@ def numbers(*values):
 
 def weights(n, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    mean = torch.where(torch.rand(n, generator=generator) < 0.3, 1.1, 0.1).to(dtype) * torch.randn(n, generator=generator, dtype=dtype)
+    mean = torch.where(torch.rand(n, generator=generator) < 0.3, 1.1, 0.1).to(dtype) * torch.randn(
+        n, generator=generator, dtype=dtype
+    )
     var = 0.01 + 0.2 * torch.rand(n, generator=generator, dtype=dtype)
-    return Diagonal(mean, var), Diagonal(torch.zeros((), dtype=dtype), torch.tensor(PRIOR_VAR, dtype=dtype))
+    return Diagonal(mean, var), Diagonal(
+        torch.zeros((), dtype=dtype), torch.tensor(PRIOR_VAR, dtype=dtype)
+    )
 
 
 def laplace_nodes(b):
@@ -137,10 +205,14 @@ def student_nodes(df, scale):
 
 
 @pytest.mark.parametrize(
-    "nodes, density", [(laplace_nodes(0.4), stats.laplace(0, 0.4)), (student_nodes(3.5, 0.6), stats.t(3.5, 0, 0.6))], ids=["Laplace", "Student-t"]
+    "nodes, density",
+    [(laplace_nodes(0.4), stats.laplace(0, 0.4)), (student_nodes(3.5, 0.6), stats.t(3.5, 0, 0.6))],
+    ids=["Laplace", "Student-t"],
 )
 def test_any_mixture_is_quadrature_over_the_weight(nodes, density):
-    """The same ΔF and moments from the marginal density of the weight, by Simpson's rule from the kink outwards, without the mixture."""
+    """The same ΔF and moments from the marginal density of the weight, by Simpson's rule from the
+    kink outwards, without the mixture.
+    """
     q, p = weights(5, seed=4)
     got = scale_mixture_reduction(message(q, p), p.var.expand(5), *nodes)
     half = np.linspace(0, 8, 40_001)
@@ -156,7 +228,9 @@ def test_any_mixture_is_quadrature_over_the_weight(nodes, density):
     evidence = integral(0)
     np.testing.assert_allclose(got.delta_f, np.log(evidence), atol=1e-7)
     np.testing.assert_allclose(got.mean, integral(1) / evidence, atol=1e-7)
-    np.testing.assert_allclose(got.var, integral(2) / evidence - (integral(1) / evidence) ** 2, atol=1e-7)
+    np.testing.assert_allclose(
+        got.var, integral(2) / evidence - (integral(1) / evidence) ** 2, atol=1e-7
+    )
 
 
 def test_a_mixture_of_one_gaussian_is_the_gaussian_form():
@@ -167,29 +241,44 @@ def test_a_mixture_of_one_gaussian_is_the_gaussian_form():
     reduced = bmr.reduced_posterior(q, p, target)
     torch.testing.assert_close(got.mean, reduced.mean, rtol=0, atol=1e-12)
     torch.testing.assert_close(got.var, reduced.var, rtol=0, atol=1e-12)
-    torch.testing.assert_close(got.kappa, 1 / (1 + 0.37 * message(q, p).precision), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        got.kappa, 1 / (1 + 0.37 * message(q, p).precision), rtol=0, atol=1e-12
+    )
 
 
 def test_a_group_of_one_is_a_weight_and_a_group_of_two_is_joint():
     q, p = weights(6, seed=2)
     data, var = message(q, p), p.var.expand(6)
     nodes = HORSESHOE.mixture(0.3)
-    alone, single = scale_mixture_reduction(data, var, *nodes), grouped_reduction(data, var, *nodes, torch.arange(6))
+    alone, single = (
+        scale_mixture_reduction(data, var, *nodes),
+        grouped_reduction(data, var, *nodes, torch.arange(6)),
+    )
     for name in ("delta_f", "log_odds", "mean", "var"):
-        torch.testing.assert_close(getattr(single, name), getattr(alone, name), rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(
+            getattr(single, name), getattr(alone, name), rtol=1e-8, atol=1e-9
+        )
     paired = grouped_reduction(data, var, *nodes, torch.tensor([0, 1, 0, 2, 1, 2]))
     t = np.linspace(-30, 30, 60_001)
     precision, h = data.precision.numpy(), data.h.numpy()
     v = 0.09 * np.exp(2 * t)[:, None]
     pair = [0, 2]
-    log_ratio = stats.norm(0, np.sqrt(v + 1 / precision)).logpdf(h / precision) - stats.norm(0, np.sqrt(PRIOR_VAR + 1 / precision)).logpdf(h / precision)
+    log_ratio = stats.norm(0, np.sqrt(v + 1 / precision)).logpdf(h / precision) - stats.norm(
+        0, np.sqrt(PRIOR_VAR + 1 / precision)
+    ).logpdf(h / precision)
     density = np.exp(log_ratio[:, pair].sum(1)) / (np.pi * np.cosh(t))
     evidence = integrate.simpson(density, x=t)
     assert paired.delta_f[0].item() == pytest.approx(np.log(evidence), abs=1e-8)
-    share = [integrate.simpson(density * v[:, 0] / (1 + v[:, 0] * precision[i]), x=t) / evidence for i in pair]
+    share = [
+        integrate.simpson(density * v[:, 0] / (1 + v[:, 0] * precision[i]), x=t) / evidence
+        for i in pair
+    ]
     np.testing.assert_allclose(paired.mean[pair], h[pair] * share, rtol=1e-7)
     kappa = np.mean([1 - s * precision[i] for s, i in zip(share, pair, strict=True)])
-    assert paired.kappa[0].item() == pytest.approx(kappa, abs=1e-8) and paired.kappa[2] == paired.kappa[0]
+    assert (
+        paired.kappa[0].item() == pytest.approx(kappa, abs=1e-8)
+        and paired.kappa[2] == paired.kappa[0]
+    )
 
 
 def test_tau_of_each_unit_is_that_of_the_unit_alone():
@@ -200,22 +289,38 @@ def test_tau_of_each_unit_is_that_of_the_unit_alone():
     scales = best_scale(data, var, prior.mixture, prior.log_hyper, scale_groups=rows)
     for k in range(3):
         part = Message(data.h[rows == k], data.precision[rows == k])
-        assert scales[k].item() == pytest.approx(best_scale(part, var[rows == k], prior.mixture, prior.log_hyper).item(), rel=2e-3)
+        assert scales[k].item() == pytest.approx(
+            best_scale(part, var[rows == k], prior.mixture, prior.log_hyper).item(), rel=2e-3
+        )
     nodes = [prior.mixture(s) for s in scales.tolist()]
     got = scale_mixture_reduction(data, var, [v for v, _ in nodes], [w for _, w in nodes], rows)
-    alone = scale_mixture_reduction(Message(data.h[100:200], data.precision[100:200]), var[100:200], *nodes[1])
+    alone = scale_mixture_reduction(
+        Message(data.h[100:200], data.precision[100:200]), var[100:200], *nodes[1]
+    )
     for name in ("delta_f", "log_odds", "mean", "var"):
-        torch.testing.assert_close(getattr(got, name)[100:200], getattr(alone, name), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            getattr(got, name)[100:200], getattr(alone, name), rtol=1e-7, atol=1e-9
+        )
 
 
 def test_single_precision_is_double_precision():
     """Over signals from none to overwhelming, at τ from tiny to wide, with and without a slab."""
-    z, precision = torch.meshgrid(torch.logspace(-2, 2.5, 34, dtype=torch.float64), torch.logspace(-4, 5, 34, dtype=torch.float64), indexing="ij")
+    z, precision = torch.meshgrid(
+        torch.logspace(-2, 2.5, 34, dtype=torch.float64),
+        torch.logspace(-4, 5, 34, dtype=torch.float64),
+        indexing="ij",
+    )
     data = Message((z * precision.sqrt()).flatten(), precision.flatten())
     for tau in (1e-4, 0.3):
         for prior in (bmr.Horseshoe(), HORSESHOE):
-            double = scale_mixture_reduction(data, torch.full((1156,), PRIOR_VAR).double(), *prior.mixture(tau))
-            single = scale_mixture_reduction(Message(data.h.float(), data.precision.float()), torch.full((1156,), PRIOR_VAR), *prior.mixture(tau))
+            double = scale_mixture_reduction(
+                data, torch.full((1156,), PRIOR_VAR).double(), *prior.mixture(tau)
+            )
+            single = scale_mixture_reduction(
+                Message(data.h.float(), data.precision.float()),
+                torch.full((1156,), PRIOR_VAR),
+                *prior.mixture(tau),
+            )
             assert torch.allclose(single.delta_f.double(), double.delta_f, rtol=2e-5, atol=2e-5)
             assert torch.allclose(single.kappa.double(), double.kappa, rtol=1e-4, atol=1e-6)
             assert torch.allclose(single.mean.double(), double.mean, rtol=1e-3, atol=1e-6)
@@ -228,11 +333,17 @@ extreme = st.floats(-15, 15).map(lambda x: 10.0**x)
 def share_beyond(data, variances, log_weights):
     """Of each weight, how likely it comes from the widest node."""
     with mp.workdps(30):
-        nodes = [(mp.mpf(v), mp.exp(w)) for v, w in zip(variances.tolist(), log_weights.tolist(), strict=True)]
+        nodes = [
+            (mp.mpf(v), mp.exp(w))
+            for v, w in zip(variances.tolist(), log_weights.tolist(), strict=True)
+        ]
         for h, precision in zip(*(t.double().tolist() for t in data), strict=True):
             if precision > 0:
                 h, precision = mp.mpf(h), mp.mpf(precision)
-                terms = [w * mp.sqrt(x) * mp.exp(-(h**2) * x / (2 * precision)) for x, w in ((1 / (1 + v * precision), w) for v, w in nodes)]
+                terms = [
+                    w * mp.sqrt(x) * mp.exp(-(h**2) * x / (2 * precision))
+                    for x, w in ((1 / (1 + v * precision), w) for v, w in nodes)
+                ]
                 yield float(terms[-1] / sum(terms))
 
 
@@ -247,42 +358,74 @@ def share_beyond(data, variances, log_weights):
     st.booleans(),
 )
 def test_no_weight_is_nan(dtype, cases, prior_var, tau, slab):
-    """Posteriors, priors and scales over thirty orders of magnitude: κ in [0, 1], variances not negative, nothing NaN.
+    """Posteriors, priors and scales over thirty orders of magnitude: κ in [0, 1], variances not
+    negative, nothing NaN.
 
-    A warning comes if the widest node of a grid without a slab has more than 10⁻⁴ of a weight, and only then.
+    A warning comes if the widest node of a grid without a slab has more than 10⁻⁴ of a weight, and
+    only then.
     """
     mean = torch.tensor([m if sign else -m for m, _, sign in cases], dtype=dtype)
     var = torch.tensor([v for _, v, _ in cases], dtype=dtype)
-    data = message(Diagonal(mean, var), Diagonal(torch.zeros_like(mean), torch.full_like(mean, prior_var)))
+    data = message(
+        Diagonal(mean, var), Diagonal(torch.zeros_like(mean), torch.full_like(mean, prior_var))
+    )
     nodes = bmr.Horseshoe(slab_scale=2.0 if slab else None).mixture(tau)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         got = scale_mixture_reduction(data, torch.full_like(mean, prior_var), *nodes)
-    assert not any(t.isnan().any() for t in got) and ((got.kappa >= 0) & (got.kappa <= 1) & (got.var >= 0)).all()
+    assert (
+        not any(t.isnan().any() for t in got)
+        and ((got.kappa >= 0) & (got.kappa <= 1) & (got.var >= 0)).all()
+    )
     assert all(t.dtype == dtype and t.shape == mean.shape for t in got)
     shares = [] if slab else list(share_beyond(data, *nodes))
     said = [int(str(w.message).partition(" of ")[0]) for w in caught]
     assert all("lie where the mixture ends" in str(w.message) for w in caught) and len(said) <= 1
-    assert sum(share > 1.01e-4 for share in shares) <= sum(said) <= sum(share > 0.99e-4 for share in shares)
+    assert (
+        sum(share > 1.01e-4 for share in shares)
+        <= sum(said)
+        <= sum(share > 0.99e-4 for share in shares)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("slab", [None, 0.8])
 def test_signals_of_any_strength(dtype, slab):
-    """The exponents of all wide nodes agree in sixteen digits or more; which of them a weight comes from is in the others."""
+    """The exponents of all wide nodes agree in sixteen digits or more; which of them a weight comes
+    from is in the others.
+    """
     m = 10 ** np.linspace(-3, 14, 20)
-    rows = np.stack([0.9 * m, np.full(20, 0.9), np.full(20, 10.0)], 1).astype(np.float32).astype(np.float64)
+    rows = (
+        np.stack([0.9 * m, np.full(20, 0.9), np.full(20, 10.0)], 1)
+        .astype(np.float32)
+        .astype(np.float64)
+    )
     nodes = bmr.Horseshoe(slab_scale=slab).mixture(0.1)
     with mp.workdps(90):
-        exact = [(mp.mpf(v), mp.exp(w)) for v, w in zip(*map(np.ndarray.tolist, nodes), strict=True)]
-        want = np.array([[float(x) for x in mixtures.by_nodes(*row, exact)] for row in rows.tolist()])
-    data, prior_var = Message(*torch.tensor(rows.T[:2], dtype=dtype)), torch.full((20,), 10.0, dtype=dtype)
+        exact = [
+            (mp.mpf(v), mp.exp(w)) for v, w in zip(*map(np.ndarray.tolist, nodes), strict=True)
+        ]
+        want = np.array(
+            [[float(x) for x in mixtures.by_nodes(*row, exact)] for row in rows.tolist()]
+        )
+    data, prior_var = (
+        Message(*torch.tensor(rows.T[:2], dtype=dtype)),
+        torch.full((20,), 10.0, dtype=dtype),
+    )
     grouped = grouped_reduction(data, prior_var, *nodes, torch.arange(20))
-    many = scale_mixture_reduction(Message(data.h.repeat(30), data.precision.repeat(30)), prior_var.repeat(30), *nodes)
+    many = scale_mixture_reduction(
+        Message(data.h.repeat(30), data.precision.repeat(30)), prior_var.repeat(30), *nodes
+    )
     for got in (scale_mixture_reduction(data, prior_var, *nodes), grouped, many):
         for k, name in enumerate(("delta_f", "log_odds", "mean", "var")):
             within = 2e-5 if dtype == torch.float32 or (name == "var" and got is many) else 1e-8
-            np.testing.assert_allclose(getattr(got, name)[:20].double(), want[:, k], rtol=within, atol=within if k < 2 else 0, err_msg=name)
+            np.testing.assert_allclose(
+                getattr(got, name)[:20].double(),
+                want[:, k],
+                rtol=within,
+                atol=within if k < 2 else 0,
+                err_msg=name,
+            )
 
 
 def test_what_a_mixture_must_be():
@@ -291,8 +434,17 @@ def test_what_a_mixture_must_be():
         scale_mixture_reduction(data, var, [1.0, 2.0], [0.0])
     for empty in ([], np.zeros((1, 0))):
         with pytest.raises(bmr.ReductionError, match="no variances"):
-            scale_mixture_reduction(data, var, empty, empty, torch.zeros(1, dtype=torch.long) if len(empty) else None)
+            scale_mixture_reduction(
+                data, var, empty, empty, torch.zeros(1, dtype=torch.long) if len(empty) else None
+            )
     with pytest.raises(bmr.ReductionError, match="variances from -1.0"):
         scale_mixture_reduction(data, var, [-1.0], [0.0])
     with pytest.raises(bmr.ReductionError, match="at once"):
-        best_scale(data, var, HORSESHOE.mixture, HORSESHOE.log_hyper, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+        best_scale(
+            data,
+            var,
+            HORSESHOE.mixture,
+            HORSESHOE.log_hyper,
+            torch.zeros(1, dtype=torch.long),
+            torch.zeros(1, dtype=torch.long),
+        )

@@ -1,4 +1,6 @@
-"""Inclusion probabilities and evidence of a learned spike and slab, against enumeration over all subsets and published fixed points."""
+"""Inclusion probabilities and evidence of a learned spike and slab, against enumeration over all
+subsets and published fixed points.
+"""
 
 import itertools
 import math
@@ -44,7 +46,9 @@ def test_mean_field_is_a_fixed_point_and_a_lower_bound():
     zeta = special.digamma(alpha + rho.sum()) - special.digamma(beta + (1 - rho).sum())
     np.testing.assert_allclose(rho, special.expit(zeta - delta_f.numpy()), atol=1e-5)
     # the fixed point and the exact answer of this problem, computed once by an independent program
-    np.testing.assert_allclose(rho, [0.0752, 0.1407, 0.4727, 0.9422, 0.2671, 0.0904, 0.9992], atol=1e-3)
+    np.testing.assert_allclose(
+        rho, [0.0752, 0.1407, 0.4727, 0.9422, 0.2671, 0.0904, 0.9992], atol=1e-3
+    )
     exact = exact_inclusion(delta_f, alpha, beta).log_evidence_gain.item()
     assert exact == pytest.approx(2.2817089809862816, abs=1e-9)
     assert exact - 1 < bound < exact
@@ -59,7 +63,10 @@ def test_large_layers_agree_and_the_integral_stays_sharp():
 
 
 def test_a_layer_that_the_data_ignore_keeps_its_prior():
-    assert exact_inclusion(torch.zeros(3, dtype=torch.float64), 15.0, 0.03).log_evidence_gain.item() == pytest.approx(0, abs=1e-9)  # a long tail of π near 1
+    # a long tail of π near 1
+    assert exact_inclusion(
+        torch.zeros(3, dtype=torch.float64), 15.0, 0.03
+    ).log_evidence_gain.item() == pytest.approx(0, abs=1e-9)
     got = exact_inclusion(torch.zeros(6, dtype=torch.float64), 2.0, 6.0)
     assert got.log_evidence_gain.item() == pytest.approx(0, abs=1e-10)
     np.testing.assert_allclose(got.probability, 0.25, atol=1e-9)
@@ -71,16 +78,29 @@ def plain_update(d, alpha, beta):
     d, counts = np.unique(d, return_counts=True)
     while abs(z - before) > 1e-13 * max(abs(z), 1):
         before = z
-        included, excluded = (counts * special.expit(z - d)).sum(), (counts * special.expit(d - z)).sum()
+        included, excluded = (
+            (counts * special.expit(z - d)).sum(),
+            (counts * special.expit(d - z)).sum(),
+        )
         a, b = alpha + included, beta + excluded
         z = special.digamma(a) - special.digamma(b)
-    log_slab, log_spike = special.digamma(a) - special.digamma(a + b), special.digamma(b) - special.digamma(a + b)
-    kl = special.betaln(alpha, beta) - special.betaln(a, b) + (a - alpha) * log_slab + (b - beta) * log_spike
+    log_slab, log_spike = (
+        special.digamma(a) - special.digamma(a + b),
+        special.digamma(b) - special.digamma(a + b),
+    )
+    kl = (
+        special.betaln(alpha, beta)
+        - special.betaln(a, b)
+        + (a - alpha) * log_slab
+        + (b - beta) * log_spike
+    )
     return z, (counts * np.logaddexp(log_slab, log_spike + d)).sum() - kl
 
 
 def test_a_few_passes_over_many_weights_find_the_fixed_point():
-    """More weights than the first search looks at, not in random order, so that the search is off: held against the plain update by scipy."""
+    """More weights than the first search looks at, not in random order, so that the search is off:
+    held against the plain update by scipy.
+    """
     delta_f = torch.cat([torch.linspace(0.2, 2.4, 150_000), -torch.linspace(0.0, 30.0, 50_000)])
     delta_f[::4] += 0.3  # what the stride sees is not what there is
     zeta, gain = mean_field_log_odds(delta_f, 1.5, 2.5)
@@ -89,11 +109,13 @@ def test_a_few_passes_over_many_weights_find_the_fixed_point():
 
 
 def test_one_step_from_a_sample_that_is_off():
-    """The search ends 0.03 from the fixed point, among weights at the bend of their probabilities: one Newton step, to the third order, has it to 1e-8."""
+    """The search ends 0.03 from the fixed point, among weights at the bend of their probabilities:
+    one Newton step, to the third order, has it to 1e-8.
+    """
     n = 150_000
-    delta_f = torch.cat([torch.linspace(-0.5, 0.5, n // 3), torch.full((n // 3,), -9.0), torch.full((n // 3,), 9.0)]).double()[
-        torch.randperm(n, generator=torch.Generator().manual_seed(3))
-    ]
+    delta_f = torch.cat(
+        [torch.linspace(-0.5, 0.5, n // 3), torch.full((n // 3,), -9.0), torch.full((n // 3,), 9.0)]
+    ).double()[torch.randperm(n, generator=torch.Generator().manual_seed(3))]
     delta_f[:: math.ceil(n / 65_536)] += 0.06  # those that the search sees
     zeta, gain = mean_field_log_odds(delta_f, 1.5, 2.5)
     z, expected = plain_update(delta_f.numpy(), 1.5, 2.5)
@@ -102,7 +124,9 @@ def test_one_step_from_a_sample_that_is_off():
 
 
 def test_what_is_left_of_a_large_layer_is_counted():
-    """A million weights of which half of one goes, as a sum of 5.6e-7 each: single precision cannot tell it from a million less the sum of what stays."""
+    """A million weights of which half of one goes, as a sum of 5.6e-7 each: single precision cannot
+    tell it from a million less the sum of what stays.
+    """
     delta_f = torch.full((1_000_000,), -1.0)
     zeta, _ = mean_field_log_odds(delta_f, 1.0, 1.0)
     assert zeta == pytest.approx(plain_update(delta_f.double().numpy(), 1.0, 1.0)[0], abs=1e-4)
@@ -117,12 +141,20 @@ def test_a_known_inclusion():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.sampled_from([torch.float32, torch.float64]), st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30), st.floats(0.1, 1e3), st.floats(0.1, 1e3)
+    st.sampled_from([torch.float32, torch.float64]),
+    st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30),
+    st.floats(0.1, 1e3),
+    st.floats(0.1, 1e3),
 )
 def test_inclusion_is_never_nan(dtype, delta_f, alpha, beta):
     values = torch.tensor(delta_f, dtype=dtype)
     got = exact_inclusion(values, alpha, beta)
-    assert not got.drop.isnan().any() and got.log_evidence_gain.isfinite() and got.log_odds.isfinite() and got.drop.dtype == dtype
+    assert (
+        not got.drop.isnan().any()
+        and got.log_evidence_gain.isfinite()
+        and got.log_odds.isfinite()
+        and got.drop.dtype == dtype
+    )
     zeta, bound = mean_field_log_odds(values, alpha, beta)
     assert math.isfinite(zeta) and math.isfinite(bound)
     exact = exact_inclusion(values.double(), alpha, beta).log_evidence_gain.item()

@@ -1,4 +1,6 @@
-"""Pyro's autoguides read as moments, against the moments of their own draws and, after a fit, the exact posterior."""
+"""Pyro's autoguides read as moments, against the moments of their own draws and, after a fit, the
+exact posterior.
+"""
 
 import numpy as np
 import pyro
@@ -36,7 +38,9 @@ GUIDES = {
     "low rank": lambda program: AutoLowRankMultivariateNormal(program, rank=2),
     "structured": lambda program: AutoStructured(program, **STRUCTURED),
     "gaussian": AutoGaussian,
-    "list": lambda program: listed(program, {"scale": AutoNormal, "w": AutoMultivariateNormal, "v": AutoDiagonalNormal}),
+    "list": lambda program: listed(
+        program, {"scale": AutoNormal, "w": AutoMultivariateNormal, "v": AutoDiagonalNormal}
+    ),
 }
 
 
@@ -65,21 +69,32 @@ def conjugate(x, y=None):
 @pytest.mark.parametrize("name", GUIDES)
 def test_the_moments_are_those_of_the_guides_draws(name):
     guide = GUIDES[name](hierarchical)
-    batch = (X.float(), Y.float()) if name in ("structured", "gaussian") else (X, Y)  # they know the default dtype alone
+    # they know the default dtype alone
+    batch = (X.float(), Y.float()) if name in ("structured", "gaussian") else (X, Y)
     guide(*batch)
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter += 0.4 * torch.randn_like(parameter)
         posterior = bmr.Posterior.from_guide(guide, hierarchical, *batch)
         draws = [guide(*batch) for _ in range(150)]
-    assert posterior["scale"].support == "positive" and posterior["w"].support == "real" and posterior["w"].given == ("scale",)
+    assert (
+        posterior["scale"].support == "positive"
+        and posterior["w"].support == "real"
+        and posterior["w"].given == ("scale",)
+    )
     for site in ("scale", "w", "v"):
-        z = torch.stack([d[site].log() if site == "scale" else d[site] for d in draws]).view(len(draws), -1)
+        z = torch.stack([d[site].log() if site == "scale" else d[site] for d in draws]).view(
+            len(draws), -1
+        )
         mean, joint = posterior[site].mean.flatten(), posterior[site].joint
         products = torch.einsum("ni,nj->nij", z - mean, z - mean)
         cov = posterior[site].var.flatten().diag()
         if joint is not None:
-            cov = joint.cov if isinstance(joint, bmr.Dense) else joint.var.diag() + joint.factor @ joint.factor.mT
+            cov = (
+                joint.cov
+                if isinstance(joint, bmr.Dense)
+                else joint.var.diag() + joint.factor @ joint.factor.mT
+            )
             torch.testing.assert_close(cov.diagonal(), posterior[site].var.flatten())
         assert ((z.mean(0) - mean).abs() < 5 * z.std(0) / 150**0.5).all()
         assert ((products.mean(0) - cov).abs() < 5 * products.std(0) / 150**0.5).all()
@@ -98,18 +113,35 @@ def test_the_members_of_a_list_are_read_one_by_one_points_and_lists_in_it_includ
         for parameter in guide.parameters():
             parameter += 0.3
     posterior = bmr.Posterior.from_guide(guide, hierarchical, X, Y)
-    assert not posterior["scale"].var.any() and not posterior["v"].var.any() and posterior["scale"].support == "positive"
+    assert (
+        not posterior["scale"].var.any()
+        and not posterior["v"].var.any()
+        and posterior["scale"].support == "positive"
+    )
     torch.testing.assert_close(posterior["v"].mean, first["v"].mean + 0.3)
     torch.testing.assert_close(posterior["scale"].mean, first["scale"].mean + 0.3)
     q = guide[1][0].get_posterior()
     torch.testing.assert_close(posterior["w"].mean, q.mean.detach())
     torch.testing.assert_close(posterior["w"].joint.cov, q.covariance_matrix.detach())
     with pytest.raises(bmr.ModelError, match="site 'w': the posterior of AutoIAFNormal"):
-        bmr.Posterior.from_guide(listed(hierarchical, {"scale": AutoNormal, "w": AutoIAFNormal, "v": AutoDelta}), hierarchical, X.float(), Y.float())
+        bmr.Posterior.from_guide(
+            listed(hierarchical, {"scale": AutoNormal, "w": AutoIAFNormal, "v": AutoDelta}),
+            hierarchical,
+            X.float(),
+            Y.float(),
+        )
 
 
 def test_a_laplace_approximation_is_a_point_in_the_fit_and_the_exact_posterior_after_its_second_stage():
-    fit = bmr.fit(conjugate, (X, Y), guide=AutoLaplaceApproximation, epochs=200, batch_size=30, optimizer=bmr.adam(0.1), progress=False)
+    fit = bmr.fit(
+        conjugate,
+        (X, Y),
+        guide=AutoLaplaceApproximation,
+        epochs=200,
+        batch_size=30,
+        optimizer=bmr.adam(0.1),
+        progress=False,
+    )
     mean, cov = MODEL.posterior(np.full(3, 0.4), 1.3**2 * np.eye(3))
     assert not fit.posterior["w"].var.any()
     site = bmr.Posterior.from_guide(fit.guide.laplace_approximation(X, Y), conjugate, X, Y)["w"]
@@ -118,7 +150,15 @@ def test_a_laplace_approximation_is_a_point_in_the_fit_and_the_exact_posterior_a
     np.testing.assert_allclose(site.var, np.diag(cov), rtol=1e-6)
 
 
-@pytest.mark.parametrize("guide", [AutoMultivariateNormal, lambda program: AutoLowRankMultivariateNormal(program, rank=2), AutoDiagonalNormal, AutoStructured])
+@pytest.mark.parametrize(
+    "guide",
+    [
+        AutoMultivariateNormal,
+        lambda program: AutoLowRankMultivariateNormal(program, rank=2),
+        AutoDiagonalNormal,
+        AutoStructured,
+    ],
+)
 def test_fit_takes_them(guide):
     fit = bmr.fit(conjugate, (X, Y), guide=guide, epochs=3, progress=False)
     assert fit.posterior["w"].var.min() > 0 and np.isfinite(fit.history["elbo"]).all()
@@ -128,8 +168,16 @@ def test_fit_takes_them(guide):
     "guide, words",
     [
         (AutoIAFNormal, "site 'w'.*AutoIAFNormal.*TransformedDistribution"),
-        (lambda program: AutoNormalizingFlow(program, lambda n: dist.transforms.planar(n)), "site 'w'.*AutoNormalizingFlow"),
-        (lambda program: AutoStructured(program, conditionals={"w": lambda: torch.randn(3)}, dependencies={}), "site 'w'.*nothing that the guide draws by"),
+        (
+            lambda program: AutoNormalizingFlow(program, lambda n: dist.transforms.planar(n)),
+            "site 'w'.*AutoNormalizingFlow",
+        ),
+        (
+            lambda program: AutoStructured(
+                program, conditionals={"w": lambda: torch.randn(3)}, dependencies={}
+            ),
+            "site 'w'.*nothing that the guide draws by",
+        ),
     ],
     ids=["IAF", "flow", "own conditional"],
 )

@@ -1,4 +1,6 @@
-"""Noise per row: the distribution of each row's output, the gradient's expectation, uses that are not linear maps, and uses that are refused."""
+"""Noise per row: the distribution of each row's output, the gradient's expectation, uses that are
+not linear maps, and uses that are refused.
+"""
 
 from functools import partial
 
@@ -35,7 +37,11 @@ def plain(w):
 
 MAPS = {
     "linear": (LINEAR, (3, 4), lambda x, w: F.linear(x, w)),
-    "scaled": (LINEAR, (3, 4), lambda x, w: F.linear(x, 0.7 * w * torch.tensor([1.3, -0.4, 0.9, 2.0]).double() / 1.9)),
+    "scaled": (
+        LINEAR,
+        (3, 4),
+        lambda x, w: F.linear(x, 0.7 * w * torch.tensor([1.3, -0.4, 0.9, 2.0]).double() / 1.9),
+    ),
     "x @ W": (LINEAR, (4, 3), lambda x, w: x @ w),
     "x @ w": (LINEAR, (4,), lambda x, w: (x @ (w * 0.4))[:, None]),
     "tokens": (PLACES, (3, 6), lambda x, w: F.linear(x, 1.7 * w)),
@@ -47,23 +53,39 @@ MAPS = {
 @pytest.mark.parametrize("estimator", ["local", "flipout"])
 @pytest.mark.parametrize("name", MAPS)
 def test_each_row_has_the_mean_and_covariance_of_a_weight_drawn_for_it(name, estimator):
-    """All outputs of one row together, against A m and A S² Aᵀ with A the Jacobian of the map; within 5 standard errors."""
+    """All outputs of one row together, against A m and A S² Aᵀ with A the Jacobian of the map;
+    within 5 standard errors.
+    """
     x, shape, use = MAPS[name]
     w = weight(*shape)
-    jacobian = torch.autograd.functional.jacobian(lambda w: use(x, w), w.q_mean).flatten(1, -1 - w.ndim).flatten(2)
+    jacobian = (
+        torch.autograd.functional.jacobian(lambda w: use(x, w), w.q_mean)
+        .flatten(1, -1 - w.ndim)
+        .flatten(2)
+    )
     mean = use(x, w.q_mean).flatten(1)
     covariance = jacobian @ w.q_std.flatten().square().diag() @ jacobian.mT
-    draws = torch.stack([use(x, weight(*shape, estimator=estimator)).flatten(1) for _ in range(300)])
+    draws = torch.stack(
+        [use(x, weight(*shape, estimator=estimator)).flatten(1) for _ in range(300)]
+    )
     deviation = draws - mean
-    for got, expected in ((deviation, torch.zeros_like(mean)), (torch.einsum("dri,drj->drij", deviation, deviation), covariance)):
+    for got, expected in (
+        (deviation, torch.zeros_like(mean)),
+        (torch.einsum("dri,drj->drij", deviation, deviation), covariance),
+    ):
         assert ((got.mean(0) - expected).abs() < 5 * got.std(0) / len(got) ** 0.5 + 1e-9).all()
 
 
 def test_other_uses_get_one_ordinary_draw():
     x = LINEAR[:1].expand(ROWS, 4)
     out = x @ torch.tanh(weight(3, 4)).mT
-    assert type(out) is torch.Tensor and torch.equal(out, out[:1].expand_as(out)) and not torch.allclose(out[0], x[0] @ torch.tanh(weight(3, 4)).mT)
-    short = F.linear(LINEAR[:3], weight(1, 4)) - F.linear(LINEAR[:3], weight(1, 4).q_mean)  # not the rows of the batch
+    assert (
+        type(out) is torch.Tensor
+        and torch.equal(out, out[:1].expand_as(out))
+        and not torch.allclose(out[0], x[0] @ torch.tanh(weight(3, 4)).mT)
+    )
+    # not the rows of the batch
+    short = F.linear(LINEAR[:3], weight(1, 4)) - F.linear(LINEAR[:3], weight(1, 4).q_mean)
     assert torch.linalg.matrix_rank(torch.cat([short, LINEAR[:3]], 1)) <= 4
 
 
@@ -73,36 +95,63 @@ def test_rows_are_independent_where_a_drawn_weight_makes_them_covary(estimator):
     out = torch.stack([F.linear(x, weight(1, 4, estimator=estimator))[:, 0] for _ in range(600)])
     correlation = torch.corrcoef(out.mT)[0, 1]
     assert abs(correlation) < 0.2
-    assert torch.corrcoef(torch.stack([F.linear(x, plain(weight(1, 4)))[:, 0] for _ in range(50)]).mT)[0, 1] > 0.99
+    assert (
+        torch.corrcoef(torch.stack([F.linear(x, plain(weight(1, 4)))[:, 0] for _ in range(50)]).mT)[
+            0, 1
+        ]
+        > 0.99
+    )
 
 
 def network(prior):
     torch.manual_seed(2)
-    net = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    net = nn.Sequential(
+        nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2), nn.Tanh(), nn.Linear(2, 1)
+    ).double()
     return bmr.BayesianNetwork(net, prior, bmr.Normal())
 
 
-@pytest.mark.parametrize("prior", [bmr.Gaussian("layer"), bmr.SpikeAndSlab()], ids=["layer", "mixture"])
+@pytest.mark.parametrize(
+    "prior", [bmr.Gaussian("layer"), bmr.SpikeAndSlab()], ids=["layer", "mixture"]
+)
 def test_scaled_sites_and_sampled_kls_go_through(prior):
     program, y = network(prior), torch.randn(ROWS, dtype=torch.float64)
     guide = bmr.MeanField(program, PLACES, y, estimator="local")
     whole = bmr.MeanField(program, PLACES, y)
-    totals = [torch.stack([torch.stack(bmr.elbo_terms(program, g, PLACES, y)).detach() for _ in range(30)]) for g in (guide, whole)]
+    totals = [
+        torch.stack(
+            [torch.stack(bmr.elbo_terms(program, g, PLACES, y)).detach() for _ in range(30)]
+        )
+        for g in (guide, whole)
+    ]
     error = sum(t.var(0) / len(t) for t in totals).sqrt()
     assert ((totals[0].mean(0) - totals[1].mean(0)).abs() < 4.5 * error).all()
 
 
 def test_the_bound_and_its_gradient_are_the_same_in_expectation_and_masks_hold():
     program, y = network(bmr.Gaussian(0.6)), torch.randn(ROWS, dtype=torch.float64)
-    guides = {e: bmr.MeanField(program, PLACES, y, estimator=e) for e in ("weight", "local", "flipout")}
-    masks = {"0.weight": torch.rand(3, 2, 3) < 0.6, "3.weight": torch.rand(2, 12) < 0.5, "5.weight": torch.tensor([[True, False]])}
+    guides = {
+        e: bmr.MeanField(program, PLACES, y, estimator=e) for e in ("weight", "local", "flipout")
+    }
+    masks = {
+        "0.weight": torch.rand(3, 2, 3) < 0.6,
+        "3.weight": torch.rand(2, 12) < 0.5,
+        "5.weight": torch.tensor([[True, False]]),
+    }
     results = {}
     for estimator, guide in guides.items():
         samples = []
         for _ in range(70):
             terms = bmr.elbo_terms(program, guide, PLACES, y, masks=masks)
-            grads = torch.autograd.grad(terms.expected_log_likelihood - terms.kl, list(guide.parameters()))
-            dead = torch.cat([~masks.get(s.name, torch.ones(s.shape, dtype=torch.bool)).flatten() for s in guide.latents])
+            grads = torch.autograd.grad(
+                terms.expected_log_likelihood - terms.kl, list(guide.parameters())
+            )
+            dead = torch.cat(
+                [
+                    ~masks.get(s.name, torch.ones(s.shape, dtype=torch.bool)).flatten()
+                    for s in guide.latents
+                ]
+            )
             assert all(not g[dead].any() and g.isfinite().all() for g in grads)
             samples.append(torch.cat([terms.expected_log_likelihood.detach()[None], *grads]))
         results[estimator] = torch.stack(samples)
@@ -127,17 +176,27 @@ def test_a_weight_used_twice_is_one_weight_per_row_under_flipout_and_refused_by_
         guide = bmr.MeanField(tied, LINEAR, y, estimator=estimator, init_scale=1.0)
         with torch.no_grad():
             guide.log_scale += 1.5
-            totals[estimator] = torch.stack([bmr.elbo_terms(tied, guide, LINEAR, y).expected_log_likelihood for _ in range(200)])
+            totals[estimator] = torch.stack(
+                [bmr.elbo_terms(tied, guide, LINEAR, y).expected_log_likelihood for _ in range(200)]
+            )
     error = sum(t.var() / len(t) for t in totals.values()).sqrt()
     assert abs(totals["weight"].mean() - totals["flipout"].mean()) < 4 * error
 
 
 def test_an_unknown_estimator_is_refused_with_the_choices():
-    with pytest.raises(bmr.ModelError, match="estimator='loca'.*'weight', 'antithetic', 'local', 'flipout'"):
+    with pytest.raises(
+        bmr.ModelError, match="estimator='loca'.*'weight', 'antithetic', 'local', 'flipout'"
+    ):
         bmr.MeanField(tied, LINEAR, LINEAR[:, 0], estimator="loca")
 
 
 def test_fit_takes_the_estimator_as_an_option_of_the_guide():
     y = torch.randn(ROWS, dtype=torch.float64)
-    fit = bmr.fit(network(bmr.Gaussian(0.6)), (PLACES, y), guide=partial(bmr.MeanField, estimator="local"), epochs=2, progress=False)
+    fit = bmr.fit(
+        network(bmr.Gaussian(0.6)),
+        (PLACES, y),
+        guide=partial(bmr.MeanField, estimator="local"),
+        epochs=2,
+        progress=False,
+    )
     assert fit.guide.estimator == "local" and fit.posterior["0.weight"].var.min() > 0

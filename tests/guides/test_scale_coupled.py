@@ -1,4 +1,6 @@
-"""The conditional of a weight given its scales, against Bayes' rule on a grid and the exact marginal likelihood; what the coupling gains over mean field."""
+"""The conditional of a weight given its scales, against Bayes' rule on a grid and the exact
+marginal likelihood; what the coupling gains over mean field.
+"""
 
 import numpy as np
 import pyro
@@ -20,7 +22,10 @@ def number(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("factor, estimate, precision", [(0.3, 1.4, 6.0), (2.5, -0.8, 0.4), (-0.9, 0.5, 20.0), (1e-4, 2.0, 9.0)])
+@pytest.mark.parametrize(
+    "factor, estimate, precision",
+    [(0.3, 1.4, 6.0), (2.5, -0.8, 0.4), (-0.9, 0.5, 20.0), (1e-4, 2.0, 9.0)],
+)
 def test_the_conditional_is_bayes_rule(factor, estimate, precision):
     w = np.linspace(-12, 12, 200_001)
     density = np.exp(-0.5 * w**2 - 0.5 * precision * (factor * w - estimate) ** 2)
@@ -31,18 +36,37 @@ def test_the_conditional_is_bayes_rule(factor, estimate, precision):
 
 
 def test_with_the_message_of_the_data_the_bound_is_the_exact_evidence_at_every_scale():
-    """y = x w + N(0, 0.7²): L = Σx²/0.49, m = Σxy/Σx². E over ±1 is exact, for the log likelihood is quadratic."""
+    """y = x w + N(0, 0.7²): L = Σx²/0.49, m = Σxy/Σx². E over ±1 is exact, for the log likelihood
+    is quadratic.
+    """
     y = 1.3 * X[:, 0] + NOISE * torch.randn(12, dtype=torch.float64)
     precision, h = X.square().sum()[None] / NOISE**2, (X[:, 0] @ y)[None] / NOISE**2
     for scale in (0.02, 0.6, 3.0):
         q = conditional(h, precision, number([scale]), None)
-        expected = sum(dist.Normal(X[:, 0] * scale * q.draw(number([sign])), NOISE).log_prob(y).sum() for sign in (-1.0, 1.0)) / 2
+        expected = (
+            sum(
+                dist.Normal(X[:, 0] * scale * q.draw(number([sign])), NOISE).log_prob(y).sum()
+                for sign in (-1.0, 1.0)
+            )
+            / 2
+        )
         cov = NOISE**2 * torch.eye(12).double() + scale**2 * X @ X.mT
         exact = stats.multivariate_normal(torch.zeros(12), cov).logpdf(y)
-        assert float(expected - gaussian_kl(q, number(0.0), number(1.0))) == pytest.approx(exact, abs=1e-9)
+        assert float(expected - gaussian_kl(q, number(0.0), number(1.0))) == pytest.approx(
+            exact, abs=1e-9
+        )
 
 
-@pytest.mark.parametrize("prior", [bmr.Horseshoe(0.4), bmr.Horseshoe(0.4, None, ("layer", "unit")), bmr.SpikeAndSlab(), bmr.Gaussian("layer")], ids=repr)
+@pytest.mark.parametrize(
+    "prior",
+    [
+        bmr.Horseshoe(0.4),
+        bmr.Horseshoe(0.4, None, ("layer", "unit")),
+        bmr.SpikeAndSlab(),
+        bmr.Gaussian("layer"),
+    ],
+    ids=repr,
+)
 def test_the_factor_is_what_the_program_multiplies_by(prior):
     model = bmr.BayesianNetwork(nn.Linear(3, 2).double(), {"weight": prior}, bmr.Categorical())
     with pyro.poutine.trace() as trace:
@@ -51,7 +75,9 @@ def test_the_factor_is_what_the_program_multiplies_by(prior):
     factor = multiplier(prior, "weight", values["weight"], values)
     torch.testing.assert_close(factor * values["weight"], weights["weight"])
     guide = bmr.ScaleCoupled(model, torch.randn(4, 3).double(), torch.zeros(4).long())
-    assert guide.table().set_index("site")["structure"].to_dict() == {name: "given its scales" if name == "weight" else "independent" for name in values}
+    assert guide.table().set_index("site")["structure"].to_dict() == {
+        name: "given its scales" if name == "weight" else "independent" for name in values
+    }
 
 
 @pytest.mark.parametrize("centred", [False, True], ids=["shifted", "centred"])
@@ -61,12 +87,20 @@ def test_a_weight_that_is_no_multiple_of_its_site_by_its_scales_is_left_independ
 
         def sample(self, name, shape, init=None):
             scale = pyro.sample(f"{name}_scale", dist.HalfCauchy(number(1.0)))
-            fn = dist.Normal(number(0.0), scale if centred else 1.0).expand(shape).to_event(len(shape))
+            fn = (
+                dist.Normal(number(0.0), scale if centred else 1.0)
+                .expand(shape)
+                .to_event(len(shape))
+            )
             site = pyro.sample(name, fn, infer={"prior": self, "init": init})
             return site if centred else 0.3 + scale * site
 
     model = bmr.BayesianNetwork(nn.Linear(3, 2).double(), {"weight": Own()}, bmr.Categorical())
-    assert set(bmr.ScaleCoupled(model, torch.randn(4, 3).double(), torch.zeros(4).long()).table()["structure"]) == {"independent"}
+    assert set(
+        bmr.ScaleCoupled(model, torch.randn(4, 3).double(), torch.zeros(4).long()).table()[
+            "structure"
+        ]
+    ) == {"independent"}
 
 
 def regression(x, y=None):
@@ -76,7 +110,9 @@ def regression(x, y=None):
 
 
 def test_the_coupling_raises_the_bound_and_a_posterior_keeps_it(tmp_path):
-    """A horseshoe regression, one coefficient of eight at work: nats gained over mean field, and the coefficient's spread from guide and posterior alike."""
+    """A horseshoe regression, one coefficient of eight at work: nats gained over mean field, and
+    the coefficient's spread from guide and posterior alike.
+    """
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(40, 8, generator=generator, dtype=torch.float64)
     y = 1.5 * x[:, 2] + NOISE * torch.randn(40, generator=generator, dtype=torch.float64)
@@ -90,7 +126,12 @@ def test_the_coupling_raises_the_bound_and_a_posterior_keeps_it(tmp_path):
             (terms.kl - terms.expected_log_likelihood).backward()
             optimizer.step()
         with torch.no_grad():
-            bounds[guide] = torch.stack([t.expected_log_likelihood - t.kl for t in (bmr.elbo_terms(regression, q, x, y) for _ in range(80))]).mean()
+            bounds[guide] = torch.stack(
+                [
+                    t.expected_log_likelihood - t.kl
+                    for t in (bmr.elbo_terms(regression, q, x, y) for _ in range(80))
+                ]
+            ).mean()
     assert bounds[bmr.ScaleCoupled] > bounds[bmr.MeanField] + 1
     posterior = bmr.Posterior.from_guide(guides[bmr.ScaleCoupled], regression, x, y)
     posterior.save(tmp_path / "p.safetensors")
@@ -105,7 +146,8 @@ def test_the_coupling_raises_the_bound_and_a_posterior_keeps_it(tmp_path):
     least_squares = float((torch.linalg.inv(x.mT @ x)[2, 2] * NOISE**2).sqrt())
     for draws in (posterior_draws, guide_draws):
         assert float(draws[:, 2].mean()) == pytest.approx(1.5, abs=0.4)
-        assert float(draws[:, 2].std()) == pytest.approx(least_squares, rel=0.5)  # the product of independent factors would be several times as wide
+        # the product of independent factors would be several times as wide
+        assert float(draws[:, 2].std()) == pytest.approx(least_squares, rel=0.5)
     point = posterior.point()
     assert float(weights(point)[2]) == pytest.approx(float(posterior_draws[:, 2].mean()), abs=0.1)
     kappa = posterior["w"].var  # given the scales at their medians

@@ -1,4 +1,6 @@
-"""The guides with a Gaussian per site: on the conjugate model against its exact posterior and evidence, and each structure against torch's dense Gaussian."""
+"""The guides with a Gaussian per site: on the conjugate model against its exact posterior and
+evidence, and each structure against torch's dense Gaussian.
+"""
 
 from functools import partial
 
@@ -42,14 +44,20 @@ def program(x, y=None):
 
 def bound(guide, masks):
     """The ELBO without sampling noise: E over ±√m eᵢ is E over N(0, I) for a quadratic."""
-    size = guide.loc.numel() if isinstance(guide, bmr.MeanField) else guide.conditional("w", {}, None).noise_size
+    size = (
+        guide.loc.numel()
+        if isinstance(guide, bmr.MeanField)
+        else guide.conditional("w", {}, None).noise_size
+    )
     points = size**0.5 * torch.cat([torch.eye(size), -torch.eye(size)]).double()
     terms = [bmr.elbo_terms(program, guide, X, Y, masks=masks, noise=point) for point in points]
     return sum(t.expected_log_likelihood for t in terms) / len(terms) - terms[0].kl
 
 
 def optimum(name, precision):
-    """The covariance of the best q against N(μ, P⁻¹), which has mean μ: diagonal 1/Pᵢᵢ; for R ⊗ C the fixed point of its stationarity conditions."""
+    """The covariance of the best q against N(μ, P⁻¹), which has mean μ: diagonal 1/Pᵢᵢ; for R ⊗ C
+    the fixed point of its stationarity conditions.
+    """
     if name == "MeanField":
         return np.diag(1 / np.diag(precision))
     if name != "MatrixVariate":
@@ -63,19 +71,34 @@ def optimum(name, precision):
     return np.kron(row, column)
 
 
-@pytest.mark.parametrize("name, masked", [*((name, False) for name in GUIDES), ("FullRank", True), ("MatrixVariate", True)])
+@pytest.mark.parametrize(
+    "name, masked",
+    [*((name, False) for name in GUIDES), ("FullRank", True), ("MatrixVariate", True)],
+)
 def test_conjugate_model(name, masked):
-    """Mean, covariance and bound at the optimum: exact posterior and log evidence where the structure has them, else its known optimum."""
+    """Mean, covariance and bound at the optimum: exact posterior and log evidence where the
+    structure has them, else its known optimum.
+    """
     masks = {"w": COLUMN_MASK} if masked else {}
     alive = masks.get("w", torch.ones(ROWS, COLUMNS, dtype=torch.bool)).flatten().numpy()
     model = LinearGaussian(MODEL.x[:, alive], MODEL.y, NOISE)
     prior = PRIOR_MEAN[alive], np.diag(PRIOR_SCALE[alive] ** 2)
     mean, cov = model.posterior(*prior)
     best = optimum(name, np.linalg.inv(cov))
-    gap = 0.5 * (np.trace(np.linalg.solve(cov, best)) - len(cov) - np.linalg.slogdet(np.linalg.solve(cov, best))[1])
+    gap = 0.5 * (
+        np.trace(np.linalg.solve(cov, best))
+        - len(cov)
+        - np.linalg.slogdet(np.linalg.solve(cov, best))[1]
+    )
 
     guide = GUIDES[name](program, X, Y)
-    optimizer = torch.optim.LBFGS(guide.parameters(), max_iter=60, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        guide.parameters(),
+        max_iter=60,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
 
     def loss():
         optimizer.zero_grad()
@@ -90,7 +113,9 @@ def test_conjugate_model(name, masked):
     np.testing.assert_allclose(site.var.flatten()[alive], np.diag(best), rtol=1e-3)
     assert not site.mean.flatten()[~alive].any() and not site.var.flatten()[~alive].any()
     if name != "MeanField":
-        np.testing.assert_allclose(dense(site.joint)[np.ix_(alive, alive)], best, atol=1e-3 * best.max())
+        np.testing.assert_allclose(
+            dense(site.joint)[np.ix_(alive, alive)], best, atol=1e-3 * best.max()
+        )
         assert gap < 1e-12 or name == "MatrixVariate"
 
 
@@ -103,23 +128,41 @@ def dense(joint):
 
 
 def random_guide(name, seed=2):
-    guide = {**GUIDES, "LowRankPlusDiagonal": partial(bmr.LowRankPlusDiagonal, rank=2)}[name](program, X, Y)
+    guide = {**GUIDES, "LowRankPlusDiagonal": partial(bmr.LowRankPlusDiagonal, rank=2)}[name](
+        program, X, Y
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in guide.parameters():
-            parameter += 0.6 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) + 0.5
+            parameter += (
+                0.6 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) + 0.5
+            )
     return guide
 
 
-@pytest.mark.parametrize("mask", [None, COLUMN_MASK, torch.tensor([[True, False], [True, True]])], ids=["whole", "column", "entries"])
+@pytest.mark.parametrize(
+    "mask",
+    [None, COLUMN_MASK, torch.tensor([[True, False], [True, True]])],
+    ids=["whole", "column", "entries"],
+)
 @pytest.mark.parametrize("name", GUIDES)
 @torch.no_grad()
 def test_every_structure_is_the_dense_gaussian_of_its_draws(name, mask):
-    """Σ = AAᵀ with A read off draws of unit noise: marginals, determinant, entropy, density and KL against torch's own."""
+    """Σ = AAᵀ with A read off draws of unit noise: marginals, determinant, entropy, density and KL
+    against torch's own.
+    """
     guide = random_guide(name)
-    q = (guide.conditionals() if isinstance(guide, bmr.MeanField) else guide.conditional)("w", {}, mask)
+    q = (guide.conditionals() if isinstance(guide, bmr.MeanField) else guide.conditional)(
+        "w", {}, mask
+    )
     alive = (torch.ones(ROWS, COLUMNS, dtype=torch.bool) if mask is None else mask).flatten()
-    root = torch.stack([(q.draw(e) - q.draw(torch.zeros_like(e))).flatten() for e in torch.eye(q.noise_size, dtype=torch.float64)], 1).detach()
+    root = torch.stack(
+        [
+            (q.draw(e) - q.draw(torch.zeros_like(e))).flatten()
+            for e in torch.eye(q.noise_size, dtype=torch.float64)
+        ],
+        1,
+    ).detach()
     cov = root @ root.mT
     exact = torch.distributions.MultivariateNormal(q.mean.flatten()[alive], cov[alive][:, alive])
     torch.testing.assert_close(q.var.flatten(), cov.diagonal())
@@ -128,20 +171,34 @@ def test_every_structure_is_the_dense_gaussian_of_its_draws(name, mask):
     assert float(entropy(q)) == pytest.approx(float(exact.entropy()), rel=1e-9)
     noise = torch.randn(q.noise_size, dtype=torch.float64)
     z = q.draw(noise)
-    assert float(log_density(q, z, noise)) == pytest.approx(float(exact.log_prob(z.flatten()[alive])), rel=1e-9)
-    prior = torch.distributions.MultivariateNormal(torch.tensor(PRIOR_MEAN)[alive], torch.tensor(PRIOR_SCALE**2)[alive].diag())
-    kl = gaussian_kl(q, torch.tensor(PRIOR_MEAN).view(ROWS, COLUMNS), torch.tensor(PRIOR_SCALE).view(ROWS, COLUMNS))
-    assert float(kl) == pytest.approx(float(torch.distributions.kl_divergence(exact, prior)), rel=1e-9)
+    assert float(log_density(q, z, noise)) == pytest.approx(
+        float(exact.log_prob(z.flatten()[alive])), rel=1e-9
+    )
+    prior = torch.distributions.MultivariateNormal(
+        torch.tensor(PRIOR_MEAN)[alive], torch.tensor(PRIOR_SCALE**2)[alive].diag()
+    )
+    kl = gaussian_kl(
+        q,
+        torch.tensor(PRIOR_MEAN).view(ROWS, COLUMNS),
+        torch.tensor(PRIOR_SCALE).view(ROWS, COLUMNS),
+    )
+    assert float(kl) == pytest.approx(
+        float(torch.distributions.kl_divergence(exact, prior)), rel=1e-9
+    )
     joint = q.joint()
     if joint is not None:
         np.testing.assert_allclose(dense(joint), cov, atol=1e-9)
     else:
-        assert name == "MeanField" or (name == "MatrixVariate" and mask is not None and mask is not COLUMN_MASK)
+        assert name == "MeanField" or (
+            name == "MatrixVariate" and mask is not None and mask is not COLUMN_MASK
+        )
 
 
 def scales_and_weights(x, y=None):
     tau = pyro.sample("tau", dist.HalfCauchy(torch.tensor(0.3, dtype=torch.float64)))
-    rate = pyro.sample("rate", dist.LogNormal(torch.tensor(0.2, dtype=torch.float64), 0.4).expand([2]).to_event(1))
+    rate = pyro.sample(
+        "rate", dist.LogNormal(torch.tensor(0.2, dtype=torch.float64), 0.4).expand([2]).to_event(1)
+    )
     with pyro.plate("features", x.shape[1]):
         w = pyro.sample("w", dist.Normal(torch.tensor(0.7, dtype=torch.float64), tau))
     with pyro.plate("data", len(x)):
@@ -150,48 +207,90 @@ def scales_and_weights(x, y=None):
 
 @pytest.mark.parametrize("name", ["FullRank", "LowRankPlusDiagonal"])
 def test_pyros_own_elbo_has_the_same_value_at_the_same_draws(name):
-    """Positive sites, plates and masks under SVI's Trace_ELBO, against `elbo_terms`; 4 standard errors."""
-    guide = (bmr.FullRank if name == "FullRank" else partial(bmr.LowRankPlusDiagonal, rank=2))(scales_and_weights, X, Y)
+    """Positive sites, plates and masks under SVI's Trace_ELBO, against `elbo_terms`; 4 standard
+    errors.
+    """
+    guide = (bmr.FullRank if name == "FullRank" else partial(bmr.LowRankPlusDiagonal, rank=2))(
+        scales_and_weights, X, Y
+    )
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     masks = {"w": torch.tensor([True, False, True, True])}
     with torch.no_grad():
-        ours = torch.stack([t.expected_log_likelihood - t.kl for t in (bmr.elbo_terms(scales_and_weights, guide, X, Y, masks=masks) for _ in range(70))])
-        svi = SVI(Masked(masks)(scales_and_weights), Masked(masks)(guide), pyro.optim.Adam({"lr": 0.0}), Trace_ELBO())
+        ours = torch.stack(
+            [
+                t.expected_log_likelihood - t.kl
+                for t in (
+                    bmr.elbo_terms(scales_and_weights, guide, X, Y, masks=masks) for _ in range(70)
+                )
+            ]
+        )
+        svi = SVI(
+            Masked(masks)(scales_and_weights),
+            Masked(masks)(guide),
+            pyro.optim.Adam({"lr": 0.0}),
+            Trace_ELBO(),
+        )
         pyros = -torch.tensor([svi.evaluate_loss(X, Y) for _ in range(70)])
     error = float(ours.var() / 70 + pyros.var() / 70) ** 0.5
     assert abs(float(ours.mean() - pyros.mean())) < 4 * error < 0.2 * abs(float(ours.mean()))
     values = Masked(masks)(guide)(X, Y)
-    assert not values["w"][~masks["w"]].any() and values["w"][masks["w"]].all() and values["tau"] > 0
+    assert (
+        not values["w"][~masks["w"]].any() and values["w"][masks["w"]].all() and values["tau"] > 0
+    )
 
 
 def test_the_table_says_what_is_sampled():
     table = bmr.FullRank(scales_and_weights, X, Y).table().set_index("site")
     assert table["kl"].to_dict() == {"tau": "sampled", "rate": "closed form", "w": "closed form"}
-    assert table["structure"].to_dict() == {"tau": "independent", "rate": "full", "w": "full"} and table["size"]["w"] == 4
-    assert bmr.MeanField(scales_and_weights, X, Y).table()["structure"].unique().tolist() == ["independent"]
-    constant = pyro.poutine.condition(scales_and_weights, data={"tau": torch.tensor(0.9, dtype=torch.float64)})
-    kls = [float(bmr.elbo_terms(constant, bmr.FullRank(constant, X, Y), X, Y).kl.detach()) for _ in range(3)]
-    assert max(kls) == pytest.approx(min(kls), abs=1e-12)  # what is said to be in closed form has no noise
+    assert (
+        table["structure"].to_dict() == {"tau": "independent", "rate": "full", "w": "full"}
+        and table["size"]["w"] == 4
+    )
+    assert bmr.MeanField(scales_and_weights, X, Y).table()["structure"].unique().tolist() == [
+        "independent"
+    ]
+    constant = pyro.poutine.condition(
+        scales_and_weights, data={"tau": torch.tensor(0.9, dtype=torch.float64)}
+    )
+    kls = [
+        float(bmr.elbo_terms(constant, bmr.FullRank(constant, X, Y), X, Y).kl.detach())
+        for _ in range(3)
+    ]
+    # what is said to be in closed form has no noise
+    assert max(kls) == pytest.approx(min(kls), abs=1e-12)
 
 
 def test_a_sampled_kl_is_the_integral_in_expectation():
-    """log q − log p of a log-normal under a Gamma prior, both expectations by Gauss–Hermite nodes in place of the noise."""
+    """log q − log p of a log-normal under a Gamma prior, both expectations by Gauss–Hermite nodes
+    in place of the noise.
+    """
 
     def rate(x, y=None):
-        value = pyro.sample("rate", dist.Gamma(torch.tensor(2.2, dtype=torch.float64), torch.tensor(1.3, dtype=torch.float64)))
+        value = pyro.sample(
+            "rate",
+            dist.Gamma(
+                torch.tensor(2.2, dtype=torch.float64), torch.tensor(1.3, dtype=torch.float64)
+            ),
+        )
         pyro.sample("y", dist.Poisson(value), obs=torch.tensor(3.0, dtype=torch.float64))
 
     guide = bmr.FullRank(rate, X, Y, init_scale=0.3)
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
     weights = weights / weights.sum()
     with torch.no_grad():
-        got = sum(w * float(bmr.elbo_terms(rate, guide, X, Y, noise=torch.tensor([e])).kl) for e, w in zip(nodes, weights, strict=True))
+        got = sum(
+            w * float(bmr.elbo_terms(rate, guide, X, Y, noise=torch.tensor([e])).kl)
+            for e, w in zip(nodes, weights, strict=True)
+        )
         q = guide.conditional("rate", {}, None)
     mean, std = q.mean.item(), q.var.sqrt().item()
     values = np.exp(mean + std * nodes)
-    exact = weights @ (stats.lognorm(std, scale=np.exp(mean)).logpdf(values) - stats.gamma(2.2, scale=1 / 1.3).logpdf(values))
+    exact = weights @ (
+        stats.lognorm(std, scale=np.exp(mean)).logpdf(values)
+        - stats.gamma(2.2, scale=1 / 1.3).logpdf(values)
+    )
     assert got == pytest.approx(exact, rel=1e-9)
 
 
@@ -201,7 +300,9 @@ def network():
     return bmr.BayesianNetwork(net, bmr.Gaussian(0.7), bmr.Normal())
 
 
-@pytest.mark.parametrize("guide", [bmr.FullRank, bmr.LowRankPlusDiagonal, bmr.MatrixVariate, bmr.ScaleCoupled])
+@pytest.mark.parametrize(
+    "guide", [bmr.FullRank, bmr.LowRankPlusDiagonal, bmr.MatrixVariate, bmr.ScaleCoupled]
+)
 def test_networks_start_at_their_weights_with_small_deviations_and_the_random_state_stays(guide):
     model, before = network(), torch.random.get_rng_state()
     q = guide(model, X, Y)
@@ -215,12 +316,31 @@ def test_networks_start_at_their_weights_with_small_deviations_and_the_random_st
     assert ((sites["0.weight"].var.sqrt() / (0.3 * rms) - 1).abs() < 0.3).all()
 
 
-@pytest.mark.parametrize("guide", [partial(bmr.FullRank, sites="0.*"), partial(bmr.LowRankPlusDiagonal, rank=2), bmr.MatrixVariate, bmr.ScaleCoupled])
+@pytest.mark.parametrize(
+    "guide",
+    [
+        partial(bmr.FullRank, sites="0.*"),
+        partial(bmr.LowRankPlusDiagonal, rank=2),
+        bmr.MatrixVariate,
+        bmr.ScaleCoupled,
+    ],
+)
 def test_fit_with_reductions_takes_every_guide(guide):
-    fit = bmr.fit(network(), (X, Y), guide=guide, epochs=6, batch_size=13, progress=False, reduce=bmr.Every(to=bmr.Gaussian(0.0), start=0.3))
+    fit = bmr.fit(
+        network(),
+        (X, Y),
+        guide=guide,
+        epochs=6,
+        batch_size=13,
+        progress=False,
+        reduce=bmr.Every(to=bmr.Gaussian(0.0), start=0.3),
+    )
     assert isinstance(fit.guide, SiteWise) and 0 < fit.history["kept"].iloc[-1] <= 1
     dead = ~fit.masks["0.weight"]
-    assert not fit.posterior["0.weight"].var[dead].any() and not fit.posterior.draw()["0.weight"][dead].any()
+    assert (
+        not fit.posterior["0.weight"].var[dead].any()
+        and not fit.posterior.draw()["0.weight"][dead].any()
+    )
     assert bmr.predict(fit.program, fit.posterior, X, draws=3).mean.isfinite().all()
 
 
@@ -229,9 +349,14 @@ def test_a_site_that_is_too_large_names_its_memory_and_the_alternative():
         pyro.sample("w", dist.Normal(torch.zeros(30, 200), 1.0).to_event(2))
         pyro.sample("y", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1), obs=y)
 
-    with pytest.raises(bmr.ModelError, match=r"site 'w'.*6000 entries takes 0.576 GB.*LowRankPlusDiagonal or MatrixVariate"):
+    with pytest.raises(
+        bmr.ModelError,
+        match=r"site 'w'.*6000 entries takes 0.576 GB.*LowRankPlusDiagonal or MatrixVariate",
+    ):
         bmr.FullRank(wide, X, Y)
-    with pytest.raises(bmr.ModelError, match=r"site 'w'.*200 columns takes 0.00064 GB.*LowRankPlusDiagonal"):
+    with pytest.raises(
+        bmr.ModelError, match=r"site 'w'.*200 columns takes 0.00064 GB.*LowRankPlusDiagonal"
+    ):
         bmr.MatrixVariate(wide, X, Y, limit=100)
     with pytest.raises(bmr.ModelError, match="sites='v' matches no site; the sites are: w"):
         bmr.FullRank(wide, X, Y, sites="v")
@@ -254,7 +379,16 @@ def test_a_posterior_draws_saves_and_loads_its_covariance(name, tmp_path):
     np.testing.assert_allclose(masked["w"].var.flatten(), np.diag(cov), rtol=1e-9)
     generator = torch.Generator().manual_seed(4)
     for drawn, covariance in ((loaded, dense(posterior["w"].joint)), (masked, cov)):
-        deviation = torch.stack([drawn.draw(generator)["w"].flatten() for _ in range(3000)]) - drawn["w"].mean.flatten()
+        deviation = (
+            torch.stack([drawn.draw(generator)["w"].flatten() for _ in range(3000)])
+            - drawn["w"].mean.flatten()
+        )
         products = torch.einsum("ni,nj->nij", deviation, deviation)
-        assert ((products.mean(0) - torch.tensor(covariance)).abs() <= 5 * products.std(0) / 3000**0.5 + 1e-12).all()
-    assert masked.masked({"w": torch.tensor([[True, False], [False, True]])})["w"].joint is None or name != "MatrixVariate"
+        assert (
+            (products.mean(0) - torch.tensor(covariance)).abs()
+            <= 5 * products.std(0) / 3000**0.5 + 1e-12
+        ).all()
+    assert (
+        masked.masked({"w": torch.tensor([[True, False], [False, True]])})["w"].joint is None
+        or name != "MatrixVariate"
+    )

@@ -1,4 +1,6 @@
-"""Posteriors from elsewhere: moments, draws, and curvatures of a network trained in plain torch, against the exact conjugate model."""
+"""Posteriors from elsewhere: moments, draws, and curvatures of a network trained in plain torch,
+against the exact conjugate model.
+"""
 
 import numpy as np
 import pytest
@@ -18,21 +20,36 @@ LEAST_SQUARES = torch.tensor(np.linalg.lstsq(MODEL.x, MODEL.y, rcond=None)[0])
 @pytest.mark.parametrize("penalised", [True, False])
 def test_the_full_curvature_is_the_exact_posterior_of_a_linear_model(penalised):
     value = torch.tensor(EXACT_MEAN) if penalised else LEAST_SQUARES
-    post = bmr.Posterior.from_curvature({"w": value}, {"w": GRAM}, Gaussian(SCALE), penalised=penalised)
+    post = bmr.Posterior.from_curvature(
+        {"w": value}, {"w": GRAM}, Gaussian(SCALE), penalised=penalised
+    )
     np.testing.assert_allclose(post["w"].mean, EXACT_MEAN, atol=1e-9)
     np.testing.assert_allclose(post["w"].joint.cov, EXACT_COV, atol=1e-9)
     result = bmr.reduce(post, to=Gaussian(0), kept=0.5)
     alive = result.masks["w"].numpy().astype(float)
-    exact = MODEL.log_evidence(np.zeros(D), SCALE**2 * np.diag(alive)) - MODEL.log_evidence(np.zeros(D), SCALE**2 * np.eye(D))
+    exact = MODEL.log_evidence(np.zeros(D), SCALE**2 * np.diag(alive)) - MODEL.log_evidence(
+        np.zeros(D), SCALE**2 * np.eye(D)
+    )
     assert result.delta_f == pytest.approx(exact, abs=1e-9) and alive.sum() == 2
 
 
 def test_a_cold_posterior_counts_the_data_more():
-    twice = bmr.Posterior.from_curvature({"w": LEAST_SQUARES}, {"w": 2 * GRAM}, Gaussian(SCALE), penalised=False)
-    cold = bmr.Posterior.from_curvature({"w": LEAST_SQUARES}, {"w": GRAM}, Gaussian(SCALE), penalised=False, temperature=0.5)
-    assert cold.temperature == 0.5 and torch.equal(cold["w"].joint.cov, twice["w"].joint.cov) and torch.equal(cold["w"].mean, twice["w"].mean)
+    twice = bmr.Posterior.from_curvature(
+        {"w": LEAST_SQUARES}, {"w": 2 * GRAM}, Gaussian(SCALE), penalised=False
+    )
+    cold = bmr.Posterior.from_curvature(
+        {"w": LEAST_SQUARES}, {"w": GRAM}, Gaussian(SCALE), penalised=False, temperature=0.5
+    )
+    assert (
+        cold.temperature == 0.5
+        and torch.equal(cold["w"].joint.cov, twice["w"].joint.cov)
+        and torch.equal(cold["w"].mean, twice["w"].mean)
+    )
     value, factors = torch.ones(2, 2).double(), (torch.eye(2).double() * 3, torch.eye(2).double())
-    pair, flat = (bmr.Posterior.from_curvature({"w": value}, {"w": h}, Gaussian(1e5), temperature=0.1) for h in (factors, 3 * value))
+    pair, flat = (
+        bmr.Posterior.from_curvature({"w": value}, {"w": h}, Gaussian(1e5), temperature=0.1)
+        for h in (factors, 3 * value)
+    )
     torch.testing.assert_close(pair["w"].var, flat["w"].var, rtol=1e-4, atol=0)
 
 
@@ -40,8 +57,11 @@ def test_a_cold_posterior_counts_the_data_more():
 def test_a_diagonal_curvature_is_that_of_orthogonal_regressors(penalised):
     prior = bmr.Diagonal(torch.tensor(0.3).double(), torch.tensor([0.7, 2.5]).double())
     h, estimate = torch.tensor([3.0, 0.4]).double(), torch.tensor([0.9, -1.2]).double()
-    q = (h * estimate + prior.mean / prior.var) / (h + 1 / prior.var)  # precision-weighted mean of the likelihood's and the prior's
-    post = bmr.Posterior.from_curvature({"w": q if penalised else estimate}, {"w": h}, prior, penalised=penalised)
+    # precision-weighted mean of the likelihood's and the prior's
+    q = (h * estimate + prior.mean / prior.var) / (h + 1 / prior.var)
+    post = bmr.Posterior.from_curvature(
+        {"w": q if penalised else estimate}, {"w": h}, prior, penalised=penalised
+    )
     torch.testing.assert_close(post["w"].mean, q)
     torch.testing.assert_close(post["w"].var, 1 / (h + 1 / prior.var))
     assert post["w"].joint is None and post["w"].declared is None
@@ -49,20 +69,47 @@ def test_a_diagonal_curvature_is_that_of_orthogonal_regressors(penalised):
 
 def test_kronecker_factors():
     rng = np.random.default_rng(1)
-    rows, columns, value = torch.tensor(random_spd(rng, 3, 40.0)), torch.tensor(random_spd(rng, 2, 9.0)), torch.tensor(rng.normal(size=(3, 2)))
-    wide = bmr.Posterior.from_curvature({"w": value}, {"w": (rows, columns)}, Gaussian(1e4))  # a prior that adds next to nothing
-    torch.testing.assert_close(torch.kron(wide["w"].joint.row_cov, wide["w"].joint.col_cov), torch.linalg.inv(torch.kron(rows, columns)), rtol=1e-4, atol=0)
-    torch.testing.assert_close(wide["w"].var.flatten(), torch.kron(wide["w"].joint.row_cov, wide["w"].joint.col_cov).diagonal())
-    flat = bmr.Posterior.from_curvature({"w": value}, {"w": (1e-9 * rows, columns * 1e-9)}, Gaussian(1.3))  # data that add next to nothing
-    torch.testing.assert_close(flat["w"].var, torch.full((3, 2), 1.3**2).double(), rtol=1e-3, atol=0)
-    pulled = bmr.Posterior.from_curvature({"w": value}, {"w": (rows, columns)}, Gaussian(0.5), penalised=False)
+    rows, columns, value = (
+        torch.tensor(random_spd(rng, 3, 40.0)),
+        torch.tensor(random_spd(rng, 2, 9.0)),
+        torch.tensor(rng.normal(size=(3, 2))),
+    )
+    # a prior that adds next to nothing
+    wide = bmr.Posterior.from_curvature({"w": value}, {"w": (rows, columns)}, Gaussian(1e4))
+    torch.testing.assert_close(
+        torch.kron(wide["w"].joint.row_cov, wide["w"].joint.col_cov),
+        torch.linalg.inv(torch.kron(rows, columns)),
+        rtol=1e-4,
+        atol=0,
+    )
+    torch.testing.assert_close(
+        wide["w"].var.flatten(),
+        torch.kron(wide["w"].joint.row_cov, wide["w"].joint.col_cov).diagonal(),
+    )
+    # data that add next to nothing
+    flat = bmr.Posterior.from_curvature(
+        {"w": value}, {"w": (1e-9 * rows, columns * 1e-9)}, Gaussian(1.3)
+    )
+    torch.testing.assert_close(
+        flat["w"].var, torch.full((3, 2), 1.3**2).double(), rtol=1e-3, atol=0
+    )
+    pulled = bmr.Posterior.from_curvature(
+        {"w": value}, {"w": (rows, columns)}, Gaussian(0.5), penalised=False
+    )
     cov = torch.kron(pulled["w"].joint.row_cov, pulled["w"].joint.col_cov)
-    torch.testing.assert_close(pulled["w"].mean.flatten(), value.flatten() - cov @ value.flatten() / 0.25)
+    torch.testing.assert_close(
+        pulled["w"].mean.flatten(), value.flatten() - cov @ value.flatten() / 0.25
+    )
 
 
 def test_an_online_newton_optimiser():
     """Posterior precision λ(h + δ), prior precision λδ, as IVON has them."""
-    lam, delta, m, h = 500.0, 0.01, torch.tensor([0.3, -0.02]).double(), torch.tensor([0.2, 0.05]).double()
+    lam, delta, m, h = (
+        500.0,
+        0.01,
+        torch.tensor([0.3, -0.02]).double(),
+        torch.tensor([0.2, 0.05]).double(),
+    )
     post = bmr.Posterior.from_curvature({"w": m}, {"w": lam * h}, Gaussian((lam * delta) ** -0.5))
     torch.testing.assert_close(post["w"].var, 1 / (lam * (h + delta)))
     assert post["w"].prior.var.item() == pytest.approx(1 / (lam * delta))
@@ -70,10 +117,17 @@ def test_an_online_newton_optimiser():
 
 def test_a_curvature_may_be_negative_as_far_as_the_prior_allows():
     """IVON's own Hessian is, by its noise; only the sum is a precision."""
-    h, prior = torch.tensor([-0.3, 2.0]).double(), bmr.Diagonal(torch.tensor(0.1).double(), torch.tensor(2.5).double())
-    post = bmr.Posterior.from_curvature({"w": torch.tensor([0.7, -0.2]).double()}, {"w": h}, prior, penalised=False)
+    h, prior = (
+        torch.tensor([-0.3, 2.0]).double(),
+        bmr.Diagonal(torch.tensor(0.1).double(), torch.tensor(2.5).double()),
+    )
+    post = bmr.Posterior.from_curvature(
+        {"w": torch.tensor([0.7, -0.2]).double()}, {"w": h}, prior, penalised=False
+    )
     torch.testing.assert_close(post["w"].var, 1 / (h + 0.4))
-    torch.testing.assert_close(post["w"].mean, torch.tensor([0.7 - 10 * 0.4 * 0.6, -0.2 + 0.4 * 0.3 / 2.4]).double())
+    torch.testing.assert_close(
+        post["w"].mean, torch.tensor([0.7 - 10 * 0.4 * 0.6, -0.2 + 0.4 * 0.3 / 2.4]).double()
+    )
     with pytest.raises(bmr.ModelError, match="got 1 of 2 entries"):
         bmr.Posterior.from_curvature({"w": h}, {"w": torch.tensor([-0.4, 2.0]).double()}, prior)
 
@@ -81,11 +135,18 @@ def test_a_curvature_may_be_negative_as_far_as_the_prior_allows():
 def test_a_curvature_out_of_a_graph_and_of_low_precision_is_reduced():
     weight = torch.nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
     whole = (weight.square() + 0.1).diag()
-    for curvature in (weight.square() + 0.1, whole, (whole, torch.ones(1, 1, requires_grad=True)), (weight.square() + 0.1).bfloat16()):
+    for curvature in (
+        weight.square() + 0.1,
+        whole,
+        (whole, torch.ones(1, 1, requires_grad=True)),
+        (weight.square() + 0.1).bfloat16(),
+    ):
         post = bmr.Posterior.from_curvature({"w": weight}, {"w": curvature}, Gaussian(1.3))
         assert not post["w"].var.requires_grad and post["w"].var.dtype == torch.float32
         if not isinstance(curvature, tuple):
-            torch.testing.assert_close(post["w"].var, 1 / (weight.detach().square() + 0.1 + 1.3**-2), rtol=3e-3, atol=0)
+            torch.testing.assert_close(
+                post["w"].var, 1 / (weight.detach().square() + 0.1 + 1.3**-2), rtol=3e-3, atol=0
+            )
         bmr.reduce(post, to=Gaussian(0))
 
 
@@ -94,7 +155,9 @@ def test_autocast_and_inference_mode_change_nothing():
     draws = torch.tensor(np.random.default_rng(2).normal(size=(90, 3))).float()
 
     def read():
-        return bmr.Posterior.from_curvature({"w": value}, {"w": curvature}, Gaussian(SCALE), penalised=False), bmr.Posterior.from_samples({"w": draws}, None)
+        return bmr.Posterior.from_curvature(
+            {"w": value}, {"w": curvature}, Gaussian(SCALE), penalised=False
+        ), bmr.Posterior.from_samples({"w": draws}, None)
 
     plain = read()
     with torch.autocast("cpu"):
@@ -104,22 +167,40 @@ def test_autocast_and_inference_mode_change_nothing():
         inferred = read()
     for posteriors in (cast, inferred):
         for a, b in zip(plain, posteriors, strict=True):
-            assert torch.equal(a["w"].mean, b["w"].mean) and torch.equal(a["w"].joint.cov, b["w"].joint.cov) and not b["w"].mean.is_inference()
+            assert (
+                torch.equal(a["w"].mean, b["w"].mean)
+                and torch.equal(a["w"].joint.cov, b["w"].joint.cov)
+                and not b["w"].mean.is_inference()
+            )
     bmr.reduce(inferred[0], to=Gaussian(0))
 
 
 def test_draws_of_the_exact_posterior_reduce_as_it_does():
-    draws = torch.tensor(np.random.default_rng(0).multivariate_normal(EXACT_MEAN, EXACT_COV, size=40_000))
+    draws = torch.tensor(
+        np.random.default_rng(0).multivariate_normal(EXACT_MEAN, EXACT_COV, size=40_000)
+    )
     noise = torch.tensor(np.random.default_rng(1).lognormal(0.3, 0.2, size=40_000))
-    post = bmr.Posterior.from_samples({"w": draws, "noise": noise}, {"w": Gaussian(SCALE)}, supports={"noise": "positive"})
+    post = bmr.Posterior.from_samples(
+        {"w": draws, "noise": noise}, {"w": Gaussian(SCALE)}, supports={"noise": "positive"}
+    )
     result = bmr.reduce(post, to=Gaussian(0), kept=0.5)
     alive = result.masks["w"].numpy().astype(float)
-    exact = MODEL.log_evidence(np.zeros(D), SCALE**2 * np.diag(alive)) - MODEL.log_evidence(np.zeros(D), SCALE**2 * np.eye(D))
+    exact = MODEL.log_evidence(np.zeros(D), SCALE**2 * np.diag(alive)) - MODEL.log_evidence(
+        np.zeros(D), SCALE**2 * np.eye(D)
+    )
     assert list(result.sites) == ["w"] and result.delta_f == pytest.approx(exact, rel=0.05)
-    assert post["noise"].mean.item() == pytest.approx(0.3, abs=0.005) and post["noise"].var.item() == pytest.approx(0.04, rel=0.05)
-    assert post["noise"].joint is None and post.point()["noise"].item() == pytest.approx(np.exp(0.3), rel=0.01)
+    assert post["noise"].mean.item() == pytest.approx(0.3, abs=0.005) and post[
+        "noise"
+    ].var.item() == pytest.approx(0.04, rel=0.05)
+    assert post["noise"].joint is None and post.point()["noise"].item() == pytest.approx(
+        np.exp(0.3), rel=0.01
+    )
     few = bmr.Posterior.from_samples({"w": draws[:39]}, Gaussian(SCALE))
-    assert few["w"].joint is None and bmr.Posterior.from_samples({"w": draws[:40]}, Gaussian(SCALE), joint_up_to=3)["w"].joint is None
+    assert (
+        few["w"].joint is None
+        and bmr.Posterior.from_samples({"w": draws[:40]}, Gaussian(SCALE), joint_up_to=3)["w"].joint
+        is None
+    )
 
 
 def test_a_plain_network_is_pruned_and_exported():
@@ -127,58 +208,157 @@ def test_a_plain_network_is_pruned_and_exported():
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     weights = {name: p.detach() for name, p in net.named_parameters()}
     post = bmr.Posterior.from_curvature(
-        weights, {name: torch.rand_like(p) * 60 for name, p in weights.items()}, {"*.weight": Gaussian(1.0), "*.bias": Gaussian(2.0)}
+        weights,
+        {name: torch.rand_like(p) * 60 for name, p in weights.items()},
+        {"*.weight": Gaussian(1.0), "*.bias": Gaussian(2.0)},
     )
     assert post["0.bias"].prior.var.item() == 4.0 and post["0.weight"].declared == Gaussian(1.0)
     result = bmr.reduce(post, to=Gaussian(0), kept=0.5)
     pruned = bmr.export(net, result.posterior)
     for name, p in pruned.named_parameters():
-        assert torch.equal(p == 0, ~result.masks[name]) and torch.equal(p[p != 0], weights[name][p != 0])
+        assert torch.equal(p == 0, ~result.masks[name]) and torch.equal(
+            p[p != 0], weights[name][p != 0]
+        )
     assert all(torch.equal(p, weights[name]) for name, p in net.named_parameters())
     part = bmr.export(net, bmr.Posterior({"2.weight": result.posterior["2.weight"]}))
-    assert torch.equal(part[0].weight, net[0].weight) and torch.equal(part[2].weight == 0, ~result.masks["2.weight"])
+    assert torch.equal(part[0].weight, net[0].weight) and torch.equal(
+        part[2].weight == 0, ~result.masks["2.weight"]
+    )
     with pytest.raises(bmr.ModelError, match="export wants"):
         bmr.export(net, bmr.Posterior({"other": result.posterior["2.weight"]}))
 
 
 def test_what_is_refused():
     one = torch.ones(3).double()
-    curvature, moments, samples = bmr.Posterior.from_curvature, bmr.Posterior.from_moments, bmr.Posterior.from_samples
+    curvature, moments, samples = (
+        bmr.Posterior.from_curvature,
+        bmr.Posterior.from_moments,
+        bmr.Posterior.from_samples,
+    )
     for call, message in (
         (lambda: curvature({"w": one}, {}, Gaussian(1.0)), "site 'w': it has no curvature"),
-        (lambda: curvature({"w": one}, {"w": -one}, Gaussian(1.0)), "prior precision > 0 and finite, got 3 of 3 entries"),
-        (lambda: curvature({"w": one}, {"w": one[:2]}, Gaussian(1.0)), r"of shape \(3,\), or \(3, 3\)"),
-        (lambda: curvature({"w": one}, {"w": -torch.eye(3).double()}, Gaussian(3.0)), "not positive definite"),
-        (lambda: curvature({"w": one}, {"w": (torch.eye(2), torch.eye(1))}, Gaussian(3.0)), r"shapes \[\(3, 3\), \(1, 1\)\]"),
-        (lambda: curvature({"w": one}, {"w": (0 * torch.eye(3), torch.eye(1))}, Gaussian(3.0)), "positive trace"),
-        (lambda: curvature({"w": one}, {"w": one}, {"v": Gaussian(1.0)}), "a Laplace posterior needs a Gaussian prior"),
+        (
+            lambda: curvature({"w": one}, {"w": -one}, Gaussian(1.0)),
+            "prior precision > 0 and finite, got 3 of 3 entries",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": one[:2]}, Gaussian(1.0)),
+            r"of shape \(3,\), or \(3, 3\)",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": -torch.eye(3).double()}, Gaussian(3.0)),
+            "not positive definite",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": (torch.eye(2), torch.eye(1))}, Gaussian(3.0)),
+            r"shapes \[\(3, 3\), \(1, 1\)\]",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": (0 * torch.eye(3), torch.eye(1))}, Gaussian(3.0)),
+            "positive trace",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": one}, {"v": Gaussian(1.0)}),
+            "a Laplace posterior needs a Gaussian prior",
+        ),
         (lambda: curvature({"w": one}, {"w": one}, bmr.Horseshoe()), "no mean and variance"),
-        (lambda: curvature({"w": one}, {"w": one}, Gaussian(1.0), temperature=0.0), "temperature=0.0"),
-        (lambda: curvature({"w": one}, {"w": one * torch.nan}, Gaussian(1.0)), "finite, got 3 of 3 entries"),
-        (lambda: curvature({"w": one}, {"w": one * torch.inf}, Gaussian(1.0)), "finite, got 3 of 3 entries"),
-        (lambda: curvature({"w": one}, {"w": one.long()}, Gaussian(1.0)), "curvature must be a tensor of floating-point numbers, got torch.int64"),
+        (
+            lambda: curvature({"w": one}, {"w": one}, Gaussian(1.0), temperature=0.0),
+            "temperature=0.0",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": one * torch.nan}, Gaussian(1.0)),
+            "finite, got 3 of 3 entries",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": one * torch.inf}, Gaussian(1.0)),
+            "finite, got 3 of 3 entries",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": one.long()}, Gaussian(1.0)),
+            "curvature must be a tensor of floating-point numbers, got torch.int64",
+        ),
         (lambda: curvature({"w": one.long()}, {"w": one}, Gaussian(1.0)), "mean must be a tensor"),
-        (lambda: curvature({"w": one * torch.nan}, {"w": one}, Gaussian(1.0)), "expected finite means, got 3"),
-        (lambda: curvature({"w": one}, {"w": (torch.eye(3),) * 3}, Gaussian(1.0)), "a pair of Kronecker factors, got 3 parts"),
-        (lambda: curvature({"w": one}, {"w": torch.ones(3, 3).double().triu()}, Gaussian(1.0)), "not symmetric"),
-        (lambda: curvature({"w": one}, {"w": torch.eye(3).double() * torch.nan}, Gaussian(1.0)), "not symmetric, or not finite"),
-        (lambda: curvature({"w": one}, {"w": (torch.ones(3, 3).triu(), torch.eye(1))}, Gaussian(1.0)), "not symmetric"),
-        (lambda: curvature({"w": one}, {"w": (-0.01 * torch.eye(3), -0.01 * torch.eye(1))}, Gaussian(1.0)), "without negative eigenvalues"),
-        (lambda: curvature({"w": one}, {"w": one}, bmr.Diagonal(0 * one, one * torch.inf)), "moments finite"),
-        (lambda: curvature({"w": one}, {"w": one}, {"w": Gaussian(1.0), "*.bias": Gaussian(2.0)}), r"prior: '\*.bias' names none of the sites \(w\)"),
+        (
+            lambda: curvature({"w": one * torch.nan}, {"w": one}, Gaussian(1.0)),
+            "expected finite means, got 3",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": (torch.eye(3),) * 3}, Gaussian(1.0)),
+            "a pair of Kronecker factors, got 3 parts",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": torch.ones(3, 3).double().triu()}, Gaussian(1.0)),
+            "not symmetric",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": torch.eye(3).double() * torch.nan}, Gaussian(1.0)),
+            "not symmetric, or not finite",
+        ),
+        (
+            lambda: curvature(
+                {"w": one}, {"w": (torch.ones(3, 3).triu(), torch.eye(1))}, Gaussian(1.0)
+            ),
+            "not symmetric",
+        ),
+        (
+            lambda: curvature(
+                {"w": one}, {"w": (-0.01 * torch.eye(3), -0.01 * torch.eye(1))}, Gaussian(1.0)
+            ),
+            "without negative eigenvalues",
+        ),
+        (
+            lambda: curvature({"w": one}, {"w": one}, bmr.Diagonal(0 * one, one * torch.inf)),
+            "moments finite",
+        ),
+        (
+            lambda: curvature(
+                {"w": one}, {"w": one}, {"w": Gaussian(1.0), "*.bias": Gaussian(2.0)}
+            ),
+            r"prior: '\*.bias' names none of the sites \(w\)",
+        ),
         (lambda: moments({"w": one, "v": one}, {"w": one}, None), "a mean and no variance"),
-        (lambda: moments({"w": one}, {"w": one, "v": one}, None), "site 'v': it has a variance and no mean"),
+        (
+            lambda: moments({"w": one}, {"w": one, "v": one}, None),
+            "site 'v': it has a variance and no mean",
+        ),
         (lambda: moments({"w": one}, {"w": one[:2]}, None), r"of one shape.*shapes \(3,\), \(2,\)"),
         (lambda: moments({"w": one}, {"w": one * torch.inf}, None), "3 variances infinite or NaN"),
-        (lambda: moments({"w": one}, {"w": one}, torch.distributions.HalfCauchy(1.0)), "no mean and variance"),
-        (lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(one * torch.nan, one)), "moments finite"),
-        (lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(one[:2], one[:2])), r"a shape that fits \(3,\)"),
-        (lambda: moments({"w": one}, {"w": one}, Gaussian(1.0, mean="init")), "no mean and variance"),
-        (lambda: moments({"w": one}, {"w": one}, None, supports={"v": "positive"}), "supports: 'v' names none of the sites"),
-        (lambda: bmr.Posterior(moments({"w": one}, {"w": one}, None).sites, temperature=float("nan")), "temperature=nan"),
+        (
+            lambda: moments({"w": one}, {"w": one}, torch.distributions.HalfCauchy(1.0)),
+            "no mean and variance",
+        ),
+        (
+            lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(one * torch.nan, one)),
+            "moments finite",
+        ),
+        (
+            lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(one[:2], one[:2])),
+            r"a shape that fits \(3,\)",
+        ),
+        (
+            lambda: moments({"w": one}, {"w": one}, Gaussian(1.0, mean="init")),
+            "no mean and variance",
+        ),
+        (
+            lambda: moments({"w": one}, {"w": one}, None, supports={"v": "positive"}),
+            "supports: 'v' names none of the sites",
+        ),
+        (
+            lambda: bmr.Posterior(
+                moments({"w": one}, {"w": one}, None).sites, temperature=float("nan")
+            ),
+            "temperature=nan",
+        ),
         (lambda: moments({"w": one}, {"w": -one}, None), "finite means and variances >= 0"),
-        (lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(0 * one, 0 * one)), "the prior's variance must be > 0"),
-        (lambda: moments({"w": one}, {"w": one}, None, supports={"w": "simplex"}), "support 'simplex'; one of 'real'"),
+        (
+            lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(0 * one, 0 * one)),
+            "the prior's variance must be > 0",
+        ),
+        (
+            lambda: moments({"w": one}, {"w": one}, None, supports={"w": "simplex"}),
+            "support 'simplex'; one of 'real'",
+        ),
         (lambda: samples({"w": one[:1]}, None), "1 draw; a variance needs at least two"),
     ):
         with pytest.raises(bmr.ModelError, match=message):
@@ -186,7 +366,9 @@ def test_what_is_refused():
 
 
 def test_a_reduction_after_another_of_a_correlated_posterior_is_that_of_the_exact_evidence():
-    """The spike, and then other priors over what it left; the other way round; with means that are not zero."""
+    """The spike, and then other priors over what it left; the other way round; with means that are
+    not zero.
+    """
 
     def evidence(alive, scale, mean):
         alive = alive.numpy().astype(float)
@@ -194,28 +376,57 @@ def test_a_reduction_after_another_of_a_correlated_posterior_is_that_of_the_exac
 
     start, all_ = (SCALE, 0.3), torch.ones(D, dtype=torch.bool)
     mean, _ = MODEL.posterior(np.full(D, 0.3), SCALE**2 * np.eye(D))
-    first = bmr.reduce(bmr.Posterior.from_curvature({"w": torch.tensor(mean)}, {"w": GRAM}, Gaussian(*start)), to=Gaussian(0), kept=0.5)
+    first = bmr.reduce(
+        bmr.Posterior.from_curvature({"w": torch.tensor(mean)}, {"w": GRAM}, Gaussian(*start)),
+        to=Gaussian(0),
+        kept=0.5,
+    )
     living = first.masks["w"]
     second = bmr.reduce(first.posterior, to=Gaussian(0.6, mean=-0.2))
-    assert second.delta_f == pytest.approx(evidence(living, 0.6, -0.2) - evidence(living, *start), abs=1e-8)
-    assert not second.posterior["w"].mean[~living].any() and not second.posterior["w"].joint.cov[~living].any()
+    assert second.delta_f == pytest.approx(
+        evidence(living, 0.6, -0.2) - evidence(living, *start), abs=1e-8
+    )
+    assert (
+        not second.posterior["w"].mean[~living].any()
+        and not second.posterior["w"].joint.cov[~living].any()
+    )
     third = bmr.reduce(second.posterior, to=Gaussian(0), kept=0.25)
-    assert first.then(second).then(third).delta_f == pytest.approx(evidence(third.masks["w"], 0.6, -0.2) - evidence(all_, *start), abs=1e-8)
-    assert bmr.reduce(first.posterior, to=Gaussian()).delta_f >= bmr.reduce(first.posterior, to=Gaussian(0.6)).delta_f - 1e-3
+    assert first.then(second).then(third).delta_f == pytest.approx(
+        evidence(third.masks["w"], 0.6, -0.2) - evidence(all_, *start), abs=1e-8
+    )
+    assert (
+        bmr.reduce(first.posterior, to=Gaussian()).delta_f
+        >= bmr.reduce(first.posterior, to=Gaussian(0.6)).delta_f - 1e-3
+    )
 
 
 def test_kronecker_factors_after_a_spike_on_rows_are_reduced_as_the_dense_covariance():
     rng = np.random.default_rng(4)
-    rows, columns, value = torch.tensor(random_spd(rng, 3)), torch.tensor(random_spd(rng, 2)), torch.tensor(rng.normal(size=(3, 2)))
-    first = bmr.reduce(bmr.Posterior.from_curvature({"w": value}, {"w": (rows, columns)}, Gaussian(0.8, mean=0.2)), to=Gaussian(0), per="unit", kept=0.7)
+    rows, columns, value = (
+        torch.tensor(random_spd(rng, 3)),
+        torch.tensor(random_spd(rng, 2)),
+        torch.tensor(rng.normal(size=(3, 2))),
+    )
+    first = bmr.reduce(
+        bmr.Posterior.from_curvature({"w": value}, {"w": (rows, columns)}, Gaussian(0.8, mean=0.2)),
+        to=Gaussian(0),
+        per="unit",
+        kept=0.7,
+    )
     site, alive = first.posterior["w"], first.masks["w"].flatten()
     assert int(alive.sum()) == 4
     cov = torch.kron(site.joint.row_cov, site.joint.col_cov)[alive][:, alive]
     eye, one = torch.eye(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-    dense = bmr.Dense(site.mean.flatten()[alive], cov), bmr.Dense(0.2 * one, 0.64 * eye), bmr.Dense(0.1 * one, 0.25 * eye)
+    dense = (
+        bmr.Dense(site.mean.flatten()[alive], cov),
+        bmr.Dense(0.2 * one, 0.64 * eye),
+        bmr.Dense(0.1 * one, 0.25 * eye),
+    )
     second = bmr.reduce(first.posterior, to=Gaussian(0.5, mean=0.1))
     assert second.delta_f == pytest.approx(float(bmr.delta_f(*dense)), abs=1e-9)
-    torch.testing.assert_close(second.posterior["w"].mean.flatten()[alive], bmr.reduced_posterior(*dense).mean)
+    torch.testing.assert_close(
+        second.posterior["w"].mean.flatten()[alive], bmr.reduced_posterior(*dense).mean
+    )
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -223,7 +434,12 @@ def test_a_strong_prior_leaves_the_mean_its_digits_in_float32(full):
     """η + H(ŵ − η)/(H + Π), where ŵ minus its shift would be a rounding of ŵ."""
     h, pi, w, eta = 1.3, 1e10, 3.1, 0.001
     value = torch.full((2,), w)
-    post = bmr.Posterior.from_curvature({"w": value}, {"w": h * torch.eye(2) if full else h * torch.ones(2)}, Gaussian(pi**-0.5, mean=eta), penalised=False)
+    post = bmr.Posterior.from_curvature(
+        {"w": value},
+        {"w": h * torch.eye(2) if full else h * torch.ones(2)},
+        Gaussian(pi**-0.5, mean=eta),
+        penalised=False,
+    )
     assert post["w"].mean.tolist() == pytest.approx([eta + h / (h + pi) * (w - eta)] * 2, rel=3e-7)
 
 

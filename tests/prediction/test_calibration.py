@@ -33,7 +33,9 @@ def test_the_temperature_is_the_best_of_a_grid():
 
 
 def test_the_widening_is_the_best_of_a_grid_by_the_exact_predictive():
-    """The predictive of a line is Normal(xμ, c Σ x²σ² + noise²): held-out rows whose weights vary 7 times as much as the posterior says."""
+    """The predictive of a line is Normal(xμ, c Σ x²σ² + noise²): held-out rows whose weights vary 7
+    times as much as the posterior says.
+    """
     generator = torch.Generator().manual_seed(1)
     mean, var = torch.tensor([0.7, -1.1]).double(), torch.tensor([0.02, 0.05]).double()
     x = torch.randn(1500, 2, generator=generator, dtype=torch.float64)
@@ -46,7 +48,8 @@ def test_the_widening_is_the_best_of_a_grid_by_the_exact_predictive():
     best = float(factors[losses.argmin()])
     assert 5 < best < 9
     assert bmr.best_widening(line, posterior, (x, y), draws=300) == pytest.approx(best, rel=0.12)
-    assert bmr.best_widening(line, posterior, (x, y), most=2.0) == pytest.approx(2.0, rel=0.06)  # the end of the range
+    # the end of the range
+    assert bmr.best_widening(line, posterior, (x, y), most=2.0) == pytest.approx(2.0, rel=0.06)
 
 
 def covariance_of_draws(posterior, count=400):
@@ -59,25 +62,42 @@ def covariance_of_draws(posterior, count=400):
     [
         None,
         bmr.Dense(torch.zeros(2).double(), torch.tensor([[2.0, 0.6], [0.6, 1.0]]).double()),
-        bmr.LowRank(torch.zeros(2).double(), torch.tensor([1.0, 0.5]).double(), torch.tensor([[1.0], [0.6]]).double()),
-        bmr.MatrixNormal(torch.zeros(1, 2).double(), torch.tensor([[2.0]]).double(), torch.tensor([[1.0, 0.3], [0.3, 0.5]]).double()),
+        bmr.LowRank(
+            torch.zeros(2).double(),
+            torch.tensor([1.0, 0.5]).double(),
+            torch.tensor([[1.0], [0.6]]).double(),
+        ),
+        bmr.MatrixNormal(
+            torch.zeros(1, 2).double(),
+            torch.tensor([[2.0]]).double(),
+            torch.tensor([[1.0, 0.3], [0.3, 0.5]]).double(),
+        ),
     ],
     ids=["independent", "dense", "low rank", "matrix normal"],
 )
 def test_widened_draws_have_so_many_times_the_covariance(joint):
     site = Site(torch.zeros(2).double(), torch.tensor([2.0, 0.86]).double(), joint=joint)
     before = bmr.Posterior({"w": site})
-    assert torch.allclose(covariance_of_draws(before.widened(2.3)), 2.3 * covariance_of_draws(before), atol=1e-9)
+    assert torch.allclose(
+        covariance_of_draws(before.widened(2.3)), 2.3 * covariance_of_draws(before), atol=1e-9
+    )
     assert torch.equal(before.widened(2.3)["w"].var, 2.3 * site.var)
 
 
 def test_what_is_widened_and_what_is_not():
     mask = torch.tensor([True, False])
     posterior = bmr.Posterior.from_moments(
-        {"w": torch.ones(2), "scale": torch.zeros(1)}, {"w": torch.ones(2), "scale": torch.full((1,), 0.25)}, {"w": PRIOR}, supports={"scale": "positive"}
+        {"w": torch.ones(2), "scale": torch.zeros(1)},
+        {"w": torch.ones(2), "scale": torch.full((1,), 0.25)},
+        {"w": PRIOR},
+        supports={"scale": "positive"},
     ).masked({"w": mask})
     wide = posterior.widened(5)
-    assert wide["w"].var.tolist() == [5.0, 0.0] and wide["scale"].var.tolist() == [0.25] and torch.equal(wide["w"].mean, posterior["w"].mean)
+    assert (
+        wide["w"].var.tolist() == [5.0, 0.0]
+        and wide["scale"].var.tolist() == [0.25]
+        and torch.equal(wide["w"].mean, posterior["w"].mean)
+    )
     assert posterior.widened(0)["w"].var.tolist() == [0.0, 0.0]
     for wrong in (-1.0, math.inf, math.nan, "2"):
         with pytest.raises(bmr.ModelError, match=r"widened\(.*>= 0"):
@@ -101,10 +121,21 @@ def test_options_of_a_study():
         return method_named("reduced")(build, data, 3, options | more, False)
 
     plain, fixed, found = trained(), trained(widen=9.0), trained(scaled=True)
-    entropies = [float(torch.special.entr(result.predict(data.x_test).probs).sum(1).mean()) for result in (plain, fixed)]
-    assert entropies[1] > entropies[0] + 0.01 and "widen" not in plain.extra and fixed.extra == {"widen": 9.0}
-    assert all(torch.equal(w, fixed.weights[name]) for name, w in plain.weights.items())  # the network itself does not change
-    assert found.extra["widen"] != 1 and not torch.equal(found.weights["1.weight"], plain.weights["1.weight"])  # fitted on fewer rows
+    entropies = [
+        float(torch.special.entr(result.predict(data.x_test).probs).sum(1).mean())
+        for result in (plain, fixed)
+    ]
+    assert (
+        entropies[1] > entropies[0] + 0.01
+        and "widen" not in plain.extra
+        and fixed.extra == {"widen": 9.0}
+    )
+    # the network itself does not change
+    assert all(torch.equal(w, fixed.weights[name]) for name, w in plain.weights.items())
+    # fitted on fewer rows
+    assert found.extra["widen"] != 1 and not torch.equal(
+        found.weights["1.weight"], plain.weights["1.weight"]
+    )
     with pytest.raises(bmr.ModelError, match="widen=9"):
         trained(widen=9.0, scaled=True)
     with pytest.raises(bmr.ModelError, match="point estimate"):
@@ -115,8 +146,15 @@ def test_options_of_a_study():
 def test_a_temperature_known_beforehand(name):
     data, build = bmr.load("digits"), load_model("mlp:12")
     plain, fixed, found = (
-        method_named(name)(build, data, 3, {"epochs": 5, "learning_rate": 2e-2, "kept": 0.9, **more}, False) for more in ({}, {"scale": 1.7}, {"scaled": True})
+        method_named(name)(
+            build, data, 3, {"epochs": 5, "learning_rate": 2e-2, "kept": 0.9, **more}, False
+        )
+        for more in ({}, {"scale": 1.7}, {"scaled": True})
     )
-    assert [result.extra["scale"] for result in (plain, fixed)] == [1.0, 1.7] and found.extra["scale"] != 1
+    assert [result.extra["scale"] for result in (plain, fixed)] == [1.0, 1.7] and found.extra[
+        "scale"
+    ] != 1
     logits = plain.predict(data.x_test).probs.log()
-    torch.testing.assert_close(fixed.predict(data.x_test).probs, (logits / 1.7).softmax(1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        fixed.predict(data.x_test).probs, (logits / 1.7).softmax(1), atol=1e-5, rtol=1e-4
+    )

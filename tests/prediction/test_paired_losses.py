@@ -1,4 +1,6 @@
-"""The loss before and after a reduction, row by row; scipy has the test of the paired difference."""
+"""The loss before and after a reduction, row by row; scipy has the test of the paired
+difference.
+"""
 
 import pytest
 import torch
@@ -24,8 +26,15 @@ def test_errors_of_classes():
     loss = bmr.paired_loss(classes(before), classes(after), y)
     difference = (after != y).double() - (before != y).double()
     paired = stats.ttest_rel((after != y).double().numpy(), (before != y).double().numpy())
-    assert loss.rise == pytest.approx(12 / 200) and loss.rise / loss.standard_error == pytest.approx(paired.statistic)
-    assert (loss.before, loss.after, loss.rows, loss.worse) == (11 / 200, 23 / 200, 200, True) and difference.sum() == 12
+    assert loss.rise == pytest.approx(
+        12 / 200
+    ) and loss.rise / loss.standard_error == pytest.approx(paired.statistic)
+    assert (loss.before, loss.after, loss.rows, loss.worse) == (
+        11 / 200,
+        23 / 200,
+        200,
+        True,
+    ) and difference.sum() == 12
     assert "error rate rises from 0.055 to 0.115 on 200 rows" in loss.caution()
     back = bmr.paired_loss(classes(after), classes(before), y)
     assert back.rise == -loss.rise and not back.worse and back.caution() is None
@@ -38,7 +47,10 @@ def test_squared_errors_of_real_targets():
         loss = bmr.paired_loss(reals(before), reals(before + scale * noise), y)
         first, second = (before - y).square(), (before + scale * noise - y).square()
         paired = stats.ttest_rel(second.numpy(), first.numpy())
-        assert loss.rise / loss.standard_error == pytest.approx(paired.statistic) and loss.worse is worse
+        assert (
+            loss.rise / loss.standard_error == pytest.approx(paired.statistic)
+            and loss.worse is worse
+        )
         assert loss.after == pytest.approx(second.mean().item()) and loss.measure == "squared error"
 
 
@@ -46,7 +58,8 @@ def test_no_difference_is_no_loss_and_one_row_says_nothing():
     y = torch.tensor([0, 1, 2])
     assert not bmr.paired_loss(classes(y), classes(y), y).worse
     assert not bmr.paired_loss(classes(y[:1]), classes(y[:1] + 1), y[:1]).worse
-    assert bmr.paired_loss(classes(y), classes((y + 1) % 3), y).worse  # every row: no doubt about it
+    # every row: no doubt about it
+    assert bmr.paired_loss(classes(y), classes((y + 1) % 3), y).worse
 
 
 def test_what_is_refused():

@@ -33,7 +33,9 @@ def fitted(program, y):
 @pytest.mark.parametrize("program", [regression, branching])
 def test_draws_at_once_are_the_draws_one_by_one(program):
     posterior = fitted(program, X[:, 0])
-    alone, together = (bmr.predict(program, posterior, X, draws=11, seed=2, batch_size=size) for size in (7, 40))
+    alone, together = (
+        bmr.predict(program, posterior, X, draws=11, seed=2, batch_size=size) for size in (7, 40)
+    )
     torch.testing.assert_close(together.locs, alone.locs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(together.scales, alone.scales, rtol=1e-12, atol=1e-12)
     assert together.locs.shape == (11, 7) and together.locs.std(0).min() > 1e-3
@@ -41,7 +43,11 @@ def test_draws_at_once_are_the_draws_one_by_one(program):
 
 def test_classes_are_averaged_over_draws():
     torch.manual_seed(1)
-    model = bmr.BayesianNetwork(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double(), bmr.Gaussian("layer"), bmr.Categorical())
+    model = bmr.BayesianNetwork(
+        nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double(),
+        bmr.Gaussian("layer"),
+        bmr.Categorical(),
+    )
     posterior = fitted(model, torch.arange(7) % 4)
     generator = torch.Generator().manual_seed(2)
     probs = []
@@ -59,12 +65,18 @@ def test_classes_are_averaged_over_draws():
 
 
 def test_a_label_without_probability_is_told():
-    prediction = bmr.prediction.predictive.ClassPrediction(torch.tensor([[1.0, 0.0], [0.3, 0.7]]), torch.zeros(2), torch.zeros(2))
+    prediction = bmr.prediction.predictive.ClassPrediction(
+        torch.tensor([[1.0, 0.0], [0.3, 0.7]]), torch.zeros(2), torch.zeros(2)
+    )
     assert prediction.log_prob(torch.tensor([0, 1])).tolist() == pytest.approx([0.0, math.log(0.7)])
-    with pytest.warns(bmr.PyroBMRWarning, match="1 of 2 labels have a probability of 0.*-87.3 nats"):
+    with pytest.warns(
+        bmr.PyroBMRWarning, match="1 of 2 labels have a probability of 0.*-87.3 nats"
+    ):
         prediction.log_prob(torch.tensor([1, 1]))
 
 
 def test_targets_that_are_nan_are_refused():
     with pytest.raises(bmr.DataError, match="y is NaN in 1 of 2"):
-        bmr.prediction.predictive.RealPrediction(torch.zeros(3, 2), torch.ones(3, 2)).log_prob(torch.tensor([0.4, math.nan]))
+        bmr.prediction.predictive.RealPrediction(torch.zeros(3, 2), torch.ones(3, 2)).log_prob(
+            torch.tensor([0.4, math.nan])
+        )

@@ -1,4 +1,6 @@
-"""The predictive of every observed distribution has its rows first, whatever its event and its plates, and is the mixture of its draws."""
+"""The predictive of every observed distribution has its rows first, whatever its event and its
+plates, and is the mixture of its draws.
+"""
 
 import math
 
@@ -13,7 +15,9 @@ N, DRAWS = 6, 5
 GENERATOR = torch.Generator().manual_seed(1)
 X = torch.randn(N, 3, generator=GENERATOR, dtype=torch.float64)
 POSTERIOR = bmr.Posterior.from_moments(
-    {"w": torch.randn(3, 2, generator=GENERATOR, dtype=torch.float64)}, {"w": torch.full((3, 2), 0.2, dtype=torch.float64)}, bmr.Gaussian(1.0)
+    {"w": torch.randn(3, 2, generator=GENERATOR, dtype=torch.float64)},
+    {"w": torch.full((3, 2), 0.2, dtype=torch.float64)},
+    bmr.Gaussian(1.0),
 )
 COV = torch.tensor([[0.5, 0.2], [0.2, 0.4]], dtype=torch.float64)
 WEIGHTS = torch.randn(2, 4, 5, generator=GENERATOR, dtype=torch.float64)
@@ -46,7 +50,10 @@ def counts(h, y):
 
 OBSERVED = {
     "a vector": (rows(lambda h: dist.Normal(h, 0.3).to_event(1)), (2,)),
-    "a matrix": (rows(lambda h: dist.Normal(h[:, :, None] * torch.ones(4).double(), 0.3).to_event(2)), (2, 4)),
+    "a matrix": (
+        rows(lambda h: dist.Normal(h[:, :, None] * torch.ones(4).double(), 0.3).to_event(2)),
+        (2, 4),
+    ),
     "one number": (rows(lambda h: dist.Normal(h[:, 0], h[:, 1].exp())), ()),
     "a plate of outputs": (plates, (2,)),
     "no plate": (bare, ()),
@@ -56,7 +63,10 @@ OBSERVED = {
     "Bernoulli": (rows(lambda h: dist.Bernoulli(logits=h).to_event(1)), (2,)),
     "Student-t": (rows(lambda h: dist.StudentT(5.0, h[:, 0], 0.3)), ()),
     "log-normal": (rows(lambda h: dist.LogNormal(h[:, 0], 0.3)), ()),
-    "masked": (rows(lambda h: dist.Exponential(h[:, 0].exp()).mask(torch.ones(len(h), dtype=torch.bool))), ()),
+    "masked": (
+        rows(lambda h: dist.Exponential(h[:, 0].exp()).mask(torch.ones(len(h), dtype=torch.bool))),
+        (),
+    ),
 }
 
 
@@ -69,7 +79,9 @@ def program_of(observe):
 
 
 def mixture(program, y):
-    """log p(y | x, data) and the mean of each row, from the program's own log densities at the draws, one row and one draw at a time."""
+    """log p(y | x, data) and the mean of each row, from the program's own log densities at the
+    draws, one row and one draw at a time.
+    """
     generator = torch.Generator().manual_seed(7)
     logs, means = [], []
     for _ in range(DRAWS):
@@ -80,7 +92,11 @@ def mixture(program, y):
             per_row.append(node["fn"].log_prob(node["value"]).sum())
         logs.append(torch.stack(per_row))
         node = pyro.poutine.trace(conditioned).get_trace(X).nodes["y"]
-        means.append(node["fn"].mean.mT if node["cond_indep_stack"] and len(node["cond_indep_stack"]) == 2 else node["fn"].mean)
+        means.append(
+            node["fn"].mean.mT
+            if node["cond_indep_stack"] and len(node["cond_indep_stack"]) == 2
+            else node["fn"].mean
+        )
     return torch.stack(logs).logsumexp(0) - math.log(DRAWS), torch.stack(means)
 
 
@@ -89,15 +105,26 @@ def mixture(program, y):
 def test_every_observed_distribution_has_its_rows_first(name, batch_size):
     observe, event = OBSERVED[name]
     program = program_of(observe)
-    y = torch.randint(2, (N, *event), generator=torch.Generator().manual_seed(3)).double() if name in ("Poisson", "Bernoulli") else None
-    y = 0.5 + torch.rand(N, *event, generator=torch.Generator().manual_seed(3), dtype=torch.float64) if y is None else y
+    y = (
+        torch.randint(2, (N, *event), generator=torch.Generator().manual_seed(3)).double()
+        if name in ("Poisson", "Bernoulli")
+        else None
+    )
+    y = (
+        0.5 + torch.rand(N, *event, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        if y is None
+        else y
+    )
     y = y.round() if "Poisson" in name else y
     prediction = bmr.predict(program, POSTERIOR, X, draws=DRAWS, seed=7, batch_size=batch_size)
     log_prob, means = mixture(program, y)
     torch.testing.assert_close(prediction.log_prob(y), log_prob)
     torch.testing.assert_close(prediction.mean, means.mean(0))
     torch.testing.assert_close(prediction.epistemic, means.var(0, correction=0))
-    assert prediction.aleatoric.shape == prediction.mean.shape == (N, *event) and (prediction.aleatoric > 0).all()
+    assert (
+        prediction.aleatoric.shape == prediction.mean.shape == (N, *event)
+        and (prediction.aleatoric > 0).all()
+    )
     with pytest.raises(bmr.DataError, match=r"y has shape \(3,.*the prediction is of shape \(6"):
         prediction.log_prob(y[:3])
     assert bmr.predict(program, POSTERIOR, X, draws=0).mean.shape == (N, *event)
@@ -105,14 +132,23 @@ def test_every_observed_distribution_has_its_rows_first(name, batch_size):
 
 @pytest.mark.parametrize("batch_size", [4, 7, 1000])
 def test_classes_at_several_positions(batch_size):
-    program = program_of(rows(lambda h: dist.Categorical(logits=torch.einsum("ni,itc->ntc", h, WEIGHTS)).to_event(1)))
+    program = program_of(
+        rows(lambda h: dist.Categorical(logits=torch.einsum("ni,itc->ntc", h, WEIGHTS)).to_event(1))
+    )
     prediction = bmr.predict(program, POSTERIOR, X, draws=DRAWS, seed=7, batch_size=batch_size)
     generator = torch.Generator().manual_seed(7)
-    probs = torch.stack([torch.einsum("ni,itc->ntc", X @ POSTERIOR.draw(generator)["w"], WEIGHTS).softmax(-1) for _ in range(DRAWS)])
+    probs = torch.stack(
+        [
+            torch.einsum("ni,itc->ntc", X @ POSTERIOR.draw(generator)["w"], WEIGHTS).softmax(-1)
+            for _ in range(DRAWS)
+        ]
+    )
     torch.testing.assert_close(prediction.probs, probs.mean(0))
     torch.testing.assert_close(prediction.aleatoric, -(probs * probs.log()).sum(-1).mean(0))
     y = torch.arange(N * 4).view(N, 4) % 5
-    torch.testing.assert_close(prediction.log_prob(y), probs.mean(0).gather(-1, y[..., None])[..., 0].log())
+    torch.testing.assert_close(
+        prediction.log_prob(y), probs.mean(0).gather(-1, y[..., None])[..., 0].log()
+    )
     with pytest.raises(bmr.DataError, match=r"y has shape \(24,\)"):
         prediction.log_prob(y.flatten())
 
@@ -137,7 +173,10 @@ def square(h, y):
 
 
 REFUSED = {
-    "rows that depend on each other": (coupled, "observed site 'y': its MultivariateNormal is one density for all rows"),
+    "rows that depend on each other": (
+        coupled,
+        "observed site 'y': its MultivariateNormal is one density for all rows",
+    ),
     "two sites": (two_sites, r"one observed site.*found: a \(Normal\), b \(Poisson\)"),
     "a sum over rows": (summed, r"observed site 'y': it has shape \(2,\) for 6 rows"),
     "two plates of that size": (square, "plates 'outputs', 'data' all have 6 entries"),
@@ -151,14 +190,26 @@ def test_what_has_no_predictive_of_a_row_is_refused_by_name(name):
         bmr.predict(program_of(observe), POSTERIOR, X, draws=2)
 
 
-@pytest.mark.parametrize("change", [{"draws": 2.0}, {"draws": True}, {"draws": -1}, {"batch_size": 2.0}, {"batch_size": 0}, {"seed": 1.5}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"draws": 2.0},
+        {"draws": True},
+        {"draws": -1},
+        {"batch_size": 2.0},
+        {"batch_size": 0},
+        {"seed": 1.5},
+    ],
+)
 def test_numbers_that_are_no_whole_numbers(change):
     with pytest.raises(bmr.ModelError, match=rf"predict\({next(iter(change))}="):
         bmr.predict(program_of(bare), POSTERIOR, X, **change)
 
 
 def test_modules_keep_the_mode_they_were_in():
-    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)).double()
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    ).double()
     program = bmr.BayesianNetwork(net, {"0.*": bmr.Gaussian(1.0), "*": None}, bmr.Categorical())
     program.train()
     net[1].eval()

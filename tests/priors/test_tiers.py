@@ -1,4 +1,6 @@
-"""Scales that weights share: tiers, blocks, empirical scales per group, what a prior decides after a fit, and priors on disk."""
+"""Scales that weights share: tiers, blocks, empirical scales per group, what a prior decides after
+a fit, and priors on disk.
+"""
 
 import math
 
@@ -22,7 +24,11 @@ GROUPS = [("layer", 1), ("unit", 1), ("unit", 3), ("input", 1), ("input", 2), ("
 
 def group_of(index, tier, block):
     """The label of the scale of one entry, by its index alone."""
-    return {"layer": (), "unit": index[:1], "input": index[1:2], "weight": index}[tier] if block == 1 else (index[tier == "input"] // block,)
+    return (
+        {"layer": (), "unit": index[:1], "input": index[1:2], "weight": index}[tier]
+        if block == 1
+        else (index[tier == "input"] // block,)
+    )
 
 
 @pytest.mark.parametrize("shape", [KERNEL, (6, 4), (6,)])
@@ -40,23 +46,40 @@ def test_entries_share_a_scale_exactly_with_their_group(tier, block, shape):
     assert parts.shape[:-1] == rows and (parts == scales[..., None]).all()
 
 
-@pytest.mark.parametrize("prior", [bmr.Gaussian("layer", per="input", block=2), bmr.Horseshoe(tiers=("layer", "input"), block=2, slab_scale=None)])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        bmr.Gaussian("layer", per="input", block=2),
+        bmr.Horseshoe(tiers=("layer", "input"), block=2, slab_scale=None),
+    ],
+)
 def test_blocks_of_inputs_share_the_scale(prior):
     ones = torch.ones(3, 6, dtype=torch.float64)
     site = "w_precision" if isinstance(prior, bmr.Gaussian) else "w_input"
-    trace = poutine.trace(poutine.condition(lambda: prior.sample("w", (3, 6), ones), data={"w": ones})).get_trace()
+    trace = poutine.trace(
+        poutine.condition(lambda: prior.sample("w", (3, 6), ones), data={"w": ones})
+    ).get_trace()
     weight, scales = trace.nodes["_RETURN"]["value"], trace.nodes[site]["value"]
     assert scales.shape == (1, 3)
-    factor = scales.rsqrt() if isinstance(prior, bmr.Gaussian) else trace.nodes["w_tau"]["value"] * scales
+    factor = (
+        scales.rsqrt()
+        if isinstance(prior, bmr.Gaussian)
+        else trace.nodes["w_tau"]["value"] * scales
+    )
     torch.testing.assert_close(weight * 6**0.5, factor.repeat_interleave(2, 1).expand(3, 6))
 
 
 @pytest.mark.parametrize("tier, block", GROUPS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_m_step_per_group_is_the_best_scale_of_each_group(tier, block, masked):
-    """No other scale of a group has a smaller KL from the same posterior; a group without a survivor keeps its scale."""
+    """No other scale of a group has a smaller KL from the same posterior; a group without a
+    survivor keeps its scale.
+    """
     prior = bmr.Gaussian(mean=0.15, per=tier, block=block)
-    mean, var = torch.randn(KERNEL, dtype=torch.float64), torch.rand(KERNEL, dtype=torch.float64) + 0.02
+    mean, var = (
+        torch.randn(KERNEL, dtype=torch.float64),
+        torch.rand(KERNEL, dtype=torch.float64) + 0.02,
+    )
     mask = torch.rand(KERNEL) < 0.6 if masked else None
     if masked and tier != "layer":
         mask[:3], mask[:, :2] = False, False
@@ -65,7 +88,10 @@ def test_the_m_step_per_group_is_the_best_scale_of_each_group(tier, block, maske
     alive = torch.ones(KERNEL, dtype=torch.bool) if mask is None else mask
 
     def kl(scales):
-        terms = torch.distributions.kl_divergence(dist.Normal(mean, var.sqrt()), dist.Normal(0.15, spread(scales, tier, block).expand(KERNEL)))
+        terms = torch.distributions.kl_divergence(
+            dist.Normal(mean, var.sqrt()),
+            dist.Normal(0.15, spread(scales, tier, block).expand(KERNEL)),
+        )
         return tier_parts(terms.where(alive, 0), tier, block).sum(-1)
 
     best, empty = handler.scales["w"], tier_parts(alive, tier, block).sum(-1) == 0
@@ -76,7 +102,10 @@ def test_the_m_step_per_group_is_the_best_scale_of_each_group(tier, block, maske
         return prior.sample("w", KERNEL, mean)
 
     site = poutine.trace(handler(program)).get_trace().nodes["w"]["fn"].base_dist
-    assert torch.equal(site.scale, spread(best, tier, block).expand(KERNEL)) and (site.loc == 0.15).all()
+    assert (
+        torch.equal(site.scale, spread(best, tier, block).expand(KERNEL))
+        and (site.loc == 0.15).all()
+    )
 
 
 def test_the_m_step_around_a_pretrained_network():
@@ -96,7 +125,13 @@ def test_a_fit_stays_near_a_pretrained_network_where_the_data_are_silent():
         net.weight.copy_(pretrained)
     x = torch.randn(80, 2) * torch.tensor([1.0, 0.0])
     y = (x[:, 0] > 0).long()
-    fit = bmr.fit(bmr.BayesianNetwork(net, bmr.Gaussian(0.2, mean="init"), bmr.Categorical()), (x, y), epochs=200, optimizer=bmr.adam(0.05), progress=False)
+    fit = bmr.fit(
+        bmr.BayesianNetwork(net, bmr.Gaussian(0.2, mean="init"), bmr.Categorical()),
+        (x, y),
+        epochs=200,
+        optimizer=bmr.adam(0.05),
+        progress=False,
+    )
     site = fit.posterior["weight"]
     torch.testing.assert_close(site.prior.mean, pretrained)
     torch.testing.assert_close(site.mean[:, 1], pretrained[:, 1], atol=0.02, rtol=0)
@@ -105,25 +140,45 @@ def test_a_fit_stays_near_a_pretrained_network_where_the_data_are_silent():
 
 
 def posterior_of(prior, **sites):
-    return bmr.Posterior({"w": Site(sites.pop("mean"), sites.pop("var"), declared=prior, mask=sites.pop("mask", None)), **sites})
+    return bmr.Posterior(
+        {
+            "w": Site(
+                sites.pop("mean"), sites.pop("var"), declared=prior, mask=sites.pop("mask", None)
+            ),
+            **sites,
+        }
+    )
 
 
 def test_a_horseshoe_decides_by_the_evidence_given_its_scales():
-    """Per weight the point spike's ΔF under N(0, 1) and 0.02 nats; without scales per weight the sum over the living entries of a unit or input."""
+    """Per weight the point spike's ΔF under N(0, 1) and 0.02 nats; without scales per weight the
+    sum over the living entries of a unit or input.
+    """
     mean = torch.tensor([[0.1, 0.5, -0.2], [0.3, 1.9, 0.1], [0.0, 0.6, -0.9], [0.0, 0.8, 0.0]])
     var = torch.tensor([[0.9, 0.8, 0.7], [0.9, 0.2, 1.1], [0.0, 0.6, 0.6], [0.0, 0.1, 0.0]])
     mask = var > 0
     site = bmr.Diagonal(mean[mask], var[mask].clamp(max=1))
-    gain = torch.full((4, 3), torch.inf).masked_scatter(mask, bmr.delta_f(site, bmr.Gaussian(1.0), bmr.Gaussian(0.0)) + 0.02)
+    gain = torch.full((4, 3), torch.inf).masked_scatter(
+        mask, bmr.delta_f(site, bmr.Gaussian(1.0), bmr.Gaussian(0.0)) + 0.02
+    )
 
     def drop(prior, mean, var, mask=None):
-        return bmr.reduce(posterior_of(prior, mean=mean, var=var, mask=mask), to=None).sites["w"].drop
+        return (
+            bmr.reduce(posterior_of(prior, mean=mean, var=var, mask=mask), to=None).sites["w"].drop
+        )
 
     by_weight = drop(bmr.Horseshoe(tiers=("unit", "weight")), mean, var, mask)
     torch.testing.assert_close(by_weight, gain)
-    assert (by_weight <= 0).tolist() == [[False, True, False], [False, True, False], [False, True, True], [False, True, False]]
+    assert (by_weight <= 0).tolist() == [
+        [False, True, False],
+        [False, True, False],
+        [False, True, True],
+        [False, True, False],
+    ]
     by_unit = drop(bmr.Horseshoe(tiers=("layer", "unit")), mean, var, mask)
-    torch.testing.assert_close(by_unit[mask], gain.where(mask, 0).sum(1, keepdim=True).expand(4, 3)[mask])
+    torch.testing.assert_close(
+        by_unit[mask], gain.where(mask, 0).sum(1, keepdim=True).expand(4, 3)[mask]
+    )
     both = drop(bmr.Horseshoe(tiers=("unit", "input")), mean[:2], var[:2])
     torch.testing.assert_close(both, torch.maximum(gain[:2].sum(1, keepdim=True), gain[:2].sum(0)))
     in_pairs = drop(bmr.Horseshoe(tiers=("input",), block=2), mean[:2, :2], var[:2, :2])
@@ -131,14 +186,28 @@ def test_a_horseshoe_decides_by_the_evidence_given_its_scales():
 
 
 def test_a_relaxed_indicator_decides_for_its_group():
-    slab = Site(torch.tensor([[1.2], [-0.4]]), torch.tensor(0.3).expand(2, 1), support="unit_interval")
+    slab = Site(
+        torch.tensor([[1.2], [-0.4]]), torch.tensor(0.3).expand(2, 1), support="unit_interval"
+    )
     prior = bmr.SpikeAndSlab(temperature=0.5, per="unit", block=2)
-    reduction = bmr.reduce(posterior_of(prior, mean=torch.ones(4, 3), var=torch.ones(4, 3), w_slab=slab), to=None)
-    torch.testing.assert_close(reduction.sites["w"].drop, torch.tensor([-1.2, -1.2, 0.4, 0.4])[:, None].expand(4, 3), rtol=1e-4, atol=1e-5)
+    reduction = bmr.reduce(
+        posterior_of(prior, mean=torch.ones(4, 3), var=torch.ones(4, 3), w_slab=slab), to=None
+    )
+    torch.testing.assert_close(
+        reduction.sites["w"].drop,
+        torch.tensor([-1.2, -1.2, 0.4, 0.4])[:, None].expand(4, 3),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_a_prior_without_a_decision_keeps_all():
-    assert bmr.reduce(posterior_of(bmr.Laplace(), mean=torch.zeros(3), var=torch.ones(3)), to=None).kept == 1.0
+    assert (
+        bmr.reduce(
+            posterior_of(bmr.Laplace(), mean=torch.zeros(3), var=torch.ones(3)), to=None
+        ).kept
+        == 1.0
+    )
 
 
 def test_groups_come_back_from_disk(tmp_path):
@@ -175,4 +244,6 @@ def test_large_sites_start_near_the_median_without_the_memory_of_a_thousand_draw
     x = torch.randn(2, 300)
     guide = bmr.MeanField(program, x, x[:, 0])
     starts = guide.views(guide.loc.detach())["w_precision"]
-    assert starts.mean().item() == pytest.approx(math.log(stats.gamma(2, scale=0.5).median()), abs=0.02)
+    assert starts.mean().item() == pytest.approx(
+        math.log(stats.gamma(2, scale=0.5).median()), abs=0.02
+    )

@@ -1,4 +1,6 @@
-"""Pruning the factors of a product entry by entry is warned of once, with their names; groups over both are not."""
+"""Pruning the factors of a product entry by entry is warned of once, with their names; groups over
+both are not.
+"""
 
 import warnings
 
@@ -16,14 +18,21 @@ def posterior(**products):
     generator = torch.Generator().manual_seed(2)
     sites = {}
     for name, shape in {"a": (4, 6), "b": (3, 4), "c": (3,)}.items():
-        mean = torch.randn(shape, generator=generator) * (torch.arange(torch.Size(shape).numel()).view(shape) % 2)
+        mean = torch.randn(shape, generator=generator) * (
+            torch.arange(torch.Size(shape).numel()).view(shape) % 2
+        )
         prior = bmr.Diagonal(torch.zeros(()), torch.ones(()))
-        sites[name] = bmr.Site(mean, torch.full(shape, 0.01), prior, multiplies=products.get(name, ()))
+        sites[name] = bmr.Site(
+            mean, torch.full(shape, 0.01), prior, multiplies=products.get(name, ())
+        )
     return bmr.Posterior(sites)
 
 
 PRODUCT = posterior(a=("b",), b=("a",))
-RANK = {"a": torch.arange(4)[:, None].expand(4, 6).contiguous(), "b": torch.arange(4).expand(3, 4).contiguous()}
+RANK = {
+    "a": torch.arange(4)[:, None].expand(4, 6).contiguous(),
+    "b": torch.arange(4).expand(3, 4).contiguous(),
+}
 
 
 def said(of, **arguments):
@@ -38,13 +47,21 @@ def quiet(of, **arguments):
 
 
 def test_factors_pruned_apart():
-    for arguments in ({}, {"per": "input", "kept": 0.5}, {"to": bmr.SpikeAndSlab()}, {"to": {"a": SPIKE}}):
+    for arguments in (
+        {},
+        {"per": "input", "kept": 0.5},
+        {"to": bmr.SpikeAndSlab()},
+        {"to": {"a": SPIKE}},
+    ):
         (message,) = said(PRODUCT, **arguments)
         assert "'a' × 'b'" in message and "per={" in message and "gotchas" in message
 
 
 def test_what_is_sound_is_not_warned_of():
-    assert not quiet(PRODUCT, per=RANK, kept=0.5).masks["a"].all() and said(PRODUCT, per=RANK, kept=0.5) == []
+    assert (
+        not quiet(PRODUCT, per=RANK, kept=0.5).masks["a"].all()
+        and said(PRODUCT, per=RANK, kept=0.5) == []
+    )
     assert (
         said(PRODUCT, to={"a": SPIKE}, per="unit", kept={"a": 0.5}) == []
         and said(PRODUCT, to={"c": SPIKE}) == []
@@ -55,14 +72,30 @@ def test_what_is_sound_is_not_warned_of():
 
 
 def test_many_pairs_are_one_sentence():
-    many = {f"s{k}": bmr.Site(torch.zeros(2), torch.full((2,), 0.01), PRODUCT["a"].prior, multiplies=(f"s{k ^ 1}",)) for k in range(12)}
+    many = {
+        f"s{k}": bmr.Site(
+            torch.zeros(2), torch.full((2,), 0.01), PRODUCT["a"].prior, multiplies=(f"s{k ^ 1}",)
+        )
+        for k in range(12)
+    }
     (message,) = said(bmr.Posterior(many))
     assert "'s0' × 's1'" in message and "and 3 more" in message and len(message) < 600
 
 
 def test_the_parts_of_a_fused_tensor():
-    fused = bmr.Posterior({"in_proj_weight": bmr.Site(torch.zeros(12, 4), torch.full((12, 4), 0.01), PRODUCT["a"].prior, multiplies=("in_proj_weight",))})
-    assert "two parts of 'in_proj_weight'" in said(fused)[0] and said(fused, per="head", heads=2) == []
+    fused = bmr.Posterior(
+        {
+            "in_proj_weight": bmr.Site(
+                torch.zeros(12, 4),
+                torch.full((12, 4), 0.01),
+                PRODUCT["a"].prior,
+                multiplies=("in_proj_weight",),
+            )
+        }
+    )
+    assert (
+        "two parts of 'in_proj_weight'" in said(fused)[0] and said(fused, per="head", heads=2) == []
+    )
 
 
 def test_reduce_warns():
@@ -77,7 +110,14 @@ def test_parts_and_sequences_of_a_reduction_say_what_is_true_of_them(tmp_path):
     def said_of(reduction):
         return [message for message in reduction.warnings if "×" in message]
 
-    assert said_of(apart) == said_of(apart.only("a", "c")) == multiplied(PRODUCT, apart.sites, None) and said_of(apart.only("c")) == []
-    assert said_of(tied.then(quiet(tied.posterior, to={"c": SPIKE}))) == [] != said_of(quiet(PRODUCT, to={"c": SPIKE}).then(quiet(PRODUCT, to={"a": SPIKE})))
+    assert (
+        said_of(apart) == said_of(apart.only("a", "c")) == multiplied(PRODUCT, apart.sites, None)
+        and said_of(apart.only("c")) == []
+    )
+    assert (
+        said_of(tied.then(quiet(tied.posterior, to={"c": SPIKE})))
+        == []
+        != said_of(quiet(PRODUCT, to={"c": SPIKE}).then(quiet(PRODUCT, to={"a": SPIKE})))
+    )
     apart.save(tmp_path / "reduction")
     assert said_of(bmr.Reduction.load(tmp_path / "reduction")) == said_of(apart)

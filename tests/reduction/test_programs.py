@@ -1,4 +1,6 @@
-"""Reductions as Pyro programs: the factor against the exact reduction, SVI on it, and whole priors by their ratio over NUTS-like draws."""
+"""Reductions as Pyro programs: the factor against the exact reduction, SVI on it, and whole priors
+by their ratio over NUTS-like draws.
+"""
 
 import math
 
@@ -19,17 +21,25 @@ from pyro_bmr.reduction.rules import site_reduction
 def layer(rows, columns, seed=3, mask=None):
     generator = torch.Generator().manual_seed(seed)
     large = torch.rand(rows, columns, generator=generator) < 0.15
-    mean = torch.where(large, 1.0, 0.05).double() * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    mean = torch.where(large, 1.0, 0.05).double() * torch.randn(
+        rows, columns, generator=generator, dtype=torch.float64
+    )
     var = 0.005 + 0.01 * torch.rand(rows, columns, generator=generator, dtype=torch.float64)
     prior = bmr.Diagonal(*(torch.tensor(v, dtype=torch.float64) for v in (0.0, 1.5)))
     return bmr.Posterior({"w": Site(mean, var, prior, mask=mask)})
 
 
 def test_the_factor_is_the_gaussian_reduction_at_the_scales():
-    """Conditioned on its scales the program's log density is the hyper-priors' plus the ΔF of that Gaussian."""
+    """Conditioned on its scales the program's log density is the hyper-priors' plus the ΔF of that
+    Gaussian.
+    """
     mask = torch.rand(3, 4) < 0.8
     posterior = layer(3, 4, mask=mask)
-    program = reduction_program(posterior, "w", bmr.Horseshoe(0.7, tiers=("layer", "unit", "weight"), slab_scale=1.3, slab_df=3.0))
+    program = reduction_program(
+        posterior,
+        "w",
+        bmr.Horseshoe(0.7, tiers=("layer", "unit", "weight"), slab_scale=1.3, slab_df=3.0),
+    )
     values = {
         "w_tau": torch.tensor(0.4, dtype=torch.float64),
         "w_unit": torch.rand(3, 1).double() + 0.2,
@@ -42,8 +52,14 @@ def test_the_factor_is_the_gaussian_reduction_at_the_scales():
     torch.testing.assert_close(trace.nodes["_RETURN"]["value"], var)
     direct = bmr.reduce(posterior, to={"w": bmr.Diagonal(torch.zeros(()), var)})
     assert trace.nodes["delta_f"]["fn"].log_factor.item() == pytest.approx(direct.delta_f, abs=1e-9)
-    hyper = dist.HalfCauchy(1.0).log_prob(values["w_unit"]).sum() + dist.Gamma(1.5, 1.5 * 1.3**2).log_prob(values["w_slab_precision"])
-    total = hyper + dist.HalfCauchy(0.7).log_prob(values["w_tau"]) + dist.HalfCauchy(1.0).log_prob(values["w_lambda"]).sum()
+    hyper = dist.HalfCauchy(1.0).log_prob(values["w_unit"]).sum() + dist.Gamma(
+        1.5, 1.5 * 1.3**2
+    ).log_prob(values["w_slab_precision"])
+    total = (
+        hyper
+        + dist.HalfCauchy(0.7).log_prob(values["w_tau"])
+        + dist.HalfCauchy(1.0).log_prob(values["w_lambda"]).sum()
+    )
     assert trace.log_prob_sum().item() == pytest.approx(total.item() + direct.delta_f, abs=1e-4)
 
 
@@ -53,13 +69,21 @@ def test_a_flow_starts_as_log_normals_and_has_their_median():
     assert median["w_tau"].shape == () and median["w_lambda"].shape == (2, 3)
     torch.testing.assert_close(median["w_lambda"], torch.ones(2, 3).double(), rtol=1e-6, atol=1e-6)
     draws = torch.stack([guide()["w_tau"] for _ in range(200)]).log()
-    assert draws.mean().item() == pytest.approx(0, abs=4 * math.exp(0.4) / 14) and draws.std().item() == pytest.approx(math.exp(0.4), rel=0.2)
+    assert draws.mean().item() == pytest.approx(
+        0, abs=4 * math.exp(0.4) / 14
+    ) and draws.std().item() == pytest.approx(math.exp(0.4), rel=0.2)
 
 
 def test_what_programs_refuse():
     with pytest.raises(bmr.ReductionError, match="site 'w'.*no sample_scale"):
         reduction_program(layer(2, 3), "w", bmr.Laplace(0.5))
-    shifted = bmr.Posterior({"w": Site(torch.ones(2), torch.ones(2), bmr.Diagonal(torch.tensor(0.5), torch.tensor(2.0)))})
+    shifted = bmr.Posterior(
+        {
+            "w": Site(
+                torch.ones(2), torch.ones(2), bmr.Diagonal(torch.tensor(0.5), torch.tensor(2.0))
+            )
+        }
+    )
     with pytest.raises(bmr.ReductionError, match="site 'w'.*mean 0"):
         reduction_program(shifted, "w", bmr.Horseshoe())
     with pytest.raises(bmr.ModelError, match="site 'w'.*positive"):
@@ -67,7 +91,9 @@ def test_what_programs_refuse():
 
 
 def test_the_ratio_of_two_programs_is_that_of_their_priors():
-    """A hierarchical prior: the ratio of the programs over draws is the sum of the ratios of its sites; observed sites cancel."""
+    """A hierarchical prior: the ratio of the programs over draws is the sum of the ratios of its
+    sites; observed sites cancel.
+    """
     x = torch.randn(6)
 
     def program(scale, x):
@@ -77,10 +103,17 @@ def test_the_ratio_of_two_programs_is_that_of_their_priors():
             pyro.sample("y", dist.Normal(w.sum(), 0.3), obs=x)
 
     generator = torch.Generator().manual_seed(1)
-    draws = {"s": 0.5 + torch.rand(40, generator=generator), "w": torch.randn(40, 3, generator=generator)}
+    draws = {
+        "s": 0.5 + torch.rand(40, generator=generator),
+        "w": torch.randn(40, 3, generator=generator),
+    }
     ratio = log_prior_ratio(draws, lambda x: program(1.5, x), lambda x: program(0.6, x), x)
-    torch.testing.assert_close(ratio, dist.Gamma(2.0, 0.6).log_prob(draws["s"]) - dist.Gamma(2.0, 1.5).log_prob(draws["s"]))
-    direct = monte_carlo_delta_f({"s": draws["s"]}, {"s": dist.Gamma(2.0, 1.5)}, {"s": dist.Gamma(2.0, 0.6)})
+    torch.testing.assert_close(
+        ratio, dist.Gamma(2.0, 0.6).log_prob(draws["s"]) - dist.Gamma(2.0, 1.5).log_prob(draws["s"])
+    )
+    direct = monte_carlo_delta_f(
+        {"s": draws["s"]}, {"s": dist.Gamma(2.0, 1.5)}, {"s": dist.Gamma(2.0, 0.6)}
+    )
     assert log_ratio_delta_f(ratio).delta_f == pytest.approx(direct.delta_f, abs=1e-5)
     with pytest.raises(bmr.ReductionError, match="site 's': no draws"):
         log_prior_ratio({"w": draws["w"]}, lambda x: program(1.5, x), lambda x: program(0.6, x), x)

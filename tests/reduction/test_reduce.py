@@ -14,13 +14,21 @@ from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 from pyro_bmr.posteriors.site import Site
 
 RNG = np.random.default_rng(7)
-MEAN = torch.tensor(np.where(RNG.random((4, 6)) < 0.4, RNG.normal(0, 1, (4, 6)), RNG.normal(0, 0.05, (4, 6))))
+MEAN = torch.tensor(
+    np.where(RNG.random((4, 6)) < 0.4, RNG.normal(0, 1, (4, 6)), RNG.normal(0, 0.05, (4, 6)))
+)
 VAR = torch.tensor(RNG.uniform(0.005, 0.06, (4, 6)))
 PRIOR = bmr.Diagonal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.7, dtype=torch.float64))
 
 
 def posterior(mask=None, **sites):
-    return bmr.Posterior({"w": Site(MEAN, VAR, PRIOR, mask=mask), "noise": Site(torch.tensor(0.1), torch.tensor(0.02), support="positive"), **sites})
+    return bmr.Posterior(
+        {
+            "w": Site(MEAN, VAR, PRIOR, mask=mask),
+            "noise": Site(torch.tensor(0.1), torch.tensor(0.02), support="positive"),
+            **sites,
+        }
+    )
 
 
 def spike_by_hand(mean=MEAN, var=VAR):
@@ -34,29 +42,39 @@ def test_point_spike():
     assert result.delta_f == pytest.approx(by_hand[by_hand > 0].sum(), abs=1e-9)
     np.testing.assert_allclose(result.sites["w"].spike_delta_f, by_hand, atol=1e-10)
     reduced = result.posterior["w"]
-    assert not reduced.mean[~result.masks["w"]].any() and torch.equal(reduced.mean[result.masks["w"]], MEAN[result.masks["w"]])
+    assert not reduced.mean[~result.masks["w"]].any() and torch.equal(
+        reduced.mean[result.masks["w"]], MEAN[result.masks["w"]]
+    )
     assert list(result.sites) == ["w"] and list(result.posterior) == ["w", "noise"]
 
 
 def test_threshold_moves_the_decision():
     by_hand = spike_by_hand()
-    assert np.array_equal(bmr.reduce(posterior(), to=bmr.Gaussian(0), threshold=1.2).masks["w"], by_hand <= 1.2)
+    assert np.array_equal(
+        bmr.reduce(posterior(), to=bmr.Gaussian(0), threshold=1.2).masks["w"], by_hand <= 1.2
+    )
 
 
 def test_target_sparsity_keeps_the_best_by_evidence():
     result = bmr.reduce(posterior(), to=bmr.Gaussian(0), kept=0.25)
     assert int(result.masks["w"].sum()) == 6
-    assert np.array_equal(result.masks["w"], spike_by_hand() <= np.sort(spike_by_hand().flatten())[5])
+    assert np.array_equal(
+        result.masks["w"], spike_by_hand() <= np.sort(spike_by_hand().flatten())[5]
+    )
     assert bmr.reduce(posterior(), to=bmr.Gaussian(0), kept=0.0).kept == 0.0
     assert bmr.reduce(posterior(), to=bmr.Gaussian(0), kept=1.0).kept == 1.0
 
 
 def test_a_target_is_met_among_weights_that_the_data_say_nothing_of():
-    """All of those have the ΔF of the prior, to the last digit: 12 of 20 here, and 6 are to stay."""
+    """All of those have the ΔF of the prior, to the last digit: 12 of 20 here, and 6 are to
+    stay.
+    """
     mean, var = torch.zeros(20), torch.full((20,), 0.49)
     mean[:4], var[:4] = torch.tensor([2.0, -3.0, 1.5, 4.0]), 0.01  # needed
     var[16:] = 0.01  # not needed
-    silent = bmr.Posterior.from_moments({"w": mean.view(4, 5)}, {"w": var.view(4, 5)}, bmr.Gaussian(0.7))
+    silent = bmr.Posterior.from_moments(
+        {"w": mean.view(4, 5)}, {"w": var.view(4, 5)}, bmr.Gaussian(0.7)
+    )
     for kept, count in ((0.3, 6), (0.2, 4), (0.85, 17), (0.05, 1)):
         mask = bmr.reduce(silent, to=bmr.Gaussian(0), kept=kept).masks["w"].flatten()
         assert int(mask.sum()) == count and int(mask[:4].sum()) == min(count, 4)
@@ -70,7 +88,10 @@ def test_pruned_weights_stay_pruned_and_count_nowhere():
     assert result.delta_f == pytest.approx(alone.log_evidence_gain.item(), abs=1e-9)
     assert not (result.masks["w"] & ~mask).any()
     again = bmr.reduce(result.posterior, to=bmr.Gaussian(0), kept=0.1)
-    assert int(again.masks["w"].sum()) <= round(0.1 * 24) and not (again.masks["w"] & ~result.masks["w"]).any()
+    assert (
+        int(again.masks["w"].sum()) <= round(0.1 * 24)
+        and not (again.masks["w"] & ~result.masks["w"]).any()
+    )
 
 
 def test_spike_and_slab_learns_the_inclusion():
@@ -84,21 +105,29 @@ def test_spike_and_slab_learns_the_inclusion():
 def test_spike_of_finite_width():
     result = bmr.reduce(posterior(), to=bmr.SpikeAndSlab(spike_scale=0.08))
     by_hand = bmr.delta_f(bmr.Diagonal(MEAN, VAR), PRIOR, bmr.Gaussian(0.08))
-    assert result.delta_f == pytest.approx(exact_inclusion(by_hand, 1, 1).log_evidence_gain.item(), abs=1e-9)
+    assert result.delta_f == pytest.approx(
+        exact_inclusion(by_hand, 1, 1).log_evidence_gain.item(), abs=1e-9
+    )
 
 
 def test_gaussian_of_another_scale_changes_moments_and_prunes_nothing():
     result = bmr.reduce(posterior(), to=bmr.Gaussian(0.4))
     q = bmr.Diagonal(MEAN, VAR)
     assert result.kept == 1.0
-    assert result.delta_f == pytest.approx(bmr.delta_f(q, PRIOR, bmr.Gaussian(0.4)).sum().item(), abs=1e-9)
-    torch.testing.assert_close(result.posterior["w"].mean, bmr.reduced_posterior(q, PRIOR, bmr.Gaussian(0.4)).mean)
+    assert result.delta_f == pytest.approx(
+        bmr.delta_f(q, PRIOR, bmr.Gaussian(0.4)).sum().item(), abs=1e-9
+    )
+    torch.testing.assert_close(
+        result.posterior["w"].mean, bmr.reduced_posterior(q, PRIOR, bmr.Gaussian(0.4)).mean
+    )
 
 
 def test_empirical_gaussian_finds_the_scale_of_the_best_evidence():
     result = bmr.reduce(posterior(), to=bmr.Gaussian())
     best = result.table()["scale"].iloc[0]
-    gains = {s: bmr.reduce(posterior(), to=bmr.Gaussian(best * s)).delta_f for s in (0.98, 1.0, 1.02)}
+    gains = {
+        s: bmr.reduce(posterior(), to=bmr.Gaussian(best * s)).delta_f for s in (0.98, 1.0, 1.02)
+    }
     assert gains[1.0] > max(gains[0.98], gains[1.02])
     assert result.delta_f == pytest.approx(gains[1.0], abs=1e-6)
 
@@ -107,7 +136,9 @@ def test_horseshoe():
     result = bmr.reduce(posterior(), to=bmr.Horseshoe(tau0=0.5))
     tau = result.table()["scale"].iloc[0]
     data = (MEAN / VAR, 1 / VAR - 1 / 1.7)
-    direct = scale_mixture_reduction(Message(*data), torch.full((4, 6), 1.7, dtype=torch.float64), *bmr.Horseshoe().mixture(tau))
+    direct = scale_mixture_reduction(
+        Message(*data), torch.full((4, 6), 1.7, dtype=torch.float64), *bmr.Horseshoe().mixture(tau)
+    )
     assert torch.equal(result.masks["w"], direct.kappa <= 0.5)
     assert result.delta_f == pytest.approx(direct.delta_f.sum().item(), abs=1e-9)
     alive = result.masks["w"]
@@ -122,23 +153,41 @@ def test_reducing_twice_does_not_compound_a_point_spike():
 
 
 def test_own_decision_of_fitted_priors():
-    unit = bmr.Diagonal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
-    mean, var = torch.tensor([0.1, 1.4, -0.02], dtype=torch.float64), torch.tensor([0.9, 0.3, 0.002], dtype=torch.float64)
+    unit = bmr.Diagonal(
+        torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    )
+    mean, var = (
+        torch.tensor([0.1, 1.4, -0.02], dtype=torch.float64),
+        torch.tensor([0.9, 0.3, 0.002], dtype=torch.float64),
+    )
     horseshoe = bmr.Posterior({"w": Site(mean, var, unit, bmr.Horseshoe())})
-    assert bmr.reduce(horseshoe, to=None).masks["w"].tolist() == [False, True, False]  # the third is known to be near zero
+    # the third is known to be near zero
+    assert bmr.reduce(horseshoe, to=None).masks["w"].tolist() == [False, True, False]
     sites = {
         "w": Site(mean, var, None, bmr.SpikeAndSlab(0.1)),
-        "w_inclusion": Site(torch.tensor(-1.0, dtype=torch.float64), torch.tensor(0.01, dtype=torch.float64), support="unit_interval"),
+        "w_inclusion": Site(
+            torch.tensor(-1.0, dtype=torch.float64),
+            torch.tensor(0.01, dtype=torch.float64),
+            support="unit_interval",
+        ),
     }
     odds = -1.0 + math.log(0.1) - 0.5 * (mean**2 + var) * (1 - 100)
-    assert bmr.reduce(bmr.Posterior(sites), to=None).masks["w"].tolist() == (odds >= 0).tolist() == [True, True, False]
+    assert (
+        bmr.reduce(bmr.Posterior(sites), to=None).masks["w"].tolist()
+        == (odds >= 0).tolist()
+        == [True, True, False]
+    )
     gaussian = bmr.Posterior({"w": Site(mean, var, unit, bmr.Gaussian(1.0))})
     result = bmr.reduce(gaussian, to=None)
     assert result.kept == 1.0 and result.delta_f == 0.0
 
 
 def test_patterns_choose_sites():
-    sites = {"a.weight": Site(MEAN, VAR, PRIOR), "a.bias": Site(MEAN[0], VAR[0], PRIOR), "b.weight": Site(MEAN, VAR, PRIOR)}
+    sites = {
+        "a.weight": Site(MEAN, VAR, PRIOR),
+        "a.bias": Site(MEAN[0], VAR[0], PRIOR),
+        "b.weight": Site(MEAN, VAR, PRIOR),
+    }
     result = bmr.reduce(bmr.Posterior(sites), to={"a.bias": None, "a.*": bmr.Gaussian(0)})
     assert list(result.sites) == ["a.weight"]
     table = result.table()
@@ -147,11 +196,27 @@ def test_patterns_choose_sites():
 
 
 def test_weights_wider_than_their_prior_are_counted_not_nan():
-    sites = {"w": Site(torch.tensor([0.1, 0.5, -1.0]), torch.tensor([2.4, 0.1, 1.9]), bmr.Diagonal(torch.tensor(0.0), torch.tensor(1.7)))}
-    for target in (bmr.Gaussian(0.3), bmr.Gaussian(), bmr.Gaussian(0), bmr.SpikeAndSlab(), bmr.Horseshoe()):
+    sites = {
+        "w": Site(
+            torch.tensor([0.1, 0.5, -1.0]),
+            torch.tensor([2.4, 0.1, 1.9]),
+            bmr.Diagonal(torch.tensor(0.0), torch.tensor(1.7)),
+        )
+    }
+    for target in (
+        bmr.Gaussian(0.3),
+        bmr.Gaussian(),
+        bmr.Gaussian(0),
+        bmr.SpikeAndSlab(),
+        bmr.Horseshoe(),
+    ):
         result = bmr.reduce(bmr.Posterior(sites), to=target)
         assert result.table()["wider"].iloc[0] == 2
-        assert math.isfinite(result.delta_f) and result.posterior["w"].mean.isfinite().all() and result.posterior["w"].var.isfinite().all()
+        assert (
+            math.isfinite(result.delta_f)
+            and result.posterior["w"].mean.isfinite().all()
+            and result.posterior["w"].var.isfinite().all()
+        )
 
 
 def test_a_wholly_pruned_site():
@@ -184,7 +249,9 @@ def test_kappa_is_the_expected_sigmoid():
 
 
 def test_reductions_do_not_compound():
-    """A reduced posterior carries the prior it was reduced to, so that a chain of reductions is the direct one."""
+    """A reduced posterior carries the prior it was reduced to, so that a chain of reductions is the
+    direct one.
+    """
     first = bmr.reduce(posterior(), to=bmr.Gaussian(0.5))
     chained = bmr.reduce(first.posterior, to=bmr.Gaussian(1.1))
     direct = bmr.reduce(posterior(), to=bmr.Gaussian(1.1))
@@ -200,6 +267,9 @@ def test_a_pattern_takes_what_can_be_reduced():
 
 
 def test_ranking_needs_a_spike_delta_f():
-    sites = {"w": Site(MEAN[0], VAR[0], None, bmr.SpikeAndSlab()), "w_inclusion": Site(torch.tensor(0.0), torch.tensor(0.1), support="unit_interval")}
+    sites = {
+        "w": Site(MEAN[0], VAR[0], None, bmr.SpikeAndSlab()),
+        "w_inclusion": Site(torch.tensor(0.0), torch.tensor(0.1), support="unit_interval"),
+    }
     with pytest.raises(bmr.ReductionError, match="use threshold="):
         bmr.reduce(bmr.Posterior(sites), to=None, kept=0.5)

@@ -1,4 +1,6 @@
-"""Searches over correlated posteriors, against exact evidences of every subset, computed by scipy."""
+"""Searches over correlated posteriors, against exact evidences of every subset, computed by
+scipy.
+"""
 
 import itertools
 
@@ -26,7 +28,10 @@ def problem(seed=3, d=D):
     model = linear_gaussian(seed=seed, d=d)
     mean, cov = model.posterior(np.zeros(d), SCALE**2 * np.eye(d))
     full = model.log_evidence(np.zeros(d), SCALE**2 * np.eye(d))
-    gains = {alive: model.log_evidence(np.zeros(d), SCALE**2 * np.diag(np.array(alive, float))) - full for alive in itertools.product((True, False), repeat=d)}
+    gains = {
+        alive: model.log_evidence(np.zeros(d), SCALE**2 * np.diag(np.array(alive, float))) - full
+        for alive in itertools.product((True, False), repeat=d)
+    }
     return bmr.Dense(torch.tensor(mean), torch.tensor(cov)), bmr.Gaussian(SCALE), gains
 
 
@@ -34,7 +39,11 @@ def low_rank(seed=4, d=7, k=2):
     rng = np.random.default_rng(seed)
     factor, var = torch.tensor(rng.normal(size=(d, k))), torch.tensor(rng.uniform(0.05, 0.4, d))
     mean = torch.tensor(rng.normal(size=d) * 0.7)
-    return LowRank(mean, var, factor), bmr.Dense(mean, torch.diag(var) + factor @ factor.mT), bmr.Diagonal(mean * 0 + 0.2, mean * 0 + 2.3)
+    return (
+        LowRank(mean, var, factor),
+        bmr.Dense(mean, torch.diag(var) + factor @ factor.mT),
+        bmr.Diagonal(mean * 0 + 0.2, mean * 0 + 2.3),
+    )
 
 
 def test_exhaustive_is_the_exact_evidence_of_every_subset():
@@ -79,8 +88,14 @@ def test_pairs_change_places_where_no_single_step_helps():
         search = bmr.greedy_search(posterior, prior)
         best = max(exact.values())
         assert search.delta_f[0].item() == pytest.approx(best, abs=0.8)
-        singles = [exact[tuple(bool(a) ^ (k == j) for k, a in enumerate(search.mask.tolist()))] for j in range(6)]
-        pairs = [exact[tuple(bool(a) ^ (k in pair) for k, a in enumerate(search.mask.tolist()))] for pair in itertools.combinations(range(6), 2)]
+        singles = [
+            exact[tuple(bool(a) ^ (k == j) for k, a in enumerate(search.mask.tolist()))]
+            for j in range(6)
+        ]
+        pairs = [
+            exact[tuple(bool(a) ^ (k in pair) for k, a in enumerate(search.mask.tolist()))]
+            for pair in itertools.combinations(range(6), 2)
+        ]
         assert max(singles + pairs) <= search.delta_f[0].item() + 1e-9
         stuck += search.delta_f[0].item() < best - 1e-9
     assert stuck <= 1
@@ -103,15 +118,25 @@ def test_groups_are_the_joint_density_ratio():
     search = bmr.exhaustive_search(dense, prior, labels)
     for model, gain in enumerate(search.delta_f.tolist()):
         mask = search.masks_of(model)[0]
-        assert gain == pytest.approx(0.0 if bool(mask.all()) else prune_subset(dense, prior, ~mask)[0].item(), abs=1e-9)
+        assert gain == pytest.approx(
+            0.0 if bool(mask.all()) else prune_subset(dense, prior, ~mask)[0].item(), abs=1e-9
+        )
 
 
 def test_rows_of_a_matrix_normal():
     rng = np.random.default_rng(2)
-    rows, columns, mean = torch.tensor(random_spd(rng, 4, 0.3)), torch.tensor(random_spd(rng, 2, 0.5)), torch.tensor(rng.normal(size=(4, 2)) * 0.6)
+    rows, columns, mean = (
+        torch.tensor(random_spd(rng, 4, 0.3)),
+        torch.tensor(random_spd(rng, 2, 0.5)),
+        torch.tensor(rng.normal(size=(4, 2)) * 0.6),
+    )
     prior = bmr.Diagonal(torch.tensor(0.1).double(), torch.tensor(1.7).double())
     thin = bmr.exhaustive_search(MatrixNormal(mean, rows, columns), prior)
-    dense = bmr.exhaustive_search(bmr.Dense(mean.flatten(), torch.kron(rows, columns)), prior, torch.arange(4).repeat_interleave(2))
+    dense = bmr.exhaustive_search(
+        bmr.Dense(mean.flatten(), torch.kron(rows, columns)),
+        prior,
+        torch.arange(4).repeat_interleave(2),
+    )
     assert torch.equal(thin.alive, dense.alive)
     torch.testing.assert_close(thin.delta_f, dense.delta_f)
 
@@ -120,11 +145,15 @@ def test_a_prior_with_correlations():
     rng = np.random.default_rng(6)
     model = linear_gaussian(d=4)
     eta, pi = rng.normal(size=4), random_spd(rng, 4, 1.8)
-    posterior, prior = (bmr.Dense(*map(torch.tensor, pair)) for pair in (model.posterior(eta, pi), (eta, pi)))
+    posterior, prior = (
+        bmr.Dense(*map(torch.tensor, pair)) for pair in (model.posterior(eta, pi), (eta, pi))
+    )
     search = bmr.exhaustive_search(posterior, prior)
     for model_, gain in enumerate(search.delta_f.tolist()):
         mask = search.masks_of(model_)[0]
-        assert gain == pytest.approx(0.0 if bool(mask.all()) else prune_subset(posterior, prior, ~mask)[0].item(), abs=1e-9)
+        assert gain == pytest.approx(
+            0.0 if bool(mask.all()) else prune_subset(posterior, prior, ~mask)[0].item(), abs=1e-9
+        )
 
 
 def test_a_state_forgets_what_is_let_go():
@@ -132,7 +161,12 @@ def test_a_state_forgets_what_is_let_go():
     index = torch.tensor([1, 4])
     for structure in (thin, dense):
         state = initial_state(structure, prior)
-        back = state.flipped(index, True).flipped(torch.tensor([3]), True).flipped(index, False).flipped(torch.tensor([3]), False)
+        back = (
+            state.flipped(index, True)
+            .flipped(torch.tensor([3]), True)
+            .flipped(index, False)
+            .flipped(torch.tensor([3]), False)
+        )
         torch.testing.assert_close(back.log_ratios(), state.log_ratios())
 
 
@@ -225,7 +259,9 @@ def test_threshold_and_target():
     two = bmr.exhaustive_search(posterior, prior, kept=0.4)
     assert tuple(two.mask.tolist()) == max((a for a in exact if sum(a) <= 2), key=exact.get)
     greedy = bmr.greedy_search(posterior, prior, kept=0.4)
-    assert int(greedy.mask.sum()) == 2 and greedy.delta_f[0].item() == pytest.approx(exact[tuple(greedy.mask.tolist())], abs=1e-9)
+    assert int(greedy.mask.sum()) == 2 and greedy.delta_f[0].item() == pytest.approx(
+        exact[tuple(greedy.mask.tolist())], abs=1e-9
+    )
 
 
 def test_a_batch_never_lowers_the_evidence():
@@ -240,11 +276,20 @@ def test_a_batch_never_lowers_the_evidence():
 
 
 def sites(structure, prior, shape):
-    var = structure.cov.diagonal() if hasattr(structure, "cov") else structure.var + structure.factor.square().sum(1)
+    var = (
+        structure.cov.diagonal()
+        if hasattr(structure, "cov")
+        else structure.var + structure.factor.square().sum(1)
+    )
     return Site(
         structure.mean.view(shape),
         var.view(shape),
-        bmr.Diagonal(*(torch.as_tensor(part, dtype=torch.float64).flatten()[0] for part in (prior.mean, prior.var))),
+        bmr.Diagonal(
+            *(
+                torch.as_tensor(part, dtype=torch.float64).flatten()[0]
+                for part in (prior.mean, prior.var)
+            )
+        ),
         joint=structure,
     )
 
@@ -254,53 +299,80 @@ def test_reduce_searches_where_a_site_has_correlations():
     best = max(exact, key=exact.get)
     post = bmr.Posterior({"w": sites(posterior, prior, (D,))})
     result = bmr.reduce(post, to=bmr.Gaussian(0), search=bmr.exhaustive_search)
-    assert tuple(result.masks["w"].tolist()) == best == tuple(bmr.reduce(post, to=bmr.Gaussian(0)).masks["w"].tolist())
+    assert (
+        tuple(result.masks["w"].tolist())
+        == best
+        == tuple(bmr.reduce(post, to=bmr.Gaussian(0)).masks["w"].tolist())
+    )
     assert result.delta_f == pytest.approx(exact[best], abs=1e-9)
     alive = np.array(best)
-    mean, cov = linear_gaussian(d=D).posterior(np.zeros(D), SCALE**2 * np.diag(alive.astype(float)))  # the refit
+    # the refit
+    mean, cov = linear_gaussian(d=D).posterior(np.zeros(D), SCALE**2 * np.diag(alive.astype(float)))
     np.testing.assert_allclose(result.posterior["w"].mean, mean, atol=1e-9)
     np.testing.assert_allclose(result.posterior["w"].var, np.diag(cov), atol=1e-9)
     np.testing.assert_allclose(result.posterior["w"].joint.cov, cov, atol=1e-9)
-    again = bmr.reduce(result.posterior, to=bmr.Gaussian(0), kept=0.2)  # goes on from the conditional
+    # goes on from the conditional
+    again = bmr.reduce(result.posterior, to=bmr.Gaussian(0), kept=0.2)
     assert int(again.masks["w"].sum()) == 1
-    assert result.delta_f + again.delta_f == pytest.approx(exact[tuple(again.masks["w"].tolist())], abs=1e-9)
+    assert result.delta_f + again.delta_f == pytest.approx(
+        exact[tuple(again.masks["w"].tolist())], abs=1e-9
+    )
     single = bmr.reduce(post, to=bmr.Gaussian(0), search=None)
     assert single.delta_f == pytest.approx(exact[tuple(single.masks["w"].tolist())], abs=1e-9)
 
 
 def test_a_unit_with_correlations_is_searched_over_sites():
     thin, _, prior = low_rank(d=6)
-    bias = Site(torch.tensor([0.9, -0.1]).double(), torch.tensor([0.05, 0.2]).double(), bmr.Diagonal(torch.tensor(0.0).double(), torch.tensor(1.4).double()))
+    bias = Site(
+        torch.tensor([0.9, -0.1]).double(),
+        torch.tensor([0.05, 0.2]).double(),
+        bmr.Diagonal(torch.tensor(0.0).double(), torch.tensor(1.4).double()),
+    )
     post = bmr.Posterior({"fc.weight": sites(thin, prior, (2, 3)), "fc.bias": bias})
     gains = {}
     for alive in itertools.product((True, False), repeat=2):
         mask = torch.tensor(alive)
-        joint = 0.0 if all(alive) else prune_subset(thin, prior, ~mask.repeat_interleave(3))[0].item()
+        joint = (
+            0.0 if all(alive) else prune_subset(thin, prior, ~mask.repeat_interleave(3))[0].item()
+        )
         gains[alive] = joint + float(bmr.delta_f(bias, bias.prior, bmr.Gaussian(0))[~mask].sum())
     result = bmr.reduce(post, to=bmr.Gaussian(0), per="unit", threshold=-30.0)
     score = {alive: gain + 30.0 * alive.count(False) for alive, gain in gains.items()}
     assert tuple(result.masks["fc.bias"].tolist()) == max(score, key=score.get)
     assert result.delta_f == pytest.approx(gains[tuple(result.masks["fc.bias"].tolist())], abs=1e-9)
-    with pytest.warns(bmr.PyroBMRWarning, match="2 terms taken as independent"):  # a unit's ratio is joint, those of two units are not
+    # a unit's ratio is joint, those of two units are not
+    with pytest.warns(bmr.PyroBMRWarning, match="2 terms taken as independent"):
         slab = bmr.reduce(post, to=bmr.SpikeAndSlab(), per="unit")
-    exact = exact_inclusion(torch.tensor([gains[False, True], gains[True, False]], dtype=torch.float64))
-    assert slab.sites["fc.weight"].delta_f == pytest.approx(exact.log_evidence_gain.item(), abs=1e-9)
+    exact = exact_inclusion(
+        torch.tensor([gains[False, True], gains[True, False]], dtype=torch.float64)
+    )
+    assert slab.sites["fc.weight"].delta_f == pytest.approx(
+        exact.log_evidence_gain.item(), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("per", ["unit", "input"])
 def test_rows_and_columns_of_a_matrix_normal_site(per):
     rng = np.random.default_rng(2)
-    rows, columns, mean = torch.tensor(random_spd(rng, 4, 0.3)), torch.tensor(random_spd(rng, 3, 0.5)), torch.tensor(rng.normal(size=(4, 3)) * 0.6)
+    rows, columns, mean = (
+        torch.tensor(random_spd(rng, 4, 0.3)),
+        torch.tensor(random_spd(rng, 3, 0.5)),
+        torch.tensor(rng.normal(size=(4, 3)) * 0.6),
+    )
     prior = bmr.Diagonal(torch.tensor(0.0).double(), torch.tensor(1.7).double())
     dense = bmr.Dense(mean.flatten(), torch.kron(rows, columns))
-    site = Site(mean, dense.cov.diagonal().view(4, 3), prior, joint=MatrixNormal(mean, rows, columns))
+    site = Site(
+        mean, dense.cov.diagonal().view(4, 3), prior, joint=MatrixNormal(mean, rows, columns)
+    )
     result = bmr.reduce(bmr.Posterior({"w": site}), to=bmr.Gaussian(0), per=per, kept=0.6)
     went = ~result.masks["w"].flatten()
     gain, rest = prune_subset(dense, prior, went)
     reduced = result.posterior["w"]
     assert result.delta_f == pytest.approx(gain.item(), abs=1e-9) and 0 < int(went.sum()) < 12
     torch.testing.assert_close(reduced.mean.flatten()[~went], rest.mean)
-    torch.testing.assert_close(torch.kron(reduced.joint.row_cov, reduced.joint.col_cov)[~went][:, ~went], rest.cov)
+    torch.testing.assert_close(
+        torch.kron(reduced.joint.row_cov, reduced.joint.col_cov)[~went][:, ~went], rest.cov
+    )
     assert not reduced.var.flatten()[went].any() and not reduced.joint.mean.flatten()[went].any()
 
 
@@ -310,7 +382,9 @@ def test_another_gaussian_prior_for_a_correlated_site():
     narrow = bmr.Dense(torch.zeros(6).double(), 0.6**2 * torch.eye(6).double())
     exact = bmr.reduced_posterior(dense, flat, narrow)
     for structure in (thin, dense):
-        result = bmr.reduce(bmr.Posterior({"w": sites(structure, prior, (2, 3))}), to=bmr.Gaussian(0.6))
+        result = bmr.reduce(
+            bmr.Posterior({"w": sites(structure, prior, (2, 3))}), to=bmr.Gaussian(0.6)
+        )
         assert result.delta_f == pytest.approx(bmr.delta_f(dense, flat, narrow).item(), abs=1e-9)
         torch.testing.assert_close(result.posterior["w"].mean.flatten(), exact.mean)
         torch.testing.assert_close(result.posterior["w"].var.flatten(), exact.cov.diagonal())
@@ -326,7 +400,9 @@ def test_what_searches_refuse():
         bmr.exhaustive_search(bmr.Dense(torch.zeros(16), torch.eye(16)), prior)
     with pytest.raises(bmr.ReductionError, match="posterior is not positive definite"):
         bmr.greedy_search(bmr.Dense(torch.zeros(2), torch.ones(2, 2)), prior)
-    with pytest.raises(bmr.ReductionError, match="posterior must have finite moments and variance > 0; got 2 of 2"):
+    with pytest.raises(
+        bmr.ReductionError, match="posterior must have finite moments and variance > 0; got 2 of 2"
+    ):
         bmr.greedy_search(LowRank(torch.zeros(2), torch.zeros(2), torch.ones(2, 1)), prior)
     with pytest.raises(bmr.ReductionError, match="stay, are already more"):
         bmr.exhaustive_search(posterior, prior, torch.tensor([0, -1, -1, -1, -1]), kept=0.4)

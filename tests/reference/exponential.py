@@ -1,6 +1,8 @@
-"""The law of exponential families in 200 digits, by A(λ̃') − A(λ̃) − A(λ') + A(λ): `python -m tests.reference.exponential` writes `exponential.npz`.
+"""The law of exponential families in 200 digits, by A(λ̃') − A(λ̃) − A(λ') + A(λ): `python -m
+tests.reference.exponential` writes `exponential.npz`.
 
-A family here is how its natural parameters follow from the parameters of torch's class, its log-normaliser, and the way back. NaN: no such member.
+A family here is how its natural parameters follow from the parameters of torch's class, its
+log-normaliser, and the way back. NaN: no such member.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ mp.mp.dps = 200
 
 
 class Family(NamedTuple):
-    """`draw`: parameters of prior, posterior, reduced prior; `lam`, `log_normalizer`, `back`: as in the law; `inside`: where A is finite."""
+    """`draw`: parameters of prior, posterior, reduced prior; `lam`, `log_normalizer`, `back`: as in
+    the law; `inside`: where A is finite.
+    """
 
     draw: Callable
     lam: Callable
@@ -41,26 +45,52 @@ def normals(r: random.Random) -> list[list[float]]:
     eta, scale = choice(r, 0.0, signed(r, -4, 12)), power(r, -20, 10)
     narrow = scale * choice(r, power(r, -30, -1), 1 - power(r, -20, -2))
     mu = eta + signed(r, -4, 4) * scale
-    return [[eta, scale], [mu, narrow], [choice(r, eta, mu, 0.0), scale * choice(r, power(r, -20, 0), power(r, -1, 1) / 2)]]
+    return [
+        [eta, scale],
+        [mu, narrow],
+        [choice(r, eta, mu, 0.0), scale * choice(r, power(r, -20, 0), power(r, -1, 1) / 2)],
+    ]
 
 
 def chances(r: random.Random) -> list[list[float]]:
-    return [[choice(r, r.random(), power(r, -40, -1) / 2, 1 - power(r, -22, -1) / 2)] for _ in range(3)]
+    return [
+        [choice(r, r.random(), power(r, -40, -1) / 2, 1 - power(r, -22, -1) / 2)] for _ in range(3)
+    ]
 
 
 def falling(r: random.Random) -> list[list[float]]:
-    """For λ = log p the sum λ' + λ̃ − λ must stay below 0: the posterior falls faster than the prior."""
+    """For λ = log p the sum λ' + λ̃ − λ must stay below 0: the posterior falls faster than the
+    prior.
+    """
     p = choice(r, r.random() / 2, power(r, -20, -2))
-    return [[p], [choice(r, p + (1 - p) * r.random(), p * 1.5)], [choice(r, p + (1 - p) * r.random() / 2, p * 1.25)]]
+    return [
+        [p],
+        [choice(r, p + (1 - p) * r.random(), p * 1.5)],
+        [choice(r, p + (1 - p) * r.random() / 2, p * 1.25)],
+    ]
 
 
 FAMILIES = {
     "Normal": Family(
-        normals, lambda m, s: (m / s**2, s**-2), lambda h, p: h**2 / p / 2 - mp.log(p) / 2, lambda h, p: (h / p, 1 / mp.sqrt(p)), lambda h, p: p > 0
+        normals,
+        lambda m, s: (m / s**2, s**-2),
+        lambda h, p: h**2 / p / 2 - mp.log(p) / 2,
+        lambda h, p: (h / p, 1 / mp.sqrt(p)),
+        lambda h, p: p > 0,
     ),
-    "HalfNormal": Family(lambda r: [row[1:] for row in normals(r)], lambda s: (s**-2,), lambda p: -mp.log(p) / 2, lambda p: (1 / mp.sqrt(p),), lambda p: p > 0),
+    "HalfNormal": Family(
+        lambda r: [row[1:] for row in normals(r)],
+        lambda s: (s**-2,),
+        lambda p: -mp.log(p) / 2,
+        lambda p: (1 / mp.sqrt(p),),
+        lambda p: p > 0,
+    ),
     "Gamma": Family(
-        lambda r: conjugate(r, 2), lambda a, b: (a, b), lambda a, b: mp.loggamma(a) - a * mp.log(b), lambda a, b: (a, b), lambda a, b: a > 0 and b > 0
+        lambda r: conjugate(r, 2),
+        lambda a, b: (a, b),
+        lambda a, b: mp.loggamma(a) - a * mp.log(b),
+        lambda a, b: (a, b),
+        lambda a, b: a > 0 and b > 0,
     ),
     "Beta": Family(
         lambda r: conjugate(r, 2),
@@ -76,7 +106,13 @@ FAMILIES = {
         lambda *a: a,
         lambda *a: min(a) > 0,
     ),
-    "Poisson": Family(lambda r: conjugate(r, 1), lambda x: (mp.log(x),), mp.exp, lambda x: (mp.exp(x),), lambda x: True),
+    "Poisson": Family(
+        lambda r: conjugate(r, 1),
+        lambda x: (mp.log(x),),
+        mp.exp,
+        lambda x: (mp.exp(x),),
+        lambda x: True,
+    ),
     "Bernoulli": Family(
         chances,
         lambda p: (mp.log(p) - mp.log(1 - p),),
@@ -84,7 +120,13 @@ FAMILIES = {
         lambda x: (1 / (1 + mp.exp(-x)),),
         lambda x: True,
     ),
-    "Geometric": Family(falling, lambda p: (mp.log(1 - p),), lambda x: -mp.log(1 - mp.exp(x)), lambda x: (1 - mp.exp(x),), lambda x: x < 0),
+    "Geometric": Family(
+        falling,
+        lambda p: (mp.log(1 - p),),
+        lambda x: -mp.log(1 - mp.exp(x)),
+        lambda x: (1 - mp.exp(x),),
+        lambda x: x < 0,
+    ),
     "VonMises": Family(
         lambda r: [[signed(r, -6, 1), power(r, -4, 8)] for _ in range(3)],
         lambda m, k: (k * mp.cos(m), k * mp.sin(m)),
@@ -119,4 +161,11 @@ def answer(name: str, point: np.ndarray) -> list[float]:
 
 
 if __name__ == "__main__":
-    np.savez_compressed(FILE, **{f"{dtype}_{name}": np.array([answer(name, x) for x in parameters(name, dtype)]) for dtype in DTYPES for name in FAMILIES})
+    np.savez_compressed(
+        FILE,
+        **{
+            f"{dtype}_{name}": np.array([answer(name, x) for x in parameters(name, dtype)])
+            for dtype in DTYPES
+            for name in FAMILIES
+        },
+    )

@@ -20,7 +20,11 @@ PROBLEMS, MOST = 2000, 6
 def problem(k: int) -> tuple[list[float], float, float]:
     """ΔF, α and β of the k-th problem."""
     rng = np.random.default_rng([5, k])
-    d = (rng.choice([0.1, 3.0, 40.0, 1e3, 1e6]) * rng.normal(size=rng.integers(1, MOST + 1))).astype(np.float32).tolist()
+    d = (
+        (rng.choice([0.1, 3.0, 40.0, 1e3, 1e6]) * rng.normal(size=rng.integers(1, MOST + 1)))
+        .astype(np.float32)
+        .tolist()
+    )
     orders = (6, 6, 20, 200)[k % 4]
     a, b = rng.uniform(-orders, orders, 2)
     return d, float(10.0**a), float(10.0 ** np.clip(b, a - 240, a + 240))
@@ -38,16 +42,36 @@ def inclusion(d: list[float], alpha: float, beta: float) -> list[float]:
             """E[π^k (1 − π)^m ∏(π + (1 − π) r)] under Beta(α, β)."""
             poly = [mp.mpf(1)]
             for x in factors:
-                poly = [out + into for out, into in zip([p * x for p in poly] + [0], [0, *poly], strict=True)]
+                poly = [
+                    out + into
+                    for out, into in zip([p * x for p in poly] + [0], [0, *poly], strict=True)
+                ]
             n = len(factors)
-            return sum(c * rising(a, j + k) * rising(b, n - j + m) / rising(a + b, n + k + m) for j, c in enumerate(poly))
+            return sum(
+                c * rising(a, j + k) * rising(b, n - j + m) / rising(a + b, n + k + m)
+                for j, c in enumerate(poly)
+            )
 
-        drops = [mp.log(x * expectation(r[:i] + r[i + 1 :], 0, 1) / expectation(r[:i] + r[i + 1 :], 1, 0)) for i, x in enumerate(r)]
-        return [float(x) for x in (mp.log(expectation(r, 0, 0)), mp.log(expectation(r, 1, 0) / expectation(r, 0, 1)), *drops)]
+        drops = [
+            mp.log(
+                x * expectation(r[:i] + r[i + 1 :], 0, 1) / expectation(r[:i] + r[i + 1 :], 1, 0)
+            )
+            for i, x in enumerate(r)
+        ]
+        return [
+            float(x)
+            for x in (
+                mp.log(expectation(r, 0, 0)),
+                mp.log(expectation(r, 1, 0) / expectation(r, 0, 1)),
+                *drops,
+            )
+        ]
 
 
 def table() -> np.ndarray:
-    """α, β, gain, logit E[π], six ΔF and six log odds of each problem; NaN if it has fewer weights."""
+    """α, β, gain, logit E[π], six ΔF and six log odds of each problem; NaN if it has fewer
+    weights.
+    """
     rows = np.full((PROBLEMS, 4 + 2 * MOST), np.nan)
     for k, row in enumerate(rows):
         d, alpha, beta = problem(k)

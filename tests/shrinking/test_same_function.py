@@ -1,4 +1,6 @@
-"""`shrink` gives the function of the masked network or a ShrinkError: sizes in a forward, layers that are used twice, hooks, and what cannot be read."""
+"""`shrink` gives the function of the masked network or a ShrinkError: sizes in a forward, layers
+that are used twice, hooks, and what cannot be read.
+"""
 
 import math
 import re
@@ -11,10 +13,18 @@ from torch.nn.utils import prune
 
 import pyro_bmr as bmr
 from pyro_bmr.shrinking import masked
-from pyro_bmr.shrinking.verification import answers, check_same_function, difference, inputs_like, leaves
+from pyro_bmr.shrinking.verification import (
+    answers,
+    check_same_function,
+    difference,
+    inputs_like,
+    leaves,
+)
 from tests.shrinking.test_shrinking import made
 
-FORWARDS = {}  # name → (forward of three layers 6 → 16 → 16 → 3, parameters that are left of 435 when every other unit of the first is gone)
+# name → (forward of three layers 6 → 16 → 16 → 3, parameters that are left of 435 when every other
+# unit of the first is gone)
+FORWARDS = {}
 
 
 def forward(left):
@@ -28,7 +38,12 @@ def forward(left):
 class Three(nn.Module):
     def __init__(self, function=None):
         super().__init__()
-        self.a, self.b, self.c, self.g = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3), nn.Parameter(torch.randn(16))
+        self.a, self.b, self.c, self.g = (
+            nn.Linear(6, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 3),
+            nn.Parameter(torch.randn(16)),
+        )
         self.function = function
 
     def forward(self, x):
@@ -93,7 +108,9 @@ def not_contiguous(net, h, x):
 
 @forward(None)
 def rows_and_the_rest(net, h, x):
-    return net.c(h.unflatten(1, (16, 1)).expand(-1, -1, 3).transpose(1, 2).reshape(h.shape[0], 3, h.shape[1])).mean(1)
+    return net.c(
+        h.unflatten(1, (16, 1)).expand(-1, -1, 3).transpose(1, 2).reshape(h.shape[0], 3, h.shape[1])
+    ).mean(1)
 
 
 def every_other(net, *layers):
@@ -101,21 +118,31 @@ def every_other(net, *layers):
     for name in layers:
         p = net.get_parameter(f"{name}.weight")
         live = torch.arange(len(p)) % 2 == 0
-        masks |= {f"{name}.weight": live.view(-1, *[1] * (p.ndim - 1)).expand(p.shape), f"{name}.bias": live}
+        masks |= {
+            f"{name}.weight": live.view(-1, *[1] * (p.ndim - 1)).expand(p.shape),
+            f"{name}.bias": live,
+        }
     return masks
 
 
 def check(net, masks, x, left=None):
-    """The smaller network, whose outputs are those of the masked one, at other rows and another number of them."""
+    """The smaller network, whose outputs are those of the masked one, at other rows and another
+    number of them.
+    """
     plan = bmr.shrink_plan(net, masks, x[:1])
     small = plan.apply()
     with torch.no_grad():
-        for rows in (x, torch.randn(7, *x.shape[1:], dtype=x.dtype) if x.is_floating_point() else x.flip(0)):
+        for rows in (
+            x,
+            torch.randn(7, *x.shape[1:], dtype=x.dtype) if x.is_floating_point() else x.flip(0),
+        ):
             want, got = leaves(masked(net, masks)(rows)), leaves(small(rows))
             assert len(want) == len(got) > 0
             for p, q in zip(want, got, strict=True):
                 torch.testing.assert_close(q, p, rtol=0, atol=1e-12)
-            assert float(want[0].std(0).max()) > 1e-4, "a network that is constant anyway shows nothing"
+            assert float(want[0].std(0).max()) > 1e-4, (
+                "a network that is constant anyway shows nothing"
+            )
     assert left is None or sum(p.numel() for p in small.parameters()) == left == plan.parameters[1]
     return small
 
@@ -134,7 +161,12 @@ def test_sizes_of_a_layer_that_has_become_a_constant():
 
 
 def test_other_lengths_of_a_sequence_stay_possible():
-    net = made(lambda: Three(lambda net, h, x: net.c(h.view(x.size(0), x.size(1), -1) * h.size(-1) ** -0.5).mean(1)), 0)
+    net = made(
+        lambda: Three(
+            lambda net, h, x: net.c(h.view(x.size(0), x.size(1), -1) * h.size(-1) ** -0.5).mean(1)
+        ),
+        0,
+    )
     small = check(net, masks := every_other(net, "a"), torch.randn(3, 5, 6).double(), 83)
     other = torch.randn(2, 9, 6).double()
     torch.testing.assert_close(small(other), masked(net, masks)(other), rtol=0, atol=1e-12)
@@ -142,7 +174,9 @@ def test_other_lengths_of_a_sequence_stay_possible():
 
 def test_a_shared_activation_is_applied_each_time():
     act = nn.Tanh()
-    net = made(lambda: nn.Sequential(nn.Linear(6, 8), act, nn.Linear(8, 8), act, nn.Linear(8, 3)), 0)
+    net = made(
+        lambda: nn.Sequential(nn.Linear(6, 8), act, nn.Linear(8, 8), act, nn.Linear(8, 3)), 0
+    )
     check(net, every_other(net, "0"), torch.randn(5, 6).double(), 4 * 7 + 8 * 5 + 27)
 
 
@@ -151,7 +185,9 @@ class Twins(nn.Module):
 
     def __init__(self, cut="norm"):
         super().__init__()
-        self.e = nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.PReLU(24), nn.Linear(24, 12))
+        self.e = nn.Sequential(
+            nn.Linear(6, 24), nn.BatchNorm1d(24), nn.PReLU(24), nn.Linear(24, 12)
+        )
         self.h = nn.Linear(12, 3)
 
     def forward(self, x):
@@ -166,7 +202,11 @@ def test_a_layer_that_is_used_twice():
     sizes = [tuple(small.get_submodule(f"e.{k}").weight.shape) for k in range(4)]
     assert sizes == [(12, 6), (12,), (12,), (12, 12)]
     table = bmr.shrink_plan(net, masks, x).layers.set_index("layer")
-    assert table.loc["e.0", ["before", "after", "FLOPs before"]].tolist() == ["24×6", "12×6", 2 * 2 * 24 * 6]
+    assert table.loc["e.0", ["before", "after", "FLOPs before"]].tolist() == [
+        "24×6",
+        "12×6",
+        2 * 2 * 24 * 6,
+    ]
     assert table["parameters after"].sum() == sum(p.numel() for p in small.parameters())
 
 
@@ -180,7 +220,8 @@ def test_a_constant_that_differs_between_the_uses_of_a_layer_is_no_bias():
             return self.c(self.a(x)) * self.c(self.b(x))
 
     net = made(Net, 0)
-    masks = {name: every_other(net, "a")["a.weight"] for name in ("a.weight", "b.weight")}  # the biases stay, each its own constant
+    # the biases stay, each its own constant
+    masks = {name: every_other(net, "a")["a.weight"] for name in ("a.weight", "b.weight")}
     assert check(net, masks, torch.randn(5, 6).double()).c.weight.shape == (3, 16)
     with torch.no_grad():
         net.b.bias.copy_(net.a.bias)  # now they are the same constants
@@ -193,7 +234,9 @@ def test_what_torch_has_pruned_is_gone():
     net(x := torch.randn(5, 6).double())
     small = bmr.shrink(net, {}, x)
     torch.testing.assert_close(small(x), net.eval()(x), rtol=0, atol=1e-12)
-    assert small[0].weight.shape == (4, 6) and not any(name.endswith("_mask") for name, _ in small.named_buffers())
+    assert small[0].weight.shape == (4, 6) and not any(
+        name.endswith("_mask") for name, _ in small.named_buffers()
+    )
 
 
 class Recursion(nn.Module):
@@ -219,7 +262,14 @@ class Flags(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
 
-    def forward(self, data: "torch.Tensor", embed: bool = False, *, gain: "torch.Tensor | None" = None, **more) -> "torch.Tensor":
+    def forward(
+        self,
+        data: "torch.Tensor",
+        embed: bool = False,
+        *,
+        gain: "torch.Tensor | None" = None,
+        **more,
+    ) -> "torch.Tensor":
         h = torch.tanh(self.a(data))
         if embed:
             return h
@@ -238,13 +288,23 @@ class Shuffle(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.c, self.s, self.d, self.o = nn.Conv2d(3, 8, 1), nn.PReLU(8), nn.Conv2d(4, 4, 1), nn.Linear(8, 3)
+        self.c, self.s, self.d, self.o = (
+            nn.Conv2d(3, 8, 1),
+            nn.PReLU(8),
+            nn.Conv2d(4, 4, 1),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x):
         a, b = self.s(self.c(x)).chunk(2, 1)
         y = torch.cat([a, torch.relu(self.d(b))], 1)
         n, c, height, width = y.shape
-        y = y.view(n, 2, c // 2, height, width).transpose(1, 2).contiguous().view(n, c, height, width)
+        y = (
+            y.view(n, 2, c // 2, height, width)
+            .transpose(1, 2)
+            .contiguous()
+            .view(n, c, height, width)
+        )
         return self.o(y.mean((2, 3)))
 
 
@@ -253,7 +313,14 @@ def test_a_channel_shuffle():
     check(net, every_other(net, "c", "d"), torch.randn(4, 3, 5, 4).double())
 
 
-@pytest.mark.parametrize("merged", [lambda h: h.view(h.shape[0], -1) / h.shape[1], lambda h: h.view(-1, 8 * 36), lambda h: h.reshape(h.size(0), 8 * 36)])
+@pytest.mark.parametrize(
+    "merged",
+    [
+        lambda h: h.view(h.shape[0], -1) / h.shape[1],
+        lambda h: h.view(-1, 8 * 36),
+        lambda h: h.reshape(h.size(0), 8 * 36),
+    ],
+)
 def test_channels_and_places_merged_by_a_view(merged):
     class Net(nn.Module):
         def __init__(self):
@@ -268,19 +335,37 @@ def test_channels_and_places_merged_by_a_view(merged):
 
 
 def test_slopes_per_channel():
-    net = made(lambda: nn.Sequential(nn.Conv2d(2, 8, 3), nn.PReLU(8), nn.Conv2d(8, 4, 3), nn.PReLU(), nn.Flatten(), nn.Linear(16, 3)), 0)
+    net = made(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 8, 3),
+            nn.PReLU(8),
+            nn.Conv2d(8, 4, 3),
+            nn.PReLU(),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        ),
+        0,
+    )
     small = check(net, every_other(net, "0"), torch.randn(4, 2, 6, 6).double())
-    assert small[1].weight.tolist() == net[1].weight[::2].tolist() and small[1].num_parameters == 4 and small[3].weight.shape == (1,)
+    assert (
+        small[1].weight.tolist() == net[1].weight[::2].tolist()
+        and small[1].num_parameters == 4
+        and small[3].weight.shape == (1,)
+    )
 
 
 def test_outputs_of_any_structure():
-    net = made(lambda: Three(lambda net, h, x: {"mean": net.c(h), "rest": [h.sum(1), (x, net.c(-h))]}), 0)
+    net = made(
+        lambda: Three(lambda net, h, x: {"mean": net.c(h), "rest": [h.sum(1), (x, net.c(-h))]}), 0
+    )
     small = check(net, every_other(net, "a"), torch.randn(5, 6).double())
     assert sorted(small(torch.zeros(1, 6).double())) == ["mean", "rest"]
 
 
 def test_modes_frozen_weights_and_random_numbers_are_left_as_they_were():
-    net = made(lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3)), 0).train()
+    net = made(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3)), 0
+    ).train()
     net[0].requires_grad_(False)
     net[2].eval()
     state, random = {k: t.clone() for k, t in net.state_dict().items()}, torch.get_rng_state()
@@ -288,7 +373,9 @@ def test_modes_frozen_weights_and_random_numbers_are_left_as_they_were():
     torch.set_rng_state(random)
     small = bmr.shrink(net, every_other(net, "0"), kept := x.clone())
     assert torch.equal(random, torch.get_rng_state()) and torch.equal(x, kept)
-    assert [layer.training for layer in net] == [True, True, False, True] and not any(m.training for m in small.modules())
+    assert [layer.training for layer in net] == [True, True, False, True] and not any(
+        m.training for m in small.modules()
+    )
     assert all(torch.equal(t, state[k]) for k, t in net.state_dict().items())
     assert [p.requires_grad for p in small.parameters()] == [False, False, True, True, True, True]
 
@@ -308,16 +395,33 @@ def other_at_other_rows(net, h, x):
 
 
 ANOTHER = {
-    "random numbers of a forward": (noisy, "a", r"not the same function as the masked one: on the example its outputs differ by \d.*masked network"),
+    "random numbers of a forward": (
+        noisy,
+        "a",
+        (
+            r"not the same function as the masked one: on the example its outputs differ by"
+            r" \d.*masked network"
+        ),
+    ),
     "an earlier value is changed": (changed_in_place, "a", r"not the same function"),
-    "rows that know of each other": (other_at_other_rows, "abc", r"not the same function as the masked one: on random inputs"),
+    "rows that know of each other": (
+        other_at_other_rows,
+        "abc",
+        r"not the same function as the masked one: on random inputs",
+    ),
 }
 
 
 @pytest.mark.parametrize(("function", "layers", "message"), ANOTHER.values(), ids=ANOTHER)
 def test_another_function_is_refused_with_a_figure(function, layers, message):
     net = made(lambda: Three(function), 0)
-    masks = every_other(net, "a") if layers == "a" else {f"{k}.weight": torch.zeros(net.get_parameter(f"{k}.weight").shape) > 0 for k in layers}
+    masks = (
+        every_other(net, "a")
+        if layers == "a"
+        else {
+            f"{k}.weight": torch.zeros(net.get_parameter(f"{k}.weight").shape) > 0 for k in layers
+        }
+    )
     for read in (bmr.shrink, bmr.shrink_plan):
         with pytest.raises(bmr.ShrinkError, match=message):
             read(net, masks, torch.randn(5, 6).double())
@@ -343,7 +447,10 @@ def test_a_foreign_error_becomes_one_of_the_library(monkeypatch):
     for name in ("_linear", "_state"):
         with monkeypatch.context() as patch:
             patch.setattr(f"pyro_bmr.shrinking.operations.{name}", broken)
-            with pytest.raises(bmr.ShrinkError, match=r"'a' \(Linear\) cannot be read \(IndexError: of the analysis\).*`export`"):
+            with pytest.raises(
+                bmr.ShrinkError,
+                match=r"'a' \(Linear\) cannot be read \(IndexError: of the analysis\).*`export`",
+            ):
                 bmr.shrink(net, {}, x)
     with pytest.raises(bmr.ShrinkError, match=r"forward wants x, z; networks of one input"):
         bmr.shrink(TwoInputs(), {}, x)
@@ -358,14 +465,24 @@ class TwoInputs(nn.Module):
 
 @pytest.mark.parametrize("single", [True, False])
 def test_tokens(single):
-    net = made(lambda: nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(18, 8), nn.ReLU(), nn.Linear(8, 2)), 0)
+    net = made(
+        lambda: nn.Sequential(
+            nn.Embedding(9, 6), nn.Flatten(), nn.Linear(18, 8), nn.ReLU(), nn.Linear(8, 2)
+        ),
+        0,
+    )
     x = torch.zeros(1, 3, dtype=torch.long) if single else torch.randint(9, (5, 3))
     drawn = inputs_like(x, net)
-    assert all(t.dtype == torch.long and 0 <= int(t.min()) <= int(t.max()) < 9 for t in drawn) and len(torch.cat(drawn).unique()) > 3
+    assert (
+        all(t.dtype == torch.long and 0 <= int(t.min()) <= int(t.max()) < 9 for t in drawn)
+        and len(torch.cat(drawn).unique()) > 3
+    )
     assert sum(answer is not None for answer in answers(net, drawn).outputs) == len(drawn)
     small = bmr.shrink(net, every_other(net, "2"), x)
     tokens = torch.randint(9, (20, 3))
-    torch.testing.assert_close(small(tokens), masked(net, every_other(net, "2"))(tokens), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        small(tokens), masked(net, every_other(net, "2"))(tokens), rtol=0, atol=1e-12
+    )
 
 
 def test_the_largest_difference():
@@ -380,9 +497,15 @@ def test_float32_is_compared_in_float64():
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     x = torch.randn(4, 6)
     want = answers(net, [x])
-    assert want.double and want.outputs[0][0].dtype == torch.float64 and net[0].weight.dtype == torch.float32
+    assert (
+        want.double
+        and want.outputs[0][0].dtype == torch.float64
+        and net[0].weight.dtype == torch.float32
+    )
     assert not answers(nn.Sequential(net, Single()), [x]).double
-    assert [answers(m, [x]).eps for m in (net, nn.Sequential(net, Rounding()))] == [torch.finfo(dtype).eps for dtype in (torch.float64, torch.float16)]
+    assert [answers(m, [x]).eps for m in (net, nn.Sequential(net, Rounding()))] == [
+        torch.finfo(dtype).eps for dtype in (torch.float64, torch.float16)
+    ]
     with torch.no_grad():
         net[2].bias += 1e-4 * float(want.outputs[0][0].abs().max())
     with pytest.raises(bmr.ShrinkError, match="on the example"):
