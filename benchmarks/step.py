@@ -49,7 +49,8 @@ def mlp(*widths: int) -> nn.Sequential:
 
 def lenet() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
     )  # fmt: skip
 
@@ -118,7 +119,7 @@ def stock_pyro(net: nn.Sequential, x: Tensor, y: Tensor, elbo: type) -> Step:
 def torchbnn_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
     bnn = importlib.import_module("torchbnn")
     if any(isinstance(m, nn.Conv2d) for m in net):
-        conv = lambda m: bnn.BayesConv2d(
+        conv = lambda m: bnn.BayesConv2d(  # noqa: E731
             0, 0.1, m.in_channels, m.out_channels, m.kernel_size[0], padding=m.padding
         )
     layers = [
@@ -147,7 +148,8 @@ def bayesian_torch_step(net: nn.Sequential, x: Tensor, y: Tensor, kind: str) -> 
     module = importlib.import_module("bayesian_torch.models.dnn_to_bnn")
     net = copy.deepcopy(net)
     settings = {
-        "prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0, "type": kind, "moped_enable": False, "moped_delta": 0.5,
+        "prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0,
+        "type": kind, "moped_enable": False, "moped_delta": 0.5,
     }  # fmt: skip
     module.dnn_to_bnn(net, settings)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
@@ -165,7 +167,7 @@ def blitz_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
         importlib.import_module("blitz.modules"),
         importlib.import_module("blitz.losses"),
     )
-    conv = lambda m: modules.BayesianConv2d(
+    conv = lambda m: modules.BayesianConv2d(  # noqa: E731
         m.in_channels, m.out_channels, m.kernel_size, padding=m.padding
     )
     net = nn.Sequential(
@@ -218,7 +220,7 @@ def numpyro_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
     if any(isinstance(m, nn.Conv2d) for m in net):
         raise ImportError("numpyro: multilayer perceptrons only")
     layers = [m for m in net if isinstance(m, nn.Linear)]
-    batch = lambda: (
+    batch = lambda: (  # noqa: E731
         jax.numpy.asarray(x.flatten(1).numpy()),
         jax.numpy.asarray(y.numpy()),
     )

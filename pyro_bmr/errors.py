@@ -117,7 +117,8 @@ def described(value: Any) -> str:
             f" {tuple(value.shape)}".strip()
         )
     elif is_dataclass(value) and not isinstance(value, type):
-        words = f"{name}({', '.join(f'{f.name}={described(getattr(value, f.name))}' for f in fields(value) if f.repr)})"
+        parts = (f"{f.name}={described(getattr(value, f.name))}" for f in fields(value) if f.repr)
+        words = f"{name}({', '.join(parts)})"
     elif isinstance(value, (tuple, list)) and all(
         isinstance(part, (str, bool, int, float)) for part in value
     ):

@@ -58,7 +58,8 @@ ODD_BYTES = (
     b"\xf0\x9f\x92\xa5",
 )
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, -1, 0, 1 << 40, 1 << 70, 1.5, float("nan"), float("inf"), "", "real", "F32", "F64", "BOOL", "I64", "../x", "\0", [], [0], [3], [-1], {},
+    None, True, -1, 0, 1 << 40, 1 << 70, 1.5, float("nan"), float("inf"), "", "real", "F32", "F64",
+    "BOOL", "I64", "../x", "\0", [], [0], [3], [-1], {},
     [[]], "__class__",
 )  # fmt: skip
 

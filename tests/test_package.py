@@ -12,7 +12,8 @@ import pyro_bmr as bmr
 
 ROOT = Path(__file__).parents[1]
 IMPORTED_WHERE_USED = (
-    "pandas", "matplotlib", "sklearn", "scipy", "joblib", "dask", "filelock", "onnx", "onnxruntime", "onnxscript", "mnist1d",
+    "pandas", "matplotlib", "sklearn", "scipy", "joblib", "dask", "filelock", "onnx",
+    "onnxruntime", "onnxscript", "mnist1d",
 )  # fmt: skip
 
 

@@ -55,7 +55,8 @@ class VariationalDropoutOptions(Gradual, Scaled):
 def log_uniform_kl(log_alpha: Tensor) -> Tensor:
     r"""KL(N(θ, αθ²) ‖ log-uniform) per weight, nats, up to the constant that makes it 0 at α → ∞.
 
-    .. math:: \mathrm{KL} \approx \tfrac12 \log(1 + \alpha^{-1}) + k_1 - k_1 \sigma(k_2 + k_3 \log\alpha)
+    .. math:: \mathrm{KL} \approx \tfrac12 \log(1 + \alpha^{-1}) + k_1 - k_1 \sigma(k_2 +
+        k_3 \log\alpha)
 
     with k₁ = 0.63576, k₂ = 1.87320, k₃ = 1.48695. Source: Molchanov, Ashukha & Vetrov 2017, arXiv
     1701.05369, equation 14.

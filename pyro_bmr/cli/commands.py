@@ -130,10 +130,8 @@ def _study(arguments: argparse.Namespace) -> int:
         )
         print(cells.to_string(index=False, float_format="%.1f", na_rep="?"))
         counts = cells["state"].value_counts()
-        print(
-            f"\n{', '.join(f'{counts.get(state, 0)} {state}' for state in ('finished', 'failed', 'open'))};"
-            f" {_duration(seconds)} to go"
-        )
+        states = (f"{counts.get(state, 0)} {state}" for state in ("finished", "failed", "open"))
+        print(f"\n{', '.join(states)}; {_duration(seconds)} to go")
         return 0
     done = study(
         declared,

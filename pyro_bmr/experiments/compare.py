@@ -65,7 +65,8 @@ def compare(
             an `out` that cannot be written or is in use by another process.
 
     Example:
-        >>> compare("mlp:100-50", load("digits"), priors={"gaussian": Gaussian()}, seeds=2, settings=Settings(epochs=20))
+        >>> compare("mlp:100-50", load("digits"), priors={"gaussian": Gaussian()}, seeds=2,
+        ...     settings=Settings(epochs=20))
     """
     if not isinstance(data, Data):
         raise DataError(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from pyro_bmr.experiments.plots import DPI
@@ -19,70 +20,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _TEXT = ("model", "data", "method")
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #60666d; --line: #d9dde1; --paper: #fff; --shade: #f3f5f7; --mark: #0b63b0; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ea; --soft: #9aa2aa; --line: #363c43; --paper: #15181c; --shade: #1f242a; --mark: #79b8f3; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 82rem; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.7rem; } h2 { margin: 2.5rem 0 .75rem; font-size: 1.2rem; }
-p.state { margin: .25rem 0 1.5rem; color: var(--soft); }
-.controls { display: flex; gap: .5rem; flex-wrap: wrap; align-items: center; margin-bottom: .75rem; }
-.controls input, .controls select { font: inherit; padding: .3rem .5rem; border: 1px solid var(--line); border-radius: 6px; background: var(--paper);
-  color: inherit; }
-.controls input { flex: 1 1 14rem; max-width: 24rem; } .controls span { color: var(--soft); }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th.text, td.text { text-align: left; } th { background: var(--shade); font-weight: 600; } tbody tr:last-child td { border-bottom: 0; }
-tbody tr:hover td { background: var(--shade); }
-th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--mark); }
-th[aria-sort=ascending] button::after { content: " ▲"; color: var(--mark); } th[aria-sort=descending] button::after { content: " ▼"; color: var(--mark); }
-figure { margin: 0 0 1.25rem; padding: .75rem; background: #fff; border: 1px solid var(--line); border-radius: 8px; break-inside: avoid; }
-figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; } figcaption { color: #60666d; font-size: .85rem; padding-top: .5rem; }
-pre { margin: 0; padding: .9rem 1rem; overflow-x: auto; background: var(--shade); border-radius: 8px; font: 13px/1.45 ui-monospace, monospace; }
-.failed code { overflow-wrap: anywhere; }
-@page { size: landscape; margin: 12mm; }
-@media print { :root { --ink: #000; --soft: #444; --line: #ccc; --paper: #fff; --shade: #f3f3f3; } body { max-width: none; padding: 0; font-size: 9pt; }
-  .controls { display: none !important; } .wide { overflow: visible; border: 0; } th, td { padding: .15rem .3rem; font-size: 7pt; white-space: normal; }
-  pre { white-space: pre-wrap; } thead { display: table-header-group; } h2 { break-after: avoid; } tr { break-inside: avoid; } }
-"""
-_SCRIPT = """
-const table = document.querySelector("#results"), body = table.tBodies[0], rows = [...body.rows], heads = [...table.tHead.rows[0].cells];
-const value = (row, k) => heads[k].className === "text" ? row.cells[k].textContent : parseFloat(row.cells[k].dataset.value);
-heads.forEach((head, k) => {
-  const button = document.createElement("button");
-  button.textContent = head.textContent; button.title = "sort"; head.replaceChildren(button);
-  button.onclick = () => {
-    const up = head.getAttribute("aria-sort") !== "ascending";
-    heads.forEach(other => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const order = (a, b) => { const x = value(a, k), y = value(b, k);
-      if (typeof x === "string") return up ? x.localeCompare(y) : y.localeCompare(x);
-      return (isNaN(x) - isNaN(y)) || (up ? x - y : y - x); };
-    body.append(...rows.sort(order));
-  };
-});
-const controls = document.querySelector(".controls"), count = document.createElement("span"), find = document.createElement("input"), picks = [];
-const show = () => {
-  let shown = 0;
-  for (const row of rows) {
-    const fits = row.textContent.toLowerCase().includes(find.value.toLowerCase())
-      && picks.every(([k, pick]) => !pick.value || row.cells[k].textContent === pick.value);
-    row.hidden = !fits; shown += fits;
-  }
-  count.textContent = `${shown} of ${rows.length} rows`;
-};
-find.type = "search"; find.placeholder = "find in the table"; find.ariaLabel = find.placeholder; find.oninput = show; controls.append(find);
-heads.forEach((head, k) => {
-  const found = head.className === "text" ? [...new Set(rows.map(row => row.cells[k].textContent))] : [];
-  if (found.length < 2) return;
-  const pick = document.createElement("select");
-  pick.ariaLabel = head.textContent; pick.onchange = show;
-  pick.append(new Option(`every ${head.textContent}`, ""), ...found.map(name => new Option(name, name)));
-  picks.push([k, pick]); controls.append(pick);
-});
-controls.append(count); show();
-"""
+_STYLE, _SCRIPT = (
+    files("pyro_bmr.experiments").joinpath(name).read_text("utf-8")
+    for name in ("page.css", "page.js")
+)
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,9 @@ def _program(net: nn.Module, example: Tensor, path: Path) -> None:
 
 def _onnx(net: nn.Module, example: Tensor, path: Path) -> None:
     try:
-        import onnx
-        import onnxruntime
-        import onnxscript
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
     except ImportError as error:
         raise ModelError(
             f"format 'onnx' needs the package {error.name}; install it with: pip install"

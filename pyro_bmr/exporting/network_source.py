@@ -18,7 +18,8 @@ from pyro_bmr.errors import ModelError
 
 _HEAD = '''"""{title}
 
-Written by pyro_bmr {version}; it needs torch and nothing else. `net = load()` gives the network, ready to predict.
+Written by pyro_bmr {version}; it needs torch and nothing else. `net = load()` gives the network,
+ready to predict.
 """
 
 import hashlib
@@ -59,13 +60,17 @@ def load_program(file="model.pt2"):
 
 
 def load_onnx(file="model.onnx"):
-    """The network run by onnxruntime, which has to be installed: tensors in, tensors out; of several outputs, a tuple in their order."""
+    """The network run by onnxruntime, which has to be installed: tensors in, tensors out.
+
+    Several outputs are a tuple in their order.
+    """
     import onnxruntime
 
     check(file, (HERE / file).read_bytes())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(HERE / file), options, providers=["CPUExecutionProvider"])
+    cpu = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(str(HERE / file), options, providers=cpu)
     name = session.get_inputs()[0].name
 
     def run(x):
@@ -76,7 +81,10 @@ def load_onnx(file="model.onnx"):
 
 
 def load_prune(file="prune.safetensors"):
-    """The network with weights and masks as torch.nn.utils.prune has them, to prune further or to train with the masks in force."""
+    """The network with weights and masks as torch.nn.utils.prune has them.
+
+    It can be pruned further, or trained with the masks in force.
+    """
     from torch.nn.utils import prune
 
     net, tensors = Network(), read(file)
@@ -97,7 +105,9 @@ class SparseLinear(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x):
-        weight = torch.sparse_csr_tensor(self.crow, self.col, self.values, self.shape, check_invariants=False)
+        weight = torch.sparse_csr_tensor(
+            self.crow, self.col, self.values, self.shape, check_invariants=False
+        )
         y = (weight @ x.reshape(-1, self.shape[1]).T).T.reshape(*x.shape[:-1], self.shape[0])
         return y if self.bias is None else y + self.bias
 
@@ -110,7 +120,8 @@ def load_csr(file="csr.safetensors"):
     for path in sparse:
         crow, col, values = (tensors.pop(f"{path}.{part}") for part in ("crow", "col", "values"))
         old = net.get_submodule(path)
-        layer = SparseLinear((old.out_features, old.in_features), crow, col, values, tensors.get(f"{path}.bias"))
+        shape, bias = (old.out_features, old.in_features), tensors.get(f"{path}.bias")
+        layer = SparseLinear(shape, crow, col, values, bias)
         net.set_submodule(path, layer)
         tensors |= {f"{path}.{name}": buffer for name, buffer in layer.named_buffers()}
     net.load_state_dict(tensors, assign=True)
@@ -118,9 +129,13 @@ def load_csr(file="csr.safetensors"):
 
 
 def load_ensemble(file="ensemble.safetensors"):
-    """Networks with draws of the posterior for weights; average their probabilities, and their spread is the uncertainty."""
+    """Networks with draws of the posterior for weights.
+
+    Average their probabilities; their spread is the uncertainty.
+    """
     stacked = read(file)
-    return [with_weights({key: t[k].clone() for key, t in stacked.items()}) for k in range(len(next(iter(stacked.values()))))]
+    draws = range(len(next(iter(stacked.values()))))
+    return [with_weights({key: t[k].clone() for key, t in stacked.items()}) for k in draws]
 
 
 def read(file):
@@ -131,36 +146,49 @@ def read(file):
     try:
         header = json.loads(raw[8 : 8 + size])
         header.pop("__metadata__", None)
-        if max((entry["data_offsets"][1] for entry in header.values()), default=0) != len(raw) - 8 - size:
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end != len(raw) - 8 - size:
             raise ValueError
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{file} is truncated or no safetensors file") from None
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
-             "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+    kinds = {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "C64": torch.complex64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+        "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    }  # fmt: skip
     tensors = {}
     for name, entry in header.items():
         start, stop = (8 + size + offset for offset in entry["data_offsets"])
         kind = kinds[entry["dtype"]]
-        flat = torch.frombuffer(bytearray(raw[start:stop]), dtype=kind) if stop > start else torch.empty(0, dtype=kind)
+        numbers = bytearray(raw[start:stop])
+        flat = torch.frombuffer(numbers, dtype=kind) if numbers else torch.empty(0, dtype=kind)
         tensors[name] = flat.reshape(entry["shape"])
     return tensors
 
 
 def check(file, raw):
     """Raises a ValueError unless the file is the one that report.json was written for."""
-    files = json.loads((HERE / "report.json").read_text()).get("files", {}) if (HERE / "report.json").exists() else {}
+    report = HERE / "report.json"
+    files = json.loads(report.read_text()).get("files", {}) if report.exists() else {}
     if file in files and hashlib.sha256(raw).hexdigest() != files[file]["sha256"]:
-        raise ValueError(f"{file} is not the file that was written: its sha256 differs from that in report.json; copy it again")
+        raise ValueError(
+            f"{file} is not the file that was written: its sha256 differs from that in "
+            "report.json; copy it again"
+        )
 '''
 
 
 _NO_CLASS = '''def Network():
     """Not here: {reason}.
 
-    `load_program()` and `load_onnx()` need no class, `read("model.safetensors")` gives the weights. The other loaders fill your own class:
+    `load_program()` and `load_onnx()` need no class, `read("model.safetensors")` gives the weights.
+    The other loaders fill your own class:
     `network.Network = YourNetwork; net = network.load()`.
     """
-    raise ValueError("the class of the network is not in this file; set network.Network to it, or use load_program() or read(file)")
+    raise ValueError(
+        "the class of the network is not in this file; set network.Network to it, or use "
+        "load_program() or read(file)"
+    )
 '''
 
 _IMPORTS = {

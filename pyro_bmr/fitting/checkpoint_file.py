@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         texts = metadata["settings"], metadata["state"]
         if digest(tensors, *texts) != metadata["sha256"]:
             raise ValueError("its SHA-256 is not that of its contents")

@@ -47,7 +47,8 @@ def elbo_terms(
     r"""One draw's estimate of both terms, differentiable in the parameters of `program` and
     `guide`.
 
-    .. math:: \mathrm{ELBO} = \mathbb{E}_q[\log p(y \mid \theta)] - \mathrm{KL}(q(\theta) \,\|\, p(\theta))
+    .. math:: \mathrm{ELBO} = \mathbb{E}_q[\log p(y \mid \theta)] - \mathrm{KL}(q(\theta) \,\|\,
+        p(\theta))
 
     Args:
         masks: site → bool tensor of the entries that live, for `MeanField` and the guides with a

@@ -122,7 +122,8 @@ class MeanFieldStep:
     mean and precision of the prior:
 
     .. math:: \nabla_\mu = g + \tfrac{T}{N}\, p (\mu - \eta), \qquad
-        \nabla_{\log\sigma} = \sigma\left(g\varepsilon + \tfrac{T}{N}\, p\sigma\right) - \tfrac{T}{N}
+        \nabla_{\log\sigma} = \sigma\left(g\varepsilon + \tfrac{T}{N}\,
+        p\sigma\right) - \tfrac{T}{N}
 
     The vectors are the guide's own until `prune` is called; then they hold the living entries
     alone, and a step costs what lives. `write_back` brings the guide up to date.

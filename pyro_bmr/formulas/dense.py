@@ -45,8 +45,10 @@ def joint_reduction(
     With F = C⁻¹C̃ and R = C₀⁻¹C̃ for the factors C of the posterior, C₀ of the prior and C̃ of the
     reduced prior,
 
-    .. math:: M = I + F^\top F - R^\top R, \quad z = M^{-1} F^\top C^{-1} d, \quad a = C_0^{-1} e, \quad b = C_0^{-1} d, \qquad
-        \Delta F = \log\frac{|C_0|}{|C| |M|^{1/2}} - \tfrac12 z^\top (\tilde C^{-1} d - R^\top b) + z^\top R^\top a
+    .. math:: M = I + F^\top F - R^\top R, \quad z = M^{-1} F^\top C^{-1} d, \quad
+        a = C_0^{-1} e, \quad b = C_0^{-1} d, \qquad
+        \Delta F = \log\frac{|C_0|}{|C| |M|^{1/2}} - \tfrac12 z^\top (\tilde C^{-1} d - R^\top b) +
+        z^\top R^\top a
         + \tfrac12 |a|^2 + \tfrac12 a^\top R M^{-1} R^\top a
 
     and the reduced posterior is N(η̃ + C̃z + C̃M⁻¹Rᵀa, C̃M⁻¹C̃ᵀ). No precision is formed, and the

@@ -45,7 +45,8 @@ def natural_delta_f(
             the family (the posterior is wider than its prior).
 
     Example:
-        >>> natural_delta_f(Beta(8.0, 3.0), Beta(1.0, 1.0), Beta(5.0, 5.0))  # seven of nine throws, and a prior that asks for a fair coin
+        >>> # seven of nine throws, and a prior that asks for a fair coin
+        >>> natural_delta_f(Beta(8.0, 3.0), Beta(1.0, 1.0), Beta(5.0, 5.0))
         tensor(0.0179)
     """
     if isinstance(posterior, td.Independent):

@@ -84,7 +84,8 @@ def delta_f(posterior: Any, prior: Any, reduced_prior: Any) -> Tensor:
             or the answer is outside the range of its dtype.
 
     Example:
-        >>> delta_f(torch.distributions.Normal(0.1, 0.5), Gaussian(1.0), Gaussian(0.0))  # log 2 − ½ (0.1/0.5)²
+        >>> # log 2 − ½ (0.1/0.5)²
+        >>> delta_f(torch.distributions.Normal(0.1, 0.5), Gaussian(1.0), Gaussian(0.0))
         tensor(0.6731)
     """
     dtype, *gaussians = _diagonals(posterior, prior, reduced_prior)
@@ -97,7 +98,8 @@ def reduced_posterior(posterior: Any, prior: Any, reduced_prior: Any) -> Any:
     r"""The posterior under the reduced prior, q̃(θ) ∝ q(θ) p̃(θ)/p(θ), in the structure of
     `posterior`; no new fit.
 
-    .. math:: \tilde P = P + \tilde\Pi - \Pi, \qquad \tilde\mu = \tilde P^{-1}(P\mu + \tilde\Pi\tilde\eta - \Pi\eta)
+    .. math:: \tilde P = P + \tilde\Pi - \Pi, \qquad
+        \tilde\mu = \tilde P^{-1}(P\mu + \tilde\Pi\tilde\eta - \Pi\eta)
 
     Arguments, sources and errors as for `delta_f`.
     """
@@ -126,7 +128,8 @@ def prune_subset(posterior: Any, prior: Any, pruned: Tensor) -> tuple[Tensor, An
     given that.
 
     .. math:: \Delta F = \log N(0; \mu_S, \Sigma_{SS}) - \log N(0; \eta_S, \Pi^{-1}_{SS}), \quad
-        \mu_R - \Sigma_{RS}\Sigma_{SS}^{-1}\mu_S, \quad \Sigma_{RR} - \Sigma_{RS}\Sigma_{SS}^{-1}\Sigma_{SR}
+        \mu_R - \Sigma_{RS}\Sigma_{SS}^{-1}\mu_S, \quad
+        \Sigma_{RR} - \Sigma_{RS}\Sigma_{SS}^{-1}\Sigma_{SR}
 
     The Savage–Dickey ratio for a block; the shift of the mean is the optimal-brain-surgeon update
     (Hassibi & Stork 1993). `prior`: diagonal moments, for `Dense` also a `Dense`.
@@ -135,7 +138,8 @@ def prune_subset(posterior: Any, prior: Any, pruned: Tensor) -> tuple[Tensor, An
         ReductionError: as `delta_f`, or `pruned` is no mask of the posterior.
 
     Example:
-        >>> gain, rest = prune_subset(Dense(mean, cov), Gaussian(1.0), tensor([True, False, True]))  # without the first and the third
+        >>> # without the first and the third
+        >>> gain, rest = prune_subset(Dense(mean, cov), Gaussian(1.0), tensor([True, False, True]))
     """
     q = moments(posterior)
     check_mask(pruned, q.mean)
@@ -198,7 +202,9 @@ def point_spike_delta_f(posterior: Diagonal, prior: Diagonal, mask: Tensor | Non
     r"""ΔF of setting each weight to 0 by itself, the Savage–Dickey ratio of its marginals; NaN
     where `mask` says that it is pruned already.
 
-    .. math:: \Delta F = \log q(0) - \log p(0) = \tfrac12 \log\frac{\sigma_0^2}{\sigma^2} - \tfrac12\frac{\mu^2}{\sigma^2} + \tfrac12\frac{\eta^2}{\sigma_0^2}
+    .. math:: \Delta F = \log q(0) - \log p(0) =
+        \tfrac12 \log\frac{\sigma_0^2}{\sigma^2} - \tfrac12\frac{\mu^2}{\sigma^2} +
+        \tfrac12\frac{\eta^2}{\sigma_0^2}
 
     The same number as `delta_f` with a reduced prior of mean 0 and variance 0, for many weights: in
     pieces that stay in a core's cache, with no tensor of the site's size but the result, and

@@ -36,7 +36,8 @@ def laplace_reduction(
     r"""ΔF, logit κ and reduced moments of weights with prior N(0, σ₀²) when that prior becomes
     Laplace(0, b), b = `scale`, a number or one of each weight.
 
-    .. math:: \Delta F = \log \frac{J_0(x_+) + J_0(x_-)}{2 b \sqrt L} + \tfrac12 \log(1 + \sigma_0^2 L) - \frac{h^2 \sigma_0^2}{2 (1 + \sigma_0^2 L)}, \qquad
+    .. math:: \Delta F = \log \frac{J_0(x_+) + J_0(x_-)}{2 b \sqrt L} + \tfrac12 \log(1 +
+        \sigma_0^2 L) - \frac{h^2 \sigma_0^2}{2 (1 + \sigma_0^2 L)}, \qquad
         x_\pm = \frac{1/b \mp h}{\sqrt L}, \qquad
         \kappa = \frac{p_+ - p_-}{b h}, \qquad p_\pm = \frac{J_0(x_\pm)}{J_0(x_+) + J_0(x_-)}
 

@@ -61,7 +61,8 @@ class LogitBeta(NamedTuple):
     def log_ratio(self, away: Tensor) -> Tensor:
         r"""The log density δ `away` from the peak t̂, less that at the peak.
 
-        .. math:: -\alpha \log\frac{\sigma(\hat t)}{\sigma(t)} - \beta \log\frac{\sigma(-\hat t)}{\sigma(-t)}
+        .. math:: -\alpha \log\frac{\sigma(\hat t)}{\sigma(t)} -
+            \beta \log\frac{\sigma(-\hat t)}{\sigma(-t)}
 
         Near the peak both logarithms are those of 1 + x, whose first orders cancel, and it is
         −4s sinh²(δ/2) + αφ(x) + βφ(x'), with s = αβ/(α + β), φ(x) = x − log(1 + x),

@@ -72,7 +72,8 @@ def _(posterior: LowRank, prior: Any, reduced_prior: Any) -> Tensor:
     r"""The dense form with every determinant and inverse taken through k×k matrices (Woodbury;
     matrix determinant lemma).
 
-    .. math:: -\tfrac12 \log |H| - \tfrac12 \left[(d - Wz)^\top J (d - Wz) + z^\top z\right] + e^\top\Pi G (d - Wz)
+    .. math:: -\tfrac12 \log |H| - \tfrac12 \left[(d - Wz)^\top J (d - Wz) + z^\top z\right] +
+        e^\top\Pi G (d - Wz)
         + \tfrac12 e^\top (\Pi + \Pi\tilde\Sigma\Pi) e
 
     and the logarithms of the independent part. The bracket is dᵀ(J − JWH⁻¹WᵀJ)d as a sum of

@@ -48,7 +48,8 @@ def monte_carlo_delta_f(
 ) -> MonteCarlo:
     r"""ΔF when `prior` becomes `reduced_prior`, from draws of the posterior.
 
-    .. math:: \Delta F = \log \frac1S \sum_s \frac{\tilde p(\theta_s)}{p(\theta_s)}, \qquad \theta_s \sim q
+    .. math:: \Delta F = \log \frac1S \sum_s \frac{\tilde p(\theta_s)}{p(\theta_s)}, \qquad
+        \theta_s \sim q
 
     with the largest ratios replaced by quantiles of the generalised Pareto distribution fitted to
     them.
@@ -66,7 +67,8 @@ def monte_carlo_delta_f(
             or is NaN, the reduced prior is a point, or the ratios are all 0.
 
     Example:
-        >>> monte_carlo_delta_f(mcmc.get_samples(), {"w": Normal(0.0, 1.0)}, {"w": Laplace(0.0, 0.3)})
+        >>> monte_carlo_delta_f(mcmc.get_samples(), {"w": Normal(0.0, 1.0)}, {"w": Laplace(0.0,
+        ...     0.3)})
     """
     if isinstance(draws, Tensor):
         draws, prior, reduced_prior = (
@@ -112,7 +114,8 @@ def log_ratio_delta_f(log_ratio: Tensor) -> MonteCarlo:
     Warns (`PyroBMRWarning`) where k̂ is above 0.7, as with fewer than 25 draws.
 
     Example:
-        >>> log_ratio_delta_f(reduced.log_prob(draws) - prior.log_prob(draws)).khat  # above 0.7 the estimate is not to be trusted
+        >>> # above 0.7 the estimate is not to be trusted
+        >>> log_ratio_delta_f(reduced.log_prob(draws) - prior.log_prob(draws)).khat
     """
     if not isinstance(log_ratio, Tensor):
         raise ReductionError(

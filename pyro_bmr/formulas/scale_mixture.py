@@ -93,8 +93,10 @@ def scale_mixture_reduction(
         ReductionError: the nodes are no mixture, or the message is not finite.
 
     Example:
-        >>> data = message(Diagonal(tensor([0.1, 2.0]), tensor([0.5, 0.5])), Diagonal(zeros(2), ones(2)))
-        >>> scale_mixture_reduction(data, ones(2), *Horseshoe().mixture(0.1)).kappa  # above ½ for the first, below for the second
+        >>> data = message(Diagonal(tensor([0.1, 2.0]), tensor([0.5, 0.5])), Diagonal(zeros(2),
+        ...     ones(2)))
+        >>> # above ½ for the first, below for the second
+        >>> scale_mixture_reduction(data, ones(2), *Horseshoe().mixture(0.1)).kappa
         tensor([0.94, 0.38])
     """
     shape = data.h.shape
@@ -147,7 +149,8 @@ def grouped_reduction(
     r"""The same when all weights of a group share one local scale: the nodes stand for the group's
     scale, given which its weights are independent.
 
-    .. math:: \Delta F_g = \log \sum_k w_k \prod_{i \in g} \frac{N(m_i; 0, v_k + 1/L_i)}{N(m_i; 0, \sigma_{0i}^2 + 1/L_i)}
+    .. math:: \Delta F_g = \log \sum_k w_k \prod_{i \in g} \frac{N(m_i; 0, v_k + 1/L_i)}{N(m_i; 0,
+        \sigma_{0i}^2 + 1/L_i)}
 
     `groups`: an integer from 0 for each weight. `delta_f` has one entry per group; κ is the mean
     over a group's weights, and each weight has its group's log odds. In double precision inside.

@@ -55,7 +55,8 @@ def mean_field_log_odds(
     r"""ζ at the fixed point of the mean-field update over inclusion and π, started at ζ = 0, and
     the evidence gain, whose lower bound it is, nats.
 
-    .. math:: \rho_i = \sigma(\zeta - \Delta F_i), \quad \zeta = \psi(\alpha_0 + \textstyle\sum\rho) - \psi(\beta_0 + \sum(1 - \rho))
+    .. math:: \rho_i = \sigma(\zeta - \Delta F_i), \quad
+        \zeta = \psi(\alpha_0 + \textstyle\sum\rho) - \psi(\beta_0 + \sum(1 - \rho))
 
     Source: Marković, Friston & Kiebel 2024, IEEE Access 12 (arXiv 2309.12095), there with four
     rounds instead of convergence.
@@ -176,7 +177,8 @@ def exact_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> I
     A `PyroBMRWarning` says it if the integral has not settled when there are 32,768 nodes.
 
     Example:
-        >>> exact_inclusion(tensor([1.5, -4.0, 0.3])).probability  # ΔF of three weights → how probably each is in the slab
+        >>> # ΔF of three weights → how probably each is in the slab
+        >>> exact_inclusion(tensor([1.5, -4.0, 0.3])).probability
     """
     _check_beta(alpha, beta, "exact_inclusion")
     if not abs(math.log(alpha) - math.log(beta)) < _MOST_LOG_ODDS:

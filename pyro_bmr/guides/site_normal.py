@@ -77,7 +77,8 @@ def entropy(q: SiteNormal) -> Tensor:
 def gaussian_kl(q: SiteNormal, prior_loc: Tensor, prior_scale: Tensor) -> Tensor:
     r"""KL(q ‖ ∏ᵢ N(ηᵢ, sᵢ²)) over the living entries; nats.
 
-    .. math:: \sum_i \left[\log s_i + \frac{(\mu_i - \eta_i)^2 + \Sigma_{ii}}{2 s_i^2} - \frac12\right] - \frac12 \log|\Sigma|
+    .. math:: \sum_i \left[\log s_i + \frac{(\mu_i - \eta_i)^2 +
+        \Sigma_{ii}}{2 s_i^2} - \frac12\right] - \frac12 \log|\Sigma|
     """
     terms = (
         prior_scale.log()

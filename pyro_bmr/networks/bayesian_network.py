@@ -64,7 +64,8 @@ class BayesianNetwork(nn.Module):
             which zero is 0/0.
 
     Example:
-        >>> BayesianNetwork(net, prior={"head.*": Gaussian(1.0), "*": Horseshoe()}, likelihood=Categorical())
+        >>> BayesianNetwork(net, prior={"head.*": Gaussian(1.0), "*": Horseshoe()},
+        ...     likelihood=Categorical())
     """
 
     def __init__(

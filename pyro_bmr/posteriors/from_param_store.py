@@ -129,10 +129,15 @@ def _check_origin(name: str, pair: tuple[str, str], store: Any, named: bool) -> 
         # AutoNormalMessenger and AutoRegressiveMessenger write the same names, without a prefix or
         # in a list below _guide, and mean different things
         if more or (not named and (not prefix or prefix.endswith("_guide."))):
+            mend = (
+                f" (it also keeps {more[0]})"
+                if more
+                else f", or say names={{{name!r}: {pair}}} if they are all of it"
+            )
             raise ModelError(
                 f"site '{name}': '{loc}' and '{scale}' may be only part of its posterior in the"
                 " guide that wrote them; read that guide with "
-                f"Posterior.from_guide{f' (it also keeps {more[0]})' if more else f', or say names={{{name!r}: {pair}}} if they are all of it'}"
+                f"Posterior.from_guide{mend}"
             )
     if isinstance(store, ParamStoreDict):
         if named and isinstance(store._constraints[scale], type(constraints.real)):

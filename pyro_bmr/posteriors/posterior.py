@@ -310,7 +310,8 @@ class Posterior:
         r"""The Laplace posterior of a network trained in plain torch: precision = curvature of the
         negative log likelihood + prior precision.
 
-        .. math:: P = H + \Pi, \qquad \mu = \hat w \text{ (MAP)}, \qquad \mu = \hat w - P^{-1}\Pi(\hat w - \eta) \text{ (maximum likelihood)}
+        .. math:: P = H + \Pi, \qquad \mu = \hat w \text{ (MAP)}, \qquad
+            \mu = \hat w - P^{-1}\Pi(\hat w - \eta) \text{ (maximum likelihood)}
 
         Sources: MacKay 1992; Ritter, Botev & Barber 2018 for Kronecker factors; Shen et al. 2024
         (IVON), whose mean m, Hessian h, effective sample size λ and weight decay δ are `mean=m`,

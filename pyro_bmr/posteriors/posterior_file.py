@@ -110,7 +110,7 @@ def read_posterior(path: Path) -> tuple[dict[str, Site], float, int | None]:
         opened: AbstractContextManager[Any] = safe_open(path, framework="pt")
         with opened as file:
             metadata = file.metadata() or {}
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118
                 name, _, part = key.rpartition("/")
                 parts.setdefault(name, {})[part] = file.get_tensor(key)
     if metadata.get("format") != _FORMAT:

@@ -45,7 +45,10 @@ def best_temperature(logits: Tensor, y: Tensor) -> float:
             "logits must be below +inf, and that of the label finite; first in row"
             f" {int(bad.nonzero()[0])} they are not, at any temperature"
         )
-    loss = lambda temperature: float(F.cross_entropy(logits / temperature, y))
+
+    def loss(temperature: float) -> float:
+        return float(F.cross_entropy(logits / temperature, y))
+
     best = _least(loss, _COLDEST, _HOTTEST, 1e-4)
     if min(loss(_COLDEST), loss(_HOTTEST)) <= loss(best) + 1e-12:
         warnings.warn(
@@ -71,7 +74,8 @@ def best_widening(
     r"""The factor c for `Posterior.widened` with the least NLL of held-out `rows` (x, y), between
     1/`most` and `most`.
 
-    .. math:: \hat c = \arg\min_c -\sum_i \log \tfrac1S \sum_s p(y_i \mid x_i, w_s), \qquad w_s = \mu + \sqrt{c}\,\sigma \epsilon_s
+    .. math:: \hat c = \arg\min_c -\sum_i \log \tfrac1S \sum_s p(y_i \mid x_i, w_s), \qquad
+        w_s = \mu + \sqrt{c}\,\sigma \epsilon_s
 
     with the same noise ε for every c. A posterior fitted at a temperature T < 1 has variances up to
     1/T times too small. Like the temperature of logits (Guo et al. 2017) c is one number on

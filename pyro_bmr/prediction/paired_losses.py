@@ -56,7 +56,8 @@ def paired_loss(before: Prediction, after: Prediction, y: Tensor) -> PairedLoss:
     r"""How much more is lost per row after a reduction than before, of the same rows: of classes
     the errors, of Normals the squared errors, of other distributions the negative log likelihood.
 
-    .. math:: d_i = \ell_i^{\text{after}} - \ell_i^{\text{before}}, \qquad \bar d = \tfrac1n \sum_i d_i, \qquad
+    .. math:: d_i = \ell_i^{\text{after}} - \ell_i^{\text{before}}, \qquad
+        \bar d = \tfrac1n \sum_i d_i, \qquad
         \mathrm{se}^2 = \frac{1}{n(n-1)} \sum_i (d_i - \bar d)^2
 
     The rows that both predict equally well cancel, so the standard error is smaller than those of
@@ -66,7 +67,8 @@ def paired_loss(before: Prediction, after: Prediction, y: Tensor) -> PairedLoss:
         DataError: the predictions are not of the rows of `y`, not of one kind, or are NaN.
 
     Example:
-        >>> before, after = (predict(fit.program, posterior, x) for posterior in (fit.posterior, reduction.posterior))
+        >>> before, after = (predict(fit.program, posterior, x) for posterior in (fit.posterior,
+        ...     reduction.posterior))
         >>> paired_loss(before, after, y).rise
     """
     if type(before) is not type(after) or type(before) not in _MEASURES:

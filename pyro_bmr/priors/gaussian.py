@@ -229,6 +229,5 @@ def sample_normal(
     to guides and posteriors.
     """
     infer: dict[str, Any] = {"prior": prior, "init": init}
-    return pyro.sample(
-        name, dist.Normal(loc, scale).expand(shape).to_event(len(shape)), infer=infer
-    )  # type: ignore[arg-type]
+    normal = dist.Normal(loc, scale).expand(shape).to_event(len(shape))
+    return pyro.sample(name, normal, infer=infer)  # type: ignore[arg-type]

@@ -30,7 +30,8 @@ _NOISE = 0.02  # nats
 class Horseshoe:
     r"""w = γ w̄, w̄ ~ N(0, 1): a few weights free, all others pulled to zero.
 
-    .. math:: \psi = \tau \prod_t \lambda^{(t)} / \sqrt{\text{fan in}}, \quad \gamma^2 = \frac{c^2\psi^2}{c^2 + \psi^2}, \quad
+    .. math:: \psi = \tau \prod_t \lambda^{(t)} / \sqrt{\text{fan in}}, \quad
+        \gamma^2 = \frac{c^2\psi^2}{c^2 + \psi^2}, \quad
         \tau \sim C^+(0, \tau_0), \; \lambda^{(t)} \sim C^+(0, 1)
 
     with c counted in 1/√fan_in too, and one λ⁽ᵗ⁾ for each unit, input or weight of the tiers t. The
@@ -168,7 +169,8 @@ class Horseshoe:
         r"""The hierarchical prior of Marković, Friston & Kiebel 2024 (IEEE Access 12, arXiv
         2309.12095): layer, unit, slab, and with `weights` each weight.
 
-        .. math:: c^{-2} \sim \mathrm{Gamma}(2, 6), \quad \psi_i = 0.01\, \epsilon\, \tau_i, \quad \epsilon, \tau_i \sim C^+(0, 1), \quad
+        .. math:: c^{-2} \sim \mathrm{Gamma}(2, 6), \quad \psi_i = 0.01\, \epsilon\, \tau_i, \quad
+            \epsilon, \tau_i \sim C^+(0, 1), \quad
             W_{ij} = \frac{c\,\psi_i}{\sqrt{c^2 + \psi_i^2}}\, \bar w_{ij}
 
         in units of the weight; ψ carries a factor λᵢⱼ ~ C⁺(0, 1) with `weights`, which the

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyro.distributions as dist
@@ -83,7 +83,10 @@ class Laplace:
                 f"Laplace.mixture: {together} weights that share a variance, {reach:.3g} times as"
                 " large as b, need more than a million nodes"
             )
-        root = lambda u: np.logaddexp(0.0, u)  # √v in units of b: eᵘ below 1, u above
+
+        def root(u: Any) -> Any:
+            return np.logaddexp(0.0, u)  # √v in units of b: eᵘ below 1, u above
+
         nodes, log_weights = mixing_grid(
             lambda u: np.log(root(u)) - 0.5 * root(u) ** 2 - np.logaddexp(0.0, -u), low, high, step
         )

@@ -41,7 +41,8 @@ class SpikeAndSlab:
     - with a `temperature` t, the indicator relaxed to z in (0, 1), binary concrete (Maddison, Mnih
       & Teh 2017, arXiv 1611.00712), the site `<name>_slab`:
 
-      .. math:: z = \sigma\big((\operatorname{logit} \pi + \epsilon)/t\big), \quad \epsilon \sim \mathrm{Logistic}(0, 1), \quad
+      .. math:: z = \sigma\big((\operatorname{logit} \pi + \epsilon)/t\big), \quad
+          \epsilon \sim \mathrm{Logistic}(0, 1), \quad
           w = s\,z\,\bar w, \quad \bar w \sim N(0, 1)
 
       so that the spike is near the point zero; one z per weight, unit or input.

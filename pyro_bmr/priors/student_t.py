@@ -24,7 +24,8 @@ class StudentT:
     r"""w ~ t_ν(0, s), independently for each weight: like a Gaussian near zero, and hardly shrunk
     far from it.
 
-    .. math:: p(w) = \frac{\Gamma(\frac{\nu + 1}{2})}{\Gamma(\frac\nu2)\sqrt{\nu\pi}\, s}\left(1 + \frac{w^2}{\nu s^2}\right)^{-\frac{\nu + 1}{2}},
+    .. math:: p(w) = \frac{\Gamma(\frac{\nu + 1}{2})}{\Gamma(\frac\nu2)\sqrt{\nu\pi}\,
+        s}\left(1 + \frac{w^2}{\nu s^2}\right)^{-\frac{\nu + 1}{2}},
         \qquad \mathrm{Var}(w) = \frac{\nu s^2}{\nu - 2} \text{ for } \nu > 2
 
     A fit says of no weight that it is zero. Source: Gelman, Jakulin, Pittau & Su 2008, Annals of

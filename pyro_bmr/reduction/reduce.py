@@ -94,7 +94,8 @@ def reduce(
 
     Example:
         >>> reduce(posterior, to=Gaussian(scale=0)).table()  # the point spike, weight by weight
-        >>> reduce(posterior, to={"fc1.*": Gaussian(scale=0)}, per="unit", kept=0.5)  # half of the units of one layer, with their biases
+        >>> # half of the units of one layer, with their biases
+        >>> reduce(posterior, to={"fc1.*": Gaussian(scale=0)}, per="unit", kept=0.5)
     """
     reduction = quiet_reduction(
         posterior, to, per, threshold=threshold, kept=kept, heads=heads, search=search

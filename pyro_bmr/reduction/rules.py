@@ -275,7 +275,10 @@ def _(to: Laplace, living: Living) -> Reduced:
     if living.groups is not None:
         return _scale_mixture(to, living)
     data = _message_from_zero(to, living)
-    gain = lambda data, var, scale: laplace_reduction(data, var, scale).delta_f
+
+    def gain(data: Message, var: Tensor, scale: float) -> Tensor:
+        return laplace_reduction(data, var, scale).delta_f
+
     found = hasattr(to, "log_hyper") and len(data.h)
     scale = (
         float(best_scale(data, living.p.var, to.mixture, to.log_hyper, gain=gain))

@@ -128,7 +128,8 @@ def exhaustive_search(
         ReductionError: there are more groups, or none; or as `greedy_search`.
 
     Example:
-        >>> exhaustive_search(Dense(mean, cov), Gaussian(1.0)).inclusion  # the probability of each, over all models
+        >>> # the probability of each, over all models
+        >>> exhaustive_search(Dense(mean, cov), Gaussian(1.0)).inclusion
     """
     states, members, given = start(posterior, prior, groups)
     count = len(members)

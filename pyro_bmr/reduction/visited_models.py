@@ -81,7 +81,8 @@ class Search:
         r"""Mean and variance of every entry under the average of the models within `window` nats of
         the best (Occam's window).
 
-        .. math:: \bar\mu = \sum_k p_k \mu_k, \qquad \bar\sigma^2 = \sum_k p_k (\sigma_k^2 + \mu_k^2) - \bar\mu^2
+        .. math:: \bar\mu = \sum_k p_k \mu_k, \qquad
+            \bar\sigma^2 = \sum_k p_k (\sigma_k^2 + \mu_k^2) - \bar\mu^2
 
         Source: Hoeting, Madigan, Raftery & Volinsky 1999; Penny et al. 2010 for nested dynamic
         models, whose window of odds 1:20 is 3 nats.

@@ -66,7 +66,8 @@ class Attention(nn.Module):
         self.head_dim, self.batch_first, self.path = mha.head_dim, mha.batch_first, path
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Any = None, need_weights: bool = True, attn_mask: Any = None,
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Any = None,
+        need_weights: bool = True, attn_mask: Any = None,
         average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, None]:  # fmt: skip
         if key_padding_mask is not None or attn_mask is not None:

@@ -30,22 +30,29 @@ from pyro_bmr.shrinking.reshapes import (
 from pyro_bmr.shrinking.ties import Axes, State, Ties, fixed
 
 _ELEMENTWISE_LAYERS: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.ReLU6, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.Softplus, nn.Hardtanh, nn.Hardswish,
-    nn.Hardsigmoid, nn.Mish, nn.Softsign, nn.LogSigmoid, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity,
+    nn.ReLU, nn.ReLU6, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU,
+    nn.LeakyReLU, nn.Softplus, nn.Hardtanh, nn.Hardswish,
+    nn.Hardsigmoid, nn.Mish, nn.Softsign, nn.LogSigmoid, nn.Dropout, nn.Dropout1d, nn.Dropout2d,
+    nn.Identity,
 )  # fmt: skip
 _ELEMENTWISE_FUNCTIONS: set[Any] = {
-    *(getattr(F, name) for name in ("relu", "relu6", "tanh", "sigmoid", "gelu", "silu", "elu", "celu", "selu", "leaky_relu", "softplus", "hardtanh",
+    *(getattr(F, name) for name in ("relu", "relu6", "tanh", "sigmoid", "gelu", "silu", "elu",
+    "celu", "selu", "leaky_relu", "softplus", "hardtanh",
       "hardswish", "hardsigmoid", "mish", "softsign", "logsigmoid")),
-    torch.relu, torch.tanh, torch.sigmoid, torch.exp, torch.abs, torch.neg, torch.square, torch.clone, operator.neg,
+    torch.relu, torch.tanh, torch.sigmoid, torch.exp, torch.abs, torch.neg, torch.square,
+    torch.clone, operator.neg,
     "relu", "tanh", "sigmoid", "exp", "abs", "neg", "square", "clone", "contiguous", "detach",
 }  # fmt: skip
 _BINARY: set[Any] = {
-    torch.add, torch.sub, torch.mul, operator.add, operator.sub, operator.mul, operator.iadd, operator.imul, operator.truediv,
+    torch.add, torch.sub, torch.mul, operator.add, operator.sub, operator.mul, operator.iadd,
+    operator.imul, operator.truediv,
     "add", "sub", "mul", "add_", "mul_",
 }  # fmt: skip
 _POOLS: tuple[type[nn.Module], ...] = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
-    nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ReflectionPad1d,
+    nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d,
 )  # fmt: skip
 _POOL_FUNCTIONS: set[Any] = {
     F.max_pool1d,

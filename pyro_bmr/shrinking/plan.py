@@ -174,7 +174,8 @@ def shrink(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) -> nn.M
     example).apply()`, which see.
 
     Example:
-        >>> small = bmr.shrink(bmr.export(fit.program, reduction.posterior), reduction.masks, data.x_test[:1])
+        >>> small = bmr.shrink(bmr.export(fit.program, reduction.posterior), reduction.masks,
+        ...     data.x_test[:1])
     """
     return shrink_plan(net, masks, example).apply()
 

@@ -278,9 +278,9 @@ class Rebuilt:
                 layer.eps,
                 layer.momentum,
                 layer.affine,
-                device=layer.running_mean.device,
-                dtype=layer.running_mean.dtype,
-            )  # type: ignore[union-attr]
+                device=layer.running_mean.device,  # type: ignore[union-attr]
+                dtype=layer.running_mean.dtype,  # type: ignore[union-attr]
+            )
             small.load_state_dict(
                 {k: v[alive] if v.ndim else v for k, v in layer.state_dict().items()}
             )

@@ -18,7 +18,8 @@ from pyro_bmr.shrinking.graphs import MASKED
 from pyro_bmr.shrinking.ties import State, Ties, fixed
 
 RESHAPES: set[Any] = {
-    torch.flatten, torch.reshape, torch.unsqueeze, torch.squeeze, torch.unflatten, "flatten", "reshape", "view", "unsqueeze", "squeeze", "unflatten",
+    torch.flatten, torch.reshape, torch.unsqueeze, torch.squeeze, torch.unflatten, "flatten",
+    "reshape", "view", "unsqueeze", "squeeze", "unflatten",
 }  # fmt: skip
 PERMUTES: set[Any] = {
     torch.transpose,

@@ -42,7 +42,8 @@ from torch import nn
 import pyro_bmr as bmr
 
 def build(data, prior, hidden="3"):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(data.x_train[0].numel(), int(hidden)), nn.Tanh(), nn.Linear(int(hidden), data.outputs))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(data.x_train[0].numel(), int(hidden)), nn.Tanh(),
+    nn.Linear(int(hidden), data.outputs))
     return bmr.BayesianNetwork(net, prior, data.likelihood())
 """
 

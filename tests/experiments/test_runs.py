@@ -23,7 +23,8 @@ import torch
 import pyro_bmr as bmr
 
 def build(data, prior):
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Linear(8, data.outputs))
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(),
+    torch.nn.Linear(8, data.outputs))
     return bmr.BayesianNetwork(net, prior, data.likelihood())
 """
 

@@ -99,7 +99,10 @@ def large(prior, seed=0):
     )
 
 
-one_cycle = lambda o, steps: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.005, total_steps=steps)
+def one_cycle(o, steps):
+    return torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.005, total_steps=steps)
+
+
 CASES = {
     "adam": lambda **k: fit(classifier(), blobs(), **k),
     "empirical and pruned": lambda **k: fit(

@@ -16,8 +16,10 @@ CLASSES = {name: getattr(td, name) for name in exponential.FAMILIES} | {
     "Dirichlet": lambda *a: td.Dirichlet(torch.stack(a, -1))
 }
 ATTRIBUTES = {
-    "Normal": ("loc", "scale"), "HalfNormal": ("scale",), "Gamma": ("concentration", "rate"), "Beta": ("concentration1", "concentration0"),
-    "Dirichlet": ("concentration",), "Poisson": ("rate",), "Bernoulli": ("probs",), "Geometric": ("probs",), "VonMises": ("loc", "concentration"),
+    "Normal": ("loc", "scale"), "HalfNormal": ("scale",), "Gamma": ("concentration", "rate"),
+    "Beta": ("concentration1", "concentration0"),
+    "Dirichlet": ("concentration",), "Poisson": ("rate",), "Bernoulli": ("probs",),
+    "Geometric": ("probs",), "VonMises": ("loc", "concentration"),
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def test_through_reduce():
 
 def test_two_narrow_peaks_are_the_sum_of_two():
     parts = [(0.3, 0.41, 1e-4), (0.7, -0.777, 1e-3)]
-    log_prob = lambda w: torch.stack(
+    log_prob = lambda w: torch.stack(  # noqa: E731
         [math.log(p) + Normal(number(m), s).log_prob(w) for p, m, s in parts]
     ).logsumexp(0)
     want = torch.stack(

@@ -37,7 +37,7 @@ def test_one_weight_by_its_evidence(e):
     got = best_var(message(q, p), p.var, shift=e - 0.2)
     for i in range(4):
         alone = Diagonal(q.mean[i], q.var[i])
-        loss = lambda v, alone=alone: -log_evidence(v, alone, e)
+        loss = lambda v, alone=alone: -log_evidence(v, alone, e)  # noqa: E731
         best = optimize.minimize_scalar(
             loss, bounds=(0, 20), method="bounded", options={"xatol": 1e-9}
         )

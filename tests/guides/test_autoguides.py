@@ -132,7 +132,7 @@ def test_the_members_of_a_list_are_read_one_by_one_points_and_lists_in_it_includ
         )
 
 
-def test_a_laplace_approximation_is_a_point_in_the_fit_and_the_exact_posterior_after_its_second_stage():
+def test_a_laplace_approximation_is_a_point_in_the_fit_and_exact_after_its_second_stage():
     fit = bmr.fit(
         conjugate,
         (X, Y),

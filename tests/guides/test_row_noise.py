@@ -167,7 +167,7 @@ def tied(x, y=None):
         pyro.sample("y", dist.Normal((torch.tanh(x @ w) @ w).sum(1), 0.5), obs=y)
 
 
-def test_a_weight_used_twice_is_one_weight_per_row_under_flipout_and_refused_by_the_local_estimator():
+def test_a_weight_used_twice_is_one_per_row_under_flipout_and_refused_by_the_local_estimator():
     y = torch.randn(ROWS, dtype=torch.float64)
     with pytest.raises(bmr.ModelError, match='used more than once.*estimator="flipout"'):
         bmr.elbo_terms(tied, bmr.MeanField(tied, LINEAR, y, estimator="local"), LINEAR, y)

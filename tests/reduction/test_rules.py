@@ -119,7 +119,7 @@ def test_a_density_with_a_kink_by_scipy():
     got = density_reduction(bmr.Diagonal(MEAN[0], VAR[0]), PRIOR, OwnDensity(0.3).log_prob)
     for i in range(2):
         m, s = MEAN[0, i].item(), VAR[0, i].item() ** 0.5
-        f = lambda w, m=m, s=s: (
+        f = lambda w, m=m, s=s: (  # noqa: E731
             math.exp(-0.5 * ((w - m) / s) ** 2 + 0.5 * w * w / 1.7 - abs(w) / 0.3)
             / 0.6
             * 1.7**0.5

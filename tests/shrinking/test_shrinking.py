@@ -31,7 +31,8 @@ class ResNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.bn, self.a, self.down, self.b, self.head = (
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), Block(8), nn.Conv2d(8, 12, 1, stride=2), Block(12), nn.Linear(12, 10),
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), Block(8), nn.Conv2d(8, 12, 1,
+            stride=2), Block(12), nn.Linear(12, 10),
         )  # fmt: skip
 
     def forward(self, x):
@@ -66,7 +67,8 @@ class MixerBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self.n1, self.t1, self.t2, self.n2, self.f1, self.f2 = (
-            nn.LayerNorm(10), nn.Linear(16, 12), nn.Linear(12, 16), nn.LayerNorm(10), nn.Linear(10, 14), nn.Linear(14, 10),
+            nn.LayerNorm(10), nn.Linear(16, 12), nn.Linear(12, 16), nn.LayerNorm(10), nn.Linear(10,
+            14), nn.Linear(14, 10),
         )  # fmt: skip
 
     def forward(self, x):
