@@ -41,12 +41,15 @@ def compare(
     Columns: model, data, prior, route, seed, temperature, accuracy or rmse, nll, brier, ece,
     parameters, kept_parameters, kept, delta_f, seconds.
 
-    Routes, for a prior p: point: maximum a posteriori under p, an empirical scale staying at its
-        start, 1; nothing is pruned. fitted: mean field under p; a shrinkage prior then says which
-        weights are zero (`reduce(..., to=None)`), a Gaussian keeps all. reduced: mean field under a
-        Gaussian — p itself if it is one, else `Gaussian()` — reduced during and after the fit to p;
-        a Gaussian p reduces to the point spike, which removes a weight when the evidence rises
-        without it.
+    Routes, for a prior p:
+
+    - point: maximum a posteriori under p, an empirical scale staying at its start, 1; nothing is
+      pruned.
+    - fitted: mean field under p; a shrinkage prior then says which weights are zero
+      (`reduce(..., to=None)`), a Gaussian keeps all.
+    - reduced: mean field under a Gaussian — p itself if it is one, else `Gaussian()` — reduced
+      during and after the fit to p; a Gaussian p reduces to the point spike, which removes a weight
+      when the evidence rises without it.
 
     accuracy … ece and rmse are those of the posterior predictive on the test rows (nats per row;
     rmse and nll in the target's units). `kept` counts all parameters of the network that are not

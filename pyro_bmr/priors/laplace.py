@@ -33,9 +33,9 @@ class Laplace:
     A fit uses the density above, in which nothing couples a weight with a variance of its own.
 
     Args:
-        scale: b, the mean of |w|; or ``"layer"`` (default) for b = c/√fan_in, c ~ C⁺(0, 1) inferred
-            at the site `<name>_scale`. The site of the weights is then the standardised w̄ ~
-            Laplace(0, 1). As the target of a reduction b counts in units of the site, and
+        scale: b, the mean of `|w|`; or ``"layer"`` (default) for b = c/√fan_in, c ~ C⁺(0, 1)
+            inferred at the site `<name>_scale`. The site of the weights is then the standardised
+            w̄ ~ Laplace(0, 1). As the target of a reduction b counts in units of the site, and
             ``"layer"`` has it found by its evidence.
     """
 
