@@ -24,7 +24,7 @@ import pyro_bmr as bmr
 from pyro_bmr.experiments.models import load_model
 
 FOLDER, PAGE = Path("results/fitted-priors"), Path("docs/results/fitted_priors.md")
-PRIORS: dict[str, bmr.Prior] = {
+PRIORS: dict[str, bmr.priors.Prior] = {
     'Gaussian("layer")': bmr.Gaussian("layer"),
     "Horseshoe()": bmr.Horseshoe(),
     "SpikeAndSlab()": bmr.SpikeAndSlab(),

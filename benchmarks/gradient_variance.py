@@ -56,7 +56,7 @@ def main() -> None:
 def loss(program, guide, x, y):
     noise = torch.randn_like(guide.loc) if guide.estimator == "antithetic" else None
     draws = [
-        bmr.elbo_terms(program, guide, x, y, noise=n)
+        bmr.fitting.elbo_terms(program, guide, x, y, noise=n)
         for n in ((noise, -noise) if noise is not None else (None,))
     ]
     return sum(terms.kl - terms.expected_log_likelihood for terms in draws) / len(draws)

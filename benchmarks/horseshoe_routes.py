@@ -35,7 +35,7 @@ def layer(n: int, seed: int) -> bmr.Posterior:
             "w": Site(
                 mean.view(-1, 20),
                 var.view(-1, 20),
-                bmr.Diagonal(torch.tensor(0.0), torch.tensor(1.5)),
+                bmr.formulas.Diagonal(torch.tensor(0.0), torch.tensor(1.5)),
             )
         }
     )

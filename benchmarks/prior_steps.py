@@ -17,7 +17,7 @@ from pyro_bmr.models import mlp
 from pyro_bmr.priors.names import PRIORS
 
 
-def seconds(prior: bmr.Prior, steps: int = 30) -> tuple[float, int]:
+def seconds(prior: bmr.priors.Prior, steps: int = 30) -> tuple[float, int]:
     """(processor seconds of a step, latent numbers of the guide)."""
     torch.manual_seed(0)
     x, y = torch.randn(128, 784), torch.randint(10, (128,))
@@ -29,7 +29,7 @@ def seconds(prior: bmr.Prior, steps: int = 30) -> tuple[float, int]:
     times = []
     for _ in range(steps):
         start = time.process_time()
-        terms = bmr.elbo_terms(program, guide, x, y)
+        terms = bmr.fitting.elbo_terms(program, guide, x, y)
         optimizer.zero_grad()
         ((terms.kl - terms.expected_log_likelihood) / 50_000).backward()
         optimizer.step()

@@ -38,7 +38,9 @@ def posterior(n: int, seed: int = 0) -> bmr.Posterior:
             * torch.randn(len(m), generator=generator)
         )
         v.uniform_(0.001, 0.011, generator=generator)
-    return bmr.Posterior({"w": Site(mean, var, bmr.Diagonal(torch.zeros(()), torch.tensor(1.5)))})
+    return bmr.Posterior(
+        {"w": Site(mean, var, bmr.formulas.Diagonal(torch.zeros(()), torch.tensor(1.5)))}
+    )
 
 
 def measured(call: Callable[[], Any], repeats: int) -> dict[str, float]:

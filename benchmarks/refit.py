@@ -155,7 +155,7 @@ def path(
     spike, observing = bmr.Gaussian(0), {**again, "optimizer": bmr.adam(learning_rate)}
     standing = {**again, "epochs": 1, "optimizer": bmr.adam(0.0)}
 
-    def step(fit: bmr.Fit, kept: float) -> tuple[bmr.Refit, float]:
+    def step(fit: bmr.Fit, kept: float) -> tuple[bmr.fitting.Refit, float]:
         reduction = bmr.reduce(fit.posterior, to=spike, kept=kept)
         return (
             bmr.refit(fit, reduction, data, **observing),

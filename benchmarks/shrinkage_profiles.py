@@ -23,7 +23,7 @@ from pyro_bmr.files import make_folder
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "shrinkage.png"
 # π, and a slab of scale 3
 HALF, TENTH = {"w_inclusion": 0.5, "w_precision": 1 / 9}, {"w_inclusion": 0.1, "w_precision": 1 / 9}
-PANELS: dict[str, dict[str, tuple[bmr.Prior, dict[str, float]]]] = {
+PANELS: dict[str, dict[str, tuple[bmr.priors.Prior, dict[str, float]]]] = {
     "Gaussian, Laplace, StudentT": {
         "Gaussian(2.0)": (bmr.Gaussian(2.0), {}),
         "Laplace(1.0)": (bmr.Laplace(1.0), {}),
@@ -43,7 +43,7 @@ PANELS: dict[str, dict[str, tuple[bmr.Prior, dict[str, float]]]] = {
 
 
 def draws(
-    prior: bmr.Prior, given: dict[str, float], number: int = 1_000_000, seed: int = 0
+    prior: bmr.priors.Prior, given: dict[str, float], number: int = 1_000_000, seed: int = 0
 ) -> Tensor:
     """Weights drawn from the prior with its shared scales given."""
     torch.manual_seed(seed)

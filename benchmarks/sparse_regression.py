@@ -67,7 +67,7 @@ def problem(p: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return torch.tensor(x), torch.tensor(x @ w + NOISE * rng.normal(size=ROWS)), torch.tensor(w)
 
 
-def make_program(prior: bmr.Prior) -> Callable[..., Any]:
+def make_program(prior: bmr.priors.Prior) -> Callable[..., Any]:
     def program(x, y=None):
         w = prior.sample("w", (x.shape[1],), torch.zeros(x.shape[1], dtype=x.dtype))
         noise = pyro.sample("noise", dist.HalfNormal(torch.tensor(2.0, dtype=x.dtype)))
@@ -78,7 +78,7 @@ def make_program(prior: bmr.Prior) -> Callable[..., Any]:
 
 
 def variational(
-    prior: bmr.Prior, guide: Callable[..., Any], x: torch.Tensor, y: torch.Tensor, seed: int
+    prior: bmr.priors.Prior, guide: Callable[..., Any], x: torch.Tensor, y: torch.Tensor, seed: int
 ) -> tuple[torch.Tensor, float]:
     """Draws of the coefficients, and the mean of the ELBO over as many draws."""
     torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def variational(
     optimizer = torch.optim.Adam(q.parameters(), lr=LEARNING_RATE)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
-        terms = bmr.elbo_terms(program, q, x, y)
+        terms = bmr.fitting.elbo_terms(program, q, x, y)
         optimizer.zero_grad()
         (terms.kl - terms.expected_log_likelihood).backward()
         optimizer.step()
@@ -97,7 +97,7 @@ def variational(
         elbo = np.mean(
             [
                 float(t.expected_log_likelihood - t.kl)
-                for t in (bmr.elbo_terms(program, q, x, y) for _ in range(DRAWS))
+                for t in (bmr.fitting.elbo_terms(program, q, x, y) for _ in range(DRAWS))
             ]
         )
         weights = []
@@ -108,7 +108,7 @@ def variational(
 
 
 def nuts(
-    prior: bmr.Prior, x: torch.Tensor, y: torch.Tensor, seed: int, samples: int
+    prior: bmr.priors.Prior, x: torch.Tensor, y: torch.Tensor, seed: int, samples: int
 ) -> tuple[torch.Tensor, float]:
     pyro.set_rng_seed(seed)
     mcmc = MCMC(
@@ -148,7 +148,7 @@ def scores(draws: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     }
 
 
-def prior_of(text: str) -> bmr.Prior:
+def prior_of(text: str) -> bmr.priors.Prior:
     name, _, argument = text.partition(":")
     return getattr(bmr, name)(*([argument] if argument else []))
 

@@ -91,7 +91,7 @@ def ours(
     run.whole.size = run.flat.rows = ROWS
     run.flat.kl_weight = 1 / ROWS
     optimizer = run.optimizer(make or bmr.adam())
-    schedule = bmr.cosine(optimizer, 10**6)
+    schedule = bmr.fitting.cosine(optimizer, 10**6)
     optimizer.steps = 1000  # of the natural gradient: beyond its first steps, which differ
     if masks_of is not None:
         masks = {s.name: torch.rand(s.shape) >= masks_of for s in run.guide.latents}

@@ -238,7 +238,7 @@ def measured(task: Task, folder: Path) -> dict[str, float | str]:
     net = program.net.eval()
     net.load_state_dict(load_file(folder / "model.safetensors"))
     x = data.x_test[:1000]
-    plan = bmr.shrink_plan(net, {}, x)
+    plan = bmr.shrinking.shrink_plan(net, {}, x)
     small = plan.apply()
     with torch.no_grad():
         error = float((small(x) - net(x)).abs().max())

@@ -89,13 +89,13 @@ def main() -> None:
         )
         mean = torch.tensor(np.linalg.solve(precision, moment))
         posterior, prior = (
-            bmr.Dense(mean, torch.tensor(np.linalg.inv(precision))),
+            bmr.formulas.Dense(mean, torch.tensor(np.linalg.inv(precision))),
             bmr.Gaussian(1.0),
         )
         answers = {}
         for name, method in (
-            ("greedy, full posterior", bmr.greedy_search),
-            ("exhaustive, full posterior", bmr.exhaustive_search),
+            ("greedy, full posterior", bmr.reduction.greedy_search),
+            ("exhaustive, full posterior", bmr.reduction.exhaustive_search),
         ):
             start = time.perf_counter()
             search = method(posterior, prior)
@@ -112,10 +112,12 @@ def main() -> None:
                 ),
             )
         marginal = bmr.delta_f(
-            bmr.Diagonal(mean, posterior.cov.diagonal()), prior, bmr.Gaussian(0.0)
+            bmr.formulas.Diagonal(mean, posterior.cov.diagonal()), prior, bmr.Gaussian(0.0)
         )
         factorised = bmr.delta_f(
-            bmr.Diagonal(mean, 1 / torch.tensor(np.diag(precision))), prior, bmr.Gaussian(0.0)
+            bmr.formulas.Diagonal(mean, 1 / torch.tensor(np.diag(precision))),
+            prior,
+            bmr.Gaussian(0.0),
         )
         answers["one shot, marginals of the full posterior"] = (marginal <= 0).numpy()
         answers["one shot, mean field"] = (factorised <= 0).numpy()

@@ -23,12 +23,16 @@ class Recurrent(nn.Module):
         return self.head(states[:, -1])
 
 
-def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "32") -> bmr.BayesianNetwork:
+def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "32") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     if len(shape) not in (1, 3) or (len(shape) == 3 and shape[0] != 1):
-        raise bmr.DataError(f"gru wants images of one channel or curves, got rows of shape {shape}")
+        raise bmr.errors.DataError(
+            f"gru wants images of one channel or curves, got rows of shape {shape}"
+        )
     if not sizes.isdecimal() or int(sizes) < 1:
-        raise bmr.ModelError(f"gru:{sizes}: the width of the state is wanted, such as gru:64")
+        raise bmr.errors.ModelError(
+            f"gru:{sizes}: the width of the state is wanted, such as gru:64"
+        )
     features = shape[-1] if len(shape) == 3 else 1
     return bmr.BayesianNetwork(
         Recurrent(features, int(sizes), data.outputs), prior, data.likelihood()

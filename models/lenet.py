@@ -30,18 +30,20 @@ def network(
     )  # fmt: skip
 
 
-def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "6-16-120-84") -> bmr.BayesianNetwork:
+def build(
+    data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "6-16-120-84"
+) -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     numbers = tuple(
         int(size) if size.isdecimal() else 0 for size in sizes.removesuffix("-relu").split("-")
     )
     if len(shape) != 3 or shape[1] > 32 or shape[2] > 32:
-        raise bmr.DataError(
+        raise bmr.errors.DataError(
             "lenet wants images (channels, height, width) of at most 32×32, got rows of shape"
             f" {shape}"
         )
     if len(numbers) != 4 or min(numbers) < 1:
-        raise bmr.ModelError(
+        raise bmr.errors.ModelError(
             f"lenet:{sizes}: four sizes are wanted, such as lenet:6-16-120-84 or"
             " lenet:6-16-120-84-relu"
         )

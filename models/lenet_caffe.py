@@ -35,16 +35,16 @@ def network(
     return net
 
 
-def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "20-50-500") -> bmr.BayesianNetwork:
+def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "20-50-500") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     numbers = tuple(int(size) if size.isdecimal() else 0 for size in sizes.split("-"))
     if len(shape) != 3 or min(shape[1:]) < 16:
-        raise bmr.DataError(
+        raise bmr.errors.DataError(
             "lenet_caffe wants images (channels, height, width) of at least 16×16, got rows of"
             f" shape {shape}"
         )
     if len(numbers) != 3 or min(numbers) < 1:
-        raise bmr.ModelError(
+        raise bmr.errors.ModelError(
             f"lenet_caffe:{sizes}: three sizes are wanted, such as lenet_caffe:20-50-500"
         )
     return bmr.BayesianNetwork(network(shape, numbers, data.outputs), prior, data.likelihood())

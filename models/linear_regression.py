@@ -13,12 +13,12 @@ from torch import Tensor
 import pyro_bmr as bmr
 
 
-def build(data: bmr.Data, prior: bmr.Prior) -> Callable[..., Tensor]:
+def build(data: bmr.Data, prior: bmr.priors.Prior) -> Callable[..., Tensor]:
     """y = x w + b + noise: w under `prior`, b and the noise under weak priors for standardised
     data.
     """
     if data.task != "regression":
-        raise bmr.DataError(f"linear_regression wants real targets; {data.name} has classes")
+        raise bmr.errors.DataError(f"linear_regression wants real targets; {data.name} has classes")
     features = data.x_train[0].numel()
 
     def program(x: Tensor, y: Tensor | None = None) -> Tensor:

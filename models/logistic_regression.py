@@ -13,10 +13,12 @@ from torch import Tensor
 import pyro_bmr as bmr
 
 
-def build(data: bmr.Data, prior: bmr.Prior) -> Callable[..., Tensor]:
+def build(data: bmr.Data, prior: bmr.priors.Prior) -> Callable[..., Tensor]:
     """y ~ Categorical(softmax(W x + b)): W under `prior`, b under a weak one."""
     if data.classes is None:
-        raise bmr.DataError(f"logistic_regression wants classes; {data.name} has real targets")
+        raise bmr.errors.DataError(
+            f"logistic_regression wants classes; {data.name} has real targets"
+        )
     features, classes = data.x_train[0].numel(), data.classes
 
     def program(x: Tensor, y: Tensor | None = None) -> Tensor:

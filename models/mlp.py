@@ -26,10 +26,10 @@ def network(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential
     return net
 
 
-def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "300-100") -> bmr.BayesianNetwork:
+def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "300-100") -> bmr.BayesianNetwork:
     hidden = tuple(int(size) if size.isdecimal() else 0 for size in sizes.split("-"))
     if min(hidden) < 1:
-        raise bmr.ModelError(
+        raise bmr.errors.ModelError(
             f"mlp:{sizes}: the sizes of hidden layers are wanted, such as mlp:300-100"
         )
     return bmr.BayesianNetwork(

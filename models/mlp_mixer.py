@@ -76,17 +76,17 @@ class Mixer(nn.Module):
         )
 
 
-def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
+def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     if len(shape) != 3:
-        raise bmr.DataError(
+        raise bmr.errors.DataError(
             f"mlp_mixer wants images (channels, height, width), got rows of shape {shape}"
         )
     numbers = [
         int(size) if size.isdecimal() else 0 for size in PRESETS.get(sizes, sizes).split("-")
     ]
     if len(numbers) != 5 or min(numbers) < 1:
-        raise bmr.ModelError(
+        raise bmr.errors.ModelError(
             f"mlp_mixer:{sizes}: {' or '.join(PRESETS)} is wanted, or five numbers such as"
             f" mlp_mixer:{PRESETS['small']}"
         )

@@ -56,10 +56,10 @@ class ResNet(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "16-32") -> bmr.BayesianNetwork:
+def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "16-32") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     if len(shape) != 3:
-        raise bmr.DataError(
+        raise bmr.errors.DataError(
             f"resnet wants images (channels, height, width), got rows of shape {shape}"
         )
     words = sizes.split("-")
@@ -72,7 +72,7 @@ def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "16-32") -> bmr.Bayesia
         or min(widths) < 1
         or (words[-1] == "group" and any(width % 4 for width in widths))
     ):
-        raise bmr.ModelError(
+        raise bmr.errors.ModelError(
             f"resnet:{sizes}: widths are wanted, such as resnet:16-32, or multiples of 4 and the"
             " word group: resnet:16-32-group"
         )

@@ -41,15 +41,15 @@ class CausalTransformer(nn.Module):
         return self.head(self.norm(self.encoder(x, mask=self.future))[:, -1])
 
 
-def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "32-2-4-2") -> bmr.BayesianNetwork:
+def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "32-2-4-2") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     if len(shape) not in (1, 3) or (len(shape) == 3 and shape[0] != 1):
-        raise bmr.DataError(
+        raise bmr.errors.DataError(
             f"transformer wants images of one channel or curves, got rows of shape {shape}"
         )
     numbers = [int(size) if size.isdecimal() else 0 for size in sizes.split("-")]
     if len(numbers) != 4 or min(numbers) < 1 or numbers[0] % numbers[2]:
-        raise bmr.ModelError(
+        raise bmr.errors.ModelError(
             f"transformer:{sizes}: dimension, depth, heads (a divisor of the dimension) and ratio"
             " are wanted, such as transformer:32-2-4-2"
         )

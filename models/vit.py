@@ -64,23 +64,23 @@ class ViT(nn.Module):
         return self.head(self.norm(self.encoder(x))[:, 0])
 
 
-def build(data: bmr.Data, prior: bmr.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
+def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     if len(shape) != 3:
-        raise bmr.DataError(
+        raise bmr.errors.DataError(
             f"vit wants images (channels, height, width), got rows of shape {shape}"
         )
     numbers = [
         int(size) if size.isdecimal() else 0 for size in PRESETS.get(sizes, sizes).split("-")
     ]
     if len(numbers) != 5 or min(numbers) < 1:
-        raise bmr.ModelError(
+        raise bmr.errors.ModelError(
             f"vit:{sizes}: {' or '.join(PRESETS)} is wanted, or five numbers such as"
             f" vit:{PRESETS['small']}"
         )
     patch, dim, depth, heads, ratio = numbers
     if dim % heads:
-        raise bmr.ModelError(
+        raise bmr.errors.ModelError(
             f"vit:{sizes}: the dimension {dim} is not a multiple of the {heads} heads"
         )
     net = ViT(

@@ -150,11 +150,11 @@ def moments(mean, var):
 
 
 def unit(d):
-    return bmr.Diagonal(torch.zeros(d), torch.ones(d))
+    return bmr.formulas.Diagonal(torch.zeros(d), torch.ones(d))
 
 
 def dense(d, scale=1.0):
-    return bmr.Dense(torch.ones(d), scale * torch.eye(d))
+    return bmr.formulas.Dense(torch.ones(d), scale * torch.eye(d))
 
 
 @pytest.fixture(scope="module")
@@ -166,208 +166,216 @@ ones = torch.ones(3)
 BAD_FITS = {
     "x of numpy": (
         lambda: fit(classifier(), (X.numpy(), Y)),
-        bmr.DataError,
+        bmr.errors.DataError,
         r"x: expected a tensor, got ndarray; .*torch\.from_numpy",
     ),
     "x of lists": (
         lambda: fit(classifier(), (X.tolist(), Y)),
-        bmr.DataError,
+        bmr.errors.DataError,
         "x: expected a tensor, got list; .*torch.tensor",
     ),
-    "no y": (lambda: fit(classifier(), X), bmr.DataError, r"a pair \(x, y\).*got Tensor"),
+    "no y": (lambda: fit(classifier(), X), bmr.errors.DataError, r"a pair \(x, y\).*got Tensor"),
     "three of them": (
         lambda: fit(classifier(), (X, Y, Y)),
-        bmr.DataError,
+        bmr.errors.DataError,
         r"a pair \(x, y\).*got tuple",
     ),
     "0-d x": (
         lambda: fit(classifier(), (torch.tensor(1.0), Y)),
-        bmr.DataError,
+        bmr.errors.DataError,
         r"x has shape \(\)",
     ),
     "x of integers": (
         lambda: fit(classifier(), (X.long(), Y)),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"does not run as program\(x, y\) on x of shape \(8, 4\) and torch.int64",
     ),
-    "x of bools": (lambda: fit(classifier(), (X > 0, Y)), bmr.FitError, "torch.bool"),
+    "x of bools": (lambda: fit(classifier(), (X > 0, Y)), bmr.errors.FitError, "torch.bool"),
     "complex x": (
         lambda: fit(classifier(), (X + 1j, Y)),
-        bmr.DataError,
+        bmr.errors.DataError,
         "x: real numbers are wanted",
     ),
     "sparse x": (
         lambda: fit(classifier(), (X.to_sparse(), Y)),
-        bmr.DataError,
+        bmr.errors.DataError,
         "x: a dense tensor with values is wanted, .*sparse_coo",
     ),
-    "x on no device": (lambda: fit(classifier(), (X.to("meta"), Y)), bmr.DataError, "on 'meta'"),
+    "x on no device": (
+        lambda: fit(classifier(), (X.to("meta"), Y)),
+        bmr.errors.DataError,
+        "on 'meta'",
+    ),
     "x too narrow": (
         lambda: fit(classifier(), (X[:, :3], Y)),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"x of shape \(8, 3\).*cannot be multiplied",
     ),
     "y between classes": (
         lambda: fit(classifier(), (X, Y + 0.5)),
-        bmr.DataError,
+        bmr.errors.DataError,
         r"outside the support.*got 0\.5 in row 0",
     ),
     "y in a column": (
         lambda: fit(classifier(), (X, Y[:, None])),
-        bmr.DataError,
+        bmr.errors.DataError,
         r"y has shape \(8, 1\)",
     ),
     "validation too narrow": (
         lambda: fit(classifier(), (X, Y), validation=(X[:, :2], Y)),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"x of shape \(8, 2\)",
     ),
     "validation out of range": (
         lambda: fit(classifier(), (X, Y), validation=(X, Y + 5)),
-        bmr.DataError,
+        bmr.errors.DataError,
         "got 5 in row 0",
     ),
     "validation NaN": (
         lambda: fit(classifier(), (X, Y), validation=NAN),
-        bmr.FitError,
+        bmr.errors.FitError,
         "validation=nan",
     ),
     "epochs of 1.5": (
         lambda: fit(classifier(), (X, Y), epochs=1.5),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"epochs=1\.5: a whole number",
     ),
     "skip -1": (
         lambda: fit(classifier(), (X, Y), skip_faulty=-1),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"skip_faulty=-1: a number of steps >= 0",
     ),
     "skip all": (
         lambda: fit(classifier(), (X, Y), skip_faulty=True),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"skip_faulty=True: a whole number",
     ),
     "batch of 2.5": (
         lambda: fit(classifier(), (X, Y), batch_size=2.5),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"batch_size=2\.5: a whole number",
     ),
     "seed of 1.5": (
         lambda: fit(classifier(), (X, Y), seed=1.5),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"seed=1\.5: a whole number",
     ),
     "a seed too large": (
         lambda: fit(classifier(), (X, Y), seed=2**63),
-        bmr.FitError,
+        bmr.errors.FitError,
         "seed=9223372036854775808",
     ),
     "no program": (
         lambda: fit(None, (X, Y)),
-        bmr.FitError,
+        bmr.errors.FitError,
         "program: a Pyro program.*BayesianNetwork",
     ),
     "a plain network": (
         lambda: fit(plain(), (X, Y)),
-        bmr.FitError,
+        bmr.errors.FitError,
         "positional arguments.*BayesianNetwork",
     ),
     "a guide by name": (
         lambda: fit(classifier(), (X, Y), guide="MeanField"),
-        bmr.FitError,
+        bmr.errors.FitError,
         "guide: MeanField, .* is wanted, got 'MeanField'",
     ),
     "an optimiser by name": (
         lambda: fit(classifier(), (X, Y), optimizer="adam"),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"optimizer: .*adam\(1e-3\).*got 'adam'",
     ),
     "a made optimiser": (
         lambda: fit(
             classifier(), (X, Y), optimizer=torch.optim.SGD([ones.clone().requires_grad_()], 0.1)
         ),
-        bmr.FitError,
+        bmr.errors.FitError,
         "optimizer: a function",
     ),
     "an optimiser with a closure": (
         lambda: fit(classifier(), (X, Y), optimizer=torch.optim.LBFGS),
-        bmr.FitError,
+        bmr.errors.FitError,
         "got LBFGS",
     ),
     "a NaN rate": (
         lambda: fit(classifier(), (X, Y), optimizer=bmr.adam(NAN)),
-        bmr.FitError,
+        bmr.errors.FitError,
         "optimizer: it cannot be made.*nan",
     ),
     "a schedule by name": (
         lambda: fit(classifier(), (X, Y), scheduler="cosine"),
-        bmr.FitError,
+        bmr.errors.FitError,
         "scheduler: .*got 'cosine'",
     ),
     "reductions by name": (
         lambda: fit(classifier(), (X, Y), reduce="every"),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"reduce: Every\(\.\.\.\)",
     ),
     "start by name": (
         lambda: fit(classifier(), (X, Y), start="here"),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"start: Posterior\(\.\.\.\)",
     ),
     "start elsewhere": (
         lambda: fit(classifier(), (X, Y), start=moments(ones, ones)),
-        bmr.FitError,
+        bmr.errors.FitError,
         r"start: its sites \(w\)",
     ),
     "a checkpoint number": (
         lambda: fit(classifier(), (X, Y), checkpoint=3),
-        bmr.FitError,
+        bmr.errors.FitError,
         "checkpoint: a folder",
     ),
     "a NaN weight": (
         lambda: fit(lifted(lambda: Head(nn.Parameter(torch.tensor(NAN)))), (X, Y)),
-        bmr.FitError,
+        bmr.errors.FitError,
         "step 1: .*not finite at extra",
     ),
     "all frozen": (
         lambda: lifted(frozen),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "no parameter of Sequential is lifted.*frozen",
     ),
     "quantised": (
         lambda: lifted(quantised),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "no parameter of Sequential is lifted",
     ),
     "no network": (
         lambda: bmr.BayesianNetwork(None, bmr.Gaussian(), bmr.Categorical()),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "net=None",
     ),
     "no likelihood": (
         lambda: bmr.BayesianNetwork(plain(), bmr.Gaussian(), None),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"likelihood=None\): Categorical\(\)",
     ),
     "a class of likelihoods": (
         lambda: bmr.BayesianNetwork(plain(), bmr.Gaussian(), bmr.Normal),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"likelihood=the class Normal\): ",
     ),
     "a NaN prior mean": (
         lambda: bmr.Gaussian(1.0, mean=torch.tensor([0.0, NAN])),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "mean=.*finite numbers are wanted",
     ),
     "a prior mean of another shape": (
         lambda: fit(lifted(plain, bmr.Gaussian(1.0, mean=torch.ones(7))), (X, Y)),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"prior mean of shape \(7,\)",
     ),
-    "a NaN threshold": (lambda: bmr.Every(threshold=NAN), bmr.FitError, "threshold=nan"),
-    "compare without data": (lambda: bmr.compare("mlp", None), bmr.DataError, "data as load"),
-    "load nothing": (lambda: bmr.load(None), bmr.DataError, "the name of a data set"),
-    "load a zero byte": (lambda: bmr.load("a\0b.npz"), bmr.DataError, "no data set or file"),
+    "a NaN threshold": (lambda: bmr.Every(threshold=NAN), bmr.errors.FitError, "threshold=nan"),
+    "compare without data": (
+        lambda: bmr.compare("mlp", None),
+        bmr.errors.DataError,
+        "data as load",
+    ),
+    "load nothing": (lambda: bmr.load(None), bmr.errors.DataError, "the name of a data set"),
+    "load a zero byte": (lambda: bmr.load("a\0b.npz"), bmr.errors.DataError, "no data set or file"),
 }
 
 
@@ -390,7 +398,7 @@ def test_bad_fits_are_refused(case):
 )
 def test_reductions_that_cannot_be_made_are_refused_before_the_first_step(change, monkeypatch):
     monkeypatch.setattr("pyro_bmr.fitting.fit.FitState.step", None)
-    with pytest.raises(bmr.ReductionError):
+    with pytest.raises(bmr.errors.ReductionError):
         fit(classifier(), (X, Y), epochs=10, reduce=bmr.Every(**change))
 
 
@@ -399,225 +407,241 @@ zeros = torch.zeros(5, dtype=torch.long)
 BAD_CALLS = {
     "predict NaN": (
         lambda d: bmr.predict(d.program, d.posterior, X.index_fill(0, torch.tensor([7]), NAN)),
-        bmr.DataError,
+        bmr.errors.DataError,
         "x is NaN or infinite, first in row 7",
     ),
     "predict no rows": (
         lambda d: bmr.predict(d.program, d.posterior, X[:0]),
-        bmr.DataError,
+        bmr.errors.DataError,
         "at least one",
     ),
     "predict 0-d": (
         lambda d: bmr.predict(d.program, d.posterior, torch.tensor(1.0)),
-        bmr.DataError,
+        bmr.errors.DataError,
         r"shape \(\)",
     ),
     "predict numpy": (
         lambda d: bmr.predict(d.program, d.posterior, X.numpy()),
-        bmr.DataError,
+        bmr.errors.DataError,
         "got ndarray",
     ),
     "predict too narrow": (
         lambda d: bmr.predict(d.program, d.posterior, X[:, :2]),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"does not run on x of shape \(90, 2\)",
     ),
     "predict 1.5 draws": (
         lambda d: bmr.predict(d.program, d.posterior, X, draws=1.5),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"draws=1\.5",
     ),
     "predict from another posterior": (
         lambda d: bmr.predict(d.program, moments(ones, ones), X),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "one observed site",
     ),
     "score a label out of range": (
         lambda d: bmr.predict(d.program, d.posterior, X).log_prob(Y + 1),
-        bmr.DataError,
+        bmr.errors.DataError,
         "label 3 in row 2 .* 0 to 2",
     ),
     "score a negative label": (
         lambda d: bmr.predict(d.program, d.posterior, X).log_prob(Y - 1),
-        bmr.DataError,
+        bmr.errors.DataError,
         "label -1 in row 0",
     ),
     "score fewer rows": (
         lambda d: bmr.predict(d.program, d.posterior, X).log_prob(Y[:5]),
-        bmr.DataError,
+        bmr.errors.DataError,
         r"\(90, 3\) and y \(5,\)",
     ),
     "reduce nothing": (
         lambda d: bmr.reduce(None, to=bmr.Gaussian(0.0)),
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         "a Posterior is wanted",
     ),
     "reduce to a class": (
         lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian),
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         r"call it, as in Gaussian\(scale=0\)",
     ),
     "reduce to a word": (
         lambda d: bmr.reduce(d.posterior, to="gaussian"),
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         "'gaussian' is no target",
     ),
     "a NaN threshold": (
         lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian(0.0), threshold=NAN),
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         "threshold=nan",
     ),
     "a NaN target": (
         lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian(0.0), kept=NAN),
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         "kept=nan",
     ),
-    "refit nothing": (lambda d: bmr.refit(d, None, (X, Y)), bmr.FitError, "a Reduction is wanted"),
+    "refit nothing": (
+        lambda d: bmr.refit(d, None, (X, Y)),
+        bmr.errors.FitError,
+        "a Reduction is wanted",
+    ),
     "moments of numpy": (
         lambda d: moments(np.ones(3), ones),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "site 'w': mean must be a tensor.*ndarray",
     ),
     "moments of integers": (
         lambda d: moments(ones.long(), ones),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "site 'w': mean must be .*torch.int64",
     ),
     "no moments": (
         lambda d: bmr.Posterior.from_moments({}, {}, bmr.Gaussian(0.5)),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "mean: it is empty",
     ),
-    "moments that are NaN": (lambda d: moments(ones * NAN, ones), bmr.ModelError, "finite means"),
-    "a negative variance": (lambda d: moments(ones, -ones), bmr.ModelError, "variances >= 0"),
+    "moments that are NaN": (
+        lambda d: moments(ones * NAN, ones),
+        bmr.errors.ModelError,
+        "finite means",
+    ),
+    "a negative variance": (
+        lambda d: moments(ones, -ones),
+        bmr.errors.ModelError,
+        "variances >= 0",
+    ),
     "a 0-d sample": (
         lambda d: bmr.Posterior.from_samples({"w": torch.tensor(1.0)}, bmr.Gaussian(0.5)),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "at least two",
     ),
     "samples of integers": (
         lambda d: bmr.Posterior.from_samples({"w": torch.ones(5, 3).long()}, bmr.Gaussian(0.5)),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "samples must be",
     ),
     "samples that are NaN": (
         lambda d: bmr.Posterior.from_samples({"w": torch.full((5, 3), NAN)}, bmr.Gaussian(0.5)),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "finite means",
     ),
     "a negative sample of a scale": (
         lambda d: bmr.Posterior.from_samples(
             {"w": -torch.rand(9, 3)}, bmr.Gaussian(0.5), supports={"w": "positive"}
         ),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "finite means",
     ),
     "ΔF of nothing": (
         lambda d: bmr.delta_f(None, unit(3), unit(3)),
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         "with mean and var, is wanted; got None",
     ),
     "ΔF of a dense posterior of another size": (
         lambda d: bmr.delta_f(dense(3), dense(2), dense(3)),
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         r"\(d,\) and \(d, d\) with one d",
     ),
     "a reduced dense posterior of another size": (
-        lambda d: bmr.reduced_posterior(dense(3), dense(3), dense(2)),
-        bmr.ReductionError,
+        lambda d: bmr.formulas.reduced_posterior(dense(3), dense(3), dense(2)),
+        bmr.errors.ReductionError,
         "with one d",
     ),
     "ΔF of a posterior not positive definite": (
         lambda d: bmr.delta_f(dense(2, -1.0), dense(2), dense(2)),
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         "not positive definite",
     ),
     "a subset of another size": (
-        lambda d: bmr.prune_subset(dense(2), unit(2), ones > 0),
-        bmr.ReductionError,
+        lambda d: bmr.formulas.prune_subset(dense(2), unit(2), ones > 0),
+        bmr.errors.ReductionError,
         r"bool tensor of shape \(2,\).*\(3,\)",
     ),
     "a subset of floats": (
-        lambda d: bmr.prune_subset(dense(3), unit(3), ones),
-        bmr.ReductionError,
+        lambda d: bmr.formulas.prune_subset(dense(3), unit(3), ones),
+        bmr.errors.ReductionError,
         r"got torch\.float32",
     ),
     "no draws": (
-        lambda d: bmr.monte_carlo_delta_f(torch.ones(0, 3), unit(3), unit(3)),
-        bmr.ReductionError,
+        lambda d: bmr.formulas.monte_carlo_delta_f(torch.ones(0, 3), unit(3), unit(3)),
+        bmr.errors.ReductionError,
         "as many draws",
     ),
     "draws that are NaN": (
-        lambda d: bmr.monte_carlo_delta_f(torch.full((9, 3), NAN), unit(3), unit(3)),
-        bmr.ReductionError,
+        lambda d: bmr.formulas.monte_carlo_delta_f(torch.full((9, 3), NAN), unit(3), unit(3)),
+        bmr.errors.ReductionError,
         "9 NaN",
     ),
     "inclusion of NaN": (
-        lambda d: bmr.exact_inclusion(torch.tensor([NAN, 1.0])),
-        bmr.ReductionError,
+        lambda d: bmr.formulas.exact_inclusion(torch.tensor([NAN, 1.0])),
+        bmr.errors.ReductionError,
         "got 1 NaN",
     ),
     "inclusion with a negative α": (
-        lambda d: bmr.exact_inclusion(ones, alpha=-1.0),
-        bmr.ReductionError,
+        lambda d: bmr.formulas.exact_inclusion(ones, alpha=-1.0),
+        bmr.errors.ReductionError,
         r"alpha, beta > 0.*-1\.0",
     ),
     "best variance of NaN": (
-        lambda d: bmr.best_var(bmr.Message(ones * NAN, ones), ones),
-        bmr.ReductionError,
+        lambda d: bmr.formulas.best_var(bmr.formulas.Message(ones * NAN, ones), ones),
+        bmr.errors.ReductionError,
         "the message has NaN",
     ),
     "families that differ": (
-        lambda d: bmr.natural_delta_f(
+        lambda d: bmr.formulas.natural_delta_f(
             dist.Normal(0.0, 1.0), dist.Gamma(1.0, 1.0), dist.Normal(0.0, 1.0)
         ),
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         "one exponential family",
     ),
     "save nothing": (
         lambda d: bmr.save(None, "here"),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "a network or a mapping.*NoneType",
     ),
-    "export nothing": (lambda d: bmr.export(None, d.posterior), bmr.ModelError, "got NoneType"),
+    "export nothing": (
+        lambda d: bmr.export(None, d.posterior),
+        bmr.errors.ModelError,
+        "got NoneType",
+    ),
     "accuracy of other rows": (
         lambda d: bmr.metrics.accuracy(rand, zeros[:4]),
-        bmr.DataError,
+        bmr.errors.DataError,
         r"\(5, 3\) and y \(4,\)",
     ),
     "accuracy of a column": (
         lambda d: bmr.metrics.accuracy(rand, zeros[:, None]),
-        bmr.DataError,
+        bmr.errors.DataError,
         r"y \(5, 1\)",
     ),
     "accuracy of nothing": (
         lambda d: bmr.metrics.accuracy(rand[:0], zeros[:0]),
-        bmr.DataError,
+        bmr.errors.DataError,
         "one row at least",
     ),
     "accuracy of NaN": (
         lambda d: bmr.metrics.accuracy(rand * NAN, zeros),
-        bmr.DataError,
+        bmr.errors.DataError,
         "probs is NaN, first in row 0",
     ),
     "a Brier score out of range": (
         lambda d: bmr.metrics.brier(rand, zeros + 7),
-        bmr.DataError,
+        bmr.errors.DataError,
         "label 7 in row 0",
     ),
     "a calibration error without bins": (
         lambda d: bmr.metrics.ece(rand, zeros, bins=0),
-        bmr.DataError,
+        bmr.errors.DataError,
         "bins=0",
     ),
     "RMSE of a column": (
         lambda d: bmr.metrics.rmse(torch.zeros(5), torch.zeros(5, 1)),
-        bmr.DataError,
+        bmr.errors.DataError,
         r"\(5,\) and y \(5, 1\)",
     ),
     "RMSE of NaN": (
         lambda d: bmr.metrics.rmse(torch.full((5,), NAN), torch.zeros(5)),
-        bmr.DataError,
+        bmr.errors.DataError,
         "no NaN",
     ),
 }
@@ -720,7 +744,7 @@ def test_names_in_an_archive_lead_nowhere(tmp_path):
     with zipfile.ZipFile(path) as file, zipfile.ZipFile(only, "w") as out:
         for name in file.namelist():
             out.writestr(f"../{name}", file.read(name))
-    with pytest.raises(bmr.DataError, match="it has no x_train"):
+    with pytest.raises(bmr.errors.DataError, match="it has no x_train"):
         bmr.load(only)
 
 
@@ -728,16 +752,16 @@ def test_an_archive_in_the_place_of_a_folder(tmp_path):
     idx_folder(tmp_path / "idx")
     with tarfile.open(tmp_path / "idx.npz", "w") as file:
         file.add(tmp_path / "idx")
-    with pytest.raises(bmr.DataError, match=r"not a readable \.npz"):
+    with pytest.raises(bmr.errors.DataError, match=r"not a readable \.npz"):
         bmr.load(tmp_path / "idx.npz")
 
 
 def test_links_and_pipes_in_the_place_of_files(tmp_path):
     (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
-    with pytest.raises(bmr.DataError, match="no data set or file"):
+    with pytest.raises(bmr.errors.DataError, match="no data set or file"):
         bmr.load(tmp_path / "loop.csv", "a")
     (tmp_path / "folder.npz").mkdir()
-    with pytest.raises(bmr.DataError, match="no file train-images"):
+    with pytest.raises(bmr.errors.DataError, match="no file train-images"):
         bmr.load(tmp_path / "folder.npz")
 
 

@@ -228,7 +228,7 @@ def test_files_of_two_fits_are_told_apart(tmp_path):
         of_run.write(folder, 1.0)
         (folder / name).write_bytes((tmp_path / "2.0" / name).read_bytes())
         with pytest.raises(
-            bmr.ModelError,
+            bmr.errors.ModelError,
             match=(
                 rf"{name}' does not fit what settings\.json says of it.*fit into the folder again"
             ),
@@ -240,7 +240,8 @@ def test_files_of_two_fits_are_told_apart(tmp_path):
     assert runs.load_run(tmp_path / "1.0", reduced=True).reduction == {}
     stale.reduced(bmr.reduce(stale.posterior, to=bmr.Gaussian(scale=0.5)), {"to": 1.0})
     with pytest.raises(
-        bmr.ModelError, match="the reduction of another fit than that in the folder; reduce again"
+        bmr.errors.ModelError,
+        match="the reduction of another fit than that in the folder; reduce again",
     ):
         runs.load_run(tmp_path / "1.0", reduced=True)
     assert runs.load_run(tmp_path / "1.0").settings["seed"] == 4.0
@@ -250,7 +251,7 @@ def test_files_of_two_fits_are_told_apart(tmp_path):
         (tmp_path / "b" / "before.safetensors").read_bytes()
     )
     with pytest.raises(
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         match=(
             r"before\.safetensors' does not fit what reduction\.json says of it.*reduce and save"
             r" again"
@@ -283,7 +284,7 @@ def test_digests_that_are_none(names, tmp_path):
     OfRun().write(tmp_path, 1.0)
     settings = json.loads((tmp_path / "settings.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps({**settings, "files": names}))
-    with pytest.raises(bmr.ModelError, match=r"^[^\n]*fit into the folder again$"):
+    with pytest.raises(bmr.errors.ModelError, match=r"^[^\n]*fit into the folder again$"):
         runs.load_run(tmp_path)
 
 
@@ -292,7 +293,7 @@ def test_warnings_of_a_reduction_that_are_none(tmp_path):
     about = json.loads((tmp_path / "reduction.json").read_text())
     (tmp_path / "reduction.json").write_text(json.dumps({**about, "warnings": 3}))
     with pytest.raises(
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         match=r"a damaged reduction \('int' object is not iterable\); reduce and save again",
     ):
         bmr.Reduction.load(tmp_path)
@@ -415,13 +416,13 @@ def test_a_folder_has_one_owner_until_its_process_ends(tmp_path):
     assert ready.wait(60)
     with (
         pytest.raises(
-            bmr.FitError,
+            bmr.errors.FitError,
             match=(
                 rf"is in use by process {other.pid} on .*; wait for its end, or choose another"
                 r" folder"
             ),
         ) as caught,
-        locked(tmp_path, bmr.FitError),
+        locked(tmp_path, bmr.errors.FitError),
     ):
         raise AssertionError
     assert "\n" not in str(caught.value)
@@ -455,7 +456,7 @@ def test_who_uses_a_folder_has_it_alone(tmp_path, monkeypatch):
         },
     )
     with locked(tmp_path):
-        with pytest.raises(bmr.FitError, match=f"in use by process {os.getpid()}"):
+        with pytest.raises(bmr.errors.FitError, match=f"in use by process {os.getpid()}"):
             fit()
         with pytest.raises(bmr.PyroBMRError, match="in use by"):
             bmr.compare(
@@ -469,7 +470,7 @@ def test_who_uses_a_folder_has_it_alone(tmp_path, monkeypatch):
             bmr.study(declared, tmp_path, progress=False)
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".owner"]
     fit()
-    with pytest.raises(bmr.FitError, match="another fit"):
+    with pytest.raises(bmr.errors.FitError, match="another fit"):
         fit(seed=1)
     assert fit().seed == 0
 
@@ -482,8 +483,8 @@ def test_reading_says_one_line(tmp_path):
         (MemoryError(), "MemoryError"),
     ):
         with (
-            pytest.raises(bmr.DataError) as caught,
-            reading("'f' is nothing", bmr.DataError, "mend it"),
+            pytest.raises(bmr.errors.DataError) as caught,
+            reading("'f' is nothing", bmr.errors.DataError, "mend it"),
         ):
             raise problem
         assert str(caught.value) == f"'f' is nothing ({words}); mend it"

@@ -55,20 +55,20 @@ CALLS = {
     ),
     "predict": lambda: bmr.predict(regression, FIT.posterior, X, draws=3).locs,
     "elbo_terms": (
-        lambda: bmr.elbo_terms(
+        lambda: bmr.fitting.elbo_terms(
             regression, FIT.guide, X, Y, noise=NOISE
         ).expected_log_likelihood.detach()
     ),
     "from_guide": lambda: bmr.Posterior.from_guide(FIT.guide, regression, X, Y)["w"].mean,
     "a guide": lambda: bmr.MeanField(regression, X, Y).loc.detach(),
-    "refit": (
-        lambda: (
-            bmr.refit(
-                FIT, bmr.reduce(FIT.posterior, to=bmr.Gaussian(scale=0)), (X, Y), **REFIT
-            ).observed
-        )
+    "refit": lambda: (
+        bmr.refit(
+            FIT, bmr.reduce(FIT.posterior, to=bmr.Gaussian(scale=0)), (X, Y), **REFIT
+        ).observed
     ),
-    "best_widening": lambda: bmr.best_widening(regression, FIT.posterior, (X, Y), draws=2),
+    "best_widening": lambda: bmr.prediction.best_widening(
+        regression, FIT.posterior, (X, Y), draws=2
+    ),
     "reduce": lambda: bmr.reduce(FIT.posterior, to=bmr.Horseshoe()).posterior["w"].mean,
 }
 RESULTS = {name: call() for name, call in CALLS.items()}
@@ -158,7 +158,7 @@ def test_tensors_and_networks_made_in_inference_mode():
         bmr.predict(regression, FIT.posterior, x, draws=3).locs, RESULTS["predict"]
     )
     guide = bmr.MeanField(regression, x, y)
-    bmr.elbo_terms(regression, guide, x, y).expected_log_likelihood.backward()
+    bmr.fitting.elbo_terms(regression, guide, x, y).expected_log_likelihood.backward()
     assert guide.loc.grad.abs().min() > 0
     assert (
         bmr.reduce(moments, to=bmr.Horseshoe()).kept
@@ -302,9 +302,9 @@ def test_an_error_leaves_nothing_behind():
             raise RuntimeError("no luck")
 
     state = torch.get_rng_state()
-    with pytest.raises(bmr.FitError, match="no luck"):
+    with pytest.raises(bmr.errors.FitError, match="no luck"):
         bmr.fit(wrong, (X, Y), progress=False)
-    with pytest.raises(bmr.ModelError, match="no luck"):
+    with pytest.raises(bmr.errors.ModelError, match="no luck"):
         bmr.predict(wrong, FIT.posterior, X)
     assert not pyro.poutine.runtime._PYRO_STACK and torch.equal(state, torch.get_rng_state())
     assert torch.equal(CALLS["fit"](), RESULTS["fit"])
@@ -315,7 +315,7 @@ def test_the_callers_random_state_goes_on_in_elbo_terms_alone():
     for name, call in CALLS.items():
         call()
         assert torch.equal(state, torch.get_rng_state()), name
-    assert bmr.elbo_terms(regression, FIT.guide, X, Y) != bmr.elbo_terms(
+    assert bmr.fitting.elbo_terms(regression, FIT.guide, X, Y) != bmr.fitting.elbo_terms(
         regression, FIT.guide, X, Y
     )
 

@@ -34,7 +34,8 @@ def test_what_is_free_is_the_least_of_what_the_system_says(tmp_path, monkeypatch
     assert memory.free_bytes(cpu) == 3000
     memory.check_memory("this", 3000, cpu, "do that")
     with pytest.raises(
-        bmr.ModelError, match=r"^this takes 3e-06 GB, and 3e-06 GB are free on 'cpu'; do that$"
+        bmr.errors.ModelError,
+        match=r"^this takes 3e-06 GB, and 3e-06 GB are free on 'cpu'; do that$",
     ):
         memory.check_memory("this", 3001, cpu, "do that")
 
@@ -66,7 +67,11 @@ def test_the_machine_says_what_is_free():
             lambda: bmr.predict(*FITTED, X, draws=50),
             "a prediction of 50 draws at 40 rows",
         ),
-        (2 * 9 * 211 * 4, lambda: bmr.ensemble(*FITTED, draws=9), "an ensemble of 9 networks"),
+        (
+            2 * 9 * 211 * 4,
+            lambda: bmr.exporting.ensemble(*FITTED, draws=9),
+            "an ensemble of 9 networks",
+        ),
     ],
 )
 def test_it_is_refused_at_the_byte(monkeypatch, needed, asked, words):
@@ -74,7 +79,7 @@ def test_it_is_refused_at_the_byte(monkeypatch, needed, asked, words):
     asked()
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1.0)
     with pytest.raises(
-        bmr.ModelError, match=f"^{words}.* takes .* GB, and .* GB are free on 'cpu'; "
+        bmr.errors.ModelError, match=f"^{words}.* takes .* GB, and .* GB are free on 'cpu'; "
     ):
         asked()
 

@@ -77,8 +77,8 @@ CALLS = {
         f"Every {name}": lambda big, name=name: bmr.Every(**{name: big})
         for name in ("epochs", "start", "stop", "kept", "threshold")
     },
-    "Block": lambda big: bmr.Block(big, 2),
-    "NofM": lambda big: bmr.NofM(big, 4),
+    "Block": lambda big: bmr.reduction.Block(big, 2),
+    "NofM": lambda big: bmr.reduction.NofM(big, 4),
     "network": lambda big: bmr.BayesianNetwork(
         big if not isinstance(big, nn.Module) else {"net": big}, bmr.Gaussian(), bmr.Categorical()
     ),
@@ -126,11 +126,13 @@ CALLS = {
     ),
     "widened": lambda big: GIVEN.widened(big),
     "predict": lambda big: bmr.predict(program(), GIVEN, X, draws=big),
-    "ensemble": lambda big: bmr.ensemble(program(), GIVEN, draws=big),
+    "ensemble": lambda big: bmr.exporting.ensemble(program(), GIVEN, draws=big),
     "delta_f": lambda big: bmr.delta_f(
-        bmr.Diagonal(WIDE, WIDE), big if not isinstance(big, dict) else WIDE, bmr.Gaussian(0)
+        bmr.formulas.Diagonal(WIDE, WIDE),
+        big if not isinstance(big, dict) else WIDE,
+        bmr.Gaussian(0),
     ),
-    "log_prior_ratio": lambda big: bmr.reduction_program(GIVEN, "w", big),
+    "log_prior_ratio": lambda big: bmr.reduction.reduction_program(GIVEN, "w", big),
     "natural gradient": lambda big: bmr.natural_gradient(big),
     "checkpoints": lambda big: bmr.Checkpoints("folder", every_steps=big),
     "low rank": lambda big: LowRankPlusDiagonal(program(), X, Y, rank=big),
@@ -138,8 +140,8 @@ CALLS = {
     "bins": lambda big: bmr.metrics.ece(torch.full((3, 2), 0.5), torch.tensor([0, 1, 0]), bins=big),
     "jobs": lambda big: bmr.study({}, "out", jobs=big),
     "estimator": lambda big: bmr.MeanField(program(), X, Y, estimator=big),
-    "exact_inclusion": lambda big: bmr.exact_inclusion(torch.randn(3), alpha=big),
-    "paired_loss": lambda big: bmr.paired_loss(big, big, Y),
+    "exact_inclusion": lambda big: bmr.formulas.exact_inclusion(torch.randn(3), alpha=big),
+    "paired_loss": lambda big: bmr.prediction.paired_loss(big, big, Y),
 }
 
 

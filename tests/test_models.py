@@ -56,12 +56,12 @@ def test_lifted_fitted_reduced_exported_and_shrunk(name):
     probs = bmr.predict(fit.program, reduction.posterior, data.x_test, draws=0).probs
     torch.testing.assert_close(outputs.softmax(1), probs, rtol=1e-4, atol=1e-5)
     if name in SHRINKS:
-        small = bmr.shrink_plan(net, {}, data.x_test[:8]).apply()
+        small = bmr.shrinking.shrink_plan(net, {}, data.x_test[:8]).apply()
         with torch.no_grad():
             torch.testing.assert_close(small(data.x_test), outputs, rtol=1e-4, atol=1e-5)
     else:
         with pytest.raises(bmr.PyroBMRError):
-            bmr.shrink_plan(net, {}, data.x_test[:8])
+            bmr.shrinking.shrink_plan(net, {}, data.x_test[:8])
 
 
 def test_logistic_regression_learns_the_digits():
@@ -79,7 +79,7 @@ def test_logistic_regression_learns_the_digits():
         > 0.93
     )
     with pytest.raises(
-        bmr.DataError, match="logistic_regression wants classes; diabetes has real targets"
+        bmr.errors.DataError, match="logistic_regression wants classes; diabetes has real targets"
     ):
         load_model("logistic_regression")(bmr.load("diabetes"), bmr.Gaussian(1.0))
 
@@ -115,7 +115,7 @@ def test_sizes_of_the_paper_on_fashion_mnist(name, parameters):
     ],
 )
 def test_sizes_that_cannot_be_are_refused_with_an_example(name):
-    with pytest.raises(bmr.ModelError, match=name.split(":")[0] + ":"):
+    with pytest.raises(bmr.errors.ModelError, match=name.split(":")[0] + ":"):
         load_model(name)(DIGITS, bmr.Gaussian())
 
 
@@ -124,5 +124,5 @@ def test_curves_and_images_where_they_belong():
     for name in ("gru", "transformer"):
         assert load_model(name)(curves, bmr.Gaussian()).net(curves.x_train).shape == (8, 10)
     for name in ("resnet", "vit", "mlp_mixer"):
-        with pytest.raises(bmr.DataError, match=f"{name} wants images"):
+        with pytest.raises(bmr.errors.DataError, match=f"{name} wants images"):
             load_model(name)(curves, bmr.Gaussian())

@@ -99,13 +99,15 @@ def test_predictive_from_the_prior():
 
 def test_masks_that_do_not_fit_are_named():
     for bad in (torch.ones(3, dtype=torch.bool), torch.ones(4)):
-        with pytest.raises(bmr.ReductionError, match=r"mask of site 'w'.*shape \(4,\)"):
+        with pytest.raises(bmr.errors.ReductionError, match=r"mask of site 'w'.*shape \(4,\)"):
             bmr.Masked({"w": bad})(program)(X, Y)
 
     def joint():
         pyro.sample("w", dist.MultivariateNormal(torch.zeros(4), torch.eye(4)))
 
-    with pytest.raises(bmr.ReductionError, match="site 'w'.*MultivariateNormal does not split"):
+    with pytest.raises(
+        bmr.errors.ReductionError, match="site 'w'.*MultivariateNormal does not split"
+    ):
         bmr.Masked(MASKS)(joint)()
 
 
@@ -130,7 +132,7 @@ def test_cubic_schedule():
     "wrong", [{"epochs": 0}, {"start": 0.8, "stop": 0.2}, {"kept": -0.1}, {"kept": 1.1}]
 )
 def test_schedules_out_of_range(wrong):
-    with pytest.raises(bmr.FitError, match="Every"):
+    with pytest.raises(bmr.errors.FitError, match="Every"):
         bmr.Every(**wrong)
 
 

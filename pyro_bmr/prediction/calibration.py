@@ -93,7 +93,7 @@ def best_widening(
             (`Posterior.widened`).
 
     Example:
-        >>> factor = bmr.best_widening(fit.program, fit.posterior, (x_held, y_held))
+        >>> factor = bmr.prediction.best_widening(fit.program, fit.posterior, (x_held, y_held))
         >>> prediction = bmr.predict(fit.program, fit.posterior.widened(factor), x_test)
     """
     if not (isinstance(rows, (tuple, list)) and len(rows) == 2):

@@ -91,8 +91,10 @@ def test_the_divergence_from_the_log_uniform_prior():
 def test_unknown_options_and_methods_are_named():
     for name in METHODS:
         with pytest.raises(
-            bmr.ModelError, match=f"^{name}: no option epocs; the options are: .*epochs"
+            bmr.errors.ModelError, match=f"^{name}: no option epocs; the options are: .*epochs"
         ):
             method_named(name)(BUILD, DATA, 0, {"epocs": 3}, False)
-    with pytest.raises(bmr.ModelError, match="no method 'pruning'; the methods are: point, "):
+    with pytest.raises(
+        bmr.errors.ModelError, match="no method 'pruning'; the methods are: point, "
+    ):
         method_named("pruning")

@@ -231,7 +231,9 @@ def test_help_says_what_each_option_is(capsys, command):
 
 def test_targets_of_the_help_are_targets():
     site = bmr.Site(
-        torch.randn(4, 3), torch.full((4, 3), 0.2), bmr.Diagonal(torch.zeros(()), torch.tensor(0.7))
+        torch.randn(4, 3),
+        torch.full((4, 3), 0.2),
+        bmr.formulas.Diagonal(torch.zeros(()), torch.tensor(0.7)),
     )
     names = re.sub(r" \([^)]*\)", "", TARGETS).replace("SCALE", "0.3").split(", ")
     assert len(names) == 8

@@ -231,21 +231,23 @@ def test_mnist_1d_leaves_the_global_random_states():
 @pytest.mark.parametrize("name", ["fashion-mnist", "mnist"])
 def test_a_set_that_is_not_installed_names_the_command(name, monkeypatch):
     monkeypatch.setattr(library, "_folder", lambda name: None)
-    with pytest.raises(bmr.DataError, match=name) as error:
+    with pytest.raises(bmr.errors.DataError, match=name) as error:
         bmr.load(name)
     assert sources()[name].install in str(error.value) and not sources()[name].installed()
 
 
 def test_mnist_1d_not_installed(monkeypatch):
     monkeypatch.setattr(library, "_has_mnist_1d", lambda: False)
-    with pytest.raises(bmr.DataError, match=r"mnist-1d.*pip install mnist1d"):
+    with pytest.raises(bmr.errors.DataError, match=r"mnist-1d.*pip install mnist1d"):
         bmr.load("mnist-1d")
 
 
 def test_an_altered_named_set_is_refused(tmp_path, monkeypatch):
     idx_folder(tmp_path / "mnist")
     monkeypatch.setattr(library, "_HOME", tmp_path)
-    with pytest.raises(bmr.DataError, match=r"train-images-idx3-ubyte.*differ.*install it again"):
+    with pytest.raises(
+        bmr.errors.DataError, match=r"train-images-idx3-ubyte.*differ.*install it again"
+    ):
         bmr.load("mnist")
 
 
@@ -411,7 +413,7 @@ def test_a_users_folder_may_have_any_name(tmp_path):
 def test_folder_without_a_file(tmp_path):
     idx_folder(tmp_path / "letters")
     (tmp_path / "letters" / IDX["y_test"]).unlink()
-    with pytest.raises(bmr.DataError, match=r"letters.*t10k-labels-idx1-ubyte"):
+    with pytest.raises(bmr.errors.DataError, match=r"letters.*t10k-labels-idx1-ubyte"):
         bmr.load(tmp_path / "letters")
 
 
@@ -429,7 +431,7 @@ def test_read_idx_checks_the_hash(tmp_path):
     raw = idx_bytes(np.arange(12).reshape(3, 4))
     (tmp_path / "a.gz").write_bytes(gzip.compress(raw))
     assert read_idx(tmp_path / "a.gz", hashlib.sha256(raw).hexdigest()).sum() == 66
-    with pytest.raises(bmr.DataError, match=r"a\.gz.*differ.*abcabc.*install it again"):
+    with pytest.raises(bmr.errors.DataError, match=r"a\.gz.*differ.*abcabc.*install it again"):
         read_idx(tmp_path / "a.gz", "abc" * 21 + "a")
 
 
@@ -458,13 +460,13 @@ BAD_IDX = {
 @pytest.mark.parametrize(("raw", "message"), BAD_IDX.values(), ids=BAD_IDX)
 def test_bad_idx(tmp_path, raw, message):
     (tmp_path / "bad-idx").write_bytes(raw)
-    with pytest.raises(bmr.DataError, match=rf"bad-idx.*{message}.*install it again"):
+    with pytest.raises(bmr.errors.DataError, match=rf"bad-idx.*{message}.*install it again"):
         read_idx(tmp_path / "bad-idx")
 
 
 def test_unknown_name():
     with pytest.raises(
-        bmr.DataError,
+        bmr.errors.DataError,
         match=r"'nope'.*digits, diabetes, fashion-mnist, mnist, mnist-1d.*\.npz, \.csv",
     ):
         bmr.load("nope")
@@ -472,7 +474,7 @@ def test_unknown_name():
 
 def test_unknown_suffix(tmp_path):
     (tmp_path / "mine.txt").write_text("1 2 3")
-    with pytest.raises(bmr.DataError, match=r"mine\.txt.*\.npz, \.csv.*'\.txt'"):
+    with pytest.raises(bmr.errors.DataError, match=r"mine\.txt.*\.npz, \.csv.*'\.txt'"):
         bmr.load(tmp_path / "mine.txt")
 
 
@@ -531,7 +533,7 @@ BAD_NPZ = {
 
 @pytest.mark.parametrize(("changes", "message"), BAD_NPZ.values(), ids=BAD_NPZ)
 def test_bad_npz(npz, changes, message):
-    with pytest.raises(bmr.DataError, match=rf"mine.*{message}"):
+    with pytest.raises(bmr.errors.DataError, match=rf"mine.*{message}"):
         bmr.load(npz(**changes))
 
 
@@ -539,7 +541,7 @@ def test_object_arrays_are_not_unpickled(npz, tmp_path):
     bomb = np.empty(30, dtype=object)
     bomb[:] = [Bomb(tmp_path / "marker")] + [0] * 29
     path = npz(y_train=bomb)
-    with pytest.raises(bmr.DataError, match=r"mine\.npz.*pickle"):
+    with pytest.raises(bmr.errors.DataError, match=r"mine\.npz.*pickle"):
         bmr.load(path)
     assert not (tmp_path / "marker").exists()
     with np.load(path, allow_pickle=True) as file, pytest.raises(TypeError):
@@ -549,7 +551,7 @@ def test_object_arrays_are_not_unpickled(npz, tmp_path):
 
 def test_a_pickle_named_npz_is_not_unpickled(tmp_path):
     (tmp_path / "mine.npz").write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
-    with pytest.raises(bmr.DataError, match=r"mine\.npz.*not a readable \.npz file"):
+    with pytest.raises(bmr.errors.DataError, match=r"mine\.npz.*not a readable \.npz file"):
         bmr.load(tmp_path / "mine.npz")
     assert not (tmp_path / "marker").exists()
 
@@ -594,7 +596,7 @@ WRONG_FILES = {
 @pytest.mark.parametrize("write", WRONG_FILES.values(), ids=WRONG_FILES)
 def test_files_that_are_no_npz(tmp_path, write):
     write(tmp_path / "mine.npz")
-    with pytest.raises(bmr.DataError, match=r"mine\.npz.*\.npz file"):
+    with pytest.raises(bmr.errors.DataError, match=r"mine\.npz.*\.npz file"):
         bmr.load(tmp_path / "mine.npz")
 
 
@@ -619,14 +621,14 @@ BAD_CSV = {
 @pytest.mark.parametrize(("text", "target", "message"), BAD_CSV.values(), ids=BAD_CSV)
 def test_bad_csv(tmp_path, text, target, message):
     (tmp_path / "mine.csv").write_text(text)
-    with pytest.raises(bmr.DataError, match=rf"mine.*{message}") as error:
+    with pytest.raises(bmr.errors.DataError, match=rf"mine.*{message}") as error:
         bmr.load(tmp_path / "mine.csv", target)
     assert "\n" not in str(error.value)
 
 
 def test_csv_that_is_not_text(tmp_path):
     (tmp_path / "mine.csv").write_bytes(b"\xff\xfe\x00\x81\x99" * 20)
-    with pytest.raises(bmr.DataError, match=r"mine\.csv.*not a readable \.csv"):
+    with pytest.raises(bmr.errors.DataError, match=r"mine\.csv.*not a readable \.csv"):
         bmr.load(tmp_path / "mine.csv", "b")
 
 

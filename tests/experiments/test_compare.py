@@ -220,7 +220,7 @@ def test_a_correlated_site_that_is_gone_stays_gone(diabetes):
     ],
 )
 def test_guides_that_are_refused(options, message):
-    with pytest.raises(bmr.ModelError, match=message):
+    with pytest.raises(bmr.errors.ModelError, match=message):
         Settings(**options)
 
 
@@ -567,7 +567,7 @@ def test_validation_does_not_look_at_the_test_rows(digits):
         "a fifth of 160 rows is scored"
     )
     assert table["nll"].iloc[0] != one(digits, model="mlp:4")["nll"].iloc[0]
-    with pytest.raises(bmr.ModelError, match=r"validation=1\.5"):
+    with pytest.raises(bmr.errors.ModelError, match=r"validation=1\.5"):
         one(digits, model="mlp:4", settings=replace(QUICK, validation=1.5))
 
 
@@ -602,34 +602,36 @@ def test_models_that_are_not_there(tmp_path):
         model_names()
     ) and "__init__" not in model_names()
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match=(
             r"no model 'nope'.*lenet, lenet_caffe, linear_regression, .*mlp.*build\(data, prior\)"
         ),
     ):
         load_model("nope")
-    with pytest.raises(bmr.ModelError, match=r"no model file '.*gone\.py'"):
+    with pytest.raises(bmr.errors.ModelError, match=r"no model file '.*gone\.py'"):
         load_model(tmp_path / "gone.py")
     (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(bmr.ModelError, match=r"empty\.py' has no function build\(data, prior\)"):
+    with pytest.raises(
+        bmr.errors.ModelError, match=r"empty\.py' has no function build\(data, prior\)"
+    ):
         load_model(tmp_path / "empty.py")
 
 
 def test_unknown_routes(diabetes):
-    with pytest.raises(bmr.ModelError, match=r"fited.*routes are point, fitted, reduced"):
+    with pytest.raises(bmr.errors.ModelError, match=r"fited.*routes are point, fitted, reduced"):
         one(diabetes, routes=["point", "fited"])
-    with pytest.raises(bmr.ModelError, match="at least one"):
+    with pytest.raises(bmr.errors.ModelError, match="at least one"):
         one(diabetes, routes=[])
-    with pytest.raises(bmr.ModelError, match="seeds=0"):
+    with pytest.raises(bmr.errors.ModelError, match="seeds=0"):
         one(diabetes, seeds=0)
 
 
 def test_a_model_that_does_not_suit_the_data(digits, diabetes):
     with pytest.raises(
-        bmr.DataError, match="linear_regression wants real targets; digits has classes"
+        bmr.errors.DataError, match="linear_regression wants real targets; digits has classes"
     ):
         one(digits)
-    with pytest.raises(bmr.DataError, match=r"lenet wants images.*\(10,\)"):
+    with pytest.raises(bmr.errors.DataError, match=r"lenet wants images.*\(10,\)"):
         one(diabetes, model="lenet")
 
 
@@ -669,7 +671,7 @@ def test_results_of_other_data_are_not_taken(tmp_path, blank):
     with pytest.raises(bmr.PyroBMRError, match="fingerprint"):
         bmr.compare("linear_regression", replace(data, y_test=data.y_test + 1), **arguments)
     twins = {"a:b": bmr.Gaussian(), "a-b": bmr.Gaussian()}
-    with pytest.raises(bmr.ModelError, match="two of the names give one folder"):
+    with pytest.raises(bmr.errors.ModelError, match="two of the names give one folder"):
         bmr.compare(
             "linear_regression", data, **{**arguments, "priors": twins, "out": tmp_path / "x"}
         )

@@ -256,7 +256,7 @@ def test_a_guide_by_name(files, tmp_path, capsys):
     )
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["guide"] == "low-rank"
     site = bmr.Posterior.load(tmp_path / "run" / "posterior.safetensors")["0.weight"]
-    assert isinstance(site.joint, bmr.LowRank) and float(site.joint.factor.abs().max()) > 0
+    assert isinstance(site.joint, bmr.formulas.LowRank) and float(site.joint.factor.abs().max()) > 0
     assert main(["reduce", str(tmp_path / "run"), "--kept", "0.2", "--draws", "4"]) == 0
     capsys.readouterr()
     for words, message in [

@@ -29,9 +29,9 @@ def test_each_severity_is_farther_from_the_image(name):
 
 
 def test_what_is_no_corruption_is_refused():
-    with pytest.raises(bmr.DataError, match="fog"):
+    with pytest.raises(bmr.errors.DataError, match="fog"):
         corrupted(X, "fog", 1)
-    with pytest.raises(bmr.DataError, match="6"):
+    with pytest.raises(bmr.errors.DataError, match="6"):
         corrupted(X, next(iter(CORRUPTIONS)), 6)
 
 

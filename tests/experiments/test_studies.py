@@ -274,7 +274,7 @@ def test_other_refusals(here, runs, capsys):
         ({"jobs": 0}, "jobs=0"),
         ({"seeds": 3}, "give them to declare"),
     ):
-        with pytest.raises(bmr.ModelError, match=message):
+        with pytest.raises(bmr.errors.ModelError, match=message):
             quiet(declared, **options)
     assert not runs
 
@@ -340,7 +340,7 @@ def test_the_row_of_a_cell(here, blank):
     assert sum(int(w.count_nonzero()) for w in weights.values()) == row["kept_parameters"] and row[
         "kilobytes"
     ] * 1000 == os.path.getsize(folder / "model.safetensors")
-    small = bmr.shrink_plan(
+    small = bmr.shrinking.shrink_plan(
         torch.nn.Sequential(
             torch.nn.Flatten(), torch.nn.Linear(64, 3), torch.nn.ReLU(), torch.nn.Linear(3, 10)
         ),

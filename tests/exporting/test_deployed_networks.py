@@ -291,7 +291,7 @@ def test_python_that_is_not_the_network_is_not_kept(change, x, tmp_path, monkeyp
 def test_what_cannot_be_deployed_is_refused_by_name(x, tmp_path):
     for example in ((x, x), {"x": x}, x[:0], torch.tensor(1.0)):
         with pytest.raises(
-            bmr.ModelError,
+            bmr.errors.ModelError,
             match=(
                 r"example: expected rows of the network's input, as one tensor, got"
                 r" (tuple|dict|shape \(0, 4\)|shape \(\))"
@@ -299,11 +299,12 @@ def test_what_cannot_be_deployed_is_refused_by_name(x, tmp_path):
         ):
             bmr.deploy(nn.Linear(4, 3), tmp_path / "new", example, seconds=0)
     with pytest.raises(
-        bmr.ModelError, match=r"Linear gives no tensor on rows of the example, of shape \(5, 3\)"
+        bmr.errors.ModelError,
+        match=r"Linear gives no tensor on rows of the example, of shape \(5, 3\)",
     ):
         bmr.deploy(nn.Linear(4, 3), tmp_path / "new", x[:, :3], seconds=0)
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match=r"'safetensors' does not run on batches of \(1, 128\) rows \(RuntimeError",
     ):
         bmr.deploy(Fixed(), tmp_path / "new", x, seconds=0)
@@ -311,7 +312,7 @@ def test_what_cannot_be_deployed_is_refused_by_name(x, tmp_path):
     with torch.no_grad():
         broken.bias[1] = torch.nan
     with pytest.raises(
-        bmr.ModelError, match=r"'bias' of shape \(3,\) has 1 of 3 values that are NaN"
+        bmr.errors.ModelError, match=r"'bias' of shape \(3,\) has 1 of 3 values that are NaN"
     ):
         bmr.deploy(broken, tmp_path / "new", x, seconds=0)
     assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())

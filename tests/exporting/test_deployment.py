@@ -236,31 +236,31 @@ REFUSED = {
     "unknown format": (
         lambda: sparse_net()[0],
         ["tflite"],
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"no format 'tflite'; the formats are: state_dict, safetensors",
     ),
     "csr of a dense network": (
         lambda: sparse_net()[0],
         ["state_dict", "csr"],
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"'csr' pays from 97% zeros.*sparsest has 0\.0%",
     ),
     "2:4 on a CPU": (
         lambda: sparse_net()[0],
         ["half", "2:4"],
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"'2:4' needs a CUDA device.*'cpu'",
     ),
     "no layers to prune": (
         lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)),
         ["prune"],
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"'prune': the network has no Linear",
     ),
     "control flow": (
         Odd,
         ["program"],
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"format 'program' cannot hold this network .*leave it out of `formats`",
     ),
 }
@@ -279,7 +279,7 @@ def test_a_format_that_changes_the_outputs_is_refused(x, tmp_path):
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with torch.no_grad():
         net[1].weight.mul_(1e6)  # beyond half precision
-    with pytest.raises(bmr.ModelError, match=r"'half': read back, its outputs differ"):
+    with pytest.raises(bmr.errors.ModelError, match=r"'half': read back, its outputs differ"):
         bmr.deploy(net, tmp_path, x, formats=["half"], seconds=0)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -303,7 +303,7 @@ def test_an_ensemble_of_shrunk_draws(x, tmp_path):
     }
     masks["1.weight"][:20] = masks["1.bias"][:20] = False
     posterior = fit.posterior.masked(masks)
-    draws = bmr.ensemble(fit.program, posterior, draws=64, seed=1, example=x[:1])
+    draws = bmr.exporting.ensemble(fit.program, posterior, draws=64, seed=1, example=x[:1])
     small = bmr.shrink(bmr.export(fit.program, posterior), {}, x[:1])
     assert {name: tuple(t.shape) for name, t in draws.items()} == {
         name: (64, *t.shape) for name, t in small.state_dict().items()
@@ -314,8 +314,8 @@ def test_an_ensemble_of_shrunk_draws(x, tmp_path):
         want = bmr.predict(fit.program, posterior, x, draws=64, seed=1).probs
         torch.testing.assert_close(mine, want, rtol=0, atol=1e-5)  # the same draws
         assert float((mine - small(x).softmax(1)).abs().max()) > 1e-3
-    with pytest.raises(bmr.ModelError, match="draws=0"):
-        bmr.ensemble(fit.program, posterior, draws=0)
+    with pytest.raises(bmr.errors.ModelError, match="draws=0"):
+        bmr.exporting.ensemble(fit.program, posterior, draws=0)
 
 
 def test_draws_that_shrink_to_different_shapes():
@@ -326,9 +326,15 @@ def test_draws_that_shrink_to_different_shapes():
     program = bmr.BayesianNetwork(net, bmr.Gaussian(0.5), bmr.Categorical())
     masks = {"0.weight": torch.tensor([True, False]).view(2, 1, 1, 1).expand(2, 1, 3, 3).clone()}
     posterior = bmr.Posterior(sites).masked(masks)
-    with pytest.raises(bmr.ModelError, match="shrink to different shapes"):
-        bmr.ensemble(program, posterior, draws=12, example=torch.zeros(1, 1, 8, 8))
-    assert bmr.ensemble(program, posterior, draws=12)["0.weight"].shape == (12, 2, 1, 3, 3)
+    with pytest.raises(bmr.errors.ModelError, match="shrink to different shapes"):
+        bmr.exporting.ensemble(program, posterior, draws=12, example=torch.zeros(1, 1, 8, 8))
+    assert bmr.exporting.ensemble(program, posterior, draws=12)["0.weight"].shape == (
+        12,
+        2,
+        1,
+        3,
+        3,
+    )
 
 
 def test_flops_are_counted_by_hand(x):

@@ -212,14 +212,14 @@ def test_point_weights_of_a_network_and_of_a_program(pruned, exported):
 def test_what_cannot_be_exported(pruned):
     _, fit, _ = pruned
     with pytest.raises(
-        bmr.ModelError, match=r"BayesianNetwork, got function.*posterior\.point\(\)"
+        bmr.errors.ModelError, match=r"BayesianNetwork, got function.*posterior\.point\(\)"
     ):
         bmr.export(lambda x, y=None: None, fit.posterior)
     other = bmr.BayesianNetwork(
         nn.Sequential(nn.Flatten(), nn.Linear(5, 3)), bmr.Gaussian(1.0), bmr.Categorical()
     )
     with pytest.raises(
-        bmr.ModelError, match=r"no site '1\.weight'.*0\.weight, 0\.bias, 3\.weight, 3\.bias"
+        bmr.errors.ModelError, match=r"no site '1\.weight'.*0\.weight, 0\.bias, 3\.weight, 3\.bias"
     ):
         bmr.export(other, fit.posterior)
 
@@ -228,7 +228,9 @@ def test_what_cannot_be_exported(pruned):
 def test_the_posterior_of_a_network_of_other_sizes(pruned, hidden):
     net = nn.Sequential(nn.Linear(5, hidden), nn.Identity(), nn.Tanh(), nn.Linear(hidden, 3))
     other = bmr.BayesianNetwork(net, bmr.Gaussian(1.0), bmr.Categorical())
-    with pytest.raises(bmr.ModelError, match=rf"0\.weight.*\({hidden}, 5\)|0\.weight.*\(7, 5\)"):
+    with pytest.raises(
+        bmr.errors.ModelError, match=rf"0\.weight.*\({hidden}, 5\)|0\.weight.*\(7, 5\)"
+    ):
         bmr.export(other, pruned[2].posterior)
 
 
@@ -237,7 +239,7 @@ def test_a_smaller_posterior_is_not_broadcast(pruned):
     small = bmr.Posterior(
         {**pruned[1].posterior.sites, "3.bias": type(site)(site.mean[:1], site.var[:1])}
     )
-    with pytest.raises(bmr.ModelError, match=r"3\.bias"):
+    with pytest.raises(bmr.errors.ModelError, match=r"3\.bias"):
         bmr.export(pruned[1].program, small)
 
 
@@ -294,7 +296,7 @@ def test_nothing_is_saved_that_is_not_finite(exported, tmp_path, name, value):
     size = net.state_dict()[name].numel()
     for weights in (net, net.state_dict()):
         with pytest.raises(
-            bmr.ModelError,
+            bmr.errors.ModelError,
             match=rf"save: '{name}'.* has 2 of {size} values that are NaN or infinite",
         ):
             bmr.save(weights, tmp_path / "new" / "folder")
@@ -319,12 +321,13 @@ def test_nothing_is_exported_that_is_not_finite(pruned, name):
     else:
         program.net = broken(program.net, name, math.nan)
     bad = 5 if name in posterior.sites else 2
-    for make in (bmr.export, partial(bmr.ensemble, draws=2)):
+    for make in (bmr.export, partial(bmr.exporting.ensemble, draws=2)):
         with pytest.raises(
-            bmr.ModelError, match=rf"'{name}'.* has {bad} of \d+ values that are NaN or infinite"
+            bmr.errors.ModelError,
+            match=rf"'{name}'.* has {bad} of \d+ values that are NaN or infinite",
         ):
             make(program, posterior)
-    with pytest.raises(bmr.ModelError, match=f"export: '{name}'"):
+    with pytest.raises(bmr.errors.ModelError, match=f"export: '{name}'"):
         bmr.export(program.net, posterior)
 
 
@@ -335,7 +338,7 @@ def test_an_additive_mask_may_be_infinite(tmp_path):
     bmr.save(net.state_dict(), tmp_path / "tensors")
     assert torch.equal(load_file(tmp_path / "tensors" / "model.safetensors")["causal"], net.causal)
     net.causal[0, 0] = 1.0
-    with pytest.raises(bmr.ModelError, match="'causal'.* has 3 of 9"):
+    with pytest.raises(bmr.errors.ModelError, match="'causal'.* has 3 of 9"):
         bmr.save(net, tmp_path / "no mask")
 
 
@@ -349,7 +352,7 @@ def test_an_additive_mask_may_be_infinite(tmp_path):
     ids=["sparse", "meta", "c128"],
 )
 def test_what_safetensors_has_no_place_for_is_refused_by_name(tmp_path, value):
-    with pytest.raises(bmr.ModelError, match=r"save: tensor 'b' is torch\..*dense values"):
+    with pytest.raises(bmr.errors.ModelError, match=r"save: tensor 'b' is torch\..*dense values"):
         bmr.save({"a": torch.ones(1), "b": value}, tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
@@ -378,7 +381,7 @@ def test_a_plain_network_that_torch_has_pruned_is_exported_under_either_name():
 def test_a_report_with_nan_is_refused_and_the_old_one_stays(tmp_path, bad):
     weights = {"w": torch.ones(2)}
     bmr.save(weights, tmp_path, {"nll": 1.5})
-    with pytest.raises(bmr.ModelError, match="report.*JSON"):
+    with pytest.raises(bmr.errors.ModelError, match="report.*JSON"):
         bmr.save({"w": torch.zeros(2)}, tmp_path, {"nll": bad})
     assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], torch.ones(2))
     assert strict((tmp_path / "report.json").read_text())["nll"] == 1.5

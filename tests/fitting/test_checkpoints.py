@@ -347,7 +347,7 @@ def test_another_fit_is_refused_with_the_difference(halfway, what):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     make, words = OTHERS[what]
     with pytest.raises(
-        bmr.FitError,
+        bmr.errors.FitError,
         match=rf"checkpoints of another fit \(.*{words}.*the same arguments, or another folder",
     ):
         make()(checkpoint=folder)
@@ -369,7 +369,7 @@ def test_a_start_is_known_by_its_values_and_not_by_what_was_drawn_from_it(tmp_pa
     stopped(call, tmp_path, monkeypatch, 3)
     start.draw()
     assert start.roots and same(call(), call(checkpoint=tmp_path))
-    with pytest.raises(bmr.FitError, match=r"start\.sites\.w\.mean was"):
+    with pytest.raises(bmr.errors.FitError, match=r"start\.sites\.w\.mean was"):
         fit(
             linear,
             regression(),
@@ -394,7 +394,7 @@ def test_a_program_that_has_changed_inside_is_refused(tmp_path, monkeypatch):
         3,
     )
     with pytest.raises(
-        bmr.FitError,
+        bmr.errors.FitError,
         match=r"the program has changed.*log likelihood of the first rows was -?[\d.]+, now it is",
     ):
         fit(program(0.31), regression(), checkpoint=tmp_path)
@@ -407,7 +407,7 @@ def test_a_state_that_is_whole_but_does_not_fit_is_refused(halfway):
         state["run"]["tensors"]["guide.loc"] = torch.ones(3)
         checkpoint_files.write(path, settings, state)
     with pytest.raises(
-        bmr.FitError,
+        bmr.errors.FitError,
         match=(
             r"step-000000006\.safetensors' does not fit this fit \(RuntimeError: .*remove the"
             r" folder"
@@ -436,7 +436,7 @@ class Lookahead(torch.optim.SGD):
 
 def test_state_that_cannot_be_saved_is_refused_by_name(tmp_path):
     with pytest.raises(
-        bmr.FitError, match=r"optimizer Lookahead keeps rounds outside its state_dict"
+        bmr.errors.FitError, match=r"optimizer Lookahead keeps rounds outside its state_dict"
     ):
         fit(classifier(), blobs(), optimizer=partial(Lookahead, lr=0.1), checkpoint=tmp_path)
 
@@ -445,12 +445,12 @@ def test_state_that_cannot_be_saved_is_refused_by_name(tmp_path):
             return {**super().state_dict(), "hook": print}
 
     with pytest.raises(
-        bmr.FitError,
+        bmr.errors.FitError,
         match=r"run/optimizer/hook is a builtin_function_or_method, which cannot be saved",
     ):
         fit(classifier(), blobs(), optimizer=partial(Odd, lr=0.1), checkpoint=tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(bmr.FitError, match="scheduler Bare has no state_dict"):
+    with pytest.raises(bmr.errors.FitError, match="scheduler Bare has no state_dict"):
         fit(
             classifier(),
             blobs(),
@@ -471,7 +471,7 @@ def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(fitting.FitState, "step", overflow)
         with pytest.raises(
-            bmr.FitError,
+            bmr.errors.FitError,
             match=(
                 r"step 8: .*not finite at 0\.weight.*; the last good checkpoint is"
                 r" '.*step-000000006\.safetensors'"
@@ -559,7 +559,7 @@ def test_a_full_disk_stops_the_first_checkpoint_and_warns_of_later_ones(tmp_path
     [{"every_seconds": -1.0}, {"every_seconds": math.nan}, {"every_steps": 0}, {"keep": 0}],
 )
 def test_checkpoints_out_of_range(change):
-    with pytest.raises(bmr.FitError, match=rf"Checkpoints\({next(iter(change))}="):
+    with pytest.raises(bmr.errors.FitError, match=rf"Checkpoints\({next(iter(change))}="):
         bmr.Checkpoints("here", **change)
 
 

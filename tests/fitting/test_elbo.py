@@ -96,7 +96,7 @@ def test_value_and_gradient_are_pyros(prior, masked):
         guide.log_scale += 0.2 * torch.randn_like(guide.loc)
     noise = torch.randn_like(guide.loc)
     masks = masks_for(guide) if masked else {}
-    terms = bmr.elbo_terms(program, guide, X, y, masks=masks, noise=noise)
+    terms = bmr.fitting.elbo_terms(program, guide, X, y, masks=masks, noise=noise)
     fast = terms.kl - terms.expected_log_likelihood
     grads = torch.autograd.grad(fast, list(guide.parameters()))
     slow = pyro_loss(Masked(masks)(program), Masked(masks)(guide), site_values(guide, noise), y)
@@ -114,7 +114,7 @@ def test_gradients_by_finite_differences():
 
     def loss(loc, log_scale):
         guide.loc.data, guide.log_scale.data = loc, log_scale
-        terms = bmr.elbo_terms(program, guide, X, Y, masks=masks, noise=noise)
+        terms = bmr.fitting.elbo_terms(program, guide, X, Y, masks=masks, noise=noise)
         return terms.kl - terms.expected_log_likelihood
 
     loc, log_scale = guide.loc.detach().clone(), guide.log_scale.detach().clone()
@@ -154,7 +154,7 @@ def test_autonormal_goes_through_pyro_and_agrees_in_the_mean():
             torch.stack(
                 [
                     t.expected_log_likelihood - t.kl
-                    for t in (bmr.elbo_terms(program, g, X, Y) for _ in range(400))
+                    for t in (bmr.fitting.elbo_terms(program, g, X, Y) for _ in range(400))
                 ]
             )
             for g in (fast, auto)
@@ -181,21 +181,21 @@ def test_priors_with_an_event_dimension():
     expected = log_q - dist.MultivariateNormal(
         torch.tensor([0.2, -0.1], dtype=torch.float64), cov
     ).log_prob(w)
-    assert bmr.elbo_terms(joint, guide, X, X[:, 1], noise=noise).kl.item() == pytest.approx(
+    assert bmr.fitting.elbo_terms(joint, guide, X, X[:, 1], noise=noise).kl.item() == pytest.approx(
         expected.item(), rel=1e-10
     )
-    with pytest.raises(bmr.ModelError, match="site 'w'.*does not split"):
-        bmr.elbo_terms(joint, guide, X, X[:, 1], masks={"w": torch.tensor([True, False])})
+    with pytest.raises(bmr.errors.ModelError, match="site 'w'.*does not split"):
+        bmr.fitting.elbo_terms(joint, guide, X, X[:, 1], masks={"w": torch.tensor([True, False])})
 
 
 def test_a_masked_program_has_the_kl_of_its_living_entries():
     program = network(bmr.Gaussian(0.6))
     guide = bmr.MeanField(program, X, Y)
     masks, noise = masks_for(guide), torch.randn_like(guide.loc)
-    inside = bmr.elbo_terms(
+    inside = bmr.fitting.elbo_terms(
         Masked(masks)(program), bmr.MeanField(Masked(masks)(program), X, Y), X, Y, noise=noise
     )
-    outside = bmr.elbo_terms(program, guide, X, Y, noise=noise, masks=masks)
+    outside = bmr.fitting.elbo_terms(program, guide, X, Y, noise=noise, masks=masks)
     assert inside.kl.item() == pytest.approx(outside.kl.item(), rel=1e-10)
     assert inside.expected_log_likelihood.item() == pytest.approx(
         outside.expected_log_likelihood.item(), rel=1e-10
@@ -209,5 +209,7 @@ def test_a_site_that_the_guide_has_not_is_no_likelihood():
         pyro.sample("extra", dist.Normal(torch.tensor(0.0), 1.0))
         hand_written(x, y)
 
-    with pytest.raises(bmr.ModelError, match="site 'extra' of the program is not in the guide"):
-        bmr.elbo_terms(larger, guide, X, X[:, 1])
+    with pytest.raises(
+        bmr.errors.ModelError, match="site 'extra' of the program is not in the guide"
+    ):
+        bmr.fitting.elbo_terms(larger, guide, X, X[:, 1])

@@ -55,13 +55,13 @@ def test_the_averages_are_those_of_numpy_and_a_jump_is_twenty_deviations():
 def test_none_is_a_jump_where_none_may_be_skipped():
     faults = Faults(0)
     assert not any(faults.jump(-1.0) for _ in range(200)) and not faults.jump(-1e12)
-    with pytest.raises(bmr.FitError, match="^wrong$"):
+    with pytest.raises(bmr.errors.FitError, match="^wrong$"):
         faults.skip("wrong")
 
 
 def test_skipped_steps_change_nothing_and_are_counted():
     with pytest.raises(
-        bmr.FitError,
+        bmr.errors.FitError,
         match=(
             r"^step 12: the loss or its gradient is not finite at 0.bias, 0.weight .*; steps"
             r" skipped before: 1$"
@@ -69,7 +69,7 @@ def test_skipped_steps_change_nothing_and_are_counted():
     ):
         fit({5, 12}, epochs=2, skip_faulty=1)
     with pytest.raises(
-        bmr.FitError,
+        bmr.errors.FitError,
         match=(
             r"^step 5: the loss or its gradient is not finite at 0.bias, 0.weight .*; lower the"
             r" learning rate"
@@ -106,7 +106,7 @@ def test_a_jump_of_the_loss_is_skipped_if_asked():
 
 def test_a_fit_that_goes_on_remembers_what_it_skipped(tmp_path):
     rule = bmr.Checkpoints(tmp_path, every_steps=8)
-    with pytest.raises(bmr.FitError, match="step 19.*step-000000016"):
+    with pytest.raises(bmr.errors.FitError, match="step 19.*step-000000016"):
         fit({5, 19}, epochs=3, skip_faulty=1, checkpoint=rule)
-    with pytest.raises(bmr.FitError, match=r"steps skipped before: 1"):
+    with pytest.raises(bmr.errors.FitError, match=r"steps skipped before: 1"):
         fit({3}, epochs=3, skip_faulty=1, checkpoint=rule)  # the third step after the sixteenth

@@ -257,7 +257,7 @@ def test_wrong_plates_are_named():
         with pyro.plate("rows", 1000, subsample=torch.arange(len(x))):
             return pyro.sample("y", dist.Normal(x @ w, 0.3), obs=y)
 
-    with pytest.raises(bmr.ModelError, match="plate 'rows' has 1000 rows, the data have 64"):
+    with pytest.raises(bmr.errors.ModelError, match="plate 'rows' has 1000 rows, the data have 64"):
         quick(wrong_size, regression())
 
 
@@ -278,17 +278,17 @@ class Exploding(nn.Module):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_site():
-    with pytest.raises(bmr.FitError, match=r"step 4: .*not finite at w .*learning rate"):
+    with pytest.raises(bmr.errors.FitError, match=r"step 4: .*not finite at w .*learning rate"):
         quick(Exploding(3), regression())
 
 
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        ({"batch_size": 0}, bmr.FitError, "batch_size=0"),
-        ({"epochs": 0}, bmr.FitError, "epochs=0"),
-        ({"temperature": 0.0}, bmr.FitError, "temperature=0"),
-        ({"validation": 1.0}, bmr.FitError, "validation=1.0"),
+        ({"batch_size": 0}, bmr.errors.FitError, "batch_size=0"),
+        ({"epochs": 0}, bmr.errors.FitError, "epochs=0"),
+        ({"temperature": 0.0}, bmr.errors.FitError, "temperature=0"),
+        ({"validation": 1.0}, bmr.errors.FitError, "validation=1.0"),
     ],
 )
 def test_arguments_out_of_range(change, error, words):
@@ -298,15 +298,15 @@ def test_arguments_out_of_range(change, error, words):
 
 def test_bad_rows_are_named_before_any_work():
     x, y = blobs()
-    with pytest.raises(bmr.DataError, match="x is NaN or infinite, first in row 7"):
+    with pytest.raises(bmr.errors.DataError, match="x is NaN or infinite, first in row 7"):
         quick(classifier(), (x.index_fill(0, torch.tensor([7]), math.nan), y))
     with pytest.raises(
-        bmr.DataError, match=r"outside the support of observed site 'y'.*got 3 in row 5"
+        bmr.errors.DataError, match=r"outside the support of observed site 'y'.*got 3 in row 5"
     ):
         quick(classifier(), (x, y.index_fill(0, torch.tensor([5]), 3)))
-    with pytest.raises(bmr.DataError, match=r"x has shape \(90, 4\) and y \(80,\)"):
+    with pytest.raises(bmr.errors.DataError, match=r"x has shape \(90, 4\) and y \(80,\)"):
         quick(classifier(), (x, y[:80]))
-    with pytest.raises(bmr.DataError, match="at least one"):
+    with pytest.raises(bmr.errors.DataError, match="at least one"):
         quick(classifier(), (x[:0], y[:0]))
 
 
@@ -314,7 +314,7 @@ def test_guides_that_cannot_be_read_are_refused_before_the_first_step():
     from pyro.infer.autoguide import AutoIAFNormal
 
     program = Exploding(0)  # a first step would end in a FitError
-    with pytest.raises(bmr.ModelError, match="site 'w'.*AutoIAFNormal cannot be read"):
+    with pytest.raises(bmr.errors.ModelError, match="site 'w'.*AutoIAFNormal cannot be read"):
         quick(program, regression(), guide=AutoIAFNormal)
 
 
@@ -340,7 +340,7 @@ def test_params_of_a_hand_written_program_are_refused():
             return pyro.sample("y", dist.Normal(x @ w, scale), obs=y)
 
     with pytest.raises(
-        bmr.FitError, match=r"pyro.param 'scale' would not be trained.*from_param_store"
+        bmr.errors.FitError, match=r"pyro.param 'scale' would not be trained.*from_param_store"
     ):
         quick(with_param, regression())
     assert len(pyro.get_param_store()) == 0
@@ -350,7 +350,7 @@ def test_prediction_needs_targets_with_a_default():
     def strict(x, y):
         return linear(x, y)
 
-    with pytest.raises(bmr.ModelError, match="y=None"):
+    with pytest.raises(bmr.errors.ModelError, match="y=None"):
         quick(strict, regression(), validation=0.2)
 
 
@@ -363,7 +363,7 @@ def test_prediction_needs_targets_with_a_default():
     ],
 )
 def test_schedules_that_never_act_are_refused(change):
-    with pytest.raises(bmr.FitError, match=r"Every\(.*no reduction can be made"):
+    with pytest.raises(bmr.errors.FitError, match=r"Every\(.*no reduction can be made"):
         quick(linear, regression(), **change)
 
 

@@ -56,7 +56,7 @@ def expected(program, guide, y, masks, noise):
     `elbo_terms`; of two draws, the mean.
     """
     draws = [
-        bmr.elbo_terms(program, guide, X, y, masks=masks, noise=n)
+        bmr.fitting.elbo_terms(program, guide, X, y, masks=masks, noise=n)
         for n in ((noise, -noise) if guide.estimator == "antithetic" else (noise,))
     ]
     likelihood, kl = (sum(terms) / len(draws) for terms in zip(*draws, strict=True))
@@ -121,7 +121,7 @@ def test_priors_of_every_form(masked, estimator):
     assert draw.kl == pytest.approx(kl, rel=1e-10)
     torch.testing.assert_close(step.loc.grad, loc[living], rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(step.log_scale.grad, log_scale[living], rtol=1e-8, atol=1e-11)
-    with pytest.raises(bmr.ModelError, match="site 'u'.*does not split"):
+    with pytest.raises(bmr.errors.ModelError, match="site 'u'.*does not split"):
         step.prune({"u": torch.tensor([True, False])})
         step.run((X, X[:, 1]), 2)
 

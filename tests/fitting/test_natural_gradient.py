@@ -64,7 +64,7 @@ def test_one_step_is_that_of_the_papers():
         noise = draw.sign * draw.noise
         std = (lam * (h + delta)).rsqrt()
         w = (m + std * noise).requires_grad_()
-        terms = bmr.elbo_terms(
+        terms = bmr.fitting.elbo_terms(
             program, guide, X, Y, noise=(w - guide.loc.detach()) / guide.log_scale.detach().exp()
         )
         z = {name: part.detach().requires_grad_() for name, part in guide.views(w).items()}
@@ -192,9 +192,9 @@ def test_arguments_out_of_range_and_guides_that_do_not_fit():
         "cap": 0.0,
         "momentum": 1.0,
     }.items():
-        with pytest.raises(bmr.FitError, match=rf"natural_gradient\({name}="):
+        with pytest.raises(bmr.errors.FitError, match=rf"natural_gradient\({name}="):
             bmr.natural_gradient(**{name: value})
-    with pytest.raises(bmr.FitError, match=r"needs guide=MeanField.*got Point"):
+    with pytest.raises(bmr.errors.FitError, match=r"needs guide=MeanField.*got Point"):
         bmr.fit(regression, ROWS, guide=bmr.Point, optimizer=bmr.natural_gradient(), progress=False)
 
 

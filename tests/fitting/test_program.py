@@ -59,7 +59,8 @@ def test_a_series_keeps_its_order_if_a_batch_is_all_of_it():
 @pytest.mark.parametrize("settings", [{"batch_size": 50}, {"batch_size": 200, "validation": 0.2}])
 def test_a_series_is_not_mixed_without_a_word(settings):
     with pytest.raises(
-        bmr.FitError, match=r"observed site 'y' depends on the order of the rows.*shuffle=False"
+        bmr.errors.FitError,
+        match=r"observed site 'y' depends on the order of the rows.*shuffle=False",
     ):
         bmr.fit(ar1, series(), progress=False, **settings)
 
@@ -102,7 +103,7 @@ def test_rows_in_order_are_stretches_and_the_last_ones_are_held_out():
 def test_the_order_is_a_setting_of_a_checkpoint(tmp_path):
     run = partial(fit, linear, (X, Y), batch_size=20, checkpoint=tmp_path)
     run()
-    with pytest.raises(bmr.FitError, match="shuffle was True, is False"):
+    with pytest.raises(bmr.errors.FitError, match="shuffle was True, is False"):
         run(shuffle=False)
 
 
@@ -129,7 +130,7 @@ def test_what_is_not_a_sum_over_rows_is_said():
         return pyro.sample("y", dist.MultivariateNormal(x.new_zeros(len(x)), cov), obs=y)
 
     with pytest.raises(
-        bmr.FitError,
+        bmr.errors.FitError,
         match=r"observed site 'penalty' does not depend on the rows.*batch_size=len\(x\)",
     ):
         fit(penalised, (X, Y), batch_size=20)
@@ -211,39 +212,39 @@ def module_of(program):
 OTHER_GUIDES = {
     "lacks a site": (
         without_b,
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "site 'b' of the program is not in the guide, whose sites are: w",
     ),
     "lacks a site, MeanField": (
         lambda _: bmr.MeanField(poutine.condition(linear, data={"b": torch.tensor(0.0)}), X, Y),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "site 'b'.*not in",
     ),
     "has a site more": (
         lambda _: AutoNormal(other_program),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "site 'c' of the guide is no latent site of the program",
     ),
     "has a site more, MeanField": (
         lambda _: module_of(other_program),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         "site 'c' of the guide is no latent site",
     ),
     "another shape": (
         Wide,
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"site 'w'.*\(3,\), got \(1,\)|site 'w' has shape \(1,\).* and \(3,\)",
     ),
     "another shape, MeanField": (
         lambda _: module_of(narrow),
-        bmr.ModelError,
+        bmr.errors.ModelError,
         r"site 'w'.*\(3,\), got \(1,\)|site 'w' has shape \(1,\).* and \(3,\)",
     ),
-    "observes": (Observes, bmr.ModelError, "site 'b' of the guide is observed"),
-    "a function of the rows": (by_hand, bmr.FitError, "Pyro's SVI"),
+    "observes": (Observes, bmr.errors.ModelError, "site 'b' of the guide is observed"),
+    "a function of the rows": (by_hand, bmr.errors.FitError, "Pyro's SVI"),
     "that it makes": (
         lambda _: by_hand,
-        bmr.FitError,
+        bmr.errors.FitError,
         "pyro.param 'loc' of the guide would not be trained.*Pyro's SVI",
     ),
 }
@@ -255,9 +256,9 @@ def test_guides_of_other_sites_are_refused_by_name(case):
     with pytest.raises(error, match=words):
         fit(linear, (X, Y), guide=guide)
     assert len(pyro.get_param_store()) == 0
-    if error is bmr.ModelError:
+    if error is bmr.errors.ModelError:
         with pytest.raises(error, match=words):
-            bmr.elbo_terms(linear, guide(linear), X, Y)
+            bmr.fitting.elbo_terms(linear, guide(linear), X, Y)
 
 
 def local(x, y=None):
@@ -296,7 +297,7 @@ def test_latent_sites_with_entries_per_row(program, guide):
         site.mean.numel() for name, site in result.posterior.sites.items() if name.startswith("u")
     ) == (8 if program is groups else 40)
     with pytest.raises(
-        bmr.FitError,
+        bmr.errors.FitError,
         match=r"site 'u\w*': its shape depends on the rows.*batch_size=len\(x\) \(40\)",
     ):
         fit(program, (X, Y), guide=guide, batch_size=20)
@@ -314,7 +315,7 @@ def test_a_posterior_per_row_is_the_exact_one():
     torch.testing.assert_close(u.mean, mean[3:], atol=0.08, rtol=0)
     # of a mean field: the conditional variance
     torch.testing.assert_close(u.var, 1 / precision.diagonal()[3:], rtol=0.4, atol=0)
-    bound = bmr.elbo_terms(local, result.guide, x, y)
+    bound = bmr.fitting.elbo_terms(local, result.guide, x, y)
     exact = torch.distributions.MultivariateNormal(
         torch.zeros(40).double(), design @ cov @ design.mT + 0.09 * torch.eye(40).double()
     ).log_prob(y)
@@ -327,7 +328,7 @@ def test_a_posterior_per_row_is_the_exact_one():
 
 
 def test_held_out_rows_have_no_latent_entries():
-    with pytest.raises(bmr.FitError, match="validation: site 'u' has entries per row"):
+    with pytest.raises(bmr.errors.FitError, match="validation: site 'u' has entries per row"):
         fit(local, (X, Y), validation=(X[:5], Y[:5]))
 
 
@@ -336,7 +337,7 @@ def test_held_out_rows_have_no_latent_entries():
 def test_predictions_at_other_rows_are_refused_by_name(program, rows):
     posterior = fit(program, (X, Y)).posterior
     assert bmr.predict(program, posterior, X).mean.shape == (40,)
-    with pytest.raises(bmr.ModelError, match=r"site 'u' has shape \((40|8),\) in the"):
+    with pytest.raises(bmr.errors.ModelError, match=r"site 'u' has shape \((40|8),\) in the"):
         bmr.predict(program, posterior, torch.cat([X, X])[:rows])
 
 
@@ -361,7 +362,9 @@ def test_as_many_other_rows_are_other_rows(tmp_path):
     posterior.save(tmp_path / "posterior.safetensors")
     for one in (posterior, bmr.Posterior.load(tmp_path / "posterior.safetensors")):
         assert one["w"].of_rows is None and bmr.predict(local, one, X.double()).mean.shape == (40,)
-        with pytest.raises(bmr.ModelError, match="site 'u'.*an entry for each row of the fit"):
+        with pytest.raises(
+            bmr.errors.ModelError, match="site 'u'.*an entry for each row of the fit"
+        ):
             bmr.predict(local, one, X.flip(0))
 
 
@@ -377,7 +380,7 @@ def test_a_site_that_changes_its_shape_during_a_fit_is_named():
     for guide in (bmr.MeanField, bmr.FullRank, AutoNormal):
         calls.clear()
         with pytest.raises(
-            bmr.ModelError, match=r"site 'w'.*\(3,\).*\(1,\)|site 'w'.*\(1,\).*\(3,\)"
+            bmr.errors.ModelError, match=r"site 'w'.*\(3,\).*\(1,\)|site 'w'.*\(1,\).*\(3,\)"
         ):
             fit(changing, (X, Y), guide=guide, epochs=20)
 
@@ -403,7 +406,7 @@ def test_the_rows_of_a_table_are_not_taken_for_a_pair():
         (X, "Tensor"),
     ):
         with pytest.raises(
-            bmr.DataError, match=rf"data: expected a pair \(x, y\) of tensors.*got .*{words}"
+            bmr.errors.DataError, match=rf"data: expected a pair \(x, y\) of tensors.*got .*{words}"
         ):
             fit(linear, data)
 
@@ -428,7 +431,7 @@ def test_a_program_that_needs_all_its_rows_is_fitted_to_them():
         abs(fit.posterior["w"].mean - x[:, 0] @ solved[:, 1] / precision) < 0.1 / precision.sqrt()
     )
     assert fit.posterior["w"].var == pytest.approx(float(1 / precision), rel=0.1)
-    with pytest.raises(bmr.FitError, match="does not run as program"):
+    with pytest.raises(bmr.errors.FitError, match="does not run as program"):
         bmr.fit(field, (x, y), epochs=1, batch_size=15, progress=False)
 
 
@@ -454,12 +457,13 @@ def test_a_program_that_needs_many_rows_is_tried_on_a_batch(per_row):
 
     assert fit(64).posterior["w"].mean.shape == (64 if per_row else 1,)
     with pytest.raises(
-        bmr.FitError, match=r"does not run as program\(x, y\) on x of shape \(8, 1\).*too few"
+        bmr.errors.FitError,
+        match=r"does not run as program\(x, y\) on x of shape \(8, 1\).*too few",
     ):
         fit(8)
     if per_row:
         with pytest.raises(
-            bmr.FitError, match="site 'w': its shape depends on the rows of the batch"
+            bmr.errors.FitError, match="site 'w': its shape depends on the rows of the batch"
         ):
             fit(32)
     else:

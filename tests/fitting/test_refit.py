@@ -23,7 +23,7 @@ EXACT_MEAN, EXACT_COV = MODEL.posterior(np.zeros(D), SCALE**2 * np.eye(D))
 EXACT = bmr.Posterior.from_moments(
     {"w": torch.tensor(EXACT_MEAN)},
     {"w": torch.tensor(np.diag(EXACT_COV))},
-    bmr.Diagonal(torch.zeros(D).double(), torch.tensor(SCALE**2).double()),
+    bmr.formulas.Diagonal(torch.zeros(D).double(), torch.tensor(SCALE**2).double()),
 )
 
 
@@ -75,7 +75,7 @@ def test_a_fit_begins_where_it_is_told(fitted):
     )
     torch.testing.assert_close(held.posterior["w"].mean, fitted.posterior["w"].mean)
     torch.testing.assert_close(held.posterior["w"].var, fitted.posterior["w"].var)
-    with pytest.raises(bmr.FitError, match="start: its sites"):
+    with pytest.raises(bmr.errors.FitError, match="start: its sites"):
         bmr.fit(
             program,
             DATA,
@@ -83,7 +83,7 @@ def test_a_fit_begins_where_it_is_told(fitted):
             progress=False,
             start=bmr.Posterior({"v": fitted.posterior["w"]}),
         )
-    with pytest.raises(bmr.FitError, match="only MeanField can begin"):
+    with pytest.raises(bmr.errors.FitError, match="only MeanField can begin"):
         bmr.fit(program, DATA, guide=bmr.Point, epochs=1, progress=False, start=fitted.posterior)
 
 
@@ -128,9 +128,9 @@ def test_scales_of_the_start_are_held():
 
 
 def test_what_a_refit_refuses(fitted):
-    with pytest.raises(bmr.FitError, match="reduced prior is not Gaussian"):
+    with pytest.raises(bmr.errors.FitError, match="reduced prior is not Gaussian"):
         predicted_delta_f(bmr.reduce(fitted.posterior, to=bmr.Horseshoe()))
-    with pytest.raises(bmr.FitError, match="declares a prior of its own"):
+    with pytest.raises(bmr.errors.FitError, match="declares a prior of its own"):
         predicted_delta_f(bmr.reduce(fitted.posterior, to=bmr.Gaussian(0.4)))
     slab = bmr.reduce(fitted.posterior, to=bmr.SpikeAndSlab())
     assert predicted_delta_f(slab) == pytest.approx(
@@ -188,7 +188,7 @@ def test_the_bound_of_a_fit_takes_the_path_of_the_fit_to_the_kl(guide):
 
 @pytest.mark.parametrize("draws", [1, 0, True, 2.0])
 def test_a_standard_error_needs_two_draws(fitted, draws):
-    with pytest.raises(bmr.FitError, match=r"refit\(draws=.*>= 2"):
+    with pytest.raises(bmr.errors.FitError, match=r"refit\(draws=.*>= 2"):
         bmr.refit(
             fitted, bmr.reduce(fitted.posterior, bmr.Gaussian(scale=0), kept=1.0), DATA, draws=draws
         )

@@ -141,7 +141,7 @@ def saved_while_running(folder):
 def message(run, *arguments):
     try:
         run(*arguments)
-    except bmr.FitError as error:
+    except bmr.errors.FitError as error:
         return str(error)
     return "no error"
 

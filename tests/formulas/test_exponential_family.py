@@ -98,9 +98,11 @@ def test_gamma_by_quadrature():
 
 def test_families_must_agree_and_a_reduced_posterior_must_exist():
     a, b = float64(1.5, 2.5)
-    with pytest.raises(bmr.ReductionError, match="one exponential family; got Beta, Gamma, Beta"):
+    with pytest.raises(
+        bmr.errors.ReductionError, match="one exponential family; got Beta, Gamma, Beta"
+    ):
         natural_delta_f(Beta(a, b), Gamma(a, b), Beta(a, b))
-    with pytest.raises(bmr.ReductionError, match="wider than its prior"):
+    with pytest.raises(bmr.errors.ReductionError, match="wider than its prior"):
         natural_delta_f(
             Normal(*float64(0.0, 2.0)), Normal(*float64(0.0, 1.0)), Normal(*float64(0.0, 5.0))
         )
@@ -219,7 +221,7 @@ def test_a_category_can_be_ruled_out():
     torch.testing.assert_close(
         certain.probs, torch.tensor([odds / (1 + odds), 0, 1 / (1 + odds)], dtype=torch.float64)
     )
-    with pytest.raises(bmr.ReductionError, match="rules out|wider"):
+    with pytest.raises(bmr.errors.ReductionError, match="rules out|wider"):
         natural_delta_f(
             td.Bernoulli(*float64(0.0)), td.Bernoulli(*float64(0.0)), td.Bernoulli(*float64(0.5))
         )
@@ -276,7 +278,7 @@ def test_a_category_can_be_ruled_out():
     ],
 )
 def test_what_the_law_refuses(q, p, r, words):
-    with pytest.raises(bmr.ReductionError, match=words):
+    with pytest.raises(bmr.errors.ReductionError, match=words):
         natural_delta_f(q, p, r)
 
 

@@ -243,20 +243,20 @@ def test_dense_posterior_wider_than_its_prior_is_an_error_with_a_mend():
     prior, posterior, reduced = (
         dense(np.zeros(2), np.diag(v)) for v in ([1.0, 0.7], [0.5, 1.6], [3.0, 4.0])
     )
-    with pytest.raises(bmr.ReductionError, match="wider than its prior.*fit longer"):
+    with pytest.raises(bmr.errors.ReductionError, match="wider than its prior.*fit longer"):
         delta_f(posterior, prior, reduced)
 
 
 def test_bad_moments_are_named():
     one = torch.ones(3)
     with pytest.raises(
-        bmr.ReductionError, match="posterior must have finite moments and variance > 0"
+        bmr.errors.ReductionError, match="posterior must have finite moments and variance > 0"
     ):
         delta_f(Diagonal(one, 0 * one), bmr.Gaussian(1.0), bmr.Gaussian(0.5))
-    with pytest.raises(bmr.ReductionError, match="posterior must"):
+    with pytest.raises(bmr.errors.ReductionError, match="posterior must"):
         delta_f(Diagonal(one * torch.nan, one), bmr.Gaussian(1.0), bmr.Gaussian(0.5))
     with pytest.raises(
-        bmr.ReductionError, match=r"shape \(2,\) does not fit a posterior of shape \(3,\)"
+        bmr.errors.ReductionError, match=r"shape \(2,\) does not fit a posterior of shape \(3,\)"
     ):
         delta_f(Diagonal(one, one), Diagonal(torch.zeros(2), torch.ones(2)), bmr.Gaussian(0.5))
 
@@ -272,7 +272,7 @@ def test_point_spikes_on_other_structures_are_sent_to_prune_subset():
             bmr.Gaussian(0.0),
         ),
     ):
-        with pytest.raises(bmr.ReductionError, match="prune_subset"):
+        with pytest.raises(bmr.errors.ReductionError, match="prune_subset"):
             delta_f(q, p, p_)
 
 
@@ -305,7 +305,8 @@ def test_the_point_spike_in_pieces(monkeypatch):
             atol=1e-12,
         )
     with pytest.raises(
-        bmr.ReductionError, match="posterior must have finite moments and variance > 0; got 1 of"
+        bmr.errors.ReductionError,
+        match="posterior must have finite moments and variance > 0; got 1 of",
     ):
         point_spike_delta_f(
             Diagonal(
@@ -344,7 +345,7 @@ def test_no_diagonal_reduction_is_nan(dtype, shape, values, reduced_var):
     try:
         gain, reduced = delta_f(q, p, r), reduced_posterior(q, p, r)
         point_spike_delta_f(q, p)
-    except bmr.ReductionError as error:  # beyond the largest float32, or below the smallest
+    except bmr.errors.ReductionError as error:  # beyond the largest float32, or below the smallest
         assert "the range of torch.float32" in str(error) and dtype == torch.float32
         return
     for t in (gain, reduced.mean, reduced.var, point_spike_delta_f(q, p)):
@@ -364,7 +365,7 @@ def test_a_prior_of_another_shape_is_no_silent_broadcast(shape, other):
         a in (1, b) for a, b in zip(other[::-1], shape[::-1], strict=False)
     )
     if not fits:
-        with pytest.raises(bmr.ReductionError, match="does not fit a posterior of shape"):
+        with pytest.raises(bmr.errors.ReductionError, match="does not fit a posterior of shape"):
             delta_f(q, p, bmr.Gaussian(0.0))
 
 
@@ -374,22 +375,26 @@ TENTH, ONES, ZEROS, NAN = (
     torch.zeros(2),
     torch.tensor([torch.nan, 0.0]),
 )
-FLAT = bmr.Dense(ZEROS, torch.eye(2))
+FLAT = bmr.formulas.Dense(ZEROS, torch.eye(2))
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
         (
-            lambda: delta_f(bmr.Dense(NAN, torch.eye(2)), FLAT, FLAT),
+            lambda: delta_f(bmr.formulas.Dense(NAN, torch.eye(2)), FLAT, FLAT),
             "mean of the posterior must be finite",
         ),
         (
-            lambda: delta_f(bmr.Dense(ZEROS, torch.tensor([[0.5, 0.45], [0.0, 0.5]])), FLAT, FLAT),
+            lambda: delta_f(
+                bmr.formulas.Dense(ZEROS, torch.tensor([[0.5, 0.45], [0.0, 0.5]])), FLAT, FLAT
+            ),
             "posterior is not symmetric: 1 pairs",
         ),
         (
-            lambda: prune_subset(bmr.Dense(ZEROS, TENTH * torch.nan), bmr.Gaussian(1.0), ONES > 0),
+            lambda: prune_subset(
+                bmr.formulas.Dense(ZEROS, TENTH * torch.nan), bmr.Gaussian(1.0), ONES > 0
+            ),
             "4 entries that are not finite",
         ),
         (
@@ -421,13 +426,13 @@ FLAT = bmr.Dense(ZEROS, torch.eye(2))
             "floating-point numbers, got torch.int32",
         ),
         (
-            lambda: bmr.best_var(bmr.Message(ONES * torch.inf, ONES), ONES),
+            lambda: bmr.formulas.best_var(bmr.formulas.Message(ONES * torch.inf, ONES), ONES),
             "NaN or infinities, 2 of 2",
         ),
     ],
 )
 def test_what_is_no_gaussian_is_refused_by_name(call, words):
-    with pytest.raises(bmr.ReductionError, match=words):
+    with pytest.raises(bmr.errors.ReductionError, match=words):
         call()
 
 
@@ -451,5 +456,5 @@ def test_moments_that_are_arrays_or_no_numbers():
         delta_f(q, bmr.Gaussian(0.9), bmr.Gaussian(0.4)),
         delta_f(tensors, bmr.Gaussian(0.9), bmr.Gaussian(0.4)),
     )
-    with pytest.raises(bmr.ReductionError, match="got 'a'"):
+    with pytest.raises(bmr.errors.ReductionError, match="got 'a'"):
         delta_f(Diagonal("a", "b"), bmr.Gaussian(0.9), bmr.Gaussian(0.4))

@@ -17,7 +17,9 @@ MEAN, VAR, FACTOR = (
     torch.tensor(a)
     for a in (RNG.normal(size=D), RNG.uniform(0.05, 0.6, D), RNG.normal(size=(D, K)) * 0.5)
 )
-PRIOR = bmr.Diagonal(torch.tensor(RNG.normal(size=D) * 0.4), torch.tensor(RNG.uniform(0.8, 3.0, D)))
+PRIOR = bmr.formulas.Diagonal(
+    torch.tensor(RNG.normal(size=D) * 0.4), torch.tensor(RNG.uniform(0.8, 3.0, D))
+)
 POSTERIOR = LowRank(MEAN, VAR, FACTOR)
 COV = torch.diag(VAR) + FACTOR @ FACTOR.mT
 PRUNED = torch.tensor([True, False, True, True, False, False, True, False, False])
@@ -46,10 +48,12 @@ def test_a_block_at_zero_is_the_ratio_of_two_densities_and_leaves_the_conditiona
 def test_it_agrees_with_the_dense_form_block_after_block():
     first, rest = prune_subset(POSTERIOR, PRIOR, PRUNED)
     inner = torch.tensor([False, True, True, False, False])
-    second, last = prune_subset(rest, bmr.Diagonal(PRIOR.mean[~PRUNED], PRIOR.var[~PRUNED]), inner)
+    second, last = prune_subset(
+        rest, bmr.formulas.Diagonal(PRIOR.mean[~PRUNED], PRIOR.var[~PRUNED]), inner
+    )
     both = PRUNED.clone()
     both[~PRUNED] = inner
-    gain, direct = prune_subset(bmr.Dense(MEAN, COV), PRIOR, both)
+    gain, direct = prune_subset(bmr.formulas.Dense(MEAN, COV), PRIOR, both)
     assert (first + second).item() == pytest.approx(gain.item(), abs=1e-10)
     torch.testing.assert_close(last.mean, direct.mean)
     torch.testing.assert_close(torch.diag(last.var) + last.factor @ last.factor.mT, direct.cov)

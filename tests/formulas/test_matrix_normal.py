@@ -14,11 +14,11 @@ N, M = 4, 3
 MEAN = torch.tensor(RNG.normal(size=(N, M)))
 ROWS, COLUMNS = torch.tensor(random_spd(RNG, N, 0.3)), torch.tensor(random_spd(RNG, M, 0.7))
 POSTERIOR = MatrixNormal(MEAN, ROWS, COLUMNS)
-DENSE = bmr.Dense(MEAN.flatten(), torch.kron(ROWS, COLUMNS))
-PRIOR = bmr.Diagonal(
+DENSE = bmr.formulas.Dense(MEAN.flatten(), torch.kron(ROWS, COLUMNS))
+PRIOR = bmr.formulas.Diagonal(
     torch.tensor(RNG.normal(size=(N, M)) * 0.3), torch.tensor(RNG.uniform(0.9, 2.5, (N, M)))
 )
-FLAT = bmr.Dense(PRIOR.mean.flatten(), torch.diag(PRIOR.var.flatten()))
+FLAT = bmr.formulas.Dense(PRIOR.mean.flatten(), torch.diag(PRIOR.var.flatten()))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_whole_rows_or_columns(pruned):
 
 def test_single_entries_have_no_rest_in_closed_form():
     with pytest.raises(
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         match=r"whole rows, a mask of shape \(4,\), or whole columns, \(1, 3\); got \(4, 3\)",
     ):
         prune_subset(POSTERIOR, PRIOR, torch.ones(N, M, dtype=torch.bool))
@@ -51,13 +51,13 @@ def test_single_entries_have_no_rest_in_closed_form():
 def test_reduced_moments(by_column):
     shape = (1, M) if by_column else (N, 1)
     prior, reduced = (
-        bmr.Diagonal(
+        bmr.formulas.Diagonal(
             torch.tensor(RNG.normal(size=shape)), torch.tensor(RNG.uniform(*low_high, shape))
         )
         for low_high in ((0.9, 1.8), (0.2, 0.6))
     )
     flat = [
-        bmr.Dense(g.mean.expand(N, M).flatten(), torch.diag(g.var.expand(N, M).flatten()))
+        bmr.formulas.Dense(g.mean.expand(N, M).flatten(), torch.diag(g.var.expand(N, M).flatten()))
         for g in (prior, reduced)
     ]
     exact = reduced_posterior(DENSE, *flat)

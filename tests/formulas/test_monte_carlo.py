@@ -39,7 +39,7 @@ def test_draws_give_the_gaussian_form():
     assert got.trusted and got.standard_error < 0.01
     assert abs(got.delta_f - bmr.delta_f(q, p, r).item()) < 4 * got.standard_error
     mean = (got.log_weights.exp() * draws_of(q, 20_000)).sum().item()
-    assert mean == pytest.approx(bmr.reduced_posterior(q, p, r).mean.item(), abs=0.02)
+    assert mean == pytest.approx(bmr.formulas.reduced_posterior(q, p, r).mean.item(), abs=0.02)
     assert got.log_weights.logsumexp(0).item() == pytest.approx(0, abs=1e-9)
 
 
@@ -86,8 +86,10 @@ def test_sites_of_any_shape_and_priors_of_any_kind():
     by weight.
     """
     q = {
-        "a": bmr.Diagonal(torch.tensor([0.7, -0.2]).double(), torch.tensor([0.04, 0.02]).double()),
-        "b": bmr.Diagonal(*torch.tensor([[1.1], [0.09]]).double()),
+        "a": bmr.formulas.Diagonal(
+            torch.tensor([0.7, -0.2]).double(), torch.tensor([0.04, 0.02]).double()
+        ),
+        "b": bmr.formulas.Diagonal(*torch.tensor([[1.1], [0.09]]).double()),
     }
     draws = {
         name: draws_of(Normal(g.mean, g.var.sqrt()), 40_000, len(g.mean), seed=k)
@@ -101,7 +103,7 @@ def test_sites_of_any_shape_and_priors_of_any_kind():
     got = monte_carlo_delta_f(draws, old, new)
     exact = sum(
         density_reduction(
-            q[n], bmr.Diagonal(*(torch.tensor(v).double() for v in m)), new[n].log_prob
+            q[n], bmr.formulas.Diagonal(*(torch.tensor(v).double() for v in m)), new[n].log_prob
         )
         .delta_f.sum()
         .item()
@@ -163,21 +165,21 @@ def test_k_hat_of_a_pareto_tail():
 def test_what_draws_must_be():
     p, r = normal(0.0, 1.0), normal(0.0, 0.5)
     w = torch.randn(30, 2).double()
-    with pytest.raises(bmr.ReductionError, match="site 'v': no draws.*: w"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 'v': no draws.*: w"):
         monte_carlo_delta_f({"w": w}, {"v": p}, {"v": r})
-    with pytest.raises(bmr.ReductionError, match="same sites"):
+    with pytest.raises(bmr.errors.ReductionError, match="same sites"):
         monte_carlo_delta_f({"w": w}, {"w": p}, {"v": r})
-    with pytest.raises(bmr.ReductionError, match="as many draws"):
+    with pytest.raises(bmr.errors.ReductionError, match="as many draws"):
         monte_carlo_delta_f({"w": w, "v": w[:3]}, {"w": p, "v": p}, {"w": r, "v": r})
     with pytest.raises(
-        bmr.ReductionError, match=r"site 'w'.*\(30, 2\).*\(30, 30, 2\)|site 'w'.*broadcast"
+        bmr.errors.ReductionError, match=r"site 'w'.*\(30, 2\).*\(30, 30, 2\)|site 'w'.*broadcast"
     ):
         monte_carlo_delta_f({"w": w}, {"w": p}, {"w": Normal(torch.zeros(30, 1, 2).double(), 1.0)})
-    with pytest.raises(bmr.ReductionError, match="site 'the draws'.*point"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 'the draws'.*point"):
         monte_carlo_delta_f(w, p, bmr.Gaussian(0.0))
-    with pytest.raises(bmr.ReductionError, match="site 'the draws'.*neither log_prob"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 'the draws'.*neither log_prob"):
         monte_carlo_delta_f(w, p, object())
-    with pytest.raises(bmr.ReductionError, match="1 NaN"):
+    with pytest.raises(bmr.errors.ReductionError, match="1 NaN"):
         log_ratio_delta_f(torch.tensor([0.1, math.nan, 0.3]))
 
 

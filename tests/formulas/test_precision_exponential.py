@@ -35,13 +35,13 @@ def test_exponential_families(name, dtype):
     points = torch.as_tensor(exponential.parameters(name, dtype)[exists])
     prior, post, reduced = (CLASSES[name](*points[:, k].unbind(-1)) for k in range(3))
     close(
-        bmr.natural_delta_f(post, prior, reduced),
+        bmr.formulas.natural_delta_f(post, prior, reduced),
         want[exists, 0],
         dtype,
         2 if dtype == "float32" else 1e6,
         1e-9,
     )
-    result = bmr.natural_posterior(post, prior, reduced)
+    result = bmr.formulas.natural_posterior(post, prior, reduced)
     got = [
         getattr(result, attribute).reshape(len(points), -1).double()
         for attribute in ATTRIBUTES[name]

@@ -74,7 +74,7 @@ def test_one_weight(dtype):
         4 if dtype == "float32" else 1000,
         1e-10 + 1e-13 * np.minimum(terms, 1e6),
     )
-    reduced = bmr.reduced_posterior(q, p, p_)
+    reduced = bmr.formulas.reduced_posterior(q, p, p_)
     largest = (
         np.abs(np.stack([columns[k] for k in ("mean", "prior_mean", "reduced_mean")]))
         .max(0)
@@ -88,7 +88,7 @@ def test_messages_of_one_weight(dtype):
     columns, want = grid.weights(dtype), ANSWERS[f"{dtype}_weights"]
     fine = np.isfinite(want[:, 3:5]).all(1)
     q, p, _ = pairs(tensors(columns, fine))
-    data = bmr.message(q, p)
+    data = bmr.formulas.message(q, p)
     close(data.h, want[fine, 3], dtype, 3)
     close(data.precision, want[fine, 4], dtype, 4)
     assert fine.sum() > 2000
@@ -154,13 +154,16 @@ def structure(kind, one):
     t = {key: torch.as_tensor(value) for key, value in one.items()}
     if kind == "dense":
         return (
-            *(bmr.Dense(t[f"{role}mean"], t[f"{role}cov"]) for role in ("", "prior_", "reduced_")),
+            *(
+                bmr.formulas.Dense(t[f"{role}mean"], t[f"{role}cov"])
+                for role in ("", "prior_", "reduced_")
+            ),
             t["pruned"],
         )
     q = (
-        bmr.LowRank(t["mean"], t["var"], t["factor"])
+        bmr.formulas.LowRank(t["mean"], t["var"], t["factor"])
         if kind == "low_rank"
-        else bmr.MatrixNormal(t["mean"], t["row_cov"], t["col_cov"])
+        else bmr.formulas.MatrixNormal(t["mean"], t["row_cov"], t["col_cov"])
     )
     return (
         q,
@@ -171,11 +174,11 @@ def structure(kind, one):
 
 
 def covariance(g):
-    if isinstance(g, bmr.Dense):
+    if isinstance(g, bmr.formulas.Dense):
         return g.cov.double()
     return (
         g.var.double().diag() + g.factor.double() @ g.factor.double().mT
-        if isinstance(g, bmr.LowRank)
+        if isinstance(g, bmr.formulas.LowRank)
         else torch.kron(g.row_cov.double(), g.col_cov.double())
     )
 
@@ -204,7 +207,7 @@ def test_correlated_weights(dtype, kind, every):
         2 + CONDITION[kind] / 2**-53 * (dtype == "float64"),
         CONDITION[kind],
     )
-    gains = [bmr.prune_subset(q, p, pruned)[0].item() for q, p, _, pruned in problems]
+    gains = [bmr.formulas.prune_subset(q, p, pruned)[0].item() for q, p, _, pruned in problems]
     close(
         gains,
         want[:, 1],
@@ -216,7 +219,8 @@ def test_correlated_weights(dtype, kind, every):
         :3
     ]:
         with pytest.raises(
-            bmr.ReductionError, match="not positive definite: the posterior is wider than its prior"
+            bmr.errors.ReductionError,
+            match="not positive definite: the posterior is wider than its prior",
         ):
             bmr.delta_f(*problem[:3])
 
@@ -237,7 +241,7 @@ def test_reduced_moments_of_correlated_weights(dtype, kind, every):
         wants = [np.array(list(islice(answers, d + d * (d + 1) // 2))) for d in sizes]
         if k % every == 0:
             q, p, p_, pruned = structure(kind, one)
-            rest = bmr.prune_subset(q, p, pruned)[1]
+            rest = bmr.formulas.prune_subset(q, p, pruned)[1]
             points += compared(dtype, wants[1], rest.mean.flatten(), covariance(rest))
             if np.isfinite(wants[0]).all() and kind == "matrix_normal":
                 points += compared(
@@ -247,7 +251,7 @@ def test_reduced_moments_of_correlated_weights(dtype, kind, every):
                     reduced_var(q, p, p_).flatten(),
                 )
             elif np.isfinite(wants[0]).all():
-                reduced = bmr.reduced_posterior(q, p, p_)
+                reduced = bmr.formulas.reduced_posterior(q, p, p_)
                 points += compared(dtype, wants[0], reduced.mean, covariance(reduced))
     assert points > 2000 / every
 
@@ -278,7 +282,7 @@ def test_all_models_of_a_search(dtype, some):
     """
     for one, want in zip(gaussian.searched(dtype)[:some], ANSWERS[f"{dtype}_models"], strict=False):
         q, p, *_ = structure("dense", one)
-        for search in (bmr.exhaustive_search(q, p), bmr.greedy_search(q, p)):
+        for search in (bmr.reduction.exhaustive_search(q, p), bmr.reduction.greedy_search(q, p)):
             at = {gone: k for k, gone in enumerate(gaussian.subsets())}
             models = [at[tuple((~alive).nonzero()[:, 0].tolist())] for alive in search.alive]
             close(search.delta_f, want[models], "float64", 1e10, 1e-5)

@@ -104,7 +104,9 @@ def test_reduce_has_the_laplace_of_the_formula():
     assert exact[0] == pytest.approx(want[0], abs=1e-3) and exact[2] == pytest.approx(
         want[1], abs=1e-5
     )
-    direct = scale_mixture_reduction(bmr.message(q, p), p.var, *bmr.Laplace(1e-3).mixture())
+    direct = scale_mixture_reduction(
+        bmr.formulas.message(q, p), p.var, *bmr.Laplace(1e-3).mixture()
+    )
     reduced = bmr.reduce(bmr.Posterior({"w": Site(q.mean, q.var, p)}), to=bmr.Laplace(1e-3))
     alone = site_reduction(
         bmr.Posterior({"w": Site(q.mean, q.var, p)}),
@@ -149,9 +151,9 @@ def test_a_grid_that_ends_before_a_weight_says_so():
         )
     # two Gaussians are what the prior is, however far the weight
     scale_mixture_reduction(data, var, [0.04, 1.3], np.log([0.7, 0.3]))
-    with pytest.raises(bmr.ReductionError, match="sum to 1"):
+    with pytest.raises(bmr.errors.ReductionError, match="sum to 1"):
         scale_mixture_reduction(data, var, [0.04, 1.3], [0.0, 0.0])
-    with pytest.raises(bmr.ReductionError, match="1 h and 0 precisions"):
+    with pytest.raises(bmr.errors.ReductionError, match="1 h and 0 precisions"):
         laplace_reduction(Message(data.h * torch.tensor([1.0, math.inf]), data.precision), var, 1.0)
 
 
@@ -169,7 +171,7 @@ def test_many_weights_of_one_scale_need_close_nodes(prior):
         0.4 * torch.randn(600, generator=generator, dtype=torch.float64),
         torch.full((600,), 0.01, dtype=torch.float64),
     )
-    data = bmr.message(q, Diagonal(*torch.tensor([0.0, 1.5], dtype=torch.float64)))
+    data = bmr.formulas.message(q, Diagonal(*torch.tensor([0.0, 1.5], dtype=torch.float64)))
     density = {
         "Horseshoe": (
             lambda u: -np.log(np.pi) - np.logaddexp(u - np.log(0.3), np.log(0.3) - u) + np.log(2)
@@ -270,12 +272,14 @@ def test_inclusion_at_the_ends():
         and empty.log_odds.item() == pytest.approx(math.log(1.5))
     )
     for wrong in (math.inf, math.nan):
-        with pytest.raises(bmr.ReductionError, match=r"below \+∞ are wanted; got \d NaN, \d \+∞"):
+        with pytest.raises(
+            bmr.errors.ReductionError, match=r"below \+∞ are wanted; got \d NaN, \d \+∞"
+        ):
             exact_inclusion(torch.tensor([wrong, 1.0]))
-    with pytest.raises(bmr.ReductionError, match="finite alpha, beta > 0"):
+    with pytest.raises(bmr.errors.ReductionError, match="finite alpha, beta > 0"):
         exact_inclusion(torch.zeros(2), alpha=math.inf)
     with pytest.raises(
-        bmr.ReductionError,
+        bmr.errors.ReductionError,
         match="alpha / beta between 1e-250 and 1e250, got alpha=1e-200, beta=1e\\+60",
     ):
         exact_inclusion(torch.zeros(2), 1e-200, 1e60)

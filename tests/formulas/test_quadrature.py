@@ -28,7 +28,7 @@ def test_a_normal_is_the_gaussian_form(loc, scale):
     got = density_reduction(Q, P, Normal(number(loc), scale).log_prob)
     target = bmr.Gaussian(scale, mean=loc)
     torch.testing.assert_close(got.delta_f, bmr.delta_f(Q, P, target), rtol=1e-9, atol=1e-9)
-    want = bmr.reduced_posterior(Q, P, target)
+    want = bmr.formulas.reduced_posterior(Q, P, target)
     torch.testing.assert_close(got.mean, want.mean, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(got.var, want.var, rtol=1e-6, atol=0)
 
@@ -72,7 +72,9 @@ def test_a_uniform_has_jumps(low, high):
 
 def test_a_cauchy_is_a_mixture():
     got = density_reduction(Q, P, Cauchy(number(0.0), 0.01).log_prob)
-    want = bmr.scale_mixture_reduction(bmr.message(Q, P), P.var, *bmr.StudentT(1.0, 0.01).mixture())
+    want = bmr.formulas.scale_mixture_reduction(
+        bmr.formulas.message(Q, P), P.var, *bmr.StudentT(1.0, 0.01).mixture()
+    )
     torch.testing.assert_close(got.delta_f, want.delta_f, rtol=0, atol=1e-8)
     torch.testing.assert_close(got.mean, want.mean, rtol=1e-7, atol=0)
 
@@ -95,10 +97,12 @@ NO_DENSITIES = {
 @pytest.mark.parametrize("case", NO_DENSITIES)
 def test_what_is_no_density(case):
     log_prob, words = NO_DENSITIES[case]
-    with pytest.raises(bmr.ReductionError, match=words):
+    with pytest.raises(bmr.errors.ReductionError, match=words):
         density_reduction(Q, P, log_prob)
 
 
 def test_draws_that_never_vary_are_no_posterior():
-    with pytest.raises(bmr.ReductionError, match="site 'the draws': its 30 draws are all the same"):
-        bmr.monte_carlo_delta_f(torch.zeros(30), bmr.Gaussian(1.0), bmr.Gaussian(0.5))
+    with pytest.raises(
+        bmr.errors.ReductionError, match="site 'the draws': its 30 draws are all the same"
+    ):
+        bmr.formulas.monte_carlo_delta_f(torch.zeros(30), bmr.Gaussian(1.0), bmr.Gaussian(0.5))

@@ -238,7 +238,7 @@ def test_a_mixture_of_one_gaussian_is_the_gaussian_form():
     target = Diagonal(*numbers(0.0, 0.37))
     got = scale_mixture_reduction(message(q, p), p.var.expand(40), [0.37], [0.0])
     torch.testing.assert_close(got.delta_f, bmr.delta_f(q, p, target), rtol=0, atol=1e-12)
-    reduced = bmr.reduced_posterior(q, p, target)
+    reduced = bmr.formulas.reduced_posterior(q, p, target)
     torch.testing.assert_close(got.mean, reduced.mean, rtol=0, atol=1e-12)
     torch.testing.assert_close(got.var, reduced.var, rtol=0, atol=1e-12)
     torch.testing.assert_close(
@@ -430,16 +430,18 @@ def test_signals_of_any_strength(dtype, slab):
 
 def test_what_a_mixture_must_be():
     data, var = one_weight(0.3, 0.1)
-    with pytest.raises(bmr.ReductionError, match=r"variances >= 0.*shapes \(2,\) and \(1,\)"):
+    with pytest.raises(
+        bmr.errors.ReductionError, match=r"variances >= 0.*shapes \(2,\) and \(1,\)"
+    ):
         scale_mixture_reduction(data, var, [1.0, 2.0], [0.0])
     for empty in ([], np.zeros((1, 0))):
-        with pytest.raises(bmr.ReductionError, match="no variances"):
+        with pytest.raises(bmr.errors.ReductionError, match="no variances"):
             scale_mixture_reduction(
                 data, var, empty, empty, torch.zeros(1, dtype=torch.long) if len(empty) else None
             )
-    with pytest.raises(bmr.ReductionError, match="variances from -1.0"):
+    with pytest.raises(bmr.errors.ReductionError, match="variances from -1.0"):
         scale_mixture_reduction(data, var, [-1.0], [0.0])
-    with pytest.raises(bmr.ReductionError, match="at once"):
+    with pytest.raises(bmr.errors.ReductionError, match="at once"):
         best_scale(
             data,
             var,

@@ -92,7 +92,7 @@ def test_the_moments_are_those_of_the_guides_draws(name):
         if joint is not None:
             cov = (
                 joint.cov
-                if isinstance(joint, bmr.Dense)
+                if isinstance(joint, bmr.formulas.Dense)
                 else joint.var.diag() + joint.factor @ joint.factor.mT
             )
             torch.testing.assert_close(cov.diagonal(), posterior[site].var.flatten())
@@ -123,7 +123,7 @@ def test_the_members_of_a_list_are_read_one_by_one_points_and_lists_in_it_includ
     q = guide[1][0].get_posterior()
     torch.testing.assert_close(posterior["w"].mean, q.mean.detach())
     torch.testing.assert_close(posterior["w"].joint.cov, q.covariance_matrix.detach())
-    with pytest.raises(bmr.ModelError, match="site 'w': the posterior of AutoIAFNormal"):
+    with pytest.raises(bmr.errors.ModelError, match="site 'w': the posterior of AutoIAFNormal"):
         bmr.Posterior.from_guide(
             listed(hierarchical, {"scale": AutoNormal, "w": AutoIAFNormal, "v": AutoDelta}),
             hierarchical,
@@ -182,5 +182,5 @@ def test_fit_takes_them(guide):
     ids=["IAF", "flow", "own conditional"],
 )
 def test_those_that_are_not_gaussian_are_refused_by_name(guide, words):
-    with pytest.raises(bmr.ModelError, match=words):
+    with pytest.raises(bmr.errors.ModelError, match=words):
         bmr.Posterior.from_guide(guide(conjugate), conjugate, X.float(), Y.float())

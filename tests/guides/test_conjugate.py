@@ -87,7 +87,7 @@ def test_the_elbo_at_the_exact_posterior_is_the_log_evidence():
     with torch.no_grad():
         guide.loc.copy_(torch.tensor(mean))
         guide.log_scale.copy_(torch.tensor(np.diag(cov)).sqrt().log())
-        terms = [bmr.elbo_terms(program, guide, *tensors(model)) for _ in range(600)]
+        terms = [bmr.fitting.elbo_terms(program, guide, *tensors(model)) for _ in range(600)]
     likelihood = np.array([float(t.expected_log_likelihood) for t in terms])
     kl = np.array([float(t.kl) for t in terms])
     assert kl.std() == pytest.approx(0, abs=1e-9)  # closed form: no sampling noise

@@ -77,7 +77,7 @@ def test_a_site_that_follows_another_has_its_marginal_moments(guide):
     np.testing.assert_allclose(first.var, np.diag(cov))
     joint = (
         first.joint.cov
-        if isinstance(first.joint, bmr.Dense)
+        if isinstance(first.joint, bmr.formulas.Dense)
         else first.joint.var.diag() + first.joint.factor @ first.joint.factor.mT
     )
     np.testing.assert_allclose(joint, cov)
@@ -202,7 +202,7 @@ def test_many_entries_that_follow_few_draws_keep_a_low_rank():
 
     site = bmr.Posterior.from_guide(wide, of)["w"]
     torch.testing.assert_close(site.var, (0.7 * torch.linspace(-1, 1, 50_000)).square() + 0.16)
-    assert isinstance(site.joint, bmr.LowRank) and site.joint.factor.shape == (50_000, 1)
+    assert isinstance(site.joint, bmr.formulas.LowRank) and site.joint.factor.shape == (50_000, 1)
 
 
 def funnel():
@@ -268,7 +268,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_has_no_gaussian_marginal_is_refused_by_name(case):
     draw, words = REFUSED[case]
-    with pytest.raises(bmr.ModelError, match=words):
+    with pytest.raises(bmr.errors.ModelError, match=words):
         bmr.Posterior.from_guide(guide_of(draw), funnel)
 
 
@@ -297,7 +297,7 @@ def test_a_base_distribution_is_not_taken_for_the_site():
         )
         w(dist.Normal(torch.zeros(2), 1.0))
 
-    with pytest.raises(bmr.ModelError, match="site 's'.*no linear function"):
+    with pytest.raises(bmr.errors.ModelError, match="site 's'.*no linear function"):
         bmr.Posterior.from_guide(soft, funnel)
 
 
@@ -320,7 +320,7 @@ def test_a_latent_in_a_subsampled_plate_is_refused_by_name():
         ),
     ):
         with pytest.raises(
-            bmr.ModelError,
+            bmr.errors.ModelError,
             match="site 'z': it stands in the plate 'rows' of 9, of which a call takes 3",
         ):
             read()
@@ -337,7 +337,7 @@ def test_a_prior_that_is_infinite_at_the_posterior_point_is_refused():
         )
 
     with pytest.raises(
-        bmr.ModelError, match="site 'w': its prior has a mean or scale that is infinite"
+        bmr.errors.ModelError, match="site 'w': its prior has a mean or scale that is infinite"
     ):
         bmr.Posterior.from_guide(
             lambda: (
@@ -387,7 +387,7 @@ def test_a_guide_is_not_read_with_the_values_of_another_in_the_store():
         for parameter in new.parameters():
             parameter += 5.0
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match=(
             "'AutoNormal.locs.s_unconstrained': the guide's own value is not that of Pyro's param"
             " store"
@@ -451,7 +451,7 @@ def test_a_program_under_masked_gives_its_masks_and_priors():
         and site.mean.tolist() == [1.0, 0.0]
         and site.prior.var.item() == pytest.approx(np.exp(0.2))
     )
-    with pytest.raises(bmr.ModelError, match="under Masked; read it without"):
+    with pytest.raises(bmr.errors.ModelError, match="under Masked; read it without"):
         bmr.Posterior.from_guide(handler(guide), funnel)
 
 
@@ -463,7 +463,7 @@ def test_a_guide_of_another_program_is_refused():
         pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match=r"site 'w' has shape \(2,\) in the guide or posterior and \(\) in the program",
     ):
         bmr.Posterior.from_guide(bmr.MeanField(of), other)
@@ -471,10 +471,10 @@ def test_a_guide_of_another_program_is_refused():
 
 def test_masks_that_fit_no_site():
     guide = guide_of(lambda s: w(dist.Normal(torch.zeros(2), 1.0)))
-    with pytest.raises(bmr.ModelError, match="guide: expected a Pyro guide"):
+    with pytest.raises(bmr.errors.ModelError, match="guide: expected a Pyro guide"):
         bmr.Posterior.from_guide(None, funnel)
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match=(
             r"mask of site 'w': expected a bool tensor of shape \(2,\), got a bool tensor of shape"
             r" \(3,\)"
@@ -486,5 +486,5 @@ def test_masks_that_fit_no_site():
         ({"w": torch.ones(2)}, "expected a bool tensor"),
         ({"w": torch.ones(1) > 0}, "shape"),
     ):
-        with pytest.raises(bmr.ModelError, match=words):
+        with pytest.raises(bmr.errors.ModelError, match=words):
             bmr.Posterior.from_guide(guide, funnel, masks=masks)

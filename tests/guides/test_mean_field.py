@@ -107,7 +107,7 @@ def nothing(x, y=None):
     ],
 )
 def test_sites_it_cannot_take_are_named(bad, words):
-    with pytest.raises(bmr.ModelError, match=words):
+    with pytest.raises(bmr.errors.ModelError, match=words):
         latent_sites(bad, X, X[:, 0])
 
 

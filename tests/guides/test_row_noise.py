@@ -120,7 +120,7 @@ def test_scaled_sites_and_sampled_kls_go_through(prior):
     whole = bmr.MeanField(program, PLACES, y)
     totals = [
         torch.stack(
-            [torch.stack(bmr.elbo_terms(program, g, PLACES, y)).detach() for _ in range(30)]
+            [torch.stack(bmr.fitting.elbo_terms(program, g, PLACES, y)).detach() for _ in range(30)]
         )
         for g in (guide, whole)
     ]
@@ -142,7 +142,7 @@ def test_the_bound_and_its_gradient_are_the_same_in_expectation_and_masks_hold()
     for estimator, guide in guides.items():
         samples = []
         for _ in range(70):
-            terms = bmr.elbo_terms(program, guide, PLACES, y, masks=masks)
+            terms = bmr.fitting.elbo_terms(program, guide, PLACES, y, masks=masks)
             grads = torch.autograd.grad(
                 terms.expected_log_likelihood - terms.kl, list(guide.parameters())
             )
@@ -169,15 +169,18 @@ def tied(x, y=None):
 
 def test_a_weight_used_twice_is_one_per_row_under_flipout_and_refused_by_the_local_estimator():
     y = torch.randn(ROWS, dtype=torch.float64)
-    with pytest.raises(bmr.ModelError, match='used more than once.*estimator="flipout"'):
-        bmr.elbo_terms(tied, bmr.MeanField(tied, LINEAR, y, estimator="local"), LINEAR, y)
+    with pytest.raises(bmr.errors.ModelError, match='used more than once.*estimator="flipout"'):
+        bmr.fitting.elbo_terms(tied, bmr.MeanField(tied, LINEAR, y, estimator="local"), LINEAR, y)
     totals = {}
     for estimator in ("weight", "flipout"):
         guide = bmr.MeanField(tied, LINEAR, y, estimator=estimator, init_scale=1.0)
         with torch.no_grad():
             guide.log_scale += 1.5
             totals[estimator] = torch.stack(
-                [bmr.elbo_terms(tied, guide, LINEAR, y).expected_log_likelihood for _ in range(200)]
+                [
+                    bmr.fitting.elbo_terms(tied, guide, LINEAR, y).expected_log_likelihood
+                    for _ in range(200)
+                ]
             )
     error = sum(t.var() / len(t) for t in totals.values()).sqrt()
     assert abs(totals["weight"].mean() - totals["flipout"].mean()) < 4 * error
@@ -185,7 +188,7 @@ def test_a_weight_used_twice_is_one_per_row_under_flipout_and_refused_by_the_loc
 
 def test_an_unknown_estimator_is_refused_with_the_choices():
     with pytest.raises(
-        bmr.ModelError, match="estimator='loca'.*'weight', 'antithetic', 'local', 'flipout'"
+        bmr.errors.ModelError, match="estimator='loca'.*'weight', 'antithetic', 'local', 'flipout'"
     ):
         bmr.MeanField(tied, LINEAR, LINEAR[:, 0], estimator="loca")
 

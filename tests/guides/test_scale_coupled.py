@@ -121,7 +121,7 @@ def test_the_coupling_raises_the_bound_and_a_posterior_keeps_it(tmp_path):
         q = guides[guide] = guide(regression, x, y)
         optimizer = torch.optim.Adam(q.parameters(), lr=0.1)
         for _ in range(220):
-            terms = bmr.elbo_terms(regression, q, x, y)
+            terms = bmr.fitting.elbo_terms(regression, q, x, y)
             optimizer.zero_grad()
             (terms.kl - terms.expected_log_likelihood).backward()
             optimizer.step()
@@ -129,7 +129,7 @@ def test_the_coupling_raises_the_bound_and_a_posterior_keeps_it(tmp_path):
             bounds[guide] = torch.stack(
                 [
                     t.expected_log_likelihood - t.kl
-                    for t in (bmr.elbo_terms(regression, q, x, y) for _ in range(80))
+                    for t in (bmr.fitting.elbo_terms(regression, q, x, y) for _ in range(80))
                 ]
             ).mean()
     assert bounds[bmr.ScaleCoupled] > bounds[bmr.MeanField] + 1

@@ -50,7 +50,9 @@ def bound(guide, masks):
         else guide.conditional("w", {}, None).noise_size
     )
     points = size**0.5 * torch.cat([torch.eye(size), -torch.eye(size)]).double()
-    terms = [bmr.elbo_terms(program, guide, X, Y, masks=masks, noise=point) for point in points]
+    terms = [
+        bmr.fitting.elbo_terms(program, guide, X, Y, masks=masks, noise=point) for point in points
+    ]
     return sum(t.expected_log_likelihood for t in terms) / len(terms) - terms[0].kl
 
 
@@ -120,9 +122,9 @@ def test_conjugate_model(name, masked):
 
 
 def dense(joint):
-    if isinstance(joint, bmr.Dense):
+    if isinstance(joint, bmr.formulas.Dense):
         return joint.cov.numpy()
-    if isinstance(joint, bmr.LowRank):
+    if isinstance(joint, bmr.formulas.LowRank):
         return (joint.var.diag() + joint.factor @ joint.factor.mT).numpy()
     return np.kron(joint.row_cov.numpy(), joint.col_cov.numpy())
 
@@ -222,7 +224,8 @@ def test_pyros_own_elbo_has_the_same_value_at_the_same_draws(name):
             [
                 t.expected_log_likelihood - t.kl
                 for t in (
-                    bmr.elbo_terms(scales_and_weights, guide, X, Y, masks=masks) for _ in range(70)
+                    bmr.fitting.elbo_terms(scales_and_weights, guide, X, Y, masks=masks)
+                    for _ in range(70)
                 )
             ]
         )
@@ -255,7 +258,7 @@ def test_the_table_says_what_is_sampled():
         scales_and_weights, data={"tau": torch.tensor(0.9, dtype=torch.float64)}
     )
     kls = [
-        float(bmr.elbo_terms(constant, bmr.FullRank(constant, X, Y), X, Y).kl.detach())
+        float(bmr.fitting.elbo_terms(constant, bmr.FullRank(constant, X, Y), X, Y).kl.detach())
         for _ in range(3)
     ]
     # what is said to be in closed form has no noise
@@ -281,7 +284,7 @@ def test_a_sampled_kl_is_the_integral_in_expectation():
     weights = weights / weights.sum()
     with torch.no_grad():
         got = sum(
-            w * float(bmr.elbo_terms(rate, guide, X, Y, noise=torch.tensor([e])).kl)
+            w * float(bmr.fitting.elbo_terms(rate, guide, X, Y, noise=torch.tensor([e])).kl)
             for e, w in zip(nodes, weights, strict=True)
         )
         q = guide.conditional("rate", {}, None)
@@ -350,17 +353,17 @@ def test_a_site_that_is_too_large_names_its_memory_and_the_alternative():
         pyro.sample("y", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1), obs=y)
 
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match=r"site 'w'.*6000 entries takes 0.576 GB.*LowRankPlusDiagonal or MatrixVariate",
     ):
         bmr.FullRank(wide, X, Y)
     with pytest.raises(
-        bmr.ModelError, match=r"site 'w'.*200 columns takes 0.00064 GB.*LowRankPlusDiagonal"
+        bmr.errors.ModelError, match=r"site 'w'.*200 columns takes 0.00064 GB.*LowRankPlusDiagonal"
     ):
         bmr.MatrixVariate(wide, X, Y, limit=100)
-    with pytest.raises(bmr.ModelError, match="sites='v' matches no site; the sites are: w"):
+    with pytest.raises(bmr.errors.ModelError, match="sites='v' matches no site; the sites are: w"):
         bmr.FullRank(wide, X, Y, sites="v")
-    with pytest.raises(bmr.ModelError, match="rank=0"):
+    with pytest.raises(bmr.errors.ModelError, match="rank=0"):
         bmr.LowRankPlusDiagonal(wide, X, Y, rank=0)
     assert bmr.MatrixVariate(wide, X, Y).table()["parameters"].item() == 6000 + 30 * 31 + 200 * 201
 

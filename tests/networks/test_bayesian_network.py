@@ -165,7 +165,7 @@ def test_complex_parameters_are_point_estimates_and_keep_their_imaginary_part(tm
     assert torch.equal(
         load_file(tmp_path / "model.safetensors")["filter"], exported.filter.detach()
     )
-    with pytest.raises(bmr.DataError, match="Categorical.*real.*complex64"):
+    with pytest.raises(bmr.errors.DataError, match="Categorical.*real.*complex64"):
         lift(nn.Sequential(nn.Linear(4, 3), Complex()))(X, Y)
 
 
@@ -223,7 +223,7 @@ def mixed():
     ids=["traced", "scripted", "exported", "quantised", "lazy", "meta", "sparse", "mixed"],
 )
 def test_a_network_without_weights_of_its_own_is_refused_by_name(make, message):
-    with pytest.raises(bmr.ModelError, match=message):
+    with pytest.raises(bmr.errors.ModelError, match=message):
         lift(make())
 
 
@@ -266,7 +266,7 @@ def test_a_likelihood_may_take_an_output_of_several_tensors():
         lift(Heads(), likelihood=Labels()), (X, Y), epochs=2, batch_size=8, progress=False
     )
     assert bmr.predict(fit.program, fit.posterior, X, draws=2).probs.shape == (24, 3)
-    with pytest.raises(bmr.DataError, match="Categorical.*one tensor.*dict"):
+    with pytest.raises(bmr.errors.DataError, match="Categorical.*one tensor.*dict"):
         lift(Heads())(X, Y)
 
 
@@ -309,7 +309,7 @@ def test_table():
 
 def test_an_unknown_pattern_is_named_with_the_parameters():
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match=r"'fc\.\*' matches no parameter.*0\.weight, 0\.bias, 2\.weight, 2\.bias",
     ):
         lift(plain(), {"fc.*": G, "*": G})
@@ -317,22 +317,22 @@ def test_an_unknown_pattern_is_named_with_the_parameters():
 
 def test_what_is_no_prior():
     with pytest.raises(
-        bmr.ModelError, match=r"'2\.\*'.*expected a prior such as Gaussian\(\).*0\.5"
+        bmr.errors.ModelError, match=r"'2\.\*'.*expected a prior such as Gaussian\(\).*0\.5"
     ):
         lift(plain(), {"2.*": 0.5, "*": G})
-    with pytest.raises(bmr.ModelError, match="got None"):
+    with pytest.raises(bmr.errors.ModelError, match="got None"):
         lift(plain(), None)
 
 
 def test_nothing_lifted():
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match=r"no parameter of Sequential is lifted.*0\.weight.*name one in `prior`",
     ):
         lift(plain(), {"*": None})
-    with pytest.raises(bmr.ModelError, match=r"ReLU is lifted.*none"):
+    with pytest.raises(bmr.errors.ModelError, match=r"ReLU is lifted.*none"):
         lift(nn.ReLU())
-    with pytest.raises(bmr.ModelError, match="norm layer"):
+    with pytest.raises(bmr.errors.ModelError, match="norm layer"):
         lift(nn.BatchNorm1d(3))
 
 
@@ -468,7 +468,8 @@ def test_several_numbers_a_row(shape):
     assert prediction.mean.shape == (5, *shape) and prediction.log_prob(y[:5]).shape == (5,)
     assert lift(net, likelihood=bmr.Normal())(X).shape == y.shape
     with pytest.raises(
-        bmr.DataError, match=r"Normal.*the shape of y; got shape \(8, .* and y of shape \(8, 3, 3\)"
+        bmr.errors.DataError,
+        match=r"Normal.*the shape of y; got shape \(8, .* and y of shape \(8, 3, 3\)",
     ):
         bmr.fit(
             lift(net, likelihood=bmr.Normal()), (X, torch.zeros(24, 3, 3)), epochs=1, progress=False
@@ -530,9 +531,9 @@ def test_a_frozen_parameter_is_not_trained():
 )
 def test_an_output_of_the_wrong_shape(net, likelihood, message):
     y = Y if isinstance(likelihood, bmr.Categorical) else torch.randn(24)
-    with pytest.raises(bmr.DataError, match=message):
+    with pytest.raises(bmr.errors.DataError, match=message):
         lift(net, likelihood=likelihood)(X, y)
-    with pytest.raises(bmr.DataError, match=likelihood.__class__.__name__):
+    with pytest.raises(bmr.errors.DataError, match=likelihood.__class__.__name__):
         bmr.fit(lift(net, likelihood=likelihood), (X, y), epochs=1, progress=False)
 
 
@@ -541,7 +542,7 @@ def test_an_output_of_the_wrong_shape(net, likelihood, message):
     [(nn.Linear(4, 1), bmr.Normal(), X[:, :1]), (nn.Linear(4, 3), bmr.Categorical(), Y[:, None])],
 )
 def test_targets_in_a_column_are_not_broadcast_to_all_pairs_of_rows(net, likelihood, y):
-    with pytest.raises(bmr.DataError, match=r"\(8, 1\)|\(24, 1\)"):
+    with pytest.raises(bmr.errors.DataError, match=r"\(8, 1\)|\(24, 1\)"):
         bmr.fit(lift(net, likelihood=likelihood), (X, y), epochs=1, batch_size=8, progress=False)
 
 
@@ -551,5 +552,5 @@ def test_the_param_store_stays_empty():
 
 
 def test_a_prior_class_is_no_prior():
-    with pytest.raises(bmr.ModelError, match="expected a prior such as Gaussian"):
+    with pytest.raises(bmr.errors.ModelError, match="expected a prior such as Gaussian"):
         bmr.BayesianNetwork(nn.Linear(2, 2), bmr.Gaussian, bmr.Categorical())

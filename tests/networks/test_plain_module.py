@@ -234,7 +234,7 @@ def test_tied_parameters_that_are_pruned():
     net[2].weight = net[0].weight
     mask = torch.arange(16).view(4, 4) % 3 > 0
     prune.custom_from_mask(net[0], "weight", mask)
-    with pytest.raises(bmr.ModelError, match=r"'0\.weight'.*tied.*untie"):
+    with pytest.raises(bmr.errors.ModelError, match=r"'0\.weight'.*tied.*untie"):
         plain_module(net)
     prune.custom_from_mask(net[2], "weight", mask)
     plain, masks = plain_module(net)
@@ -256,7 +256,9 @@ def test_weight_norm_is_reduced_without_a_nan(old, tmp_path):
     assert not exported[0].weight[:2].any() and bool(exported(X).isfinite().all())
     with torch.no_grad():
         (net[0].weight_v if old else net[0].parametrizations.weight.original1)[0] = 0
-    with pytest.raises(bmr.ModelError, match=r"'0\.weight': 4 of its 24 values are not finite"):
+    with pytest.raises(
+        bmr.errors.ModelError, match=r"'0\.weight': 4 of its 24 values are not finite"
+    ):
         lift(net)
 
 
@@ -306,7 +308,9 @@ def test_a_parametrised_tensor_is_a_site_where_zero_is_zero(kind, left, never):
     assert (name in program.priors) == (not left) and left in program.left.get(name, "")
     assert not left or left in program.table().set_index("parameter").loc[name, "why left"]
     if never:
-        with pytest.raises(bmr.ModelError, match=rf"{name}.*{left}.*remove_parametrizations"):
+        with pytest.raises(
+            bmr.errors.ModelError, match=rf"{name}.*{left}.*remove_parametrizations"
+        ):
             lift(net, {name: G, "*": G})
     else:
         assert name in lift(net, {name: G, "*": G}).priors
@@ -362,5 +366,5 @@ def test_a_module_that_keeps_what_it_computed_is_copied_without_it():
         fit.posterior["layers.0.weight"].mean,
     )
     net.lines = (line for line in "ab")
-    with pytest.raises(bmr.ModelError, match="Keeping cannot be copied.*generator"):
+    with pytest.raises(bmr.errors.ModelError, match="Keeping cannot be copied.*generator"):
         module_copy(net)

@@ -55,7 +55,7 @@ def test_a_cold_posterior_counts_the_data_more():
 
 @pytest.mark.parametrize("penalised", [True, False])
 def test_a_diagonal_curvature_is_that_of_orthogonal_regressors(penalised):
-    prior = bmr.Diagonal(torch.tensor(0.3).double(), torch.tensor([0.7, 2.5]).double())
+    prior = bmr.formulas.Diagonal(torch.tensor(0.3).double(), torch.tensor([0.7, 2.5]).double())
     h, estimate = torch.tensor([3.0, 0.4]).double(), torch.tensor([0.9, -1.2]).double()
     # precision-weighted mean of the likelihood's and the prior's
     q = (h * estimate + prior.mean / prior.var) / (h + 1 / prior.var)
@@ -119,7 +119,7 @@ def test_a_curvature_may_be_negative_as_far_as_the_prior_allows():
     """IVON's own Hessian is, by its noise; only the sum is a precision."""
     h, prior = (
         torch.tensor([-0.3, 2.0]).double(),
-        bmr.Diagonal(torch.tensor(0.1).double(), torch.tensor(2.5).double()),
+        bmr.formulas.Diagonal(torch.tensor(0.1).double(), torch.tensor(2.5).double()),
     )
     post = bmr.Posterior.from_curvature(
         {"w": torch.tensor([0.7, -0.2]).double()}, {"w": h}, prior, penalised=False
@@ -128,7 +128,7 @@ def test_a_curvature_may_be_negative_as_far_as_the_prior_allows():
     torch.testing.assert_close(
         post["w"].mean, torch.tensor([0.7 - 10 * 0.4 * 0.6, -0.2 + 0.4 * 0.3 / 2.4]).double()
     )
-    with pytest.raises(bmr.ModelError, match="got 1 of 2 entries"):
+    with pytest.raises(bmr.errors.ModelError, match="got 1 of 2 entries"):
         bmr.Posterior.from_curvature({"w": h}, {"w": torch.tensor([-0.4, 2.0]).double()}, prior)
 
 
@@ -224,7 +224,7 @@ def test_a_plain_network_is_pruned_and_exported():
     assert torch.equal(part[0].weight, net[0].weight) and torch.equal(
         part[2].weight == 0, ~result.masks["2.weight"]
     )
-    with pytest.raises(bmr.ModelError, match="export wants"):
+    with pytest.raises(bmr.errors.ModelError, match="export wants"):
         bmr.export(net, bmr.Posterior({"other": result.posterior["2.weight"]}))
 
 
@@ -308,7 +308,9 @@ def test_what_is_refused():
             "without negative eigenvalues",
         ),
         (
-            lambda: curvature({"w": one}, {"w": one}, bmr.Diagonal(0 * one, one * torch.inf)),
+            lambda: curvature(
+                {"w": one}, {"w": one}, bmr.formulas.Diagonal(0 * one, one * torch.inf)
+            ),
             "moments finite",
         ),
         (
@@ -329,11 +331,11 @@ def test_what_is_refused():
             "no mean and variance",
         ),
         (
-            lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(one * torch.nan, one)),
+            lambda: moments({"w": one}, {"w": one}, bmr.formulas.Diagonal(one * torch.nan, one)),
             "moments finite",
         ),
         (
-            lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(one[:2], one[:2])),
+            lambda: moments({"w": one}, {"w": one}, bmr.formulas.Diagonal(one[:2], one[:2])),
             r"a shape that fits \(3,\)",
         ),
         (
@@ -352,7 +354,7 @@ def test_what_is_refused():
         ),
         (lambda: moments({"w": one}, {"w": -one}, None), "finite means and variances >= 0"),
         (
-            lambda: moments({"w": one}, {"w": one}, bmr.Diagonal(0 * one, 0 * one)),
+            lambda: moments({"w": one}, {"w": one}, bmr.formulas.Diagonal(0 * one, 0 * one)),
             "the prior's variance must be > 0",
         ),
         (
@@ -361,7 +363,7 @@ def test_what_is_refused():
         ),
         (lambda: samples({"w": one[:1]}, None), "1 draw; a variance needs at least two"),
     ):
-        with pytest.raises(bmr.ModelError, match=message):
+        with pytest.raises(bmr.errors.ModelError, match=message):
             call()
 
 
@@ -418,14 +420,14 @@ def test_kronecker_factors_after_a_spike_on_rows_are_reduced_as_the_dense_covari
     cov = torch.kron(site.joint.row_cov, site.joint.col_cov)[alive][:, alive]
     eye, one = torch.eye(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     dense = (
-        bmr.Dense(site.mean.flatten()[alive], cov),
-        bmr.Dense(0.2 * one, 0.64 * eye),
-        bmr.Dense(0.1 * one, 0.25 * eye),
+        bmr.formulas.Dense(site.mean.flatten()[alive], cov),
+        bmr.formulas.Dense(0.2 * one, 0.64 * eye),
+        bmr.formulas.Dense(0.1 * one, 0.25 * eye),
     )
     second = bmr.reduce(first.posterior, to=Gaussian(0.5, mean=0.1))
     assert second.delta_f == pytest.approx(float(bmr.delta_f(*dense)), abs=1e-9)
     torch.testing.assert_close(
-        second.posterior["w"].mean.flatten()[alive], bmr.reduced_posterior(*dense).mean
+        second.posterior["w"].mean.flatten()[alive], bmr.formulas.reduced_posterior(*dense).mean
     )
 
 

@@ -43,7 +43,7 @@ MAYBE = {
 @pytest.mark.parametrize("case", MAYBE)
 def test_what_may_be_chains_is_refused_with_the_question(case):
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match=r"are they \d+ chains of \d+ draws, or .*say chains=True or chains=False",
     ):
         read(MAYBE[case])
@@ -89,7 +89,7 @@ def test_shapes_that_are_refused():
         ),
         (normal(500, 3), {"joint_up_to": "all"}, "joint_up_to='all'"),
     ):
-        with pytest.raises(bmr.ModelError, match=words):
+        with pytest.raises(bmr.errors.ModelError, match=words):
             read(samples, **options)
 
 
@@ -113,7 +113,7 @@ def test_draws_that_do_not_move():
     draws = normal(300, 3, mean=2.0)
     draws[:, 1] = 0.7
     with pytest.raises(
-        bmr.ModelError, match="site 'w': 1 of 3 entries have the same value in all 300 draws"
+        bmr.errors.ModelError, match="site 'w': 1 of 3 entries have the same value in all 300 draws"
     ):
         read(draws)
     draws[:, 1] = 0.0  # as samples under a mask

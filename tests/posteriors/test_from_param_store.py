@@ -90,7 +90,7 @@ def test_unconstrained_values_are_refused(store):
         (guide, {}, "got AutoNormal"),
         ({"params": raw, "constraints": {}}, {}, "a constraint for each of its params"),
     ):
-        with pytest.raises(bmr.ModelError, match=words):
+        with pytest.raises(bmr.errors.ModelError, match=words):
             read(given, **names)
 
 
@@ -114,7 +114,7 @@ def test_values_that_are_no_location_and_scale_are_refused():
         ),
         (three, 0.3, "as 's', got float"),
     ):
-        with pytest.raises(bmr.ModelError, match=words):
+        with pytest.raises(bmr.errors.ModelError, match=words):
             read({"l": loc, "s": scale}, loc="l", scale="s")
     assert read({"l": three, "s": torch.tensor(0.4)}, loc="l", scale="s")[
         "w"
@@ -124,7 +124,7 @@ def test_values_that_are_no_location_and_scale_are_refused():
 def test_two_guides_in_one_store_and_names_of_no_site(store):
     store["other.locs.w"], store["other.scales.w"] = torch.zeros(3), torch.ones(3)
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match=r"several locations and scales for it, AutoNormal.locs.w, other.locs.w",
     ):
         read(store)
@@ -132,7 +132,7 @@ def test_two_guides_in_one_store_and_names_of_no_site(store):
     # a location alone is no second guide
     torch.testing.assert_close(read(store)["w"].var, STD.square())
     with pytest.raises(
-        bmr.ModelError, match="names: the program has no site 'v'; its sites are: w"
+        bmr.errors.ModelError, match="names: the program has no site 'v'; its sites are: w"
     ):
         bmr.Posterior.from_param_store(
             store,
@@ -158,12 +158,13 @@ def test_guides_that_keep_more_than_a_location_and_a_scale_are_refused(kind):
         next(key for key in store if key.endswith(f"{part}.w")) for part in ("locs", "scales")
     )
     with pytest.raises(
-        bmr.ModelError, match=f"'{loc}' and '{scale}' may be only part of its posterior.*from_guide"
+        bmr.errors.ModelError,
+        match=f"'{loc}' and '{scale}' may be only part of its posterior.*from_guide",
     ):
         read(store)
     # its names are those of AutoNormalMessenger, so that names= must be believed
     if kind is not AutoRegressiveMessenger:
-        with pytest.raises(bmr.ModelError, match="it also keeps"):
+        with pytest.raises(bmr.errors.ModelError, match="it also keeps"):
             read(store, loc=loc, scale=scale)
     pyro.clear_param_store()
 

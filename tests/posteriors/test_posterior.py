@@ -101,7 +101,7 @@ def test_other_names_in_the_store_and_a_missing_one():
     names = {"w": ("a", "b"), "v": ("c", "d"), "scale": ("e", "f")}
     posterior = bmr.Posterior.from_param_store(store, program, X, Y, names=names)
     torch.testing.assert_close(posterior["w"].var, torch.full((3,), 0.04))
-    with pytest.raises(bmr.ModelError, match=r"site 'scale'.*names="):
+    with pytest.raises(bmr.errors.ModelError, match=r"site 'scale'.*names="):
         bmr.Posterior.from_param_store({}, program, X, Y)
 
 
@@ -109,13 +109,13 @@ def test_a_point_guide_has_no_variance_and_cannot_be_reduced():
     auto = AutoDelta(program)
     posterior = bmr.Posterior.from_guide(auto, program, X, Y)
     assert not posterior["w"].var.any()
-    with pytest.raises(bmr.ReductionError, match="site 'w'.*point estimate"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 'w'.*point estimate"):
         bmr.reduce(posterior, to={"w": bmr.Gaussian(0)})
 
 
 def test_guides_that_cannot_be_read_are_refused_by_name_and_site():
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match=(
             "site 'scale': the posterior of AutoIAFNormal cannot be read.*AutoLaplaceApproximation"
         ),
@@ -125,7 +125,7 @@ def test_guides_that_cannot_be_read_are_refused_by_name_and_site():
     def student(x, y=None):
         pyro.sample("v", dist.StudentT(4.0, torch.zeros(2), 1.0).to_event(1))
 
-    with pytest.raises(bmr.ModelError, match="site 'v'.*StudentT cannot be read"):
+    with pytest.raises(bmr.errors.ModelError, match="site 'v'.*StudentT cannot be read"):
         bmr.Posterior.from_guide(student, program, X, Y)
 
 
@@ -177,21 +177,21 @@ def test_files_that_are_not_posteriors(tmp_path):
     path = tmp_path / "posterior.safetensors"
     path.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(
-        bmr.ModelError, match="posterior.safetensors: not a readable safetensors file"
+        bmr.errors.ModelError, match="posterior.safetensors: not a readable safetensors file"
     ):
         bmr.Posterior.load(path)
     bmr.save({"w": torch.ones(3)}, tmp_path / "x")
-    with pytest.raises(bmr.ModelError, match="not a saved posterior"):
+    with pytest.raises(bmr.errors.ModelError, match="not a saved posterior"):
         bmr.Posterior.load(tmp_path / "x" / "model.safetensors")
-    with pytest.raises(bmr.ModelError, match="nowhere"):
+    with pytest.raises(bmr.errors.ModelError, match="nowhere"):
         bmr.Posterior.load(tmp_path / "nowhere")
 
 
 def test_unknown_site_and_bad_mask():
     posterior = bmr.Posterior.from_guide(hand_guide, program, X, Y)
-    with pytest.raises(bmr.ModelError, match="no site 'u'; its sites are: scale, w, v"):
+    with pytest.raises(bmr.errors.ModelError, match="no site 'u'; its sites are: scale, w, v"):
         posterior["u"]
-    with pytest.raises(bmr.ReductionError, match=r"mask of site 'w'.*shape \(3,\)"):
+    with pytest.raises(bmr.errors.ReductionError, match=r"mask of site 'w'.*shape \(3,\)"):
         posterior.masked({"w": torch.ones(2, dtype=torch.bool)})
 
 
@@ -225,11 +225,13 @@ def test_variances_below_the_range_of_float32_are_refused_and_kept_in_float64():
     """Of a variance of 1e-42 float32 keeps three digits, of 1e-50 none."""
     mean, var = torch.tensor([1e-22, 2e-22]), torch.tensor([0.7e-42, 0.4e-42], dtype=torch.float64)
     with pytest.raises(
-        bmr.ModelError,
+        bmr.errors.ModelError,
         match="site 'w': the variance is below the range of torch.float32 for 2 of 2",
     ):
         bmr.Posterior.from_moments({"w": mean}, {"w": var}, bmr.Gaussian(1.0))
-    with pytest.raises(bmr.ModelError, match="site 'w': the prior's variance is below the range"):
+    with pytest.raises(
+        bmr.errors.ModelError, match="site 'w': the prior's variance is below the range"
+    ):
         bmr.Posterior.from_moments({"w": mean}, {"w": torch.tensor(1e-30)}, bmr.Gaussian(1e-21))
     post = bmr.Posterior.from_moments({"w": mean.double()}, {"w": var}, bmr.Gaussian(1e-21))
     exact = dist.Normal(1e21 * mean.double(), (1e42 * var).sqrt()).log_prob(
@@ -243,7 +245,9 @@ def test_variances_below_the_range_of_float32_are_refused_and_kept_in_float64():
             return pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
 
     x, y = torch.ones(3, 2), torch.zeros(3)
-    with pytest.raises(bmr.ModelError, match="site 'w': the prior's variance is below the range"):
+    with pytest.raises(
+        bmr.errors.ModelError, match="site 'w': the prior's variance is below the range"
+    ):
         bmr.Posterior.from_guide(bmr.MeanField(tiny, x, y), tiny, x, y)
 
 
@@ -256,9 +260,9 @@ def test_a_prior_that_poutine_masks_is_not_read_as_declared(mask):
             return pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
 
     x, y = torch.ones(3, 2), torch.zeros(3)
-    with pytest.raises(bmr.ModelError, match="site 'w': poutine.mask"):
+    with pytest.raises(bmr.errors.ModelError, match="site 'w': poutine.mask"):
         bmr.Posterior.from_guide(
             lambda x, y=None: pyro.sample("w", dist.Normal(torch.ones(2), 0.1)), program, x, y
         )
-    with pytest.raises(bmr.ModelError, match="site 'w': poutine.mask"):
+    with pytest.raises(bmr.errors.ModelError, match="site 'w': poutine.mask"):
         bmr.fit(program, (x, y), epochs=1, progress=False)

@@ -29,7 +29,9 @@ def test_the_temperature_is_the_best_of_a_grid():
     y = torch.distributions.Categorical(logits=logits / 2.7).sample()
     grid = torch.linspace(0.5, 6, 2001)
     losses = torch.stack([F.cross_entropy(logits / t, y) for t in grid])
-    assert bmr.best_temperature(logits, y) == pytest.approx(float(grid[losses.argmin()]), abs=4e-3)
+    assert bmr.prediction.best_temperature(logits, y) == pytest.approx(
+        float(grid[losses.argmin()]), abs=4e-3
+    )
 
 
 def test_the_widening_is_the_best_of_a_grid_by_the_exact_predictive():
@@ -47,9 +49,13 @@ def test_the_widening_is_the_best_of_a_grid_by_the_exact_predictive():
     losses = -torch.distributions.Normal(x @ mean, spread).log_prob(y).mean(1)
     best = float(factors[losses.argmin()])
     assert 5 < best < 9
-    assert bmr.best_widening(line, posterior, (x, y), draws=300) == pytest.approx(best, rel=0.12)
+    assert bmr.prediction.best_widening(line, posterior, (x, y), draws=300) == pytest.approx(
+        best, rel=0.12
+    )
     # the end of the range
-    assert bmr.best_widening(line, posterior, (x, y), most=2.0) == pytest.approx(2.0, rel=0.06)
+    assert bmr.prediction.best_widening(line, posterior, (x, y), most=2.0) == pytest.approx(
+        2.0, rel=0.06
+    )
 
 
 def covariance_of_draws(posterior, count=400):
@@ -61,13 +67,15 @@ def covariance_of_draws(posterior, count=400):
     "joint",
     [
         None,
-        bmr.Dense(torch.zeros(2).double(), torch.tensor([[2.0, 0.6], [0.6, 1.0]]).double()),
-        bmr.LowRank(
+        bmr.formulas.Dense(
+            torch.zeros(2).double(), torch.tensor([[2.0, 0.6], [0.6, 1.0]]).double()
+        ),
+        bmr.formulas.LowRank(
             torch.zeros(2).double(),
             torch.tensor([1.0, 0.5]).double(),
             torch.tensor([[1.0], [0.6]]).double(),
         ),
-        bmr.MatrixNormal(
+        bmr.formulas.MatrixNormal(
             torch.zeros(1, 2).double(),
             torch.tensor([[2.0]]).double(),
             torch.tensor([[1.0, 0.3], [0.3, 0.5]]).double(),
@@ -100,7 +108,7 @@ def test_what_is_widened_and_what_is_not():
     )
     assert posterior.widened(0)["w"].var.tolist() == [0.0, 0.0]
     for wrong in (-1.0, math.inf, math.nan, "2"):
-        with pytest.raises(bmr.ModelError, match=r"widened\(.*>= 0"):
+        with pytest.raises(bmr.errors.ModelError, match=r"widened\(.*>= 0"):
             posterior.widened(wrong)
 
 
@@ -109,7 +117,7 @@ def test_a_site_whose_draws_follow_its_scales_is_refused():
     x, y = torch.randn(20, 3), torch.randn(20)
     program = bmr.BayesianNetwork(torch.nn.Linear(3, 1), bmr.Horseshoe(), bmr.Normal())
     posterior = bmr.fit(program, (x, y), guide=bmr.ScaleCoupled, epochs=2, progress=False).posterior
-    with pytest.raises(bmr.ModelError, match="ScaleCoupled"):
+    with pytest.raises(bmr.errors.ModelError, match="ScaleCoupled"):
         posterior.widened(2.0)
 
 
@@ -136,9 +144,9 @@ def test_options_of_a_study():
     assert found.extra["widen"] != 1 and not torch.equal(
         found.weights["1.weight"], plain.weights["1.weight"]
     )
-    with pytest.raises(bmr.ModelError, match="widen=9"):
+    with pytest.raises(bmr.errors.ModelError, match="widen=9"):
         trained(widen=9.0, scaled=True)
-    with pytest.raises(bmr.ModelError, match="point estimate"):
+    with pytest.raises(bmr.errors.ModelError, match="point estimate"):
         method_named("map")(build, data, 3, {"epochs": 2, "scaled": True}, False)
 
 

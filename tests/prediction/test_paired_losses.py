@@ -23,7 +23,7 @@ def test_errors_of_classes():
     y = torch.randint(3, (200,), generator=torch.Generator().manual_seed(0))
     before, after = y.clone(), y.clone()
     before[:11], after[:3], after[50:70] = (y[:11] + 1) % 3, (y[:3] + 1) % 3, (y[50:70] + 1) % 3
-    loss = bmr.paired_loss(classes(before), classes(after), y)
+    loss = bmr.prediction.paired_loss(classes(before), classes(after), y)
     difference = (after != y).double() - (before != y).double()
     paired = stats.ttest_rel((after != y).double().numpy(), (before != y).double().numpy())
     assert loss.rise == pytest.approx(
@@ -36,7 +36,7 @@ def test_errors_of_classes():
         True,
     ) and difference.sum() == 12
     assert "error rate rises from 0.055 to 0.115 on 200 rows" in loss.caution()
-    back = bmr.paired_loss(classes(after), classes(before), y)
+    back = bmr.prediction.paired_loss(classes(after), classes(before), y)
     assert back.rise == -loss.rise and not back.worse and back.caution() is None
 
 
@@ -44,7 +44,7 @@ def test_squared_errors_of_real_targets():
     g = torch.Generator().manual_seed(1)
     y, before, noise = (torch.randn(90, generator=g, dtype=torch.float64) for _ in range(3))
     for scale, worse in ((0.02, False), (1.5, True)):
-        loss = bmr.paired_loss(reals(before), reals(before + scale * noise), y)
+        loss = bmr.prediction.paired_loss(reals(before), reals(before + scale * noise), y)
         first, second = (before - y).square(), (before + scale * noise - y).square()
         paired = stats.ttest_rel(second.numpy(), first.numpy())
         assert (
@@ -56,10 +56,10 @@ def test_squared_errors_of_real_targets():
 
 def test_no_difference_is_no_loss_and_one_row_says_nothing():
     y = torch.tensor([0, 1, 2])
-    assert not bmr.paired_loss(classes(y), classes(y), y).worse
-    assert not bmr.paired_loss(classes(y[:1]), classes(y[:1] + 1), y[:1]).worse
+    assert not bmr.prediction.paired_loss(classes(y), classes(y), y).worse
+    assert not bmr.prediction.paired_loss(classes(y[:1]), classes(y[:1] + 1), y[:1]).worse
     # every row: no doubt about it
-    assert bmr.paired_loss(classes(y), classes((y + 1) % 3), y).worse
+    assert bmr.prediction.paired_loss(classes(y), classes((y + 1) % 3), y).worse
 
 
 def test_what_is_refused():
@@ -71,5 +71,5 @@ def test_what_is_refused():
         (y, y, y),
         (reals(mean[:1]), reals(mean), mean[:1]),
     ):
-        with pytest.raises(bmr.DataError):
-            bmr.paired_loss(before, after, target)
+        with pytest.raises(bmr.errors.DataError):
+            bmr.prediction.paired_loss(before, after, target)

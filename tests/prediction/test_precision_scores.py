@@ -149,28 +149,33 @@ REFUSED = {
         "mean not finite",
     ),
     "NaN logits": (
-        lambda: bmr.best_temperature(torch.tensor([[1.0, math.nan]]), zeros[:1]),
+        lambda: bmr.prediction.best_temperature(torch.tensor([[1.0, math.nan]]), zeros[:1]),
         "logits is NaN, first in row 0",
     ),
     "an impossible label": (
-        lambda: bmr.best_temperature(torch.tensor([[1.0, 2.0], [-math.inf, 0.0]]), zeros[:2]),
+        lambda: bmr.prediction.best_temperature(
+            torch.tensor([[1.0, 2.0], [-math.inf, 0.0]]), zeros[:2]
+        ),
         "finite; first in row 1",
     ),
     "an infinite logit": (
-        lambda: bmr.best_temperature(torch.tensor([[math.inf, 2.0]]), zeros[:1]),
+        lambda: bmr.prediction.best_temperature(torch.tensor([[math.inf, 2.0]]), zeros[:1]),
         "below \\+inf",
     ),
     "no logits": (
-        lambda: bmr.best_temperature(torch.zeros(0, 2), zeros[:0]),
+        lambda: bmr.prediction.best_temperature(torch.zeros(0, 2), zeros[:0]),
         "logits of shape \\(0, 2\\)",
     ),
     "a label out of range": (
-        lambda: bmr.best_temperature(torch.zeros(3, 2), torch.tensor([1, 0, 5])),
+        lambda: bmr.prediction.best_temperature(torch.zeros(3, 2), torch.tensor([1, 0, 5])),
         "label 5 in row 2",
     ),
-    "rows": (lambda: bmr.best_widening(lambda x: None, None, torch.ones(3)), "rows: a pair"),
+    "rows": (
+        lambda: bmr.prediction.best_widening(lambda x: None, None, torch.ones(3)),
+        "rows: a pair",
+    ),
     "most": (
-        lambda: bmr.best_widening(lambda x: None, None, (two, two), most=math.nan),
+        lambda: bmr.prediction.best_widening(lambda x: None, None, (two, two), most=math.nan),
         "most=nan",
     ),
 }
@@ -179,15 +184,17 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_has_no_score(case):
     call, words = REFUSED[case]
-    with pytest.raises(bmr.DataError, match=words):
+    with pytest.raises(bmr.errors.DataError, match=words):
         call()
 
 
 def test_a_temperature_that_the_rows_do_not_say():
     with pytest.warns(bmr.PyroBMRWarning, match="at an end of the search"):
-        bmr.best_temperature(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1]))
+        bmr.prediction.best_temperature(
+            torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
+        )
     impossible = torch.tensor([[1.0, 2.0, -math.inf], [2.0, 1.0, -math.inf], [1.5, 1.0, -math.inf]])
     y = torch.tensor([1, 0, 1])
-    assert bmr.best_temperature(impossible, y) == pytest.approx(
-        bmr.best_temperature(impossible[:, :2], y)
+    assert bmr.prediction.best_temperature(impossible, y) == pytest.approx(
+        bmr.prediction.best_temperature(impossible[:, :2], y)
     )

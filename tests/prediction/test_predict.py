@@ -76,7 +76,7 @@ def test_a_label_without_probability_is_told():
 
 
 def test_targets_that_are_nan_are_refused():
-    with pytest.raises(bmr.DataError, match="y is NaN in 1 of 2"):
+    with pytest.raises(bmr.errors.DataError, match="y is NaN in 1 of 2"):
         bmr.prediction.predictive.RealPrediction(torch.zeros(3, 2), torch.ones(3, 2)).log_prob(
             torch.tensor([0.4, math.nan])
         )

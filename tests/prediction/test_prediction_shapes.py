@@ -125,7 +125,9 @@ def test_every_observed_distribution_has_its_rows_first(name, batch_size):
         prediction.aleatoric.shape == prediction.mean.shape == (N, *event)
         and (prediction.aleatoric > 0).all()
     )
-    with pytest.raises(bmr.DataError, match=r"y has shape \(3,.*the prediction is of shape \(6"):
+    with pytest.raises(
+        bmr.errors.DataError, match=r"y has shape \(3,.*the prediction is of shape \(6"
+    ):
         prediction.log_prob(y[:3])
     assert bmr.predict(program, POSTERIOR, X, draws=0).mean.shape == (N, *event)
 
@@ -149,7 +151,7 @@ def test_classes_at_several_positions(batch_size):
     torch.testing.assert_close(
         prediction.log_prob(y), probs.mean(0).gather(-1, y[..., None])[..., 0].log()
     )
-    with pytest.raises(bmr.DataError, match=r"y has shape \(24,\)"):
+    with pytest.raises(bmr.errors.DataError, match=r"y has shape \(24,\)"):
         prediction.log_prob(y.flatten())
 
 
@@ -186,7 +188,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_predictive_of_a_row_is_refused_by_name(name):
     observe, words = REFUSED[name]
-    with pytest.raises(bmr.ModelError, match=words):
+    with pytest.raises(bmr.errors.ModelError, match=words):
         bmr.predict(program_of(observe), POSTERIOR, X, draws=2)
 
 
@@ -202,7 +204,7 @@ def test_what_has_no_predictive_of_a_row_is_refused_by_name(name):
     ],
 )
 def test_numbers_that_are_no_whole_numbers(change):
-    with pytest.raises(bmr.ModelError, match=rf"predict\({next(iter(change))}="):
+    with pytest.raises(bmr.errors.ModelError, match=rf"predict\({next(iter(change))}="):
         bmr.predict(program_of(bare), POSTERIOR, X, **change)
 
 

@@ -395,5 +395,5 @@ def test_the_m_step_is_the_best_scale():
     ],
 )
 def test_what_priors_refuse(make, words):
-    with pytest.raises(bmr.ModelError, match=words):
+    with pytest.raises(bmr.errors.ModelError, match=words):
         make()

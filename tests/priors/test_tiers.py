@@ -157,7 +157,7 @@ def test_a_horseshoe_decides_by_the_evidence_given_its_scales():
     mean = torch.tensor([[0.1, 0.5, -0.2], [0.3, 1.9, 0.1], [0.0, 0.6, -0.9], [0.0, 0.8, 0.0]])
     var = torch.tensor([[0.9, 0.8, 0.7], [0.9, 0.2, 1.1], [0.0, 0.6, 0.6], [0.0, 0.1, 0.0]])
     mask = var > 0
-    site = bmr.Diagonal(mean[mask], var[mask].clamp(max=1))
+    site = bmr.formulas.Diagonal(mean[mask], var[mask].clamp(max=1))
     gain = torch.full((4, 3), torch.inf).masked_scatter(
         mask, bmr.delta_f(site, bmr.Gaussian(1.0), bmr.Gaussian(0.0)) + 0.02
     )

@@ -197,7 +197,9 @@ def test_a_pattern_leaves_the_sites_that_it_does_not_divide():
     with pytest.warns(
         bmr.PyroBMRWarning, match=r"NofM\(2, 4\) leaves site '0\.weight' \(6 inputs\) out"
     ) as caught:
-        reduction = bmr.reduce(post, to={"*.weight": bmr.Gaussian(scale=0)}, per=bmr.NofM(2, 4))
+        reduction = bmr.reduce(
+            post, to={"*.weight": bmr.Gaussian(scale=0)}, per=bmr.reduction.NofM(2, 4)
+        )
     assert len(caught) == 1 and reduction.masks["0.weight"].all()
     assert (reduction.masks["2.weight"].view(4, 5, 4).sum(-1) == 2).all()
     assert reduction.only("2.*").warnings == reduction.warnings

@@ -23,7 +23,9 @@ SHAPES = {
     "gain": (4,),
 }
 RNG = np.random.default_rng(21)
-PRIOR = bmr.Diagonal(torch.tensor(0.2, dtype=torch.float64), torch.tensor(1.9, dtype=torch.float64))
+PRIOR = bmr.formulas.Diagonal(
+    torch.tensor(0.2, dtype=torch.float64), torch.tensor(1.9, dtype=torch.float64)
+)
 
 
 def posterior(shapes=None, mask=None):
@@ -199,7 +201,7 @@ def test_a_spike_and_slab_has_one_indicator_per_group():
 
 def test_a_horseshoe_group_goes_by_the_sum_of_its_logits():
     post = posterior({"w": (5, 4)})
-    centred = bmr.Diagonal(PRIOR.mean * 0, PRIOR.var)
+    centred = bmr.formulas.Diagonal(PRIOR.mean * 0, PRIOR.var)
     post = bmr.Posterior({"w": Site(post["w"].mean, post["w"].var, centred)})
     single, grouped = (bmr.reduce(post, to=bmr.Horseshoe(), per=per) for per in ("weight", "unit"))
     goes = single.sites["w"].drop.sum(1) > 0
@@ -238,18 +240,18 @@ def test_what_groups_refuse():
         ({"kept": {"x.*": 0.5}}, "pattern 'x.\\*' matches no reduced site"),
         ({"kept": {"fc.*": 1.5}}, "a fraction between 0 and 1"),
     ):
-        with pytest.raises(bmr.ReductionError, match=message):
+        with pytest.raises(bmr.errors.ReductionError, match=message):
             bmr.reduce(post, to=bmr.Gaussian(0), **kwargs)
     attention = posterior({"a.in_proj_weight": (18, 6), "a.out_proj.weight": (6, 6)})
-    with pytest.raises(bmr.ReductionError, match="how many heads has 'a'"):
+    with pytest.raises(bmr.errors.ReductionError, match="how many heads has 'a'"):
         bmr.reduce(attention, to=bmr.Gaussian(0), per="head")
     with pytest.raises(
-        bmr.ReductionError, match="width 6 of site 'a.in_proj_weight' does not divide"
+        bmr.errors.ReductionError, match="width 6 of site 'a.in_proj_weight' does not divide"
     ):
         bmr.reduce(attention, to=bmr.Gaussian(0), per="head", heads=4)
-    with pytest.raises(bmr.ReductionError, match="0 < n < m"):
+    with pytest.raises(bmr.errors.ReductionError, match="0 < n < m"):
         NofM(4, 4)
-    with pytest.raises(bmr.ReductionError, match="at least one row"):
+    with pytest.raises(bmr.errors.ReductionError, match="at least one row"):
         Block(0, 2)
 
 
@@ -285,7 +287,7 @@ def linear_model(width, seed=4):
     y = x @ w.flatten() + 0.7 * rng.normal(size=40)
     var = 1 / ((x**2).sum(0) / 0.49 + 1 / 1.9)
     mean = var * (x.T @ y) / 0.49
-    prior = bmr.Diagonal(
+    prior = bmr.formulas.Diagonal(
         torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.9, dtype=torch.float64)
     )
     moments = [torch.tensor(part).view(3, 5) for part in (mean, var)]
@@ -345,7 +347,9 @@ def test_groups_have_a_slab_of_their_own(width, bias):
         and not result.masks["fc.bias"].all()
     )
     alive = result.masks["fc.bias"]
-    reduced = bmr.reduced_posterior(post["fc.bias"], post["fc.bias"].prior, bmr.Gaussian(bias))
+    reduced = bmr.formulas.reduced_posterior(
+        post["fc.bias"], post["fc.bias"].prior, bmr.Gaussian(bias)
+    )
     torch.testing.assert_close(result.posterior["fc.bias"].mean, reduced.mean * alive)
 
 
@@ -421,7 +425,7 @@ def test_a_narrow_spike_of_groups_leaves_the_dead_alone():
     each = torch.zeros(4, 5, dtype=torch.float64)
     alive = post["fc.weight"].alive
     each[alive] = bmr.delta_f(
-        bmr.Diagonal(post["fc.weight"].mean[alive], post["fc.weight"].var[alive]),
+        bmr.formulas.Diagonal(post["fc.weight"].mean[alive], post["fc.weight"].var[alive]),
         PRIOR,
         bmr.Gaussian(0.07),
     )

@@ -21,7 +21,7 @@ def posterior(**products):
         mean = torch.randn(shape, generator=generator) * (
             torch.arange(torch.Size(shape).numel()).view(shape) % 2
         )
-        prior = bmr.Diagonal(torch.zeros(()), torch.ones(()))
+        prior = bmr.formulas.Diagonal(torch.zeros(()), torch.ones(()))
         sites[name] = bmr.Site(
             mean, torch.full(shape, 0.01), prior, multiplies=products.get(name, ())
         )

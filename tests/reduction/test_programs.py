@@ -25,7 +25,7 @@ def layer(rows, columns, seed=3, mask=None):
         rows, columns, generator=generator, dtype=torch.float64
     )
     var = 0.005 + 0.01 * torch.rand(rows, columns, generator=generator, dtype=torch.float64)
-    prior = bmr.Diagonal(*(torch.tensor(v, dtype=torch.float64) for v in (0.0, 1.5)))
+    prior = bmr.formulas.Diagonal(*(torch.tensor(v, dtype=torch.float64) for v in (0.0, 1.5)))
     return bmr.Posterior({"w": Site(mean, var, prior, mask=mask)})
 
 
@@ -50,7 +50,7 @@ def test_the_factor_is_the_gaussian_reduction_at_the_scales():
     psi = values["w_tau"] * values["w_unit"] * values["w_lambda"]
     var = psi**2 / 0.6 / (1 / 0.6 + psi**2)
     torch.testing.assert_close(trace.nodes["_RETURN"]["value"], var)
-    direct = bmr.reduce(posterior, to={"w": bmr.Diagonal(torch.zeros(()), var)})
+    direct = bmr.reduce(posterior, to={"w": bmr.formulas.Diagonal(torch.zeros(()), var)})
     assert trace.nodes["delta_f"]["fn"].log_factor.item() == pytest.approx(direct.delta_f, abs=1e-9)
     hyper = dist.HalfCauchy(1.0).log_prob(values["w_unit"]).sum() + dist.Gamma(
         1.5, 1.5 * 1.3**2
@@ -75,18 +75,20 @@ def test_a_flow_starts_as_log_normals_and_has_their_median():
 
 
 def test_what_programs_refuse():
-    with pytest.raises(bmr.ReductionError, match="site 'w'.*no sample_scale"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 'w'.*no sample_scale"):
         reduction_program(layer(2, 3), "w", bmr.Laplace(0.5))
     shifted = bmr.Posterior(
         {
             "w": Site(
-                torch.ones(2), torch.ones(2), bmr.Diagonal(torch.tensor(0.5), torch.tensor(2.0))
+                torch.ones(2),
+                torch.ones(2),
+                bmr.formulas.Diagonal(torch.tensor(0.5), torch.tensor(2.0)),
             )
         }
     )
-    with pytest.raises(bmr.ReductionError, match="site 'w'.*mean 0"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 'w'.*mean 0"):
         reduction_program(shifted, "w", bmr.Horseshoe())
-    with pytest.raises(bmr.ModelError, match="site 'w'.*positive"):
+    with pytest.raises(bmr.errors.ModelError, match="site 'w'.*positive"):
         ScaleFlow(lambda: pyro.sample("w", dist.Normal(0.0, 1.0)))
 
 
@@ -115,7 +117,7 @@ def test_the_ratio_of_two_programs_is_that_of_their_priors():
         {"s": draws["s"]}, {"s": dist.Gamma(2.0, 1.5)}, {"s": dist.Gamma(2.0, 0.6)}
     )
     assert log_ratio_delta_f(ratio).delta_f == pytest.approx(direct.delta_f, abs=1e-5)
-    with pytest.raises(bmr.ReductionError, match="site 's': no draws"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 's': no draws"):
         log_prior_ratio({"w": draws["w"]}, lambda x: program(1.5, x), lambda x: program(0.6, x), x)
 
 

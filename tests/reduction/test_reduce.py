@@ -18,7 +18,9 @@ MEAN = torch.tensor(
     np.where(RNG.random((4, 6)) < 0.4, RNG.normal(0, 1, (4, 6)), RNG.normal(0, 0.05, (4, 6)))
 )
 VAR = torch.tensor(RNG.uniform(0.005, 0.06, (4, 6)))
-PRIOR = bmr.Diagonal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.7, dtype=torch.float64))
+PRIOR = bmr.formulas.Diagonal(
+    torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.7, dtype=torch.float64)
+)
 
 
 def posterior(mask=None, **sites):
@@ -104,7 +106,7 @@ def test_spike_and_slab_learns_the_inclusion():
 
 def test_spike_of_finite_width():
     result = bmr.reduce(posterior(), to=bmr.SpikeAndSlab(spike_scale=0.08))
-    by_hand = bmr.delta_f(bmr.Diagonal(MEAN, VAR), PRIOR, bmr.Gaussian(0.08))
+    by_hand = bmr.delta_f(bmr.formulas.Diagonal(MEAN, VAR), PRIOR, bmr.Gaussian(0.08))
     assert result.delta_f == pytest.approx(
         exact_inclusion(by_hand, 1, 1).log_evidence_gain.item(), abs=1e-9
     )
@@ -112,13 +114,13 @@ def test_spike_of_finite_width():
 
 def test_gaussian_of_another_scale_changes_moments_and_prunes_nothing():
     result = bmr.reduce(posterior(), to=bmr.Gaussian(0.4))
-    q = bmr.Diagonal(MEAN, VAR)
+    q = bmr.formulas.Diagonal(MEAN, VAR)
     assert result.kept == 1.0
     assert result.delta_f == pytest.approx(
         bmr.delta_f(q, PRIOR, bmr.Gaussian(0.4)).sum().item(), abs=1e-9
     )
     torch.testing.assert_close(
-        result.posterior["w"].mean, bmr.reduced_posterior(q, PRIOR, bmr.Gaussian(0.4)).mean
+        result.posterior["w"].mean, bmr.formulas.reduced_posterior(q, PRIOR, bmr.Gaussian(0.4)).mean
     )
 
 
@@ -153,7 +155,7 @@ def test_reducing_twice_does_not_compound_a_point_spike():
 
 
 def test_own_decision_of_fitted_priors():
-    unit = bmr.Diagonal(
+    unit = bmr.formulas.Diagonal(
         torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
     )
     mean, var = (
@@ -200,7 +202,7 @@ def test_weights_wider_than_their_prior_are_counted_not_nan():
         "w": Site(
             torch.tensor([0.1, 0.5, -1.0]),
             torch.tensor([2.4, 0.1, 1.9]),
-            bmr.Diagonal(torch.tensor(0.0), torch.tensor(1.7)),
+            bmr.formulas.Diagonal(torch.tensor(0.0), torch.tensor(1.7)),
         )
     }
     for target in (
@@ -226,19 +228,21 @@ def test_a_wholly_pruned_site():
 
 def test_what_reduce_refuses():
     plain = posterior()
-    with pytest.raises(bmr.ReductionError, match="per='row'"):
+    with pytest.raises(bmr.errors.ReductionError, match="per='row'"):
         bmr.reduce(plain, to=bmr.Gaussian(0), per="row")
-    with pytest.raises(bmr.ReductionError, match="kept=1.5"):
+    with pytest.raises(bmr.errors.ReductionError, match="kept=1.5"):
         bmr.reduce(plain, to=bmr.Gaussian(0), kept=1.5)
-    with pytest.raises(bmr.ReductionError, match="'v' matches no site; the sites are: w, noise"):
+    with pytest.raises(
+        bmr.errors.ReductionError, match="'v' matches no site; the sites are: w, noise"
+    ):
         bmr.reduce(plain, to={"v": bmr.Gaussian(0)})
-    with pytest.raises(bmr.ReductionError, match="site 'noise'.*not Gaussian"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 'noise'.*not Gaussian"):
         bmr.reduce(plain, to={"noise": bmr.Gaussian(0)})
-    with pytest.raises(bmr.ReductionError, match="site 'w'.*a pruned weight is zero"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 'w'.*a pruned weight is zero"):
         bmr.reduce(plain, to=bmr.Gaussian(0, mean=1.0))
-    with pytest.raises(bmr.ReductionError, match="site 'w'.*hyper-parameters"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 'w'.*hyper-parameters"):
         bmr.reduce(plain, to=bmr.Gaussian("layer"))
-    with pytest.raises(bmr.ReductionError, match=r"no site to reduce.*noise \(positive\)"):
+    with pytest.raises(bmr.errors.ReductionError, match=r"no site to reduce.*noise \(positive\)"):
         bmr.reduce(bmr.Posterior({"noise": plain["noise"]}), to=bmr.Gaussian(0))
 
 
@@ -258,7 +262,7 @@ def test_reductions_do_not_compound():
     assert first.delta_f + chained.delta_f == pytest.approx(direct.delta_f, abs=1e-9)
     torch.testing.assert_close(chained.posterior["w"].mean, direct.posterior["w"].mean)
     torch.testing.assert_close(chained.posterior["w"].var, direct.posterior["w"].var)
-    with pytest.raises(bmr.ReductionError, match="site 'w'|no site to reduce"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 'w'|no site to reduce"):
         bmr.reduce(bmr.reduce(posterior(), to=bmr.Horseshoe()).posterior, to={"w": bmr.Gaussian(0)})
 
 
@@ -271,5 +275,5 @@ def test_ranking_needs_a_spike_delta_f():
         "w": Site(MEAN[0], VAR[0], None, bmr.SpikeAndSlab()),
         "w_inclusion": Site(torch.tensor(0.0), torch.tensor(0.1), support="unit_interval"),
     }
-    with pytest.raises(bmr.ReductionError, match="use threshold="):
+    with pytest.raises(bmr.errors.ReductionError, match="use threshold="):
         bmr.reduce(bmr.Posterior(sites), to=None, kept=0.5)

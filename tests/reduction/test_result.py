@@ -13,7 +13,9 @@ from pyro_bmr.posteriors.site import Site
 from tests.exact import random_spd
 
 RNG = np.random.default_rng(31)
-PRIOR = bmr.Diagonal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.6, dtype=torch.float64))
+PRIOR = bmr.formulas.Diagonal(
+    torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.6, dtype=torch.float64)
+)
 
 
 def site(*shape, mask=None):
@@ -61,7 +63,7 @@ def test_a_part_of_a_reduction_leaves_the_rest_as_it_was():
     )
     assert torch.equal(part.posterior["fc1.bias"].alive, whole.masks["fc1.bias"])
     assert whole.before is POSTERIOR
-    with pytest.raises(bmr.ReductionError, match="'fc3.*' matches no reduced site"):
+    with pytest.raises(bmr.errors.ReductionError, match="'fc3.*' matches no reduced site"):
         whole.only("fc3.*")
 
 
@@ -86,11 +88,11 @@ def test_two_reductions_are_one():
 def test_reductions_that_do_not_follow_are_refused():
     first = bmr.reduce(POSTERIOR, to=SPIKE)
     with pytest.raises(
-        bmr.ReductionError, match="site 'fc1.*': the second reduction did not start"
+        bmr.errors.ReductionError, match="site 'fc1.*': the second reduction did not start"
     ):
         first.then(bmr.reduce(POSTERIOR, to=SPIKE))
     other = bmr.Posterior({"fc1.weight": site(4, 5), "fc1.bias": site(4), "fc2.weight": site(3, 4)})
-    with pytest.raises(bmr.ReductionError, match="did not start"):
+    with pytest.raises(bmr.errors.ReductionError, match="did not start"):
         first.then(bmr.reduce(other, to=SPIKE))
 
 
@@ -119,12 +121,12 @@ def test_it_comes_back_from_disk(tmp_path, per, to):
 
 
 def test_what_loading_refuses(tmp_path):
-    with pytest.raises(bmr.ReductionError, match="not a saved reduction"):
+    with pytest.raises(bmr.errors.ReductionError, match="not a saved reduction"):
         bmr.Reduction.load(tmp_path)
     reduction = bmr.reduce(POSTERIOR, to=SPIKE)
     reduction.save(tmp_path)
     (tmp_path / "reduction.json").write_text(json.dumps({"format": "other"}))
-    with pytest.raises(bmr.ReductionError, match="of format"):
+    with pytest.raises(bmr.errors.ReductionError, match="of format"):
         bmr.Reduction.load(tmp_path)
 
 
@@ -164,17 +166,24 @@ def test_the_curve_of_groups_and_of_correlations_is_joint():
     cov = torch.tensor(random_spd(RNG, 6, 0.2))
     mean = torch.tensor(RNG.normal(size=6) * 0.5)
     posterior = bmr.Posterior(
-        {"w": Site(mean.view(3, 2), cov.diagonal().view(3, 2), PRIOR, joint=bmr.Dense(mean, cov))}
+        {
+            "w": Site(
+                mean.view(3, 2),
+                cov.diagonal().view(3, 2),
+                PRIOR,
+                joint=bmr.formulas.Dense(mean, cov),
+            )
+        }
     )
     curve = bmr.reduce(posterior, to=SPIKE, per="unit").curve()
     assert curve["pruned"].tolist() == [0, 2, 4, 6]
-    everything = prune_subset(bmr.Dense(mean, cov), PRIOR_OF_SIX, torch.ones(6, dtype=torch.bool))[
-        0
-    ]
+    everything = prune_subset(
+        bmr.formulas.Dense(mean, cov), PRIOR_OF_SIX, torch.ones(6, dtype=torch.bool)
+    )[0]
     assert (
         curve["delta_f"].iloc[-1] == pytest.approx(everything.item(), abs=1e-9)
         and curve["delta_f"].iloc[0] == 0
     )
 
 
-PRIOR_OF_SIX = bmr.Diagonal(PRIOR.mean.expand(6), PRIOR.var.expand(6))
+PRIOR_OF_SIX = bmr.formulas.Diagonal(PRIOR.mean.expand(6), PRIOR.var.expand(6))

@@ -28,7 +28,9 @@ MEAN = torch.tensor(
     np.where(RNG.random((4, 6)) < 0.4, RNG.normal(0, 1, (4, 6)), RNG.normal(0, 0.05, (4, 6)))
 )
 VAR = torch.tensor(RNG.uniform(0.005, 0.06, (4, 6)))
-PRIOR = bmr.Diagonal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.7, dtype=torch.float64))
+PRIOR = bmr.formulas.Diagonal(
+    torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.7, dtype=torch.float64)
+)
 SPIKE = stats.norm(MEAN, VAR**0.5).logpdf(0) - stats.norm(0, 1.7**0.5).logpdf(0)
 ROWS = torch.arange(4)[:, None].expand(4, 6)
 
@@ -79,10 +81,10 @@ class OwnMixture:
 def test_a_class_with_moments_is_a_gaussian():
     mask = torch.rand(4, 6) < 0.7
     got = site_reduction(posterior(mask), "w", OwnGaussian())
-    target = bmr.Diagonal(torch.zeros(4, 6).double(), OwnGaussian().var.expand(4, 6))
+    target = bmr.formulas.Diagonal(torch.zeros(4, 6).double(), OwnGaussian().var.expand(4, 6))
     gain, reduced = (
-        bmr.delta_f(bmr.Diagonal(MEAN, VAR), PRIOR, target),
-        bmr.reduced_posterior(bmr.Diagonal(MEAN, VAR), PRIOR, target),
+        bmr.delta_f(bmr.formulas.Diagonal(MEAN, VAR), PRIOR, target),
+        bmr.formulas.reduced_posterior(bmr.formulas.Diagonal(MEAN, VAR), PRIOR, target),
     )
     assert got.delta_f == pytest.approx(gain[mask].sum().item(), abs=1e-9)
     torch.testing.assert_close(got.site.mean[mask], reduced.mean[mask])
@@ -99,7 +101,7 @@ def test_a_class_with_a_density_is_its_mixture():
     Gaussians.
     """
     by_mixture = site_reduction(posterior(), "w", OwnMixture())
-    q = bmr.Diagonal(MEAN, VAR)
+    q = bmr.formulas.Diagonal(MEAN, VAR)
     by_density = density_reduction(q, PRIOR, OwnMixture().log_prob)
     assert by_mixture.delta_f == pytest.approx(by_density.delta_f.sum().item(), abs=1e-6)
     torch.testing.assert_close(by_mixture.site.mean, by_density.mean, rtol=0, atol=1e-7)
@@ -116,7 +118,7 @@ def test_a_class_with_a_density_is_its_mixture():
 
 
 def test_a_density_with_a_kink_by_scipy():
-    got = density_reduction(bmr.Diagonal(MEAN[0], VAR[0]), PRIOR, OwnDensity(0.3).log_prob)
+    got = density_reduction(bmr.formulas.Diagonal(MEAN[0], VAR[0]), PRIOR, OwnDensity(0.3).log_prob)
     for i in range(2):
         m, s = MEAN[0, i].item(), VAR[0, i].item() ** 0.5
         f = lambda w, m=m, s=s: (  # noqa: E731
@@ -133,15 +135,18 @@ def test_a_density_with_a_kink_by_scipy():
 
 
 def test_what_is_no_target():
-    with pytest.raises(bmr.ReductionError, match="neither mean and var, nor mixture, nor log_prob"):
+    with pytest.raises(
+        bmr.errors.ReductionError, match="neither mean and var, nor mixture, nor log_prob"
+    ):
         site_reduction(posterior(), "w", object())
-    with pytest.raises(bmr.ReductionError, match=r"site 'w'.*one number for each weight"):
+    with pytest.raises(bmr.errors.ReductionError, match=r"site 'w'.*one number for each weight"):
         bmr.reduce(posterior(), to=type("Bad", (), {"log_prob": lambda self, w: w.sum()})())
     with pytest.raises(
-        bmr.ReductionError, match=r"integer tensor of the site's shape \(4, 6\); got torch.float64"
+        bmr.errors.ReductionError,
+        match=r"integer tensor of the site's shape \(4, 6\); got torch.float64",
     ):
         site_reduction(posterior(), "w", bmr.SpikeAndSlab(), groups=MEAN)
-    with pytest.raises(bmr.ReductionError, match="shape \\(6,\\)"):
+    with pytest.raises(bmr.errors.ReductionError, match="shape \\(6,\\)"):
         site_reduction(posterior(), "w", bmr.SpikeAndSlab(), groups=torch.arange(6))
 
 
@@ -169,13 +174,16 @@ def test_a_slab_of_its_own():
     moments of the slab.
     """
     got = site_reduction(posterior(), "w", bmr.SpikeAndSlab(slab_scale=0.8))
-    slab = bmr.delta_f(bmr.Diagonal(MEAN, VAR), PRIOR, bmr.Gaussian(0.8))
+    slab = bmr.delta_f(bmr.formulas.Diagonal(MEAN, VAR), PRIOR, bmr.Gaussian(0.8))
     exact = exact_inclusion(torch.tensor(SPIKE) - slab)
     assert got.delta_f == pytest.approx(
         slab.sum().item() + exact.log_evidence_gain.item(), abs=1e-9
     )
     torch.testing.assert_close(
-        got.site.mean, bmr.reduced_posterior(bmr.Diagonal(MEAN, VAR), PRIOR, bmr.Gaussian(0.8)).mean
+        got.site.mean,
+        bmr.formulas.reduced_posterior(
+            bmr.formulas.Diagonal(MEAN, VAR), PRIOR, bmr.Gaussian(0.8)
+        ).mean,
     )
     assert got.site.prior.var.item() == pytest.approx(0.64)
     torch.testing.assert_close(got.inclusion, exact.probability)
@@ -197,7 +205,7 @@ def redundant():
                 "w": Site(
                     mean,
                     var,
-                    bmr.Diagonal(
+                    bmr.formulas.Diagonal(
                         torch.zeros((), dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
                     ),
                 )
@@ -242,7 +250,7 @@ def test_a_slab_that_noise_would_widen_is_bounded_and_told():
             "w": Site(
                 mean,
                 var,
-                bmr.Diagonal(
+                bmr.formulas.Diagonal(
                     torch.zeros((), dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
                 ),
             )
@@ -268,7 +276,7 @@ def test_the_bound_is_no_hindrance_where_the_data_speak():
         {
             "w": Site(
                 *torch.tensor([[[1.2]], [[0.045]]], dtype=torch.float64),
-                bmr.Diagonal(*torch.tensor([0.0, 0.1], dtype=torch.float64)),
+                bmr.formulas.Diagonal(*torch.tensor([0.0, 0.1], dtype=torch.float64)),
             )
         }
     )
@@ -306,7 +314,7 @@ def test_one_inclusion_for_all_sites():
     assert result.sites["a"].delta_f == pytest.approx(
         np.logaddexp(np.log(pi), np.log(1 - pi) + SPIKE).sum(), abs=1e-8
     )
-    with pytest.raises(bmr.ReductionError, match="site 'noise'"):
+    with pytest.raises(bmr.errors.ReductionError, match="site 'noise'"):
         shared_inclusion(q, bmr.SpikeAndSlab(), ["noise"])
 
 
@@ -350,7 +358,7 @@ def test_a_tau_for_each_unit():
     mask = torch.ones(4, 6, dtype=torch.bool)
     mask[1] = False  # a dead row has no tau
     got = site_reduction(posterior(mask), "w", prior)
-    data = bmr.Message(MEAN[2] / VAR[2], 1 / VAR[2] - 1 / 1.7)
+    data = bmr.formulas.Message(MEAN[2] / VAR[2], 1 / VAR[2] - 1 / 1.7)
     tau = best_scale(data, torch.full((6,), 1.7).double(), prior.mixture, prior.log_hyper)
     assert got.scales.shape == (3,) and got.scales[1].item() == pytest.approx(tau.item(), rel=2e-3)
     direct = scale_mixture_reduction(
@@ -397,7 +405,7 @@ def test_every_target_answers_for_every_site(to, dtype, shape, seed, masked, gro
     if mask is not None:
         mean, var = mean.where(mask, 0), var.where(mask, 0)
     q = bmr.Posterior(
-        {"w": Site(mean, var, bmr.Diagonal(torch.zeros(()), torch.tensor(1.3)), mask=mask)}
+        {"w": Site(mean, var, bmr.formulas.Diagonal(torch.zeros(()), torch.tensor(1.3)), mask=mask)}
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an empirical slab may stand at an end of its search

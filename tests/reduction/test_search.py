@@ -32,7 +32,7 @@ def problem(seed=3, d=D):
         alive: model.log_evidence(np.zeros(d), SCALE**2 * np.diag(np.array(alive, float))) - full
         for alive in itertools.product((True, False), repeat=d)
     }
-    return bmr.Dense(torch.tensor(mean), torch.tensor(cov)), bmr.Gaussian(SCALE), gains
+    return bmr.formulas.Dense(torch.tensor(mean), torch.tensor(cov)), bmr.Gaussian(SCALE), gains
 
 
 def low_rank(seed=4, d=7, k=2):
@@ -41,14 +41,14 @@ def low_rank(seed=4, d=7, k=2):
     mean = torch.tensor(rng.normal(size=d) * 0.7)
     return (
         LowRank(mean, var, factor),
-        bmr.Dense(mean, torch.diag(var) + factor @ factor.mT),
-        bmr.Diagonal(mean * 0 + 0.2, mean * 0 + 2.3),
+        bmr.formulas.Dense(mean, torch.diag(var) + factor @ factor.mT),
+        bmr.formulas.Diagonal(mean * 0 + 0.2, mean * 0 + 2.3),
     )
 
 
 def test_exhaustive_is_the_exact_evidence_of_every_subset():
     posterior, prior, exact = problem()
-    search = bmr.exhaustive_search(posterior, prior)
+    search = bmr.reduction.exhaustive_search(posterior, prior)
     assert len(search.alive) == 2**D
     for alive, gain in zip(search.alive.tolist(), search.delta_f.tolist(), strict=True):
         assert gain == pytest.approx(exact[tuple(alive)], abs=1e-9)
@@ -62,7 +62,7 @@ def test_exhaustive_is_the_exact_evidence_of_every_subset():
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_finds_the_best_subset_and_knows_the_evidence_of_all_it_visits(seed):
     posterior, prior, exact = problem(seed)
-    search = bmr.greedy_search(posterior, prior)
+    search = bmr.reduction.greedy_search(posterior, prior)
     for alive, gain in zip(search.alive.tolist(), search.delta_f.tolist(), strict=True):
         assert gain == pytest.approx(exact[tuple(alive)], abs=1e-9)
     assert tuple(search.mask.tolist()) == max(exact, key=exact.get)
@@ -74,18 +74,20 @@ def test_two_copies_of_one_regressor_are_not_both_pruned():
     x = rng.normal(size=(60, 1)).repeat(2, 1) + 0.05 * rng.normal(size=(60, 2))
     precision = torch.tensor(x.T @ x / 0.5**2 + np.eye(2) / SCALE**2)
     cov = torch.linalg.inv(precision)
-    posterior = bmr.Dense(cov @ torch.tensor(x.T @ (0.8 * x[:, 0]) / 0.5**2), cov)
+    posterior = bmr.formulas.Dense(cov @ torch.tensor(x.T @ (0.8 * x[:, 0]) / 0.5**2), cov)
     prior = bmr.Gaussian(SCALE)
-    alone = bmr.delta_f(bmr.Diagonal(posterior.mean, cov.diagonal()), prior, bmr.Gaussian(0.0))
+    alone = bmr.delta_f(
+        bmr.formulas.Diagonal(posterior.mean, cov.diagonal()), prior, bmr.Gaussian(0.0)
+    )
     assert bool((alone > 0).all())  # each is superfluous given the other
-    assert int(bmr.greedy_search(posterior, prior).mask.sum()) == 1
+    assert int(bmr.reduction.greedy_search(posterior, prior).mask.sum()) == 1
 
 
 def test_pairs_change_places_where_no_single_step_helps():
     stuck = 0
     for seed in range(8):
         posterior, prior, exact = problem(seed, d=6)
-        search = bmr.greedy_search(posterior, prior)
+        search = bmr.reduction.greedy_search(posterior, prior)
         best = max(exact.values())
         assert search.delta_f[0].item() == pytest.approx(best, abs=0.8)
         singles = [
@@ -105,17 +107,17 @@ def test_low_rank_is_dense():
     thin, dense, prior = low_rank(d=6)
     labels = torch.tensor([0, 0, 1, 2, 2, -1])
     for groups in (None, labels):
-        for method in (bmr.exhaustive_search, bmr.greedy_search):
+        for method in (bmr.reduction.exhaustive_search, bmr.reduction.greedy_search):
             a, b = method(thin, prior, groups), method(dense, prior, groups)
             assert torch.equal(a.alive, b.alive)
             torch.testing.assert_close(a.delta_f, b.delta_f)
-    assert bool(bmr.exhaustive_search(thin, prior, labels).masks[0][5])
+    assert bool(bmr.reduction.exhaustive_search(thin, prior, labels).masks[0][5])
 
 
 def test_groups_are_the_joint_density_ratio():
     _, dense, prior = low_rank()
     labels = torch.tensor([0, 0, 1, 2, 2, 2, -1])
-    search = bmr.exhaustive_search(dense, prior, labels)
+    search = bmr.reduction.exhaustive_search(dense, prior, labels)
     for model, gain in enumerate(search.delta_f.tolist()):
         mask = search.masks_of(model)[0]
         assert gain == pytest.approx(
@@ -130,10 +132,10 @@ def test_rows_of_a_matrix_normal():
         torch.tensor(random_spd(rng, 2, 0.5)),
         torch.tensor(rng.normal(size=(4, 2)) * 0.6),
     )
-    prior = bmr.Diagonal(torch.tensor(0.1).double(), torch.tensor(1.7).double())
-    thin = bmr.exhaustive_search(MatrixNormal(mean, rows, columns), prior)
-    dense = bmr.exhaustive_search(
-        bmr.Dense(mean.flatten(), torch.kron(rows, columns)),
+    prior = bmr.formulas.Diagonal(torch.tensor(0.1).double(), torch.tensor(1.7).double())
+    thin = bmr.reduction.exhaustive_search(MatrixNormal(mean, rows, columns), prior)
+    dense = bmr.reduction.exhaustive_search(
+        bmr.formulas.Dense(mean.flatten(), torch.kron(rows, columns)),
         prior,
         torch.arange(4).repeat_interleave(2),
     )
@@ -146,9 +148,10 @@ def test_a_prior_with_correlations():
     model = linear_gaussian(d=4)
     eta, pi = rng.normal(size=4), random_spd(rng, 4, 1.8)
     posterior, prior = (
-        bmr.Dense(*map(torch.tensor, pair)) for pair in (model.posterior(eta, pi), (eta, pi))
+        bmr.formulas.Dense(*map(torch.tensor, pair))
+        for pair in (model.posterior(eta, pi), (eta, pi))
     )
-    search = bmr.exhaustive_search(posterior, prior)
+    search = bmr.reduction.exhaustive_search(posterior, prior)
     for model_, gain in enumerate(search.delta_f.tolist()):
         mask = search.masks_of(model_)[0]
         assert gain == pytest.approx(
@@ -174,7 +177,9 @@ def test_a_state_forgets_what_is_let_go():
 def test_ratios_after_each_flip_are_those_of_the_flipped_states(correlated_prior):
     _, dense, prior = low_rank()
     if correlated_prior:
-        prior = bmr.Dense(prior.mean, torch.tensor(random_spd(np.random.default_rng(1), 7, 1.4)))
+        prior = bmr.formulas.Dense(
+            prior.mean, torch.tensor(random_spd(np.random.default_rng(1), 7, 1.4))
+        )
     state = initial_state(dense, prior).flipped(torch.tensor([1, 4]), True)
     index = torch.tensor([4, 0, 6, 1, 2])
     after = state.log_ratios_after_each(index)
@@ -191,10 +196,10 @@ def test_letting_go_by_rank_one_finds_what_a_fresh_start_finds(monkeypatch):
     differences = []
     for seed in range(12):
         posterior, prior, _ = problem(seed, d=7)
-        quick = gains_by_model(bmr.greedy_search(posterior, prior))
+        quick = gains_by_model(bmr.reduction.greedy_search(posterior, prior))
         with monkeypatch.context() as patch:
             patch.setattr(search_path, "_LOSS", -1.0)
-            fresh = gains_by_model(bmr.greedy_search(posterior, prior))
+            fresh = gains_by_model(bmr.reduction.greedy_search(posterior, prior))
         assert quick.keys() == fresh.keys()
         differences += [abs(quick[alive] - fresh[alive]) for alive in quick]
     assert 0 < max(differences) < 1e-11
@@ -205,7 +210,7 @@ def test_nothing_is_let_go_where_that_costs_digits():
     near = 1 - 1e-9
     cov = torch.tensor([[1, near, 0.3], [near, 1, 0.3], [0.3, 0.3, 1]], dtype=torch.float64)
     mean = torch.tensor([0.4, 0.4 + 1e-5, -0.2], dtype=torch.float64)
-    state = initial_state(bmr.Dense(mean, cov), bmr.Gaussian(1.5))
+    state = initial_state(bmr.formulas.Dense(mean, cov), bmr.Gaussian(1.5))
     one = state.flipped(torch.tensor([1]), True)
     assert state.inflation() == 1.0 and one.inflation() == pytest.approx(1.0)
     both = one.flipped(torch.tensor([0]), True)
@@ -236,7 +241,7 @@ def test_more_groups_than_bits_and_as_many_are_told_apart():
 
 def test_averages_over_models():
     posterior, prior, exact = problem()
-    search = bmr.exhaustive_search(posterior, prior)
+    search = bmr.reduction.exhaustive_search(posterior, prior)
     model = linear_gaussian(d=D)
     weights = np.exp(np.array(list(exact.values())))
     mean, second = np.zeros(D), np.zeros(D)
@@ -252,13 +257,15 @@ def test_averages_over_models():
 
 def test_threshold_and_target():
     posterior, prior, exact = problem()
-    search = bmr.exhaustive_search(posterior, prior, threshold=4.0)
+    search = bmr.reduction.exhaustive_search(posterior, prior, threshold=4.0)
     score = {alive: gain - 4.0 * alive.count(False) for alive, gain in exact.items()}
     assert tuple(search.mask.tolist()) == max(score, key=score.get) != max(exact, key=exact.get)
-    assert torch.equal(bmr.greedy_search(posterior, prior, threshold=4.0).mask, search.mask)
-    two = bmr.exhaustive_search(posterior, prior, kept=0.4)
+    assert torch.equal(
+        bmr.reduction.greedy_search(posterior, prior, threshold=4.0).mask, search.mask
+    )
+    two = bmr.reduction.exhaustive_search(posterior, prior, kept=0.4)
     assert tuple(two.mask.tolist()) == max((a for a in exact if sum(a) <= 2), key=exact.get)
-    greedy = bmr.greedy_search(posterior, prior, kept=0.4)
+    greedy = bmr.reduction.greedy_search(posterior, prior, kept=0.4)
     assert int(greedy.mask.sum()) == 2 and greedy.delta_f[0].item() == pytest.approx(
         exact[tuple(greedy.mask.tolist())], abs=1e-9
     )
@@ -266,9 +273,9 @@ def test_threshold_and_target():
 
 def test_a_batch_never_lowers_the_evidence():
     thin, _, prior = low_rank(d=60, k=4)
-    one, many = (bmr.greedy_search(thin, prior, batch=batch) for batch in (1, 25))
+    one, many = (bmr.reduction.greedy_search(thin, prior, batch=batch) for batch in (1, 25))
     assert one.delta_f[0] > 0 and many.delta_f[0] > 0
-    again = bmr.greedy_search(thin, prior, batch=25).mask
+    again = bmr.reduction.greedy_search(thin, prior, batch=25).mask
     assert torch.equal(again, many.mask)
     gain = prune_subset(thin, prior, ~many.mask)[0]
     assert many.delta_f[0].item() == pytest.approx(gain.item(), abs=1e-8)
@@ -284,7 +291,7 @@ def sites(structure, prior, shape):
     return Site(
         structure.mean.view(shape),
         var.view(shape),
-        bmr.Diagonal(
+        bmr.formulas.Diagonal(
             *(
                 torch.as_tensor(part, dtype=torch.float64).flatten()[0]
                 for part in (prior.mean, prior.var)
@@ -298,7 +305,7 @@ def test_reduce_searches_where_a_site_has_correlations():
     posterior, prior, exact = problem()
     best = max(exact, key=exact.get)
     post = bmr.Posterior({"w": sites(posterior, prior, (D,))})
-    result = bmr.reduce(post, to=bmr.Gaussian(0), search=bmr.exhaustive_search)
+    result = bmr.reduce(post, to=bmr.Gaussian(0), search=bmr.reduction.exhaustive_search)
     assert (
         tuple(result.masks["w"].tolist())
         == best
@@ -326,7 +333,7 @@ def test_a_unit_with_correlations_is_searched_over_sites():
     bias = Site(
         torch.tensor([0.9, -0.1]).double(),
         torch.tensor([0.05, 0.2]).double(),
-        bmr.Diagonal(torch.tensor(0.0).double(), torch.tensor(1.4).double()),
+        bmr.formulas.Diagonal(torch.tensor(0.0).double(), torch.tensor(1.4).double()),
     )
     post = bmr.Posterior({"fc.weight": sites(thin, prior, (2, 3)), "fc.bias": bias})
     gains = {}
@@ -359,8 +366,8 @@ def test_rows_and_columns_of_a_matrix_normal_site(per):
         torch.tensor(random_spd(rng, 3, 0.5)),
         torch.tensor(rng.normal(size=(4, 3)) * 0.6),
     )
-    prior = bmr.Diagonal(torch.tensor(0.0).double(), torch.tensor(1.7).double())
-    dense = bmr.Dense(mean.flatten(), torch.kron(rows, columns))
+    prior = bmr.formulas.Diagonal(torch.tensor(0.0).double(), torch.tensor(1.7).double())
+    dense = bmr.formulas.Dense(mean.flatten(), torch.kron(rows, columns))
     site = Site(
         mean, dense.cov.diagonal().view(4, 3), prior, joint=MatrixNormal(mean, rows, columns)
     )
@@ -378,9 +385,9 @@ def test_rows_and_columns_of_a_matrix_normal_site(per):
 
 def test_another_gaussian_prior_for_a_correlated_site():
     thin, dense, prior = low_rank(d=6)
-    flat = bmr.Dense(torch.zeros(6).double() + 0.2, 2.3 * torch.eye(6).double())
-    narrow = bmr.Dense(torch.zeros(6).double(), 0.6**2 * torch.eye(6).double())
-    exact = bmr.reduced_posterior(dense, flat, narrow)
+    flat = bmr.formulas.Dense(torch.zeros(6).double() + 0.2, 2.3 * torch.eye(6).double())
+    narrow = bmr.formulas.Dense(torch.zeros(6).double(), 0.6**2 * torch.eye(6).double())
+    exact = bmr.formulas.reduced_posterior(dense, flat, narrow)
     for structure in (thin, dense):
         result = bmr.reduce(
             bmr.Posterior({"w": sites(structure, prior, (2, 3))}), to=bmr.Gaussian(0.6)
@@ -392,19 +399,24 @@ def test_another_gaussian_prior_for_a_correlated_site():
 
 def test_what_searches_refuse():
     posterior, prior, _ = problem()
-    with pytest.raises(bmr.ReductionError, match="one integer for each of the 5 entries"):
-        bmr.greedy_search(posterior, prior, torch.zeros(4).long())
-    with pytest.raises(bmr.ReductionError, match="nothing to search"):
-        bmr.greedy_search(posterior, prior, -torch.ones(5).long())
-    with pytest.raises(bmr.ReductionError, match="16 groups make 2\\^16 models"):
-        bmr.exhaustive_search(bmr.Dense(torch.zeros(16), torch.eye(16)), prior)
-    with pytest.raises(bmr.ReductionError, match="posterior is not positive definite"):
-        bmr.greedy_search(bmr.Dense(torch.zeros(2), torch.ones(2, 2)), prior)
+    with pytest.raises(bmr.errors.ReductionError, match="one integer for each of the 5 entries"):
+        bmr.reduction.greedy_search(posterior, prior, torch.zeros(4).long())
+    with pytest.raises(bmr.errors.ReductionError, match="nothing to search"):
+        bmr.reduction.greedy_search(posterior, prior, -torch.ones(5).long())
+    with pytest.raises(bmr.errors.ReductionError, match="16 groups make 2\\^16 models"):
+        bmr.reduction.exhaustive_search(bmr.formulas.Dense(torch.zeros(16), torch.eye(16)), prior)
+    with pytest.raises(bmr.errors.ReductionError, match="posterior is not positive definite"):
+        bmr.reduction.greedy_search(bmr.formulas.Dense(torch.zeros(2), torch.ones(2, 2)), prior)
     with pytest.raises(
-        bmr.ReductionError, match="posterior must have finite moments and variance > 0; got 2 of 2"
+        bmr.errors.ReductionError,
+        match="posterior must have finite moments and variance > 0; got 2 of 2",
     ):
-        bmr.greedy_search(LowRank(torch.zeros(2), torch.zeros(2), torch.ones(2, 1)), prior)
-    with pytest.raises(bmr.ReductionError, match="stay, are already more"):
-        bmr.exhaustive_search(posterior, prior, torch.tensor([0, -1, -1, -1, -1]), kept=0.4)
-    with pytest.raises(bmr.ReductionError, match="take masks"):
-        _ = bmr.greedy_search([posterior, posterior], [prior, prior]).mask
+        bmr.reduction.greedy_search(
+            LowRank(torch.zeros(2), torch.zeros(2), torch.ones(2, 1)), prior
+        )
+    with pytest.raises(bmr.errors.ReductionError, match="stay, are already more"):
+        bmr.reduction.exhaustive_search(
+            posterior, prior, torch.tensor([0, -1, -1, -1, -1]), kept=0.4
+        )
+    with pytest.raises(bmr.errors.ReductionError, match="take masks"):
+        _ = bmr.reduction.greedy_search([posterior, posterior], [prior, prior]).mask

@@ -152,7 +152,7 @@ def test_single_weights_of_a_matrix_normal_are_told():
     mean = 0.3 * torch.randn(4, 3, generator=g, dtype=torch.float64)
     rows, columns = (torch.eye(k, dtype=torch.float64) * 0.2 + 0.1 for k in (4, 3))
     var = rows.diagonal()[:, None] * columns.diagonal()
-    prior = bmr.Diagonal(torch.tensor(0.0).double(), torch.tensor(1.7).double())
+    prior = bmr.formulas.Diagonal(torch.tensor(0.0).double(), torch.tensor(1.7).double())
     posterior = bmr.Posterior(
         {"w": Site(mean, var, prior, joint=MatrixNormal(mean, rows, columns))}, rows=1000
     )
@@ -195,5 +195,5 @@ def test_rows_are_kept_and_refused(tmp_path):
         and bmr.reduce(draws, to=bmr.Gaussian(scale=0)).posterior.rows == 7
     )
     for wrong in (0, 2.5, True, "9", torch.ones(300)):
-        with pytest.raises(bmr.ModelError, match="rows=.*an integer >= 1"):
+        with pytest.raises(bmr.errors.ModelError, match="rows=.*an integer >= 1"):
             diagonal(mean, curvature, wrong)

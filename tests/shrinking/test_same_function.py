@@ -129,7 +129,7 @@ def check(net, masks, x, left=None):
     """The smaller network, whose outputs are those of the masked one, at other rows and another
     number of them.
     """
-    plan = bmr.shrink_plan(net, masks, x[:1])
+    plan = bmr.shrinking.shrink_plan(net, masks, x[:1])
     small = plan.apply()
     with torch.no_grad():
         for rows in (
@@ -201,7 +201,7 @@ def test_a_layer_that_is_used_twice():
     small = check(net, masks, x)
     sizes = [tuple(small.get_submodule(f"e.{k}").weight.shape) for k in range(4)]
     assert sizes == [(12, 6), (12,), (12,), (12, 12)]
-    table = bmr.shrink_plan(net, masks, x).layers.set_index("layer")
+    table = bmr.shrinking.shrink_plan(net, masks, x).layers.set_index("layer")
     assert table.loc["e.0", ["before", "after", "FLOPs before"]].tolist() == [
         "24×6",
         "12×6",
@@ -422,8 +422,8 @@ def test_another_function_is_refused_with_a_figure(function, layers, message):
             f"{k}.weight": torch.zeros(net.get_parameter(f"{k}.weight").shape) > 0 for k in layers
         }
     )
-    for read in (bmr.shrink, bmr.shrink_plan):
-        with pytest.raises(bmr.ShrinkError, match=message):
+    for read in (bmr.shrink, bmr.shrinking.shrink_plan):
+        with pytest.raises(bmr.errors.ShrinkError, match=message):
             read(net, masks, torch.randn(5, 6).double())
 
 
@@ -434,7 +434,7 @@ def test_a_hook_that_changes_outputs_is_refused_and_one_that_looks_is_not():
     check(net, every_other(net, "0"), torch.randn(5, 6).double(), 4 * 7 + 15)
     hook.remove()
     net[0].register_forward_hook(lambda module, args, output: 2 * output)
-    with pytest.raises(bmr.ShrinkError, match=r"not the same function.*by a hook"):
+    with pytest.raises(bmr.errors.ShrinkError, match=r"not the same function.*by a hook"):
         bmr.shrink(net, {}, torch.randn(5, 6).double())
 
 
@@ -448,13 +448,13 @@ def test_a_foreign_error_becomes_one_of_the_library(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(f"pyro_bmr.shrinking.operations.{name}", broken)
             with pytest.raises(
-                bmr.ShrinkError,
+                bmr.errors.ShrinkError,
                 match=r"'a' \(Linear\) cannot be read \(IndexError: of the analysis\).*`export`",
             ):
                 bmr.shrink(net, {}, x)
-    with pytest.raises(bmr.ShrinkError, match=r"forward wants x, z; networks of one input"):
+    with pytest.raises(bmr.errors.ShrinkError, match=r"forward wants x, z; networks of one input"):
         bmr.shrink(TwoInputs(), {}, x)
-    with pytest.raises(bmr.ShrinkError, match=re.escape("got tuple")):
+    with pytest.raises(bmr.errors.ShrinkError, match=re.escape("got tuple")):
         bmr.shrink(net, {}, (x, x))
 
 
@@ -508,7 +508,7 @@ def test_float32_is_compared_in_float64():
     ]
     with torch.no_grad():
         net[2].bias += 1e-4 * float(want.outputs[0][0].abs().max())
-    with pytest.raises(bmr.ShrinkError, match="on the example"):
+    with pytest.raises(bmr.errors.ShrinkError, match="on the example"):
         check_same_function(want, net, [x])
 
 

@@ -207,7 +207,7 @@ def test_the_function_is_that_of_the_masked_network(name, digits):
     ):
         net = made(NETS[name], k)
         masks = random_masks(net, dead, kind, k)
-        plan = bmr.shrink_plan(net, masks, digits[:1])
+        plan = bmr.shrinking.shrink_plan(net, masks, digits[:1])
         small = plan.apply()
         rows = digits if k < 1 else digits[:50]
         assert largest_difference(net, masks, small, rows) <= 1e-12
@@ -367,7 +367,7 @@ def test_an_empty_branch_of_a_sum_is_its_constant(bias):
     net = made(Sum, 0)
     masks = {"b.weight": torch.zeros(4, 4, dtype=torch.bool), "b.bias": torch.full((4,), bias)}
     x = torch.randn(9, 3).double()
-    plan = bmr.shrink_plan(net, masks, x)
+    plan = bmr.shrinking.shrink_plan(net, masks, x)
     assert (
         largest_difference(net, masks, plan.apply(), x) <= 1e-12
         and plan.parameters[1] == 16 + 10 + 4 * bias
@@ -417,7 +417,7 @@ def test_a_constant_channel_before_a_padded_convolution(mode, bias, channels):
         "0.weight": torch.tensor([True, False, True]).view(3, 1, 1, 1).expand(3, 1, 3, 3).clone()
     }
     x = torch.randn(4, 1, 6, 6).double()
-    plan = bmr.shrink_plan(net, masks, x)
+    plan = bmr.shrinking.shrink_plan(net, masks, x)
     small = plan.apply()
     assert small[0].out_channels == channels and largest_difference(net, masks, small, x) <= 1e-12
     assert ("constant input channels [1] through zero padding" in str(plan)) == (channels == 3)
@@ -462,7 +462,7 @@ def test_attention_over_constants_depends_on_the_input():
     assert largest_difference(net, {}, bmr.shrink(net, {}, x), x) <= 1e-12
     # now the values are the bias, everywhere
     same = {"v.weight": torch.zeros(4, 4, dtype=torch.bool)}
-    plan = bmr.shrink_plan(net, same, x)
+    plan = bmr.shrinking.shrink_plan(net, same, x)
     assert largest_difference(net, same, plan.apply(), x) <= 1e-12 and plan.parameters[1] == 3
 
 
@@ -471,16 +471,16 @@ def test_residual_sums_tie_their_channels():
     masks = random_masks(net, 0.0, "rows", 0)
     masks["stem.weight"][2] = masks["stem.bias"][2] = False
     assert (
-        bmr.shrink_plan(net, masks, torch.zeros(1, 1, 8, 8).double())
+        bmr.shrinking.shrink_plan(net, masks, torch.zeros(1, 1, 8, 8).double())
         .layers.set_index("layer")
         .loc["stem", "after"]
         == "8×1×3×3"
     )
     for name in ("down.weight", "a.c1.weight"):
         masks[name][:, 2] = False  # nobody reads the sum's channel 2
-    table = bmr.shrink_plan(net, masks, torch.zeros(1, 1, 8, 8).double()).layers.set_index("layer")[
-        "after"
-    ]
+    table = bmr.shrinking.shrink_plan(
+        net, masks, torch.zeros(1, 1, 8, 8).double()
+    ).layers.set_index("layer")["after"]
     assert (
         table["stem"] == "7×1×3×3"
         and table["a.c2"] == "7×8×3×3"
@@ -495,7 +495,7 @@ def test_the_plan_says_what_goes_and_changes_nothing(digits):
     masks = random_masks(net, 0.0, "rows", 0)
     masks["4.weight"][:4] = False  # four of six channels of 25 positions each
     masks["4.bias"][:4] = False
-    plan = bmr.shrink_plan(net, masks, digits[:1])
+    plan = bmr.shrinking.shrink_plan(net, masks, digits[:1])
     table = plan.layers.set_index("layer")
     assert table.loc[
         "4", ["before", "after", "parameters before", "parameters after"]
@@ -520,9 +520,11 @@ def test_inputs_that_nobody_reads():
     masks["1.weight"][:, [0, 7, 63]] = False
     masks["1.weight"][:5, 9], masks["3.weight"] = False, torch.ones(15, 20, dtype=torch.bool)
     masks["3.weight"][:, 5:] = False  # of the units that read input 9, none is read
-    plan = bmr.shrink_plan(net, masks, torch.zeros(1, 1, 8, 8).double())
+    plan = bmr.shrinking.shrink_plan(net, masks, torch.zeros(1, 1, 8, 8).double())
     assert plan.unread_inputs.tolist() == [0, 7, 9, 63] and "inputs no longer read: 4" in str(plan)
-    convolution = bmr.shrink_plan(made(NETS["lenet"], 0), {}, torch.zeros(1, 1, 8, 8).double())
+    convolution = bmr.shrinking.shrink_plan(
+        made(NETS["lenet"], 0), {}, torch.zeros(1, 1, 8, 8).double()
+    )
     assert convolution.unread_inputs.tolist() == []
 
 
@@ -534,7 +536,7 @@ def test_inputs_that_nobody_reads():
     ],
 )
 def test_what_is_kept_is_named(name, layer, why):
-    plan = bmr.shrink_plan(made(NETS[name], 0), {}, torch.zeros(1, 1, 8, 8).double())
+    plan = bmr.shrinking.shrink_plan(made(NETS[name], 0), {}, torch.zeros(1, 1, 8, 8).double())
     assert why in plan.kept[layer] and f"kept: {layer}: " in str(plan)
 
 
@@ -571,7 +573,7 @@ def test_masks_of_a_real_reduction():
     )
     reduction = bmr.reduce(fit.posterior, to=bmr.Gaussian(scale=0), kept=0.05)
     dense = bmr.export(fit.program, reduction.posterior)
-    plan = bmr.shrink_plan(dense, reduction.masks, data.x_test[:1])
+    plan = bmr.shrinking.shrink_plan(dense, reduction.masks, data.x_test[:1])
     small = plan.apply()
     x = torch.cat([data.x_train, data.x_test])[:1000]
     with torch.no_grad():
@@ -634,8 +636,8 @@ REFUSED = {
 
 @pytest.mark.parametrize(("build", "message"), REFUSED.values(), ids=REFUSED)
 def test_refusals_have_names(build, message):
-    with pytest.raises(bmr.ShrinkError, match=message):
-        bmr.shrink_plan(build(), {}, torch.randn(3, 4))
+    with pytest.raises(bmr.errors.ShrinkError, match=message):
+        bmr.shrinking.shrink_plan(build(), {}, torch.randn(3, 4))
 
 
 MASKS = {
@@ -655,9 +657,9 @@ MASKS = {
 @pytest.mark.parametrize(("masks", "message"), MASKS.values(), ids=MASKS)
 def test_masks_that_do_not_fit(masks, message):
     net = nn.Sequential(nn.Linear(4, 3))
-    with pytest.raises(bmr.ShrinkError, match=message):
+    with pytest.raises(bmr.errors.ShrinkError, match=message):
         bmr.shrink(net, masks, torch.randn(3, 4))
-    with pytest.raises(bmr.ShrinkError, match="example: rows"):
+    with pytest.raises(bmr.errors.ShrinkError, match="example: rows"):
         bmr.shrink(net, {}, torch.empty(0, 4))
 
 
@@ -703,7 +705,7 @@ def test_tied_parameters_that_are_cut_alike_stay_one(alike):
             net.mixed.weight[:7] = 0
             net.mixed.bias[:7] = 0
     x = torch.arange(20)
-    plan = bmr.shrink_plan(net, {}, x)
+    plan = bmr.shrinking.shrink_plan(net, {}, x)
     small = plan.apply()
     torch.testing.assert_close(small(x), net(x))
     assert (small.tokens.weight is small.read.weight) == alike
