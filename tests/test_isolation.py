@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 
 import pyro
 import pyro.distributions as dist
@@ -45,7 +46,11 @@ def fitted(guide=bmr.MeanField, x=X, y=Y, **settings):
     )
 
 
-FIT = fitted()
+@cache
+def first_fit():
+    return fitted()
+
+
 REFIT = {"epochs": 1, "batch_size": 40, "draws": 2, "progress": False}
 CALLS = {
     "fit": lambda: fitted().posterior["w"].mean,
@@ -53,25 +58,39 @@ CALLS = {
     "fit with reductions": (
         lambda: fitted(bmr.FullRank, reduce=bmr.Every(0.5, stop=1.0)).posterior["w"].mean
     ),
-    "predict": lambda: bmr.predict(regression, FIT.posterior, X, draws=3).locs,
+    "predict": lambda: bmr.predict(regression, first_fit().posterior, X, draws=3).locs,
     "elbo_terms": (
         lambda: bmr.fitting.elbo_terms(
-            regression, FIT.guide, X, Y, noise=NOISE
+            regression, first_fit().guide, X, Y, noise=NOISE
         ).expected_log_likelihood.detach()
     ),
-    "from_guide": lambda: bmr.Posterior.from_guide(FIT.guide, regression, X, Y)["w"].mean,
+    "from_guide": lambda: bmr.Posterior.from_guide(first_fit().guide, regression, X, Y)["w"].mean,
     "a guide": lambda: bmr.MeanField(regression, X, Y).loc.detach(),
     "refit": lambda: (
         bmr.refit(
-            FIT, bmr.reduce(FIT.posterior, to=bmr.Gaussian(scale=0)), (X, Y), **REFIT
+            first_fit(),
+            bmr.reduce(first_fit().posterior, to=bmr.Gaussian(scale=0)),
+            (X, Y),
+            **REFIT,
         ).observed
     ),
     "best_widening": lambda: bmr.prediction.best_widening(
-        regression, FIT.posterior, (X, Y), draws=2
+        regression, first_fit().posterior, (X, Y), draws=2
     ),
-    "reduce": lambda: bmr.reduce(FIT.posterior, to=bmr.Horseshoe()).posterior["w"].mean,
+    "reduce": lambda: bmr.reduce(first_fit().posterior, to=bmr.Horseshoe()).posterior["w"].mean,
 }
-RESULTS = {name: call() for name, call in CALLS.items()}
+
+
+@cache
+def results():
+    """Those of every call, alone."""
+    return {name: call() for name, call in CALLS.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def called_alone():
+    """Before a test sets anything around the calls."""
+    results()
 
 
 @contextmanager
@@ -111,7 +130,7 @@ def test_what_is_set_around_a_call_does_not_reach_it(world):
         with WORLDS[world]():
             got = call()
         torch.testing.assert_close(
-            torch.as_tensor(got), torch.as_tensor(RESULTS[name]), rtol=1e-6, atol=1e-6, msg=name
+            torch.as_tensor(got), torch.as_tensor(results()[name]), rtol=1e-6, atol=1e-6, msg=name
         )
     assert not pyro.poutine.runtime._PYRO_STACK and not pyro.poutine.runtime._DIM_ALLOCATOR._stack
 
@@ -121,7 +140,7 @@ def test_moments_keep_their_precision_under_autocast(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = CALLS[name]()
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, RESULTS[name], atol=0.02 if "fit" in name else 1e-6, rtol=0)
+    torch.testing.assert_close(got, results()[name], atol=0.02 if "fit" in name else 1e-6, rtol=0)
 
 
 def test_a_default_dtype_that_is_not_the_datas():
@@ -130,7 +149,7 @@ def test_a_default_dtype_that_is_not_the_datas():
         for name, call in CALLS.items():
             torch.testing.assert_close(
                 torch.as_tensor(call()).float(),
-                torch.as_tensor(RESULTS[name]).float(),
+                torch.as_tensor(results()[name]).float(),
                 rtol=1e-4,
                 atol=1e-4,
                 msg=name,
@@ -151,11 +170,11 @@ def test_tensors_and_networks_made_in_inference_mode():
     for given in ((x, y), data):
         assert torch.equal(
             bmr.fit(regression, given, epochs=2, batch_size=20, progress=False).posterior["w"].mean,
-            RESULTS["fit"],
+            results()["fit"],
         )
-    assert torch.equal(fitted(validation=(x, y)).posterior["w"].mean, RESULTS["fit"])
+    assert torch.equal(fitted(validation=(x, y)).posterior["w"].mean, results()["fit"])
     torch.testing.assert_close(
-        bmr.predict(regression, FIT.posterior, x, draws=3).locs, RESULTS["predict"]
+        bmr.predict(regression, first_fit().posterior, x, draws=3).locs, results()["predict"]
     )
     guide = bmr.MeanField(regression, x, y)
     bmr.fitting.elbo_terms(regression, guide, x, y).expected_log_likelihood.backward()
@@ -181,7 +200,7 @@ def test_calls_in_threads_are_those_of_one_thread():
             name = names[(k + offset) % len(names)]
             try:
                 found[
-                    "equal" if torch.equal(CALLS[name](), RESULTS[name]) else f"{name} differs"
+                    "equal" if torch.equal(CALLS[name](), results()[name]) else f"{name} differs"
                 ] += 1
             except Exception as error:
                 found[f"{name}: {error!r}"] += 1
@@ -192,7 +211,7 @@ def test_calls_in_threads_are_those_of_one_thread():
     for thread in threads:
         thread.join()
     assert found == {"equal": 2 * len(names)} and not pyro.poutine.runtime._PYRO_STACK
-    assert torch.equal(CALLS["predict"](), RESULTS["predict"])
+    assert torch.equal(CALLS["predict"](), results()["predict"])
 
 
 def test_a_long_call_gives_way_between_its_steps_and_finds_its_world_again():
@@ -273,19 +292,19 @@ def test_ctrl_c_as_a_call_has_its_turn_leaves_the_turn_to_others(waits):
     equal = []
     for _ in range(2):
         after = threading.Thread(
-            target=lambda: equal.append(torch.equal(CALLS["predict"](), RESULTS["predict"])),
+            target=lambda: equal.append(torch.equal(CALLS["predict"](), results()["predict"])),
             daemon=True,
         )
         after.start()
         after.join(20)
-    assert equal == [True, True] and torch.equal(CALLS["predict"](), RESULTS["predict"])
+    assert equal == [True, True] and torch.equal(CALLS["predict"](), results()["predict"])
 
 
 def test_a_fit_within_a_fit_and_within_a_program():
     seen = []
 
     def nested(x, y=None):
-        seen.append(torch.equal(CALLS["fit"](), RESULTS["fit"]))
+        seen.append(torch.equal(CALLS["fit"](), results()["fit"]))
         return regression(x, y)
 
     result = bmr.fit(nested, (X, Y), epochs=1, batch_size=20, progress=False)
@@ -305,9 +324,9 @@ def test_an_error_leaves_nothing_behind():
     with pytest.raises(bmr.errors.FitError, match="no luck"):
         bmr.fit(wrong, (X, Y), progress=False)
     with pytest.raises(bmr.errors.ModelError, match="no luck"):
-        bmr.predict(wrong, FIT.posterior, X)
+        bmr.predict(wrong, first_fit().posterior, X)
     assert not pyro.poutine.runtime._PYRO_STACK and torch.equal(state, torch.get_rng_state())
-    assert torch.equal(CALLS["fit"](), RESULTS["fit"])
+    assert torch.equal(CALLS["fit"](), results()["fit"])
 
 
 def test_the_callers_random_state_goes_on_in_elbo_terms_alone():
@@ -315,8 +334,8 @@ def test_the_callers_random_state_goes_on_in_elbo_terms_alone():
     for name, call in CALLS.items():
         call()
         assert torch.equal(state, torch.get_rng_state()), name
-    assert bmr.fitting.elbo_terms(regression, FIT.guide, X, Y) != bmr.fitting.elbo_terms(
-        regression, FIT.guide, X, Y
+    assert bmr.fitting.elbo_terms(regression, first_fit().guide, X, Y) != bmr.fitting.elbo_terms(
+        regression, first_fit().guide, X, Y
     )
 
 
@@ -336,7 +355,7 @@ def test_a_child_of_a_fork_does_not_wait_for_a_thread_it_has_not():
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     child = context.Process(
-        target=lambda: queue.put(bool(torch.equal(CALLS["predict"](), RESULTS["predict"])))
+        target=lambda: queue.put(bool(torch.equal(CALLS["predict"](), results()["predict"])))
     )
     child.start()
     child.join(60)
