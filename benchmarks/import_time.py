@@ -1,7 +1,7 @@
 """What `import pyro_bmr` costs over the import of torch and Pyro alone.
 
-    python benchmarks/import_time.py python -X importtime -c "import torch, pyro, pyro_bmr"  # what
-    each module takes, to find a cause
+    python benchmarks/import_time.py
+    python -X importtime -c "import torch, pyro, pyro_bmr"    # each module's time, to find a cause
 
 Fresh interpreters take turns, one with torch and Pyro, one with the library too. Times are those of
 the processor in the interpreter, so that waiting for others does not count, and of the clock; given

@@ -1,8 +1,8 @@
 """The baseline: gradual magnitude pruning of a point estimate in plain torch (Zhu & Gupta 2017),
 without and with temperature scaling (Guo et al. 2017).
 
-    python benchmarks/magnitude_pruning.py --kept 0.02 --seeds 3 --out
-    results/fashion-mnist/magnitude-2
+    python benchmarks/magnitude_pruning.py --kept 0.02 --seeds 3 \\
+        --out results/fashion-mnist/magnitude-2
 
 Global magnitude ranking over all weights and biases, cubic schedule, Adam with cosine decay, pruned
 entries held at 0: the method "magnitude" of `pyro_bmr/baselines/magnitude.py`. The scaled variant

@@ -1,8 +1,9 @@
 """Time of a step in one process and in two on one machine, and the bytes that a step sends: the
 numbers of docs/several_processes.md.
 
-    python benchmarks/processes.py            # 784-300-100-10 on random images, batches of 128 a
-    process and of 128 in all
+    python benchmarks/processes.py
+
+784-300-100-10 on random images, with batches of 128 a process and of 128 in all.
 
 Each fit is 2 epochs of 120 batches, the second is timed; median of 5 fits. One thread a process.
 """

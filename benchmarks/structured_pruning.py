@@ -1,10 +1,11 @@
 """Networks that are really smaller: structured reductions of three LeNets on MNIST and
 Fashion-MNIST, then shrunk, exported and timed.
 
-    python benchmarks/structured_pruning.py            # what is not in results/structured-pruning
-    yet, then the table of the results page, of what is finished python
-    benchmarks/structured_pruning.py --only mlp --validation --seeds 1 --epochs 5    # one task on
-    held-out training rows
+    python benchmarks/structured_pruning.py
+    python benchmarks/structured_pruning.py --only mlp --validation --seeds 1 --epochs 5
+
+The first runs what is not yet in results/structured-pruning and prints the table of the results
+page. The second runs one task on held-out training rows.
 
 The ΔF of a unit (or channel) is the sum of the point spike's ΔF over its row of its layer and its
 bias. Where a size is wanted (LeNet-5, LeNet), the weights that read the unit are counted with it,

@@ -26,7 +26,7 @@ PROJECT = {
 STAGES = ("declare", "fit", "posterior", "reduce", "prune", "export", "refit", "compare", "errors")
 CONTENTS = {
     "Start": ["how_it_works", "notation", "gotchas", "guarantees"],
-    "Choose": ["choose_a_prior", "choose_a_guide", "add_a_prior"],
+    "Choose": ["choose_a_prior", "choose_a_guide", "add_a_prior", "skeletons"],
     "Do": [
         "param_store_script",
         "tutorial_regression",

@@ -5,8 +5,8 @@ Owns the two answers, `mean_field_log_odds` (cheap, any size) and `exact_inclusi
 one-dimensional integral), and `fixed_inclusion` for a known π. Imports torch only. Given is each
 weight's ΔF_i, the log of r_i = p(y | w_i = 0) / p(y | w_i in the slab), in nats:
 
-    p(w_i) = π slab(w_i) + (1 − π) spike(w_i),   π ~ Beta(α₀, β₀),   evidence gain = log E_π[ ∏ᵢ (π
-    + (1 − π) rᵢ) ].
+    p(w_i) = π slab(w_i) + (1 − π) spike(w_i),   π ~ Beta(α₀, β₀),
+    evidence gain = log E_π[ ∏ᵢ (π + (1 − π) rᵢ) ].
 """
 
 from __future__ import annotations
