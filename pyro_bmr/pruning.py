@@ -82,11 +82,11 @@ class Masked(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         # also where the value came from outside, as in Predictive
         if isinstance(base_distribution(msg["fn"]), PrunedDistribution):
-            msg["value"] = msg["value"].where(base_distribution(msg["fn"]).alive, 0)
+            msg["value"] = msg["value"].where(base_distribution(msg["fn"]).kept, 0)
 
 
 class PrunedDistribution(dist.TorchDistribution):
-    r"""`base` where `alive` is True; the point 0 elsewhere.
+    r"""`base` where `kept` is True; the point 0 elsewhere.
 
     The log density of a masked entry is −½ v², which is 0 at its only admissible value v = 0. The
     quadratic matters for samplers that walk in every coordinate: a dead one stays near 0 and never
@@ -95,8 +95,8 @@ class PrunedDistribution(dist.TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, base: Any, alive: Tensor, validate_args: Any = None) -> None:
-        self.base_dist, self.alive = base, alive
+    def __init__(self, base: Any, kept: Tensor, validate_args: Any = None) -> None:
+        self.base_dist, self.kept = base, kept
         self.has_rsample = bool(base.has_rsample)
         super().__init__(base.batch_shape, validate_args=False)
 
@@ -105,25 +105,23 @@ class PrunedDistribution(dist.TorchDistribution):
         return self.base_dist.support
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> PrunedDistribution:
-        return PrunedDistribution(
-            self.base_dist.expand(batch_shape), self.alive.expand(batch_shape)
-        )
+        return PrunedDistribution(self.base_dist.expand(batch_shape), self.kept.expand(batch_shape))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        return self.base_dist.sample(sample_shape).where(self.alive, 0)
+        return self.base_dist.sample(sample_shape).where(self.kept, 0)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        return self.base_dist.rsample(sample_shape).where(self.alive, 0)
+        return self.base_dist.rsample(sample_shape).where(self.kept, 0)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        # any admissible value: its density is not used
-        living = value.where(self.alive, self.base_dist.sample())
-        return self.base_dist.log_prob(living).where(self.alive, -0.5 * value.square())
+        # a pruned entry needs a value in the support of `base`; its density is not used
+        admissible = value.where(self.kept, self.base_dist.sample())
+        return self.base_dist.log_prob(admissible).where(self.kept, -0.5 * value.square())
 
 
 @torch.distributions.kl.register_kl(PrunedDistribution, PrunedDistribution)  # type: ignore[untyped-decorator]
 def _kl_pruned(q: PrunedDistribution, p: PrunedDistribution) -> Tensor:
-    return torch.distributions.kl_divergence(q.base_dist, p.base_dist).where(p.alive, 0)
+    return torch.distributions.kl_divergence(q.base_dist, p.base_dist).where(p.kept, 0)
 
 
 @dataclass(frozen=True)

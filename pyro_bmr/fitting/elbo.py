@@ -122,8 +122,8 @@ def _site_wise_terms(
     values: dict[str, Tensor] = {}
     used = 0
     for site in guide.latents:
-        mask = masks.get(site.name, site.alive)
-        mask = mask if mask is None or site.alive is None else mask & site.alive
+        mask = masks.get(site.name, site.mask)
+        mask = mask if mask is None or site.mask is None else mask & site.mask
         q = conditional(site.name, values, mask)
         if (
             guide.estimator in PER_ROW
@@ -151,10 +151,10 @@ def _site_wise_terms(
     for site in guide.latents:
         q, msg = gaussians[site.name], run.latent[site.name]
         base = base_distribution(msg["fn"])
-        if hasattr(base, "alive"):  # a program under `pruning.Masked`
+        if hasattr(base, "kept"):  # a program under `pruning.Masked`
             if isinstance(q, Independent):
                 q = Independent.of(
-                    q.mean, q.log_std, base.alive if q.mask is None else base.alive & q.mask
+                    q.mean, q.log_std, base.kept if q.mask is None else base.kept & q.mask
                 )
             base = base.base_dist
         prior = gaussian_on_the_line(base, site.transform)

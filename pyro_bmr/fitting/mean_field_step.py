@@ -373,7 +373,7 @@ class MeanFieldStep:
         name, weight = latent.name, float(msg["scale"])
         base = base_distribution(msg["fn"])
         # a program under `pruning.Masked`
-        base = base.base_dist if hasattr(base, "alive") else base
+        base = base.base_dist if hasattr(base, "kept") else base
         gaussian = gaussian_on_the_line(base, latent.transform)
         if gaussian is None:
             log_p = base.log_prob(value)

@@ -446,7 +446,7 @@ def _masks_of(program: Program, guide: MeanField, few: tuple[Tensor, Tensor]) ->
     with torch.no_grad(), Values(starts) as run:
         program(*few)
     bases = {name: base_distribution(msg["fn"]) for name, msg in run.latent.items()}
-    return {name: base.alive for name, base in bases.items() if hasattr(base, "alive")}
+    return {name: base.kept for name, base in bases.items() if hasattr(base, "kept")}
 
 
 def _total(gradient: Tensor) -> float:

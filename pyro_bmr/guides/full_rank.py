@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_bmr.errors import ModelError
 from pyro_bmr.formulas.gaussian import Dense
 from pyro_bmr.guides.mean_field import Latent
-from pyro_bmr.guides.site_normal import living
+from pyro_bmr.guides.site_normal import masked
 from pyro_bmr.guides.site_wise import SiteWise
 from pyro_bmr.memory import check_memory
 
@@ -81,7 +81,7 @@ class FullSite(nn.Module):
         if mask is not None:
             flat = mask.flatten()
             tril = tril * (flat[:, None] & flat)
-        return Full(living(self.loc, mask), tril, self.log_scale, mask)
+        return Full(masked(self.loc, mask), tril, self.log_scale, mask)
 
 
 def unit_lower(values: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Full(NamedTuple):
 
     @property
     def log_det(self) -> Tensor:
-        return 2 * living(self.log_scale.view(self.mean.shape), self.mask).sum()
+        return 2 * masked(self.log_scale.view(self.mean.shape), self.mask).sum()
 
     @property
     def noise_size(self) -> int:
@@ -115,7 +115,7 @@ class Full(NamedTuple):
         return self.mean + (self.tril @ noise).view(self.mean.shape)
 
     def squared_distance(self, z: Tensor, noise: Tensor) -> Tensor:
-        return living(noise.view(self.mean.shape), self.mask).square().sum()
+        return masked(noise.view(self.mean.shape), self.mask).square().sum()
 
     def joint(self) -> Dense:
         return Dense(self.mean.flatten(), self.tril @ self.tril.mT)

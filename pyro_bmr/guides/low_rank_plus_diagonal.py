@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.guides.mean_field import Latent
-from pyro_bmr.guides.site_normal import living
+from pyro_bmr.guides.site_normal import masked
 from pyro_bmr.guides.site_wise import SiteWise
 from pyro_bmr.memory import check_memory
 
@@ -79,7 +79,7 @@ class LowRankSite(nn.Module):
 
     def forward(self, values: Mapping[str, Tensor], mask: Tensor | None) -> LowRankNormal:
         relative = self.factor if mask is None else self.factor * mask.flatten()[:, None]
-        return LowRankNormal(living(self.loc, mask), self.log_scale, relative, mask)
+        return LowRankNormal(masked(self.loc, mask), self.log_scale, relative, mask)
 
 
 class LowRankNormal(NamedTuple):
@@ -101,7 +101,7 @@ class LowRankNormal(NamedTuple):
 
     @property
     def log_det(self) -> Tensor:
-        return 2 * living(self.log_scale.view(self.mean.shape), self.mask).sum() + torch.logdet(
+        return 2 * masked(self.log_scale.view(self.mean.shape), self.mask).sum() + torch.logdet(
             self._capacitance()
         )
 

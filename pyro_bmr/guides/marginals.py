@@ -208,7 +208,7 @@ def _support(name: str, fn: Any, declared: str) -> str:
 
 def _drawn(name: str, fn: Any) -> Drawn:
     base = base_distribution(fn)
-    if hasattr(base, "alive"):
+    if hasattr(base, "kept"):
         raise ModelError(
             f"site '{name}': the guide is under Masked; read it without, and give its masks to"
             f" from_guide, masks={{'{name}': ...}}"

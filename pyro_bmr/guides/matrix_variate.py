@@ -15,7 +15,7 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
 from pyro_bmr.guides.full_rank import unit_lower
 from pyro_bmr.guides.mean_field import Latent
-from pyro_bmr.guides.site_normal import living
+from pyro_bmr.guides.site_normal import masked
 from pyro_bmr.guides.site_wise import SiteWise
 
 
@@ -74,7 +74,7 @@ class MatrixSite(nn.Module):
         row = self.row_log_scale.exp()[:, None] * unit_lower(self.row_tril)
         column = self.column_log_scale.exp()[:, None] * unit_lower(self.column_tril)
         return Matrix(
-            living(self.loc, mask),
+            masked(self.loc, mask),
             row,
             column,
             self.row_log_scale[:, None] + self.column_log_scale,
@@ -83,8 +83,10 @@ class MatrixSite(nn.Module):
 
 
 class Matrix(NamedTuple):
-    """The root A ⊗ B, rows and columns of masked entries zero. It is lower triangular, so the log
-    determinant stays the sum of its diagonal under any mask.
+    """A matrix normal with the root A ⊗ B, whose rows and columns of masked entries are zero.
+
+    The root is lower triangular, so under any mask the log determinant is the sum of the logs of
+    its diagonal.
     """
 
     mean: Tensor
@@ -95,12 +97,12 @@ class Matrix(NamedTuple):
 
     def matrix(self, values: Tensor) -> Tensor:
         """`values` as rows and columns, zero where masked."""
-        return living(values.view(self.mean.shape), self.mask).reshape(self.log_scale.shape)
+        return masked(values.view(self.mean.shape), self.mask).reshape(self.log_scale.shape)
 
     @property
     def var(self) -> Tensor:
-        alive = self.matrix(self.mean.new_ones(self.mean.shape))
-        return (alive * (self.row.square() @ alive @ self.column.square().mT)).view(self.mean.shape)
+        kept = self.matrix(self.mean.new_ones(self.mean.shape))
+        return (kept * (self.row.square() @ kept @ self.column.square().mT)).view(self.mean.shape)
 
     @property
     def log_det(self) -> Tensor:
@@ -111,7 +113,7 @@ class Matrix(NamedTuple):
         return self.mean.numel()
 
     def draw(self, noise: Tensor) -> Tensor:
-        return self.mean + living(
+        return self.mean + masked(
             (self.row @ self.matrix(noise) @ self.column.mT).view(self.mean.shape), self.mask
         )
 
@@ -119,14 +121,14 @@ class Matrix(NamedTuple):
         return self.matrix(noise).square().sum()
 
     def joint(self) -> MatrixNormal | None:
-        """Of whole rows and columns that live; a mask of other shape leaves no matrix normal, so
-        None.
+        """The matrix normal of the kept rows and columns; None if the mask prunes anything but
+        whole rows and columns, since the rest is then no matrix normal.
         """
         row, column = self.row, self.column
         if self.mask is not None:
-            alive = self.mask.reshape(self.log_scale.shape)
-            rows, columns = alive.any(1), alive.any(0)
-            if not bool((alive == rows[:, None] & columns).all()):
+            kept = self.mask.reshape(self.log_scale.shape)
+            rows, columns = kept.any(1), kept.any(0)
+            if not bool((kept == rows[:, None] & columns).all()):
                 return None
             row, column = row * (rows[:, None] & rows), column * (columns[:, None] & columns)
         return MatrixNormal(self.matrix(self.mean), row @ row.mT, column @ column.mT)

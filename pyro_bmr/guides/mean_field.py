@@ -51,7 +51,7 @@ class Latent(NamedTuple):
     # whether the prior is Normal on the unconstrained scale, so that the KL of a Gaussian has a
     # closed form
     normal: bool
-    alive: Tensor | None  # the mask in force in a program under `pruning.Masked`
+    mask: Tensor | None  # of the program under `pruning.Masked`; None without one
 
 
 @isolated()
@@ -79,8 +79,8 @@ def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list
 def _latent(name: str, site: Any) -> Latent:
     fn = site["fn"]
     base = base_distribution(fn)
-    alive = getattr(base, "alive", None)
-    base = base if alive is None else base.base_dist  # a program under `pruning.Masked`
+    mask = getattr(base, "kept", None)  # of a program under `pruning.Masked`
+    base = base if mask is None else base.base_dist
     transform = SUPPORTS[support_name(name, base.support)]
     for frame in site["cond_indep_stack"]:
         if frame.full_size not in (None, frame.size):
@@ -114,7 +114,7 @@ def _latent(name: str, site: Any) -> Latent:
         prior_scale,
         site["infer"].get("prior"),
         closed,
-        alive,
+        mask,
     )
 
 

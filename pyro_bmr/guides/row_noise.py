@@ -256,7 +256,7 @@ def _splits_by_rows(x: Tensor, weight: Any, bias: Any) -> bool:
 
 def _noise_of(weight: RowNoise, var: Tensor) -> Tensor:
     _count_use(weight)
-    # the clamp: no infinite gradient at an output with no living weight
+    # the clamp: without it the gradient is infinite at an output whose weights are all pruned
     return var.clamp_min(1e-24).sqrt() * torch.randn_like(var)
 
 

@@ -5,8 +5,8 @@ Owns the protocol `SiteNormal`, its independent form `Independent`, entropy, den
 closed-form KL. The correlated forms are beside their guides: `full_rank.py`,
 `low_rank_plus_diagonal.py`, `matrix_variate.py`. Next: `row_noise.py`.
 
-Masks. A masked entry has the value 0 and takes no part: its row of A is dropped, and the noise that
-is its own with it. What is left is a Gaussian of the living entries, of the same form.
+Masks: a pruned entry has the value 0 and takes no part. Its row of A is dropped, and so is the
+noise that only this entry uses. The kept entries have a Gaussian of the same form.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from pyro_bmr.formulas.matrix_normal import MatrixNormal
 
 
 class SiteNormal(Protocol):
-    """`mean`, `var`: the marginals, in the site's shape, 0 where masked. `log_det`: log |AAᵀ| of
-    the living entries. `mask`: None for all alive.
+    """What every form of the Gaussian of a site has.
+
+    `mean` and `var` are the marginal moments in the site's shape, 0 where pruned. `log_det` is
+    log |AAᵀ| of the kept entries. `mask` is True where an entry is kept; None if all are.
     """
 
     @property
@@ -43,7 +45,7 @@ class SiteNormal(Protocol):
         ...
 
     def squared_distance(self, z: Tensor, noise: Tensor) -> Tensor:
-        """(z − μ)ᵀ(AAᵀ)⁻¹(z − μ) over the living entries, at the draw z of `noise`."""
+        """(z − μ)ᵀ(AAᵀ)⁻¹(z − μ) over the kept entries, at the draw z of `noise`."""
         ...
 
     def joint(self) -> Dense | LowRank | MatrixNormal | None:
@@ -53,29 +55,29 @@ class SiteNormal(Protocol):
         ...
 
 
-def living(values: Tensor, mask: Tensor | None) -> Tensor:
-    """`values` with exact zeros where masked."""
+def masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """`values`, exactly zero where an entry is pruned."""
     return values if mask is None else values.where(mask, 0)
 
 
-def count_living(q: SiteNormal) -> Tensor | int:
-    """How many entries live."""
+def kept_count(q: SiteNormal) -> Tensor | int:
+    """The number of entries that are kept."""
     return q.mean.numel() if q.mask is None else q.mask.sum().to(q.mean.dtype)
 
 
 def log_density(q: SiteNormal, z: Tensor, noise: Tensor) -> Tensor:
-    """log q(z) of the living entries at the draw z of `noise`; nats."""
+    """log q(z) of the kept entries at the draw z of `noise`; nats."""
     # log 2π
-    return -0.5 * (q.squared_distance(z, noise) + q.log_det + 1.8378770664093453 * count_living(q))
+    return -0.5 * (q.squared_distance(z, noise) + q.log_det + 1.8378770664093453 * kept_count(q))
 
 
 def entropy(q: SiteNormal) -> Tensor:
-    """H(q) = ½ log |2πe AAᵀ| of the living entries; nats."""
-    return 0.5 * (q.log_det + 2.8378770664093453 * count_living(q))  # 1 + log 2π
+    """H(q) = ½ log |2πe AAᵀ| of the kept entries; nats."""
+    return 0.5 * (q.log_det + 2.8378770664093453 * kept_count(q))  # 1 + log 2π
 
 
 def gaussian_kl(q: SiteNormal, prior_loc: Tensor, prior_scale: Tensor) -> Tensor:
-    r"""KL(q ‖ ∏ᵢ N(ηᵢ, sᵢ²)) over the living entries; nats.
+    r"""KL(q ‖ ∏ᵢ N(ηᵢ, sᵢ²)) over the kept entries; nats.
 
     .. math:: \sum_i \left[\log s_i + \frac{(\mu_i - \eta_i)^2 +
         \Sigma_{ii}}{2 s_i^2} - \frac12\right] - \frac12 \log|\Sigma|
@@ -85,7 +87,7 @@ def gaussian_kl(q: SiteNormal, prior_loc: Tensor, prior_scale: Tensor) -> Tensor
         + 0.5 * ((q.mean - prior_loc).square() + q.var) / prior_scale.square()
         - 0.5
     )
-    return living(terms, q.mask).sum() - 0.5 * q.log_det
+    return masked(terms, q.mask).sum() - 0.5 * q.log_det
 
 
 class Independent(NamedTuple):
@@ -98,7 +100,7 @@ class Independent(NamedTuple):
 
     @classmethod
     def of(cls, loc: Tensor, log_std: Tensor, mask: Tensor | None) -> Independent:
-        return cls(living(loc, mask), living(log_std.exp(), mask), log_std, mask)
+        return cls(masked(loc, mask), masked(log_std.exp(), mask), log_std, mask)
 
     @property
     def var(self) -> Tensor:
@@ -106,7 +108,7 @@ class Independent(NamedTuple):
 
     @property
     def log_det(self) -> Tensor:
-        return 2 * living(self.log_std, self.mask).sum()
+        return 2 * masked(self.log_std, self.mask).sum()
 
     @property
     def noise_size(self) -> int:
@@ -116,7 +118,7 @@ class Independent(NamedTuple):
         return self.mean + self.std * noise.view(self.mean.shape)
 
     def squared_distance(self, z: Tensor, noise: Tensor) -> Tensor:
-        return living(noise.view(self.mean.shape), self.mask).square().sum()
+        return masked(noise.view(self.mean.shape), self.mask).square().sum()
 
     def joint(self) -> None:
         return None

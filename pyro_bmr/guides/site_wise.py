@@ -113,9 +113,9 @@ class SiteWise(nn.Module):
         """
         values: dict[str, Tensor] = {}
         for latent in self.latents:
-            q = self.conditional(latent.name, values, latent.alive)
+            q = self.conditional(latent.name, values, latent.mask)
             noise = torch.randn(q.noise_size, dtype=q.mean.dtype, device=q.mean.device)
-            fn = Drawn(partial(self.conditional, latent.name, dict(values)), noise, latent.alive)
+            fn = Drawn(partial(self.conditional, latent.name, dict(values)), noise, latent.mask)
             z = pyro.sample(f"{latent.name}_unconstrained", fn, infer={"is_auxiliary": True})
             value = z if latent.transform is None else latent.transform(z)
             log_jacobian = (
@@ -168,7 +168,7 @@ class Drawn(dist.Delta):
     def __init__(
         self, conditional: Callable[[Tensor | None], SiteNormal], noise: Tensor, mask: Tensor | None
     ) -> None:
-        self.conditional, self.noise, self.alive_before = conditional, noise, mask
+        self.conditional, self.noise, self.mask_before = conditional, noise, mask
         q = conditional(mask)
         z = q.draw(noise)
         super().__init__(z, log_density(q, z, noise), event_dim=z.ndim)
@@ -178,7 +178,7 @@ class Drawn(dist.Delta):
         return Drawn(
             self.conditional,
             self.noise,
-            mask if self.alive_before is None else mask & self.alive_before,
+            mask if self.mask_before is None else mask & self.mask_before,
         )
 
 

@@ -209,8 +209,8 @@ def with_priors(
         )
         base = base_distribution(msg["fn"])
         site = bare[name]
-        if hasattr(base, "alive"):  # a program under `pruning.Masked`
-            site, base = site.masked(site.alive & base.alive), base.base_dist
+        if hasattr(base, "kept"):  # a program under `pruning.Masked`
+            site, base = site.masked(site.alive & base.kept), base.base_dist
         _check_not_off(name, msg)
         prior, given = _prior(name, site, base, values)
         sites[name] = replace(
