@@ -36,8 +36,8 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
 
     A weight that is a scale times a standardised site is taken at the scale's median. No hooks, no
     Pyro: the copy can be deep-copied, pickled and trained on. It has the size of the original;
-    `shrink` makes it smaller. Parameters that were not lifted are those of `program.net`, so pass
-    `fit.program`.
+    `shrink` makes it smaller, `save` writes it to disk. Parameters that were not lifted are those
+    of `program.net`, so pass `fit.program`.
 
     `program` may also be a plain module, for a posterior whose sites have the names of its
     parameters (`Posterior.from_curvature` and the like): a copy of it then, with the posterior's

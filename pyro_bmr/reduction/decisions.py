@@ -60,8 +60,8 @@ def decide(
     kept: Kept,
     search: SearchMethod | None,
 ) -> Decision:
-    """The masks; arguments as for `sites.reduce`, with `labels` from `groups.group_labels`, None
-    for single weights.
+    """The masks, which `quiet_reduction` in `reduce.py` applies. Arguments as for `reduce`, with
+    `labels` from `groups.group_labels`, None for single weights.
     """
     if search is not None and not isinstance(kept, Mapping):
         found = _searched(posterior, results, targets, labels, threshold, kept, search)
@@ -70,6 +70,7 @@ def decide(
     else:
         found = {}
     if labels is None:
+        # a weight is kept if ΔF ≤ threshold
         masks = {name: result.drop <= threshold for name, result in results.items()}
         if kept is not None:
             masks |= _by_size(results, kept)

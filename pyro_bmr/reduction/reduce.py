@@ -116,7 +116,8 @@ def quiet_reduction(
     search: SearchMethod | None = greedy_search,
 ) -> Reduction:
     """As `reduce`, which has the arguments, without warning: for one of the many reductions of a
-    fit. What `reduce` warns of is in `Reduction.warnings`.
+    fit. The warnings of `reduce` are in `Reduction.warnings`. `export` in
+    `exporting/plain_network.py` puts the reduced posterior into a plain network.
     """
     if not isinstance(posterior, Posterior):
         raise ReductionError(

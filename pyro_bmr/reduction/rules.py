@@ -89,8 +89,8 @@ class SiteReduction:
 def site_reduction(
     posterior: Posterior, name: str, to: Prior | None, groups: Tensor | None = None
 ) -> SiteReduction:
-    """Everything but the mask: `drop` and the reduced moments of all living entries, and for
-    continuous targets ΔF.
+    """Everything but the mask: `drop` and the reduced moments of all kept entries, and for
+    continuous targets ΔF. `decide` in `decisions.py` makes the mask from `drop`.
 
     `groups`: an integer tensor of the site's shape; entries of one number share one decision, and
     where the prior has a scale or an indicator per weight they share that. None: each weight by
