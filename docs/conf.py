@@ -31,7 +31,6 @@ extensions = [
 source_suffix = {".md": "markdown", ".rst": "restructuredtext", ".py": "gallery"}
 exclude_patterns = ["conf.py", "site"]
 
-add_module_names = False
 default_role = "code"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"

@@ -40,7 +40,7 @@ CONTENTS = {
     "Results": ["results/*"],
     "Project": list(PROJECT.values())[:3],
 }
-_LANGUAGES = {".py": "python", ".toml": "toml", ".sh": "bash"}
+_LANGUAGES = {".py": "python", ".toml": "toml", ".sh": "bash", ".md": "markdown"}
 _LINK = re.compile(r"\[([^\[\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"(^ *```.*?^ *```[ \t]*$)", flags=re.M | re.S)
 
