@@ -1,12 +1,12 @@
-"""What users give as numbers, checked before any work: tensors, rows, class probabilities and
+"""Checks of what users give, before any work: arguments, tensors, rows, class probabilities and
 labels.
 
-Next: `formulas/ratios.py`.
+Each check raises an error that says "expected …, got …". Next: `formulas/ratios.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,46 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_bmr.errors import DataError
+from pyro_bmr.errors import DataError, ModelError, PyroBMRError, described
 
 # numbers of the data that are checked at once, so that the check needs no copy of them
 _AT_ONCE = 1 << 16
 
 
+def check_arguments(
+    call: str, ok: bool, expected: str, error: type[PyroBMRError] = ModelError, /, **given: Any
+) -> None:
+    """Raises `error` with the arguments `given` to `call`, and what was `expected`, unless `ok`.
+
+    Example:
+        >>> check_arguments("Laplace", scale > 0, "a finite number > 0", scale=scale)
+        ModelError: Laplace(scale=-1.0): expected a finite number > 0
+    """
+    if not ok:
+        values = ", ".join(f"{name}={described(value)}" for name, value in given.items())
+        raise error(f"{call}({values}): expected {expected}")
+
+
+def is_whole(value: Any, least: int | None = None) -> bool:
+    """Whether `value` is a whole number, and not below `least`; True and False are none."""
+    return (
+        isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+    )
+
+
+def check_shape(value: Any, name: str, shape: Sequence[int], meaning: str) -> None:
+    """Raises DataError unless `value` is a tensor of the given `shape`, whose `meaning` the message
+    says.
+    """
+    check_tensor(value, name)
+    if tuple(value.shape) != tuple(shape):
+        raise DataError(
+            f"{name}: expected shape {tuple(shape)}, {meaning}, got shape {tuple(value.shape)}"
+        )
+
+
 def mend(value: Any) -> str:
-    """How to make tensors of what is often given in their place."""
+    """How to make a tensor from what is often given instead of one; empty if that is not known."""
     import pandas as pd
 
     if isinstance(value, DataLoader):
@@ -50,7 +82,7 @@ def mend(value: Any) -> str:
 
 
 def check_tensor(value: Any, name: str) -> None:
-    """Raises DataError unless `value` is a plain tensor with numbers in it."""
+    """Raises DataError unless `value` is a dense tensor of real numbers."""
     if not isinstance(value, Tensor):
         raise DataError(
             f"{name}: expected a tensor, got {type(value).__name__};"
@@ -58,9 +90,9 @@ def check_tensor(value: Any, name: str) -> None:
         )
     if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
         kind = "quantized" if value.is_quantized else f"{value.layout} on '{value.device}'"
-        raise DataError(f"{name}: a dense tensor with values is wanted, got one that is {kind}")
+        raise DataError(f"{name}: expected a dense tensor with values, got one that is {kind}")
     if value.is_complex():
-        raise DataError(f"{name}: real numbers are wanted, got {value.dtype}")
+        raise DataError(f"{name}: expected real numbers, got {value.dtype}")
 
 
 def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
@@ -71,8 +103,8 @@ def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
     check_tensor(y, f"{where}: y")
     if x.ndim < 1 or y.ndim < 1 or len(x) != len(y) or len(x) == 0:
         raise DataError(
-            f"{where}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; the same number of"
-            " rows, at least one, is wanted"
+            f"{where}: expected x and y with the same number of rows, at least one, got x of shape"
+            f" {tuple(x.shape)} and y of shape {tuple(y.shape)}"
         )
     for name, value in (("x", x), ("y", y)):
         if value.is_floating_point():
@@ -87,15 +119,15 @@ def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
 
 
 def check_labels(probs: Tensor, y: Tensor, name: str = "probs") -> None:
-    """Raises DataError unless `probs` is (rows, classes), of at least one row, without NaN, and y
-    the class of each row.
+    """Raises DataError unless `probs` has the shape (rows, classes) with at least one row and no
+    NaN, and y has the class of each row.
     """
     for role, value in ((name, probs), ("y", y)):
         check_tensor(value, role)
     if probs.ndim != 2 or y.shape != probs.shape[:1] or probs.numel() == 0:
         raise DataError(
-            f"{name} of shape {tuple(probs.shape)} and y {tuple(y.shape)}; (rows, classes) and"
-            " (rows,) are wanted, one row at least"
+            f"expected {name} of shape (rows, classes) and y of shape (rows,), at least one row,"
+            f" got {name} of shape {tuple(probs.shape)} and y of shape {tuple(y.shape)}"
         )
     if bool(probs.isnan().any()):
         raise DataError(f"{name} is NaN, first in row {int(probs.isnan().any(1).nonzero()[0])}")
@@ -103,6 +135,6 @@ def check_labels(probs: Tensor, y: Tensor, name: str = "probs") -> None:
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise DataError(
-            f"label {y[row].item()} in row {row} is out of range; labels are whole numbers from 0"
+            f"label {y[row].item()} in row {row} is out of range; expected whole numbers from 0"
             f" to {probs.shape[1] - 1}"
         )

@@ -71,8 +71,8 @@ def write_json(path: Path, content: Mapping[str, Any], durable: bool = False) ->
         text = json.dumps(content, indent=1, allow_nan=False, default=str)
     except (ValueError, TypeError) as error:
         raise ModelError(
-            f"cannot write '{path.name}': it is no JSON ({error}); finite numbers, strings, lists"
-            " and dicts are wanted"
+            f"cannot write '{path.name}': expected finite numbers, strings, lists and dicts, got"
+            f" what is no JSON ({error})"
         ) from None
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"), durable)
 
@@ -157,16 +157,16 @@ def digest(path: Path) -> str:
     return content.hexdigest()
 
 
-def check_digests(head: Path, wanted: Any, error: type[PyroBMRError], mend: str) -> None:
-    """Raises `error` unless the files beside `head` are those that it was written with: `wanted` as
-    `digests` gave it; None, of an older version, fits all.
+def check_digests(head: Path, expected: Any, error: type[PyroBMRError], mend: str) -> None:
+    """Raises `error` unless the files beside `head` have the `expected` digests, those that `head`
+    was written with; None, from an older version, accepts all files.
     """
     with reading(f"'{head}' is damaged", error, mend):
-        if not isinstance(wanted, (dict, type(None))) or not all(
-            Path(name).name == name for name in wanted or ()
+        if not isinstance(expected, (dict, type(None))) or not all(
+            Path(name).name == name for name in expected or ()
         ):
             raise ValueError("files: no names with a SHA-256 each")
-    for name, sha256 in (wanted or {}).items():
+    for name, sha256 in (expected or {}).items():
         path = head.parent / name
         with reading(f"'{path}' is damaged or missing", error, mend):
             found = digest(path)

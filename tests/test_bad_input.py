@@ -183,7 +183,7 @@ BAD_FITS = {
     "0-d x": (
         lambda: fit(classifier(), (torch.tensor(1.0), Y)),
         bmr.errors.DataError,
-        r"x has shape \(\)",
+        r"got x of shape \(\)",
     ),
     "x of integers": (
         lambda: fit(classifier(), (X.long(), Y)),
@@ -194,12 +194,12 @@ BAD_FITS = {
     "complex x": (
         lambda: fit(classifier(), (X + 1j, Y)),
         bmr.errors.DataError,
-        "x: real numbers are wanted",
+        "x: expected real numbers, got torch.complex64",
     ),
     "sparse x": (
         lambda: fit(classifier(), (X.to_sparse(), Y)),
         bmr.errors.DataError,
-        "x: a dense tensor with values is wanted, .*sparse_coo",
+        "x: expected a dense tensor with values, got .*sparse_coo",
     ),
     "x on no device": (
         lambda: fit(classifier(), (X.to("meta"), Y)),
@@ -219,7 +219,7 @@ BAD_FITS = {
     "y in a column": (
         lambda: fit(classifier(), (X, Y[:, None])),
         bmr.errors.DataError,
-        r"y has shape \(8, 1\)",
+        r"y: expected shape \(8,\), .*got shape \(8, 1\)",
     ),
     "validation too narrow": (
         lambda: fit(classifier(), (X, Y), validation=(X[:, :2], Y)),
@@ -453,7 +453,7 @@ BAD_CALLS = {
     "score fewer rows": (
         lambda d: bmr.predict(d.program, d.posterior, X).log_prob(Y[:5]),
         bmr.errors.DataError,
-        r"\(90, 3\) and y \(5,\)",
+        r"\(90, 3\) and y of shape \(5,\)",
     ),
     "reduce nothing": (
         lambda d: bmr.reduce(None, to=bmr.Gaussian(0.0)),
@@ -607,17 +607,17 @@ BAD_CALLS = {
     "accuracy of other rows": (
         lambda d: bmr.metrics.accuracy(rand, zeros[:4]),
         bmr.errors.DataError,
-        r"\(5, 3\) and y \(4,\)",
+        r"\(5, 3\) and y of shape \(4,\)",
     ),
     "accuracy of a column": (
         lambda d: bmr.metrics.accuracy(rand, zeros[:, None]),
         bmr.errors.DataError,
-        r"y \(5, 1\)",
+        r"y of shape \(5, 1\)",
     ),
     "accuracy of nothing": (
         lambda d: bmr.metrics.accuracy(rand[:0], zeros[:0]),
         bmr.errors.DataError,
-        "one row at least",
+        "at least one row",
     ),
     "accuracy of NaN": (
         lambda d: bmr.metrics.accuracy(rand * NAN, zeros),

@@ -1,11 +1,12 @@
-"""A data set as tensors ready to fit: inputs standardised with the training rows' moments.
+"""A data set as tensors ready to fit, its inputs standardised by the moments of the training rows.
 
-Owns `Data`, `standardised` and `split`, which make it of raw arrays, and `validation_data`, which
-hides the test rows. Next: `readers.py`.
+Owns `Data`; `standardised` and `split`, which make it from raw arrays; and `validation_data`, which
+replaces the test rows by validation rows. Next: `readers.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,18 +20,21 @@ from pyro_bmr.likelihoods import Categorical, Normal
 from pyro_bmr.likelihoods.likelihood import Likelihood
 
 _SPLIT_SEED = 0
+_WORDS = {"train": "training", "test": "test", "val": "validation"}
 
 
 @dataclass(frozen=True)
 class Data:
     """A data set split into training and test rows.
 
-    x: float32, (n, features), (n, channels, height, width) or (n, length); standardised. y: int64
-    classes from 0, or float32 standardised targets, whose `target_mean` and `target_scale` are in
-    the original units: what is predicted times `target_scale` plus `target_mean` is in them. Scores
-    of the command line, of `compare` and of `study` are in the original units (rmse · target_scale,
-    nll + log target_scale); an ELBO, and the `validation_nll` of a fit's history, are of the y that
-    the fit was given. `x_val` and `y_val`: validation rows, if the data came with some.
+    x: float32, (n, features), (n, channels, height, width) or (n, length); standardised.
+
+    y: int64 classes from 0, or float32 standardised targets. A prediction times `target_scale` plus
+    `target_mean` is in the original units. The command line, `compare` and `study` score in the
+    original units (rmse · target_scale, nll + log target_scale). An ELBO, and the `validation_nll`
+    of a fit's history, refer to the y that the fit was given.
+
+    `x_val` and `y_val`: validation rows, if the data came with some.
     """
 
     name: str
@@ -50,7 +54,7 @@ class Data:
 
     @property
     def outputs(self) -> int:
-        """How many outputs a network for these data has."""
+        """The number of outputs of a network for these data."""
         return 1 if self.classes is None else self.classes
 
     def likelihood(self) -> Likelihood:
@@ -67,8 +71,8 @@ def standardised(
     x_val: np.ndarray | None = None,
     y_val: np.ndarray | None = None,
 ) -> Data:
-    """`Data` from raw arrays: images by one mean and scale, columns each by its own (constant ones
-    are only centred); real targets standardised.
+    """`Data` from raw arrays. Images are standardised by one mean and scale, tables column by
+    column (constant columns are only centred), and real targets too.
 
     Raises:
         DataError: shapes or types do not fit together, values are not finite, or a label is out of
@@ -77,53 +81,21 @@ def standardised(
     parts = {"train": (x_train, y_train), "test": (x_test, y_test)}
     if x_val is not None and y_val is not None:
         parts["val"] = (x_val, y_val)
-    for split, raw in parts.items():
-        for key, array in zip((f"x_{split}", f"y_{split}"), raw, strict=True):
-            if array.dtype.kind not in "iufb":
-                raise DataError(f"{name}: {key} has type {array.dtype}; numbers are wanted")
-        if raw[0].ndim < 2 or raw[0].shape[1:] != x_train.shape[1:]:
-            raise DataError(
-                f"{name}: x_train has shape {x_train.shape} and x_{split} {raw[0].shape}; (rows,"
-                " ...) with equal rest is wanted"
-            )
-    integer = all(raw[1].dtype.kind in "iub" for raw in parts.values())
-    xs = {split: _tensor(raw[0]) for split, raw in parts.items()}
-    ys = {split: _tensor(raw[1], integer) for split, raw in parts.items()}
-    ys = {split: y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y for split, y in ys.items()}
-    words = {"train": "training", "test": "test", "val": "validation"}
-    for split, y in ys.items():
-        check_rows(xs[split], y, f"{name}, {words[split]} rows")
+    _check_arrays(name, parts)
+    integer = all(y.dtype.kind in "iub" for _, y in parts.values())
+    xs = {part: _tensor(x) for part, (x, _) in parts.items()}
+    ys = {part: _tensor(y, integer) for part, (_, y) in parts.items()}
+    ys = {part: y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y for part, y in ys.items()}
+    for part, y in ys.items():
+        check_rows(xs[part], y, f"{name}, {_WORDS[part]} rows")
         if y.ndim != 1:
-            raise DataError(f"{name}: y has shape {tuple(y.shape)}; one number per row is wanted")
-    if x_train.ndim == 3:  # (n, height, width)
-        xs = {split: x[:, None] for split, x in xs.items()}
-    train = xs["train"]
-    dims = tuple(range(train.ndim)) if train.ndim > 2 else (0,)
-    mean, scale = train.mean(dims, keepdim=True), train.std(dims, keepdim=True, correction=0)
-    scale = torch.where(train.amax(dims, keepdim=True) > train.amin(dims, keepdim=True), scale, 1.0)
-    xs = {split: ((x - mean) / scale).float() for split, x in xs.items()}
-    classes, y_mean, y_scale = None, 0.0, 1.0
+            raise DataError(f"{name}: y: expected one number per row, got shape {tuple(y.shape)}")
+    xs = _standardised_inputs(xs)
+    classes, mean, scale = None, 0.0, 1.0
     if integer:
-        classes = int(ys["train"].max()) + 1
-        for split, y in ys.items():
-            if int(y.min()) < 0 or int(y.max()) >= classes:
-                bad = int(y.min()) if int(y.min()) < 0 else int(y.max())
-                raise DataError(
-                    f"{name}: {words[split]} label {bad} is out of range; labels run from 0 to the"
-                    f" largest training label, {classes - 1}"
-                )
-        if classes < 2:
-            raise DataError(
-                f"{name}: the training labels have one class only; two at least are wanted"
-            )
+        classes = _class_count(name, ys)
     else:
-        y_mean, y_scale = float(ys["train"].mean()), float(ys["train"].std(correction=0))
-        if bool((ys["train"] == ys["train"][0]).all()):
-            raise DataError(
-                f"{name}: the target is constant ({y_mean:g}) in the training rows; there is"
-                " nothing to predict"
-            )
-        ys = {split: ((y - y_mean) / y_scale).float() for split, y in ys.items()}
+        ys, mean, scale = _standardised_targets(name, ys)
     return Data(
         name,
         xs["train"],
@@ -133,29 +105,93 @@ def standardised(
         classes,
         xs.get("val"),
         ys.get("val"),
-        y_mean,
-        y_scale,
+        mean,
+        scale,
     )
 
 
+def _check_arrays(name: str, parts: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Raises DataError unless all arrays are numbers, and all x have rows of one shape."""
+    x_train = parts["train"][0]
+    for part, raw in parts.items():
+        for key, array in zip((f"x_{part}", f"y_{part}"), raw, strict=True):
+            if array.dtype.kind not in "iufb":
+                raise DataError(f"{name}: {key}: expected numbers, got type {array.dtype}")
+        if raw[0].ndim < 2 or raw[0].shape[1:] != x_train.shape[1:]:
+            raise DataError(
+                f"{name}: expected x_train and x_{part} of shape (rows, ...), alike but for the"
+                f" rows, got {x_train.shape} and {raw[0].shape}"
+            )
+
+
 def _tensor(array: np.ndarray, integer: bool = False) -> Tensor:
-    """int64, or a float type that holds the array's numbers: an offset must not cost the digits
-    before it is taken off.
+    """The array as int64, or as a float type that holds its numbers exactly: a large offset must
+    not cost digits before it is subtracted.
     """
     real = np.float32 if np.can_cast(array.dtype, np.float32) else np.float64
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64 if integer else real))
 
 
+def _standardised_inputs(xs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All inputs with the mean and scale of the training rows taken off, float32: one mean and
+    scale for images, which get a channel if they have none, and one per column for tables.
+    """
+    if xs["train"].ndim == 3:  # (n, height, width)
+        xs = {part: x[:, None] for part, x in xs.items()}
+    train = xs["train"]
+    dims = tuple(range(train.ndim)) if train.ndim > 2 else (0,)
+    mean, scale = train.mean(dims, keepdim=True), train.std(dims, keepdim=True, correction=0)
+    scale = torch.where(train.amax(dims, keepdim=True) > train.amin(dims, keepdim=True), scale, 1.0)
+    return {part: ((x - mean) / scale).float() for part, x in xs.items()}
+
+
+def _class_count(name: str, ys: Mapping[str, Tensor]) -> int:
+    """The number of classes: one more than the largest training label.
+
+    Raises:
+        DataError: a label is out of range, or there is one class only.
+    """
+    classes = int(ys["train"].max()) + 1
+    for part, y in ys.items():
+        if int(y.min()) < 0 or int(y.max()) >= classes:
+            bad = int(y.min()) if int(y.min()) < 0 else int(y.max())
+            raise DataError(
+                f"{name}: {_WORDS[part]} label {bad} is out of range; labels run from 0 to the"
+                f" largest training label, {classes - 1}"
+            )
+    if classes < 2:
+        raise DataError(f"{name}: expected at least two classes in the training labels, got one")
+    return classes
+
+
+def _standardised_targets(
+    name: str, ys: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], float, float]:
+    """The targets standardised with the training rows, float32, and the mean and scale of these.
+
+    Raises:
+        DataError: the training targets are all equal.
+    """
+    train = ys["train"]
+    mean, scale = float(train.mean()), float(train.std(correction=0))
+    if bool((train == train[0]).all()):
+        raise DataError(
+            f"{name}: the target is constant ({mean:g}) in the training rows; there is"
+            " nothing to predict"
+        )
+    return {part: ((y - mean) / scale).float() for part, y in ys.items()}, mean, scale
+
+
 def split(name: str, x: np.ndarray, y: np.ndarray) -> Data:
-    """`Data` of which a fifth of the rows, drawn once and for all, is the test split."""
+    """`Data` whose test split is a fifth of the rows, the same ones at every call."""
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(x))
     test = max(len(x) // 5, 1)
     return standardised(name, x[order[test:]], y[order[test:]], x[order[:test]], y[order[:test]])
 
 
 def validation_data(data: Data, fraction: float) -> Data:
-    """`Data` whose test rows are its validation rows, the test rows being out of sight; without
-    any, the held-out `fraction` of the training rows.
+    """`Data` with its validation rows in the place of the test rows; without validation rows, with
+    a held-out `fraction` of the training rows.
 
     Raises:
         FitError: no row is left on one of the sides.
@@ -176,8 +212,8 @@ def validation_split(
     seed: int,
     shuffle: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    """The rows to train on and the rows held out, if any; a fraction is drawn, or without `shuffle`
-    the last rows.
+    """The rows to train on, and the rows held out, if any. A fraction is drawn at random, or,
+    without `shuffle`, taken from the last rows.
     """
     if validation is None:
         return (x, y), None
@@ -187,8 +223,8 @@ def validation_split(
     rows = round(validation * len(x)) if holds(lambda x: 0 < x < 1, validation) else 0
     if not 0 < rows < len(x):
         raise FitError(
-            f"validation={described(validation)}: a fraction that leaves rows on both sides is"
-            f" wanted; the data have {len(x)}"
+            f"validation={described(validation)}: expected a fraction that leaves at least one of"
+            f" the {len(x)} rows on each side"
         )
     if not shuffle:
         return (x[:-rows], y[:-rows]), (x[-rows:], y[-rows:])

@@ -1,7 +1,7 @@
 """Named real data sets and the user's own files, as tensors ready to fit.
 
 Owns `load` and the table of data sets; `Data` is in `data_set.py`, the formats of files in
-`data_files.py`. Nothing is downloaded: a missing set is an error that says how to install it. Next:
+`readers.py`. Nothing is downloaded: a missing set is an error that says how to install it. Next:
 `networks/modes.py`.
 """
 
@@ -47,7 +47,7 @@ class Source:
 
 
 def load(name: str | Path, target: str | None = None) -> Data:
-    """The data set called `name` (see `sources`), or that of a file or folder.
+    """The data set called `name` (see `sources`), or the data in a file or folder.
 
     - ``FILE.npz``: arrays x_train, y_train, x_test, y_test, and x_val, y_val if there are; integer
       y is classification, float y regression. Images keep their shape.
@@ -60,7 +60,7 @@ def load(name: str | Path, target: str | None = None) -> Data:
     """
     if not isinstance(name, (str, Path)):
         raise DataError(
-            f"load: the name of a data set or a path is wanted, got {type(name).__name__}"
+            f"load: expected the name of a data set or a path, got {type(name).__name__}"
         )
     path = Path(name)
     if str(name) in sources():

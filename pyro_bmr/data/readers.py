@@ -1,6 +1,6 @@
-"""The files that data come in: .npz, .csv, and folders of IDX files in MNIST's format.
+"""Readers of data files: .npz, .csv, and folders of IDX files in MNIST's format.
 
-Owns their readers. Next: `named.py`.
+Next: `named.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IDX_FILES = {
 
 
 def read_npz(path: Path) -> Data:
-    """`Data` of the arrays x_train, y_train, x_test, y_test, and x_val, y_val if there are."""
+    """`Data` from the arrays x_train, y_train, x_test, y_test, and x_val, y_val if there are."""
     with reading(
         f"'{path}' is not a readable .npz file without pickles",
         DataError,
@@ -53,13 +53,13 @@ def read_npz(path: Path) -> Data:
 
 
 def read_csv(path: Path, target: str | None) -> Data:
-    """`Data` of a table with a header, of which `target` is the column to predict."""
+    """`Data` from a table with a header; `target` is the column to predict."""
     import pandas as pd
 
     with reading(
         f"'{path}' is not a readable .csv file",
         DataError,
-        "a header and rows of numbers are wanted",
+        "give it a header and rows of numbers",
     ):
         table = pd.read_csv(path)
     columns = ", ".join(_line(c) for c in table.columns)
@@ -70,8 +70,8 @@ def read_csv(path: Path, target: str | None) -> Data:
         )
     if len(table) < 5 or table.shape[1] < 2:
         raise DataError(
-            f"'{path}': {table.shape[0]} rows and {table.shape[1]} columns; at least 5 rows and one"
-            " feature are wanted"
+            f"'{path}': expected at least 5 rows and one feature beside the target, got"
+            f" {table.shape[0]} rows and {table.shape[1]} columns"
         )
     text = [_line(c) for c in table.columns if table[c].dtype.kind not in "iufb"]
     if text:
@@ -94,7 +94,7 @@ def idx_path(folder: Path, stem: str) -> Path | None:
 
 
 def read_idx_folder(folder: Path, name: str, sha256: Mapping[str, str]) -> Data:
-    """`Data` of four IDX files; refused where a hash is given and does not fit."""
+    """`Data` from four IDX files, whose contents must have the hashes that are given."""
     arrays = []
     for key, stem in IDX_FILES.items():
         path = idx_path(folder, stem)

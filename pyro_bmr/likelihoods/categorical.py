@@ -1,4 +1,4 @@
-"""Classes."""
+"""The likelihood of class labels."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Categorical:
         check_output("Categorical", output, "(rows, classes)")
         if output.ndim != 2:
             mend = (
-                "; for a class at each position, make positions rows, or give a likelihood of your"
-                " own, with observe"
+                "; for a class at each position, make the positions rows, or write a likelihood of"
+                " your own, with observe"
                 if output.ndim > 2
                 else ""
             )
             raise DataError(
-                "Categorical: the network must return (rows, classes), got shape"
-                f" {tuple(output.shape)}{mend}"
+                "Categorical: expected an output of shape (rows, classes) from the network, got"
+                f" shape {tuple(output.shape)}{mend}"
             )
         check_target(output, y)
         with data_plate(output.shape[0], self.size, output.device):
@@ -41,7 +41,5 @@ class Categorical:
             )
 
     def log_prob(self, output: Tensor, y: Tensor) -> Tensor:
-        """The log density of the batch, summed over its rows, nats: that of the site of `observe`,
-        without the site.
-        """
+        """The log density of the observed site, summed over the rows of the batch, nats."""
         return -torch.nn.functional.cross_entropy(output, y.long(), reduction="sum")

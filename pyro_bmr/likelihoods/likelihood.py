@@ -14,6 +14,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_bmr.checks import check_shape
 from pyro_bmr.errors import DataError
 
 OBSERVED = "y"  # the name of the observed site
@@ -23,7 +24,9 @@ class Likelihood(Protocol):
     """What `BayesianNetwork` asks of a likelihood."""
 
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
-        """The observed site `y`, of one row per row of `output`; with y None, a draw."""
+        """The value of the observed site `y`, one row for each row of `output`; without y, a draw
+        of it.
+        """
         ...
 
 
@@ -36,20 +39,17 @@ def data_plate(rows: int, size: int | None, device: torch.device) -> pyro.plate:
     return pyro.plate("data", size, subsample=torch.arange(rows, device=device), dim=-1)
 
 
-def check_output(name: str, output: Any, wanted: str) -> None:
+def check_output(name: str, output: Any, shape: str) -> None:
     """Raises DataError unless the network returned one tensor of real numbers."""
     if not isinstance(output, Tensor) or output.is_complex():
         got = output.dtype if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise DataError(
-            f"{name}: the network must return one tensor of real numbers, {wanted}, got {got}; a"
-            " likelihood of your own, with observe, may take it"
+            f"{name}: expected one tensor of real numbers from the network, {shape}, got {got};"
+            " write a likelihood of your own, with observe, to take it"
         )
 
 
 def check_target(output: Tensor, y: Tensor | None) -> None:
-    """Raises DataError unless y has one entry for each row of the output."""
-    if y is not None and y.shape != output.shape[:1]:
-        raise DataError(
-            f"y has shape {tuple(y.shape)}, the network returned {output.shape[0]} rows; y must"
-            f" have shape ({output.shape[0]},)"
-        )
+    """Raises DataError unless y, if given, has one entry for each row of the output."""
+    if y is not None:
+        check_shape(y, "y", output.shape[:1], "one entry for each row that the network returns")

@@ -1,4 +1,4 @@
-"""Real targets with a learned noise."""
+"""The likelihood of real targets, with an inferred noise scale."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class Normal:
     """y ~ N(output, noise²) with one noise scale for all rows, the site `noise` ~
     HalfNormal(`noise_scale`), inferred with the weights.
 
-    `output` is (rows,) or (rows, 1) and `y` (rows,), or both are (rows, ...) of one shape, such as
-    several targets, a forecast or an image: independent given the weights, of one noise scale.
-    `noise_scale` is in the units of y: the default 1 suits a standardised target.
+    `output` has the shape (rows,) or (rows, 1) and `y` (rows,). Or both have one shape (rows, ...),
+    such as several targets, a forecast or an image; the entries are independent given the weights
+    and share the noise scale. `noise_scale` is in the units of y: the default 1 suits a
+    standardised target.
     """
 
     noise_scale: float = 1.0
@@ -29,15 +30,16 @@ class Normal:
         check_output("Normal", output, "one row for each row of x")
         if output.ndim == 0:
             raise DataError(
-                "Normal: the network must return (rows,) or (rows, 1), got a single number"
+                "Normal: expected an output of shape (rows,) or (rows, 1) from the network, got a"
+                " single number"
             )
         if output.ndim == 2 and output.shape[1] == 1:
             output = output[:, 0]
         if output.ndim > 1 and y is not None and y.shape != output.shape:
-            shapes = f"got shape {tuple(output.shape)} and y of shape {tuple(y.shape)}"
             raise DataError(
-                "Normal: the network must return (rows,) or (rows, 1), or, for several numbers a"
-                f" row, the shape of y; {shapes}"
+                "Normal: expected an output of shape (rows,) or (rows, 1) from the network, or, for"
+                f" several numbers a row, the shape of y, got shape {tuple(output.shape)} and y of"
+                f" shape {tuple(y.shape)}"
             )
         if output.ndim < 2:
             check_target(output, y)

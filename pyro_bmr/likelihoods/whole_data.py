@@ -1,4 +1,4 @@
-"""A batch of rows counted as the whole data: the plate's N for programs of any make."""
+"""The log density of a batch, scaled to all N rows of the data, for any Pyro program."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class WholeData(Messenger):
         if plate is None and frames:
             sizes = ", ".join(f"'{f.name}' of {f.size}" for f in frames)
             raise ModelError(
-                f"observed site '{msg['name']}': it stands in plate {sizes}, none with the {rows}"
-                ' rows of the batch; put it in pyro.plate("data", len(x))'
+                f"observed site '{msg['name']}': expected a plate with the {rows} rows of the"
+                f' batch, got plate {sizes}; put the site in pyro.plate("data", len(x))'
             )
         counted = rows if plate is None or plate.full_size is None else plate.full_size
         if counted not in (rows, self.size):
             name = plate.name if plate else ""
             raise ModelError(
-                f"observed site '{msg['name']}': its plate '{name}' has {counted} rows, the data"
-                f" have {self.size}; give it the size of the data"
+                f"observed site '{msg['name']}': expected a plate of the {self.size} rows of the"
+                f" data, got plate '{name}' of {counted}; give the plate the size of the data"
             )
         if counted != self.size:
             msg["scale"] = msg["scale"] * (self.size / rows)

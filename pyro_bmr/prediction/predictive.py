@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmr.checks import check_labels, check_tensor
+from pyro_bmr.checks import check_labels, check_shape
 from pyro_bmr.errors import DataError, ModelError, warn
 
 
@@ -37,7 +37,7 @@ class ClassPrediction:
         `PyroBMRWarning` says how many do.
         """
         if self.probs.ndim > 2:
-            _check_shape(y, self.probs.shape[:-1])
+            _check_targets(y, self.probs.shape[:-1])
         flat, labels = self.probs.flatten(0, -2), y.flatten() if self.probs.ndim > 2 else y
         check_labels(flat, labels)
         picked = flat.gather(1, labels.to(flat.device).long()[:, None])[:, 0]
@@ -76,7 +76,7 @@ class RealPrediction:
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log p(y | x, data) of each row, (n,), nats."""
-        _check_shape(y, self.locs.shape[1:])
+        _check_targets(y, self.locs.shape[1:])
         log_p = torch.distributions.Normal(self.locs, self.scales).log_prob(y.to(self.locs.device))
         return _mixed(log_p.flatten(2).sum(2) if log_p.ndim > 2 else log_p)
 
@@ -109,7 +109,7 @@ class MixturePrediction:
         """log p(y | x, data) of each row, (n,), nats."""
         first = self.parts[0]
         shape, rows = first[0].shape(), sum(fn.shape()[self.dim] for fn in first)
-        _check_shape(
+        _check_targets(
             y, (rows, *(size for k, size in enumerate(shape) if k != len(shape) + self.dim))
         )
         batches = (
@@ -198,12 +198,8 @@ def _innermost(fn: Any) -> Any:
     return fn
 
 
-def _check_shape(y: Tensor, shape: Sequence[int]) -> None:
-    check_tensor(y, "y")
-    if tuple(y.shape) != tuple(shape):
-        raise DataError(
-            f"y has shape {tuple(y.shape)}, the prediction is of shape {tuple(shape)}; give one"
-            " value for each of its entries"
-        )
+def _check_targets(y: Tensor, shape: Sequence[int]) -> None:
+    """Raises DataError unless y has the shape of the prediction, and no NaN."""
+    check_shape(y, "y", shape, "one value for each entry of the prediction")
     if bad := int(y.isnan().sum()):
         raise DataError(f"y is NaN in {bad} of {y.numel()} entries; leave these rows out")

@@ -257,7 +257,10 @@ def test_wrong_plates_are_named():
         with pyro.plate("rows", 1000, subsample=torch.arange(len(x))):
             return pyro.sample("y", dist.Normal(x @ w, 0.3), obs=y)
 
-    with pytest.raises(bmr.errors.ModelError, match="plate 'rows' has 1000 rows, the data have 64"):
+    with pytest.raises(
+        bmr.errors.ModelError,
+        match="expected a plate of the 64 rows of the data, got plate 'rows' of 1000",
+    ):
         quick(wrong_size, regression())
 
 
@@ -304,7 +307,7 @@ def test_bad_rows_are_named_before_any_work():
         bmr.errors.DataError, match=r"outside the support of observed site 'y'.*got 3 in row 5"
     ):
         quick(classifier(), (x, y.index_fill(0, torch.tensor([5]), 3)))
-    with pytest.raises(bmr.errors.DataError, match=r"x has shape \(90, 4\) and y \(80,\)"):
+    with pytest.raises(bmr.errors.DataError, match=r"x of shape \(90, 4\) and y of shape \(80,\)"):
         quick(classifier(), (x, y[:80]))
     with pytest.raises(bmr.errors.DataError, match="at least one"):
         quick(classifier(), (x[:0], y[:0]))

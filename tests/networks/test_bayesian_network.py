@@ -469,7 +469,7 @@ def test_several_numbers_a_row(shape):
     assert lift(net, likelihood=bmr.Normal())(X).shape == y.shape
     with pytest.raises(
         bmr.errors.DataError,
-        match=r"Normal.*the shape of y; got shape \(8, .* and y of shape \(8, 3, 3\)",
+        match=r"Normal.*the shape of y, got shape \(8, .* and y of shape \(8, 3, 3\)",
     ):
         bmr.fit(
             lift(net, likelihood=bmr.Normal()), (X, torch.zeros(24, 3, 3)), epochs=1, progress=False

@@ -126,7 +126,7 @@ def test_every_observed_distribution_has_its_rows_first(name, batch_size):
         and (prediction.aleatoric > 0).all()
     )
     with pytest.raises(
-        bmr.errors.DataError, match=r"y has shape \(3,.*the prediction is of shape \(6"
+        bmr.errors.DataError, match=r"y: expected shape \(6.*the prediction, got shape \(3,"
     ):
         prediction.log_prob(y[:3])
     assert bmr.predict(program, POSTERIOR, X, draws=0).mean.shape == (N, *event)
@@ -151,7 +151,9 @@ def test_classes_at_several_positions(batch_size):
     torch.testing.assert_close(
         prediction.log_prob(y), probs.mean(0).gather(-1, y[..., None])[..., 0].log()
     )
-    with pytest.raises(bmr.errors.DataError, match=r"y has shape \(24,\)"):
+    with pytest.raises(
+        bmr.errors.DataError, match=r"y: expected shape \(6, 4\), .*got shape \(24,\)"
+    ):
         prediction.log_prob(y.flatten())
 
 
