@@ -81,8 +81,8 @@ def deploy(
         seconds: for each measurement of a latency.
 
     Returns:
-        One row per format: format, file, bytes, parameters, nonzero, FLOPs (per row of the input),
-        and the median latency in milliseconds on one thread at batch 1 and 128.
+        DataFrame: One row per format: format, file, bytes, parameters, nonzero, FLOPs (per row of
+            the input), and the median latency in milliseconds on one thread at batch 1 and 128.
 
     Raises:
         ModelError: a format is not one of the list or not to be had here, or does not give the

@@ -73,10 +73,9 @@ def delta_f(posterior: Any, prior: Any, reduced_prior: Any) -> Tensor:
             structures that question is `prune_subset`'s, for `Dense`.
 
     Returns:
-        In nats. Diagonal: one value per element, whose sum is that of the block; 0 where the
-            posterior is wider than its prior, about which the
-        data said nothing, unless the reduced prior is a point spike. Other structures: one value
-            for the whole block.
+        Tensor: In nats. Diagonal: one value per element, whose sum is that of the block; 0 where
+            the posterior is wider than its prior, about which the data said nothing, unless the
+            reduced prior is a point spike. Other structures: one value for the whole block.
 
     Raises:
         ReductionError: moments are not finite or not floating-point numbers, a variance is not
