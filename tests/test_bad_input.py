@@ -361,7 +361,7 @@ BAD_FITS = {
     "a NaN prior mean": (
         lambda: bmr.Gaussian(1.0, mean=torch.tensor([0.0, NAN])),
         bmr.errors.ModelError,
-        "mean=.*finite numbers are wanted",
+        "mean=.*expected finite numbers",
     ),
     "a prior mean of another shape": (
         lambda: fit(lifted(plain, bmr.Gaussian(1.0, mean=torch.ones(7))), (X, Y)),

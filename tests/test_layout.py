@@ -136,7 +136,7 @@ FOLDERS = [name for name in ORDER if "." not in name and (LIBRARY / name).is_dir
 
 
 def public(folder):
-    """The public names of a folder: its `__all__`, or, as of `priors/`, all classes in it."""
+    """The public names of a folder: its `__all__`, or, without one, the classes of `errors.py`."""
     module = importlib.import_module(f"pyro_bmr.{folder}")
     classes = [
         x for x in vars(module).values() if isclass(x) and is_under(x.__module__, "pyro_bmr")

@@ -1,8 +1,7 @@
-"""Empirical-Bayes scales: the state that `Gaussian("empirical")` needs during a fit, kept outside
-the program.
+"""Empirical-Bayes scales: the state that `Gaussian("empirical")` needs during a fit.
 
-Owns `EmpiricalScales`, an effect handler. A prior is a frozen value and a program is a function;
-the scale in force is held here.
+Owns `EmpiricalScales`, an effect handler. A prior is a frozen value and a program is a function, so
+the handler holds the scales. Next: `names.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from pyro_bmr.priors.tiers import spread, tier_parts
 
 
 class EmpiricalScales(Messenger):
-    """Gives each site declared `Gaussian(scale="empirical")` the scales held in `scales`; a site
-    with none keeps its start.
+    """Gives each site declared `Gaussian(scale="empirical")` its scales in `scales`; a site that is
+    not in it has its start scale.
 
     `scales`: site → a number (0-d), or one per unit, input or weight, in the shape that
     `tiers.tier_shape` says. Use as a decorator of a program: `EmpiricalScales()(program)`.
@@ -49,17 +48,17 @@ class EmpiricalScales(Messenger):
     def update(
         self, name: str, prior: Gaussian, mean: Tensor, var: Tensor, mask: Tensor | None
     ) -> None:
-        """The M-step s² ← mean of (μ − mean)² + σ² over the entries that share s and survive
-        `mask`; it never lowers the evidence bound.
+        """Sets the scales by the M-step s² ← mean of (μ − mean)² + σ² over the kept entries that
+        share s; it never lowers the evidence bound.
 
-        Scales without a surviving entry stay as they are.
+        Scales without a kept entry do not change.
         """
         prior_mean = self.means.get(name, prior.mean)
         assert not isinstance(prior_mean, str), "the program has run"
         second_moment = (mean - prior_mean).square() + var
-        alive = torch.ones_like(mean) if mask is None else mask.to(mean.dtype)
+        kept = torch.ones_like(mean) if mask is None else mask.to(mean.dtype)
         total, count = (
-            tier_parts(t, prior.per, prior.block).sum(-1) for t in (second_moment * alive, alive)
+            tier_parts(t, prior.per, prior.block).sum(-1) for t in (second_moment * kept, kept)
         )
         updated = (total / count.clamp_min(1)).sqrt()
         self.scales[name] = updated.where(

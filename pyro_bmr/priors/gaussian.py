@@ -1,8 +1,7 @@
-"""Gaussian priors over the weights of a site, with a fixed, an inferred or an empirical scale,
-shared as wanted.
+"""Gaussian priors over the weights of a site, with a fixed, an inferred or an empirical scale.
 
-Owns `Gaussian` and what every prior shares: the protocols `Prior` and `ScaleMixture`, and the start
-value of a weight. Next: `layer_scale.py`.
+Owns `Gaussian` and what every prior shares: the protocols `Prior` and `ScaleMixture`, the range of
+scales, and the site of independent Normals. Next: `layer_scale.py`.
 """
 
 from __future__ import annotations
@@ -17,22 +16,23 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_bmr.checks import check_arguments
 from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.priors.tiers import Tier, check_tier, sample_scales, tier_shape
 
 
 @runtime_checkable
 class Prior(Protocol):
-    """What is believed of one weight tensor before the data. A prior declares a site (`sample`) and
-    names the target of a reduction.
+    """A prior over one weight tensor. It declares a site (`sample`), and it names the target of a
+    reduction.
     """
 
     shrinkage: ClassVar[bool]  # whether fitting it says by itself which weights are zero
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
-        """The weight tensor of `shape`, drawn by `pyro.sample` statements of which the one called
-        `name` holds the entries that a mask can prune. `init` is where a guide should start, and
-        fixes dtype and device.
+        """The weight tensor of `shape`, drawn by `pyro.sample` statements. The site called `name`
+        holds the entries that a mask can prune. `init` is where a guide should start; it also sets
+        dtype and device.
         """
         ...
 
@@ -42,8 +42,8 @@ class ScaleMixture(Protocol):
     """A prior that is a scale mixture of zero-mean Gaussians, so that a reduction to it is exact by
     quadrature over the scale.
 
-    Where the global scale is to be found by its evidence the prior also has `log_hyper(scale)`, the
-    log density of its hyper-prior up to a constant.
+    If the evidence is to determine the global scale, the prior also has `log_hyper(scale)`, the log
+    density of its hyper-prior up to a constant.
     """
 
     def mixture(self, scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +63,7 @@ class Gaussian:
             - a number: s itself. As the target of a reduction, 0 is the point spike at `mean`.
             - ``"empirical"`` (default): s starts at 1, so that the data speak first, and after some
               hundred steps of the fit is set, after each epoch, to the value that maximises the
-              evidence bound, s² ← mean of (μ − mean)² + σ² over the surviving weights that share it
+              evidence bound, s² ← mean of (μ − mean)² + σ² over the kept weights that share it
               (the M-step of empirical Bayes).
             - ``"layer"``: s = c/√fan_in, inferred, with c⁻² ~ Gamma(`concentration`, `rate`) at the
               site `<name>_precision`. The site of the weights is the standardised w̄ ~ N(0, 1) and
@@ -71,19 +71,19 @@ class Gaussian:
               0.
         mean: the prior mean: a number (default 0), a tensor that broadcasts to the weight, or
             ``"init"``, the weight's own start value. With a pretrained network ``"init"`` is the
-            prior of MOPED: weights stay near the pretrained ones unless the data disagree
+            prior of MOPED, which keeps weights near the pretrained ones unless the data disagree
             (Krishnan, Subedar & Tickoo 2020, AAAI, arXiv 1906.05323). For an inferred scale it must
             be 0.
         concentration, rate: of the Gamma hyper-prior of ``"layer"``; the default Gamma(2, 2) has
             mean 1. Source: Marković, Friston & Kiebel 2024.
         per: which weights share an inferred or empirical scale: the whole ``"layer"`` (default),
             each output ``"unit"`` or each ``"input"`` (automatic relevance determination; MacKay
-            1994, Neal 1996), or each ``"weight"`` alone. Inferred per weight, the prior of w is a
-            Student-t with 2·`concentration` degrees of freedom. Empirical per weight has nothing to
-            pool: the best scale of a weight without evidence is as small as its posterior, and both
-            shrink together to zero; take an inferred scale there.
-        block: how many neighbouring units or inputs share a scale; the head dimension makes groups
-            of attention heads.
+            1994, Neal 1996), or each ``"weight"`` alone. With a scale inferred per weight, the
+            prior of w is a Student-t with 2·`concentration` degrees of freedom. An empirical scale
+            per weight pools nothing: the best scale of a weight without evidence is as small as its
+            posterior, and both shrink together to zero. Use an inferred scale there.
+        block: how many neighbouring units or inputs share a scale. With the head dimension, each
+            attention head has a scale of its own.
 
     Example:
         >>> BayesianNetwork(net, prior=Gaussian("layer", per="input"), likelihood=Categorical())
@@ -99,45 +99,59 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         check_tier(self.per, self.block, f"Gaussian(per={described(self.per)})")
-        if isinstance(self.mean, str) and self.mean != "init":
-            raise ModelError(
-                f'Gaussian(mean={described(self.mean)}): the mean is a number, a tensor, or "init"'
-                " for the start value of the weight"
-            )
-        if not isinstance(self.mean, str) and not holds(
-            lambda m: torch.as_tensor(m, device="cpu").isfinite().all(), self.mean
-        ):
-            raise ModelError(f"Gaussian(mean={described(self.mean)}): finite numbers are wanted")
+        self._check_mean()
         if isinstance(self.scale, str):
-            if self.scale not in ("layer", "empirical"):
-                raise ModelError(
-                    f'Gaussian(scale={described(self.scale)}): the scale is a number >= 0, "layer"'
-                    ' or "empirical"'
-                )
-            if self.scale == "layer" and not (
-                isinstance(self.mean, (int, float)) and self.mean == 0
-            ):
-                raise ModelError(
-                    f"{described(self)}: an inferred scale needs mean 0; give a number or"
-                    ' "empirical"'
-                )
-            if not holds(
+            self._check_named_scale()
+            return
+        check_arguments(
+            "Gaussian",
+            holds(lambda x: x == 0, self.scale) or has_square(self.scale),
+            f'a finite number >= 0 ({SCALES}, or 0), "layer" or "empirical"',
+            scale=self.scale,
+        )
+        check_arguments(
+            "Gaussian",
+            self.per == "layer",
+            'no per, since a given scale is shared by all; per is for "layer" and "empirical"',
+            scale=self.scale,
+            per=self.per,
+        )
+
+    def _check_mean(self) -> None:
+        """Raises ModelError unless the mean is finite, or "init"."""
+        if isinstance(self.mean, str):
+            expected = 'a number, a tensor, or "init" for the start value of the weight'
+            check_arguments("Gaussian", self.mean == "init", expected, mean=self.mean)
+        else:
+            finite = holds(lambda m: torch.as_tensor(m, device="cpu").isfinite().all(), self.mean)
+            check_arguments("Gaussian", finite, "finite numbers", mean=self.mean)
+
+    def _check_named_scale(self) -> None:
+        """Raises ModelError unless the scale is "layer", with mean 0, or "empirical"; either with
+        a proper hyper-prior.
+        """
+        check_arguments(
+            "Gaussian",
+            self.scale in ("layer", "empirical"),
+            'a number >= 0, "layer" or "empirical"',
+            scale=self.scale,
+        )
+        check_arguments(
+            "Gaussian",
+            self.scale != "layer" or (isinstance(self.mean, (int, float)) and self.mean == 0),
+            'mean 0 with an inferred scale; give the scale as a number, or "empirical"',
+            scale=self.scale,
+            mean=self.mean,
+        )
+        check_arguments(
+            "Gaussian",
+            holds(
                 lambda a, b: 0 < a < math.inf and 0 < b < math.inf, self.concentration, self.rate
-            ):
-                raise ModelError(
-                    f"Gaussian(concentration={described(self.concentration)},"
-                    f" rate={described(self.rate)}): both must be finite numbers > 0"
-                )
-        elif not (holds(lambda x: x == 0, self.scale) or has_square(self.scale)):
-            raise ModelError(
-                f"Gaussian(scale={described(self.scale)}): the scale is a finite number >= 0"
-                f' ({SCALES}, or 0), "layer" or "empirical"'
-            )
-        elif self.per != "layer":
-            given = f"Gaussian(scale={described(self.scale)}, per={described(self.per)})"
-            raise ModelError(
-                f'{given}: a given scale is shared by all; per is for "layer" and "empirical"'
-            )
+            ),
+            "two finite numbers > 0",
+            concentration=self.concentration,
+            rate=self.rate,
+        )
 
     def __eq__(self, other: object) -> bool:
         """Equal fields; means that are tensors by their values."""
@@ -161,7 +175,7 @@ class Gaussian:
         """s² of a fixed scale, so that the prior can stand in `delta_f`."""
         if isinstance(self.scale, str):
             raise ModelError(
-                f'Gaussian(scale="{described(self.scale)}") has no variance of its own before a'
+                f"Gaussian(scale={described(self.scale)}) has no variance of its own before a"
                 " fit; give a number"
             )
         return float(self.scale) ** 2
@@ -209,9 +223,7 @@ SCALES = "from 1e-150 to 1e150"  # whose squares are floats
 
 
 def has_square(scale: Any) -> bool:
-    """Whether a scale is a number > 0 with a variance: its square neither vanishes nor
-    overflows.
-    """
+    """Whether a scale is a number > 0 whose square neither underflows nor overflows."""
     return holds(lambda x: 1e-150 <= x <= 1e150, scale)
 
 
@@ -225,9 +237,9 @@ def fan_in(shape: tuple[int, ...]) -> int:
 def sample_normal(
     name: str, shape: tuple[int, ...], loc: Tensor, scale: Tensor, init: Tensor | None, prior: Prior
 ) -> Tensor:
-    """The site `name` of independent Normals; `init` and `prior` travel in its `infer` dictionary
-    to guides and posteriors.
+    """The site `name` of independent Normals. Its `infer` dictionary carries `init` and `prior` to
+    guides and posteriors.
     """
-    infer: dict[str, Any] = {"prior": prior, "init": init}
+    infer: Any = {"prior": prior, "init": init}
     normal = dist.Normal(loc, scale).expand(shape).to_event(len(shape))
-    return pyro.sample(name, normal, infer=infer)  # type: ignore[arg-type]
+    return pyro.sample(name, normal, infer=infer)

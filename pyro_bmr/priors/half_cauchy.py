@@ -1,6 +1,6 @@
-"""Half-Cauchy scales, drawn directly or as a ratio of Gammas.
+"""Half-Cauchy scales, drawn directly or as the root of a ratio of Gammas.
 
-Owns the two parametrisations that `horseshoe.py` offers. Next: `mixing.py`.
+Owns the two parametrisations of `horseshoe.py`. Next: `mixing.py`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pyro
@@ -16,7 +16,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError, described, holds
+from pyro_bmr.checks import check_arguments
+from pyro_bmr.errors import described, holds
 from pyro_bmr.priors.gaussian import SCALES, fan_in, has_square, sample_normal
 from pyro_bmr.priors.half_cauchy import Parametrization, sample_half_cauchy
 from pyro_bmr.priors.tiers import TIERS, Tier, check_tier, spread, tier_parts
@@ -24,46 +25,48 @@ from pyro_bmr.priors.tiers import TIERS, Tier, check_tier, spread, tier_parts
 SITES: dict[Tier, str] = {"layer": "tau", "unit": "unit", "input": "input", "weight": "lambda"}
 """Tier → the site of its scales, `<name>_tau` and so on."""
 _NOISE = 0.02  # nats
+_PARAMETRIZATIONS = get_args(Parametrization)
 
 
 @dataclass(frozen=True)
 class Horseshoe:
-    r"""w = γ w̄, w̄ ~ N(0, 1): a few weights free, all others pulled to zero.
+    r"""w = γ w̄, w̄ ~ N(0, 1): a few weights are free, all others are shrunk to zero.
 
     .. math:: \psi = \tau \prod_t \lambda^{(t)} / \sqrt{\text{fan in}}, \quad
         \gamma^2 = \frac{c^2\psi^2}{c^2 + \psi^2}, \quad
         \tau \sim C^+(0, \tau_0), \; \lambda^{(t)} \sim C^+(0, 1)
 
-    with c counted in 1/√fan_in too, and one λ⁽ᵗ⁾ for each unit, input or weight of the tiers t. The
-    site is w̄, so pruning w̄ prunes w; the scales are the sites `<name>_tau`, `<name>_unit`,
-    `<name>_input` and `<name>_lambda`. Sources: Carvalho, Polson & Scott 2010, Biometrika 97(2);
-    Piironen & Vehtari 2017, EJS 11(2) (the slab); Louizos, Ullrich & Welling 2017, arXiv
-    1705.08665, and Ghosh, Yao & Doshi-Velez 2019, JMLR 20 (units).
+    where c is in units of 1/√fan_in too, and the tiers t have one λ⁽ᵗ⁾ for each unit, input or
+    weight. The site is w̄, so pruning w̄ prunes w. The scales are the sites `<name>_tau`,
+    `<name>_unit`, `<name>_input` and `<name>_lambda`. Sources: Carvalho, Polson & Scott 2010,
+    Biometrika 97(2); Piironen & Vehtari 2017, EJS 11(2) (the slab); Louizos, Ullrich & Welling
+    2017, arXiv 1705.08665, and Ghosh, Yao & Doshi-Velez 2019, JMLR 20 (units).
 
-    As the target of a reduction, scales are counted in the units of the site: v = c²τ²λ²/(c² +
-    τ²λ²), exact by quadrature over one λ, with τ found by its evidence: λ per weight with τ per
-    layer (the default) or per unit (tiers ``("unit", "weight")``), or λ per unit. For other tiers,
-    and an inferred slab, there is `reduction_program`.
+    As the target of a reduction, the scales are in units of the site: v = c²τ²λ²/(c² + τ²λ²). The
+    reduction is exact by quadrature over one λ, and the evidence determines τ. That covers λ per
+    weight with τ per layer (the default) or per unit (tiers ``("unit", "weight")``), and λ per
+    unit. `reduction_program` fits other tiers, and an inferred slab.
 
-    A group prior is a horseshoe without the tier ``"weight"``: ``tiers=("layer", "unit")`` lets
-    whole units or output channels go, ``"input"`` whole inputs or input channels; `block` makes the
+    A group prior is a horseshoe without the tier ``"weight"``: ``tiers=("layer", "unit")`` prunes
+    whole units or output channels, ``"input"`` whole inputs or input channels. `block` makes the
     groups wider, such as the rows of an attention head.
 
     Args:
-        tau0: the scale of τ, and τ itself without the tier ``"layer"``: small when few weights are
-            expected to matter (`from_active` computes it). Default 1, which leaves τ to the data.
-        slab_scale: c, how large a weight that escapes the shrinkage may become; None for no slab.
-            Default 2.
-        tiers: any of ``"layer"``, ``"unit"``, ``"input"``, ``"weight"``: what has a scale of its
-            own. Default: layer and weight.
+        tau0: the scale of τ, and τ itself without the tier ``"layer"``. Choose it small if few
+            weights are expected to matter (`from_active` computes it). Default 1: the data
+            determine τ.
+        slab_scale: c, the size that a weight which escapes the shrinkage may reach; None for no
+            slab. Default 2.
+        tiers: what has a scale of its own, any of ``"layer"``, ``"unit"``, ``"input"``,
+            ``"weight"``. Default: layer and weight.
         slab_df: None (default) for c = `slab_scale`; a number ν to infer one c per tensor, c⁻² ~
             Gamma(ν/2, ν·slab_scale²/2) at the site `<name>_slab_precision`, which makes the slab a
             Student-t with ν degrees of freedom.
         block: how many neighbouring units or inputs share the scale of their tier.
-        parametrization: of the half-Cauchys: ``"half-cauchy"`` (default), or ``"gamma"``, two sites
-            each, `half_cauchy.py`.
-        by_fan_in: count τ and c in units of 1/√fan_in (default), so that one setting does for
-            layers of any width; False for those of the weight.
+        parametrization: how half-Cauchys are drawn: ``"half-cauchy"`` (default), or ``"gamma"``,
+            with two sites each (`half_cauchy.py`).
+        by_fan_in: whether τ and c are in units of 1/√fan_in (default), so that one setting suits
+            layers of any width; False for units of the weight.
     """
 
     tau0: float = 1.0
@@ -76,40 +79,42 @@ class Horseshoe:
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not has_square(self.tau0):
-            raise ModelError(
-                f"Horseshoe(tau0={described(self.tau0)}): tau0 is a finite number > 0 ({SCALES})"
-            )
-        if self.slab_scale is not None and not has_square(self.slab_scale):
-            raise ModelError(
-                f"Horseshoe(slab_scale={described(self.slab_scale)}): slab_scale is a finite number"
-                f" > 0 ({SCALES}), or None for no slab"
-            )
-        if self.slab_df is not None and (
-            self.slab_scale is None or not holds(lambda x: 0 < x < math.inf, self.slab_df)
-        ):
-            raise ModelError(
-                f"Horseshoe(slab_scale={described(self.slab_scale)},"
-                f" slab_df={described(self.slab_df)}): slab_df is a finite number > 0 and needs a"
-                " slab_scale"
-            )
-        if not isinstance(self.parametrization, str) or self.parametrization not in (
-            "half-cauchy",
-            "gamma",
-        ):
-            raise ModelError(
-                f'Horseshoe(parametrization={described(self.parametrization)}): it is "half-cauchy"'
-                ' or "gamma"'
-            )
-        if (
-            not isinstance(self.tiers, (tuple, list))
-            or not self.tiers
-            or not holds(lambda t: len(set(t)) == len(t), self.tiers)
-        ):
-            raise ModelError(
-                f"Horseshoe(tiers={described(self.tiers)}): a tuple of different tiers is wanted,"
-                f" from {', '.join(TIERS)}"
-            )
+        positive = f"a finite number > 0 ({SCALES})"
+        check_arguments("Horseshoe", has_square(self.tau0), positive, tau0=self.tau0)
+        check_arguments(
+            "Horseshoe",
+            self.slab_scale is None or has_square(self.slab_scale),
+            f"{positive}, or None for no slab",
+            slab_scale=self.slab_scale,
+        )
+        check_arguments(
+            "Horseshoe",
+            self.slab_df is None
+            or (self.slab_scale is not None and holds(lambda x: 0 < x < math.inf, self.slab_df)),
+            "slab_df to be a finite number > 0; it needs a slab_scale",
+            slab_scale=self.slab_scale,
+            slab_df=self.slab_df,
+        )
+        check_arguments(
+            "Horseshoe",
+            isinstance(self.parametrization, str) and self.parametrization in _PARAMETRIZATIONS,
+            '"half-cauchy" or "gamma"',
+            parametrization=self.parametrization,
+        )
+        self._check_tiers()
+        # in order, and as a tuple: a saved posterior gives a list
+        object.__setattr__(self, "tiers", tuple(tier for tier in TIERS if tier in self.tiers))
+
+    def _check_tiers(self) -> None:
+        """Raises ModelError unless the tiers differ, and one of them can have the block."""
+        check_arguments(
+            "Horseshoe",
+            isinstance(self.tiers, (tuple, list))
+            and bool(self.tiers)
+            and holds(lambda t: len(set(t)) == len(t), self.tiers),
+            f"a tuple of different tiers, from {', '.join(TIERS)}",
+            tiers=self.tiers,
+        )
         grouped = [tier for tier in self.tiers if tier in ("unit", "input")]
         for tier in self.tiers:
             check_tier(
@@ -117,8 +122,6 @@ class Horseshoe:
                 self.block if tier in grouped or not grouped else 1,
                 f"Horseshoe(tiers={described(self.tiers)})",
             )
-        # in order, and no list, as a saved posterior gives
-        object.__setattr__(self, "tiers", tuple(tier for tier in TIERS if tier in self.tiers))
 
     @classmethod
     def from_active(
@@ -145,21 +148,18 @@ class Horseshoe:
             >>> Horseshoe.from_active(5, of=50, rows=100, noise=0.5).tau0
             0.00555...
         """
-        if not holds(
-            lambda a, p, n, s: 0 < a < p and n >= 1 and 0 < s < math.inf, active, of, rows, noise
-        ):
-            given = ", ".join(
-                f"{name}={described(value)}"
-                for name, value in (
-                    ("active", active),
-                    ("of", of),
-                    ("rows", rows),
-                    ("noise", noise),
-                )
-            )
-            raise ModelError(
-                f"Horseshoe.from_active({given}): wanted are 0 < active < of, rows >= 1, noise > 0"
-            )
+        check_arguments(
+            "Horseshoe.from_active",
+            holds(
+                lambda a, p, n, s: 0 < a < p and n >= 1 and 0 < s < math.inf,
+                *(active, of, rows, noise),
+            ),
+            "0 < active < of, rows >= 1, noise > 0",
+            active=active,
+            of=of,
+            rows=rows,
+            noise=noise,
+        )
         return cls(
             tau0=active / (of - active) * noise / math.sqrt(rows), by_fan_in=False, **options
         )
@@ -192,8 +192,8 @@ class Horseshoe:
         )
 
     def sample_scale(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """γ, broadcasting to `shape`, from the `pyro.sample` statements of its tiers and slab;
-        dtype and device are those of `like`.
+        """γ, which broadcasts to `shape`, drawn by the `pyro.sample` statements of the tiers and
+        the slab, in the dtype and on the device of `like`.
         """
         psi = like.new_tensor(self.tau0)
         for tier in self.tiers:
@@ -221,24 +221,24 @@ class Horseshoe:
         return precision.rsqrt()
 
     def drop(self, name: str, mean: Tensor, var: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        r"""Log odds by which each weight goes, the prior's own decision after a fit; it goes when
-        they are positive.
+        r"""Log odds of pruning each weight, the prior's own decision after a fit; a weight is
+        pruned if they are positive.
 
-        Given the scales, w̄ ~ N(0, 1), and w̄ = 0 gains Gᵢ = −½ log σ² − ½ μ²/σ² nats of evidence
-        for a posterior N(μ, σ²): the point spike's ΔF. To that are added 0.02 nats, the noise of
-        weights of which the data say nothing. Without the tier ``"weight"`` a unit or input goes as
-        a whole, by the sum.
+        Given the scales, w̄ ~ N(0, 1), and setting w̄ = 0 gains Gᵢ = −½ log σ² − ½ μ²/σ² nats of
+        evidence for a posterior N(μ, σ²): the point spike's ΔF. The log odds are 0.02 nats larger,
+        the noise of weights about which the data say nothing. Without the tier ``"weight"`` a unit
+        or input is pruned as a whole, by the sum over its weights.
 
-        The usual rule κ > ½ (Carvalho, Polson & Scott 2010), with κ = σ² here, is one for weights
-        that are well informed each. In a network thousands are little informed and matter together;
-        it removes almost all of them.
+        The usual rule κ > ½ (Carvalho, Polson & Scott 2010), here with κ = σ², suits weights that
+        are each well informed. In a network thousands of weights are little informed and matter
+        together; the rule would prune almost all of them.
         """
-        alive = var > 0  # pruned entries have variance 0
+        kept = var > 0  # pruned entries have variance 0
         sigma2 = var.clamp(max=1.0)
         gain = _NOISE - 0.5 * sigma2.log() - 0.5 * mean.square() / sigma2
         groups: list[Tier] = [tier for tier in self.tiers if tier in ("unit", "input")]
         if "weight" not in self.tiers and groups:
-            each = gain.where(alive, 0)
+            each = gain.where(kept, 0)
             by_group = [
                 spread(tier_parts(each, tier, self.block).sum(-1), tier, self.block).expand(
                     var.shape
@@ -246,7 +246,7 @@ class Horseshoe:
                 for tier in groups
             ]
             gain = torch.stack(by_group).amax(0)
-        return gain.where(alive, torch.inf)
+        return gain.where(kept, torch.inf)
 
     def mixture(
         self, scale: float | None = None, together: int = 1
@@ -255,9 +255,9 @@ class Horseshoe:
         all scales but one half-Cauchy λ (default `tau0`).
 
         With t = log λ the half-Cauchy has the density sech(t)/π, smooth and with exponential tails,
-        so the trapezoid rule converges exponentially; t from −32 to 44, so that neither a posterior
-        near zero that is 10¹³ times as narrow as τ nor a weight 10¹⁵ times as large is beyond the
-        nodes. `together`: how many weights share λ, whose posterior is as narrow as 1/√(2n) in t.
+        so the trapezoid rule converges exponentially. t goes from −32 to 44: the nodes reach a
+        posterior near zero that is 10¹³ times as narrow as τ, and a weight 10¹⁵ times as large.
+        `together`: how many weights share λ; its posterior is as narrow as 1/√(2n) in t.
         """
         t = np.arange(-32.0, 44.0, 0.23 / math.sqrt(together))
         psi = (self.tau0 if scale is None else scale) ** 2 * np.exp(2 * t)
@@ -268,8 +268,8 @@ class Horseshoe:
 
     @property
     def log_hyper(self) -> Callable[[float], float]:
-        """log C⁺(τ; 0, τ₀) up to a constant; an AttributeError where a single tier is all there is,
-        and τ = τ₀ is known.
+        """log C⁺(τ; 0, τ₀) up to a constant; an AttributeError if there is a single tier, since
+        τ = τ₀ is then known.
         """
         if len(self.tiers) == 1:
             raise AttributeError(

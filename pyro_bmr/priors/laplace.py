@@ -1,4 +1,4 @@
-"""The Laplace prior, of the Bayesian lasso.
+"""The Laplace prior, as in the Bayesian lasso.
 
 Owns `Laplace`. Next: `student_t.py`.
 """
@@ -15,7 +15,7 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.priors.layer_scale import check_scale, log_half_cauchy, number, sample_scaled
+from pyro_bmr.priors.layer_scale import check_scale, hyper_density, number, sample_scaled
 from pyro_bmr.priors.mixing import mixing_grid
 
 
@@ -26,11 +26,11 @@ class Laplace:
 
     .. math:: p(w) = \frac{1}{2b} e^{-|w|/b}, \qquad \mathrm{Var}(w) = 2b^2
 
-    The most probable weights are those of the lasso (Tibshirani 1996, JRSS B 58(1)), many of them
-    zero. A posterior is no such point: it takes a constant off large weights and leaves small ones
-    more than a horseshoe does, so a fit says of no weight that it is zero. Source: Park & Casella
-    2008, JASA 103(482), whose mixture over variances, v ~ Exponential with mean 2b², is `mixture`.
-    A fit uses the density above, in which nothing couples a weight with a variance of its own.
+    The most probable weights are those of the lasso (Tibshirani 1996, JRSS B 58(1)), and many of
+    them are zero. The posterior is different: it shrinks large weights by a constant and small ones
+    less than a horseshoe does, so a fit sets no weight to zero. Source: Park & Casella 2008, JASA
+    103(482); `mixture` is their mixture over variances, v ~ Exponential with mean 2b². A fit uses
+    the density above, without a variance for each weight.
 
     Args:
         scale: b, the mean of `|w|`; or ``"layer"`` (default) for b = c/√fan_in, c ~ C⁺(0, 1)
@@ -56,9 +56,7 @@ class Laplace:
         )
 
     def log_prob(self, w: Tensor) -> Tensor:
-        """The log density of each weight, nats. Raises a ModelError if the scale is not a
-        number.
-        """
+        """The log density of each weight, nats; a ModelError if the scale is not a number."""
         scale = w.new_tensor(number(self))
         return dist.Laplace(scale.new_zeros(()), scale).log_prob(w)
 
@@ -68,11 +66,10 @@ class Laplace:
         """Variances 2b²E with E ~ Exponential(1), and their log weights; b = `scale`, or the
         prior's own number.
 
-        A weight of size w has its √v near √(w b), to within b: the nodes are equidistant in log √v
-        below b, in √v above, as far as weights of size `reach` · b need; a reduction warns of
-        weights beyond. `together`: how many weights share v, whose posterior is as narrow as
-        1/√(2n) in log √v. A weight by itself has a closed form, `formulas/laplace.py`, which
-        `reduce` takes.
+        For a weight of size w, √v is within b of √(w b). The nodes are equidistant in log √v below
+        b and in √v above, as far as weights of size `reach` · b need; a reduction warns of larger
+        weights. `together`: how many weights share v; its posterior is as narrow as 1/√(2n) in
+        log √v. `reduce` uses the closed form of a single weight, in `formulas/laplace.py`.
 
         Raises:
             ModelError: a million nodes would not be enough.
@@ -94,9 +91,7 @@ class Laplace:
 
     @property
     def log_hyper(self) -> Callable[[float], float]:
-        """The log density of the half-Cauchy hyper-prior on the scale, up to a constant; an
-        AttributeError where the scale is a number and not to be found.
+        """The log density of the half-Cauchy hyper-prior on an inferred scale, up to a constant; an
+        AttributeError if the scale is a number.
         """
-        if not isinstance(self.scale, str):
-            raise AttributeError(f"{self!r} has a known scale, and no hyper-prior on it")
-        return log_half_cauchy
+        return hyper_density(self)

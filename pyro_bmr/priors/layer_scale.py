@@ -1,6 +1,6 @@
-"""One scale for a whole tensor, given as a number or inferred: what `Laplace` and `StudentT` share.
+"""The scale of a whole tensor, given as a number or inferred, for `Laplace` and `StudentT`.
 
-Owns the hyper-prior s = c/√fan_in, c ~ C⁺(0, 1) and the checks of such a scale. Next:
+Owns the hyper-prior s = c/√fan_in, c ~ C⁺(0, 1), and the checks of such a scale. Next:
 `half_cauchy.py`.
 """
 
@@ -15,17 +15,19 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_bmr.checks import check_arguments
 from pyro_bmr.errors import ModelError, described
 from pyro_bmr.priors.gaussian import SCALES, Prior, fan_in, has_square
 
 
 def check_scale(family: str, scale: Any) -> None:
-    """Raises a ModelError unless the scale is a finite number > 0 with a variance, or "layer"."""
-    if scale != "layer" if isinstance(scale, str) else not has_square(scale):
-        raise ModelError(
-            f"{family}(scale={described(scale)}): the scale is a finite number > 0 ({SCALES}), or"
-            ' "layer" to infer it'
-        )
+    """Raises ModelError unless the scale is a finite number > 0 with a variance, or "layer"."""
+    check_arguments(
+        family,
+        scale == "layer" if isinstance(scale, str) else has_square(scale),
+        f'a finite number > 0 ({SCALES}), or "layer" to infer it',
+        scale=scale,
+    )
 
 
 def number(prior: Any, scale: float | None = None) -> float:
@@ -50,8 +52,8 @@ def sample_scaled(
     scale: Any,
     family: Callable[[Tensor], Any],
 ) -> Tensor:
-    """The weight tensor of a symmetric family, `family(scale)`; with "layer" the site
-    `<name>_scale` of c too, and w̄ ~ family(1) at the site `name`.
+    """The weight tensor of a symmetric family, drawn from `family(scale)`. With the scale "layer",
+    c is drawn at the site `<name>_scale` and w̄ ~ family(1) at the site `name`.
     """
     like = torch.zeros(shape) if init is None else init
     infer: Any = {"prior": prior, "init": init}
@@ -62,13 +64,20 @@ def sample_scaled(
     unit = 1 / math.sqrt(fan_in(shape))
     c: Tensor = pyro.sample(f"{name}_scale", dist.HalfCauchy(like.new_ones(())))
     infer["init"] = None if init is None else init / unit
-    return (
-        unit
-        * c
-        * pyro.sample(
-            name, family(like.new_ones(())).expand(shape).to_event(len(shape)), infer=infer
-        )
-    )  # type: ignore[no-any-return]
+    fn = family(like.new_ones(())).expand(shape).to_event(len(shape))
+    standardised: Tensor = pyro.sample(name, fn, infer=infer)
+    return unit * c * standardised
+
+
+def hyper_density(prior: Any) -> Callable[[float], float]:
+    """The log density of the half-Cauchy hyper-prior on an inferred scale, up to a constant.
+
+    Raises:
+        AttributeError: the scale is a number, so that there is no hyper-prior.
+    """
+    if not isinstance(prior.scale, str):
+        raise AttributeError(f"{described(prior)} has a known scale, and no hyper-prior on it")
+    return log_half_cauchy
 
 
 def log_half_cauchy(scale: float) -> float:

@@ -1,6 +1,6 @@
 """Scale mixtures of zero-mean Gaussians on a grid: p(w) = ∫ N(w; 0, v) dG(v) as a finite sum.
 
-Owns the grid that priors with a `mixture` method use. Next: `laplace.py`.
+Owns the grid for the `mixture` methods of the priors. Next: `laplace.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def mixing_grid(
 
     .. math:: \int g(u) f(e^u)\, du \approx h \sum_k g(u_k) f(e^{u_k})
 
-    The trapezoid rule, whose error falls like exp(−π²/h) for a smooth g that has died out at both
-    ends (Trefethen & Weideman 2014, SIAM Review 56(3)); N(w; 0, eᵘ) is analytic and bounded for |Im
-    u| < π/2.
+    This is the trapezoid rule. Its error falls like exp(−π²/h) for a smooth g that has decayed at
+    both ends (Trefethen & Weideman 2014, SIAM Review 56(3)), since N(w; 0, eᵘ) is analytic and
+    bounded for |Im u| < π/2.
     """
     nodes = np.arange(low, high + step, step)
     log_weights = log_density(nodes)

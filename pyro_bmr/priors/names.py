@@ -1,4 +1,4 @@
-"""The priors by the names that the command line and the files of studies use.
+"""The priors by the names that the command line and study files use.
 
 Owns `PRIORS` and `prior_from_name`. Next: `likelihoods/likelihood.py`.
 """

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_bmr.checks import check_arguments
 from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.priors.gaussian import SCALES, fan_in, has_square, sample_normal
 from pyro_bmr.priors.tiers import Tier, check_tier, sample_scales, spread
 
-_START = 2.0  # of the logit of a relaxed indicator: in, with room for doubt
+# start value of the logit of a relaxed indicator: in the slab, with room for doubt
+_START = 2.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class SpikeAndSlab:
     Kiebel 2024) the slab is the prior of the fit, the spike is the point zero unless `spike_scale`
     is given, and π is inferred from the weights themselves.
 
-    Fitted, SVI needs a density, and there are two:
+    A fit by SVI needs a density, and there are two:
 
     - the indicator summed out, with a spike of finite width r (George & McCulloch 1993, JASA
       88(423); Ishwaran & Rao 2005, Annals of Statistics 33(2)), the default: the site is w̄ ~ π
@@ -45,31 +47,31 @@ class SpikeAndSlab:
           \epsilon \sim \mathrm{Logistic}(0, 1), \quad
           w = s\,z\,\bar w, \quad \bar w \sim N(0, 1)
 
-      so that the spike is near the point zero; one z per weight, unit or input.
+      so that the spike is near the point zero, with one z per weight, unit or input.
 
     Both have the layer scale s = c/√fan_in, c⁻² ~ Gamma(2, 2), of `Gaussian("layer")`; π is the
     site `<name>_inclusion`.
 
     Args:
-        spike_scale: the spike's standard deviation in units of the site. None (default): 0 in a
-            reduction, r = 0.05 when fitted. It has no place beside a temperature.
-        alpha, beta: of the Beta prior on π, as if `alpha` weights had been seen in the slab and
-            `beta` in the spike; the default Beta(1, 1) leaves the sparsity to the data. Beta(1, n)
-            with n the number of weights expects few of them (Castillo, Schmidt-Hieber & van der
-            Vaart 2015, Annals of Statistics 43(5)).
-        temperature: None (default) sums the indicator out; a number t > 0 relaxes it: near 0 the
+        spike_scale: the spike's standard deviation in units of the site. None (default) is 0 in a
+            reduction and r = 0.05 in a fit. It cannot be combined with a temperature.
+        alpha, beta: the parameters of the Beta prior on π, as if `alpha` weights had been seen in
+            the slab and `beta` in the spike. With the default Beta(1, 1) the data determine the
+            sparsity. Beta(1, n), n the number of weights, expects few of them in the slab
+            (Castillo, Schmidt-Hieber & van der Vaart 2015, Annals of Statistics 43(5)).
+        temperature: None (default) sums the indicator out; a number t > 0 relaxes it. Near 0 the
             prior of z is close to 0 or 1, and the gradients are large. 0.5 is a fair start.
-        per: what has an indicator of its own when relaxed: each ``"weight"`` (default), each output
+        per: what has a relaxed indicator of its own: each ``"weight"`` (default), each output
             ``"unit"``, or each ``"input"``.
         block: how many neighbouring units or inputs share an indicator, such as the rows of an
             attention head.
-        slab_scale: of a reduction. None (default): the slab is the prior of the fit. A number: N(0,
-            slab_scale²), in units of the site. ``"empirical"``: the width that has, together with
-            π, the best evidence; ask for it when the prior's scale was fitted to all weights of a
-            layer, of which most are not needed, and is too narrow to tell slab from spike. Where
-            the data say little of many weights its evidence has no maximum; it is bounded by the
-            widest weights then, with a warning: give a number.
-        inclusion: of a reduction. A known π, instead of one that is learned.
+        slab_scale: the slab of a reduction. None (default): the prior of the fit. A number: N(0,
+            slab_scale²), in units of the site. ``"empirical"``: the width with the best evidence,
+            together with π. Use it if the prior's scale was fitted to all weights of a layer, most
+            of which are not needed, and is too narrow to tell slab from spike. If the data say
+            little about many weights, the evidence has no maximum; the width is then bounded by the
+            widest weights, with a warning: give a number.
+        inclusion: a known π for a reduction, instead of an inferred one.
     """
 
     spike_scale: float | None = None
@@ -83,51 +85,69 @@ class SpikeAndSlab:
     shrinkage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.spike_scale is not None and not (
-            holds(lambda x: x == 0, self.spike_scale) or has_square(self.spike_scale)
-        ):
-            raise ModelError(
-                f"SpikeAndSlab(spike_scale={described(self.spike_scale)}): the spike's scale is a"
-                f" finite number >= 0 ({SCALES}, or 0), or None"
-            )
-        if not holds(lambda a, b: a > 0 and b > 0, self.alpha, self.beta):
-            raise ModelError(
-                f"SpikeAndSlab(alpha={described(self.alpha)}, beta={described(self.beta)}): both"
-                " must be > 0"
-            )
-        if self.temperature is not None and not holds(lambda x: 0 < x < math.inf, self.temperature):
-            raise ModelError(
-                f"SpikeAndSlab(temperature={described(self.temperature)}): the temperature is a"
-                " finite number > 0, or None"
-            )
+        check_arguments(
+            "SpikeAndSlab",
+            self.spike_scale is None
+            or holds(lambda x: x == 0, self.spike_scale)
+            or has_square(self.spike_scale),
+            f"a finite number >= 0 ({SCALES}, or 0), or None",
+            spike_scale=self.spike_scale,
+        )
+        check_arguments(
+            "SpikeAndSlab",
+            holds(lambda a, b: a > 0 and b > 0, self.alpha, self.beta),
+            "two numbers > 0",
+            alpha=self.alpha,
+            beta=self.beta,
+        )
+        check_arguments(
+            "SpikeAndSlab",
+            self.inclusion is None or holds(lambda x: 0 < x < 1, self.inclusion),
+            "a probability > 0 and < 1, or None",
+            inclusion=self.inclusion,
+        )
+        self._check_indicator()
+        self._check_slab()
+
+    def _check_indicator(self) -> None:
+        """Raises ModelError unless temperature, tier and spike make an indicator."""
+        check_arguments(
+            "SpikeAndSlab",
+            self.temperature is None or holds(lambda x: 0 < x < math.inf, self.temperature),
+            "a finite number > 0, or None",
+            temperature=self.temperature,
+        )
         check_tier(self.per, self.block, f"SpikeAndSlab(per={described(self.per)})")
-        if self.temperature is None and self.per != "weight":
-            raise ModelError(
-                f"SpikeAndSlab(per={described(self.per)}): a group has a relaxed indicator; give a"
-                " temperature, such as 0.5"
-            )
-        if self.temperature is not None and self.spike_scale is not None:
-            raise ModelError(
-                f"{described(self)}: with a relaxed indicator the spike has no width of its own;"
-                " leave spike_scale out"
-            )
+        check_arguments(
+            "SpikeAndSlab",
+            self.temperature is not None or self.per == "weight",
+            "a relaxed indicator for a group; give a temperature, such as 0.5",
+            per=self.per,
+            temperature=self.temperature,
+        )
+        check_arguments(
+            "SpikeAndSlab",
+            self.temperature is None or self.spike_scale is None,
+            "no width of the spike with a relaxed indicator; leave spike_scale out",
+            spike_scale=self.spike_scale,
+            temperature=self.temperature,
+        )
+
+    def _check_slab(self) -> None:
+        """Raises ModelError unless the slab is wider than the spike, "empirical" or None."""
         if isinstance(self.slab_scale, str):
-            if self.slab_scale != "empirical":
-                raise ModelError(
-                    f"SpikeAndSlab(slab_scale={described(self.slab_scale)}): the slab's scale is a"
-                    ' number > 0, "empirical", or None'
-                )
-        elif self.slab_scale is not None and not (
-            has_square(self.slab_scale) and self.slab_scale > (self.spike_scale or 0)
-        ):
-            raise ModelError(
-                f"SpikeAndSlab(slab_scale={described(self.slab_scale)}): the slab's scale is finite"
-                f" ({SCALES}) and wider than the spike's ({self.spike_scale or 0})"
+            check_arguments(
+                "SpikeAndSlab",
+                self.slab_scale == "empirical",
+                'a number > 0, "empirical", or None',
+                slab_scale=self.slab_scale,
             )
-        if self.inclusion is not None and not holds(lambda x: 0 < x < 1, self.inclusion):
-            raise ModelError(
-                f"SpikeAndSlab(inclusion={described(self.inclusion)}): a probability between 0 and"
-                " 1 is wanted, neither of which"
+        elif self.slab_scale is not None:
+            check_arguments(
+                "SpikeAndSlab",
+                has_square(self.slab_scale) and self.slab_scale > (self.spike_scale or 0),
+                f"a finite number ({SCALES}) above the spike's scale ({self.spike_scale or 0})",
+                slab_scale=self.slab_scale,
             )
 
     @property
@@ -138,8 +158,8 @@ class SpikeAndSlab:
         if not 0 < self.fitted_spike_scale < 1:
             raise ModelError(
                 f"site '{name}': SpikeAndSlab(spike_scale={described(self.spike_scale)}) cannot be"
-                " fitted; the spike must be narrower than the slab (1) and have a width, or be"
-                " left to the default"
+                " fitted: expected a spike with a width, narrower than the slab (1); leave"
+                " spike_scale out for the default"
             )
         like = torch.zeros(shape) if init is None else init
         unit = 1 / math.sqrt(fan_in(shape))
@@ -157,7 +177,8 @@ class SpikeAndSlab:
                 .expand(shape)
                 .to_event(len(shape))
             )
-            return scale * pyro.sample(name, fn, infer={"prior": self, "init": start})  # type: ignore[arg-type]
+            infer: Any = {"prior": self, "init": start}
+            return scale * pyro.sample(name, fn, infer=infer)
         concrete = dist.RelaxedBernoulli(
             like.new_tensor(self.temperature), logits=torch.logit(inclusion)
         )
@@ -171,8 +192,8 @@ class SpikeAndSlab:
         )
 
     def drop(self, name: str, mean: Tensor, var: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Log odds by which each weight goes, by the prior's own decision after a fit: those of its
-        indicator, at the posterior point of the other sites.
+        """Log odds of pruning each weight, the prior's own decision after a fit: the log odds of
+        its indicator at the posterior point of the other sites.
         """
         if self.temperature is not None:
             return -spread(torch.logit(values[f"{name}_slab"]), self.per, self.block).expand(
@@ -184,8 +205,8 @@ class SpikeAndSlab:
 
 
 class SpikeSlabMixture(dist.TorchDistribution):
-    r"""π N(0, 1) + (1 − π) N(0, r²): the indicator summed out, so that the density is smooth.
-    Reparametrised draws are not defined.
+    r"""π N(0, 1) + (1 − π) N(0, r²), with the indicator summed out, so that the density is smooth.
+    It has no reparametrised draws.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""The Student-t prior: a Gaussian with room for a few large weights.
+"""The Student-t prior: near zero like a Gaussian, with heavier tails.
 
 Owns `StudentT`. Next: `horseshoe.py`.
 """
@@ -14,8 +14,9 @@ import numpy as np
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError, described, holds
-from pyro_bmr.priors.layer_scale import check_scale, log_half_cauchy, number, sample_scaled
+from pyro_bmr.checks import check_arguments
+from pyro_bmr.errors import holds
+from pyro_bmr.priors.layer_scale import check_scale, hyper_density, number, sample_scaled
 from pyro_bmr.priors.mixing import mixing_grid
 
 
@@ -28,13 +29,13 @@ class StudentT:
         s}\left(1 + \frac{w^2}{\nu s^2}\right)^{-\frac{\nu + 1}{2}},
         \qquad \mathrm{Var}(w) = \frac{\nu s^2}{\nu - 2} \text{ for } \nu > 2
 
-    A fit says of no weight that it is zero. Source: Gelman, Jakulin, Pittau & Su 2008, Annals of
+    A fit sets no weight to zero. Source: Gelman, Jakulin, Pittau & Su 2008, Annals of
     Applied Statistics 2(4); as a mixture over precisions Tipping 2001, JMLR 1. A fit uses the
     density. The same prior with a site for the precision of each weight is ``Gaussian("layer",
     per="weight", concentration=df / 2, rate=df / 2)``.
 
     Args:
-        df: ν, the degrees of freedom: 1 is a Cauchy, above 30 it is a Gaussian for all purposes.
+        df: ν, the degrees of freedom: 1 is a Cauchy, above 30 it is practically a Gaussian.
             Default 4.
         scale: s, the typical size of a weight; or ``"layer"`` (default) for s = c/√fan_in, c ~
             C⁺(0, 1) inferred at the site `<name>_scale`. The site of the weights is then the
@@ -47,10 +48,12 @@ class StudentT:
     shrinkage: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not holds(lambda x: 0 < x < math.inf, self.df):
-            raise ModelError(
-                f"StudentT(df={described(self.df)}): the degrees of freedom are a finite number > 0"
-            )
+        check_arguments(
+            "StudentT",
+            holds(lambda x: 0 < x < math.inf, self.df),
+            "a finite number > 0, the degrees of freedom",
+            df=self.df,
+        )
         check_scale("StudentT", self.scale)
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
@@ -64,9 +67,7 @@ class StudentT:
         )
 
     def log_prob(self, w: Tensor) -> Tensor:
-        """The log density of each weight, nats. Raises a ModelError if the scale is not a
-        number.
-        """
+        """The log density of each weight, nats; a ModelError if the scale is not a number."""
         scale = w.new_tensor(number(self))
         return dist.StudentT(scale.new_tensor(self.df), scale.new_zeros(()), scale).log_prob(w)
 
@@ -90,9 +91,7 @@ class StudentT:
 
     @property
     def log_hyper(self) -> Callable[[float], float]:
-        """The log density of the half-Cauchy hyper-prior on the scale, up to a constant; an
-        AttributeError where the scale is a number and not to be found.
+        """The log density of the half-Cauchy hyper-prior on an inferred scale, up to a constant; an
+        AttributeError if the scale is a number.
         """
-        if not isinstance(self.scale, str):
-            raise AttributeError(f"{described(self)} has a known scale, and no hyper-prior on it")
-        return log_half_cauchy
+        return hyper_density(self)

@@ -19,15 +19,15 @@ TIERS: tuple[Tier, ...] = ("layer", "unit", "input", "weight")
 
 
 def check_tier(tier: Any, block: int, where: str) -> None:
-    """Raises a ModelError, which names `where`, unless `tier` is one of `TIERS` and `block` a
-    number of rows or columns that the tier can have.
+    """Raises ModelError, which names `where`, unless `tier` is one of `TIERS` and `block` is a
+    number of units or inputs that can share a scale of the tier.
     """
     if not isinstance(tier, str) or tier not in TIERS:
-        raise ModelError(f"{where}: a tier is one of {', '.join(TIERS)}, got {described(tier)}")
+        raise ModelError(f"{where}: expected one of {', '.join(TIERS)}, got {described(tier)}")
     if not (isinstance(block, int) and block >= 1):
         raise ModelError(
-            f"{where}: block={described(block)} is a number of neighbouring units or inputs, an"
-            " integer >= 1"
+            f"{where}: block: expected a number of neighbouring units or inputs, an integer >= 1,"
+            f" got {described(block)}"
         )
     if block > 1 and tier not in ("unit", "input"):
         raise ModelError(
@@ -41,8 +41,8 @@ def tier_shape(shape: tuple[int, ...], tier: Tier, block: int = 1) -> tuple[int,
     per output unit, one per input, or one per weight.
 
     A convolution's units are its output channels, its inputs the input channels. A vector (a bias)
-    has units but no inputs: there the tier ``"input"`` is one number. With `block` > 1 as many
-    neighbouring units or inputs share a scale, such as the rows of one attention head.
+    has units but no inputs, so its tier ``"input"`` is one number. `block` neighbouring units or
+    inputs share a scale, such as the rows of one attention head.
 
     Raises:
         ModelError: `block` does not divide the units or inputs.
@@ -73,8 +73,8 @@ def spread(scales: Tensor, tier: Tier, block: int = 1) -> Tensor:
 
 
 def tier_parts(values: Tensor, tier: Tier, block: int = 1) -> Tensor:
-    """The entries of a weight tensor that share a scale, as the last dimension after those of
-    `tier_shape`.
+    """The entries of a weight tensor with the ones that share a scale in the last dimension; the
+    dimensions before it are those of `tier_shape`.
     """
     rows = tier_shape(tuple(values.shape), tier, block)
     if tier == "input" and rows:
@@ -90,10 +90,10 @@ def sample_scales(
     block: int = 1,
     init: Tensor | None = None,
 ) -> Tensor:
-    """The site `name` of a tier's scales, drawn from `fn` independently, spread so that they
-    broadcast against a weight tensor of `shape`.
+    """The scales of a tier, drawn independently from `fn` at the site `name`, and spread so that
+    they broadcast against a weight tensor of `shape`.
 
-    `init`: one number, where a guide should start all of them, on the unconstrained scale.
+    `init`: the number at which a guide should start all of them, on the unconstrained scale.
     """
     rows = tier_shape(shape, tier, block)
     infer: Any = {} if init is None else {"init": init.expand(rows)}

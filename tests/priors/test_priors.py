@@ -355,7 +355,7 @@ def test_the_m_step_is_the_best_scale():
         (lambda: bmr.Horseshoe(slab_scale=-1.0), "slab_scale"),
         (
             lambda: bmr.Horseshoe(tiers=("layer", "row")),
-            "a tier is one of layer, unit, input, weight, got 'row'",
+            "expected one of layer, unit, input, weight, got 'row'",
         ),
         (lambda: bmr.Horseshoe(tiers="unit"), "a tuple of different tiers"),
         (lambda: bmr.Horseshoe(tiers=("unit", "unit")), "a tuple of different tiers"),
@@ -386,8 +386,11 @@ def test_the_m_step_is_the_best_scale():
         (lambda: bmr.StudentT(scale=-1.0), "StudentT.*finite number > 0"),
         (lambda: bmr.SpikeAndSlab(per="unit"), "give a temperature"),
         (lambda: bmr.SpikeAndSlab(0.1, temperature=0.5), "leave spike_scale out"),
-        (lambda: bmr.SpikeAndSlab(temperature=0.0), "temperature is a finite number > 0"),
-        (lambda: bmr.SpikeAndSlab(alpha=0.0), "both must be > 0"),
+        (
+            lambda: bmr.SpikeAndSlab(temperature=0.0),
+            "temperature=0.0.*expected a finite number > 0",
+        ),
+        (lambda: bmr.SpikeAndSlab(alpha=0.0), "expected two numbers > 0"),
         (
             lambda: bmr.SpikeAndSlab(spike_scale=0.0).sample("w", SHAPE),
             "site 'w'.*cannot be fitted",
