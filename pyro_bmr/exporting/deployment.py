@@ -28,7 +28,8 @@ from pyro_bmr.exporting.network_source import loaders_source, network_source
 from pyro_bmr.files import digest, replacing, write_json
 from pyro_bmr.networks.plain_module import module_copy, plain_copy
 from pyro_bmr.reduction.collapse import collapse_of
-from pyro_bmr.shrinking.graphs import MASKED, first_line, trace
+from pyro_bmr.shrinking.graphs import trace
+from pyro_bmr.shrinking.refusals import MASKED, first_line
 from pyro_bmr.shrinking.verification import (
     Answers,
     answers,

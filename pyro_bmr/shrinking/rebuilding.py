@@ -1,33 +1,33 @@
-"""The graph of the smaller network: every layer and tensor cut to its living channels, what has
-become a constant put in as one.
+"""The graph of the smaller network: every layer and tensor cut to the channels that are kept, and
+every value that has become constant put in as a constant.
 
-Owns `Rebuilt`. What lives is decided in `channels.py`. Next: `verification.py`.
+Owns `Rebuilt`. Which channels are kept is decided in `channels.py`. Next: `verification.py`.
 """
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.shrinking.channels import Channels
-from pyro_bmr.shrinking.graphs import MASKED, foreign_errors, linear
+from pyro_bmr.shrinking.channels import Channels, cut
+from pyro_bmr.shrinking.refusals import MASKED, foreign_errors
 from pyro_bmr.shrinking.reshapes import RESHAPES
+from pyro_bmr.shrinking.resized_layers import resized_layer
 from pyro_bmr.shrinking.sizes import Rows
-from pyro_bmr.shrinking.ties import State
+from pyro_bmr.shrinking.states import State
 
 
 class Rebuilt:
     """The `graph` of the smaller network, and its `parts`: layers and tensors by name.
 
     Raises:
-        ShrinkError: a value that has become a constant, or is reshaped, has no axis of rows of its
+        ShrinkError: a value that has become constant, or is reshaped, has no axis of rows of its
             own.
     """
 
@@ -35,141 +35,151 @@ class Rebuilt:
         self, channels: Channels, batch_axes: Mapping[fx.Node, int], sizes: Mapping[fx.Node, Any]
     ) -> None:
         self.channels, self.batch_axes, self.sizes = channels, batch_axes, sizes
+        self.reads = {read.node: read for read in channels.reads}
         self.parts: dict[str, Any] = {}
         self.graph = fx.Graph()
         self.new: dict[fx.Node, Any] = {}  # nodes of the smaller network, and numbers
-        reads = {read.node: read for read in channels.reads}
-        # what never depended on the input, such as an expanded class token, stays as it is written
-        static = set[fx.Node]()
-        for node in channels.graph.graph.nodes:
-            sources = _from_states(channels, node)
-            if node.op == "get_attr" or (
-                node.op != "call_module" and sources and sources <= static
-            ):
-                static.add(node)
-        constants = {n for n in channels.graph.graph.nodes if n not in static and self._constant(n)}
-        for node in channels.graph.graph.nodes:
-            if node in constants:
-                if any(user not in constants and user not in sizes for user in node.users):
-                    self.new[node] = self._constant_node(node)
-                continue
-            same = self._unchanged_sum(node, constants)
-            if same is not None:
-                self.new[node] = self.new[same]
-            elif node in sizes:
-                self.new[node] = self._size(node)
-            else:
-                with foreign_errors(f"'{node.name}' in a smaller size"):
-                    self.new[node] = (
-                        self._resized(node)
-                        or self._reshape_node(node)
-                        or self.graph.node_copy(node, lambda n: self.new[n])
-                    )
-                    self._part(node, reads)
+        nodes = channels.graph.graph.nodes
+        static = self._static_nodes()
+        constants = {node for node in nodes if node not in static and self._is_constant(node)}
+        for node in nodes:
+            if node not in constants:
+                self.new[node] = self._new_node(node, constants)
+            elif any(user not in constants and user not in sizes for user in node.users):
+                self.new[node] = self._constant_node(node)
         self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         used = {str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")}
         self.parts = {name: part for name, part in self.parts.items() if name in used}
 
-    def _alive(self, node: fx.Node) -> tuple[np.ndarray, ...] | None:
-        state = self.channels.states[node]
-        return self.channels.alive(state.axes) if isinstance(state, State) else None
+    def _static_nodes(self) -> set[fx.Node]:
+        """Tensors computed from parameters alone, such as an expanded class token.
 
-    def _constant(self, node: fx.Node) -> bool:
-        alive = self._alive(node)
-        if alive is None or node.op in ("placeholder", "get_attr", "output"):
+        They did not depend on the input before either, so they are copied as they are written.
+        """
+        static = set[fx.Node]()
+        for node in self.channels.graph.graph.nodes:
+            sources = self.channels.sources(node)
+            computed = node.op != "call_module" and sources and sources <= static
+            if node.op == "get_attr" or computed:
+                static.add(node)
+        return static
+
+    def _kept(self, node: fx.Node) -> tuple[np.ndarray, ...] | None:
+        state = self.channels.states[node]
+        return self.channels.kept_on(state.axes) if isinstance(state, State) else None
+
+    def _is_cut(self, node: fx.Node) -> bool:
+        kept = self._kept(node)
+        return kept is not None and not all(k.all() for k in kept)
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        kept = self._kept(node)
+        if kept is None or node.op in ("placeholder", "get_attr", "output"):
             return False
-        return not bool(cut(self.channels.states[node].unknown, alive).any())
+        return not bool(cut(self.channels.states[node].unknown, kept).any())
+
+    def _copied(self, node: fx.Node) -> fx.Node:
+        return self.graph.node_copy(node, lambda n: self.new[n])
+
+    def _new_node(self, node: fx.Node, constants: set[fx.Node]) -> Any:
+        """What replaces `node`: a node of the smaller graph, or a number; its part is entered."""
+        summand = self._only_summand(node, constants)
+        if summand is not None:
+            return self.new[summand]
+        if node in self.sizes:
+            return self._size(node)
+        with foreign_errors(f"'{node.name}' in a smaller size"):
+            new = self._with_cut_sizes(node) or self._as_reshape(node) or self._copied(node)
+            self._enter_part(node)
+        return new
 
     def _constant_node(self, node: fx.Node) -> fx.Node:
-        axis, alive = self.batch_axes[node], self._alive(node)
-        value = self.channels.states[node].value
-        if axis < 0 or alive is None:
+        """A node for a value that has become constant: one row of it, expanded to all rows."""
+        axis, kept = self.batch_axes[node], self._kept(node)
+        if axis < 0 or kept is None:
             raise ShrinkError(
                 f"'{node.name}' is a constant now, but none of its axes has the size of the batch;"
                 f" {MASKED}"
             )
-        value = cut(value, alive).narrow(axis, 0, 1).clone()
+        value = cut(self.channels.states[node].value, kept).narrow(axis, 0, 1).clone()
         name = f"constant_{node.name}"
         self.parts[name] = nn.Parameter(value) if value.is_floating_point() else value
-        source = next(iter(self.graph.nodes))
-        rows = self.graph.call_method("size", (source, 0))
-        return self.graph.call_method(
-            "expand",
-            (
-                self.graph.get_attr(name),
-                *(rows if k == axis else n for k, n in enumerate(value.shape)),
-            ),
-        )
+        rows = self._rows()
+        shape = (rows if k == axis else n for k, n in enumerate(value.shape))
+        return self.graph.call_method("expand", (self.graph.get_attr(name), *shape))
 
-    def _unchanged_sum(self, node: fx.Node, constants: set[fx.Node]) -> fx.Node | None:
-        """The summand that the sum equals, when the other one has become zero."""
-        if (
-            node.op not in ("call_function", "call_method")
-            or getattr(node.target, "__name__", node.target) not in ("add", "iadd")
-            or len(node.args) != 2
-        ):
+    def _rows(self) -> fx.Node:
+        """A node for the number of rows of the input."""
+        return self.graph.call_method("size", (next(iter(self.graph.nodes)), 0))
+
+    def _only_summand(self, node: fx.Node, constants: set[fx.Node]) -> fx.Node | None:
+        """The summand that a sum is equal to, if the other one has become zero."""
+        name = getattr(node.target, "__name__", node.target)
+        called = node.op in ("call_function", "call_method")
+        if not called or name not in ("add", "iadd") or len(node.args) != 2:
             return None
+        values = self.channels.values
         for zero, other in (node.args, node.args[::-1]):
-            if (
-                isinstance(zero, fx.Node)
-                and isinstance(other, fx.Node)
-                and zero in constants
-                and other not in constants
-            ):
-                alive = self._alive(zero)
-                same = self.channels.values[other].shape == self.channels.values[node].shape
-                if (
-                    alive is not None
-                    and same
-                    and not bool(cut(self.channels.states[zero].value, alive).any())
-                ):
-                    return other
+            if not (isinstance(zero, fx.Node) and isinstance(other, fx.Node)):
+                continue
+            if zero not in constants or other in constants:
+                continue
+            kept = self._kept(zero)
+            is_zero = kept is not None and not bool(
+                cut(self.channels.states[zero].value, kept).any()
+            )
+            if is_zero and values[other].shape == values[node].shape:
+                return other
         return None
 
-    def _part(self, node: fx.Node, reads: Mapping[fx.Node, Any]) -> None:
-        """Enters the layer or the tensor of the node, cut; what was frozen stays frozen."""
-        if node.op == "call_module":
-            layer = self.channels.modules[str(node.target)]
-            self.parts[str(node.target)] = small = self._layer(node, layer, reads)
-            before = dict(layer.named_parameters())
-            for name, parameter in small.named_parameters():
-                parameter.requires_grad_(before[name].requires_grad if name in before else True)
+    def _enter_part(self, node: fx.Node) -> None:
+        """Enters the layer or tensor that `node` names, cut."""
+        name, layer = str(node.target), self.channels.layer(node)
+        if layer is not None:
+            self.parts[name] = resized_layer(self.channels, node, layer, self.reads.get(node))
         elif node.op == "get_attr":
-            self.parts[str(node.target)] = self._attribute(node)
+            value, kept = self.channels.values[node], self._kept(node)
+            if kept is not None:
+                small = cut(value.detach(), kept).clone()
+                value = nn.Parameter(small) if isinstance(value, nn.Parameter) else small
+            self.parts[name] = value
 
     def _size(self, node: fx.Node) -> Any:
-        """A size, or what is computed of sizes alone: as the original network has it. It is asked
-        for anew where nothing of that axis went.
+        """A size, or a number computed from sizes, as in the original network.
+
+        A size is still asked for at run time where nothing of its axis was cut.
         """
         source = node.args[0]
-        if isinstance(source, fx.Node) and isinstance(self.channels.states[source], State):
-            alive = self._alive(source)
-            assert alive is not None
-            whole = [source in self.new and bool(a.all()) for a in alive]
-            if all(whole):
-                return self.graph.node_copy(node, lambda n: self.new[n])
-            size = self.sizes[node]
-            if isinstance(size, tuple):  # the whole shape
-                return tuple(
-                    (
-                        self.graph.call_method("size", (self.new[source], k))
-                        if whole[k]
-                        else self._number(node, n)
-                    )
-                    for k, n in enumerate(size)
-                )
-            if node.target == "size" and len(node.args) == 2 and whole[int(node.args[1])]:  # type: ignore[arg-type]
-                return self.graph.node_copy(node, lambda n: self.new[n])
-            return self._number(node, size)
-        if (
-            node.target is operator.getitem
-            and isinstance(source, fx.Node)
-            and isinstance(self.new[source], tuple)
-        ):
-            return self.new[source][node.args[1]]  # type: ignore[index]
-        return self.graph.node_copy(node, lambda n: self.new[n])
+        if not isinstance(source, fx.Node):
+            return self._copied(node)
+        kept = self._kept(source)
+        if kept is not None:
+            return self._size_of(node, source, [source in self.new and bool(k.all()) for k in kept])
+        if node.target is operator.getitem and isinstance(self.new[source], tuple):
+            index: Any = node.args[1]
+            return self.new[source][index]
+        return self._copied(node)
+
+    def _size_of(self, node: fx.Node, source: fx.Node, whole: list[bool]) -> Any:
+        """The size that `node` asks of the tensor `source`; `whole`: which axes are not cut."""
+        size = self.sizes[node]
+        if all(whole):
+            return self._copied(node)
+        if isinstance(size, tuple):  # of all axes
+            return tuple(
+                self.graph.call_method("size", (self.new[source], k))
+                if whole[k]
+                else self._number(node, n)
+                for k, n in enumerate(size)
+            )
+        if node.target == "size" and len(node.args) == 2:
+            axis: Any = node.args[1]
+            if whole[int(axis)]:
+                return self._copied(node)
+        return self._number(node, size)
 
     def _number(self, node: fx.Node, size: Any) -> Any:
+        """A size as a number, or as a multiple of the number of rows."""
         if size is None:
             raise ShrinkError(
                 f"'{node.name}' is a size that is no multiple of the number of rows, of a value"
@@ -177,164 +187,57 @@ class Rebuilt:
             )
         if not isinstance(size, Rows):
             return size
-        rows = self.graph.call_method("size", (next(iter(self.graph.nodes)), 0))
-        return (
-            rows if size.times == 1 else self.graph.call_function(operator.mul, (rows, size.times))
-        )
+        rows = self._rows()
+        if size.times == 1:
+            return rows
+        return self.graph.call_function(operator.mul, (rows, size.times))
 
-    def _resized(self, node: fx.Node) -> fx.Node | None:
-        """A view, reshape or expand of which something was cut, with the sizes that are left."""
-        alive = self._alive(node)
-        if (
-            node.target not in ("view", "reshape", "expand", torch.reshape)
-            or alive is None
-            or all(a.all() for a in alive)
-        ):
+    def _with_cut_sizes(self, node: fx.Node) -> fx.Node | None:
+        """A view, reshape or expand whose result is cut, with the sizes of the cut result.
+
+        None if `node` is another operation, or does not name a size for every axis.
+        """
+        kept = self._kept(node)
+        reshapes = ("view", "reshape", "expand", torch.reshape)
+        if node.target not in reshapes or kept is None or not self._is_cut(node):
             return None
         asked: Any = node.args[1] if len(node.args) == 2 else node.args[1:]
         if isinstance(asked, fx.Node) and isinstance(self.new[asked], tuple):
             asked = self.new[asked]
-        if not isinstance(asked, (tuple, list)) or len(asked) != len(alive):
+        if not isinstance(asked, (tuple, list)) or len(asked) != len(kept):
             return None
         source, expand = node.all_input_nodes[0], node.target == "expand"
         shape = self.channels.values[source].shape
         sizes = []
-        for k, (a, size) in enumerate(zip(alive, asked, strict=True), len(shape) - len(alive)):
-            if bool(a.all()):
-                sizes.append(
-                    self.new[size] if isinstance(size, fx.Node) and size in self.new else size
-                )
+        for k, (positions, size) in enumerate(
+            zip(kept, asked, strict=True), len(shape) - len(kept)
+        ):
+            if bool(positions.all()):
+                is_node = isinstance(size, fx.Node) and size in self.new
+                sizes.append(self.new[size] if is_node else size)
             else:
-                inferred = (size == -1 if isinstance(size, int) else False) or (
-                    expand and k >= 0 and shape[k] == len(a)
-                )
-                sizes.append(-1 if inferred else int(a.sum()))
+                is_inferred = isinstance(size, int) and size == -1
+                is_copied = expand and k >= 0 and shape[k] == len(positions)
+                sizes.append(-1 if is_inferred or is_copied else int(positions.sum()))
         return self.graph.call_method("expand" if expand else "reshape", (self.new[source], *sizes))
 
-    def _reshape_node(self, node: fx.Node) -> fx.Node | None:
-        layer = self.channels.modules.get(str(node.target)) if node.op == "call_module" else None
-        alive = self._alive(node)
-        if (
-            alive is None
-            or not (node.target in RESHAPES or isinstance(layer, nn.Unflatten))
-            or all(a.all() for a in alive)
-        ):
+    def _as_reshape(self, node: fx.Node) -> fx.Node | None:
+        """A reshape to the sizes of the cut result, for a reshape of another kind; None otherwise.
+
+        Raises:
+            ShrinkError: none of its axes has the size of the batch.
+        """
+        kept = self._kept(node)
+        splits = isinstance(self.channels.layer(node), nn.Unflatten)
+        if kept is None or not self._is_cut(node) or not (node.target in RESHAPES or splits):
             return None
         name = getattr(node.target, "__name__", node.target)
         if name in ("flatten", "squeeze", "unsqueeze"):
-            return None  # these have no sizes
-        sizes = [int(a.sum()) for a in alive]
+            return None  # these name no sizes
+        sizes = [int(k.sum()) for k in kept]
         if (axis := self.batch_axes[node]) < 0:
             raise ShrinkError(
                 f"'{node.name}': a reshape without an axis of rows cannot be made smaller; {MASKED}"
             )
         sizes[axis] = -1
         return self.graph.call_method("reshape", (self.new[node.all_input_nodes[0]], *sizes))
-
-    def _attribute(self, node: fx.Node) -> Any:
-        alive, value = self._alive(node), self.channels.values[node]
-        if alive is None:
-            return value
-        small = cut(value.detach(), alive).clone()
-        return nn.Parameter(small) if isinstance(value, nn.Parameter) else small
-
-    def _layer(self, node: fx.Node, layer: nn.Module, reads: Mapping[fx.Node, Any]) -> nn.Module:
-        channels, state = self.channels, self.channels.states[node]
-        if node in reads:
-            read = reads[node]
-            inputs, outputs = (
-                torch.from_numpy(channels.living(ids)) for ids in (read.inputs, read.outputs)
-            )
-            weight = layer.weight.detach()  # type: ignore[union-attr, operator]
-            bias: Tensor | None = None if layer.bias is None else layer.bias.detach()  # type: ignore[union-attr, operator, assignment]
-            folded = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
-            folded = folded[:, ~inputs] @ read.level[~inputs].to(weight.dtype)
-            if bool(folded.any()):
-                bias = folded if bias is None else bias + folded
-            weight, bias = weight[outputs][:, inputs], None if bias is None else bias[outputs]
-            return (
-                linear(weight, bias)
-                if isinstance(layer, nn.Linear)
-                else _conv(layer, weight, bias, 1)
-            )  # type: ignore[arg-type]
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and layer.groups == layer.in_channels:
-            alive = torch.from_numpy(channels.living(state.axes[1]))
-            groups = int(channels.living(channels.states[node.args[0]].axes[1]).sum())  # type: ignore[index]
-            return _conv(
-                layer,
-                layer.weight.detach()[alive],
-                None if layer.bias is None else layer.bias.detach()[alive],
-                groups,
-            )
-        if isinstance(layer, nn.PReLU) and layer.num_parameters > 1:
-            slopes = layer.weight.detach()[torch.from_numpy(channels.living(state.axes[1]))].clone()
-            cut_layer = nn.PReLU(len(slopes), device="meta")
-            cut_layer.weight = nn.Parameter(slopes)
-            return cut_layer
-        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            alive = torch.from_numpy(channels.living(state.axes[1]))
-            small = type(layer)(
-                int(alive.sum()),
-                layer.eps,
-                layer.momentum,
-                layer.affine,
-                device=layer.running_mean.device,  # type: ignore[union-attr]
-                dtype=layer.running_mean.dtype,  # type: ignore[union-attr]
-            )
-            small.load_state_dict(
-                {k: v[alive] if v.ndim else v for k, v in layer.state_dict().items()}
-            )
-            return small
-        if isinstance(layer, nn.Embedding):
-            alive = torch.from_numpy(channels.living(state.axes[-1]))
-            return nn.Embedding.from_pretrained(
-                layer.weight.detach()[:, alive].clone(), freeze=False, padding_idx=layer.padding_idx
-            )
-        return copy.deepcopy(layer)
-
-
-def _from_states(channels: Channels, node: fx.Node) -> set[fx.Node]:
-    return {n for n in node.all_input_nodes if isinstance(channels.states[n], State)}
-
-
-def _conv(layer: Any, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
-    inputs = weight.shape[1] * groups
-    small = type(layer)(
-        inputs,
-        weight.shape[0],
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        groups,
-        bias is not None,
-        layer.padding_mode,
-        device="meta",
-    )
-    small.weight, small.bias = (
-        nn.Parameter(weight.clone()),
-        (None if bias is None else nn.Parameter(bias.clone())),
-    )
-    return small  # type: ignore[no-any-return]
-
-
-def cut(value: Tensor, alive: tuple[np.ndarray, ...]) -> Tensor:
-    """`value` at the positions of each axis that live."""
-    for k, positions in enumerate(alive):
-        if not positions.all():
-            value = value.index_select(k, torch.from_numpy(positions.nonzero()[0]).to(value.device))
-    return value
-
-
-def depends(channels: Channels, node: fx.Node) -> bool:
-    """Whether what lives of a value depends on the input."""
-    states = [
-        s
-        for s in (
-            channels.states[node]
-            if isinstance(channels.states[node], tuple)
-            else [channels.states[node]]
-        )
-        if isinstance(s, State)
-    ]
-    return any(bool(cut(s.unknown, channels.alive(s.axes)).any()) for s in states)

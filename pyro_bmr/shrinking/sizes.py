@@ -1,7 +1,7 @@
-"""Sizes of the original network, as numbers for the smaller one: a scale such as 1/√(number of
-units) is part of the function, and stays.
+"""Sizes of the original network, as numbers for the smaller one.
 
-Owns `Rows`, `size_in_rows` and `batch_axis`. Next: `rebuilding.py`.
+A scale such as 1/√(number of units) is part of the function, so it keeps its value. Owns `Rows`,
+`size_in_rows` and `batch_axis`. Next: `resized_layers.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ class Rows:
 
 
 def size_in_rows(two: Any, three: Any) -> Any:
-    """What a size is at any number of rows, from what it is at two and at three: a number, `Rows`,
-    a tuple of these; None where it is neither.
+    """A size at any number of rows, from its values at two and at three rows.
+
+    It is a number, `Rows` or a tuple of these; None where it is neither.
     """
     if isinstance(two, (tuple, list)):
         return tuple(size_in_rows(a, b) for a, b in zip(two, three, strict=True))
@@ -31,8 +32,6 @@ def size_in_rows(two: Any, three: Any) -> Any:
 
 
 def batch_axis(two: torch.Size, three: torch.Size) -> int:
-    """The axis that has the size of the batch; −1 if there is none, or it is merged with
-    another.
-    """
+    """The axis with the size of the batch; −1 if there is none, or if it is merged with another."""
     axes = [k for k, (a, b) in enumerate(zip(two, three, strict=True)) if (a, b) == (2, 3)]
     return axes[0] if len(axes) == 1 else -1

@@ -1,7 +1,6 @@
-"""Which channels of a network are one and the same, and which layer reads which: the book that the
-analysis keeps.
+"""Which channels of a network are kept or pruned together, and which layer reads which.
 
-Owns `State`, `Read` and `Ties`. The entries are made by `operations.py`. Next: `reshapes.py`.
+Owns `Read` and `Ties`. Its entries are made in `layers.py` and `functions.py`. Next: `reshapes.py`.
 """
 
 from __future__ import annotations
@@ -13,25 +12,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
-FIXED = 0
-Axes = tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True)
-class State:
-    """What is known of one value of the graph: the constant `value`, 0 where it is `unknown`, and
-    the identities of the positions of its axes.
-    """
-
-    value: Tensor
-    unknown: Tensor
-    axes: Axes
+from pyro_bmr.shrinking.states import FIXED, State
 
 
 @dataclass(frozen=True)
 class Read:
-    """A layer that weighs its inputs: `nonzero` (outputs, inputs), `foldable` (inputs), the
-    constants in `level` (inputs).
+    """A layer that weights its inputs. `nonzero` (outputs, inputs): which weights are not 0.
+
+    `foldable` (inputs): where the input is a constant that the bias can take up; `level` (inputs):
+    that constant.
     """
 
     node: fx.Node
@@ -43,19 +32,20 @@ class Read:
 
 
 class Ties:
-    """Identities of channels: those that are tied live and die together, and `FIXED` never goes.
-    `reads`: every layer that weighs channels. `kept`: layer → why channels of it stay that could
-    have gone.
+    """Channels by number. Tied channels are kept or pruned together; `FIXED` is always kept.
+
+    `reads`: every layer that weights channels. `reasons`: layer → why channels of it are kept that
+    could otherwise be pruned.
     """
 
     def __init__(self) -> None:
         self._parent = [FIXED]
         self.reads: list[Read] = []
-        self.kept: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self._first_use: dict[str, np.ndarray] = {}
 
     def new(self, count: int) -> np.ndarray:
-        """As many identities that nothing shares yet."""
+        """`count` new channels, tied to nothing."""
         first = len(self._parent)
         self._parent.extend(range(first, first + count))
         return np.arange(first, first + count)
@@ -67,45 +57,46 @@ class Ties:
         return i
 
     def roots(self, ids: np.ndarray) -> np.ndarray:
-        """The identity that stands for each, the same for all that are tied."""
+        """For each channel the one that represents all channels tied to it."""
         return np.array([self._root(int(i)) for i in ids], dtype=np.int64)
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Ties the identities of `a` to those of `b`, one to one."""
+        """Ties the channels of `a` to those of `b`, one to one."""
         for i, j in {(int(i), int(j)) for i, j in zip(a, b, strict=True)}:
             low, high = sorted((self._root(i), self._root(j)))
-            self._parent[high] = low  # FIXED is the lowest and wins
+            self._parent[high] = low  # FIXED is the lowest number, so it represents its ties
 
     def fix(self, ids: np.ndarray) -> None:
-        """They stay, whatever reads them."""
-        self.tie(ids, np.zeros_like(ids))
+        """Ties the channels to `FIXED`: they are kept, whether or not anything reads them."""
+        self.tie(ids, np.full_like(ids, FIXED))
 
     def shared(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """`ids`, tied to those of the first use of `name`: what is used more than once is cut for
-        all its uses alike.
+        """`ids`, tied to those of the first use of `name`.
+
+        A layer or tensor that is used more than once is cut the same way in all its uses.
         """
         self.tie(self._first_use.setdefault(name, ids), ids)
         return ids
 
     def tie_all(self, ids: np.ndarray) -> None:
-        """Ties them to each other."""
+        """Ties the channels to each other."""
         self.tie(ids[1:], ids[:-1])
 
-    def tracked(self, ids: np.ndarray) -> bool:
-        """Whether any of them could go."""
+    def prunable(self, ids: np.ndarray) -> bool:
+        """Whether any of the channels can be pruned."""
         return bool((self.roots(ids) != FIXED).any())
 
     def fix_all(self, x: State) -> None:
-        """`fix` for every axis."""
+        """Fixes the channels of every axis."""
         for axis in x.axes:
             self.fix(axis)
 
     def couple(self, node: fx.Node, ids: np.ndarray) -> None:
-        """Ties all channels of a layer that mixes them, such as a LayerNorm, and says so in
-        `kept`.
+        """Ties all channels of a layer that mixes them, such as a LayerNorm, and enters the
+        reason.
         """
-        if self.tracked(ids):
-            self.kept[str(node.target)] = (
+        if self.prunable(ids):
+            self.reasons[str(node.target)] = (
                 "each of its outputs reads all of its channels; they are kept together"
             )
         self.tie_all(ids)
@@ -113,61 +104,51 @@ class Ties:
     def read(
         self, node: fx.Node, x: State, axis: int, outputs: np.ndarray, nonzero: Tensor, padded: bool
     ) -> None:
-        """Enters a layer that weighs the channels of `axis`; `padded`: it pads with zeros, so that
-        only the constant 0 can be folded.
+        """Enters a layer that weights the channels of `axis`.
+
+        If it pads with zeros (`padded`), only the constant 0 can be folded into its bias.
         """
         self.shared(f"{node.target} in", x.axes[axis])
         value, unknown = (t.movedim(axis, 0).flatten(1) for t in (x.value, x.unknown))
+        level = value[:, 0]
         constant = ~unknown.any(1) & (value == value[:, :1]).all(1)
-        foldable = constant & (value[:, 0] == 0) if padded else constant
-        if bool((constant & ~foldable & nonzero.any(0)).any()):
-            where = (constant & ~foldable & nonzero.any(0)).nonzero().flatten().tolist()
-            self.kept[str(node.target)] = (
-                f"reads the constant input channels {where} through zero padding, where a constant"
-                " is not a bias; they are kept"
+        foldable = constant & (level == 0) if padded else constant
+        broken = constant & ~foldable & nonzero.any(0)
+        if bool(broken.any()):
+            self.reasons[str(node.target)] = (
+                f"reads the constant input channels {broken.nonzero().flatten().tolist()} through"
+                " zero padding, where a constant is not a bias; they are kept"
             )
-        self.reads.append(
-            Read(
-                node,
-                x.axes[axis],
-                outputs,
-                nonzero.cpu().numpy(),
-                foldable.cpu().numpy(),
-                value[:, 0].clone(),
-            )
-        )
+        arrays = (nonzero.cpu().numpy(), foldable.cpu().numpy())
+        self.reads.append(Read(node, x.axes[axis], outputs, *arrays, level.clone()))
 
     def agree(self) -> None:
-        """A layer that is used more than once has one bias: only a constant that is the same in
-        every use can be folded into it.
+        """Leaves a constant foldable only if it is the same in every use of a layer.
+
+        A layer that is used more than once has only one bias.
         """
         uses: dict[Any, list[int]] = {}
         for k, read in enumerate(self.reads):
             uses.setdefault(read.node.target, []).append(k)
         for same in (ks for ks in uses.values() if len(ks) > 1):
-            first = self.reads[same[0]]
-            foldable = np.logical_and.reduce(
-                [
-                    self.reads[k].foldable & (self.reads[k].level == first.level).cpu().numpy()
-                    for k in same
-                ]
-            )
+            foldable = _foldable_in_all([self.reads[k] for k in same])
             for k in same:
                 self.reads[k] = replace(self.reads[k], foldable=foldable)
 
-    def living(self) -> np.ndarray:
-        """The least set of identities that is closed under: what a living output reads, lives."""
-        living = np.zeros(len(self._parent), dtype=bool)
-        living[FIXED] = True
+    def kept(self) -> np.ndarray:
+        """For each channel whether it is kept: the least set with all that its own members read."""
+        kept = np.zeros(len(self._parent), dtype=bool)
+        kept[FIXED] = True
         reads = [(self.roots(r.inputs), self.roots(r.outputs), r) for r in reversed(self.reads)]
         before = -1
-        while before != (before := int(living.sum())):
+        while before != (before := int(kept.sum())):
             for inputs, outputs, read in reads:
-                needed = read.nonzero[living[outputs]].any(0) & ~read.foldable
-                living[inputs[needed]] = True
-        return living
+                needed = read.nonzero[kept[outputs]].any(0) & ~read.foldable
+                kept[inputs[needed]] = True
+        return kept
 
 
-def fixed(shape: Sequence[int]) -> Axes:
-    """Axes of this shape of which nothing can go."""
-    return tuple(np.zeros(n, dtype=np.int64) for n in shape)
+def _foldable_in_all(reads: Sequence[Read]) -> np.ndarray:
+    level = reads[0].level
+    same = [read.foldable & (read.level == level).cpu().numpy() for read in reads]
+    return np.logical_and.reduce(same)

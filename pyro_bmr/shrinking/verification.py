@@ -1,8 +1,7 @@
-"""Whether two networks are one function: their outputs on the example and on random inputs of its
-shape.
+"""Whether two networks are the same function, by their outputs on the example and on random inputs.
 
 Owns `Answers`, `answers`, `inputs_like`, `leaves`, `difference`, `disagreement` and
-`check_same_function`. Next: `plan.py`.
+`check_same_function`. Next: `masked_network.py`.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.shrinking.graphs import MASKED, first_line
+from pyro_bmr.shrinking.refusals import MASKED, first_line
 
-FLOOR = 1e-3  # outputs smaller than this are compared as if they were of this size
+FLOOR = 1e-3  # a tensor whose largest entry is smaller is compared as if its largest were this
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a network gave on each input: its tensors in order, or None where it raised `error`.
-    `double`: in float64.
+    """The outputs of a network on each input: its tensors, or None where it raised `error`.
 
-    `eps`, `eps_of_weights`: of the coarsest type among its steps and among its weights.
+    `double`: whether it ran in float64. `eps` and `eps_of_weights`: the machine epsilon of the
+    coarsest type among its steps and among its weights.
     """
 
     outputs: list[list[Tensor] | None]
@@ -38,8 +37,9 @@ class Answers:
 
 
 class _Steps(TorchFunctionMode):
-    """The coarsest floating type among the steps of a network: `.float()` in a forward rounds
-    whatever comes in.
+    """The machine epsilon of the coarsest type among the steps of a network.
+
+    A forward with `.float()` in it rounds its inputs, whatever their type.
     """
 
     def __init__(self) -> None:
@@ -63,22 +63,19 @@ def leaves(output: Any) -> list[Tensor]:
     """The tensors of an output of any structure, in order."""
     if isinstance(output, Tensor):
         return [output]
-    parts = (
-        output.values()
-        if isinstance(output, Mapping)
-        else output
-        if isinstance(output, (tuple, list))
-        else ()
-    )
-    return [t for part in parts for t in leaves(part)]
+    if isinstance(output, Mapping):
+        output = output.values()
+    elif not isinstance(output, (tuple, list)):
+        return []
+    return [t for part in output for t in leaves(part)]
 
 
 @torch.no_grad()
 def answers(net: nn.Module, inputs: Sequence[Tensor], double: bool | None = None) -> Answers:
-    """The outputs of `net`, which is left as it is; in float64 where it runs in that (or where
-    `double` says so), else in its own types.
+    """The outputs of `net` on each input; neither the network nor the inputs are changed.
 
-    Every input is met with the same random numbers, which come back to where they were.
+    It runs in float64 where it can (or where `double` says so), else in its own types. Every input
+    gets the same random numbers; the state of the generators is restored.
     """
     if double is None:
         first = answers(net, inputs, True)
@@ -89,20 +86,11 @@ def answers(net: nn.Module, inputs: Sequence[Tensor], double: bool | None = None
     with torch.random.fork_rng(devices=[x.device for x in inputs[:1] if x.is_cuda]), steps:
         for x in inputs:
             torch.manual_seed(0)
+            rounded = double and x.is_floating_point()
             try:
-                outputs.append(
-                    [
-                        t.clone()
-                        for t in leaves(
-                            run(
-                                x.to(torch.float64, copy=True)
-                                if double and x.is_floating_point()
-                                else x.clone()
-                            )
-                        )
-                    ]
-                )
-            # whatever a user's forward raises on rows that are not its own
+                output = run(x.to(torch.float64, copy=True) if rounded else x.clone())
+                outputs.append([t.clone() for t in leaves(output)])
+            # A user's forward may raise anything on rows that are not its own.
             except Exception as error:
                 outputs.append(None)
                 reason = reason or first_line(error)
@@ -111,8 +99,10 @@ def answers(net: nn.Module, inputs: Sequence[Tensor], double: bool | None = None
 
 @torch.no_grad()
 def inputs_like(example: Tensor, net: nn.Module) -> list[Tensor]:
-    """Rows of `example`, and random ones of their shape: at its scale, a third and three times
-    that; whole numbers in their range.
+    """Rows of `example`, and random rows of the same shape.
+
+    Real numbers are drawn at the scale of the example, a third and three times that; whole numbers
+    from their range.
     """
     rows, generator = example[:3], torch.Generator().manual_seed(0)
     shape = (2, *rows.shape[1:])
@@ -120,39 +110,40 @@ def inputs_like(example: Tensor, net: nn.Module) -> list[Tensor]:
         scale = rows.std(correction=0)
         scale = scale if bool(scale.isfinite()) and float(scale) > 0 else torch.ones_like(scale)
         center = rows.mean().nan_to_num(0, 0, 0)
-        draws = [
-            torch.randn(shape, generator=generator).to(rows) * (factor * scale) + center
-            for factor in (1, 3, 1 / 3)
-        ]
-        return [rows, *draws]
+        factors = (1, 3, 1 / 3)
+        draws = [torch.randn(shape, generator=generator).to(rows) * (f * scale) for f in factors]
+        return [rows, *(draw + center for draw in draws)]
     if rows.dtype == torch.bool:
         return [rows, torch.rand(shape, generator=generator).to(rows.device) < 0.5]
     if rows.is_complex() or not rows.numel():
         return [rows]
+    return [rows, *_whole_numbers_like(example, net, shape, generator)]
+
+
+def _whole_numbers_like(
+    example: Tensor, net: nn.Module, shape: tuple[int, ...], generator: torch.Generator
+) -> list[Tensor]:
+    """Entries of the example shuffled over its rows; numbers in the range of the example, and up to
+    the size of the smallest embedding.
+    """
     low, high = (t.expand(shape).cpu() for t in (example.amin(0).clamp(max=0), example.amax(0)))
-    sizes = [
-        m.num_embeddings for m in net.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
-    ]
-    shuffled = example.gather(
-        0, torch.randint(len(example), shape, generator=generator).to(example.device)
-    )
-    # on a GPU an index out of range ends the process
-    tables = [high.clamp(min=min(sizes) - 1)] if sizes and not rows.is_cuda else []
-    drawn = [
-        low
-        + (torch.rand(shape, generator=generator, dtype=torch.float64) * (top - low + 1))
-        .floor()
-        .to(low.dtype)
-        for top in (high, *tables)
-    ]
-    return [rows, shuffled, *(t.to(rows) for t in drawn)]
+    chosen = torch.randint(len(example), shape, generator=generator).to(example.device)
+    tops = [high]
+    tables = [m for m in net.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    if tables and not example.is_cuda:  # on a GPU an index out of range ends the process
+        tops.append(high.clamp(min=min(m.num_embeddings for m in tables) - 1))
+    drawn = []
+    for top in tops:
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        drawn.append(low + (uniform * (top - low + 1)).floor().to(low.dtype))
+    return [example.gather(0, chosen), *(t.to(example) for t in drawn)]
 
 
 def difference(want: Sequence[Tensor], got: Sequence[Tensor]) -> tuple[float, float]:
-    """The largest difference between the outputs of two networks that is large for its tensor, and
-    the largest entry of that tensor.
+    """The largest difference between two networks' outputs, and the largest entry of that tensor.
 
-    Infinite where their number, their shapes, or the places that are not finite are not the same.
+    "Largest" is relative to the tensor that the difference is in. The difference is infinite if the
+    outputs differ in number, in shape, or in the entries that are not finite.
     """
     if len(want) != len(got) or any(a.shape != b.shape for a, b in zip(want, got, strict=True)):
         return float("inf"), 0.0
@@ -164,23 +155,19 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     kind = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
     p, q = a.to(kind), b.to(a.device, kind)
     finite = p.isfinite()
-    if not torch.equal(finite, q.isfinite()) or not torch.equal(
-        p[~finite].nan_to_num(), q[~finite].nan_to_num()
-    ):
+    if not torch.equal(finite, q.isfinite()):
         return float("inf"), 0.0
-    return (
-        (float((p - q)[finite].abs().max()), float(p[finite].abs().max()))
-        if bool(finite.any())
-        else (0.0, 0.0)
-    )
+    if not torch.equal(p[~finite].nan_to_num(), q[~finite].nan_to_num()):
+        return float("inf"), 0.0
+    if not bool(finite.any()):
+        return 0.0, 0.0
+    return float((p - q)[finite].abs().max()), float(p[finite].abs().max())
 
 
 def disagreement(want: Answers, got: Answers) -> str:
-    """How the answers of two networks differ, by how much; empty if they are those of one
-    function.
-    """
-    # a folded constant is rounded to the type of the network; the steps, to theirs: 4e-10 in
-    # float64, 7e-5 in float32
+    """How and by how much the answers of two networks differ; empty if they agree to rounding."""
+    # A folded constant is rounded to the type of the weights, a step to its own type; the power
+    # 0.6 of its epsilon is 4e-10 in float64 and 7e-5 in float32.
     tolerance = max(100 * got.eps_of_weights, max(want.eps, got.eps) ** 0.6)
     for k, (a, b) in enumerate(zip(want.outputs, got.outputs, strict=True)):
         where = "the example" if k == 0 else "random inputs of its shape"
@@ -195,10 +182,10 @@ def disagreement(want: Answers, got: Answers) -> str:
 
 
 def check_same_function(want: Answers, small: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Nothing, if `small` gives the answers `want` on `inputs`.
+    """Compares the answers of `small` on `inputs` with `want`.
 
     Raises:
-        ShrinkError: it does not, by how much.
+        ShrinkError: they differ; it says by how much.
     """
     reason = disagreement(want, answers(small, inputs, want.double))
     if reason:

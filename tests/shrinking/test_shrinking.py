@@ -643,14 +643,14 @@ def test_refusals_have_names(build, message):
 MASKS = {
     "name": (
         {"7.weight": torch.ones(3, 4, dtype=torch.bool)},
-        r"mask '7\.weight': the network has no such parameter.*0\.weight",
+        r"mask '7\.weight': expected the name of a parameter of the network.*0\.weight",
     ),
     "shape": (
         {"0.weight": torch.ones(4, 3, dtype=torch.bool)},
-        r"mask '0\.weight'.*\(3, 4\) is wanted, got torch\.bool of shape \(4, 3\)",
+        r"mask '0\.weight': expected a bool .*\(3, 4\), got a bool tensor of shape \(4, 3\)",
     ),
-    "dtype": ({"0.weight": torch.ones(3, 4)}, r"got torch\.float32"),
-    "no tensor": ({"0.bias": [True] * 3}, r"got list"),
+    "dtype": ({"0.weight": torch.ones(3, 4)}, r"got a float32 tensor of shape \(3, 4\)"),
+    "no tensor": ({"0.bias": [True] * 3}, r"got \[True, True, True\]"),
 }
 
 
@@ -659,7 +659,7 @@ def test_masks_that_do_not_fit(masks, message):
     net = nn.Sequential(nn.Linear(4, 3))
     with pytest.raises(bmr.errors.ShrinkError, match=message):
         bmr.shrink(net, masks, torch.randn(3, 4))
-    with pytest.raises(bmr.errors.ShrinkError, match="example: rows"):
+    with pytest.raises(bmr.errors.ShrinkError, match="example: expected rows"):
         bmr.shrink(net, {}, torch.empty(0, 4))
 
 
