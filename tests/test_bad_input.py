@@ -351,12 +351,12 @@ BAD_FITS = {
     "no likelihood": (
         lambda: bmr.BayesianNetwork(plain(), bmr.Gaussian(), None),
         bmr.errors.ModelError,
-        r"likelihood=None\): Categorical\(\)",
+        r"likelihood=None\): expected Categorical\(\)",
     ),
     "a class of likelihoods": (
         lambda: bmr.BayesianNetwork(plain(), bmr.Gaussian(), bmr.Normal),
         bmr.errors.ModelError,
-        r"likelihood=the class Normal\): ",
+        r"likelihood=the class Normal\): expected ",
     ),
     "a NaN prior mean": (
         lambda: bmr.Gaussian(1.0, mean=torch.tensor([0.0, NAN])),

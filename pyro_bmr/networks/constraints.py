@@ -1,7 +1,7 @@
-"""The tensors under a parametrization of which zero is no zero: what a prior and a mask would say
-of them, found by trying.
+"""Which parameters a parametrization makes unfit for a prior and a mask, because their zero is not
+a zero of the tensor; found by trying.
 
-Owns `constraints_of`. Next: `bayesian_network.py`.
+Owns `constraints_of`. Next: `lifting.py`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _Orthogonal
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from pyro_bmr.networks.folding import parametrized
 from pyro_bmr.networks.plain_module import module_copy
 
 
 class Constraint(NamedTuple):
-    """Why a parameter is no site unless asked for by name (`why`), and whether it cannot be one at
-    all.
-    """
+    """Why a parameter is no site unless it is named (`why`), and whether it can `never` be one."""
 
     why: str
     never: bool
@@ -31,20 +29,19 @@ class Constraint(NamedTuple):
 
 @torch.no_grad()
 def constraints_of(net: nn.Module) -> dict[str, Constraint]:
-    """Parameter → why it is left, for those that a tensor of `net` is computed from and whose zeros
-    are not zeros of that tensor.
+    """Parameter → its constraint, for the parameters that a tensor of `net` is computed from and
+    whose zeros are not zeros of that tensor.
 
-    A parameter is left where the tensor is not finite with one slice of it zero (0/0), where its
-    scale does not matter (spectral norm: c·v gives what v gives, and no data say what c is), or
-    where zero does not give zero (an orthogonal map, a softplus). Skew and symmetric matrices and
-    low-rank updates have none of these and are sites. Old `spectral_norm` and the half-frozen
-    weight norm, which are hooks, are known by their class.
+    A parameter has a constraint if the tensor is not finite when one slice of it is zero (0/0), if
+    its scale does not matter (spectral norm: c·v gives the same as v, and the data do not determine
+    c), or if its zero does not give zero (an orthogonal map, a softplus). Skew and symmetric
+    matrices and low-rank updates have none of these, so they are sites. Old `spectral_norm` and a
+    half-frozen weight norm are hooks, known by their class.
     """
     found: dict[int, Constraint] = {}
     for module in net.modules():
-        if parametrize.is_parametrized(module):
-            for tensor, parts in module.parametrizations.items():  # type: ignore[union-attr, operator]
-                found |= _tried(tensor, parts)
+        for tensor, parts in parametrized(module).items():
+            found |= _tried(tensor, parts)
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, (SpectralNorm, WeightNorm)):
                 end = "_orig" if isinstance(hook, SpectralNorm) else "_v"
@@ -90,8 +87,8 @@ def _tried(tensor: str, parts: nn.Module) -> dict[int, Constraint]:
 
 
 def _verdict(tensor_of: Callable[[Tensor], Tensor], value: Tensor) -> tuple[str, bool] | None:
-    """What forbids that `value` be a site, found by setting all of it, or one slice of it, to zero
-    and to twice itself.
+    """Why `value` can never be a site, or None: found by setting all of it, or one slice of it, to
+    zero and to twice itself.
     """
     generic = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
     at = tensor_of(generic)
