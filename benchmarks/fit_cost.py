@@ -215,7 +215,7 @@ def time_to_nll(target: float = 0.42, every: int = 100, at_most: int = 3_000) ->
         optimizer = run.optimizer(make)
 
         def step(rows: Tensor, number: int) -> None:
-            run.step(optimizer, (x[rows], y[rows]), number)
+            run.take_step(optimizer, (x[rows], y[rows]), number)
 
         run.program.train()
         return step, lambda: nll(run.program, run.posterior(), 8)

@@ -88,21 +88,21 @@ def ours(
         1.0,
         0,
     )
-    run.whole.size = run.flat.rows = ROWS
-    run.flat.kl_weight = 1 / ROWS
+    run.full_data.size = run.step.rows = ROWS
+    run.step.kl_weight = 1 / ROWS
     optimizer = run.optimizer(make or bmr.adam())
     schedule = bmr.fitting.cosine(optimizer, 10**6)
     optimizer.steps = 1000  # of the natural gradient: beyond its first steps, which differ
     if masks_of is not None:
         masks = {s.name: torch.rand(s.shape) >= masks_of for s in run.guide.latents}
-        run.flat.prune(masks, optimizer)
+        run.step.prune(masks, optimizer)
     number = 0
 
     def step() -> None:
         nonlocal number
         number += 1
         seed_generator(x.device, number)
-        run.step(optimizer, (x, y), number)
+        run.take_step(optimizer, (x, y), number)
         schedule.step()
 
     run.program.train()

@@ -397,7 +397,7 @@ def test_bad_fits_are_refused(case):
     ],
 )
 def test_reductions_that_cannot_be_made_are_refused_before_the_first_step(change, monkeypatch):
-    monkeypatch.setattr("pyro_bmr.fitting.fit.FitState.step", None)
+    monkeypatch.setattr("pyro_bmr.fitting.fit.FitState.take_step", None)
     with pytest.raises(bmr.errors.ReductionError):
         fit(classifier(), (X, Y), epochs=10, reduce=bmr.Every(**change))
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_bmr.errors import FitError
-from pyro_bmr.fitting.mean_field_step import Draw, MeanFieldStep
-from pyro_bmr.guides import MeanField, Point
+from pyro_bmr.fitting.autograd_step import value_and_gradient
+from pyro_bmr.fitting.step import Draw, Step
 
 # weight of a new step in the averages, steps before they are trusted, standard deviations
 _FORGETS, _SURE, _JUMP = 0.01, 100, 20.0
@@ -75,44 +75,19 @@ class Faults:
         self.mean, self.var = float(state[2]), float(state[3])
 
 
-def diagnosis(
-    guide: Any,
-    program: Any,
-    flat: MeanFieldStep | None,
-    draw: Draw | None,
-    likelihood: float,
-    kl: float,
-) -> str:
+def diagnosis(step: Step, program: Any, draw: Draw) -> str:
     """What to say of a step whose loss or gradient is not finite, with the sites where it is
     not.
     """
-    named: dict[str, Tensor] = {}
-    if flat is not None and draw is not None:
-        named = flat.names(draw)
-        named |= {
-            f"{name} ": (flat.loc[part] + flat.log_scale[part]).detach()
-            for name, part in flat.parts.items()
+    bad = step.not_finite(draw)
+    if isinstance(program, nn.Module):
+        bad |= {
+            name
+            for name, p in program.named_parameters()
+            if not bool(value_and_gradient(p).isfinite().all())
         }
-    elif isinstance(guide, Point):
-        named |= {
-            f"{name} ": part
-            for name, part in zip(
-                (s.name for s in guide.latents), guide.loc.detach().split(guide.sizes), strict=True
-            )
-        }
-        if guide.loc.grad is not None:
-            named |= dict(
-                zip((s.name for s in guide.latents), guide.loc.grad.split(guide.sizes), strict=True)
-            )
-    for module in (guide, program) if not isinstance(guide, (MeanField, Point)) else (program,):
-        if isinstance(module, nn.Module):
-            named |= {
-                name: p.detach() if p.grad is None else p.grad + p.detach()
-                for name, p in module.named_parameters()
-            }
-    bad = {name.strip() for name, values in named.items() if not bool(values.isfinite().all())}
     where = ", ".join(sorted(bad)) or "the observed site"
     return (
         f"the loss or its gradient is not finite at {where} (expected log likelihood"
-        f" {likelihood:.6g}, KL {kl:.6g})"
+        f" {draw.expected_log_likelihood:.6g}, KL {draw.kl:.6g})"
     )

@@ -320,7 +320,7 @@ def fit(
                     seed_generator(x.device, processes.seed(seed) * 1_000_003 + step)
                     run.interrupted = journal.interrupted
                     try:
-                        terms = run.step(optimizer_, batch, step)
+                        terms = run.take_step(optimizer_, batch, step)
                     except FitError as error:
                         raise FitError(f"{error}{journal.last_good()}") from None
                     if scheduler_:

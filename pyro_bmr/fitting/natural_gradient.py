@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from pyro_bmr.errors import FitError, described, holds
-from pyro_bmr.fitting.mean_field_step import Draw, MeanFieldStep
+from pyro_bmr.fitting.mean_field_step import MeanFieldStep
+from pyro_bmr.fitting.step import Draw
 
 # Bounds of one step of the log precision. A gradient out of all proportion narrows more than it
 # widens, which is the stable side.

@@ -1,7 +1,7 @@
 """The noise of a `MeanField` fit: a normal vector for each step, at an eighth of the cost of
 drawing one.
 
-Owns `Noise`. Next: `mean_field_step.py`.
+Owns `Noise`. Next: `site_prior.py`.
 """
 
 from __future__ import annotations

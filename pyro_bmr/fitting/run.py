@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 
 from pyro_bmr.errors import FitError
 from pyro_bmr.fitting.arguments import Program, batch_sizes
-from pyro_bmr.fitting.elbo import masked_terms
+from pyro_bmr.fitting.autograd_step import AutogradStep
 from pyro_bmr.fitting.faults import Faults, diagnosis
-from pyro_bmr.fitting.mean_field_step import Draw, MeanFieldStep, Network
+from pyro_bmr.fitting.mean_field_step import MeanFieldStep, Network
 from pyro_bmr.fitting.natural_gradient import NaturalGradient, OnlineNewton
 from pyro_bmr.fitting.processes import Processes
 from pyro_bmr.fitting.program import latents_of, make_guide
+from pyro_bmr.fitting.step import Draw, Step
 from pyro_bmr.guides import MeanField
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.guides.row_noise import PER_ROW
@@ -75,15 +76,14 @@ class FitState:
         if isinstance(program, nn.Module):
             note_modes(program)
         set_training(program, False)
-        self.rows_of_guide, latents = latents_of(
+        self.example_rows, latents = latents_of(
             program, x, y, held_out, self.sizes(), shuffle, split
         )
-        self.whole = WholeData(len(x), len(self.few[0]))
-        self.scaled = self.empirical(self.whole(program))
-        self.guide: Any = make_guide(guide, program, self.few, latents)
+        self.full_data = WholeData(len(x), len(self.example[0]))
+        self.scaled = self.empirical(self.full_data(program))
+        self.guide: Any = make_guide(guide, program, self.example, latents)
         self.processes.copy_from_first(tensors_of(self.guide, program).values())
-        self.flat: MeanFieldStep | None = None
-        self.trained = self.parameters()  # whose gradients a step clears and checks
+        self.step: Step
         if isinstance(self.guide, MeanField) and self.guide.estimator not in PER_ROW:
             own, needed = (
                 self.processes.seed(seed),
@@ -100,19 +100,22 @@ class FitState:
                 x.device,
                 mend,
             )
-            self.flat = MeanFieldStep(
+            flat = self.guide.loc, self.guide.log_scale
+            self.step = MeanFieldStep(
                 self.scaled,
                 self.guide,
                 len(x),
                 temperature,
                 own,
                 cast(Network, program) if hasattr(program, "plain_weights") else None,
+                [p for p in self.parameters() if not any(p is vector for vector in flat)],
             )
-            self.trained = [
-                p for p in self.trained if p is not self.guide.loc and p is not self.guide.log_scale
-            ]
-            self.masks |= _masks_of(self.scaled, self.guide, self.few)
-            self.flat.prune(self.masks)
+            self.masks |= _masks_of(self.scaled, self.guide, self.example)
+        else:
+            self.step = AutogradStep(
+                self.scaled, self.guide, len(x), temperature, self.parameters()
+            )
+        self.step.prune(self.masks)
         sites = self.posterior().sites  # also refuses guides that cannot be read
         self.has_variance = any(bool(site.var.any()) for site in sites.values())
         empirical = {
@@ -126,11 +129,11 @@ class FitState:
         ]
 
     @property
-    def few(self) -> tuple[Tensor, Tensor]:
+    def example(self) -> tuple[Tensor, Tensor]:
         """The rows with which guide and program are read between steps; copies, since a program may
         write into its rows.
         """
-        return self.x[: self.rows_of_guide].clone(), self.y[: self.rows_of_guide].clone()
+        return self.x[: self.example_rows].clone(), self.y[: self.example_rows].clone()
 
     @torch.no_grad()
     def begin(self, start: Posterior) -> None:
@@ -166,8 +169,7 @@ class FitState:
             if site.prior is not None
         }
         self.hold_scales = True
-        if self.flat is not None:
-            self.flat.prune(self.masks)
+        self.step.prune(self.masks)
 
     def parameters(self) -> list[Tensor]:
         """All that is trained, of guide and program."""
@@ -183,11 +185,7 @@ class FitState:
         """The optimiser of the guide's and the program's parameters."""
         if not isinstance(make, NaturalGradient):
             try:
-                made = make(
-                    self.parameters()
-                    if self.flat is None
-                    else [self.flat.loc, self.flat.log_scale, *self.trained]
-                )
+                made = make(self.step.parameters)
             except (ValueError, TypeError) as error:
                 raise FitError(f"optimizer: it cannot be made ({error})") from error
             if not isinstance(made, Optimizer) or isinstance(made, torch.optim.LBFGS):
@@ -196,7 +194,7 @@ class FitState:
                     f" {type(made).__name__}"
                 )
             return made
-        if self.flat is None:
+        if not isinstance(self.step, MeanFieldStep):
             raise FitError(
                 'optimizer=natural_gradient(): it needs guide=MeanField with estimator="weight" or'
                 f' "antithetic", got {type(self.guide).__name__}; give another optimiser, such as'
@@ -204,10 +202,10 @@ class FitState:
             )
         rows = len(self.x) / self.temperature
         for name in () if self.hold_scales else self.weights:  # a start keeps its variances
-            self.flat.log_scale.detach()[self.flat.parts[name]].fill_(
+            self.step.log_scale.detach()[self.step.parts[name]].fill_(
                 -0.5 * math.log(rows * make.curvature)
             )
-        return make.optimizer(self.flat, self.trained)
+        return make.optimizer(self.step, self.step.trained)
 
     def batches(self, seed: int, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's rows of the batches of an epoch but for the first `skip`: in an order that
@@ -236,118 +234,88 @@ class FitState:
         """
         return batch_sizes(len(self.x), self.batch_size, 2 * self.processes.size)
 
-    def step(
-        self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], step: int
+    def take_step(
+        self, optimizer: Optimizer, batch: tuple[Tensor, Tensor], number: int
     ) -> tuple[float, float] | None:
         """Both terms of the ELBO at one draw in each process, after which the optimiser has gone a
         step down their gradient; None if the step is skipped.
         """
-        self.whole.rows = len(batch[0])
+        self.full_data.rows = len(batch[0])
         # holds weights of lower precision as they were in the step before, if the fit runs under
         # torch.autocast
         torch.clear_autocast_cache()
-        for parameter in self.trained:
+        for parameter in self.step.trained:
             parameter.grad = None
-        draw = None if self.flat is None else self.flat.run(batch, step)
-        if draw is not None:
-            likelihood, kl = draw.expected_log_likelihood, draw.kl
-        else:
-            terms = masked_terms(self.scaled, self.guide, batch, self.masks)
-            ((self.temperature * terms.kl - terms.expected_log_likelihood) / len(self.x)).backward()
-            likelihood, kl = float(terms.expected_log_likelihood.detach()), float(terms.kl.detach())
-        sums = sum(
-            _total(g)
-            for g in (
-                *(draw.gradients if draw else ()),
-                *(p.grad for p in self.trained if p.grad is not None),
-            )
-        )
-        faulty, where = not math.isfinite(likelihood + kl + sums), ""
+        draw = self.step.run(batch, number)
+        found = (*draw.gradients, *(p.grad for p in self.step.trained if p.grad is not None))
+        total = sum(_total(g) for g in found)
+        faulty = not math.isfinite(draw.expected_log_likelihood + draw.kl + total)
+        where = ""
         if self.processes.size > 1:
-            draw, likelihood, kl, ranks = self._of_all(draw, likelihood, kl, faulty)
+            draw, ranks = self._of_all(draw, faulty)
             faulty, where = (
                 bool(ranks),
                 f", in process {', '.join(map(str, ranks))} of {self.processes.size}",
             )
         fault = (
-            f"{diagnosis(self.guide, self.program, self.flat, draw, likelihood, kl)}{where}"
+            f"{diagnosis(self.step, self.program, draw)}{where}"
             if faulty
-            else self.faults.jump(likelihood)
+            else self.faults.jump(draw.expected_log_likelihood)
         )
         if fault:
             self.faults.skip(
-                f"step {step}: {fault}; lower the learning rate, or check the scale of the data and"
-                " of the priors"
+                f"step {number}: {fault}; lower the learning rate, or check the scale of the data"
+                " and of the priors"
             )
             return None
-        if draw is not None and isinstance(optimizer, OnlineNewton):
+        if isinstance(optimizer, OnlineNewton):
             optimizer.step(lambda: draw)
         else:
-            if draw is not None and self.flat is not None:
-                self.flat.write_gradients(draw)
+            self.step.write_gradients(draw)
             optimizer.step()
-        return likelihood, kl
+        return draw.expected_log_likelihood, draw.kl
 
-    def _of_all(
-        self, draw: Draw | None, likelihood: float, kl: float, faulty: bool
-    ) -> tuple[Draw | None, float, float, list[int]]:
+    def _of_all(self, draw: Draw, faulty: bool) -> tuple[Draw, list[int]]:
         """What all processes found, each in its rows with its own noise, as one mean over the
         batch, and which have a fault; whether one is interrupted.
         """
-        for parameter in self.trained:
-            parameter.grad = (
-                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            )
-        vectors = (
-            []
-            if draw is None or self.flat is None
-            else [*draw.gradients, *self.flat.times_noise(draw)]
-        )
+        trained = self.step.trained
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        vectors = self.step.to_average(draw)
         numbers = self.x.new_zeros(3 + self.processes.size, dtype=torch.float32)
-        numbers[:3] = torch.tensor([likelihood, kl, float(self.interrupted)])
+        numbers[:3] = torch.tensor([draw.expected_log_likelihood, draw.kl, float(self.interrupted)])
         numbers[3 + self.processes.rank] = float(faulty)
-        *summed, numbers = self.processes.sum(
-            [*vectors, *(p.grad for p in self.trained if p.grad is not None), numbers], self.share
-        )
-        for parameter, grad in zip(reversed(self.trained), reversed(summed), strict=False):
+        *summed, numbers = self.processes.sum([*vectors, *grads, numbers], self.share)
+        for parameter, grad in zip(trained, summed[len(vectors) :], strict=True):
             parameter.grad = grad
         likelihood, kl, interrupted, *faults = numbers.tolist()
         self.interrupted = interrupted > 0
-        if draw is not None:
-            half = len(draw.gradients)
-            draw = Draw(
-                likelihood,
-                kl,
-                summed[:half],
-                summed[half : 2 * half],
-                draw.pulls,
-                draw.noise.new_ones(1).expand_as(draw.noise),
-                1.0,
-            )
-        return draw, likelihood, kl, [rank for rank, fault in enumerate(faults) if fault]
+        draw = self.step.averaged(draw, likelihood, kl, summed[: len(vectors)])
+        return draw, [rank for rank, fault in enumerate(faults) if fault]
 
     def finish(self) -> Posterior:
         """The posterior at the end of the fit, read when the vectors of the step are gone."""
-        if self.flat is not None:
-            self.flat.write_back()
-            self.flat = None
-        posterior = self.posterior()
+        self.step.write_back()
+        del self.step  # its vectors, while those of the posterior are made
+        posterior = self._read()
         return (
-            replace(posterior, sites=with_products(posterior.sites, self.program, self.few, {}))
+            replace(posterior, sites=with_products(posterior.sites, self.program, self.example, {}))
             if self.has_variance
             else posterior
         )
 
     def posterior(self) -> Posterior:
         """The posterior as it stands; the program is in evaluation mode while it is read."""
-        if self.flat is not None:
-            self.flat.write_back()
+        self.step.write_back()
+        return self._read()
+
+    def _read(self) -> Posterior:
         set_training(self.program, False)
         program, rows = self.empirical(self.program), len(self.x)
         posterior = Posterior.from_guide(
             self.guide,
             program,
-            *self.few,
+            *self.example,
             masks=self.masks,
             temperature=self.temperature,
             rows=rows,
@@ -365,8 +333,7 @@ class FitState:
         )
         self.masks = {**self.masks, **masks}
         self.faults.forget()
-        if self.flat is not None:
-            self.flat.prune(self.masks, optimizer)
+        self.step.prune(self.masks, optimizer)
         return gain
 
     def _decided(self, reduction: Reduction) -> tuple[dict[str, Tensor], float]:
@@ -383,18 +350,12 @@ class FitState:
         """
         if self.processes.size > 1:
             program = self.program
-            if self.flat is not None:
-                self.flat.write_back()  # the first process has done so at each of its checkpoints
+            self.step.write_back()  # the first process has done so at each of its checkpoints
             if isinstance(program, nn.Module):
                 self.processes.copy_from_first(program.buffers())
-            flat = (
-                {}
-                if self.flat is None
-                else {"loc": self.flat.loc, "log_scale": self.flat.log_scale}
-            )
             tensors = {
                 **tensors_of(self.guide, program),
-                **flat,
+                **{f"trained {k}": p.detach() for k, p in enumerate(self.step.parameters)},
                 **{f"mask {n}": m for n, m in self.masks.items()},
                 **self.empirical.scales,
             }
@@ -413,10 +374,9 @@ class FitState:
         """Sets the empirical scales to those of the best evidence, unless they are held."""
         if self.hold_scales or not self.empirical_priors:
             return
-        if self.flat is not None:
-            self.flat.write_back()
-            self.flat.forget()
-        sites = sites_of_guide(self.guide, self.program, self.few, {}, self.masks)
+        self.step.write_back()
+        self.step.forget()
+        sites = sites_of_guide(self.guide, self.program, self.example, {}, self.masks)
         for name, prior in self.empirical_priors.items():
             self.empirical.update(
                 name, prior, sites[name].mean, sites[name].var, self.masks.get(name)
@@ -424,8 +384,7 @@ class FitState:
 
     def is_finite(self) -> bool:
         """Whether all that is trained is."""
-        flat = [] if self.flat is None else [self.flat.loc, self.flat.log_scale]
-        return all(bool(p.isfinite().all()) for p in (*self.trained, *flat))
+        return all(bool(p.isfinite().all()) for p in self.step.parameters)
 
     def kept(self) -> float:
         """The fraction of the reduced sites' entries that live; 1 before any reduction."""
@@ -437,14 +396,16 @@ class FitState:
         )
 
 
-def _masks_of(program: Program, guide: MeanField, few: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def _masks_of(
+    program: Program, guide: MeanField, example: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
     """The masks of a program under `Masked`."""
     starts = {
         latent.name: latent.start if latent.transform is None else latent.transform(latent.start)
         for latent in guide.latents
     }
     with torch.no_grad(), Values(starts) as run:
-        program(*few)
+        program(*example)
     bases = {name: base_distribution(msg["fn"]) for name, msg in run.latent.items()}
     return {name: base.kept for name, base in bases.items() if hasattr(base, "kept")}
 

@@ -25,7 +25,7 @@ def snapshot(run: FitState, optimizer: Optimizer, scheduler: Any) -> dict[str, A
     """
     return {
         "tensors": tensors_of(run.guide, run.program),
-        "flat": run.flat.state() if run.flat else None,
+        "step": run.step.state(),
         "masks": run.masks,
         "scales": run.empirical.scales,
         "optimizer": optimizer.state_dict(),
@@ -47,15 +47,13 @@ def restore(run: FitState, state: Mapping[str, Any], optimizer: Optimizer, sched
     run.masks, run.empirical.scales = (
         {name: t.to(run.x.device) for name, t in state[key].items()} for key in ("masks", "scales")
     )
-    if run.flat:
-        run.flat.prune(run.masks, optimizer)
+    run.step.prune(run.masks, optimizer)
     optimizer.load_state_dict(state["optimizer"])
     if scheduler:
         scheduler.load_state_dict(state["scheduler"])
     for name, tensor in tensors_of(run.guide, run.program).items():
         tensor.copy_(state["tensors"][name])
-    if run.flat:
-        run.flat.restore(state["flat"])
+    run.step.restore(state["step"])
     run.faults.restore(state["faults"])
     was, now = state["log_likelihood"], _log_likelihood(run)
     if not math.isclose(was, now, rel_tol=1e-4, abs_tol=1e-4):
@@ -76,8 +74,8 @@ def _log_likelihood(run: FitState) -> float:
     with torch.random.fork_rng(device):
         seed_generator(run.x.device, 0)
         set_training(run.program, False)
-        run.whole.rows = len(run.few[0])
+        run.full_data.rows = len(run.example[0])
         with Values(point) as seen:
-            run.scaled(*run.few)
+            run.scaled(*run.example)
         set_training(run.program, True)
     return float(likelihood_of(seen))

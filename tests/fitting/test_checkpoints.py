@@ -185,7 +185,7 @@ def test_checkpoints_change_nothing_and_a_finished_fit_is_not_repeated(tmp_path,
         "step-000000017.safetensors",
         "step-000000018.safetensors",
     ]
-    monkeypatch.setattr(fitting.FitState, "step", None)
+    monkeypatch.setattr(fitting.FitState, "take_step", None)
     assert same(whole, call(checkpoint=tmp_path))
 
 
@@ -460,7 +460,7 @@ def test_state_that_cannot_be_saved_is_refused_by_name(tmp_path):
 
 
 def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    step = fitting.FitState.step
+    step = fitting.FitState.take_step
 
     def overflow(self, optimizer, batch, number):
         terms = step(self, optimizer, batch, number)
@@ -469,7 +469,7 @@ def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, mon
         return terms
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting.FitState, "step", overflow)
+        patch.setattr(fitting.FitState, "take_step", overflow)
         with pytest.raises(
             bmr.errors.FitError,
             match=(
@@ -496,7 +496,7 @@ def keyboard():
 @pytest.mark.usefixtures("keyboard")
 @pytest.mark.parametrize("again", [False, True])
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch, again):
-    step = fitting.FitState.step
+    step = fitting.FitState.take_step
 
     def pressed(self, optimizer, batch, number):
         if number == 5:
@@ -506,7 +506,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypa
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(fitting.FitState, "step", pressed)
+        patch.setattr(fitting.FitState, "take_step", pressed)
         with pytest.raises(
             KeyboardInterrupt,
             match=(
@@ -609,7 +609,7 @@ COMMAND = [
 def test_the_command_line_stops_and_goes_on(tmp_path, monkeypatch, capsys):
     folders = {name: tmp_path / f"{name} ü" for name in ("whole", "stopped")}
     assert main([*COMMAND, "--out", str(folders["whole"])]) == 0
-    step = fitting.FitState.step
+    step = fitting.FitState.take_step
 
     def pressed(self, optimizer, batch, number):
         if number == 20:
@@ -617,7 +617,7 @@ def test_the_command_line_stops_and_goes_on(tmp_path, monkeypatch, capsys):
         return step(self, optimizer, batch, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting.FitState, "step", pressed)
+        patch.setattr(fitting.FitState, "take_step", pressed)
         capsys.readouterr()
         assert main([*COMMAND, "--out", str(folders["stopped"])]) == 130
     out, err = capsys.readouterr()

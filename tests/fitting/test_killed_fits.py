@@ -92,7 +92,7 @@ def child(sender: Connection, folder: Path, name: str) -> None:
         setattr(owner, method, told)
 
     for owner, method, phase in (
-        (FitState, "step", "step"),
+        (FitState, "take_step", "step"),
         (checkpoints.Journal, "save", "save"),
         (FitState, "prune", "reduce"),
     ):

@@ -1,0 +1,141 @@
+"""The two vectors of a `MeanField` fit: where each site lies in them, what a step fills, and how
+pruned entries are taken out.
+
+Owns `FlatVectors`. Next: `step.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pyro_bmr.fitting.chunks import chunks_of, sizes_of
+from pyro_bmr.guides import MeanField
+
+
+class FlatVectors:
+    """`loc` and `log_scale` of a guide, and the vectors that a step fills: `std` and the `draw`.
+
+    They are the guide's own until entries are taken out. `parts`: the place of each site in them.
+    `leaves`: the draw of each site in its shape, with 0 at pruned entries, as autograd knows it.
+    `kept`: the indices of the kept entries of each site; None for all. `stale`: the chunks whose
+    `std` is not exp(`log_scale`).
+    """
+
+    def __init__(self, guide: MeanField) -> None:
+        self.guide = guide
+        self.loc, self.log_scale = guide.loc, guide.log_scale
+        self.kept: dict[str, Tensor] | None = None
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Places the sites in the vectors, and makes the vectors that a step fills."""
+        names = [latent.name for latent in self.guide.latents]
+        sizes = self.guide.sizes if self.kept is None else [len(self.kept[n]) for n in names]
+        ends = list(accumulate(sizes, initial=0))
+        self.parts = {
+            name: slice(a, b) for name, a, b in zip(names, ends[:-1], ends[1:], strict=True)
+        }
+        self.std = torch.empty_like(self.log_scale.detach())
+        self.draw = torch.empty_like(self.std)
+        self.dense = self.guide.views(
+            self.draw if self.kept is None else self.draw.new_zeros(self.guide.loc.numel())
+        )
+        self.leaves = {name: view.detach().requires_grad_() for name, view in self.dense.items()}
+        self.chunks = chunks_of(self.parts, self.loc, self.log_scale, self.std, self.draw)
+        self.stale = [True] * len(self.chunks)
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient g of each chunk, taken out of the leaves."""
+        by_site = {name: self._gradient(name) for name in self.parts}
+        return [
+            (
+                by_site[c.names[0]][c.here]
+                if len(c.names) == 1
+                else torch.cat([by_site[name] for name in c.names])
+            )
+            for c in self.chunks
+        ]
+
+    def _gradient(self, name: str) -> Tensor:
+        leaf = self.leaves[name]
+        if leaf.grad is None:
+            part = self.parts[name]
+            return self.draw.new_zeros(part.stop - part.start)
+        flat, leaf.grad = leaf.grad.reshape(-1), None
+        return flat if self.kept is None else flat.index_select(0, self.kept[name])
+
+    @torch.no_grad()
+    def take_out(self, masks: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> bool:
+        """Leaves the entries that `masks` (site → bool tensor) keep, in the vectors and in the
+        state of `optimizer`. Returns whether any entry was taken out.
+        """
+        still: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            now = None if self.kept is None else self.kept[name]
+            mask = masks[name].reshape(-1) if name in masks else None
+            everything = self.loc.new_ones(part.stop - part.start, dtype=torch.bool)
+            still[name] = everything if mask is None else mask if now is None else mask[now]
+        kept = torch.cat(list(still.values()))
+        if bool(kept.all()):
+            return False
+        self.write_back()
+        self.kept = {
+            name: mask.nonzero()[:, 0] if self.kept is None else self.kept[name][mask]
+            for name, mask in still.items()
+        }
+        self.loc = _kept_entries(self.loc, kept, optimizer)
+        self.log_scale = _kept_entries(self.log_scale, kept, optimizer)
+        self._lay_out()
+        return True
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Gives the guide the vectors as the fit has them now; pruned entries keep the values that
+        they had when they were pruned.
+        """
+        if self.kept is not None:
+            for flat, compact in (
+                (self.guide.loc, self.loc),
+                (self.guide.log_scale, self.log_scale),
+            ):
+                for name, view in self.guide.views(flat.detach()).items():
+                    view.view(-1).scatter_(0, self.kept[name], compact[self.parts[name]])
+
+    def not_finite_with(self, gradients: list[Tensor]) -> set[str]:
+        """The sites whose moments or gradients, one a chunk, are not finite."""
+        by_site: dict[str, list[Tensor]] = {
+            name: [self.loc.detach()[part] + self.log_scale.detach()[part]]
+            for name, part in self.parts.items()
+        }
+        for chunk, g in zip(self.chunks, gradients, strict=True):
+            sizes = [len(g)] if len(chunk.names) == 1 else sizes_of(chunk, self.parts)
+            for name, part in zip(chunk.names, g.split(sizes), strict=True):
+                by_site[name].append(part)
+        return {
+            name
+            for name, values in by_site.items()
+            if not all(bool(v.isfinite().all()) for v in values)
+        }
+
+
+def _kept_entries(flat: nn.Parameter, kept: Tensor, optimizer: Optimizer | None) -> nn.Parameter:
+    """The entries of a parameter where `kept` is true, as a new parameter, which takes the place of
+    the old one in an optimiser, state included.
+    """
+    compact = nn.Parameter(flat.detach()[kept])
+    if optimizer is None:
+        return compact
+    for group in optimizer.param_groups:
+        group["params"] = [compact if p is flat else p for p in group["params"]]
+    state = optimizer.state.pop(flat, None)
+    if state is not None:
+        optimizer.state[compact] = {
+            k: v[kept] if isinstance(v, Tensor) and v.shape == flat.shape else v
+            for k, v in state.items()
+        }
+    return compact

@@ -1,0 +1,75 @@
+"""What a fit asks of a step: a draw, the gradient of the loss at it, and the two terms of the ELBO.
+
+Owns the protocol `Step` and the `Draw` of one run. `MeanFieldStep` has the gradients written out;
+`AutogradStep` takes every other guide. Next: `mean_field_step.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pyro_bmr.fitting.site_prior import Pull
+
+
+class Draw(NamedTuple):
+    """What one run gives: both terms of the ELBO in nats, and for the fast step the gradient g and
+    the prior of each chunk. The closed part of `kl` may be up to eight steps old.
+
+    `gradients` is g as the mean has it, `odd` is g as it multiplies the noise. They are the same at
+    one draw. At two draws with opposite signs they are half the sum and half the difference.
+    """
+
+    expected_log_likelihood: float
+    kl: float
+    gradients: list[Tensor]
+    odd: list[Tensor]
+    pulls: list[Pull]
+    noise: Tensor
+    sign: float
+
+
+class Step(Protocol):
+    """The gradient of (T·KL − E[log p(y|θ)])/N at one draw, for one guide.
+
+    `trained` are the parameters whose gradient a run leaves in their `.grad`; the caller clears
+    them before. `parameters` are all that an optimiser moves.
+    """
+
+    trained: list[Tensor]
+
+    @property
+    def parameters(self) -> list[Tensor]: ...
+
+    def run(self, batch: tuple[Any, ...], number: int) -> Draw:
+        """The draw of step `number` at the rows of `batch`."""
+
+    def write_gradients(self, draw: Draw) -> None:
+        """Puts the gradient of the loss into the `.grad` of all parameters: one call per run."""
+
+    def prune(self, masks: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> None:
+        """Puts `masks` (site → bool tensor) in force, in the state of `optimizer` as well."""
+
+    def write_back(self) -> None:
+        """Brings the guide up to date."""
+
+    def forget(self) -> None:
+        """Has the program declare its priors again, as after a change of the empirical scales."""
+
+    def not_finite(self, draw: Draw) -> set[str]:
+        """The sites, or parameters of the guide, whose value or gradient is not finite."""
+
+    def to_average(self, draw: Draw) -> list[Tensor]:
+        """What several processes average of a draw, beside the `.grad` of `trained`."""
+
+    def averaged(self, draw: Draw, likelihood: float, kl: float, vectors: Sequence[Tensor]) -> Draw:
+        """The draw with these terms, and with the averages of `to_average`."""
+
+    def state(self) -> dict[str, Any]:
+        """What the steps so far have changed beside the guide, for a checkpoint."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state`, after `prune` with its masks."""
