@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyro_bmr.checks import check_labels
 from pyro_bmr.errors import DataError, PyroBMRWarning
@@ -46,11 +45,23 @@ def best_temperature(logits: Tensor, y: Tensor) -> float:
             f" {int(bad.nonzero()[0])} they are not, at any temperature"
         )
 
-    def loss(temperature: float) -> float:
-        return float(F.cross_entropy(logits / temperature, y))
+    gaps = logits - logits.gather(1, y[:, None])  # z_c − z_y
+    possible = gaps.masked_fill(gaps.isneginf(), 0.0)
 
-    best = _least(loss, _COLDEST, _HOTTEST, 1e-4)
-    if min(loss(_COLDEST), loss(_HOTTEST)) <= loss(best) + 1e-12:
+    def loss(coldness: float) -> float:
+        return float((coldness * gaps).logsumexp(1).mean())
+
+    def slope(coldness: float) -> tuple[float, float]:
+        """The first and the second derivative of the loss."""
+        probs = (coldness * gaps).softmax(1)
+        mean = (probs * possible).sum(1)
+        spread = (probs * (possible - mean[:, None]).square()).sum(1)
+        return float(mean.mean()), float(spread.mean())
+
+    hot, cold = 1 / _HOTTEST, 1 / _COLDEST
+    coldness = _zero(slope, hot, cold)
+    best = 1 / coldness
+    if min(loss(hot), loss(cold)) <= loss(coldness) + 1e-12:
         warnings.warn(
             f"the best temperature, {best:.4g}, is at an end of the search from {_COLDEST} to"
             f" {_HOTTEST}: the rows do not say how bold the logits may be, as when none is wrong;"
@@ -72,7 +83,7 @@ def best_widening(
     seed: int = 0,
 ) -> float:
     r"""The factor c for `Posterior.widened` with the least NLL of held-out `rows` (x, y), between
-    1/`most` and `most`.
+    1/`most` and `most`, to within 2.5 %.
 
     .. math:: \hat c = \arg\min_c -\sum_i \log \tfrac1S \sum_s p(y_i \mid x_i, w_s), \qquad
         w_s = \mu + \sqrt{c}\,\sigma \epsilon_s
@@ -117,6 +128,25 @@ def best_widening(
         return value
 
     return _least(nll, 1 / most, most, 0.05)
+
+
+def _zero(slope: Callable[[float], tuple[float, float]], low: float, high: float) -> float:
+    """Where a function that increases is 0, given with its derivative, in low … high; else the end
+    that is nearer to it. Newton's steps, or half of the interval of log x where they do not halve.
+    """
+    if slope(high)[0] <= 0:  # first, as it is where logits are so far apart that both are 0
+        return high
+    if slope(low)[0] >= 0:
+        return low
+    at, step = math.sqrt(low * high), high - low
+    while abs(step) > 1e-9 * at:
+        value, derivative = slope(at)
+        low, high = (low, at) if value > 0 else (at, high)
+        newton = at - value / derivative if derivative > 0 else math.inf
+        if not (low <= newton <= high and abs(newton - at) <= abs(step) / 2):
+            newton = math.sqrt(low * high)
+        at, step = newton, newton - at
+    return at
 
 
 def _least(f: Callable[[float], float], low: float, high: float, within: float) -> float:

@@ -16,6 +16,7 @@ from pyro_bmr.checks import check_labels, check_tensor
 from pyro_bmr.errors import DataError, described
 
 Binning = Literal["width", "mass"]
+_MOST_BINS = 2**24  # up to here `_bin` is exact
 
 
 def accuracy(probs: Tensor, y: Tensor) -> float:
@@ -50,8 +51,10 @@ def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Binning = "wi
     A confidence on the edge of two bins of equal width is in the lower one. In bins of equal mass
     rows of the same confidence stay in their order.
     """
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
-        raise DataError(f"bins={described(bins)}: a whole number of bins, at least 1, is wanted")
+    if isinstance(bins, bool) or not isinstance(bins, int) or not 1 <= bins <= _MOST_BINS:
+        raise DataError(
+            f"bins={described(bins)}: expected a whole number of bins, from 1 to {_MOST_BINS:,}"
+        )
     if not isinstance(binning, str) or binning not in get_args(Binning):
         raise DataError(
             f"binning={described(binning)}: one of {', '.join(map(repr, get_args(Binning)))} is"
@@ -94,8 +97,11 @@ def rmse(mean: Tensor, y: Tensor) -> float:
             f"mean of shape {tuple(mean.shape)} and y {tuple(y.shape)}{also}; the same shape, at"
             " least one row, and no NaN are wanted"
         )
-    error = (mean.double() - y.to(mean.device).double()).abs()
+    mean, y = mean.double(), y.to(mean.device).double()
+    error = (mean - y).abs()
     largest = error.max()  # its square need not be a float
+    if bool(largest.isinf()):  # nor the difference of two floats
+        return 2 * rmse(mean / 2, y / 2)
     return float(largest * (error / largest).square().mean().sqrt()) if float(largest) > 0 else 0.0
 
 
@@ -117,7 +123,8 @@ def auroc(scores_in: Tensor, scores_out: Tensor) -> float:
     """The probability that a row out of distribution has a larger score than one in it, ties
     counting half: the area under the ROC curve.
 
-    Scores of two dtypes are compared as the numbers they are. Source: Mann & Whitney 1947; Hanley &
+    Scores of two dtypes are compared as the numbers they are (integers beyond 2⁵³ with fractions as
+    the nearest double). Source: Mann & Whitney 1947; Hanley &
     McNeil 1982.
     """
     for name, value in (("scores_in", scores_in), ("scores_out", scores_out)):

@@ -1,12 +1,19 @@
-"""Scores of 1,000 predictions of a few rows held against exact fractions, and entropies against
-mpmath at 50 digits.
+"""Scores of 2,000 small predictions a dtype, held against exact fractions, and entropies and
+likelihoods against mpmath at 50 digits.
+
+The predictions have ties, probabilities 0 and 1, one class, one row, confidences on and beside the
+edges of bins, and numbers of half precision. The best temperatures are in
+test_precision_calibration.py.
 """
 
 import math
+import random
+import warnings
+from collections import defaultdict
 from fractions import Fraction
+from functools import cache
 
 import mpmath as mp
-import numpy as np
 import pytest
 import torch
 
@@ -14,85 +21,195 @@ import pyro_bmr as bmr
 from pyro_bmr.prediction import metrics
 from pyro_bmr.prediction.predict import ClassPrediction
 
-PROBLEMS = 1000  # of 2.5 rows each
+PROBLEMS = 2000
 DTYPES = [torch.float32, torch.float64]
+LABELS = [torch.int64, torch.int32, torch.uint8, torch.float32]
+BINS = (15, 5, 10, 7, 15, 1, 3, 2**24)
+ULP = {torch.float16: 2.0**-10, torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 
 
-def problems(dtype):
-    """Probabilities of a dtype, labels and their exact values; every fourth has confidences on the
-    edges of bins.
+def distribution(rng, classes, sharpness):
+    weights = [rng.random() ** sharpness + 1e-12 for _ in range(classes)]
+    return [w / sum(weights) for w in weights]
+
+
+def on_edges(rng, rows, bins, dtype):
+    """Confidences of two classes: the numbers of the dtype that are nearest to k/bins, and their
+    neighbours.
     """
-    rng = np.random.default_rng(17)
+    top = torch.tensor(
+        [rng.randint((bins + 1) // 2, bins) / bins for _ in range(rows)], dtype=dtype
+    )
+    towards = torch.tensor([rng.choice([0.0, 0.0, 1.0]) for _ in range(rows)], dtype=dtype)
+    beside = torch.tensor([rng.random() < 0.5 for _ in range(rows)])
+    top = torch.where(beside, top.nextafter(towards), top)
+    return torch.stack([top, 1 - top], 1)
+
+
+def probabilities(rng, k, dtype):
+    """Of eight kinds in turn."""
+    rows, classes, kind = rng.randint(1, 4), rng.randint(2, 4), k % 8
+    if kind == 1:
+        return on_edges(rng, rows, 15, dtype)
+    if kind == 2:  # the edges of eighths are numbers of every dtype
+        return on_edges(rng, rows, 8 if k % 16 == 2 else 10, dtype)
+    if kind == 3:
+        hot = [[float(c == h) for c in range(classes)] for h in rng.choices(range(classes), k=rows)]
+        return torch.tensor(hot, dtype=dtype)
+    if kind == 4:  # ties
+        return torch.tensor(rng.choices([[0.5, 0.5, 0], [0.25, 0.375, 0.375]], k=rows), dtype=dtype)
+    if kind == 5:
+        return torch.ones(rows, 1, dtype=dtype)
+    sharpness = (0.5, 1, 1, 1, 1, 1, 2, 12)[kind]
+    p = [distribution(rng, classes, sharpness) for _ in range(rows)]
+    # of half precision, which are one distribution up to its own rounding
+    return torch.tensor(p, dtype=torch.float16 if kind == 6 else dtype)
+
+
+@cache
+def problems(dtype):
+    """Probabilities, labels, and both as exact numbers."""
+    rng = random.Random(17)  # the same numbers in every version of Python
+    made = []
     for k in range(PROBLEMS):
-        rows, classes = int(rng.integers(1, 5)), int(rng.integers(2, 5))
-        p = rng.dirichlet(np.full(classes, 0.7), rows)
-        if k % 4 == 0:
-            top = rng.integers(8, 16, rows) / 15
-            p = np.stack([top, 1 - top], 1)
-        probs = torch.tensor(p, dtype=dtype)
-        y = rng.integers(0, probs.shape[1], rows)
-        yield (
-            probs,
-            torch.tensor(y),
-            [[Fraction(x) for x in row] for row in probs.double().tolist()],
-            y,
-        )
-
-
-def exact_ece(exact, y, bins):
-    table = {}
-    for row, label in zip(exact, y, strict=True):
-        confidence = max(row)
-        place = min(math.ceil(confidence * bins), bins) - 1  # (b/bins, (b + 1)/bins]
-        table.setdefault(place, []).append((confidence, int(row.index(confidence) == label)))
-    return float(sum(abs(sum(c - r for c, r in part)) for part in table.values()) / len(exact))
+        probs = probabilities(rng, k, dtype)
+        labels = [rng.randrange(probs.shape[1]) for _ in probs]
+        exact = [[Fraction(x) for x in row] for row in probs.tolist()]
+        made.append((probs, torch.tensor(labels, dtype=LABELS[k // 8 % 4]), exact, labels))
+    return made
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fractions(dtype):
+def test_brier_and_accuracy(dtype):
+    for probs, y, exact, labels in problems(dtype):
+        brier = Fraction(0)
+        for row, label in zip(exact, labels, strict=True):
+            brier += sum((x - (c == label)) ** 2 for c, x in enumerate(row))
+        right = sum(row.index(max(row)) == c for row, c in zip(exact, labels, strict=True))
+        assert metrics.brier(probs, y) == pytest.approx(float(brier / len(exact)), rel=3e-15)
+        assert metrics.accuracy(probs, y) == right / len(exact)
+
+
+def exact_ece(exact, labels, bins, binning):
+    order = sorted(range(len(exact)), key=lambda i: max(exact[i]))  # ties in their order
+    gaps = defaultdict(Fraction)
+    for place, i in enumerate(order):
+        confidence = max(exact[i])
+        inside = max(math.ceil(confidence * bins), 1) - 1  # of (b/bins, (b + 1)/bins]
+        b = min(inside, bins - 1) if binning == "width" else place * bins // len(exact)
+        gaps[b] += (exact[i].index(confidence) == labels[i]) - confidence
+    return float(sum(map(abs, gaps.values())) / len(exact))
+
+
+@pytest.mark.parametrize("binning", ["width", "mass"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_calibration_error(dtype, binning):
     for k, (probs, y, exact, labels) in enumerate(problems(dtype)):
-        brier = sum(
-            (x - (c == label)) ** 2
-            for row, label in zip(exact, labels, strict=True)
-            for c, x in enumerate(row)
-        ) / len(exact)
-        assert metrics.brier(probs, y) == pytest.approx(float(brier), rel=1e-14)
-        bins = (15, 5, 10, 7)[k % 4] if k % 4 else 15
-        assert metrics.ece(probs, y, bins) == pytest.approx(
-            exact_ece(exact, labels, bins), rel=1e-13, abs=1e-15
+        bins = {2: 8, 10: 10, 1: 15, 9: 15}.get(k % 16, BINS[k // 8 % 8])
+        assert metrics.ece(probs, y, bins, binning) == pytest.approx(
+            exact_ece(exact, labels, bins, binning), rel=1e-15, abs=1e-15
         )
-        assert metrics.accuracy(probs, y) == sum(
-            row.index(max(row)) == label for row, label in zip(exact, labels, strict=True)
-        ) / len(exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logarithms(dtype):
-    within = 2e-7 if dtype == torch.float32 else 1e-14
-    with mp.workdps(50):
-        for probs, y, exact, labels in list(problems(dtype))[::8]:
-            values = [[mp.mpf(x.numerator) / x.denominator for x in row] for row in exact]
-            entropy = [float(-sum(x * mp.log(x) for x in row if x)) for row in values]
-            np.testing.assert_allclose(
-                metrics.predictive_entropy(probs), entropy, rtol=within, atol=within
-            )
-            log_p = [
-                float(mp.log(row[label])) if row[label] else -math.inf
-                for row, label in zip(values, labels, strict=True)
+    """In units of the last place of the answers, which have the dtype of the probabilities, an
+    entropy at least single precision.
+    """
+    with mp.workdps(50), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "log_prob: .* have a probability of 0", bmr.PyroBMRWarning
+        )
+        for probs, y, exact, labels in problems(dtype):
+            logs = [
+                [mp.log(mp.mpf(x.numerator) / x.denominator) if x else 0 for x in row]
+                for row in exact
             ]
-            if min(log_p) > -80:
-                got = ClassPrediction(probs, probs[:, 0], probs[:, 0]).log_prob(y)
-                np.testing.assert_allclose(got, log_p, rtol=within, atol=within)
+            got = metrics.predictive_entropy(probs)
+            assert got.dtype == (torch.float32 if probs.dtype == torch.float16 else dtype)
+            for value, row, log in zip(got.tolist(), exact, logs, strict=True):
+                entropy = float(-sum(float(x) * part for x, part in zip(row, log, strict=True)))
+                assert abs(value - entropy) <= (1 + 3 * (got.dtype == torch.float64)) * ULP[
+                    got.dtype
+                ] * abs(entropy)
+            least = torch.finfo(probs.dtype).tiny  # counts for what is less
+            log_p = ClassPrediction(probs, probs[:, 0], probs[:, 0]).log_prob(y)
+            for value, row, log, label in zip(log_p.tolist(), exact, logs, labels, strict=True):
+                want = float(log[label]) if row[label] >= least else math.log(least)
+                assert abs(value - want) <= ULP[probs.dtype] * abs(want)
 
 
-def test_the_area_under_the_curve_counts_pairs():
-    rng = np.random.default_rng(4)
-    for _ in range(PROBLEMS):
-        a, b = (rng.integers(0, 6, rng.integers(1, 8)) / 3 for _ in range(2))
-        low, high = torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float64)
-        x, z = ([Fraction(v) for v in t.double().tolist()] for t in (low, high))
-        want = sum(Fraction((v > u) * 2 + (v == u), 2) for u in x for v in z) / (len(x) * len(z))
-        assert metrics.auroc(low, high) == float(want)
+def real_numbers(rng, k, dtype):
+    """Means and targets: near each other, far apart, equal, or as large and as small as the dtype
+    has them.
+    """
+    rows, kind, last = rng.randint(1, 4), k % 5, torch.finfo(dtype)
+    y = [rng.gauss(0, 3) for _ in range(rows)]
+    if kind == 0:
+        mean = [v + rng.gauss(0, 1) for v in y]
+    elif kind == 1:
+        mean = [v * (1 + rng.choice([0, 1, -3]) * last.eps) for v in y]
+    elif kind == 2:  # of other dtypes
+        return (
+            torch.tensor([rng.gauss(0, 9) for _ in y], dtype=torch.float16),
+            torch.tensor([rng.randrange(-9, 9) for _ in y]),
+        )
+    else:
+        size = last.max if kind == 3 else last.tiny * 4
+        y, mean = ([size * rng.uniform(-1, 1) for _ in y] for _ in range(2))
+        if k % 10 == 4:
+            mean = list(y)
+    return torch.tensor(mean, dtype=dtype), torch.tensor(y, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_root_mean_squared_error(dtype):
+    rng = random.Random(3)
+    with mp.workdps(50):
+        for k in range(PROBLEMS):
+            mean, y = real_numbers(rng, k, dtype)
+            squares = [
+                (Fraction(a) - Fraction(b)) ** 2
+                for a, b in zip(mean.tolist(), y.tolist(), strict=True)
+            ]
+            total = sum(squares) / len(squares)
+            want = float(mp.sqrt(mp.mpf(total.numerator) / total.denominator))
+            got = metrics.rmse(mean, y)  # infinite where the exact one is beyond all floats
+            assert got == want or abs(got - want) <= max(1e-15 * want, 5e-324), (mean, y)
+
+
+def scores(rng, dtype):
+    """One to seven scores with ties; some infinite, some as near to each other as the dtype has
+    them.
+    """
+    values = [rng.choice([rng.randrange(6) / 3, rng.gauss(0, 1)]) for _ in range(rng.randint(1, 7))]
+    values += rng.choice([[], [], [math.inf, 1e300], [-math.inf, -0.0, 0.0, 5e-324]])
+    made = torch.tensor(values, dtype=torch.float64)
+    if not dtype.is_floating_point:
+        return made.clamp(-(2**40), 2**40).to(dtype)
+    made = made.to(dtype)
+    return (
+        torch.cat([made, made[:1].nextafter(made.new_tensor([9.0]))])
+        if rng.random() < 0.3
+        else made
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_area_under_the_curve_counts_pairs(dtype):
+    rng = random.Random(4)
+    others = [dtype, torch.float64, torch.float32, torch.float16, torch.int64, torch.int32]
+    for k in range(PROBLEMS):
+        inside, outside = scores(rng, dtype), scores(rng, others[k % 6])
+        x, z = inside.tolist(), outside.tolist()  # Python compares them exactly
+        twice = sum((v > u) * 2 + (v == u) for u in x for v in z)
+        assert metrics.auroc(inside, outside) == twice / (2 * len(x) * len(z))
+        assert metrics.auroc(outside, inside) == (2 * len(x) * len(z) - twice) / (
+            2 * len(x) * len(z)
+        )
+
+
+def test_scores_that_double_precision_alone_tells_apart():
     assert (
         metrics.auroc(
             torch.tensor([1.0, 2.0]), torch.tensor([1 + 1e-9, 2 + 1e-9], dtype=torch.float64)
@@ -136,9 +253,13 @@ REFUSED = {
         lambda: metrics.brier(torch.tensor([[2.0, 3.0]]), zeros[:1]),
         "sum to 1 in each row",
     ),
-    "no classes": (lambda: metrics.brier(torch.zeros(1, 0), zeros[:1]), "one row at least"),
+    "no classes": (lambda: metrics.brier(torch.zeros(1, 0), zeros[:1]), "at least one row"),
     "no entropy": (lambda: metrics.predictive_entropy(torch.zeros(0, 2)), "one row at least"),
-    "half a bin": (lambda: metrics.ece(two, zeros[:1], bins=2.5), "bins=2.5: a whole number"),
+    "half a bin": (
+        lambda: metrics.ece(two, zeros[:1], bins=2.5),
+        "bins=2.5: expected a whole number",
+    ),
+    "too many bins": (lambda: metrics.ece(two, zeros[:1], bins=2**24 + 1), "from 1 to 16,777,216"),
     "True bins": (lambda: metrics.ece(two, zeros[:1], bins=True), "bins=True"),
     "binning": (
         lambda: metrics.ece(two, zeros[:1], binning="nonsense"),
@@ -148,36 +269,6 @@ REFUSED = {
         lambda: metrics.rmse(torch.tensor([math.inf]), torch.ones(1)),
         "mean not finite",
     ),
-    "NaN logits": (
-        lambda: bmr.prediction.best_temperature(torch.tensor([[1.0, math.nan]]), zeros[:1]),
-        "logits is NaN, first in row 0",
-    ),
-    "an impossible label": (
-        lambda: bmr.prediction.best_temperature(
-            torch.tensor([[1.0, 2.0], [-math.inf, 0.0]]), zeros[:2]
-        ),
-        "finite; first in row 1",
-    ),
-    "an infinite logit": (
-        lambda: bmr.prediction.best_temperature(torch.tensor([[math.inf, 2.0]]), zeros[:1]),
-        "below \\+inf",
-    ),
-    "no logits": (
-        lambda: bmr.prediction.best_temperature(torch.zeros(0, 2), zeros[:0]),
-        "logits of shape \\(0, 2\\)",
-    ),
-    "a label out of range": (
-        lambda: bmr.prediction.best_temperature(torch.zeros(3, 2), torch.tensor([1, 0, 5])),
-        "label 5 in row 2",
-    ),
-    "rows": (
-        lambda: bmr.prediction.best_widening(lambda x: None, None, torch.ones(3)),
-        "rows: a pair",
-    ),
-    "most": (
-        lambda: bmr.prediction.best_widening(lambda x: None, None, (two, two), most=math.nan),
-        "most=nan",
-    ),
 }
 
 
@@ -186,15 +277,3 @@ def test_what_has_no_score(case):
     call, words = REFUSED[case]
     with pytest.raises(bmr.errors.DataError, match=words):
         call()
-
-
-def test_a_temperature_that_the_rows_do_not_say():
-    with pytest.warns(bmr.PyroBMRWarning, match="at an end of the search"):
-        bmr.prediction.best_temperature(
-            torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
-        )
-    impossible = torch.tensor([[1.0, 2.0, -math.inf], [2.0, 1.0, -math.inf], [1.5, 1.0, -math.inf]])
-    y = torch.tensor([1, 0, 1])
-    assert bmr.prediction.best_temperature(impossible, y) == pytest.approx(
-        bmr.prediction.best_temperature(impossible[:, :2], y)
-    )
