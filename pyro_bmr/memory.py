@@ -1,7 +1,7 @@
-"""What an allocation would take against what its device has left, so that one that cannot succeed
-is refused before any work.
+"""The memory that an allocation would take and that its device has left, so that one which cannot
+succeed is refused before any work.
 
-Owns `free_bytes` and `check_memory`. Next: `isolation.py`.
+Owns `free_bytes`, `training_bytes` and `check_memory`. Next: `isolation.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _SYSTEM = Path("/proc/meminfo")
 
 
 def free_bytes(device: torch.device) -> float:
-    """The bytes that can still be had on `device`: of a GPU what is free, of the machine what is
-    available within the limit of its container; infinite where the system does not say.
+    """The bytes that are free on `device`: on a GPU its free memory, on the machine the available
+    memory within the limit of its container; infinite if the system does not say.
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
@@ -38,6 +38,13 @@ def free_bytes(device: torch.device) -> float:
             - float((_GROUP / "memory.current").read_text())
         )
     return min(found)
+
+
+def training_bytes(entries: int, like: torch.Tensor) -> int:
+    """The bytes of `entries` parameters in the dtype of `like`, with their gradient and Adam's two
+    moments.
+    """
+    return 4 * entries * like.element_size()
 
 
 def check_memory(what: str, needed: float, device: torch.device, mend: str) -> None:

@@ -2,6 +2,7 @@
 these are.
 """
 
+import pyro_bmr.guides.row_maps  # noqa: F401  # adds the rules of linear maps to `RowNoise`
 from pyro_bmr.guides.full_rank import FullRank
 from pyro_bmr.guides.low_rank_plus_diagonal import LowRankPlusDiagonal
 from pyro_bmr.guides.matrix_variate import MatrixVariate

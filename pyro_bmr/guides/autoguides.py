@@ -1,8 +1,8 @@
-"""Pyro's autoguides as moments: the Gaussian that each site has on the unconstrained scale,
-correlations within a site included.
+"""Pyro's autoguides as moments: the Gaussian of each site on the unconstrained scale, with its
+correlations within the site.
 
-Owns `autoguide_moments`. Covariance between sites has no place in a posterior of sites and is
-dropped: each site gets its marginal. Next: `sites.py`.
+Owns `autoguide_moments`. Each site gets its marginal; covariances between sites are dropped. Next:
+`sites.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 from pyro_bmr.errors import ModelError
 from pyro_bmr.formulas.gaussian import Dense
 from pyro_bmr.formulas.low_rank import LowRank
-from pyro_bmr.guides.marginals import MEND, Moments, check_plates, trace_moments
+from pyro_bmr.guides.gaussian_draws import MEND, Moments, check_plates
+from pyro_bmr.guides.marginals import trace_moments
 from pyro_bmr.guides.mean_field import base_distribution, support_name
 
 
@@ -32,9 +33,8 @@ def autoguide_moments(
 ) -> dict[str, Moments]:
     """Site → moments. AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal and
     AutoLaplaceApproximation (a point; its `laplace_approximation(...)` is an
-    AutoMultivariateNormal) hold one Gaussian over all their sites, which is read as it stands, also
-    where they are members of an AutoGuideList. The sites of any other guide, or member, are read as
-    `trace_moments` says.
+    AutoMultivariateNormal) have one Gaussian over all their sites, and its marginals are read, also
+    if they are members of an AutoGuideList. The sites of other guides are read by `trace_moments`.
 
     Raises:
         ModelError: a site's marginal is not Gaussian on the unconstrained scale, such as those of
@@ -63,26 +63,14 @@ def _continuous(guide: Any) -> Iterator[AutoContinuous]:
 def _one_gaussian(
     guide: AutoContinuous, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Moments]:
+    """Site → its marginal moments in the one Gaussian of the guide."""
     q = guide.get_posterior(*args, **kwargs)
-    base = base_distribution(q)
     moments = {}
     for site, index in guide._unpack_latent(torch.arange(guide.latent_dim)):
-        name, flat, shape = site["name"], index.flatten(), index.shape
+        name, flat = site["name"], index.flatten()
         check_plates(name, site["cond_indep_stack"])
-        support = support_name(name, site["fn"].support)
-        joint: Dense | LowRank | None = None
-        var: Tensor
-        if isinstance(base, torch.distributions.MultivariateNormal):
-            mean, cov = base.loc[flat], base.covariance_matrix[flat][:, flat]
-            var, joint = cov.diagonal(), Dense(mean, cov)
-        elif isinstance(base, torch.distributions.LowRankMultivariateNormal):
-            mean, own, factor = base.loc[flat], base.cov_diag[flat], base.cov_factor[flat]
-            var, joint = own + factor.square().sum(1), LowRank(mean, own, factor)
-        elif isinstance(base, torch.distributions.Normal):
-            mean, var = base.loc[flat], base.variance[flat]
-        elif isinstance(base, dist.Delta):
-            mean, var = base.v[flat], torch.zeros_like(base.v[flat])
-        else:
+        marginal = _marginal(base_distribution(q), flat)
+        if marginal is None:
             raise ModelError(
                 f"site '{name}': the posterior of {type(guide).__name__} cannot be read as Gaussian"
                 f" moments, since it is a {type(q).__name__}; use MeanField, FullRank,"
@@ -90,10 +78,28 @@ def _one_gaussian(
                 " AutoLowRankMultivariateNormal, AutoLaplaceApproximation, AutoStructured,"
                 f" AutoGaussian, AutoDelta; or {MEND}"
             )
+        mean, var, joint = marginal
         moments[name] = Moments(
-            mean.clone().view(shape),
-            var.clone().view(shape),
-            support,
+            mean.clone().view(index.shape),
+            var.clone().view(index.shape),
+            support_name(name, site["fn"].support),
             joint if len(flat) > 1 else None,
         )
     return moments
+
+
+def _marginal(base: Any, index: Tensor) -> tuple[Tensor, Tensor, Dense | LowRank | None] | None:
+    """Mean, variance and covariance of the entries `index` of a Gaussian or a point; None for other
+    distributions.
+    """
+    if isinstance(base, torch.distributions.MultivariateNormal):
+        mean, cov = base.loc[index], base.covariance_matrix[index][:, index]
+        return mean, cov.diagonal(), Dense(mean, cov)
+    if isinstance(base, torch.distributions.LowRankMultivariateNormal):
+        mean, own, factor = base.loc[index], base.cov_diag[index], base.cov_factor[index]
+        return mean, own + factor.square().sum(1), LowRank(mean, own, factor)
+    if isinstance(base, torch.distributions.Normal):
+        return base.loc[index], base.variance[index], None
+    if isinstance(base, dist.Delta):
+        return base.v[index], torch.zeros_like(base.v[index]), None
+    return None

@@ -16,7 +16,7 @@ from pyro_bmr.formulas.gaussian import Dense
 from pyro_bmr.guides.mean_field import Latent
 from pyro_bmr.guides.site_normal import masked
 from pyro_bmr.guides.site_wise import SiteWise
-from pyro_bmr.memory import check_memory
+from pyro_bmr.memory import check_memory, training_bytes
 
 
 class FullRank(SiteWise):
@@ -47,7 +47,7 @@ class FullRank(SiteWise):
     def site(self, latent: Latent, scale: Tensor) -> nn.Module | None:
         size = latent.start.numel()
         if size > self.limit:
-            gigabytes = 4 * size**2 * latent.start.element_size() / 1e9
+            gigabytes = training_bytes(size**2, latent.start) / 1e9
             raise ModelError(
                 f"site '{latent.name}': a full covariance of its {size} entries takes"
                 f" {gigabytes:.3g} GB with its gradient and Adam's moments, more than the limit of"
@@ -57,7 +57,7 @@ class FullRank(SiteWise):
         check_memory(
             f"site '{latent.name}': a full covariance of its {size} entries, with its gradient and"
             " Adam's moments,",
-            4 * size**2 * latent.start.element_size(),
+            training_bytes(size**2, latent.start),
             latent.start.device,
             "use LowRankPlusDiagonal or MatrixVariate",
         )
@@ -92,7 +92,7 @@ def unit_lower(values: Tensor) -> Tensor:
 
 
 class Full(NamedTuple):
-    """The root A, rows and columns of masked entries zero."""
+    """A Gaussian with the root A, whose rows and columns of masked entries are zero."""
 
     mean: Tensor
     tril: Tensor  # A

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.errors import ModelError, described, holds
+from pyro_bmr.checks import check_arguments
+from pyro_bmr.errors import holds
 from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.guides.mean_field import Latent
 from pyro_bmr.guides.site_normal import masked
 from pyro_bmr.guides.site_wise import SiteWise
-from pyro_bmr.memory import check_memory
+from pyro_bmr.memory import check_memory, training_bytes
 
 
 class LowRankPlusDiagonal(SiteWise):
@@ -42,11 +43,12 @@ class LowRankPlusDiagonal(SiteWise):
     def __init__(
         self, program: Callable[..., Any], *args: Any, rank: int = 8, **kwargs: Any
     ) -> None:
-        if not holds(lambda x: x >= 1, rank):
-            raise ModelError(
-                f"LowRankPlusDiagonal(rank={described(rank)}): a rank of at least 1 is wanted;"
-                " MeanField is rank 0"
-            )
+        check_arguments(
+            "LowRankPlusDiagonal",
+            holds(lambda x: x >= 1, rank),
+            "a rank of at least 1; MeanField is rank 0",
+            rank=rank,
+        )
         self.rank = rank
         super().__init__(program, *args, **kwargs)
 
@@ -55,7 +57,7 @@ class LowRankPlusDiagonal(SiteWise):
         check_memory(
             f"site '{latent.name}': rank {self.rank} plus diagonal of its {size} entries, with"
             " their gradients and Adam's moments,",
-            4 * (2 + self.rank) * size * latent.start.element_size(),
+            training_bytes((2 + self.rank) * size, latent.start),
             latent.start.device,
             "use a smaller rank, MatrixVariate or MeanField",
         )
@@ -71,7 +73,7 @@ class LowRankSite(nn.Module):
         self.structure = f"rank {rank} plus diagonal"
         self.loc = nn.Parameter(latent.start.clone())
         self.log_scale = nn.Parameter(scale.log().expand(size).clone())
-        # W = 0 is a saddle of the bound
+        # not at W = 0, which is a saddle point of the bound
         start = torch.randn(
             size, rank, generator=torch.Generator().manual_seed(size), dtype=torch.float64
         )
@@ -83,7 +85,7 @@ class LowRankSite(nn.Module):
 
 
 class LowRankNormal(NamedTuple):
-    """The root (D^½, W), W = D^½ `relative`; rows of masked entries zero."""
+    """A Gaussian with the root (D^½, W), W = D^½ `relative`; rows of masked entries are zero."""
 
     mean: Tensor
     log_scale: Tensor  # ½ log D before the mask, flat

@@ -1,11 +1,10 @@
-r"""A guide as a function of standard-normal noise: the marginal moments of its sites, also of those
-that follow other sites.
+r"""The marginal moments of the sites of a guide, also of sites that follow other sites.
 
-Owns `trace_moments`. One trace of a guide shows each site's moments *given* the draws before it.
-Here every Gaussian draw is location + root · ε with ε from outside. A site whose parameters are the
-same under two ε does not follow others, and is read as it stands. For any other the value on the
-unconstrained scale is some f(ε); where f is affine, which both draws must confirm, the marginal is
-exactly N(f(0), J Jᵀ). Next: `autoguides.py`.
+Owns `trace_moments`. One trace of a guide shows the moments of each site *given* the draws before
+it. Here every Gaussian draw is location + root · ε, with ε from outside (`gaussian_draws.py`). If
+the parameters of a site are the same under two ε, it does not follow others, and its moments are
+its parameters. Otherwise its value on the unconstrained scale is a function f(ε). If both draws
+confirm that f is affine, the marginal is exactly N(f(0), J Jᵀ). Next: `autoguides.py`.
 """
 
 from __future__ import annotations
@@ -15,95 +14,15 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import (
-    LowRankMultivariateNormal,
-    MultivariateNormal,
-    Normal,
-    TransformedDistribution,
-)
-from torch.distributions.transforms import ComposeTransform
+from torch.distributions import TransformedDistribution
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.formulas.gaussian import Dense
-from pyro_bmr.formulas.low_rank import LowRank
+from pyro_bmr.guides.gaussian_draws import LARGEST, MEND, GaussianDraw, GuideRun, Moments, guide_run
 from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
-from pyro_bmr.isolation import seed_generators
 
-_ENTRIES = 1 << 25  # of a Jacobian or a covariance: 256 MB in float64
 # standard deviations by which a draw may miss the affine function: far less moves no moment
 _SLACK = 0.01
-MEND = "draw from the guide some thousand times and read the draws with Posterior.from_samples"
-
-
-class Moments(NamedTuple):
-    """Mean and variance of each entry on the unconstrained scale, the site's support, and the
-    correlations of its entries, if any.
-    """
-
-    mean: Tensor
-    var: Tensor
-    support: str
-    joint: Dense | LowRank | None = None
-
-
-class Drawn(NamedTuple):
-    """A Gaussian draw: the `transforms` of loc + std · ε + factor @ ε'. `std` or `factor` is None
-    where there is none, both for a point.
-    """
-
-    loc: Tensor
-    std: Tensor | None
-    factor: Tensor | None  # (..., d, k) for events of d entries
-    transforms: tuple[Any, ...] = ()
-
-    def noise(self, scale: float) -> list[Tensor]:
-        """ε and ε', `scale` times standard normal."""
-        shapes = ([] if self.std is None else [self.loc.shape]) + (
-            [] if self.factor is None else [self.factor.shape[:-2] + self.factor.shape[-1:]]
-        )
-        return [
-            scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-            for shape in shapes
-        ]
-
-    def value(self, noise: list[Tensor]) -> Tensor:
-        """What `noise` draws."""
-        value = self.loc if self.std is None else self.loc + self.std * noise[0]
-        value = (
-            value
-            if self.factor is None
-            else value + (self.factor @ noise[-1].unsqueeze(-1)).squeeze(-1)
-        )
-        for transform in self.transforms:
-            value = transform(value)
-        return value
-
-    def moments(self, mean: Tensor, support: str, slope: Tensor | None = None) -> Moments:
-        """Moments about `mean` from the draw's own roots, and from the Jacobian `slope` (entries,
-        noise) of its location.
-        """
-        std = mean.new_zeros(()) if self.std is None else self.std
-        own = std.square().expand(mean.shape).flatten()
-        factors = (
-            []
-            if self.factor is None
-            else [torch.block_diag(*self.factor.reshape(-1, *self.factor.shape[-2:]))]
-        )
-        factors += [] if slope is None else [slope]
-        if not factors:
-            return Moments(mean.detach().clone(), own.view(mean.shape).detach().clone(), support)
-        factor, flat = torch.cat(factors, 1).detach(), mean.detach().flatten().clone()
-        var = own + factor.square().sum(1)
-        return Moments(
-            flat.view(mean.shape),
-            var.view(mean.shape).detach().clone(),
-            support,
-            _joint(flat, own.detach(), factor),
-        )
 
 
 def trace_moments(
@@ -113,14 +32,14 @@ def trace_moments(
     support: Callable[[str], str],
     skip: Collection[str],
 ) -> dict[str, Moments]:
-    """Site → marginal moments, for the sites of the guide but `skip`; the same at each call.
-    `support`: that of a site in the program.
+    """Site → marginal moments, for the sites of the guide that are not in `skip`; the same at each
+    call. `support`: site → its support in the program.
 
     Raises:
         ModelError: a site is not Gaussian on the unconstrained scale, or stands in a subsampled
             plate.
     """
-    first, second = (_run(guide, args, kwargs, seed, 1.0) for seed in (1, 2))
+    first, second = (guide_run(guide, args, kwargs, seed, 1.0) for seed in (1, 2))
     if list(first.drawn) != list(second.drawn):
         raise ModelError(
             f"the guide has other sites from one call to the next, {', '.join(first.drawn)} and"
@@ -131,68 +50,19 @@ def trace_moments(
     moments = {name: _own(name, supports[name], first, second) for name in fns}
     if all(moments.values()):
         return {name: found for name, found in moments.items() if found}
-    centre = _run(guide, args, kwargs, 0, 0.0)
+    centre = guide_run(guide, args, kwargs, 0, 0.0)
     return {
         name: found or _following(name, supports[name], centre, (first, second))
         for name, found in moments.items()
     }
 
 
-class _Noise(Messenger):
-    """Draws each Gaussian site on noise of its own and keeps both; the rest of a guide runs as it
-    is.
-    """
-
-    def __init__(self, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.drawn: dict[str, Drawn] = {}
-        self.noise: dict[str, list[Tensor]] = {}
-        self.values: dict[str, Tensor] = {}
-        self.fns: dict[str, Any] = {}
-        self.latent: list[str] = []
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or msg["done"] or isinstance(msg["fn"], _Subsample):
-            return
-        name, drawn = msg["name"], _drawn(msg["name"], msg["fn"])
-        self.drawn[name], self.fns[name] = drawn, msg["fn"]
-        self.noise[name] = (
-            [part.requires_grad_() for part in drawn.noise(self.scale)]
-            if self.scale == 0
-            else drawn.noise(self.scale)
-        )
-        msg["value"], msg["done"] = drawn.value(self.noise[name]), True
-        self.values[name] = msg["value"]
-        if not (msg["infer"] or {}).get("is_auxiliary"):
-            self.latent.append(name)
-            check_plates(name, msg["cond_indep_stack"])
-
-    def line(self, name: str, support: str) -> Tensor:
-        """The value of a site on the unconstrained scale."""
-        transform = SUPPORTS[support]
-        return self.values[name] if transform is None else transform.inv(self.values[name])
-
-    def plain(self, name: str, support: str) -> bool:
-        """Whether the draw has no transform but that of its support."""
-        transform = SUPPORTS[support]
-        return self.drawn[name].transforms == (() if transform is None else (transform,))
-
-
-def check_plates(name: str, frames: Any) -> None:
-    """Raises a ModelError for a latent in a plate that is subsampled."""
-    for frame in frames:
-        if frame.full_size not in (None, frame.size):
-            raise ModelError(
-                f"site '{name}': it stands in the plate '{frame.name}' of {frame.full_size}, of"
-                f" which a call takes {frame.size}, so each call has latents of its own; make the"
-                " guide and read it with all rows of the plate"
-            )
-
-
 def _support(name: str, fn: Any, declared: str) -> str:
-    """The support of the site in the program, if its distribution in the guide is of that support
-    or of none that can be seen.
+    """The `declared` support of a site in the program, if its distribution in the guide has the
+    same one, or does not show which it has.
+
+    Raises:
+        ModelError: the distribution in the guide has another support.
     """
     base = base_distribution(fn)
     if isinstance(base, dist.Delta):
@@ -206,55 +76,9 @@ def _support(name: str, fn: Any, declared: str) -> str:
     return declared
 
 
-def _drawn(name: str, fn: Any) -> Drawn:
-    base = base_distribution(fn)
-    if hasattr(base, "kept"):
-        raise ModelError(
-            f"site '{name}': the guide is under Masked; read it without, and give its masks to"
-            f" from_guide, masks={{'{name}': ...}}"
-        )
-    if isinstance(base, Normal):
-        return Drawn(base.loc, base.scale, None)
-    if isinstance(base, dist.Delta):
-        return Drawn(base.v, None, None)
-    if isinstance(base, MultivariateNormal):
-        return Drawn(base.loc, None, base.scale_tril)
-    if isinstance(base, LowRankMultivariateNormal):
-        return Drawn(base.loc, base.cov_diag.sqrt(), base.cov_factor)
-    if isinstance(base, TransformedDistribution):
-        inner = _drawn(name, base.base_dist)
-        # Pyro's identity has no parts
-        parts = [
-            t for t in base.transforms if not (isinstance(t, ComposeTransform) and not t.parts)
-        ]
-        return inner._replace(transforms=(*inner.transforms, *parts))
-    raise ModelError(
-        f"site '{name}': the guide's {type(base).__name__} cannot be read as Gaussian moments; use"
-        f" MeanField or AutoNormal, or a guide with a Normal or log-normal per site; or {MEND}"
-    )
-
-
-def _run(
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    seed: int,
-    scale: float,
-) -> _Noise:
-    with (
-        torch.random.fork_rng(),
-        torch.set_grad_enabled(scale == 0),
-        poutine.block(),
-        _Noise(scale) as run,
-    ):
-        seed_generators(seed)
-        guide(*args, **kwargs)
-    return run
-
-
-def _own(name: str, support: str, first: _Noise, second: _Noise) -> Moments | None:
-    """The moments of a site whose parameters are the same in both runs; None if it follows other
-    draws.
+def _own(name: str, support: str, first: GuideRun, second: GuideRun) -> Moments | None:
+    """The moments of a site whose parameters are the same in both runs; None if they are not, so
+    that it follows other draws.
     """
     a, b = first.drawn[name], second.drawn[name]
     if a.std is None and a.factor is None and torch.equal(a.loc, b.loc):  # a point
@@ -280,25 +104,74 @@ def _own(name: str, support: str, first: _Noise, second: _Noise) -> Moments | No
 
 
 @torch.enable_grad()
-def _following(name: str, support: str, centre: _Noise, runs: tuple[_Noise, ...]) -> Moments:
-    """The marginal of a site that follows other draws: f(0) and J Jᵀ, after both runs have
-    confirmed that f is affine.
+def _following(name: str, support: str, centre: GuideRun, runs: tuple[GuideRun, ...]) -> Moments:
+    """The marginal moments of a site that follows other draws: f(0) and J Jᵀ, if both runs confirm
+    that f is affine.
+
+    Raises:
+        ModelError: they do not, or J is too large.
+    """
+    drawn, location = _given_others(name, support, centre, runs)
+    mean = location(centre)
+    used = _used_noise(name, mean, centre)
+    flat = mean.detach().flatten()
+    noises = [torch.cat([run.noise[site][k].flatten() for site, k in used]) for run in runs]
+    actual = [location(run).flatten() for run in runs]
+    slope = torch.cat([noise.slope.flatten() for noise in used.values()])
+    std = _entrywise(flat, slope, noises, actual)
+    if std is not None:
+        std = std.view(mean.shape)
+        both = std if drawn.std is None else (drawn.std.square() + std.square()).sqrt()
+        return drawn._replace(std=both).moments(mean, support)
+    if len(flat) * len(slope) > LARGEST:
+        raise _not_gaussian(
+            name, f"its {len(flat)} entries follow {len(slope)} others, too many for a covariance"
+        )
+    jacobian = _jacobian(mean, [noise.leaf for noise in used.values()])
+    predicted = [jacobian @ noise for noise in noises]
+    if not _affine(flat, predicted, actual, jacobian.square().sum(1).sqrt()):
+        raise _not_gaussian(name, "it is no linear function of other draws")
+    return drawn.moments(mean, support, jacobian)
+
+
+def _given_others(
+    name: str, support: str, centre: GuideRun, runs: tuple[GuideRun, ...]
+) -> tuple[GaussianDraw, Callable[[GuideRun], Tensor]]:
+    """The draw of a site given the draws that it follows, and the function run → its location. A
+    site without noise of its own is a point at its value.
+
+    Raises:
+        ModelError: the scale of the draw is not the same in all runs.
     """
     drawn = centre.drawn[name]
-    # its own draw comes on top of what it follows
     random = centre.plain(name, support) and not (drawn.std is None and drawn.factor is None)
-
-    def location(run: _Noise) -> Tensor:
-        return run.drawn[name].loc if random else run.line(name, support)
-
-    drawn = drawn if random else Drawn(location(centre), None, None)
-    for run in runs if random else ():
+    if not random:
+        point = GaussianDraw(centre.line(name, support), None, None)
+        return point, lambda run: run.line(name, support)
+    for run in runs:
         if not all(
             x is None or (y is not None and torch.allclose(x, y))
             for x, y in zip(drawn[1:3], run.drawn[name][1:3], strict=True)
         ):
             raise _not_gaussian(name, "its scale changes with other draws")
-    mean = location(centre)
+    return drawn, lambda run: run.drawn[name].loc
+
+
+class _UsedNoise(NamedTuple):
+    """Noise that a site depends on: the leaf of autograd, and the derivative of the sum of the
+    site's entries.
+    """
+
+    leaf: Tensor
+    slope: Tensor
+
+
+def _used_noise(name: str, mean: Tensor, centre: GuideRun) -> dict[tuple[str, int], _UsedNoise]:
+    """(Site, part) → its noise, for the noise that `mean` depends on.
+
+    Raises:
+        ModelError: it depends on none.
+    """
     leaves = {
         (site, k): part for site, parts in centre.noise.items() for k, part in enumerate(parts)
     }
@@ -308,8 +181,8 @@ def _following(name: str, support: str, centre: _Noise, runs: tuple[_Noise, ...]
         else ()
     )
     used = {
-        key: slope.flatten()
-        for key, slope in zip(leaves, slopes, strict=False)
+        key: _UsedNoise(leaf, slope)
+        for (key, leaf), slope in zip(leaves.items(), slopes, strict=False)
         if slope is not None
     }
     if not used:
@@ -318,31 +191,25 @@ def _following(name: str, support: str, centre: _Noise, runs: tuple[_Noise, ...]
             "it changes from call to call with nothing that the guide draws by pyro.sample (a"
             " network in training mode?)",
         )
-    flat, slope = mean.detach().flatten(), torch.cat(list(used.values()))
-    noises = [torch.cat([run.noise[site][k].flatten() for site, k in used]) for run in runs]
-    actual = [location(run).flatten() for run in runs]
+    return used
+
+
+def _entrywise(
+    centre: Tensor, slope: Tensor, noises: list[Tensor], actual: list[Tensor]
+) -> Tensor | None:
+    """The standard deviations of a site each of whose entries follows one entry of the noise, in
+    their order; None if it is no such site.
+    """
     index = slope.nonzero().squeeze(1)
-    if len(index) == len(flat) and _affine(
-        flat, [slope[index] * noise[index] for noise in noises], actual, slope[index].abs()
-    ):
-        std = slope[index].abs().view(mean.shape)
-        return drawn._replace(
-            std=std if drawn.std is None else (drawn.std.square() + std.square()).sqrt()
-        ).moments(mean, support)
-    if len(flat) * len(slope) > _ENTRIES:
-        raise _not_gaussian(
-            name, f"its {len(flat)} entries follow {len(slope)} others, too many for a covariance"
-        )
-    jacobian = _jacobian(mean, [leaves[key] for key in used])
-    if not _affine(
-        flat, [jacobian @ noise for noise in noises], actual, jacobian.square().sum(1).sqrt()
-    ):
-        raise _not_gaussian(name, "it is no linear function of other draws")
-    return drawn.moments(mean, support, jacobian)
+    if len(index) != len(centre):
+        return None
+    std = slope[index].abs()
+    predicted = [slope[index] * noise[index] for noise in noises]
+    return std if _affine(centre, predicted, actual, std) else None
 
 
 def _affine(centre: Tensor, predicted: list[Tensor], actual: list[Tensor], spread: Tensor) -> bool:
-    """Whether centre + predicted is the actual value, to a part of the spread and to rounding."""
+    """Whether centre + predicted is the actual value, up to rounding and a part of the spread."""
     slack = _SLACK * spread + 16 * torch.finfo(centre.dtype).eps * (1 + centre.abs())
     return bool(
         torch.stack(
@@ -355,7 +222,9 @@ def _affine(centre: Tensor, predicted: list[Tensor], actual: list[Tensor], sprea
 
 
 def _jacobian(value: Tensor, leaves: list[Tensor]) -> Tensor:
-    """(entries of `value`, entries of `leaves`), by as many passes as the smaller of the two."""
+    """The Jacobian of `value`, (entries of `value`, entries of `leaves`), by as many passes as the
+    smaller of the two numbers.
+    """
     size = sum(leaf.numel() for leaf in leaves)
 
     def flat(grads: Any) -> Tensor:
@@ -377,22 +246,6 @@ def _jacobian(value: Tensor, leaves: list[Tensor]) -> Tensor:
         for product in products
     ]
     return torch.stack(columns, 1).detach()
-
-
-def _joint(mean: Tensor, var: Tensor, factor: Tensor) -> Dense | LowRank | None:
-    """The structure of diag(var) + factor factorᵀ; None for one entry, or independent ones."""
-    size = len(mean)
-    if size == 1:
-        return None
-    if bool((var > 0).all()) and factor.shape[1] < size:
-        return LowRank(mean.clone(), var.clone(), factor)
-    if size * size > _ENTRIES:
-        raise ModelError(
-            f"a site of {size} correlated entries takes a covariance of {size} × {size}; use a"
-            f" guide with fewer correlations, or {MEND}"
-        )
-    cov = factor @ factor.mT + var.diag()
-    return Dense(mean.clone(), cov) if bool(cov.triu(1).any()) else None
 
 
 def _not_gaussian(name: str, why: str) -> ModelError:

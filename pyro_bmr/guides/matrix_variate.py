@@ -17,6 +17,7 @@ from pyro_bmr.guides.full_rank import unit_lower
 from pyro_bmr.guides.mean_field import Latent
 from pyro_bmr.guides.site_normal import masked
 from pyro_bmr.guides.site_wise import SiteWise
+from pyro_bmr.memory import training_bytes
 
 
 class MatrixVariate(SiteWise):
@@ -47,7 +48,7 @@ class MatrixVariate(SiteWise):
             return None
         rows, columns = latent.shape[0], latent.start.numel() // latent.shape[0]
         if max(rows, columns) > self.limit:
-            gigabytes = 4 * max(rows, columns) ** 2 * latent.start.element_size() / 1e9
+            gigabytes = training_bytes(max(rows, columns) ** 2, latent.start) / 1e9
             which, most = ("rows", rows) if rows > columns else ("columns", columns)
             raise ModelError(
                 f"site '{latent.name}': a covariance over its {most} {which} takes {gigabytes:.3g}"

@@ -7,8 +7,8 @@ Owns `MeanField`. The step that uses its flat parameters directly is in `mean_fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
@@ -56,11 +56,12 @@ class Latent(NamedTuple):
 
 @isolated()
 def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Latent]:
-    """The latent sites of `program(*args, **kwargs)` in order, with start values; leaves the random
-    state as it was.
+    """The latent sites of `program(*args, **kwargs)` in order, with start values. The random state
+    does not change.
 
-    Starts: the site's `infer["init"]` where given (a lifted parameter's own value), else the
-    prior's mean for Normal sites, its median for the others (a half-Cauchy has no mean).
+    A site starts at its `infer["init"]` (the value of a lifted parameter) if it has one. Otherwise
+    Normal sites start at the mean of the prior, and others at its median, since a half-Cauchy has
+    no mean.
 
     Raises:
         ModelError: a site is discrete, has a support other than the reals, the positives or the
@@ -77,50 +78,66 @@ def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list
 
 
 def _latent(name: str, site: Any) -> Latent:
+    """The latent site of a trace."""
     fn = site["fn"]
     base = base_distribution(fn)
     mask = getattr(base, "kept", None)  # of a program under `pruning.Masked`
     base = base if mask is None else base.base_dist
     transform = SUPPORTS[support_name(name, base.support)]
-    for frame in site["cond_indep_stack"]:
-        if frame.full_size not in (None, frame.size):
-            raise ModelError(
-                f"site '{name}': it stands in the subsampled plate '{frame.name}', so each batch"
-                " has latents of its own; MeanField takes global latents only"
-            )
-    init = site["infer"].get("init")
+    frame = subsampled_plate(site["cond_indep_stack"])
+    if frame is not None:
+        raise ModelError(
+            f"site '{name}': it stands in the subsampled plate '{frame.name}', so each batch"
+            " has latents of its own; MeanField takes global latents only"
+        )
+    start = _start(site, base, transform)
+    given = site["infer"].get("init") is not None
     normal = isinstance(base, torch.distributions.Normal)
-    if init is not None:
-        start = init
-    elif normal:
+    return Latent(
+        name=name,
+        shape=start.shape,
+        event_dim=fn.event_dim,
+        transform=transform,
+        plates=tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized),
+        start=start,
+        rms=start.square().mean().sqrt() if given else start.new_zeros(()),
+        prior_scale=base.stddev.mean() if normal else start.new_ones(()),
+        prior=site["infer"].get("prior"),
+        normal=gaussian_on_the_line(base, transform) is not None,
+        mask=mask,
+    )
+
+
+def _start(site: Any, base: Any, transform: Transform | None) -> Tensor:
+    """The start value of a site on the unconstrained scale."""
+    if site["infer"].get("init") is not None:
+        start = site["infer"]["init"]
+    elif isinstance(base, torch.distributions.Normal):
         start = base.mean
     elif transform is None:
         start = torch.zeros_like(site["value"])
     else:
         start = transform.inv(_median(base))
-    start = start.detach().expand(site["value"].shape).clone()
-    plates = tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized)
-    rms = start.square().mean().sqrt() if init is not None else start.new_zeros(())
-    prior_scale = base.stddev.mean() if normal else start.new_ones(())
-    closed = gaussian_on_the_line(base, transform) is not None
-    return Latent(
-        name,
-        start.shape,
-        fn.event_dim,
-        transform,
-        plates,
-        start,
-        rms,
-        prior_scale,
-        site["infer"].get("prior"),
-        closed,
-        mask,
-    )
+    return start.detach().expand(site["value"].shape).clone()
+
+
+def subsampled_plate(frames: Any) -> Any:
+    """The first plate that takes a part of its rows at each call; None if there is none."""
+    return next((f for f in frames if f.full_size not in (None, f.size)), None)
+
+
+@contextmanager
+def in_plates(latent: Latent) -> Iterator[None]:
+    """The plates around a latent site, opened."""
+    with ExitStack() as stack:
+        for frame in latent.plates:
+            stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+        yield
 
 
 def gaussian_on_the_line(prior: Any, transform: Transform | None) -> Any:
-    """The Normal that `prior` is on the unconstrained scale (itself, or the base of a log-normal),
-    if it is one.
+    """The Normal that `prior` is on the unconstrained scale (itself, or the base of a log-normal);
+    None if it is none.
     """
     if (
         transform is not None
@@ -132,8 +149,8 @@ def gaussian_on_the_line(prior: Any, transform: Transform | None) -> Any:
 
 
 def start_scale(latent: Latent, init_scale: float) -> Tensor:
-    """The standard deviation at the start: `init_scale` times the size of the start values that the
-    program gave, else a tenth of the prior's scale; 0-d.
+    """The standard deviation at the start, 0-d: `init_scale` times the root mean square of the
+    start values that the program gave, or, without such values, a tenth of the prior's scale.
     """
     return init_scale * latent.rms if latent.rms > 0 else 0.1 * latent.prior_scale
 
@@ -162,7 +179,7 @@ def support_name(name: str, support: Any) -> str:
     if support not in known:
         raise ModelError(
             f"site '{name}': its support {support} is not the reals, the positives or the unit"
-            " interval, where a Gaussian posterior can be had (on the log and logit scale); use"
+            " interval, which can have a Gaussian posterior (on the log and logit scale); use"
             " one of Pyro's autoguides, or reparametrise the site"
         )
     return known[support]
@@ -173,12 +190,12 @@ def _median(base: Any) -> Tensor:
         return base.icdf(torch.full_like(base.sample(), 0.5))
     except NotImplementedError:
         entries = base.batch_shape.numel() * base.event_shape.numel()
-        # of a large site fewer draws, for the memory
+        # fewer draws of a large site, to save memory
         return base.sample((min(1001, 1 + 10_000_000 // entries),)).median(0).values
 
 
 def site_table(latents: Sequence[Latent], parts: Sequence[tuple[str, int]]) -> pd.DataFrame:
-    """The table of a guide: `parts` has the structure and the number of parameters of each site."""
+    """The table of a guide. `parts`: the structure and the number of parameters of each site."""
     import pandas as pd
 
     rows = [
@@ -206,15 +223,14 @@ class MeanField(nn.Module):
         program: any Pyro program with global continuous latents.
         args, kwargs: one batch, to find the sites.
         init_scale: the standard deviations at the start, relative to the root mean square of the
-            start values that the program gives (a network's own weights); sites without such values
-            start at a tenth of the prior's scale. Small, so that a network first learns as a plain
-            one would.
+            start values that the program gives (the weights of a network). Sites without such
+            values start at a tenth of the prior's scale. It is small, so that a network first
+            learns as a plain one would.
         estimator: where noise is drawn in a step. ``"weight"``: once for all rows of a batch.
-            ``"local"``, ``"flipout"``: for each row, in the linear maps and convolutions that
-            weights are used in (`row_noise.RowNoise`). ``"antithetic"``: once for all rows, used
-            twice in each step of `fit`, with either sign. All but the first lower the variance of
-            the gradient; the bound is the same. What each costs and when it pays is in
-            docs/choose_a_guide.md.
+            ``"local"``, ``"flipout"``: for each row, in the linear maps and convolutions that use
+            the weights (`row_noise.RowNoise`). ``"antithetic"``: once for all rows, and used twice
+            in each step of `fit`, with either sign. All but the first lower the variance of the
+            gradient; the bound is the same. docs/choose_a_guide.md has the cost of each.
 
     Raises:
         ModelError: as `latent_sites`.
@@ -240,7 +256,7 @@ class MeanField(nn.Module):
             )
         )
         locs = self.views(self.loc.detach())
-        # no second copy of the start values is kept
+        # the start values are views of `loc`, not a second copy
         self.latents = [latent._replace(start=locs[latent.name]) for latent in self.latents]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
@@ -251,8 +267,8 @@ class MeanField(nn.Module):
         }
 
     def conditionals(self) -> Callable[[str, Mapping[str, Tensor], Tensor | None], Independent]:
-        """The function (name, values, mask) → Gaussian of a site, with the entries that `mask`
-        leaves; on views of the flat vectors that are made once.
+        """The function (name, values, mask) → Gaussian of a site with the entries that `mask`
+        keeps. The views of the flat vectors are made once.
         """
         locs, log_scales = self.views(self.loc), self.views(self.log_scale)
         return lambda name, values, mask: Independent.of(locs[name], log_scales[name], mask)
@@ -271,8 +287,6 @@ class MeanField(nn.Module):
             fn = dist.Normal(locs[latent.name], scales[latent.name])
             if latent.transform is not None:
                 fn = dist.TransformedDistribution(fn, [latent.transform])
-            with ExitStack() as stack:
-                for frame in latent.plates:
-                    stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+            with in_plates(latent):
                 values[latent.name] = pyro.sample(latent.name, fn.to_event(latent.event_dim))
         return values

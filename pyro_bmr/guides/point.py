@@ -1,12 +1,11 @@
-"""The point guide: a maximum-a-posteriori estimate of every latent site, as the route "point".
+"""The point guide: a maximum-a-posteriori estimate of every latent site.
 
-Owns `Point`.
+Owns `Point`. Next: `site_wise.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -14,14 +13,15 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.guides.mean_field import latent_sites
+from pyro_bmr.guides.mean_field import in_plates, latent_sites
 
 
 class Point(nn.Module):
-    r"""q(θ) = δ(θ − θ̂), so that SVI maximises log p(y, θ). θ̂ lives on the unconstrained scale;
-    the density is that of the constrained value.
+    r"""q(θ) = δ(θ − θ̂), so that SVI maximises log p(y, θ). θ̂ is on the unconstrained scale; the
+    density is that of the constrained value.
 
-    Same arguments and start values as `MeanField`; the only parameter is the flat vector `loc`.
+    Arguments and start values are those of `MeanField`; the only parameter is the flat vector
+    `loc`.
     """
 
     def __init__(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -37,9 +37,7 @@ class Point(nn.Module):
             value = part.view(latent.shape)
             if latent.transform is not None:
                 value = latent.transform(value)
-            with ExitStack() as stack:
-                for frame in latent.plates:
-                    stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+            with in_plates(latent):
                 values[latent.name] = pyro.sample(
                     latent.name, dist.Delta(value, event_dim=latent.event_dim)
                 )

@@ -1,14 +1,13 @@
-r"""Noise drawn for each row of a batch instead of once for all: local reparametrisation and
-flipout, for any program that uses weights in linear maps.
+r"""Noise drawn for each row of a batch instead of once for all: a drawn weight that knows its mean
+and standard deviation.
 
-Owns `RowNoise`, a drawn weight that knows its mean and standard deviation. Products with scales
-keep that knowledge; a linear map of the batch uses it, so that each row of the output has the
-distribution that it has under a weight of its own; everything else sees an ordinary draw. Next:
-`mean_field.py`.
+Owns `RowNoise` and its products with scales, which keep that knowledge. Linear maps of a batch use
+it (`row_maps.py`), so that each row of the output has the distribution that it has under a weight
+of its own. Any other operation sees an ordinary draw. `check_estimator` names where noise is drawn.
+Next: `row_maps.py`.
 
-Each row's outputs have exactly the distribution they have when the weight itself is drawn; only
-rows of one batch become independent of each other, which the expectation of a sum over rows does
-not see, while its gradient's variance falls. That needs the first dimension of a map's input to be
+The rows of one batch become independent of each other. The expectation of a sum over rows does not
+depend on that, but the variance of its gradient falls. The first dimension of a map's input must be
 the batch.
 """
 
@@ -18,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError, described
@@ -27,11 +25,11 @@ PER_STEP, PER_ROW = ("weight", "antithetic"), ("local", "flipout")
 
 
 def check_estimator(estimator: str, *others: str) -> str:
-    """`estimator`, if it draws noise per row or is one of the `others`."""
+    """`estimator`, if it draws noise per row or is one of the `others`; else a ModelError."""
     if not isinstance(estimator, str) or estimator not in (*others, *PER_ROW):
         raise ModelError(
-            f"estimator={described(estimator)}: one of {', '.join(map(repr, (*others, *PER_ROW)))}"
-            " is wanted"
+            f"estimator={described(estimator)}: expected one of"
+            f" {', '.join(map(repr, (*others, *PER_ROW)))}"
         )
     return estimator
 
@@ -40,14 +38,13 @@ class RowNoise(Tensor):
     r"""A weight W = M + S ∘ E, E of independent standard normals, whose noise is drawn where it is
     used.
 
-    - ``"local"`` (Kingma, Salimans & Welling 2015, arXiv 1506.02557), for x of shape (rows, in)
-      alone, where each output depends on noise of its own: Wx + b ~ N(Mx + m_b, S²x² + s_b²), one
-      normal per row and output. Where a row uses a weight at several places (convolutions, tokens),
-      outputs of one row share noise, and flipout is used instead.
+    - ``"local"`` (Kingma, Salimans & Welling 2015, arXiv 1506.02557): Wx + b ~ N(Mx + m_b, S²x² +
+      s_b²), one normal per row and output, for x of shape (rows, in). If a row uses a weight at
+      several places (convolutions, tokens), its outputs share noise, so flipout is used instead.
     - ``"flipout"`` (Wen et al. 2018, arXiv 1803.04386): row n has the weight M + (S ∘ E) ∘ rₙsₙᵀ
       with random signs r, s; E is drawn once.
 
-    A use that is neither gets one ordinary draw for all rows.
+    Any other use gets one ordinary draw for all rows.
     """
 
     q_mean: Tensor  # M and S before the factor
@@ -111,7 +108,7 @@ class RowNoise(Tensor):
         ):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        rule = _RULES.get(func)
+        rule = RULES.get(func)
         result = NotImplemented if rule is None else rule(func, *args, **kwargs)
         if result is NotImplemented:
             result = func(
@@ -129,12 +126,13 @@ def _ordinary(value: Any) -> Any:
     """One draw for all rows in the place of a `RowNoise`, also inside lists and tuples."""
     if isinstance(value, RowNoise):
         if value.root.row_uses:
-            raise _used_twice(value)
+            raise used_twice(value)
         return value.draw()
     return type(value)(_ordinary(v) for v in value) if type(value) in (list, tuple) else value
 
 
-def _used_twice(weight: RowNoise) -> ModelError:
+def used_twice(weight: RowNoise) -> ModelError:
+    """The error of a weight that is used more often than its estimator allows."""
     others = (
         'estimator="weight"'
         if weight.estimator == "flipout"
@@ -147,8 +145,15 @@ def _used_twice(weight: RowNoise) -> ModelError:
     )
 
 
+def count_use(weight: RowNoise) -> None:
+    """Counts a use of `weight` in a linear map, or raises a ModelError if it may have no more."""
+    weight.root.row_uses += 1
+    if weight.estimator == "local" and weight.root.row_uses > 1:
+        raise used_twice(weight)
+
+
 def _scaled(func: Any, a: Any, b: Any) -> Any:
-    """A product or quotient with a scale that is not itself uncertain in this way."""
+    """A product or quotient with a scale that has no noise per row."""
     weight, scale = (a, b) if isinstance(a, RowNoise) else (b, a)
     if isinstance(scale, RowNoise) or (func in _QUOTIENTS and a is not weight):
         return NotImplemented
@@ -167,136 +172,13 @@ def _scaled(func: Any, a: Any, b: Any) -> Any:
 
 
 def _transposed(func: Any, weight: RowNoise, *args: Any) -> Any:
+    """A weight with its dimensions moved or added by `func`."""
     return weight.derived(
         func(weight.q_mean, *args),
         func(weight.q_std, *args),
         weight.factor,
         lambda noise: func(noise, *args),
     )
-
-
-def _linear(func: Any, x: Tensor, weight: Any, bias: Any = None) -> Any:
-    """Wx + b for x of shape (rows, …, in)."""
-    if isinstance(x, RowNoise) or x.ndim < 2 or not _splits_by_rows(x, weight, bias):
-        return NotImplemented
-    x = weight.times_factor(x) if isinstance(weight, RowNoise) else x
-    local = isinstance(weight, RowNoise) and weight.estimator == "local" and x.ndim == 2
-    if local and not isinstance(bias, RowNoise):
-        out = F.linear(x, weight.q_mean, bias)
-        return out + _noise_of(weight, F.linear(x.square(), weight.q_std.square()))
-    if local:
-        _count_use(bias)
-        out = F.linear(x, weight.q_mean, bias.times_factor(bias.q_mean))
-        return out + _noise_of(
-            weight,
-            F.linear(x.square(), weight.q_std.square(), bias.times_factor(bias.q_std).square()),
-        )
-    out = F.linear(x, weight.q_mean if isinstance(weight, RowNoise) else weight)
-    if isinstance(weight, RowNoise):
-        s, r = _signs(weight, weight.shape[1], weight.shape[0], (1,) * (x.ndim - 2))
-        out = out + r * F.linear(x * s, weight.q_std * weight.noise())
-    return out if bias is None else out + _row_bias(bias, (1,) * (x.ndim - 2), last=True)
-
-
-def _matmul(func: Any, x: Any, weight: Any) -> Any:
-    """x W for x of shape (rows, in), W of shape (in,) or (in, out)."""
-    if (
-        not isinstance(weight, RowNoise)
-        or isinstance(x, RowNoise)
-        or x.ndim != 2
-        or weight.ndim > 2
-    ):
-        return NotImplemented
-    out = _linear(func, x, weight.mT if weight.ndim == 2 else weight.unsqueeze(0))
-    return out if out is NotImplemented or weight.ndim == 2 else out[:, 0]
-
-
-def _convolution(
-    func: Any,
-    x: Tensor,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    """A convolution of x of shape (rows, channels, …), always by flipout: the places of one output
-    map share their weights.
-    """
-    if isinstance(x, RowNoise) or x.ndim != weight.ndim or not _splits_by_rows(x, weight, bias):
-        return NotImplemented
-    places = (1,) * (x.ndim - 2)
-    x = weight.times_factor(x) if isinstance(weight, RowNoise) else x
-    out = func(
-        x,
-        weight.q_mean if isinstance(weight, RowNoise) else weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
-    if isinstance(weight, RowNoise):
-        s, r = (t.view(*t.shape, *places) for t in _signs(weight, x.shape[1], weight.shape[0], ()))
-        out = out + r * func(
-            x * s, weight.q_std * weight.noise(), None, stride, padding, dilation, groups
-        )
-    return out if bias is None else out + _row_bias(bias, places, last=False)
-
-
-def _splits_by_rows(x: Tensor, weight: Any, bias: Any) -> bool:
-    uncertain = [w for w in (weight, bias) if isinstance(w, RowNoise)]
-    return (
-        bool(uncertain)
-        and x.shape[0] == uncertain[0].rows
-        and all(w.root.own_noise is None or w.root.row_uses for w in uncertain)
-    )
-
-
-def _noise_of(weight: RowNoise, var: Tensor) -> Tensor:
-    _count_use(weight)
-    # the clamp: without it the gradient is infinite at an output whose weights are all pruned
-    return var.clamp_min(1e-24).sqrt() * torch.randn_like(var)
-
-
-def _count_use(weight: RowNoise) -> None:
-    weight.root.row_uses += 1
-    if weight.estimator == "local" and weight.root.row_uses > 1:
-        raise _used_twice(weight)
-
-
-def _signs(
-    weight: RowNoise, inputs: int, outputs: int, places: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """sₙ of shape (rows, …, inputs) and rₙ of (rows, …, outputs): the same at every use of a
-    weight, so that a row has one weight throughout.
-    """
-    _count_use(weight)
-    root, like = weight.root, weight.q_mean
-    if not root.row_draws:
-        root.row_draws = tuple(
-            torch.randint(2, (weight.rows, n), device=like.device).to(like.dtype).mul_(2).sub_(1)
-            for n in (inputs, outputs)
-        )
-    elif [t.shape[1] for t in root.row_draws] != [inputs, outputs]:
-        raise _used_twice(weight)
-    s, r = root.row_draws
-    return s.view(weight.rows, *places, inputs), r.view(weight.rows, *places, outputs)
-
-
-def _row_bias(bias: Any, places: tuple[int, ...], last: bool) -> Tensor:
-    """b, one per row and output, the same at every use."""
-    if not isinstance(bias, RowNoise):
-        return bias if last else bias.view(-1, *places)
-    _count_use(bias)
-    root = bias.root
-    if not root.row_draws:
-        root.row_draws = (
-            torch.randn(bias.rows, len(bias), dtype=bias.q_mean.dtype, device=bias.q_mean.device),
-        )
-    value = bias.times_factor(bias.q_mean + bias.q_std * root.row_draws[0])
-    return value.view(bias.rows, *places, -1) if last else value.view(bias.rows, -1, *places)
 
 
 _QUOTIENTS = {torch.div, Tensor.div, Tensor.__truediv__, Tensor.__rtruediv__}
@@ -325,7 +207,8 @@ _METADATA = {
     torch.is_floating_point,
     torch.is_complex,
 }
-_RULES: dict[Any, Callable[..., Any]] = {
+# torch function → what it gives for a `RowNoise`; NotImplemented if it needs an ordinary draw
+RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, *_QUOTIENTS), _scaled),
     **dict.fromkeys(
         (torch.t, Tensor.t, torch.transpose, Tensor.transpose, torch.unsqueeze, Tensor.unsqueeze),
@@ -335,7 +218,4 @@ _RULES: dict[Any, Callable[..., Any]] = {
         getattr(Tensor, name).__get__: lambda func, weight, *_: _transposed(func, weight)
         for name in ("T", "mT")
     },
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
-    F.linear: _linear,
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
 }

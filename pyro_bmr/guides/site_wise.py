@@ -1,15 +1,14 @@
-"""What the guides with a Gaussian of their own per site share: sites, start values, draws, moments,
-and which KL is in closed form.
+"""The abstract guide with one Gaussian per site: sites, start values, draws, moments, and which KL
+has a closed form.
 
-Owns `SiteWise`, the abstract guide. A guide of this kind says only what the Gaussian of a site is
-(`site`); see `full_rank.py`, `low_rank_plus_diagonal.py`, `matrix_variate.py`, `scale_coupled.py`.
-Next: `full_rank.py`.
+Owns `SiteWise`. A guide derived from it only gives the Gaussian of a site (`site`); see
+`full_rank.py`, `low_rank_plus_diagonal.py`, `matrix_variate.py`, `scale_coupled.py`. Next:
+`full_rank.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError, described
-from pyro_bmr.guides.mean_field import Latent, latent_sites, site_table, start_scale
+from pyro_bmr.guides.mean_field import Latent, in_plates, latent_sites, site_table, start_scale
 from pyro_bmr.guides.row_noise import check_estimator
 from pyro_bmr.guides.site_normal import Independent, SiteNormal, log_density
 
@@ -32,7 +31,7 @@ class SiteWise(nn.Module):
     r"""q(θ) = ∏ₛ N(zₛ; μₛ, Σₛ) over sites s, zₛ on the unconstrained scale; a site's Gaussian may
     depend on the values of sites before it.
 
-    Abstract: a guide gives `site(latent, scale)`, the module that holds a site's parameters.
+    It is abstract: a derived guide has `site(latent, scale)`, the module with a site's parameters.
 
     Args:
         program: any Pyro program with global continuous latents.
@@ -40,8 +39,8 @@ class SiteWise(nn.Module):
         sites: shell-style patterns of the names of the sites that get the structure; all others are
             independent Normals, as in `MeanField`.
         init_scale: as in `MeanField`.
-        estimator: as in `MeanField`, but for "antithetic", for the sites whose entries are
-            independent.
+        estimator: as in `MeanField`, without "antithetic"; it applies to the sites whose entries
+            are independent.
 
     Raises:
         ModelError: as `latent_sites`; a pattern matches no site; a site is too large for the
@@ -81,8 +80,9 @@ class SiteWise(nn.Module):
         )
 
     def site(self, latent: Latent, scale: Tensor) -> nn.Module | None:
-        """The parameters of one site, called as `module(values, mask)` → `SiteNormal`; None for
-        independent entries. `scale`: the deviations at the start.
+        """The module with the parameters of one site, called as `module(values, mask)` →
+        `SiteNormal`; None if its entries are independent. `scale`: the standard deviations at the
+        start.
         """
         raise NotImplementedError
 
@@ -90,15 +90,13 @@ class SiteWise(nn.Module):
         self, name: str, values: Mapping[str, Tensor], mask: Tensor | None
     ) -> SiteNormal:
         """The Gaussian of a site given the (constrained) values of the sites before it, with the
-        entries that `mask` leaves.
+        entries that `mask` keeps.
         """
         return self.parts[_key(name)](values, mask)
 
     @torch.no_grad()
     def at_point(self, masks: Mapping[str, Tensor]) -> dict[str, SiteNormal]:
-        """Site → its Gaussian; one that depends on the values of other sites is given at their
-        point (their medians).
-        """
+        """Site → its Gaussian, given the medians of other sites if it depends on their values."""
         gaussians: dict[str, SiteNormal] = {}
         values: dict[str, Tensor] = {}
         for latent in self.latents:
@@ -125,9 +123,7 @@ class SiteWise(nn.Module):
             )
             if latent.event_dim:
                 log_jacobian = log_jacobian.flatten(-latent.event_dim).sum(-1)
-            with ExitStack() as stack:
-                for frame in latent.plates:
-                    stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+            with in_plates(latent):
                 values[latent.name] = pyro.sample(
                     latent.name, dist.Delta(value, log_jacobian, event_dim=latent.event_dim)
                 )
@@ -161,8 +157,8 @@ class IndependentSite(nn.Module):
 
 
 class Drawn(dist.Delta):
-    """A draw of a `SiteNormal` with its log density, as a distribution: `conditional(mask)` at a
-    given noise.
+    """A draw of the `SiteNormal` `conditional(mask)` at a given noise, as a distribution with its
+    log density.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""The sites of a guide held against those of its program: the same names, the same shapes, and
-nothing observed in the guide.
+"""Checks that a guide has the latent sites of its program, with the same names and shapes, and
+observes nothing.
 
-Owns `check_guide` and `guide_shapes`. Pyro draws a site that a guide lacks from its prior, and
-broadcasts one of another shape. Next: `posteriors/site.py`.
+Owns `check_guide` and `guide_shapes`. Pyro itself draws a site that is not in the guide from its
+prior, and broadcasts a site of another shape. Next: `posteriors/site.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MEND = "make the guide from this program and its rows"
 
 
 def check_guide(guide: Mapping[str, torch.Size], program: Mapping[str, torch.Size]) -> None:
-    """Raises ModelError unless both have the latent sites of the same names and shapes."""
+    """Raises ModelError unless guide and program have latent sites of the same names and shapes."""
     if missing := [name for name in program if name not in guide]:
         raise ModelError(
             f"site '{missing[0]}' of the program is not in the guide, whose sites are:"
@@ -38,10 +38,10 @@ def check_guide(guide: Mapping[str, torch.Size], program: Mapping[str, torch.Siz
 
 
 def guide_shapes(trace: Any) -> dict[str, torch.Size]:
-    """Site → the shape of its value, of the sites that stand for latent sites of a program.
+    """Site → the shape of its value, for the sites of a guide that are no auxiliary ones.
 
     Raises:
-        ModelError: the guide observes something, which its density would not count.
+        ModelError: the guide observes something, which its density would leave out.
     """
     for name, site in trace.nodes.items():
         if (

@@ -23,7 +23,7 @@ from torch import Tensor
 from pyro_bmr.errors import ModelError, described
 from pyro_bmr.formulas.gaussian import Diagonal, Message
 from pyro_bmr.guides.autoguides import autoguide_moments
-from pyro_bmr.guides.marginals import check_plates
+from pyro_bmr.guides.gaussian_draws import check_plates
 from pyro_bmr.guides.mean_field import SUPPORTS, Latent, MeanField, base_distribution, support_name
 from pyro_bmr.guides.scale_coupled import CoupledSite
 from pyro_bmr.guides.site_wise import SiteWise
