@@ -62,7 +62,7 @@ def main() -> None:
         )
         seconds = {
             "state": Seconds(FitState, "state"),
-            "save": Seconds(checkpoints.Journal, "save"),
+            "save": Seconds(checkpoints.CheckpointWriter, "save"),
         }
         with tempfile.TemporaryDirectory() as name:
             bmr.fit(

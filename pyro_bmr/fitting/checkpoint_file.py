@@ -21,7 +21,12 @@ from torch import Tensor
 from pyro_bmr.errors import FitError
 from pyro_bmr.files import reading, write_atomically
 
-_FORMAT = "pyro_bmr checkpoint 1"
+_KIND, _VERSION = "pyro_bmr checkpoint", 2
+_FORMAT = f"{_KIND} {_VERSION}"
+
+
+class OtherFormat(FitError):
+    """A checkpoint that another version of the library has written, in a format of its own."""
 
 
 def write(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -42,13 +47,15 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         FitError: it is damaged, or no checkpoint.
+        OtherFormat: another version of the library has written it.
     """
-    with reading(f"'{path}' is damaged, or no checkpoint", FitError, "remove it"):
-        opened: Any = safe_open(path, framework="pt")
-        with opened as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
+    damage = f"'{path}' is damaged, or no checkpoint", FitError, "remove it"
+    opened: Any = partial(safe_open, path, framework="pt")
+    with reading(*damage), opened() as file:
+        metadata = file.metadata() or {}
+    _check_format(path, metadata.get("format", ""))
+    with reading(*damage):
+        with opened() as file:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         texts = metadata["settings"], metadata["state"]
         if digest(tensors, *texts) != metadata["sha256"]:
@@ -57,6 +64,23 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if not (isinstance(settings, dict) and isinstance(state, dict)):
             raise ValueError("settings or state are no objects")
     return settings, state
+
+
+def _check_format(path: Path, found: str) -> None:
+    """Raises FitError unless a file says that it is a checkpoint; OtherFormat if it is one of
+    another format.
+    """
+    if found == _FORMAT:
+        return
+    if not found.startswith(_KIND):
+        raise FitError(
+            f"'{path}' is no checkpoint: expected {_FORMAT!r} in it, got {found!r}; remove it"
+        )
+    raise OtherFormat(
+        f"'{path}': expected a checkpoint of format {_VERSION}, got format"
+        f" {found.removeprefix(_KIND).strip()}, which another version of pyro_bmr has written;"
+        " finish the fit with that version, or begin it in another folder"
+    )
 
 
 def digest(tensors: Mapping[str, Tensor], *texts: str) -> str:

@@ -25,11 +25,13 @@ from pyro_bmr.checks import check_rows
 from pyro_bmr.data.data_set import validation_split
 from pyro_bmr.errors import FitError, described, warn
 from pyro_bmr.fitting.arguments import Program, check_arguments, like_program, rows_of
-from pyro_bmr.fitting.checkpoints import Checkpoints, Journal, differences, fit_settings
+from pyro_bmr.fitting.checkpoints import Checkpoints, CheckpointWriter
 from pyro_bmr.fitting.natural_gradient import NaturalGradient
 from pyro_bmr.fitting.processes import Processes
+from pyro_bmr.fitting.progress import Progress
 from pyro_bmr.fitting.run import FitState
-from pyro_bmr.fitting.snapshot import restore, snapshot
+from pyro_bmr.fitting.settings import differences
+from pyro_bmr.fitting.snapshot import fit_settings, restore, snapshot
 from pyro_bmr.guides import MeanField
 from pyro_bmr.isolation import give_way, isolated, plain, seed_generator
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
@@ -198,7 +200,7 @@ def fit(
                 f"{name}: {kind.__name__}(...) or None is wanted, got {described(value)}"
             )
     check_rows(x, y)
-    journal = Journal(checkpoint, writes=Processes().rank == 0)
+    writer = CheckpointWriter(checkpoint, writes=Processes().rank == 0)
     x, y = (like_program(program, t) for t in (x, y))
     (x, y), held_out = validation_split(x, y, validation, seed, shuffle)
     if held_out is not None:
@@ -250,15 +252,7 @@ def fit(
         if reduce:
             # raises now what would stop the fit at its first reduction
             reduce.reduce(run.posterior(), 0.0)
-        rows, step, delta_f, reduction_seconds, likelihood_sum, kl_sum, taken = (
-            [],
-            0,
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-            0,
-        )
+        state = Progress()
         if checkpoint is not None or processes.size > 1:
             tensors = {"x": x, "y": y} | (
                 {}
@@ -279,105 +273,76 @@ def fit(
             processes.check_arguments(
                 {k: v for k, v in settings.items() if k != "environment"}, differences, x.device
             )
-            saved = journal.latest(settings)
+            saved = writer.latest(settings)
             if saved is not None:
-                with journal.restoring():
+                with writer.restoring():
                     restore(run, saved["run"], optimizer_, scheduler_)
-                    (
-                        rows,
-                        step,
-                        delta_f,
-                        reduction_seconds,
-                        likelihood_sum,
-                        kl_sum,
-                        taken,
-                        seconds,
-                    ) = saved["loop"]
-                    clock -= seconds
+                    state = Progress(**saved["progress"])
+                    clock -= state.seconds
             found = (
                 "found another checkpoint than process 0; the folder must be one that all"
                 " processes see"
             )
-            processes.check_equal({"step": torch.tensor([step])}, x.device, found)
-        # the last step of an epoch is saved before the row of the epoch is there
-        first = max(step - 1, 0) // per_epoch + 1
+            processes.check_equal({"step": torch.tensor([state.step])}, x.device, found)
         with (
             tqdm(
                 total=total,
-                initial=step,
+                initial=state.step,
                 disable=not progress or processes.rank > 0,
                 unit="step",
                 leave=False,
             ) as bar,
-            journal.interrupts(),
+            writer.interrupts(),
         ):
-            for epoch in range(first, epochs + 1):
-                done = step - (epoch - 1) * per_epoch
-                if not done:
-                    likelihood_sum, kl_sum, taken = 0.0, 0.0, 0
-                for batch in run.batches(seed, epoch, done):
-                    step += 1
+            for epoch in range(state.epoch(per_epoch), epochs + 1):
+                for batch in run.batches(seed, epoch, state.begin(epoch, per_epoch)):
+                    state.step += 1
+                    step = state.step
                     seed_generator(x.device, processes.seed(seed) * 1_000_003 + step)
-                    run.interrupted = journal.interrupted
+                    run.interrupted = writer.interrupted
                     try:
                         terms = run.take_step(optimizer_, batch, step)
                     except FitError as error:
-                        raise FitError(f"{error}{journal.last_good()}") from None
+                        raise FitError(f"{error}{writer.last_good()}") from None
                     if scheduler_:
                         scheduler_.step()
-                    if terms is not None:
-                        likelihood_sum, kl_sum, taken = (
-                            likelihood_sum + terms[0],
-                            kl_sum + terms[1],
-                            taken + 1,
-                        )
+                    state.add(terms)
                     if step in due or step % per_epoch == 0:
                         began = time.perf_counter()
                         if step >= warm_up:
                             run.update_scales()
                         if reduce and step in due:
-                            delta_f += run.prune(reduce, step / total, optimizer_)
+                            state.delta_f += run.prune(reduce, step / total, optimizer_)
                         run.agree(step)
-                        reduction_seconds += time.perf_counter() - began
-                    stopping = run.interrupted if processes.size > 1 else journal.interrupted
-                    if journal.due(step, step == total or stopping) and run.is_finite():
-                        seconds = time.perf_counter() - clock
-                        loop = (
-                            rows,
-                            step,
-                            delta_f,
-                            reduction_seconds,
-                            likelihood_sum,
-                            kl_sum,
-                            taken,
-                            seconds,
-                        )
-                        journal.save(
-                            step, {"run": snapshot(run, optimizer_, scheduler_), "loop": loop}
-                        )
+                        state.reduction_seconds += time.perf_counter() - began
+                    stopping = run.interrupted if processes.size > 1 else writer.interrupted
+                    if writer.due(step, step == total or stopping) and run.is_finite():
+                        state.seconds = time.perf_counter() - clock
+                        saved = {
+                            "run": snapshot(run, optimizer_, scheduler_),
+                            "progress": vars(state),
+                        }
+                        writer.save(step, saved)
                     if stopping:
-                        journal.stop(step)
+                        writer.stop(step)
                     bar.update()
                     give_way()
-                likelihood, kl = (
-                    terms_sum / taken if taken else math.nan
-                    for terms_sum in (likelihood_sum, kl_sum)
-                )
+                likelihood, kl = state.means()
                 row = {
                     "epoch": epoch,
-                    "step": step,
+                    "step": state.step,
                     "skipped": run.faults.skipped,
                     "expected_log_likelihood": likelihood,
                     "kl": kl,
                     "elbo": likelihood / temperature - kl,
                     "kept": run.kept(),
-                    "delta_f": delta_f,
+                    "delta_f": state.delta_f,
                     "learning_rate": optimizer_.param_groups[0]["lr"],
                 }
                 if held_out is not None:
                     prediction = predict(run.program, run.posterior(), held_out[0], draws=0)
                     row["validation_nll"] = -float(prediction.log_prob(held_out[1]).mean())
-                rows.append(row)
+                state.history.append(row)
                 bar.set_postfix(ell=f"{likelihood:.4g}", kl=f"{kl:.4g}", kept=f"{row['kept']:.3g}")
         del optimizer_, scheduler_
         posterior = run.finish()
@@ -393,9 +358,9 @@ def fit(
         run.guide,
         run.masks,
         run.empirical.scales,
-        pd.DataFrame(rows),
+        pd.DataFrame(state.history),
         time.perf_counter() - clock,
-        reduction_seconds,
+        state.reduction_seconds,
         seed,
         temperature,
     )

@@ -1,7 +1,7 @@
 """The state of a fit: program, guide, masks and empirical scales, and what one step, reduction or
 update does to them.
 
-Owns `FitState`. Next: `snapshot.py`.
+Owns `FitState`. Next: `progress.py`.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def stopped(call, folder, monkeypatch, at, copies=()):
     """Runs `call` until its checkpoint of step `at` is there; after the steps `copies` the folder
     is copied to one named by the step beside it.
     """
-    save = checkpoints.Journal.save
+    save = checkpoints.CheckpointWriter.save
 
     def save_and_die(self, step, state):
         save(self, step, state)
@@ -55,7 +55,7 @@ def stopped(call, folder, monkeypatch, at, copies=()):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Journal, "save", save_and_die)
+        patch.setattr(checkpoints.CheckpointWriter, "save", save_and_die)
         with pytest.raises(Killed):
             call(checkpoint=bmr.Checkpoints(folder, every_steps=1 if copies else at))
 
@@ -236,12 +236,16 @@ def flip(path, where):
     path.write_bytes(raw)
 
 
+def progress_at(path):
+    return path.read_bytes().index(b"progress")
+
+
 DAMAGE = {
     "cut": lambda p: p.write_bytes(p.read_bytes()[:-7]),
     "empty": lambda p: p.write_bytes(b""),
     "a bit of a tensor": lambda p: flip(p, -1),
     "a bit of the header": lambda p: flip(p, p.read_bytes().index(b"generator") + 2),
-    "a digit of the state": lambda p: flip(p, p.read_bytes().index(b"loop") + 20),
+    "a digit of the state": lambda p: flip(p, p.read_bytes().index(b"6", progress_at(p))),
     "zeros": lambda p: p.write_bytes(bytes(len(p.read_bytes()))),
     "other safetensors": lambda p: save_file({"a": torch.ones(3)}, p),
     "a pickle": lambda p: torch.save({"a": torch.ones(3)}, p),
@@ -416,6 +420,24 @@ def test_a_state_that_is_whole_but_does_not_fit_is_refused(halfway):
         call(checkpoint=folder)
 
 
+def test_a_checkpoint_of_another_format_is_refused_and_kept(halfway):
+    folder, call, _ = halfway
+    for path in folder.iterdir():
+        with safe_open(path, framework="pt") as file:
+            metadata = {**file.metadata(), "format": "pyro_bmr checkpoint 1"}
+        save_file(load_file(path), path, metadata=metadata)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(
+        bmr.errors.FitError,
+        match=(
+            r"step-000000006\.safetensors': expected a checkpoint of format 2, got format 1, .*in"
+            r" another folder"
+        ),
+    ):
+        call(checkpoint=folder)
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
 def test_another_number_of_threads_is_a_warning(halfway):
     folder, call, _ = halfway
     torch.set_num_threads(2)
@@ -568,7 +590,7 @@ def test_a_checkpoint_holds_tensors_and_json_alone(halfway):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert (
-        metadata["format"] == "pyro_bmr checkpoint 1"
+        metadata["format"] == "pyro_bmr checkpoint 2"
         and json.loads(metadata["settings"])["epochs"] == 4
     )
     tensors = load_file(path)
@@ -580,9 +602,9 @@ def test_a_checkpoint_holds_tensors_and_json_alone(halfway):
 def test_every_so_many_seconds(tmp_path, monkeypatch):
     now = iter(range(1000))
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: next(now))
-    saves, save = [], checkpoints.Journal.save
+    saves, save = [], checkpoints.CheckpointWriter.save
     monkeypatch.setattr(
-        checkpoints.Journal,
+        checkpoints.CheckpointWriter,
         "save",
         lambda self, step, state: (saves.append(step), save(self, step, state)),
     )

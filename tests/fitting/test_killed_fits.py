@@ -93,7 +93,7 @@ def child(sender: Connection, folder: Path, name: str) -> None:
 
     for owner, method, phase in (
         (FitState, "take_step", "step"),
-        (checkpoints.Journal, "save", "save"),
+        (checkpoints.CheckpointWriter, "save", "save"),
         (FitState, "prune", "reduce"),
     ):
         telling(owner, method, phase)
