@@ -326,7 +326,7 @@ BAD_FITS = {
     "a checkpoint number": (
         lambda: fit(classifier(), (X, Y), checkpoint=3),
         bmr.errors.FitError,
-        "checkpoint: a folder",
+        "checkpoint: expected a folder or Checkpoints",
     ),
     "a NaN weight": (
         lambda: fit(lifted(lambda: Head(nn.Parameter(torch.tensor(NAN)))), (X, Y)),

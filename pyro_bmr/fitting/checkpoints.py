@@ -56,8 +56,7 @@ class Checkpoints:
             self._refuse("keep", "at least 1")
 
     def _refuse(self, name: str, expected: str) -> NoReturn:
-        got = described(getattr(self, name))
-        raise FitError(f"Checkpoints({name}={got}): expected {expected}, got {got}")
+        raise FitError(f"Checkpoints({name}={described(getattr(self, name))}): expected {expected}")
 
 
 class CheckpointWriter:
