@@ -24,7 +24,7 @@ from pyro_bmr.data.data_set import Data
 from pyro_bmr.data.named import load
 from pyro_bmr.errors import ModelError
 from pyro_bmr.experiments.models import load_model
-from pyro_bmr.exporting.formats import save_tensors
+from pyro_bmr.exporting.weights_file import save_tensors
 from pyro_bmr.files import (
     check_digests,
     digests,

@@ -1,8 +1,10 @@
-"""From a posterior to plain torch, and from a network to a folder to ship: nothing that is written
-here needs Pyro or this library to be read.
+"""From a posterior to plain torch, and from a network to a folder with all that it needs to run.
+
+No file that is written here needs Pyro or this library to be read.
 """
 
 from pyro_bmr.exporting.deployment import deploy
-from pyro_bmr.exporting.plain_network import ensemble, export, point_weights, save
+from pyro_bmr.exporting.plain_network import ensemble, export, point_weights
+from pyro_bmr.exporting.weights_file import save
 
 __all__ = ["deploy", "ensemble", "export", "point_weights", "save"]

@@ -1,6 +1,6 @@
 """What a network costs: parameters, FLOPs, and the measured latency of anything that can be called.
 
-Owns `parameters`, `flops` and `latency`. Next: `network_source.py`.
+Owns `parameters`, `flops`, `latency` and `cost_row`. Next: `loaders_source.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_bmr.errors import ModelError
+from pyro_bmr.shrinking.refusals import first_line
+
+BATCHES = (1, 128)
+
 
 def parameters(net: nn.Module) -> dict[str, int]:
-    """How many numbers the network has, and how many of them are not zero; buffers of norm layers
-    are not counted.
-    """
+    """The number of parameters, and how many of them are not zero; buffers are not counted."""
     numbers = list(net.parameters())
     return {
         "parameters": sum(p.numel() for p in numbers),
@@ -29,15 +32,15 @@ def parameters(net: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def flops(net: nn.Module, example: Tensor) -> int:
-    """Floating-point operations for one row of `example`: matrix products, those of attention too,
+    """Floating-point operations for one row of `example`: matrix products, with those of attention,
     and convolutions.
 
     A multiplication and an addition are counted as two.
     """
-    # the counter follows gradients, there are none here
+    # The counter would record gradients of parameters.
     constants = {name: t.detach() for name, t in (*net.named_parameters(), *net.named_buffers())}
     fast = torch.backends.mha.get_fastpath_enabled()
-    # attention in one step, on a CPU, is nothing that the counter knows
+    # The counter does not know attention in one step on a CPU.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -51,8 +54,9 @@ def flops(net: nn.Module, example: Tensor) -> int:
 def latency(
     run: Callable[[Tensor], Any], example: Tensor, batch: int, seconds: float = 0.3
 ) -> float:
-    """The median time of one call on `batch` rows, in milliseconds, on one thread; measured for
-    about `seconds`, at least five calls.
+    """The median time of one call on `batch` rows, in milliseconds, on one thread.
+
+    It is measured for about `seconds`, and over at least five calls.
     """
     x = example[torch.arange(batch) % len(example)]
     threads = torch.get_num_threads()
@@ -71,3 +75,36 @@ def latency(
     finally:
         torch.set_num_threads(threads)
     return 1e3 * statistics.median(times)
+
+
+def cost_row(
+    key: str,
+    file: str,
+    size: int,
+    net: nn.Module,
+    run: Callable[[Tensor], Any],
+    example: Tensor,
+    seconds: float,
+) -> dict[str, Any]:
+    """The costs of one format: of its `file` of `size` bytes, of `net`, and of a call of `run`.
+
+    Raises:
+        ModelError: `run` does not take batches of other sizes than the example's.
+    """
+    dtypes = (p.dtype for p in net.parameters() if p.is_floating_point())
+    like = example.to(next(dtypes, example.dtype)) if example.is_floating_point() else example
+    try:
+        times = {f"ms at batch {batch}": latency(run, example, batch, seconds) for batch in BATCHES}
+    except Exception as error:  # a forward may allow only its own number of rows
+        raise ModelError(
+            f"format '{key}' does not run on batches of {BATCHES} rows ({type(error).__name__}:"
+            f" {first_line(error)})"
+        ) from None
+    return {
+        "format": key,
+        "file": file,
+        "bytes": size,
+        **parameters(net),
+        "FLOPs": flops(net, like),
+        **times,
+    }

@@ -1,48 +1,42 @@
-"""A network as a folder to ship: files in several formats, a Python file that rebuilds it with
-torch alone, and a report of what it costs.
+"""A network as a folder with all that it needs to run.
 
-Owns `deploy`. The formats are in `formats.py`, the Python file in `network_source.py`, the figures
-in `costs.py`. Next: `baselines/training.py`.
+It holds files in several formats, a Python file that rebuilds the network with torch alone, and a
+report of what it costs. Owns `deploy`. The formats are in `formats.py`, the Python file in
+`network_source.py`, the costs in `costs.py`. Next: `baselines/training.py`.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils._pytree import tree_structure
 
-from pyro_bmr.errors import ModelError, PyroBMRError, PyroBMRWarning
-from pyro_bmr.exporting.costs import flops, latency, parameters
+from pyro_bmr.errors import ModelError, PyroBMRWarning, described
+from pyro_bmr.exporting.costs import cost_row
 from pyro_bmr.exporting.finite import check_network
-from pyro_bmr.exporting.formats import FORMATS, Format, save_tensors
-from pyro_bmr.exporting.network_source import loaders_source, network_source
+from pyro_bmr.exporting.formats import FORMATS
+from pyro_bmr.exporting.weights_file import save_tensors
+from pyro_bmr.exporting.written_files import (
+    loaded_module,
+    read_back,
+    write_format,
+    write_network_file,
+)
 from pyro_bmr.files import digest, replacing, write_json
 from pyro_bmr.networks.plain_module import module_copy, plain_copy
 from pyro_bmr.reduction.collapse import collapse_of
-from pyro_bmr.shrinking.graphs import trace
-from pyro_bmr.shrinking.refusals import MASKED, first_line
-from pyro_bmr.shrinking.verification import (
-    Answers,
-    answers,
-    difference,
-    disagreement,
-    inputs_like,
-    leaves,
-)
+from pyro_bmr.shrinking.verification import Answers, answers
 
 if TYPE_CHECKING:
     import pandas as pd
-
-BATCHES = (1, 128)
 
 
 @torch.no_grad()
@@ -57,28 +51,26 @@ def deploy(
     report: Mapping[str, Any] | None = None,
     seconds: float = 0.3,
 ) -> pd.DataFrame:
-    """Writes `net` to `folder` in each format, with `network.py` and `report.json`, and returns the
-    table of what each costs.
+    """Writes `net` to `folder` in each format, with `network.py` and `report.json`.
 
-    Every file is read back by its loader in `network.py` and has to give the outputs of `net` in
-    evaluation mode before any of them is put in the folder; either all files are there afterwards
-    or none is new. Files that an earlier `deploy` wrote there, such as another format or an
-    ensemble, go.
+    Before any file is put in the folder, each is read back by its loader in `network.py` and has to
+    give the outputs of `net` in evaluation mode. If one does not, the folder is left as it was.
+    Files that an earlier `deploy` wrote there are removed, such as another format or an ensemble.
 
-    `net` is left as it is, in the mode that it has. Where it cannot be written as Python of torch
-    alone, `network.py` holds the loaders without the class, which is said by a PyroBMRWarning and,
-    as `not_in_python`, in the report.
+    `net` is not changed, nor is its mode. If it cannot be written as Python that needs torch alone,
+    `network.py` holds the loaders without the class; a PyroBMRWarning says so, and `not_in_python`
+    in the report.
 
     Args:
-        net: an exported network, shrunk or not; plain torch, with one input tensor and outputs of
+        net: an exported network, shrunk or not: plain torch, with one input tensor and outputs of
             any structure.
         example: rows of the input.
         formats: of `FORMATS`: state_dict, safetensors, half, program (torch.export), onnx, prune
             (masks of torch.nn.utils.prune), csr, 2:4. safetensors is always written.
         before: the dense network, for the first row of the table.
         ensemble: name → stacked draws, from `ensemble`; written as ensemble.safetensors.
-        report: kept in report.json as it is: ΔF, kept, prior, data, seed; to its `warnings`
-            (`Reduction.warnings`) comes one of empty layers.
+        report: written unchanged to report.json: ΔF, kept, prior, data, seed. A warning of empty
+            layers is added to its `warnings` (`Reduction.warnings`).
         seconds: for each measurement of a latency.
 
     Returns:
@@ -86,102 +78,89 @@ def deploy(
             the input), and the median latency in milliseconds on one thread at batch 1 and 128.
 
     Raises:
-        ModelError: a format is not one of the list or not to be had here, or does not give the
-            outputs of `net`.
+        ModelError: a format is not in the list, is not available here, or does not give the outputs
+            of `net`.
         PyroBMRError: the folder cannot be written.
     """
     import pandas as pd
 
-    wanted = list(dict.fromkeys(["safetensors", *formats]))
-    for name in wanted:
-        if name not in FORMATS:
-            raise ModelError(f"no format '{name}'; the formats are: {', '.join(FORMATS)}")
+    keys = _checked_formats(formats)
+    trial, folder = _trial(net, example, seconds), Path(folder)
+    with replacing(folder, "report.json", "network.py", gone=_written_before(folder)) as stage:
+        costs = [] if before is None else [_dense_row(plain_copy(before), trial, stage)]
+        title, path = f"{trial.name}, pruned", stage / "network.py"
+        written, reason = write_network_file(trial.net, title, trial.rows, path)
+        for key in keys:
+            write_format(key, written, trial.rows[0].clone(), stage / FORMATS[key].file)
+        if ensemble is not None:
+            save_tensors(ensemble, stage / "ensemble.safetensors")
+        files = _file_table(stage)
+        loaders = loaded_module(path)
+        if reason:
+            vars(loaders)["Network"] = lambda: module_copy(trial.net)
+        costs += [_format_row(key, written, loaders, trial, files) for key in keys]
+        if ensemble is not None:
+            loaders.load_ensemble()
+        tensors = written.state_dict()
+        content = _report(trial, reason, report or {}, costs, files, tensors)
+        write_json(stage / "report.json", content)
+    if reason:
+        warnings.warn(
+            f"deploy: {trial.name} cannot be written as Python of torch alone ({reason});"
+            " network.py reads the other files without its class. Use the format 'program' to run"
+            " the network where its class is not installed",
+            PyroBMRWarning,
+            stacklevel=3,  # past torch.no_grad
+        )
+    return pd.DataFrame(costs)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What is deployed, `net` in plain form, and what it is tried on.
+
+    `name`: of its class. `rows`: inputs, and `outputs`: what `net` gives on them, with which the
+    files that are read back are compared. `example` and `seconds`: for latencies.
+    """
+
+    net: nn.Module
+    name: str
+    rows: list[Tensor]
+    outputs: Answers
+    example: Tensor
+    seconds: float
+
+
+def _trial(net: nn.Module, example: Any, seconds: float) -> _Trial:
     if not isinstance(example, Tensor) or example.ndim < 1 or len(example) < 1:
-        got = (
-            f"shape {tuple(example.shape)}"
-            if isinstance(example, Tensor)
-            else type(example).__name__
-        )
         raise ModelError(
-            f"deploy: example: expected rows of the network's input, as one tensor, got {got}"
+            "deploy: example: expected rows of the network's input, as one tensor, got"
+            f" {described(example)}"
         )
-    plain = plain_copy(net)
+    plain, name = plain_copy(net), type(net).__name__
     check_network(plain, "deploy")
     rows = [example[torch.arange(max(2, min(len(example), 16))) % len(example)]]
     rows.append(rows[0].repeat_interleave(2, 0)[:3])  # another number of rows
     outputs = answers(plain, rows, double=False)
     if outputs.outputs[0] is None or not outputs.outputs[0]:
         raise ModelError(
-            f"deploy: {type(net).__name__} gives no tensor on rows of the example, of shape"
+            f"deploy: {name} gives no tensor on rows of the example, of shape"
             f" {tuple(rows[0].shape)} ({outputs.error})"
         )
-    folder = Path(folder)
-    with replacing(folder, "report.json", "network.py", gone=_written_before(folder)) as inside:
-        table = (
-            []
-            if before is None
-            else [
-                _before(
-                    plain_copy(before), rows[0], example, seconds, inside / "before.safetensors"
-                )
-            ]
-        )
-        written, reason = _network_file(
-            plain, f"{type(net).__name__}, pruned", rows, inside / "network.py"
-        )
-        for key in wanted:
-            _write(key, written, rows[0].clone(), inside / FORMATS[key].file)
-        if ensemble is not None:
-            save_tensors(ensemble, inside / "ensemble.safetensors")
-        paths = sorted(p for p in inside.iterdir() if p.is_file())
-        files: dict[str, dict[str, Any]] = {
-            p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in paths
-        }
-        loaders = _module(inside / "network.py")
-        if reason:
-            vars(loaders)["Network"] = lambda: module_copy(plain)
-        for key in wanted:
-            form = FORMATS[key]
-            run = _checked(key, form, loaders, rows, outputs) if form.loader else written
-            inputs = example.half() if key == "half" and example.is_floating_point() else example
-            table.append(
-                _row(key, form.file, files[form.file]["bytes"], plain, run, inputs, seconds)
-            )
-        if ensemble is not None:
-            loaders.load_ensemble()
-        frame = pd.DataFrame(table)
-        content = {
-            "format": "pyro_bmr report 2",
-            "version": version("pyro_bmr"),
-            "network": type(net).__name__,
-            "input": {
-                "shape": list(example.shape[1:]),
-                "dtype": str(example.dtype).removeprefix("torch."),
-            },
-            **({"not_in_python": reason} if reason else {}),
-            **(report or {}),
-            "warnings": list(
-                dict.fromkeys(
-                    [*(report or {}).get("warnings", ()), *collapse_of(written.state_dict())]
-                )
-            ),
-            "costs": table,
-            "files": files,
-            "tensors": {
-                k: {"shape": list(t.shape), "nonzero": int(t.count_nonzero())}
-                for k, t in written.state_dict().items()
-            },
-        }
-        write_json(inside / "report.json", content)
-    if reason:
-        warnings.warn(
-            f"deploy: {type(net).__name__} cannot be written as Python of torch alone ({reason});"
-            " network.py reads the other files without its class, ask for the format 'program' to"
-            " run it without yours",
-            PyroBMRWarning,
-            stacklevel=3,  # past torch.no_grad
-        )
-    return frame
+    return _Trial(plain, name, rows, outputs, example, seconds)
+
+
+def _checked_formats(formats: Iterable[str]) -> list[str]:
+    """The formats to write, each once; safetensors is the first.
+
+    Raises:
+        ModelError: a format is unknown.
+    """
+    keys = list(dict.fromkeys(["safetensors", *formats]))
+    for key in keys:
+        if key not in FORMATS:
+            raise ModelError(f"no format '{key}'; the formats are: {', '.join(FORMATS)}")
+    return keys
 
 
 def _written_before(folder: Path) -> list[str]:
@@ -195,126 +174,63 @@ def _written_before(folder: Path) -> list[str]:
         return []
 
 
-def _network_file(
-    plain: nn.Module, title: str, rows: list[Tensor], path: Path
-) -> tuple[nn.Module, str]:
-    """Writes `network.py`. The network whose tensors it wants, and why it has no class of its own:
-    empty if it has, and gives the outputs of `plain`.
-    """
-    inputs = [*rows, *inputs_like(rows[0], plain)]
-    try:
-        graph = trace(module_copy(plain))
-        path.write_text(network_source(graph, title, version("pyro_bmr")), encoding="utf-8")
-        net = _module(path).with_weights(
-            {name: t.detach() for name, t in graph.state_dict().items()}
-        )
-        reason = disagreement(
-            answers(plain, inputs, double=False), answers(net, inputs, double=False)
-        )
-        if reason:
-            raise ModelError(f"written so, {reason}")
-        if tree_structure(net(rows[0].clone())) != tree_structure(plain(rows[0].clone())):
-            raise ModelError("written so, its outputs lose their structure")
-        return graph, ""
-    # whatever a user's forward raises when it meets a proxy, or a line of Python that is not what
-    # it was
-    except Exception as error:
-        reason = (
-            str(error).removesuffix(f"; {MASKED}")
-            if isinstance(error, PyroBMRError)
-            else f"{type(error).__name__}: {first_line(error)}"
-        )
-    path.write_text(loaders_source(reason, title, version("pyro_bmr")), encoding="utf-8")
-    return plain, reason
+def _file_table(stage: Path) -> dict[str, dict[str, Any]]:
+    """Name → size and SHA-256 of each file."""
+    paths = sorted(path for path in stage.iterdir() if path.is_file())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in paths}
 
 
-def _before(
-    before: nn.Module, rows: Tensor, example: Tensor, seconds: float, path: Path
-) -> dict[str, Any]:
-    _write("safetensors", before, rows.clone(), path)
+def _dense_row(before: nn.Module, trial: _Trial, stage: Path) -> dict[str, Any]:
+    """The costs of the dense network; its file is removed again."""
+    path = stage / "before.safetensors"
+    write_format("safetensors", before, trial.rows[0].clone(), path)
     try:
-        return _row("before", "", path.stat().st_size, before, before, example, seconds)
+        size = path.stat().st_size
+        return cost_row("before", "", size, before, before, trial.example, trial.seconds)
     finally:
         path.unlink()
 
 
-def _write(key: str, net: nn.Module, rows: Tensor, path: Path) -> None:
-    try:
-        FORMATS[key].write(net, rows, path)
-    except PyroBMRError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise PyroBMRError(
-            f"cannot write '{path.name}': {getattr(error, 'strerror', None) or error}"
-        ) from None
-    # whatever torch.export, onnx or safetensors raise when they meet what they do not know
-    except Exception as error:
-        raise ModelError(
-            f"format '{key}' cannot hold this network ({type(error).__name__}:"
-            f" {first_line(error)}); leave it out of `formats`"
-        ) from None
-
-
-def _module(path: Path) -> ModuleType:
-    module = ModuleType("pyro_bmr_written_network")
-    module.__file__ = str(path)
-    # an import would leave its cache in the folder
-    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), vars(module))
-    return module
-
-
-def _checked(
-    key: str, form: Format, loaders: ModuleType, rows: list[Tensor], outputs: Answers
-) -> Callable[[Tensor], Any]:
-    try:
-        run: Any = getattr(loaders, form.loader)(form.file)
-        if isinstance(run, nn.Module):
-            run = run.to(rows[0].device)
-        inputs = [x.half() if key == "half" and x.is_floating_point() else x.clone() for x in rows]
-        got = [
-            leaves(run(x))
-            for x, want in zip(inputs, outputs.outputs, strict=True)
-            if want is not None
-        ]
-    # whatever a program or a session raises that was written for other rows
-    except Exception as error:
-        raise ModelError(
-            f"format '{key}': read back, it does not run ({type(error).__name__}:"
-            f" {first_line(error)}); leave it out of `formats`"
-        ) from None
-    for want, have in zip((want for want in outputs.outputs if want is not None), got, strict=True):
-        wrong, size = difference(want, have)
-        if not wrong <= form.tolerance * max(size, 1e-3):
-            raise ModelError(
-                f"format '{key}': read back, its outputs differ from the network's by {wrong:.2g},"
-                f" where the largest is {size:.2g}"
-            )
-    return run  # type: ignore[no-any-return]
-
-
-def _row(
+def _format_row(
     key: str,
-    file: str,
-    size: int,
-    net: nn.Module,
-    run: Callable[[Tensor], Any],
-    example: Tensor,
-    seconds: float,
+    written: nn.Module,
+    loaders: ModuleType,
+    trial: _Trial,
+    files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    dtypes = (p.dtype for p in net.parameters() if p.is_floating_point())
-    like = example.to(next(dtypes, example.dtype)) if example.is_floating_point() else example
-    try:
-        times = {f"ms at batch {batch}": latency(run, example, batch, seconds) for batch in BATCHES}
-    except Exception as error:  # a forward that wants its own number of rows
-        raise ModelError(
-            f"format '{key}' does not run on batches of {BATCHES} rows ({type(error).__name__}:"
-            f" {first_line(error)})"
-        ) from None
+    """The costs of one format, after its file was read back and checked."""
+    form, example = FORMATS[key], trial.example
+    run = read_back(key, loaders, trial.rows, trial.outputs) if form.loader else written
+    if key == "half" and example.is_floating_point():
+        example = example.half()
+    size = files[form.file]["bytes"]
+    return cost_row(key, form.file, size, trial.net, run, example, trial.seconds)
+
+
+def _report(
+    trial: _Trial,
+    reason: str,
+    report: Mapping[str, Any],
+    costs: list[dict[str, Any]],
+    files: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """The content of report.json; `report`: what the user adds to it."""
+    example = trial.example
+    dtype = str(example.dtype).removeprefix("torch.")
+    said = [*report.get("warnings", ()), *collapse_of(tensors)]
     return {
-        "format": key,
-        "file": file,
-        "bytes": size,
-        **parameters(net),
-        "FLOPs": flops(net, like),
-        **times,
+        "format": "pyro_bmr report 2",
+        "version": version("pyro_bmr"),
+        "network": trial.name,
+        "input": {"shape": list(example.shape[1:]), "dtype": dtype},
+        **({"not_in_python": reason} if reason else {}),
+        **report,
+        "warnings": list(dict.fromkeys(said)),
+        "costs": costs,
+        "files": files,
+        "tensors": {
+            name: {"shape": list(t.shape), "nonzero": int(t.count_nonzero())}
+            for name, t in tensors.items()
+        },
     }

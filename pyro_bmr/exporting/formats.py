@@ -1,7 +1,7 @@
-"""The files of an exported network, one function per format; each is read back by the loader of
-that name in the generated `network.py`.
+"""The formats of an exported network: a function that writes each, and the name of its loader.
 
-Owns `FORMATS`. Next: `deployment.py`.
+The loaders are in the `network.py` that is written beside the files. Owns `FORMATS`. Next:
+`written_files.py`.
 """
 
 from __future__ import annotations
@@ -13,30 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.exporting.weights_file import save_tensors
 
-# fraction of zeros; compressed rows are slower than dense ones below it on a CPU
+# Fraction of zeros: below it compressed rows are slower than dense ones on a CPU.
 SPARSE_FROM = 0.97
 
 
 @dataclass(frozen=True)
 class Format:
-    """`file`: its name. `loader`: the function of `network.py` that reads it. `write`: (network,
-    example of two rows or more, path) → None.
+    """One format. `file`: its name. `loader`: the function of `network.py` that reads it.
+
+    `write`: (network, example of two rows or more, path) → None. `tolerance`: of the outputs that
+    the loader gives, relative to the largest.
     """
 
     file: str
     loader: str
     write: Callable[[nn.Module, Tensor, Path], None]
-    tolerance: float = 1e-4  # of the outputs that the loader gives, relative to the largest
+    tolerance: float = 1e-4
 
 
 def _state_dict(net: nn.Module, example: Tensor, path: Path) -> None:
-    # torch's own writing to a file that is too large for its disk is a RuntimeError, or ends the
-    # process
+    # If torch itself writes to a disk that is full, it raises a RuntimeError or ends the process.
     made = io.BytesIO()
     torch.save({name: t.detach().cpu() for name, t in net.state_dict().items()}, made)
     path.write_bytes(made.getbuffer())
@@ -57,9 +58,8 @@ def _program(net: nn.Module, example: Tensor, path: Path) -> None:
     made = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
-        torch.export.save(
-            torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), made
-        )  # type: ignore[arg-type]
+        shapes = ({0: torch.export.Dim.AUTO},)
+        torch.export.save(torch.export.export(net, (example,), dynamic_shapes=shapes), made)
     path.write_bytes(made.getbuffer())
 
 
@@ -70,8 +70,8 @@ def _onnx(net: nn.Module, example: Tensor, path: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ModelError(
-            f"format 'onnx' needs the package {error.name}; install it with: pip install"
-            " 'pyro_bmr[onnx]'"
+            f"format 'onnx': expected the package {error.name}, which is not installed; install it"
+            " with: pip install 'pyro_bmr[onnx]'"
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -84,7 +84,7 @@ def _onnx(net: nn.Module, example: Tensor, path: Path) -> None:
             verbose=False,
             dynamic_shapes=shapes,
             external_data=False,
-        )  # type: ignore[arg-type]
+        )
 
 
 def _prune(net: nn.Module, example: Tensor, path: Path) -> None:
@@ -95,7 +95,9 @@ def _prune(net: nn.Module, example: Tensor, path: Path) -> None:
             tensors[f"{name}_orig"] = tensors.pop(name)
             tensors[f"{name}_mask"] = (parameter != 0).to(parameter.dtype)
     if not any(name.endswith("_mask") for name in tensors):
-        raise ModelError("format 'prune': the network has no Linear or Conv layer to hold a mask")
+        raise ModelError(
+            "format 'prune': expected a Linear or Conv layer to hold a mask, got a network without"
+        )
     save_tensors(tensors, path)
 
 
@@ -110,12 +112,12 @@ def _csr(net: nn.Module, example: Tensor, path: Path) -> None:
     if not sparse:
         most = max(zeros.values(), default=0.0)
         raise ModelError(
-            f"format 'csr' pays from {SPARSE_FROM:.0%} zeros in a Linear layer; the sparsest has"
-            f" {most:.1%}. Use 'safetensors', shrunk"
+            f"format 'csr': expected a Linear layer with at least {SPARSE_FROM:.0%} zeros, got"
+            f" {most:.1%} in the sparsest; shrink the network and use 'safetensors'"
         )
     for name in sparse:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch calls its compressed rows beta
+            warnings.simplefilter("ignore")  # torch says that its compressed rows are in beta
             rows = tensors.pop(f"{name}.weight").to_sparse_csr()
         tensors |= {
             f"{name}.crow": rows.crow_indices().int(),
@@ -128,32 +130,28 @@ def _csr(net: nn.Module, example: Tensor, path: Path) -> None:
 def _semi_structured(net: nn.Module, example: Tensor, path: Path) -> None:
     if not example.is_cuda or torch.cuda.get_device_capability(example.device) < (8, 0):
         raise ModelError(
-            "format '2:4' needs a CUDA device of compute capability 8.0 or more, the network is on"
-            f" '{example.device}'; use 'safetensors' or 'half'"
+            "format '2:4': expected a CUDA device of compute capability 8.0 or more, got the"
+            f" network on '{example.device}'; use 'safetensors' or 'half'"
         )
     tensors = dict(net.state_dict())
-    found = False
-    for name, layer in net.named_modules():
-        if (
-            isinstance(layer, nn.Linear)
-            and layer.in_features % 64 == 0
-            and layer.out_features % 32 == 0
-        ):
-            weight = layer.weight.detach().half()
-            if bool((weight.view(-1, 4).count_nonzero(1) <= 2).all()):
-                packed = torch.sparse.to_sparse_semi_structured(weight)
-                del tensors[f"{name}.weight"]
-                tensors |= {
-                    f"{name}.weight.packed": packed.packed,
-                    f"{name}.weight.meta": packed.meta,
-                }
-                found = True
-    if not found:
+    packed = [name for name, layer in net.named_modules() if _is_semi_structured(layer)]
+    if not packed:
         raise ModelError(
-            "format '2:4': no Linear layer has at most two of every four weights and sides that are"
-            " multiples of 32 and 64"
+            "format '2:4': expected a Linear layer with at most two of every four weights and with"
+            " sides that are multiples of 32 and 64, got a network without"
         )
+    for name in packed:
+        weight = tensors.pop(f"{name}.weight").detach().half()
+        sparse = torch.sparse.to_sparse_semi_structured(weight)
+        tensors |= {f"{name}.weight.packed": sparse.packed, f"{name}.weight.meta": sparse.meta}
     save_tensors(tensors, path)
+
+
+def _is_semi_structured(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Linear) or layer.in_features % 64 or layer.out_features % 32:
+        return False
+    fours = layer.weight.detach().half().view(-1, 4)
+    return bool((fours.count_nonzero(1) <= 2).all())
 
 
 FORMATS: Mapping[str, Format] = {
@@ -166,8 +164,3 @@ FORMATS: Mapping[str, Format] = {
     "csr": Format("csr.safetensors", "load_csr", _csr),
     "2:4": Format("semi-structured.safetensors", "", _semi_structured),
 }
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """One safetensors file; tied tensors are stored once each."""
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)

@@ -1,196 +1,20 @@
-"""A network as a readable Python file that needs torch alone: its layers, its forward, and a loader
-for each format.
+"""The class of a network as readable Python that needs torch alone: its layers and its forward.
 
-Owns `network_source` and `loaders_source`. The files that it loads are written in `formats.py`,
-which is next.
+Owns `network_source`. The loaders are in `loaders_source.py`. Next: `formats.py`.
 """
 
 from __future__ import annotations
 
 import builtins
 import re
-from collections.abc import Iterable
 
 import torch
 from torch import fx, nn
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.exporting.loaders_source import python_file
 
-_HEAD = '''"""{title}
-
-Written by pyro_bmr {version}; it needs torch and nothing else. `net = load()` gives the network,
-ready to predict.
-"""
-
-import hashlib
-import json
-from collections import OrderedDict
-from pathlib import Path
-
-import torch
-from torch import nn{imports}
-
-HERE = Path(__file__).parent
-
-
-'''
-
-_LOADERS = '''
-def load(file="model.safetensors"):
-    """The network with the weights of a .safetensors file, such as model-half.safetensors."""
-    return with_weights(read(file))
-
-
-def with_weights(weights):
-    net = Network()
-    net.load_state_dict(weights, assign=True)
-    return net.eval()
-
-
-def load_state_dict(file="state_dict.pt"):
-    """The network with the weights of a state_dict."""
-    check(file, (HERE / file).read_bytes())
-    return with_weights(torch.load(HERE / file, weights_only=True))
-
-
-def load_program(file="model.pt2"):
-    """The exported program; it does not need the class above."""
-    check(file, (HERE / file).read_bytes())
-    return torch.export.load(HERE / file).module()
-
-
-def load_onnx(file="model.onnx"):
-    """The network run by onnxruntime, which has to be installed: tensors in, tensors out.
-
-    Several outputs are a tuple in their order.
-    """
-    import onnxruntime
-
-    check(file, (HERE / file).read_bytes())
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    cpu = ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(str(HERE / file), options, providers=cpu)
-    name = session.get_inputs()[0].name
-
-    def run(x):
-        outputs = [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})]
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    return run
-
-
-def load_prune(file="prune.safetensors"):
-    """The network with weights and masks as torch.nn.utils.prune has them.
-
-    It can be pruned further, or trained with the masks in force.
-    """
-    from torch.nn.utils import prune
-
-    net, tensors = Network(), read(file)
-    for name in [key.removesuffix("_mask") for key in tensors if key.endswith("_mask")]:
-        path, _, parameter = name.rpartition(".")
-        prune.identity(net.get_submodule(path), parameter)
-    net.load_state_dict(tensors, assign=True)
-    return net.eval()
-
-
-class SparseLinear(nn.Module):
-    """y = W x + b with W in compressed sparse rows."""
-
-    def __init__(self, shape, crow, col, values, bias):
-        super().__init__()
-        self.shape = shape
-        for name, tensor in {"crow": crow, "col": col, "values": values, "bias": bias}.items():
-            self.register_buffer(name, tensor)
-
-    def forward(self, x):
-        weight = torch.sparse_csr_tensor(
-            self.crow, self.col, self.values, self.shape, check_invariants=False
-        )
-        y = (weight @ x.reshape(-1, self.shape[1]).T).T.reshape(*x.shape[:-1], self.shape[0])
-        return y if self.bias is None else y + self.bias
-
-
-def load_csr(file="csr.safetensors"):
-    """The network with its sparsest Linear layers in compressed sparse rows."""
-    tensors = read(file)
-    sparse = [key.removesuffix(".crow") for key in tensors if key.endswith(".crow")]
-    net = Network()
-    for path in sparse:
-        crow, col, values = (tensors.pop(f"{path}.{part}") for part in ("crow", "col", "values"))
-        old = net.get_submodule(path)
-        shape, bias = (old.out_features, old.in_features), tensors.get(f"{path}.bias")
-        layer = SparseLinear(shape, crow, col, values, bias)
-        net.set_submodule(path, layer)
-        tensors |= {f"{path}.{name}": buffer for name, buffer in layer.named_buffers()}
-    net.load_state_dict(tensors, assign=True)
-    return net.eval()
-
-
-def load_ensemble(file="ensemble.safetensors"):
-    """Networks with draws of the posterior for weights.
-
-    Average their probabilities; their spread is the uncertainty.
-    """
-    stacked = read(file)
-    draws = range(len(next(iter(stacked.values()))))
-    return [with_weights({key: t[k].clone() for key, t in stacked.items()}) for k in draws]
-
-
-def read(file):
-    """The tensors of a safetensors file: eight bytes of length, a header in JSON, the numbers."""
-    raw = (HERE / file).read_bytes()
-    check(file, raw)
-    size = int.from_bytes(raw[:8], "little")
-    try:
-        header = json.loads(raw[8 : 8 + size])
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if end != len(raw) - 8 - size:
-            raise ValueError
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{file} is truncated or no safetensors file") from None
-    kinds = {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "C64": torch.complex64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-        "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    }  # fmt: skip
-    tensors = {}
-    for name, entry in header.items():
-        start, stop = (8 + size + offset for offset in entry["data_offsets"])
-        kind = kinds[entry["dtype"]]
-        numbers = bytearray(raw[start:stop])
-        flat = torch.frombuffer(numbers, dtype=kind) if numbers else torch.empty(0, dtype=kind)
-        tensors[name] = flat.reshape(entry["shape"])
-    return tensors
-
-
-def check(file, raw):
-    """Raises a ValueError unless the file is the one that report.json was written for."""
-    report = HERE / "report.json"
-    files = json.loads(report.read_text()).get("files", {}) if report.exists() else {}
-    if file in files and hashlib.sha256(raw).hexdigest() != files[file]["sha256"]:
-        raise ValueError(
-            f"{file} is not the file that was written: its sha256 differs from that in "
-            "report.json; copy it again"
-        )
-'''
-
-
-_NO_CLASS = '''def Network():
-    """Not here: {reason}.
-
-    `load_program()` and `load_onnx()` need no class, `read("model.safetensors")` gives the weights.
-    The other loaders fill your own class:
-    `network.Network = YourNetwork; net = network.load()`.
-    """
-    raise ValueError(
-        "the class of the network is not in this file; set network.Network to it, or use "
-        "load_program() or read(file)"
-    )
-'''
-
+# Names that torch.fx uses in a forward, and how they are imported.
 _IMPORTS = {
     "inf": "from math import inf",
     "nan": "from math import nan",
@@ -199,8 +23,9 @@ _IMPORTS = {
 
 
 def network_source(graph: fx.GraphModule, title: str, version: str) -> str:
-    """The text of a Python file with the class `Network`, whose state_dict has the keys of `graph`,
-    and loaders of all formats.
+    """The text of a Python file with the class `Network` and the loaders of all formats.
+
+    The state_dict of the class has the keys of `graph`.
 
     Raises:
         ModelError: a layer, or an operation of the forward, cannot be written as a line of Python.
@@ -213,42 +38,32 @@ def network_source(graph: fx.GraphModule, title: str, version: str) -> str:
         for n in graph.graph.nodes
     )
     if chain and len(names) == len(parts) and not any("." in name for name in names):
-        layers = "\n".join(f'            ("{name}", {line}),' for name, line in lines.items())
-        code = (
-            "class Network(nn.Sequential):\n    def __init__(self):\n       "
-            f" super().__init__(OrderedDict([\n{layers}\n        ]))\n"
-        )
-        return _text(title, version, code)
+        return python_file(title, version, _sequential(lines))
+    forward, imports = _forward(graph)
+    return python_file(title, version, _module(lines, forward), imports)
+
+
+def _sequential(lines: dict[str, str]) -> str:
+    """A class that is a chain of layers; `lines`: name → constructor."""
+    layers = "\n".join(f'            ("{name}", {line}),' for name, line in lines.items())
+    return (
+        "class Network(nn.Sequential):\n    def __init__(self):\n       "
+        f" super().__init__(OrderedDict([\n{layers}\n        ]))\n"
+    )
+
+
+def _module(lines: dict[str, str], forward: str) -> str:
+    """A class with this `forward`; `lines`: name → constructor of a layer or tensor."""
     made, body = set[str](), []
     for name, line in lines.items():
         path = name.split(".")
         for k in range(1, len(path)):
             if (inner := ".".join(path[:k])) not in made:
                 made.add(inner)
-                body.append(_placed(inner, "nn.Module()"))
-        body.append(_placed(name, line))
-    forward, imports = _forward(graph)
-    code = (
-        "class Network(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-        + "\n".join(body)
-        + f"\n\n{forward}\n"
-    )
-    return _text(title, version, code, imports)
-
-
-def loaders_source(reason: str, title: str, version: str) -> str:
-    """The text of a Python file with the loaders alone, for a network that cannot be written as
-    Python, for this `reason`.
-    """
-    plain = reason.translate({ord(c): "'" for c in '"\\'})
-    return _text(title, version, _NO_CLASS.replace("{reason}", plain))
-
-
-def _text(title: str, version: str, code: str, imports: Iterable[str] = ()) -> str:
-    head = _HEAD.format(
-        title=title, version=version, imports="".join(f"\n{line}" for line in sorted(imports))
-    )
-    return head + code + "\n" + _LOADERS
+                body.append(_assignment(inner, "nn.Module()"))
+        body.append(_assignment(name, line))
+    head = "class Network(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    return head + "\n".join(body) + f"\n\n{forward}\n"
 
 
 def _forward(graph: fx.GraphModule) -> tuple[str, list[str]]:
@@ -259,32 +74,25 @@ def _forward(graph: fx.GraphModule) -> tuple[str, list[str]]:
         for key, value in forward.globals.items()
         if key not in ("torch", "NoneType") and re.search(rf"\b{key}\b", forward.src)
     }
-    unknown = [
-        key
-        for key, value in used.items()
-        if key not in _IMPORTS and value is not getattr(builtins, key, None)
-    ]
-    if unknown:
-        raise ModelError(f"the forward uses '{unknown[0]}', which is not torch's")
-    text = re.sub(r";  ?[\w, ]+(= [\w]+ )*= None", "", forward.src)
-    text = re.sub(
-        r"^def forward\(self, (\w+)[^)]*\)[^:]*:",
-        r"def forward(self, \1):",
-        text.strip(),
-        flags=re.M,
-    )
+    for key, value in used.items():
+        if key not in _IMPORTS and value is not getattr(builtins, key, None):
+            raise ModelError(f"the forward uses '{key}', which is not torch's")
+    lines = [f"    {line}" for line in _without_annotations(forward.src).splitlines()]
+    return "\n".join(lines), [line for key, line in _IMPORTS.items() if key in used]
+
+
+def _without_annotations(source: str) -> str:
+    """The forward that torch.fx has written, without types, comments and `x = None`."""
+    text = re.sub(r";  ?[\w, ]+(= [\w]+ )*= None", "", source).strip()
+    signature = r"^def forward\(self, (\w+)[^)]*\)[^:]*:"
+    text = re.sub(signature, r"def forward(self, \1):", text, flags=re.M)
     text = "\n".join(line.split("  #")[0].rstrip() for line in text.splitlines() if line.strip())
-    text = re.sub(
-        r"torch\._C\._nn\.(\w+)|torch\.nn\.functional\.(\w+)",
-        lambda m: f"nn.functional.{m[1] or m[2]}",
-        text,
-    )
-    return "\n".join(f"    {line}" for line in text.splitlines()), [
-        line for key, line in _IMPORTS.items() if key in used
-    ]
+    function = r"torch\._C\._nn\.(\w+)|torch\.nn\.functional\.(\w+)"
+    return re.sub(function, lambda m: f"nn.functional.{m[1] or m[2]}", text)
 
 
-def _placed(name: str, value: str) -> str:
+def _assignment(name: str, value: str) -> str:
+    """The line of `__init__` that gives the part `name` its value."""
     *path, last = name.split(".")
     where = "self"
     for step in path:
@@ -299,23 +107,17 @@ def _placed(name: str, value: str) -> str:
 
 
 def _constructor(name: str, graph: fx.GraphModule) -> str:
+    """The layer or tensor of this name as an expression."""
     parent, _, last = name.rpartition(".")
     part = getattr(graph.get_submodule(parent), last)
     if isinstance(part, torch.Tensor):
         empty = f"torch.empty({tuple(part.shape)}, dtype={part.dtype})"
-        return (
-            f"nn.Parameter({empty}{'' if part.requires_grad else ', requires_grad=False'})"
-            if isinstance(part, nn.Parameter)
-            else empty
-        )
-    # torch prints it without quotes
+        if not isinstance(part, nn.Parameter):
+            return empty
+        return f"nn.Parameter({empty}{'' if part.requires_grad else ', requires_grad=False'})"
+    # torch prints the mode without quotes
     line = re.sub(r"padding_mode=(\w+)", r'padding_mode="\1"', f"nn.{part!r}")
-    if (
-        type(part).__module__.startswith("torch.nn")
-        and "\n" not in line
-        and hasattr(nn, type(part).__name__)
-    ):
+    kind = type(part)
+    if kind.__module__.startswith("torch.nn") and "\n" not in line and hasattr(nn, kind.__name__):
         return line
-    raise ModelError(
-        f"layer '{name}' ({type(part).__name__}) cannot be written as a line of Python"
-    )
+    raise ModelError(f"layer '{name}' ({kind.__name__}) cannot be written as a line of Python")

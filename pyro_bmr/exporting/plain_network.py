@@ -1,29 +1,25 @@
-"""From a posterior to plain torch: a network with exact zeros, and files that load where Pyro is
-not installed.
+"""From a posterior to a plain network with exact zeros.
 
-Owns `export` (an `nn.Module`), `ensemble` (draws of it), `point_weights` (tensors of any program)
-and `save` (safetensors + report.json). Next: `costs.py`.
+Owns `export` (an `nn.Module`), `ensemble` (draws of it) and `point_weights` (tensors of any
+program). Next: `weights_file.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError, described, holds, warn
-from pyro_bmr.exporting.finite import check_finite, check_network
-from pyro_bmr.files import digests, replacing, write_atomically, write_json
+from pyro_bmr.exporting.finite import check_network
 from pyro_bmr.isolation import isolated
 from pyro_bmr.memory import check_memory
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.networks.plain_module import module_copy, plain_module
 from pyro_bmr.posteriors.posterior import Posterior
-from pyro_bmr.reduction.collapse import collapse, collapse_of
+from pyro_bmr.reduction.collapse import collapse
 from pyro_bmr.shrinking.plan import shrink
 from pyro_bmr.tracing import Values
 
@@ -34,26 +30,23 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
     """The plain network at the posterior's point: a copy of `program.net` whose lifted parameters
     are their posterior means, pruned ones exactly 0.
 
-    A weight that is a scale times a standardised site is taken at the scale's median. No hooks, no
-    Pyro: the copy can be deep-copied, pickled and trained on. It has the size of the original;
+    A weight that is a scale times a standardised site is taken at the scale's median. The copy has
+    no hooks and needs no Pyro; it can be copied, pickled and trained. It has the original's size:
     `shrink` makes it smaller, `save` writes it to disk. Parameters that were not lifted are those
     of `program.net`, so pass `fit.program`.
 
     `program` may also be a plain module, for a posterior whose sites have the names of its
-    parameters (`Posterior.from_curvature` and the like): a copy of it then, with the posterior's
-    point in the place of those parameters, made plain (`plain_module`): what `torch.nn.utils.prune`
-    has pruned in it is 0.
+    parameters (`Posterior.from_curvature` and the like). The result is then a plain copy
+    (`plain_module`) with the posterior's point in place of those parameters. What
+    `torch.nn.utils.prune` has pruned in it is 0.
 
-    Warns (`PyroBMRWarning`) of layers without a living unit.
+    Warns (`PyroBMRWarning`) of layers with all units pruned.
 
     Raises:
-        ModelError: the program is not a network, the posterior is not one of its own, or a value
+        ModelError: the program is not a network, the posterior is of another program, or a value
             would not be finite.
     """
-    if emptied := collapse(
-        {name: site.alive for name, site in posterior.sites.items() if site.support == "real"}
-    ):
-        warn(emptied)
+    _warn_of_empty_layers(posterior)
     if isinstance(program, nn.Module) and not isinstance(program, BayesianNetwork):
         net = _filled(program, posterior)
         if net is not None:
@@ -61,24 +54,35 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
             return net
     if not isinstance(program, BayesianNetwork):
         raise ModelError(
-            f"export wants a BayesianNetwork, got {type(program).__name__}; for another program"
+            f"export: expected a BayesianNetwork, got {type(program).__name__}; for another program"
             " take its weights from posterior.point()"
         )
+    _check_sites(program, posterior)
+    return _network(program, posterior.point(), "export")
+
+
+def _warn_of_empty_layers(posterior: Posterior) -> None:
+    masks = {name: site.alive for name, site in posterior.sites.items() if site.support == "real"}
+    if emptied := collapse(masks):
+        warn(emptied)
+
+
+def _check_sites(program: BayesianNetwork, posterior: Posterior) -> None:
+    """Checks that the posterior has a site of the right shape for each lifted parameter."""
     missing = [name for name in program.priors if name not in posterior.sites]
     if missing:
         raise ModelError(
             f"the posterior has no site '{missing[0]}' of the network; its sites are:"
             f" {', '.join(posterior)}"
         )
-    shapes = {name: p.shape for name, p in program.net.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in program.net.named_parameters()}
     for name in program.priors:
-        if posterior[name].mean.shape != shapes[name]:
+        shape = tuple(posterior[name].mean.shape)
+        if shape != shapes[name]:
             raise ModelError(
-                f"site '{name}' has shape {tuple(posterior[name].mean.shape)} in the posterior,"
-                f" {tuple(shapes[name])} in the network; pass the program and the posterior of the"
-                " same fit"
+                f"site '{name}': expected the shape {shapes[name]} of the network, got {shape} in"
+                " the posterior; pass the program and the posterior of the same fit"
             )
-    return _network(program, posterior.point(), "export")
 
 
 @isolated()
@@ -91,34 +95,31 @@ def ensemble(
     seed: int = 0,
     example: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Name → (draws, ...), the state_dicts of exported networks whose weights are draws from the
-    posterior: uncertainty that survives the export.
+    """Name → (draws, ...): stacked state_dicts of networks with draws of the posterior for weights.
 
-    With `example` (rows of the input) each draw is shrunk; pruned weights are 0 in every draw, so
-    all have the shapes of the shrunk mean.
+    They keep the uncertainty of the posterior where there is no Pyro. With `example` (rows of the
+    input) each draw is shrunk; pruned weights are 0 in every draw, so all draws have the shapes of
+    the shrunk mean.
 
     Raises:
-        ModelError: as `export`, a draw is not finite, draws shrink to different shapes, or are more
-            than the memory that is free.
+        ModelError: as `export`; a draw is not finite; draws shrink to different shapes; or the free
+            memory is too small for the draws.
         ShrinkError: as `shrink`.
     """
     if not holds(lambda x: x >= 1, draws):
-        raise ModelError(f"ensemble(draws={described(draws)}): at least 1 is wanted")
-    numbers = [p for p in export(program, posterior).parameters()]  # with its checks
-    size = sum(p.numel() * p.element_size() for p in numbers)
-    check_memory(
-        f"an ensemble of {draws} networks", 2 * draws * size, numbers[0].device, "take fewer draws"
-    )
-    generator = torch.Generator(
-        device=next(iter(posterior.sites.values())).mean.device
-    ).manual_seed(seed)
+        raise ModelError(f"ensemble: expected draws of at least 1, got draws={described(draws)}")
+    numbers = list(export(program, posterior).parameters())  # with the checks of export
+    size = 2 * draws * sum(p.numel() * p.element_size() for p in numbers)
+    check_memory(f"an ensemble of {draws} networks", size, numbers[0].device, "take fewer draws")
+    device = next(iter(posterior.sites.values())).mean.device
+    generator = torch.Generator(device=device).manual_seed(seed)
     nets = [_network(program, posterior.draw(generator), "ensemble") for _ in range(draws)]
     states = [(net if example is None else shrink(net, {}, example)).state_dict() for net in nets]
     shapes = [{name: t.shape for name, t in state.items()} for state in states]
     if any(other != shapes[0] for other in shapes):
         raise ModelError(
-            "the draws shrink to different shapes, as a constant is 0 in some and folds only there;"
-            " pass example=None, or prune the biases of dead units"
+            "the draws shrink to different shapes: a constant that is 0 in some draws is folded"
+            " only there; pass example=None, or prune the biases of pruned units"
         )
     return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
@@ -133,8 +134,9 @@ def _network(program: BayesianNetwork, values: dict[str, Tensor], what: str) -> 
 
 
 def _filled(net: nn.Module, posterior: Posterior) -> nn.Module | None:
-    """A plain copy of `net` at the posterior's point, whose sites have the names of its parameters
-    or of those that it has when it is plain; else None.
+    """A plain copy of `net` at the posterior's point.
+
+    None if the sites do not have the names of its parameters, nor those of its plain form.
     """
     point = posterior.point()
     if _names_parameters(net, posterior):
@@ -145,10 +147,7 @@ def _filled(net: nn.Module, posterior: Posterior) -> nn.Module | None:
     if not _names_parameters(plain, posterior):
         return None
     plain = module_copy(plain)
-    _fill(
-        plain,
-        {name: value * masks[name] if name in masks else value for name, value in point.items()},
-    )
+    _fill(plain, {name: x * masks[name] if name in masks else x for name, x in point.items()})
     return plain.eval()
 
 
@@ -161,19 +160,17 @@ def _fill(net: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def _names_parameters(net: nn.Module, posterior: Posterior) -> bool:
     shapes = {name: p.shape for name, p in net.named_parameters()}
-    return all(
-        name in shapes and site.mean.shape == shapes[name] for name, site in posterior.sites.items()
-    )
+    return all(shapes.get(name) == site.mean.shape for name, site in posterior.sites.items())
 
 
 @isolated()
 @torch.no_grad()
 def point_weights(program: Any, posterior: Posterior) -> dict[str, Tensor]:
-    """Name → tensor at the posterior's point: the exported network's parameters and buffers, or any
-    other program's weights and sites.
+    """Name → tensor at the posterior's point.
 
-    A site that a prior declared is given as the weight it stands for (w, not the standardised w̄),
-    without the hyper-parameters of that prior.
+    For a network these are the parameters and buffers of the exported one, for any other program
+    its weights and sites. A site that a prior declared is returned as its weight (w, not the
+    standardised w̄), without the hyper-parameters of that prior.
     """
     if isinstance(program, BayesianNetwork):
         return dict(export(program, posterior).state_dict())
@@ -184,90 +181,3 @@ def point_weights(program: Any, posterior: Posterior) -> dict[str, Tensor]:
                 values[name] = site.declared.sample(name, tuple(site.mean.shape), site.mean)
             hyper |= run.latent.keys() - {name}
     return {name: value for name, value in values.items() if name not in hyper}
-
-
-def save(
-    weights: nn.Module | Mapping[str, Tensor],
-    folder: str | Path,
-    report: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes `model.safetensors` (a state_dict) and `report.json` to `folder`, so that none is ever
-    half there, nor one beside another of before.
-
-    A module is saved as the plain one that it stands for (`plain_module`), so that the file loads
-    where nothing is compiled, wrapped or pruned by hooks. `report` is kept as it is, beside the
-    parameter names, shapes and numbers of non-zeros, and the SHA-256 of the file; to its `warnings`
-    (`Reduction.warnings`) comes one of empty layers. Load with
-    `net.load_state_dict(safetensors.torch.load_file(path))`.
-
-    Raises:
-        ModelError: a tensor is not finite or cannot be written, or the report is no JSON; nothing
-            is written then.
-        PyroBMRError: the folder cannot be written.
-    """
-    if not isinstance(weights, (nn.Module, Mapping)) or (
-        isinstance(weights, Mapping) and not all(isinstance(t, Tensor) for t in weights.values())
-    ):
-        raise ModelError(
-            "save: a network or a mapping from names to tensors is wanted, got"
-            f" {type(weights).__name__}"
-        )
-    if isinstance(weights, nn.Module):
-        plain = plain_module(weights).net
-        tensors = dict(plain.state_dict())
-        _check_tensors(tensors)
-        check_network(plain, "save")
-    else:
-        tensors = dict(weights)
-        _check_tensors(tensors)
-        check_finite(tensors, "save")
-    folder = Path(folder)
-    about = {
-        name: {
-            "shape": list(t.shape),
-            "dtype": str(t.dtype).removeprefix("torch."),
-            "nonzero": int(t.count_nonzero()),
-        }
-        for name, t in tensors.items()
-    }
-    said = list(dict.fromkeys([*(report or {}).get("warnings", ()), *collapse_of(tensors)]))
-    with replacing(folder, "report.json") as stage:
-        # .clone(): tied parameters are stored once each, which safetensors wants
-        write_atomically(
-            stage / "model.safetensors",
-            lambda path: save_file(
-                {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path
-            ),
-        )
-        files = {name: {"sha256": sha256} for name, sha256 in digests(stage).items()}
-        write_json(
-            stage / "report.json",
-            {
-                "format": "pyro_bmr report 1",
-                **(report or {}),
-                "warnings": said,
-                "files": files,
-                "tensors": about,
-            },
-        )
-
-
-def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ModelError if safetensors has no place for one of them."""
-    for name, tensor in tensors.items():
-        if (
-            nn.parameter.is_lazy(tensor)
-            or tensor.is_meta
-            or tensor.layout != torch.strided
-            or tensor.is_quantized
-            or tensor.dtype == torch.complex128
-        ):
-            kind = (
-                "without a shape"
-                if nn.parameter.is_lazy(tensor)
-                else f"{tensor.dtype}, {tensor.layout}, on '{tensor.device}'"
-            )
-            raise ModelError(
-                f"save: tensor '{name}' is {kind}; dense values of a dtype that safetensors knows"
-                " are wanted, such as float32 or complex64"
-            )

@@ -14,7 +14,9 @@ from torch import nn
 
 import pyro_bmr as bmr
 from pyro_bmr.exporting import costs
-from pyro_bmr.exporting.formats import FORMATS, save_tensors
+from pyro_bmr.exporting.formats import FORMATS
+from pyro_bmr.exporting.weights_file import save_tensors
+from pyro_bmr.exporting.written_files import loaded_module
 from pyro_bmr.models import mlp
 from tests.shrinking.test_shrinking import NETS, made, random_masks
 
@@ -182,9 +184,7 @@ def test_the_report(x, tmp_path):
 
 
 def loaders(folder):
-    from pyro_bmr.exporting.deployment import _module
-
-    return _module(folder / "network.py")
+    return loaded_module(folder / "network.py")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state_dict.pt", "model.pt2"])
@@ -243,19 +243,19 @@ REFUSED = {
         lambda: sparse_net()[0],
         ["state_dict", "csr"],
         bmr.errors.ModelError,
-        r"'csr' pays from 97% zeros.*sparsest has 0\.0%",
+        r"'csr': expected a Linear layer with at least 97% zeros, got 0\.0% in the sparsest",
     ),
     "2:4 on a CPU": (
         lambda: sparse_net()[0],
         ["half", "2:4"],
         bmr.errors.ModelError,
-        r"'2:4' needs a CUDA device.*'cpu'",
+        r"'2:4': expected a CUDA device.*'cpu'",
     ),
     "no layers to prune": (
         lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)),
         ["prune"],
         bmr.errors.ModelError,
-        r"'prune': the network has no Linear",
+        r"'prune': expected a Linear or Conv layer",
     ),
     "control flow": (
         Odd,
@@ -314,7 +314,9 @@ def test_an_ensemble_of_shrunk_draws(x, tmp_path):
         want = bmr.predict(fit.program, posterior, x, draws=64, seed=1).probs
         torch.testing.assert_close(mine, want, rtol=0, atol=1e-5)  # the same draws
         assert float((mine - small(x).softmax(1)).abs().max()) > 1e-3
-    with pytest.raises(bmr.errors.ModelError, match="draws=0"):
+    with pytest.raises(
+        bmr.errors.ModelError, match="ensemble: expected draws of at least 1, got draws=0"
+    ):
         bmr.exporting.ensemble(fit.program, posterior, draws=0)
 
 

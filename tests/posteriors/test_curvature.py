@@ -224,7 +224,7 @@ def test_a_plain_network_is_pruned_and_exported():
     assert torch.equal(part[0].weight, net[0].weight) and torch.equal(
         part[2].weight == 0, ~result.masks["2.weight"]
     )
-    with pytest.raises(bmr.errors.ModelError, match="export wants"):
+    with pytest.raises(bmr.errors.ModelError, match="export: expected a BayesianNetwork"):
         bmr.export(net, bmr.Posterior({"other": result.posterior["2.weight"]}))
 
 
