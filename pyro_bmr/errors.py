@@ -1,8 +1,9 @@
-"""The errors that users can cause. Each says what was asked, which rule it broke, what was got, and
-how to mend it.
+"""The errors that users can cause. Each names the argument or the site, says what was expected and
+what was got, and how to mend it.
 
-The command line prints them in one line and exits with status 2; everything else is a bug and keeps
-its traceback. A result that stands but may mislead comes with a `PyroBMRWarning`.
+The command line prints them in one line and exits with status 2; any other error is a bug and keeps
+its traceback. A result that is right but may mislead comes with a `PyroBMRWarning`. Next:
+`files.py`.
 """
 
 import contextlib
@@ -30,9 +31,7 @@ class ModelError(PyroBMRError):
 
 
 class OptionError(ModelError):
-    """A method of a study does not know some of its options, `unknown`; those that it knows are
-    `known`.
-    """
+    """A method of a study has no such options, `unknown`; its options are `known`."""
 
     def __init__(self, method: str, unknown: Iterable[str], known: Iterable[str]) -> None:
         self.unknown, self.known = sorted(unknown), list(known)
@@ -43,7 +42,7 @@ class OptionError(ModelError):
 
 
 class FitError(PyroBMRError):
-    """A fit cannot start or has left the finite numbers."""
+    """A fit cannot start, or its numbers are not finite any more."""
 
 
 class ReductionError(PyroBMRError):
@@ -51,20 +50,18 @@ class ReductionError(PyroBMRError):
 
 
 class ShrinkError(PyroBMRError):
-    """A network cannot be made smaller: its masks do not fit it, or it has a part that is not a
-    supported pattern.
-    """
+    """A network cannot be made smaller: its masks do not fit it, or it has an unsupported part."""
 
 
 class PyroBMRWarning(UserWarning):
-    """A result that is not wrong but may mislead: the message says which figure shows it, and the
-    mend. `warnings.filterwarnings` takes the class.
+    """A result is right but may mislead; the message says which figure shows it, and the mend.
+    `warnings.filterwarnings` takes the class.
     """
 
 
 def warn(message: str) -> None:
-    """Warns with a `PyroBMRWarning` in the line of the user's that called the library, however many
-    decorators are in between.
+    """Warns with a `PyroBMRWarning` that points to the user's line that called the library, however
+    many calls and decorators are in between.
     """
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
@@ -73,13 +70,13 @@ def warn(message: str) -> None:
 
 
 def _is_inside(file: str) -> bool:
-    # the last is torch.no_grad
+    # `_contextlib.py` has torch.no_grad
     return file.startswith((_HERE, contextlib.__file__)) or file.endswith("_contextlib.py")
 
 
 def holds(rule: Callable[..., Any], *values: Any) -> bool:
-    """Whether a rule about arguments is true; not where it cannot be asked, as 0 < x of a tensor of
-    several numbers or of a word.
+    """Whether a rule about arguments is true. It is False if the rule does not apply to them, as
+    0 < x to a tensor of several numbers or to a word.
     """
     try:
         return bool(rule(*values))
@@ -95,41 +92,44 @@ def described(value: Any) -> str:
         >>> described({"w": torch.ones(3)}), described(torch.ones(3))
         ('a dict of 1', 'a float32 tensor of shape (3,)')
     """
+    words = _words(value)
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} …"
+
+
+def _words(value: Any) -> str:
+    """The description of a value before it is cut to length."""
     name = type(value).__name__
     if isinstance(value, float):
-        words = repr(float(value))  # numpy's is a float, with a repr of its own
-    elif value is None or isinstance(value, (str, bytes, bool, int, complex)):
-        words = repr(value)
-    elif isinstance(value, Mapping) and all(
+        return repr(float(value))  # numpy's is a float, with a repr of its own
+    if value is None or isinstance(value, (str, bytes, bool, int, complex)):
+        return repr(value)
+    if isinstance(value, Mapping) and all(
         isinstance(part, (str, bool, int, float, type(None))) for part in value.values()
     ):
-        words = repr(dict(value))
-    elif hasattr(value, "shape"):
-        kind = (
-            "tensor"
-            if type(value).__module__.startswith("torch")
-            else "array"
-            if name == "ndarray"
-            else name
-        )
-        words = _one(
-            f"{str(getattr(value, 'dtype', '')).removeprefix('torch.')} {kind} of shape"
-            f" {tuple(value.shape)}".strip()
-        )
-    elif is_dataclass(value) and not isinstance(value, type):
+        return repr(dict(value))
+    if hasattr(value, "shape"):
+        return _array_words(value)
+    if is_dataclass(value) and not isinstance(value, type):
         parts = (f"{f.name}={described(getattr(value, f.name))}" for f in fields(value) if f.repr)
-        words = f"{name}({', '.join(parts)})"
-    elif isinstance(value, (tuple, list)) and all(
+        return f"{name}({', '.join(parts)})"
+    if isinstance(value, (tuple, list)) and all(
         isinstance(part, (str, bool, int, float)) for part in value
     ):
-        words = repr(value)
-    elif isinstance(value, (tuple, list, Set, Mapping)):
-        words = f"{_one(name)} of {len(value)}"
+        return repr(value)
+    if isinstance(value, (tuple, list, Set, Mapping)):
+        return f"{_one(name)} of {len(value)}"
+    return f"{'the class ' * isinstance(value, type)}{getattr(value, '__qualname__', _one(name))}"
+
+
+def _array_words(value: Any) -> str:
+    """The dtype, kind and shape of a tensor, an array or a table."""
+    name = type(value).__name__
+    if type(value).__module__.startswith("torch"):
+        kind = "tensor"
     else:
-        words = (
-            f"{'the class ' * isinstance(value, type)}{getattr(value, '__qualname__', _one(name))}"
-        )
-    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} …"
+        kind = "array" if name == "ndarray" else name
+    dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return _one(f"{dtype} {kind} of shape {tuple(value.shape)}".strip())
 
 
 def _one(noun: str) -> str:

@@ -1,5 +1,5 @@
-"""Writing files so that none is ever half there, nor a folder half of one result and half of
-another; reading them, or saying in one line why not.
+"""Files that are written whole or not at all, folders whose files are of one result, and readers
+whose errors take one line.
 
 Owns `make_folder`, `write_atomically`, `write_json` and `writing`; `replacing` and `check_digests`,
 for files that belong together; `reading` and `read_json`; and `locked`, for a folder that one
@@ -17,7 +17,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from pyro_bmr.errors import ModelError, PyroBMRError
 
-# a folder of files on their way; older ones were left by processes that were killed
+# the prefix of a folder for files not yet in place; older ones were left by killed processes
 _STAGE, _STAGE_SECONDS = ".writing-", 86400.0
 
 
@@ -42,8 +42,8 @@ def make_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], durable: bool = False) -> None:
-    """Calls `write(temporary path)` and renames the result to `path`; `durable` has it on the disk,
-    and not only in the system's cache, on return.
+    """Calls `write(temporary path)` and renames the result to `path`. If `durable`, it is on the
+    disk on return, not only in the system's cache.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -60,11 +60,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], durable: bool 
 
 
 def write_json(path: Path, content: Mapping[str, Any], durable: bool = False) -> None:
-    """Writes an object as `write_atomically` does, as JSON proper, with what JSON does not know as
+    """Writes an object as strict JSON, as `write_atomically` does; values of other types become
     text.
 
     Raises:
-        ModelError: it is no JSON: a number in it is NaN or infinite, or it holds itself.
+        ModelError: it is no JSON: it has a number that is NaN or infinite, or contains itself.
         PyroBMRError: the file cannot be written.
     """
     try:
@@ -78,7 +78,7 @@ def write_json(path: Path, content: Mapping[str, Any], durable: bool = False) ->
 
 
 def finite(value: Any) -> Any:
-    """The same for JSON, which has no NaN and no infinity: null."""
+    """The value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -88,7 +88,7 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it, what keeps `path` from being written is a PyroBMRError that says so."""
+    """A context in which an error of writing `path` becomes a PyroBMRError that says so."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -101,50 +101,66 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(
     folder: Path, *heads: str, gone: Iterable[str] = (), durable: bool = False
 ) -> Iterator[Path]:
-    """An empty folder for files that belong together, which take the places of those in `folder`
-    when the block ends.
+    """An empty folder for files that belong together. When the block ends, they replace the files
+    of the same names in `folder`.
 
-    The files `heads`, without the last of which nobody reads the others, are removed first and come
-    last, in their order: a process that is killed at any moment leaves all old files, all new ones,
-    or no head. A block that raises, as when the disk is full, changes nothing. `gone`: files of
-    before that go, where the block wrote none.
+    Nobody reads the files without the last of the `heads`. The heads are removed first and moved
+    last, in their order. So a process that is killed at any moment leaves all old files, all new
+    ones, or no head. A block that raises, as when the disk is full, changes nothing. `gone`: older
+    files that are removed unless the block wrote them again.
 
     Raises:
         PyroBMRError: the folder, or a file of it, cannot be written.
     """
     make_folder(folder)
-    for old in folder.glob(f"{_STAGE}*"):
-        # it may go meanwhile, as the stage of another process does
-        with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > _STAGE_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
+    _remove_old_stages(folder)
     with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=_STAGE) as name:
         stage = Path(name)
         yield stage
-        order = {head: number for number, head in enumerate(heads)}
-        new = sorted(
-            (path for path in stage.iterdir() if path.is_file()),
-            key=lambda path: order.get(path.name, -1),
-        )
-        names = {path.name for path in new}
-        for path in new:
-            if (folder / path.name).is_dir():
-                raise PyroBMRError(
-                    f"cannot write '{folder / path.name}': it is a folder; choose another folder,"
-                    " or remove it"
-                )
-            if durable:
-                _sync(path)
-        for old_name in (*reversed(heads), *(name for name in gone if name not in names)):
-            (folder / old_name).unlink(missing_ok=True)
-        for path in new:
-            os.replace(path, folder / path.name)
-        if durable and os.name == "posix":
-            _sync(folder)
+        _take_places(stage, folder, heads, gone, durable)
+
+
+def _take_places(
+    stage: Path, folder: Path, heads: Sequence[str], gone: Iterable[str], durable: bool
+) -> None:
+    """Moves the files of `stage` into `folder`, the `heads` last, and removes those of `gone` that
+    are not among them.
+    """
+    order = {head: number for number, head in enumerate(heads)}
+    new = sorted(
+        (path for path in stage.iterdir() if path.is_file()),
+        key=lambda path: order.get(path.name, -1),
+    )
+    names = {path.name for path in new}
+    for path in new:
+        if (folder / path.name).is_dir():
+            raise PyroBMRError(
+                f"cannot write '{folder / path.name}': it is a folder; choose another folder,"
+                " or remove it"
+            )
+        if durable:
+            _sync(path)
+    for old_name in (*reversed(heads), *(name for name in gone if name not in names)):
+        (folder / old_name).unlink(missing_ok=True)
+    for path in new:
+        os.replace(path, folder / path.name)
+    if durable and os.name == "posix":
+        _sync(folder)
+
+
+def _remove_old_stages(folder: Path) -> None:
+    """Removes what killed processes have left of `replacing`."""
+    for old in folder.glob(f"{_STAGE}*"):
+        # another process may remove its own at the same time
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > _STAGE_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Name → SHA-256 of each file in a folder, for the head of files that belong together."""
+    """Name → SHA-256 of each file in a folder, to be kept in the head of files that belong
+    together.
+    """
     return {path.name: digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
@@ -179,17 +195,18 @@ def check_digests(head: Path, expected: Any, error: type[PyroBMRError], mend: st
 
 @contextlib.contextmanager
 def reading(fault: str, error: type[PyroBMRError], mend: str) -> Iterator[None]:
-    """Within it, whatever a reader meets in a file is one `error` of one line: the `fault` with the
-    file's name, the reason, and the `mend`.
+    """A context in which any exception of a reader becomes one `error` of one line: the `fault`
+    with the file's name, the reason, and the `mend`.
     """
     try:
         yield
-    except Exception as problem:  # readers have a dozen kinds for bytes that are not theirs
+    # readers raise a dozen kinds of exceptions for files of another format
+    except Exception as problem:
         raise error(f"{fault} ({_reason(problem)}); {mend}") from None
 
 
 def read_json(path: Path, fault: str, error: type[PyroBMRError], mend: str) -> dict[str, Any]:
-    """The object in a JSON file; what else may be there is an error as of `reading`."""
+    """The object in a JSON file; anything else in it is an error, as in `reading`."""
     with reading(fault, error, mend):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -199,12 +216,12 @@ def read_json(path: Path, fault: str, error: type[PyroBMRError], mend: str) -> d
 
 @contextlib.contextmanager
 def locked(folder: Path, error: type[PyroBMRError] = PyroBMRError) -> Iterator[None]:
-    """Within it no other process, nor another thread of this one, has `folder` locked. The system
-    ends the lock with the process, whatever ends it.
+    """A context in which `folder` is locked for all other processes and threads. The lock ends with
+    the process, whatever ends it.
 
     Raises:
-        PyroBMRError: `folder` cannot be written; `error`: it is locked already, with the process
-            that has it.
+        PyroBMRError: `folder` cannot be written. `error`: it is locked already; the message names
+            the process.
     """
     import filelock
 

@@ -1,12 +1,12 @@
-"""A call of the library in a world of its own: what is set around it, in Pyro or in torch, does not
-reach the programs that it runs, nor the other way round.
+"""Calls of the library that are isolated from the settings of Pyro and torch around them, and those
+settings from the calls.
 
 Owns `isolated`, for every public function that runs a Pyro program, `plain`, and the seeding of a
 step. Next: `checks.py`.
 
-Pyro keeps its handlers, and torch its default generator, once for the whole process. So calls in
-several threads take turns, each with an empty stack of handlers; between the steps of a fit the
-other threads come first.
+Pyro has one stack of handlers, and torch one default generator, for the whole process. So calls in
+several threads take turns, each with an empty stack of handlers. Between the steps of a fit, other
+threads have their turn first.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class _World:
-    """What is kept once for the whole process: Pyro's handlers, plates and settings, torch's
-    default generators.
+    """The state of the whole process: Pyro's handlers, plates and settings, and torch's default
+    generators.
     """
 
     handlers: list[Any]
@@ -50,7 +50,7 @@ class _World:
         )
 
     def put(self) -> None:
-        """Puts it in force again."""
+        """Makes this the state of the process again."""
         self.put_handlers()
         pyro.settings.set(**self.settings)
         self.put_generators()
@@ -65,11 +65,10 @@ class _World:
 
 
 class _Turns:
-    """One thread is inside at a time, as often as it likes; who wants in waits in the door, one at
-    a time.
+    """A lock that one thread has at a time, as often as it likes (`room`). The others wait for it
+    one at a time (`door`).
 
-    Ctrl-C may come when the room has just been taken: the room itself knows who has it, and nothing
-    else says so.
+    Ctrl-C may come just after the lock was taken, so only the lock itself knows its owner.
     """
 
     def __init__(self) -> None:
@@ -79,8 +78,8 @@ class _Turns:
 
     @contextmanager
     def turn(self, settings: bool) -> Iterator[_World]:
-        """Gives the world as it was before, with Pyro's settings if asked for."""
-        # a child of a fork, in which the thread that was inside does not run
+        """The state of the process before the turn, with Pyro's `settings` if asked for."""
+        # in the child of a fork the thread that has the lock does not run
         if self.process != os.getpid():
             self.__init__()  # type: ignore[misc]
         try:
@@ -106,14 +105,16 @@ class _Turns:
                 self.room.acquire()
 
     def give_way(self) -> None:
-        """Leaves the world as the owner found it to those who wait, and comes back to its own."""
+        """Lets a waiting thread have its turn, with the state that the owner found, and then
+        restores the owner's state.
+        """
         if self.door.locked() and self.outside.settings:
             mine, depth = _World.now(), self.depth
             self.outside.put()
             self.depth = 0
             self.room.release()
             interrupt: BaseException | None = None
-            while not self._inside():  # what Ctrl-C leaves to undo needs a turn as well
+            while not self._inside():  # cleaning up after Ctrl-C needs a turn as well
                 try:
                     self._enter()
                 except BaseException as error:
@@ -131,14 +132,14 @@ _TURNS = _Turns()  # one for the process, as the handlers and generators are
 def world(
     *arguments: Any, draws: bool = False, grad: bool = True, steps: bool = False
 ) -> Iterator[None]:
-    """Within it there is no Pyro handler of the caller's and no other thread, autograd is as in a
-    plain call, and if the caller has set a default device, it is that of the first tensor among the
+    """A context without the caller's Pyro handlers and without other threads, with autograd as in a
+    plain call. If the caller has set a default device, it is that of the first tensor among the
     arguments.
 
     Args:
-        draws: whether the caller's random state goes on; by default it stays as it was.
-        grad: whether autograd is as in a plain call; else the caller's mode holds.
-        steps: whether `give_way` is called within.
+        draws: whether draws change the caller's random state; by default they do not.
+        grad: whether autograd is as in a plain call; otherwise as the caller has set it.
+        steps: whether `give_way` is called inside.
     """
     with _TURNS.turn(steps) as before, ExitStack() as stack:
         if torch.get_default_device().type != "cpu":
@@ -158,8 +159,8 @@ def world(
 def isolated(
     *, autocast: bool = False, steps: bool = False
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """For a function: calls it in a world of its own (`world`), with tensors that autograd can use
-    (`plain`), and without `autocast` in full precision.
+    """A decorator that calls a function inside `world`, with tensors that autograd can use
+    (`plain`), and in full precision unless `autocast`.
     """
 
     def decorator(function: Callable[P, R]) -> Callable[P, R]:
@@ -169,9 +170,8 @@ def isolated(
                 for kind in () if autocast else ("cpu", "cuda"):
                     if torch.is_autocast_enabled(kind):
                         stack.enter_context(torch.autocast(kind, enabled=False))
-                return function(
-                    *map(plain, args), **{name: plain(value) for name, value in kwargs.items()}
-                )  # type: ignore[arg-type]
+                named: Any = {name: plain(value) for name, value in kwargs.items()}
+                return function(*map(plain, args), **named)
 
         return call
 
@@ -179,8 +179,8 @@ def isolated(
 
 
 def give_way() -> None:
-    """Lets another thread that waits have its turn, and goes on in the same world. For loops whose
-    steps are seconds or hours together.
+    """Lets a waiting thread have its turn, and returns with the same state. Call it between the
+    steps of a long loop.
     """
     _TURNS.give_way()
 
@@ -212,8 +212,8 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 
 def plain(value: Any) -> Any:
-    """A tensor that autograd can use: a copy if it was made in torch.inference_mode. Pairs of
-    tensors too; anything else as it is.
+    """A tensor that autograd can use: a copy if it was made in torch.inference_mode. Tuples and
+    lists of tensors too; any other value as it is.
     """
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value

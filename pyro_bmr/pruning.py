@@ -1,9 +1,8 @@
-"""Pruned means zero and gone: masks applied to any Pyro program, and the schedule of reductions
-during a fit.
+"""Masks applied to any Pyro program, and the schedule of reductions during a fit.
 
-Owns the effect handler `Masked`, `masked_terms`, the schedule `Every`, and `cubic`, along which
-kept fractions fall. A mask is a bool tensor in the shape of its site, True where the weight lives.
-Next: `prediction/predictive.py`.
+Owns the effect handler `Masked`, the schedule `Every`, and `cubic`, the schedule of kept fractions.
+A mask is a bool tensor in the shape of its site, True where the weight is kept. A pruned weight is
+exactly zero and takes no part. Next: `prediction/predictive.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -18,7 +18,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_bmr.errors import FitError, ReductionError, described, holds
+from pyro_bmr.checks import check_arguments
+from pyro_bmr.errors import FitError, ReductionError, holds
 from pyro_bmr.guides.mean_field import base_distribution
 from pyro_bmr.guides.site_wise import Drawn
 from pyro_bmr.posteriors.posterior import Posterior
@@ -27,6 +28,7 @@ from pyro_bmr.reduction.collapse import collapse
 from pyro_bmr.reduction.groups import Block, NofM
 from pyro_bmr.reduction.reduce import quiet_reduction
 from pyro_bmr.reduction.result import Reduction
+from pyro_bmr.tracing import does_not_split
 
 
 class Masked(Messenger):
@@ -70,10 +72,7 @@ class Masked(Messenger):
         elif isinstance(fn, dist.Delta):
             msg["fn"] = dist.Delta(fn.v.where(mask, 0), fn.log_density, event_dim=fn.event_dim)
         elif base_distribution(fn).event_shape:
-            raise ReductionError(
-                f"site '{name}': the density of a {type(base_distribution(fn)).__name__} does not"
-                " split over its entries, so they cannot be pruned one by one"
-            )
+            raise ReductionError(does_not_split(name, base_distribution(fn)))
         else:
             msg["fn"] = PrunedDistribution(base_distribution(fn).expand(fn.shape()), mask).to_event(
                 fn.event_dim
@@ -89,8 +88,8 @@ class PrunedDistribution(dist.TorchDistribution):
     r"""`base` where `kept` is True; the point 0 elsewhere.
 
     The log density of a masked entry is −½ v², which is 0 at its only admissible value v = 0. The
-    quadratic matters for samplers that walk in every coordinate: a dead one stays near 0 and never
-    drifts.
+    quadratic matters for samplers that move in every coordinate: it keeps those of pruned entries
+    near 0.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -126,23 +125,23 @@ def _kl_pruned(q: PrunedDistribution, p: PrunedDistribution) -> Tensor:
 
 @dataclass(frozen=True)
 class Every:
-    """The reductions of a fit: after every `epochs` epochs, from the fraction `start` of the fit
-    on.
+    """The schedule of the reductions of a fit: every `epochs` epochs after the fraction `start` of
+    the fit.
 
     Args:
-        epochs: between reductions; may be a fraction, such as 0.25.
-        to: the prior to reduce to, as in `reduce`. Default: the point spike, a weight goes when the
-            evidence rises without it.
-        start: the fraction of the fit's epochs before the first reduction, so that the data can
-            speak first (`fit` has a warm-up of its own, too).
+        epochs: the number of epochs between reductions; may be a fraction, such as 0.25.
+        to: the prior to reduce to, as in `reduce`. With the default, the point spike, a weight is
+            pruned if the evidence increases without it.
+        start: the fraction of the fit's epochs before the first reduction, so that the posterior
+            depends on the data first (`fit` also has a warm-up of its own).
         threshold: nats, as in `reduce`.
-        kept: instead of the evidence, a target: the kept fraction falls on the cubic schedule of
-            Zhu & Gupta 2017 (arXiv 1710.01878) from 1 at `start` to `kept` at `stop`, the weights
-            with the largest spike ΔF going first.
-        stop: the fraction of the epochs at which the target is reached, or after which evidence
-            prunes no more; the rest is for the survivors to settle.
-        per, heads: what goes or stays as one, as in `reduce`. A fixed pattern, ``NofM(2, 4)``, is
-            in force from the first reduction on and needs no target.
+        kept: a target instead of the evidence. The kept fraction falls on the cubic schedule of
+            Zhu & Gupta 2017 (arXiv 1710.01878) from 1 at `start` to `kept` at `stop`; the weights
+            with the largest spike ΔF are pruned first.
+        stop: the fraction of the epochs at which the target is reached, or after which no weight is
+            pruned by the evidence; in the remaining epochs the kept weights converge.
+        per, heads: what is pruned as one, as in `reduce`. A fixed pattern, ``NofM(2, 4)``, applies
+            from the first reduction on and needs no target.
 
     Example:
         >>> fit(program, data, epochs=20, reduce=Every(epochs=1, per="unit"))
@@ -158,23 +157,16 @@ class Every:
     heads: int | Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
-        if not holds(lambda x: x > 0, self.epochs):
-            raise FitError(
-                f"Every(epochs={described(self.epochs)}): the interval must be > 0 epochs"
-            )
-        if not holds(lambda a, b: 0 <= a <= b <= 1, self.start, self.stop):
-            raise FitError(
-                f"Every(start={described(self.start)}, stop={described(self.stop)}): 0 <= start <="
-                " stop <= 1 is wanted, as fractions of the fit"
-            )
-        if not holds(lambda t: not math.isnan(t), self.threshold):
-            raise FitError(
-                f"Every(threshold={described(self.threshold)}): a number of nats is wanted"
-            )
-        if self.kept is not None and not holds(lambda x: 0 <= x <= 1, self.kept):
-            raise FitError(
-                f"Every(kept={described(self.kept)}): a fraction between 0 and 1 is wanted"
-            )
+        check = partial(check_arguments, "Every")
+        positive = holds(lambda x: x > 0, self.epochs)
+        check(positive, "a number of epochs > 0", FitError, epochs=self.epochs)
+        ordered = holds(lambda a, b: 0 <= a <= b <= 1, self.start, self.stop)
+        expected = "0 <= start <= stop <= 1, as fractions of the fit"
+        check(ordered, expected, FitError, start=self.start, stop=self.stop)
+        known = holds(lambda t: not math.isnan(t), self.threshold)
+        check(known, "a number of nats", FitError, threshold=self.threshold)
+        fraction = self.kept is None or holds(lambda x: 0 <= x <= 1, self.kept)
+        check(fraction, "a fraction between 0 and 1, or None", FitError, kept=self.kept)
 
     def steps(self, total: int, steps_per_epoch: int) -> set[int]:
         """The steps (1 … total) after which a reduction is due."""
@@ -189,7 +181,7 @@ class Every:
         }
 
     def target(self, done: float) -> float | None:
-        """The kept fraction wanted when the fraction `done` of the fit is over; None when evidence
+        """The fraction to keep after the fraction `done` of the fit; None if the evidence
         decides.
         """
         if self.kept is None:
@@ -208,8 +200,8 @@ class Every:
         )
 
     def cautions(self, before: Mapping[str, Tensor], posterior: Posterior) -> tuple[str, ...]:
-        """What may mislead in the posterior at the end of the fit, whose masks at its start were
-        `before`: layers that went, sites that a pattern left out.
+        """Messages about what may mislead in the posterior at the end of the fit: layers that were
+        pruned whole, sites that a pattern left out. `before`: the masks at the start of the fit.
         """
         after = {
             name: site.alive for name, site in posterior.sites.items() if site.support == "real"
@@ -226,8 +218,8 @@ class Every:
 
 
 def cubic(kept: float, done: float, start: float, stop: float) -> float:
-    """The fraction to keep when the fraction `done` of a fit is over: kept + (1 − kept)(1 − t)³, t
-    the part of the way from `start` to `stop`.
+    """The fraction to keep after the fraction `done` of a fit: kept + (1 − kept)(1 − t)³, where t
+    goes from 0 at `start` to 1 at `stop`.
 
     Source: Zhu & Gupta 2017, arXiv 1710.01878.
     """

@@ -1,5 +1,5 @@
-"""What a trace of a Pyro program is asked for: its latent and observed sites, at given values, and
-the log density of the observed ones.
+"""The latent and observed sites of a Pyro program at given values, and the log density of the
+observed ones.
 
 Owns `Values` and `likelihood_of`. Next: `guides/site_normal.py`.
 """
@@ -42,9 +42,9 @@ class Values(Messenger):
             if value.shape != shape:
                 raise ModelError(
                     f"site '{msg['name']}' has shape {tuple(value.shape)} in the guide or posterior"
-                    f" and {tuple(shape)} in the program with these rows; make both of one program,"
-                    " and if its sites have entries per row, give it the rows of the fit, all at"
-                    " once"
+                    f" and {tuple(shape)} in the program with these rows; make both from one"
+                    " program, and if its sites have entries per row, give it all rows of the fit"
+                    " at once"
                 )
             msg["value"], msg["done"] = value, True
             self.latent[msg["name"]] = msg
@@ -74,7 +74,7 @@ def likelihood_of(run: Values) -> Tensor:
 
 
 def does_not_split(name: str, base: Any) -> str:
-    """What is wrong with a mask on a site whose density is joint."""
+    """The message about a mask on a site with a joint density."""
     return (
         f"site '{name}': the density of a {type(base).__name__} does not split over its entries, so"
         " they cannot be pruned"
@@ -82,7 +82,9 @@ def does_not_split(name: str, base: Any) -> str:
 
 
 def collapsed(parameter: Tensor) -> Tensor:
-    """A number that was expanded to a site's shape, as the number again."""
+    """The number in a tensor that expands one number to the shape of a site; other tensors as they
+    are.
+    """
     return (
         parameter[(0,) * parameter.ndim]
         if parameter.ndim and parameter.numel() and not any(parameter.stride())

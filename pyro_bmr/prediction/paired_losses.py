@@ -1,5 +1,5 @@
-"""Whether a reduction costs accuracy on rows at hand: the loss of each row before and after it,
-held against each other.
+"""Whether a reduction costs accuracy on given rows: the losses of each row before and after it,
+compared in pairs.
 
 Owns `paired_loss`. Next: `fitting/elbo.py`.
 """
@@ -23,9 +23,10 @@ _ERRORS = 2.0  # standard errors
 
 
 class PairedLoss(NamedTuple):
-    """`before`, `after`: the mean loss; `rise`: their difference, with the `standard_error` of the
-    mean of the rows' differences (NaN for one row); `rows`: how many; `measure`: "error rate",
-    "squared error" or "negative log likelihood".
+    """The mean losses `before` and `after` a reduction, and their difference, `rise`.
+
+    `standard_error`: of the mean difference over the `rows` (NaN for one row). `measure`: "error
+    rate", "squared error" or "negative log likelihood".
     """
 
     before: float
@@ -41,7 +42,7 @@ class PairedLoss(NamedTuple):
         return self.rise > _ERRORS * self.standard_error
 
     def caution(self) -> str | None:
-        """What to say if it does, else None."""
+        """A message if the loss rises that much, else None."""
         if not self.worse:
             return None
         return (
@@ -53,15 +54,16 @@ class PairedLoss(NamedTuple):
 
 
 def paired_loss(before: Prediction, after: Prediction, y: Tensor) -> PairedLoss:
-    r"""How much more is lost per row after a reduction than before, of the same rows: of classes
-    the errors, of Normals the squared errors, of other distributions the negative log likelihood.
+    r"""The rise of the loss per row from before to after a reduction, on the same rows. The loss is
+    the error for classes, the squared error for Normals, and the negative log likelihood for other
+    distributions.
 
     .. math:: d_i = \ell_i^{\text{after}} - \ell_i^{\text{before}}, \qquad
         \bar d = \tfrac1n \sum_i d_i, \qquad
         \mathrm{se}^2 = \frac{1}{n(n-1)} \sum_i (d_i - \bar d)^2
 
-    The rows that both predict equally well cancel, so the standard error is smaller than those of
-    two losses apart (McNemar 1947 for classes).
+    Rows that both predict equally well cancel, so the standard error is smaller than for two
+    separate losses (McNemar 1947 for classes).
 
     Raises:
         DataError: the predictions are not of the rows of `y`, not of one kind, or are NaN.
@@ -73,7 +75,7 @@ def paired_loss(before: Prediction, after: Prediction, y: Tensor) -> PairedLoss:
     """
     if type(before) is not type(after) or type(before) not in _MEASURES:
         raise DataError(
-            "paired_loss: expected two predictions of one kind, as predict gives them, got"
+            "paired_loss: expected two predictions of one kind, as from predict, got"
             f" {type(before).__name__} and {type(after).__name__}"
         )
     first, second = (_losses(prediction, y) for prediction in (before, after))

@@ -2,8 +2,8 @@
 and aleatoric parts apart.
 
 Owns `ClassPrediction`, `RealPrediction` and `MixturePrediction`, and `prediction_of`, which
-averages over draws or members of any origin. In all of them the rows come first. Next:
-`predict.py`.
+averages over draws or over the members of an ensemble. In all of them the rows come first. Next:
+`observed_site.py`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from pyro_bmr.errors import DataError, ModelError, warn
 
 @dataclass(frozen=True)
 class ClassPrediction:
-    """`probs` (n, ..., classes), the average over draws. In nats, (n, ...): `aleatoric`, the mean
-    entropy of the draws; `epistemic`, what the draws disagree by (mutual information; their sum is
-    the entropy of `probs`).
+    """Class probabilities `probs` (n, ..., classes), the average over draws.
+
+    In nats, (n, ...): `aleatoric` is the mean entropy of the draws, and `epistemic` the mutual
+    information of label and draw. Their sum is the entropy of `probs`.
     """
 
     probs: Tensor
@@ -32,8 +33,9 @@ class ClassPrediction:
     epistemic: Tensor
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """log p(y | x, data), (n, ...), nats; where a row has several labels, of each by itself. A
-        probability below the smallest normal number of its dtype counts as that, and a
+        """log p(y | x, data), (n, ...), nats, for each label of a row by itself.
+
+        A probability below the smallest normal number of its dtype counts as that number, and a
         `PyroBMRWarning` says how many do.
         """
         if self.probs.ndim > 2:
@@ -83,8 +85,8 @@ class RealPrediction:
 
 @dataclass(frozen=True)
 class MixturePrediction:
-    """A mixture over draws of any distribution: `parts` has for each draw the distribution of each
-    batch of rows, whose rows stand in dimension `dim` of a draw from it (negative).
+    """A mixture over draws of any distribution. `parts` has for each draw the distribution of each
+    batch of rows; the rows are in the (negative) dimension `dim` of a draw from it.
     """
 
     parts: Sequence[Sequence[Any]]
@@ -130,7 +132,7 @@ class MixturePrediction:
 
     @property
     def device(self) -> torch.device:
-        """Where the distributions are."""
+        """The device of the distributions."""
         return next(
             t.device for t in vars(_innermost(self.parts[0][0])).values() if isinstance(t, Tensor)
         )
@@ -160,8 +162,8 @@ Parameters = tuple[Tensor, ...]
 
 
 def prediction_of(parts: Iterable[Parameters], draws: int) -> ClassPrediction | RealPrediction:
-    """The prediction of `draws` whose parameters come in `parts`, one or several draws at a time;
-    those of classes are never all in memory.
+    """The prediction of `draws` whose parameters come in `parts`, one or several draws at a time.
+    The class probabilities of all draws are never in memory at once.
     """
     kept: list[Parameters] = []
     probs: Tensor | None = None
@@ -188,7 +190,7 @@ def _entropy(probs: Tensor) -> Tensor:
 
 
 def _mixed(log_p: Tensor) -> Tensor:
-    """log of the mean over draws, (draws, n) → (n,)."""
+    """The log of the mean over draws, (draws, n) → (n,)."""
     return log_p.logsumexp(0) - math.log(len(log_p))
 
 

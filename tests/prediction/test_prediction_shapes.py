@@ -181,8 +181,8 @@ REFUSED = {
         coupled,
         "observed site 'y': its MultivariateNormal is one density for all rows",
     ),
-    "two sites": (two_sites, r"one observed site.*found: a \(Normal\), b \(Poisson\)"),
-    "a sum over rows": (summed, r"observed site 'y': it has shape \(2,\) for 6 rows"),
+    "two sites": (two_sites, r"one observed site.*got: a \(Normal\), b \(Poisson\)"),
+    "a sum over rows": (summed, r"observed site 'y': expected 6 rows, .*got shape \(2,\)"),
     "two plates of that size": (square, "plates 'outputs', 'data' all have 6 entries"),
 }
 

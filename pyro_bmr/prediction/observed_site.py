@@ -1,0 +1,204 @@
+"""The observed site of a program at given rows: its name, its distribution, and the dimension of a
+draw that has the rows.
+
+Owns `ObservedSite` and `observed_site`. Next: `predict.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_bmr.errors import ModelError
+from pyro_bmr.guides.mean_field import base_distribution
+from pyro_bmr.prediction.predictive import Parameters
+from pyro_bmr.tracing import Values
+
+
+@dataclass(frozen=True)
+class ObservedSite:
+    """The observed site of `program` at the rows `x`: its `name`, the (negative) dimension `dim` of
+    a draw that has the rows, and whether the program `writes` into its rows.
+    """
+
+    program: Callable[..., Any]
+    x: Tensor
+    batch_size: int
+    name: str
+    dim: int
+    writes: bool
+
+    def batches(self) -> Iterator[Tensor]:
+        """The batches of rows; copies if the program writes into them."""
+        yield from (
+            batch.clone() if self.writes else batch for batch in self.x.split(self.batch_size)
+        )
+
+    def reached(self, values: Mapping[str, Tensor], batch: Tensor) -> Any:
+        """The distribution of the observed site for a batch of rows, given the latent values."""
+        try:
+            with _Until(self.name), Values(values):
+                self.program(batch)
+        except _Until.Reached as reached:
+            return reached.args[0]
+        raise ModelError(
+            f"site '{self.name}' of the program is reached for some draws only; prediction needs it"
+            " in every run"
+        )
+
+    def parameters(self, fns: list[Any]) -> Parameters | None:
+        """The parameters of a Categorical or a Normal, with the rows of all batches first; None for
+        other distributions.
+        """
+        bases = [base_distribution(fn) for fn in fns]
+        if all(isinstance(base, torch.distributions.Categorical) for base in bases):
+            return (torch.cat([base.probs.movedim(self.dim - 1, 0) for base in bases]),)
+        if all(isinstance(base, torch.distributions.Normal) for base in bases):
+            return tuple(
+                torch.cat([t.movedim(self.dim, 0) for t in tensors])
+                for tensors in zip(*((base.loc, base.scale) for base in bases), strict=True)
+            )
+        return None
+
+    def together(self, group: list[dict[str, Tensor]], alone: Parameters) -> Parameters | None:
+        """The parameters for several draws at once; None if the program cannot be vectorised, as
+        with branches that depend on a value.
+        """
+
+        def one(values: dict[str, Tensor]) -> Parameters:
+            found = self.parameters([self.reached(values, next(self.batches()))])
+            if found is None:
+                raise another_distribution(self.name)
+            return found
+
+        try:
+            values = {site: torch.stack([draw[site] for draw in group]) for site in group[0]}
+            stacked = torch.func.vmap(one, randomness="different")(values)
+        except (RuntimeError, NotImplementedError, ValueError):
+            return None
+        return (
+            stacked
+            if all(t.shape[1:] == a.shape for t, a in zip(stacked, alone, strict=True))
+            else None
+        )
+
+
+def observed_site(
+    program: Callable[..., Any], x: Tensor, batch_size: int, values: Mapping[str, Tensor]
+) -> tuple[ObservedSite, list[Any]]:
+    """The one observed site of a program, and its distribution for each batch of rows, given the
+    latent `values`.
+
+    Raises:
+        ModelError: the program does not run on `x`, has no observed site or several, or its rows
+            depend on each other.
+    """
+    name, dim, writes = "", 0, False
+    fns: list[Any] = []
+    for batch in x.split(batch_size):
+        own = batch.clone()
+        version = own._version
+        msg = _observed(program, own, values)
+        name, fn = msg["name"], msg["fn"]
+        dim = dim or _rows_dim(msg, len(batch))
+        if fns and (len(fns[0].shape()) != len(fn.shape()) or fn.shape()[dim] != len(batch)):
+            raise ModelError(
+                f"observed site '{name}': shapes {tuple(fns[0].shape())} and"
+                f" {tuple(fn.shape())} for batches of rows do not go together"
+            )
+        fns.append(fn)
+        writes = writes or own._version != version
+    return ObservedSite(program, x, batch_size, name, dim, writes), fns
+
+
+def _observed(program: Callable[..., Any], batch: Tensor, values: Mapping[str, Tensor]) -> Any:
+    """The message of the one observed site in a run of the program on a batch of rows."""
+    try:
+        with Values(values) as run:
+            program(batch)
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        KeyError,
+        AttributeError,
+    ) as error:
+        raise ModelError(
+            f"the program does not run on x of shape {tuple(batch.shape)} and"
+            f" {batch.dtype}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    if len(run.observed) != 1:
+        found = ", ".join(
+            f"{name} ({type(base_distribution(msg['fn'])).__name__})"
+            for name, msg in run.observed.items()
+        )
+        raise ModelError(
+            "predict: expected one observed site that is drawn when the program is called as"
+            f" program(x), got: {found or 'none'}"
+        )
+    return next(iter(run.observed.values()))
+
+
+def _rows_dim(msg: Any, rows: int) -> int:
+    """The dimension of the rows in a draw of an observed site, counted from the right."""
+    name, fn = msg["name"], msg["fn"]
+    shape, base = fn.shape(), base_distribution(fn)
+    plates = [frame for frame in msg["cond_indep_stack"] if frame.vectorized and frame.size == rows]
+    if len(plates) > 1:
+        raise ModelError(
+            f"observed site '{name}': plates {', '.join(repr(f.name) for f in plates)} all have"
+            f" {rows} entries; predict another number of rows"
+        )
+    dim = plates[0].dim - len(fn.event_shape) if plates else -len(shape)
+    if not shape or shape[dim] != rows:
+        raise ModelError(
+            f"observed site '{name}': expected {rows} rows, first or in a plate, got shape"
+            f' {tuple(shape)}; put it in pyro.plate("data", len(x)), or the rows first'
+        )
+    if -dim <= len(base.event_shape):
+        raise ModelError(
+            f"observed site '{name}': its {type(base).__name__} is one density for all rows, which"
+            " depend on each other; only rows that are independent given the latent sites can be"
+            " predicted one by one: run the program at posterior.draw()"
+        )
+    return int(dim)
+
+
+def another_distribution(name: str) -> ModelError:
+    """The error of an observed site whose kind of distribution depends on the draw."""
+    return ModelError(
+        f"observed site '{name}': expected one kind of distribution for all draws, got several"
+    )
+
+
+def check_callable_without_y(program: Callable[..., Any], x: Tensor) -> None:
+    """Raises ModelError unless `program(x)` can be called without targets."""
+    try:
+        inspect.signature(program).bind(x)
+    except TypeError:
+        raise ModelError(
+            "predict: expected a program that can be called as program(x); give the targets a"
+            " default: def program(x, y=None)"
+        ) from None
+
+
+class _Until(Messenger):
+    """Ends the run at the site `name` with its distribution, before a draw that nobody needs."""
+
+    class Reached(Exception):
+        """Carries the distribution of the site."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.name:
+            raise self.Reached(msg["fn"])
