@@ -1,3 +1,1 @@
-"""Pyro programs to run and to copy; each file has one function `build(data, prior)` that returns a
-Pyro program.
-"""
+"""Models to run and to copy; the function `build(data, prior)` of each file returns a program."""

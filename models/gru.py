@@ -1,5 +1,5 @@
-"""A recurrent classifier: the rows of an image, or the points of a curve, one after another into a
-GRU (Cho et al. 2014, arXiv 1406.1078).
+"""A recurrent classifier: a GRU (Cho et al. 2014, arXiv 1406.1078) that reads the rows of an image,
+or the points of a curve, one after another.
 
 `--model gru`, or `--model gru:64` for another width. Run it by itself: python models/gru.py
 """
@@ -16,7 +16,8 @@ class Recurrent(nn.Module):
     def __init__(self, features: int, width: int, outputs: int) -> None:
         super().__init__()
         self.features = features
-        self.gru, self.head = nn.GRU(features, width, batch_first=True), nn.Linear(width, outputs)
+        self.gru = nn.GRU(features, width, batch_first=True)
+        self.head = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         states, _ = self.gru(x.reshape(x.size(0), -1, self.features))
@@ -27,16 +28,15 @@ def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "32") -> bmr.Bay
     shape = tuple(data.x_train.shape[1:])
     if len(shape) not in (1, 3) or (len(shape) == 3 and shape[0] != 1):
         raise bmr.errors.DataError(
-            f"gru wants images of one channel or curves, got rows of shape {shape}"
+            f"gru: expected images of one channel or curves, got rows of shape {shape}"
         )
     if not sizes.isdecimal() or int(sizes) < 1:
         raise bmr.errors.ModelError(
-            f"gru:{sizes}: the width of the state is wanted, such as gru:64"
+            f"gru: expected the width of the state, as in gru:64, got gru:{sizes}"
         )
     features = shape[-1] if len(shape) == 3 else 1
-    return bmr.BayesianNetwork(
-        Recurrent(features, int(sizes), data.outputs), prior, data.likelihood()
-    )
+    net = Recurrent(features, int(sizes), data.outputs)
+    return bmr.BayesianNetwork(net, prior, data.likelihood())
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """LeNet-5 with 6 and 16 channels and 120 and 84 units on images padded to 32×32: `--model lenet`,
 or `--model lenet:18-48-360-256` for other sizes.
 
-Valid 5×5 convolutions, average pooling, tanh; `--model lenet:6-16-120-84-relu` has maximum pooling
-and ReLU. Run it by itself: python models/lenet.py
+It has valid 5×5 convolutions, average pooling and tanh; `--model lenet:6-16-120-84-relu` has
+maximum pooling and ReLU. Run it by itself: python models/lenet.py
 """
 
 import torch
@@ -14,18 +14,18 @@ import pyro_bmr as bmr
 def network(
     shape: tuple[int, int, int], sizes: tuple[int, int, int, int], outputs: int, relu: bool = False
 ) -> nn.Sequential:
-    """For images of `shape` (channels, height, width), at most 32×32."""
-    bend, pool = (nn.ReLU, nn.MaxPool2d) if relu else (nn.Tanh, nn.AvgPool2d)
+    """LeNet-5 for images of `shape` (channels, height, width), at most 32×32."""
+    act, pool = (nn.ReLU, nn.MaxPool2d) if relu else (nn.Tanh, nn.AvgPool2d)
     channels, height, width = shape
     first, second, third, fourth = sizes
     top, left = (32 - height) // 2, (32 - width) // 2
     return nn.Sequential(
         nn.ZeroPad2d((left, 32 - width - left, top, 32 - height - top)),
-        nn.Conv2d(channels, first, 5), bend(), pool(2),
-        nn.Conv2d(first, second, 5), bend(), pool(2),
+        nn.Conv2d(channels, first, 5), act(), pool(2),
+        nn.Conv2d(first, second, 5), act(), pool(2),
         nn.Flatten(),
-        nn.Linear(second * 25, third), bend(),
-        nn.Linear(third, fourth), bend(),
+        nn.Linear(second * 25, third), act(),
+        nn.Linear(third, fourth), act(),
         nn.Linear(fourth, outputs),
     )  # fmt: skip
 
@@ -34,24 +34,20 @@ def build(
     data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "6-16-120-84"
 ) -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
-    numbers = tuple(
-        int(size) if size.isdecimal() else 0 for size in sizes.removesuffix("-relu").split("-")
-    )
+    words = sizes.removesuffix("-relu").split("-")
+    numbers = tuple(int(word) if word.isdecimal() else 0 for word in words)
     if len(shape) != 3 or shape[1] > 32 or shape[2] > 32:
         raise bmr.errors.DataError(
-            "lenet wants images (channels, height, width) of at most 32×32, got rows of shape"
+            "lenet: expected images (channels, height, width) of at most 32×32, got rows of shape"
             f" {shape}"
         )
     if len(numbers) != 4 or min(numbers) < 1:
         raise bmr.errors.ModelError(
-            f"lenet:{sizes}: four sizes are wanted, such as lenet:6-16-120-84 or"
-            " lenet:6-16-120-84-relu"
+            "lenet: expected four sizes, as in lenet:6-16-120-84 or lenet:6-16-120-84-relu, got"
+            f" lenet:{sizes}"
         )
-    return bmr.BayesianNetwork(
-        network(shape, numbers, data.outputs, relu=sizes.endswith("-relu")),
-        prior,
-        data.likelihood(),
-    )
+    net = network(shape, numbers, data.outputs, relu=sizes.endswith("-relu"))
+    return bmr.BayesianNetwork(net, prior, data.likelihood())
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """LeNet-5 as in Caffe, with 20 and 50 channels and 500 units on images of 28×28: `--model
 lenet_caffe`, or `--model lenet_caffe:8-16-64`.
 
-Valid 5×5 convolutions, max pooling, one ReLU before the outputs. Run it by itself: python
+It has valid 5×5 convolutions, max pooling and one ReLU before the outputs. Run it by itself: python
 models/lenet_caffe.py
 """
 
@@ -14,8 +14,9 @@ import pyro_bmr as bmr
 def network(
     shape: tuple[int, int, int], sizes: tuple[int, int, int], outputs: int
 ) -> nn.Sequential:
-    """For images of `shape` (channels, height, width), at least 16×16; weights start by He et al.
-    2015 (arXiv 1502.01852), biases at 0.
+    """LeNet-5 as in Caffe, for images of `shape` (channels, height, width), at least 16×16.
+
+    Weights start as in He et al. 2015 (arXiv 1502.01852), biases at 0.
     """
     channels, height, width = shape
     first, second, third = sizes
@@ -37,15 +38,16 @@ def network(
 
 def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "20-50-500") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
-    numbers = tuple(int(size) if size.isdecimal() else 0 for size in sizes.split("-"))
+    numbers = tuple(int(word) if word.isdecimal() else 0 for word in sizes.split("-"))
     if len(shape) != 3 or min(shape[1:]) < 16:
         raise bmr.errors.DataError(
-            "lenet_caffe wants images (channels, height, width) of at least 16×16, got rows of"
+            "lenet_caffe: expected images (channels, height, width) of at least 16×16, got rows of"
             f" shape {shape}"
         )
     if len(numbers) != 3 or min(numbers) < 1:
         raise bmr.errors.ModelError(
-            f"lenet_caffe:{sizes}: three sizes are wanted, such as lenet_caffe:20-50-500"
+            "lenet_caffe: expected three sizes, as in lenet_caffe:20-50-500, got"
+            f" lenet_caffe:{sizes}"
         )
     return bmr.BayesianNetwork(network(shape, numbers, data.outputs), prior, data.likelihood())
 

@@ -14,11 +14,14 @@ import pyro_bmr as bmr
 
 
 def build(data: bmr.Data, prior: bmr.priors.Prior) -> Callable[..., Tensor]:
-    """y = x w + b + noise: w under `prior`, b and the noise under weak priors for standardised
-    data.
+    """A program of y = x w + b + noise, with w under `prior`.
+
+    b and the noise have weak priors for standardised data.
     """
     if data.task != "regression":
-        raise bmr.errors.DataError(f"linear_regression wants real targets; {data.name} has classes")
+        raise bmr.errors.DataError(
+            f"linear_regression: expected real targets, got the classes of {data.name}"
+        )
     features = data.x_train[0].numel()
 
     def program(x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -14,10 +14,10 @@ import pyro_bmr as bmr
 
 
 def build(data: bmr.Data, prior: bmr.priors.Prior) -> Callable[..., Tensor]:
-    """y ~ Categorical(softmax(W x + b)): W under `prior`, b under a weak one."""
+    """A program of y ~ Categorical(softmax(W x + b)): W under `prior`, b under a weak prior."""
     if data.classes is None:
         raise bmr.errors.DataError(
-            f"logistic_regression wants classes; {data.name} has real targets"
+            f"logistic_regression: expected classes, got the real targets of {data.name}"
         )
     features, classes = data.x_train[0].numel(), data.classes
 

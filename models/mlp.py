@@ -11,8 +11,9 @@ import pyro_bmr as bmr
 
 
 def network(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Flatten, then Linear and ReLU per hidden layer, then Linear; weights start by He et al. 2015
-    (arXiv 1502.01852), biases at 0.
+    """Flatten, then Linear and ReLU for each hidden layer, then Linear.
+
+    Weights start as in He et al. 2015 (arXiv 1502.01852), biases at 0.
     """
     layers: list[nn.Module] = [nn.Flatten()]
     for size in hidden:
@@ -27,14 +28,13 @@ def network(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential
 
 
 def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "300-100") -> bmr.BayesianNetwork:
-    hidden = tuple(int(size) if size.isdecimal() else 0 for size in sizes.split("-"))
+    hidden = tuple(int(word) if word.isdecimal() else 0 for word in sizes.split("-"))
     if min(hidden) < 1:
         raise bmr.errors.ModelError(
-            f"mlp:{sizes}: the sizes of hidden layers are wanted, such as mlp:300-100"
+            f"mlp: expected the sizes of hidden layers, as in mlp:300-100, got mlp:{sizes}"
         )
-    return bmr.BayesianNetwork(
-        network(data.x_train[0].numel(), hidden, data.outputs), prior, data.likelihood()
-    )
+    net = network(data.x_train[0].numel(), hidden, data.outputs)
+    return bmr.BayesianNetwork(net, prior, data.likelihood())
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """An MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601) on images padded to whole patches:
 `--model mlp_mixer`, `--model mlp_mixer:paper`.
 
-Other sizes: `--model mlp_mixer:PATCH-DIM-DEPTH-TOKEN-CHANNEL`, the last two the widths of the
-hidden layers over tokens and over channels. Run it by itself: python models/mlp_mixer.py
+Other sizes are set by `--model mlp_mixer:PATCH-DIM-DEPTH-TOKEN-CHANNEL`. The last two are the
+widths of the hidden layers over tokens and over channels. Run it by itself: python
+models/mlp_mixer.py
 """
 
 import torch
@@ -17,37 +18,32 @@ PRESETS = {"small": "4-32-2-32-64", "paper": "4-256-6-512-512"}
 def pad_to(
     shape: tuple[int, int, int], patch: int, side: int | None = None
 ) -> tuple[nn.Module, int]:
-    """Zeros around an image up to whole patches, or to `side`; and the number of patches."""
+    """A layer that pads images with zeros to whole patches, or to `side`; the number of patches."""
     height, width = (side or -(-size // patch) * patch for size in shape[1:])
     top, left = (height - shape[1]) // 2, (width - shape[2]) // 2
     pad = nn.ZeroPad2d((left, width - shape[2] - left, top, height - shape[1] - top))
-    return (pad if (height, width) != shape[1:] else nn.Identity()), (height // patch) * (
-        width // patch
-    )
+    patches = (height // patch) * (width // patch)
+    return (pad if (height, width) != shape[1:] else nn.Identity()), patches
 
 
 class MixerBlock(nn.Module):
-    """A hidden layer over the tokens of each channel, then one over the channels of each token;
-    norms first, both added.
+    """A hidden layer over the tokens of each channel, then one over the channels of each token.
+
+    Each follows a norm, and its output is added to its input.
     """
 
     def __init__(self, tokens: int, dim: int, token_width: int, channel_width: int) -> None:
         super().__init__()
-        self.norm_tokens, self.tokens_in, self.tokens_out = (
-            nn.LayerNorm(dim),
-            nn.Linear(tokens, token_width),
-            nn.Linear(token_width, tokens),
-        )
-        self.norm_channels, self.channels_in, self.channels_out = (
-            nn.LayerNorm(dim),
-            nn.Linear(dim, channel_width),
-            nn.Linear(channel_width, dim),
-        )
+        self.norm_tokens = nn.LayerNorm(dim)
+        self.tokens_in = nn.Linear(tokens, token_width)
+        self.tokens_out = nn.Linear(token_width, tokens)
+        self.norm_channels = nn.LayerNorm(dim)
+        self.channels_in = nn.Linear(dim, channel_width)
+        self.channels_out = nn.Linear(channel_width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.tokens_out(
-            F.gelu(self.tokens_in(self.norm_tokens(x).transpose(1, 2)))
-        ).transpose(1, 2)
+        by_channel = self.norm_tokens(x).transpose(1, 2)
+        x = x + self.tokens_out(F.gelu(self.tokens_in(by_channel))).transpose(1, 2)
         return x + self.channels_out(F.gelu(self.channels_in(self.norm_channels(x))))
 
 
@@ -71,35 +67,26 @@ class Mixer(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(
-            self.norm(self.blocks(self.patch(self.pad(x)).flatten(2).transpose(1, 2))).mean(1)
-        )
+        tokens = self.patch(self.pad(x)).flatten(2).transpose(1, 2)
+        return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 
 def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     if len(shape) != 3:
         raise bmr.errors.DataError(
-            f"mlp_mixer wants images (channels, height, width), got rows of shape {shape}"
+            f"mlp_mixer: expected images (channels, height, width), got rows of shape {shape}"
         )
-    numbers = [
-        int(size) if size.isdecimal() else 0 for size in PRESETS.get(sizes, sizes).split("-")
-    ]
+    words = PRESETS.get(sizes, sizes).split("-")
+    numbers = [int(word) if word.isdecimal() else 0 for word in words]
     if len(numbers) != 5 or min(numbers) < 1:
         raise bmr.errors.ModelError(
-            f"mlp_mixer:{sizes}: {' or '.join(PRESETS)} is wanted, or five numbers such as"
-            f" mlp_mixer:{PRESETS['small']}"
+            f"mlp_mixer: expected {', '.join(PRESETS)} or five numbers, as in"
+            f" mlp_mixer:{PRESETS['small']}, got mlp_mixer:{sizes}"
         )
     patch, dim, depth, tokens, channels = numbers
-    net = Mixer(
-        shape,
-        patch,
-        dim,
-        depth,
-        (tokens, channels),
-        data.outputs,
-        side=32 if sizes == "paper" else None,
-    )
+    side = 32 if sizes == "paper" else None
+    net = Mixer(shape, patch, dim, depth, (tokens, channels), data.outputs, side)
     return bmr.BayesianNetwork(net, prior, data.likelihood())
 
 

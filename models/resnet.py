@@ -1,12 +1,14 @@
 """A small residual network (He et al. 2016, arXiv 1512.03385) on images of any size: `--model
 resnet`, or `--model resnet:16-32-64` for other widths.
 
-One block a width, the image halved between them; `--model resnet:16-32-group` has group norm, which
-knows no batch, instead of batch norm. Run it by itself: python models/resnet.py
+There is one block for each width, and the image is halved between them. `--model
+resnet:16-32-group` has group norm, which does not depend on the batch, instead of batch norm. Run
+it by itself: python models/resnet.py
 """
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +20,15 @@ Norm = Callable[[int], nn.Module]
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions beside a straight way, which is a 1×1 convolution where the width or the
-    size of the image changes.
+    """Two 3×3 convolutions with a skip connection.
+
+    The skip connection is a 1×1 convolution where the width or the size of the image changes.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        self.first, self.second = (
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-        )
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.norm_first, self.norm_second = norm(outputs), norm(outputs)
         self.straight = (
             nn.Identity()
@@ -45,7 +46,8 @@ class ResNet(nn.Module):
 
     def __init__(self, channels: int, widths: tuple[int, ...], outputs: int, norm: Norm) -> None:
         super().__init__()
-        self.stem, self.norm = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), norm(widths[0])
+        self.stem = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
+        self.norm = norm(widths[0])
         strides = [1, *[2] * (len(widths) - 1)]
         steps = zip(itertools.pairwise((widths[0], *widths)), strides, strict=True)
         self.blocks = nn.Sequential(*(Block(a, b, stride, norm) for (a, b), stride in steps))
@@ -60,25 +62,19 @@ def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "16-32") -> bmr.
     shape = tuple(data.x_train.shape[1:])
     if len(shape) != 3:
         raise bmr.errors.DataError(
-            f"resnet wants images (channels, height, width), got rows of shape {shape}"
+            f"resnet: expected images (channels, height, width), got rows of shape {shape}"
         )
     words = sizes.split("-")
-    norm: Norm = (
-        (lambda channels: nn.GroupNorm(4, channels)) if words[-1] == "group" else nn.BatchNorm2d
-    )
+    grouped = words[-1] == "group"
     widths = tuple(int(word) if word.isdecimal() else 0 for word in words if word != "group")
-    if (
-        not widths
-        or min(widths) < 1
-        or (words[-1] == "group" and any(width % 4 for width in widths))
-    ):
+    if not widths or min(widths) < 1 or (grouped and any(width % 4 for width in widths)):
         raise bmr.errors.ModelError(
-            f"resnet:{sizes}: widths are wanted, such as resnet:16-32, or multiples of 4 and the"
-            " word group: resnet:16-32-group"
+            "resnet: expected widths, as in resnet:16-32, or multiples of 4 and the word group, as"
+            f" in resnet:16-32-group, got resnet:{sizes}"
         )
-    return bmr.BayesianNetwork(
-        ResNet(shape[0], widths, data.outputs, norm), prior, data.likelihood()
-    )
+    norm: Norm = partial(nn.GroupNorm, 4) if grouped else nn.BatchNorm2d
+    net = ResNet(shape[0], widths, data.outputs, norm)
+    return bmr.BayesianNetwork(net, prior, data.likelihood())
 
 
 def main() -> None:

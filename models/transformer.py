@@ -1,7 +1,7 @@
 """A causal transformer over a sequence, the rows of an image or the points of a curve: `--model
 transformer`.
 
-Each token attends to those before it; the last one is classified. Other sizes: `--model
+Each token attends to those before it; the last one is classified. Other sizes are set by `--model
 transformer:DIM-DEPTH-HEADS-RATIO`. Run it by itself: python models/transformer.py
 """
 
@@ -19,10 +19,8 @@ class CausalTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.features = features
-        self.embedding, self.position = (
-            nn.Linear(features, dim),
-            nn.Parameter(0.02 * torch.randn(1, length, dim)),
-        )
+        self.embedding = nn.Linear(features, dim)
+        self.position = nn.Parameter(0.02 * torch.randn(1, length, dim))
         layer = nn.TransformerEncoderLayer(
             dim,
             heads,
@@ -45,21 +43,18 @@ def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "32-2-4-2") -> b
     shape = tuple(data.x_train.shape[1:])
     if len(shape) not in (1, 3) or (len(shape) == 3 and shape[0] != 1):
         raise bmr.errors.DataError(
-            f"transformer wants images of one channel or curves, got rows of shape {shape}"
+            f"transformer: expected images of one channel or curves, got rows of shape {shape}"
         )
-    numbers = [int(size) if size.isdecimal() else 0 for size in sizes.split("-")]
+    numbers = [int(word) if word.isdecimal() else 0 for word in sizes.split("-")]
     if len(numbers) != 4 or min(numbers) < 1 or numbers[0] % numbers[2]:
         raise bmr.errors.ModelError(
-            f"transformer:{sizes}: dimension, depth, heads (a divisor of the dimension) and ratio"
-            " are wanted, such as transformer:32-2-4-2"
+            "transformer: expected dimension, depth, heads (a divisor of the dimension) and ratio,"
+            f" as in transformer:32-2-4-2, got transformer:{sizes}"
         )
     length, features = (shape[1], shape[2]) if len(shape) == 3 else (shape[0], 1)
     dim, depth, heads, ratio = numbers
-    return bmr.BayesianNetwork(
-        CausalTransformer(length, features, dim, depth, heads, ratio, data.outputs),
-        prior,
-        data.likelihood(),
-    )
+    net = CausalTransformer(length, features, dim, depth, heads, ratio, data.outputs)
+    return bmr.BayesianNetwork(net, prior, data.likelihood())
 
 
 def main() -> None:

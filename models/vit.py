@@ -1,8 +1,8 @@
 """A vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) on images padded to whole
 patches: `--model vit`, `--model vit:paper`.
 
-Other sizes: `--model vit:PATCH-DIM-DEPTH-HEADS-RATIO`, with RATIO the width of the hidden layer
-over DIM. Run it by itself: python models/vit.py
+Other sizes are set by `--model vit:PATCH-DIM-DEPTH-HEADS-RATIO`, where RATIO is the width of the
+hidden layer over DIM. Run it by itself: python models/vit.py
 """
 
 import torch
@@ -16,19 +16,16 @@ PRESETS = {"small": "4-32-2-4-2", "paper": "4-256-6-8-2"}
 def pad_to(
     shape: tuple[int, int, int], patch: int, side: int | None = None
 ) -> tuple[nn.Module, int]:
-    """Zeros around an image up to whole patches, or to `side`; and the number of patches."""
+    """A layer that pads images with zeros to whole patches, or to `side`; the number of patches."""
     height, width = (side or -(-size // patch) * patch for size in shape[1:])
     top, left = (height - shape[1]) // 2, (width - shape[2]) // 2
     pad = nn.ZeroPad2d((left, width - shape[2] - left, top, height - shape[1] - top))
-    return (pad if (height, width) != shape[1:] else nn.Identity()), (height // patch) * (
-        width // patch
-    )
+    patches = (height // patch) * (width // patch)
+    return (pad if (height, width) != shape[1:] else nn.Identity()), patches
 
 
 class ViT(nn.Module):
-    """Patches → tokens with a class token in front → encoder, norms first → the class token's
-    logits.
-    """
+    """Patches → tokens with a class token in front → encoder → the logits of the class token."""
 
     def __init__(
         self,
@@ -59,33 +56,33 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patch(self.pad(x)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.size(0), -1, -1), x], 1) + self.position
-        return self.head(self.norm(self.encoder(x))[:, 0])
+        patches = self.patch(self.pad(x)).flatten(2).transpose(1, 2)
+        token = self.token.expand(x.size(0), -1, -1)
+        tokens = torch.cat([token, patches], 1) + self.position
+        return self.head(self.norm(self.encoder(tokens))[:, 0])
 
 
 def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
     shape = tuple(data.x_train.shape[1:])
     if len(shape) != 3:
         raise bmr.errors.DataError(
-            f"vit wants images (channels, height, width), got rows of shape {shape}"
+            f"vit: expected images (channels, height, width), got rows of shape {shape}"
         )
-    numbers = [
-        int(size) if size.isdecimal() else 0 for size in PRESETS.get(sizes, sizes).split("-")
-    ]
+    words = PRESETS.get(sizes, sizes).split("-")
+    numbers = [int(word) if word.isdecimal() else 0 for word in words]
     if len(numbers) != 5 or min(numbers) < 1:
         raise bmr.errors.ModelError(
-            f"vit:{sizes}: {' or '.join(PRESETS)} is wanted, or five numbers such as"
-            f" vit:{PRESETS['small']}"
+            f"vit: expected {', '.join(PRESETS)} or five numbers, as in vit:{PRESETS['small']}, got"
+            f" vit:{sizes}"
         )
     patch, dim, depth, heads, ratio = numbers
     if dim % heads:
         raise bmr.errors.ModelError(
-            f"vit:{sizes}: the dimension {dim} is not a multiple of the {heads} heads"
+            f"vit: expected a dimension that is a multiple of the number of heads, {heads}, got"
+            f" {dim} in vit:{sizes}"
         )
-    net = ViT(
-        shape, patch, dim, depth, heads, ratio, data.outputs, side=32 if sizes == "paper" else None
-    )
+    side = 32 if sizes == "paper" else None
+    net = ViT(shape, patch, dim, depth, heads, ratio, data.outputs, side)
     return bmr.BayesianNetwork(net, prior, data.likelihood())
 
 

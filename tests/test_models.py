@@ -79,7 +79,8 @@ def test_logistic_regression_learns_the_digits():
         > 0.93
     )
     with pytest.raises(
-        bmr.errors.DataError, match="logistic_regression wants classes; diabetes has real targets"
+        bmr.errors.DataError,
+        match="logistic_regression: expected classes, got the real targets of diabetes",
     ):
         load_model("logistic_regression")(bmr.load("diabetes"), bmr.Gaussian(1.0))
 
@@ -115,7 +116,9 @@ def test_sizes_of_the_paper_on_fashion_mnist(name, parameters):
     ],
 )
 def test_sizes_that_cannot_be_are_refused_with_an_example(name):
-    with pytest.raises(bmr.errors.ModelError, match=name.split(":")[0] + ":"):
+    with pytest.raises(
+        bmr.errors.ModelError, match=f"{name.split(':')[0]}: expected .*, got .*{name}"
+    ):
         load_model(name)(DIGITS, bmr.Gaussian())
 
 
@@ -124,5 +127,5 @@ def test_curves_and_images_where_they_belong():
     for name in ("gru", "transformer"):
         assert load_model(name)(curves, bmr.Gaussian()).net(curves.x_train).shape == (8, 10)
     for name in ("resnet", "vit", "mlp_mixer"):
-        with pytest.raises(bmr.errors.DataError, match=f"{name} wants images"):
+        with pytest.raises(bmr.errors.DataError, match=f"{name}: expected images"):
             load_model(name)(curves, bmr.Gaussian())

@@ -272,7 +272,7 @@ ERRORS = {
     "model file without build": (["--model", "empty.py"], r"no function build\(data, prior\)"),
     "model for other data": (
         ["--model", "linear_regression"],
-        "linear_regression wants real targets",
+        "linear_regression: expected real targets",
     ),
     "lenet of three sizes": (["--model", "lenet:1-2-3", "--data", "digits"], "four sizes"),
     "lenet of letters": (["--model", "lenet:a-b-c-d", "--data", "digits"], "lenet:a-b-c-d"),

@@ -628,10 +628,11 @@ def test_unknown_routes(diabetes):
 
 def test_a_model_that_does_not_suit_the_data(digits, diabetes):
     with pytest.raises(
-        bmr.errors.DataError, match="linear_regression wants real targets; digits has classes"
+        bmr.errors.DataError,
+        match="linear_regression: expected real targets, got the classes of digits",
     ):
         one(digits)
-    with pytest.raises(bmr.errors.DataError, match=r"lenet wants images.*\(10,\)"):
+    with pytest.raises(bmr.errors.DataError, match=r"lenet: expected images.*\(10,\)"):
         one(diabetes, model="lenet")
 
 
