@@ -103,6 +103,21 @@ def test_named_code_is_where_the_page_says(page: Path) -> None:
         assert set(name.split(".")) <= defined, f"`{name}` is not in {link}"
 
 
+def test_each_stop_of_the_walk_names_the_next() -> None:
+    overview = ROOT / "docs" / "index.md"
+    walk = overview.read_text(encoding="utf-8").partition("## From the README to the formula")[2]
+    stops = re.findall(r"^\d+\. (.+)$", walk.partition("\n## ")[0], flags=re.M)
+    code = [re.match(r"`(\w+)` in \[[^\]]+\]\(([^)]+)\)", stop) for stop in stops]
+    found = [match for match in code if match is not None]
+    assert len(stops) <= 9 and code == [None, None, None, *found]
+    assert "docs/index.md#from-the-readme-to-the-formula" in (ROOT / "README.md").read_text("utf-8")
+    before = overview.parent / re.search(r"\]\(([^)#]+)#", stops[2])[1]
+    for name, link in (match.groups() for match in found):
+        text = before.read_text(encoding="utf-8")
+        assert f"`{name}`" in text, f"{before.name} does not name `{name}`, the next stop"
+        before = overview.parent / link
+
+
 def test_blocks_are_found_and_skipped() -> None:
     text = (
         f"text\n\n```python\na = 1\n```\n\n{NOT_RUN}\n\n```python\nboom\n```\n```sh\nls\n```\n "

@@ -32,8 +32,8 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
 
     A weight that is a scale times a standardised site is taken at the scale's median. The copy has
     no hooks and needs no Pyro; it can be copied, pickled and trained. It has the original's size:
-    `shrink` makes it smaller, `save` writes it to disk. Parameters that were not lifted are those
-    of `program.net`, so pass `fit.program`.
+    `shrink` makes it smaller, `save` in `weights_file.py` writes it to disk. Parameters that were
+    not lifted are those of `program.net`, so pass `fit.program`.
 
     `program` may also be a plain module, for a posterior whose sites have the names of its
     parameters (`Posterior.from_curvature` and the like). The result is then a plain copy
