@@ -28,7 +28,7 @@ from pyro_bmr.exporting import deployment
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.files import locked, reading, replacing
 from pyro_bmr.fitting import checkpoint_file as checkpoint_files
-from pyro_bmr.formulas.gaussian import Diagonal
+from pyro_bmr.formulas.diagonal import Diagonal
 from tests.experiments.test_runs import loaders
 
 DATA = bmr.Data("lines", *(torch.linspace(-1, 1, 40).view(20, 2), torch.linspace(-1, 1, 20)) * 2)

@@ -2,17 +2,13 @@
 a file.
 """
 
+from pyro_bmr.formulas.dense import Dense
+from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.exponential_family import natural_delta_f, natural_posterior
-from pyro_bmr.formulas.gaussian import (
-    Dense,
-    Diagonal,
-    Message,
-    message,
-    prune_subset,
-    reduced_posterior,
-)
+from pyro_bmr.formulas.gaussian import prune_subset, reduced_posterior
 from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
+from pyro_bmr.formulas.message import Message, message
 from pyro_bmr.formulas.monte_carlo import MonteCarlo, log_ratio_delta_f, monte_carlo_delta_f
 from pyro_bmr.formulas.relevance import best_var
 from pyro_bmr.formulas.scale_mixture import scale_mixture_reduction

@@ -1,10 +1,10 @@
-r"""Gaussians of which some entries are held at zero, kept so that one more, or one less, is a
+r"""Gaussians with some entries held at zero, stored so that holding or releasing one more is a
 rank-one update.
 
-Owns one state per structure: `SweptState` (`Dense`, and the rows of a `MatrixNormal`),
-`LowRankState`, `IndependentState`. Each answers what the density ratio log q(0) − log p(0) of an
-entry or group is, given that the entries set so far are zero. All in float64. Imports torch only.
-Next: `natural_form.py`.
+Owns the generic function `initial_state`, which the file of a structure extends, and the states:
+`SweptState` (`Dense`, and the rows of a `MatrixNormal`), `LowRankState`, `IndependentState`. Each
+answers what the density ratio log q(0) − log p(0) of an entry or group is, given that the entries
+set so far are zero. All in float64. Imports torch only. Next: `dense.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,8 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.formulas.dense import check_sizes, covariance_factor
-from pyro_bmr.formulas.gaussian import Dense, Diagonal, check_diagonal, delta_f, moments
-from pyro_bmr.formulas.low_rank import LowRank
-from pyro_bmr.formulas.low_rank import checked as low_rank_parts
-from pyro_bmr.formulas.matrix_normal import MatrixNormal
-from pyro_bmr.formulas.matrix_normal import checked as matrix_parts
+from pyro_bmr.formulas.diagonal import Diagonal, check_diagonal, moments
+from pyro_bmr.formulas.gaussian import delta_f
 
 Members = list[list[tuple[int, Tensor]]]
 """Group → (number of the structure, indices of its entries there), for each structure that the
@@ -40,12 +36,12 @@ class State(Protocol):
         """For each entry: log q − log p of it at zero, given the others that are held there."""
         ...
 
-    def log_ratio(self, index: Tensor, alive: bool) -> Tensor:
-        """The same for a block of entries, which are all alive or all held."""
+    def log_ratio(self, index: Tensor, kept: bool) -> Tensor:
+        """The same for a block of entries, which are all kept or all held."""
         ...
 
-    def flipped(self, index: Tensor, alive: bool) -> State:
-        """The state with living entries held at zero, or held ones let go."""
+    def flipped(self, index: Tensor, kept: bool) -> State:
+        """The state with kept entries held at zero, or held ones released."""
         ...
 
     def log_ratios_after_each(self, index: Tensor) -> Tensor | None:
@@ -54,8 +50,8 @@ class State(Protocol):
         ...
 
     def inflation(self) -> float:
-        """By how much letting go may enlarge roundings: the largest ratio of a held entry's
-        variance at the start to that given the other held ones; inf if what is held should stay.
+        """By how much releasing may enlarge roundings: the largest ratio of a held entry's variance
+        at the start to its variance given the other held ones; inf if none should be released.
         """
         ...
 
@@ -108,12 +104,12 @@ class SweptState(NamedTuple):
         energy = mean.square().sum(-1) / var
         return self.constant - 0.5 * (mean.shape[-1] * (_LOG_2PI + var.log()) + energy)
 
-    def log_ratio(self, index: Tensor, alive: bool) -> Tensor:
+    def log_ratio(self, index: Tensor, kept: bool) -> Tensor:
         if len(index) == 1:
             return self.log_ratios()[index[0]]
         cov, mean = self.cov[index][:, index], self.mean[index]
-        chol = torch.linalg.cholesky(cov if alive else -cov)
-        half_log_det = chol.diagonal().log().sum() * (1 if alive else -1)
+        chol = torch.linalg.cholesky(cov if kept else -cov)
+        half_log_det = chol.diagonal().log().sum() * (1 if kept else -1)
         # held: Vb with V = Λ⁻¹, so bᵀΛ⁻¹b again
         quadratic = (torch.linalg.solve_triangular(chol, mean, upper=False)).square().sum()
         log_q = (
@@ -122,21 +118,21 @@ class SweptState(NamedTuple):
             - self.mean.shape[1] * half_log_det
         )
         return log_q - (
-            self.log_p[index].sum() if self.prior is None else self.prior.log_ratio(index, alive)
+            self.log_p[index].sum() if self.prior is None else self.prior.log_ratio(index, kept)
         )
 
-    def flipped(self, index: Tensor, alive: bool) -> SweptState:
+    def flipped(self, index: Tensor, kept: bool) -> SweptState:
         cov, mean, held = self.cov.clone(), self.mean.clone(), self.held.clone()
         for k in index.tolist():
             pivot, column, row = cov[k, k].clone(), cov[:, k].clone(), mean[k].clone()
             cov.addr_(column, column, alpha=-1 / float(pivot))
             mean.addr_(column, row, alpha=-1 / float(pivot))
-            side = (1 if alive else -1) / pivot
+            side = (1 if kept else -1) / pivot
             cov[:, k] = cov[k] = column * side
             cov[k, k] = -1 / pivot
             mean[k] = row * side
-            held[k] = alive
-        prior = None if self.prior is None else self.prior.flipped(index, alive)
+            held[k] = kept
+        prior = None if self.prior is None else self.prior.flipped(index, kept)
         return self._replace(cov=cov, mean=mean, held=held, prior=prior)
 
 
@@ -164,8 +160,8 @@ class LowRankState(NamedTuple):
         mean = self.mean + torch.where(self.held, (b * self.var + a * self.mean) / rest, b)
         return -0.5 * (_LOG_2PI + var.log() + mean.square() / var) - self.log_p
 
-    def log_ratio(self, index: Tensor, alive: bool) -> Tensor:
-        without = self if alive else self.flipped(index, False)
+    def log_ratio(self, index: Tensor, kept: bool) -> Tensor:
+        without = self if kept else self.flipped(index, False)
         projected, z = without._latent(without.precision, without.weighted, index)
         mean = self.mean[index] + self.factor[index] @ z
         scaled = projected / self.var[index, None]
@@ -177,10 +173,10 @@ class LowRankState(NamedTuple):
         log_det = self.var[index].log().sum() + torch.linalg.slogdet(inner).logabsdet
         return -0.5 * (len(index) * _LOG_2PI + log_det + quadratic) - self.log_p[index].sum()
 
-    def flipped(self, index: Tensor, alive: bool) -> LowRankState:
-        factor, sign = self.factor[index], 1 if alive else -1
+    def flipped(self, index: Tensor, kept: bool) -> LowRankState:
+        factor, sign = self.factor[index], 1 if kept else -1
         scaled = factor / self.var[index, None]
-        held = self.held.index_fill(0, index.to(self.held.device), alive)
+        held = self.held.index_fill(0, index.to(self.held.device), kept)
         return self._replace(
             held=held,
             precision=self.precision + sign * factor.mT @ scaled,
@@ -209,17 +205,17 @@ class LowRankState(NamedTuple):
 
 
 class IndependentState(NamedTuple):
-    """Independent entries: what is held changes nothing for the rest."""
+    """Independent entries: holding some changes nothing for the rest."""
 
     ratios: Tensor
 
     def log_ratios(self) -> Tensor:
         return self.ratios
 
-    def log_ratio(self, index: Tensor, alive: bool) -> Tensor:
+    def log_ratio(self, index: Tensor, kept: bool) -> Tensor:
         return self.ratios[index].sum()
 
-    def flipped(self, index: Tensor, alive: bool) -> IndependentState:
+    def flipped(self, index: Tensor, kept: bool) -> IndependentState:
         return self
 
     def log_ratios_after_each(self, index: Tensor) -> Tensor | None:
@@ -244,97 +240,9 @@ def initial_state(posterior: Any, prior: Any) -> State:
     )
 
 
-@initial_state.register
-def _(posterior: Dense, prior: Any) -> State:
-    check_sizes(posterior, *([prior] if isinstance(prior, Dense) else []))
-    mean, cov = posterior.mean.double(), _symmetric(posterior.cov, "posterior")
-    held, zero = torch.zeros_like(mean, dtype=torch.bool), torch.zeros_like(mean)
-    if isinstance(prior, Dense):
-        prior_cov = _symmetric(prior.cov, "prior")
-        prior_mean = prior.mean.double()[:, None]
-        own = SweptState(prior_cov, prior_mean, held, zero, None, 0.0, prior_cov.diagonal())
-        return SweptState(cov, mean[:, None], held, zero, own, 0.0, cov.diagonal())
-    log_p = _log_prior(prior, mean)
-    return SweptState(cov, mean[:, None], held, log_p, None, 0.0, cov.diagonal())
-
-
-@initial_state.register
-def _(posterior: MatrixNormal, prior: Any) -> State:
-    mean, _, chol = matrix_parts(posterior)
-    # columns independent, with the covariance of the rows
-    white = torch.linalg.solve_triangular(chol, mean.mT, upper=False).mT
-    row_cov = _symmetric(posterior.row_cov, "rows of the posterior")
-    held = torch.zeros(len(white), dtype=torch.bool, device=white.device)
-    log_p, constant = _log_prior(prior, mean).sum(1), -float(chol.diagonal().log().sum())
-    return SweptState(row_cov, white, held, log_p, None, constant, row_cov.diagonal())
-
-
-@initial_state.register
-def _(posterior: LowRank, prior: Any) -> State:
-    mean, var, factor = low_rank_parts(posterior)
-    rank = factor.shape[1]
-    held = torch.zeros_like(mean, dtype=torch.bool)
-    return LowRankState(
-        mean,
-        var,
-        factor,
-        held,
-        torch.eye(rank).to(factor),
-        factor.new_zeros(rank),
-        _log_prior(prior, mean),
-    )
-
-
-@singledispatch
-def embedded(rest: Any, mask: Tensor) -> Any:
-    """The structure of the living entries (`mask`) put back among zeros: the pruned ones have mean,
-    variance and covariances 0.
-    """
-    return Diagonal(_spread(rest.mean, mask), _spread(rest.var, mask))
-
-
-@embedded.register
-def _(rest: Dense, mask: Tensor) -> Dense:
-    return Dense(_spread(rest.mean, mask), _spread_square(rest.cov, mask))
-
-
-@embedded.register
-def _(rest: LowRank, mask: Tensor) -> LowRank:
-    return LowRank(*(_spread(part, mask) for part in (rest.mean, rest.var, rest.factor)))
-
-
-@embedded.register
-def _(rest: MatrixNormal, mask: Tensor) -> MatrixNormal:
-    return MatrixNormal(_spread(rest.mean, mask), _spread_square(rest.row_cov, mask), rest.col_cov)
-
-
-def entries(structure: Any) -> int:
-    """What a structure's groups number: its entries, of a matrix normal its rows."""
-    return len(structure.mean) if isinstance(structure, MatrixNormal) else structure.mean.numel()
-
-
-def _spread(part: Tensor, mask: Tensor) -> Tensor:
-    full = part.new_zeros((len(mask), *part.shape[1:]))
-    full[mask] = part
-    return full
-
-
-def _spread_square(part: Tensor, mask: Tensor) -> Tensor:
-    index = mask.nonzero()[:, 0]
-    full = part.new_zeros((len(mask), len(mask)))
-    full[index[:, None], index] = part
-    return full
-
-
-def _log_prior(prior: Any, mean: Tensor) -> Tensor:
+def log_prior_at_zero(prior: Any, mean: Tensor) -> Tensor:
     """log p(0) of a diagonal prior, entry by entry, in float64."""
     p = moments(prior, mean)
     check_diagonal("prior", p)
     m, v = p.mean.double(), p.var.double()
     return -0.5 * (_LOG_2PI + v.log() + m * (m / v))
-
-
-def _symmetric(cov: Tensor, role: str) -> Tensor:
-    """A covariance that has been checked, in float64."""
-    covariance_factor(cov, role)
-    return (cov.double() + cov.double().mT) / 2

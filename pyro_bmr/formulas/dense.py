@@ -1,31 +1,90 @@
-r"""Reduction of Gaussians with a full covariance.
+r"""Gaussians with a full covariance.
 
-Owns `JointReduction`, the formulas for `gaussian.Dense` (and, with leading dimensions, for the
-blocks of `matrix_normal.py` and a torch `MultivariateNormal`), and `covariance_factor`, which says
-what a covariance must be. Imports torch only. Next: `low_rank.py`.
+Owns the structure `Dense` and its forms of `delta_f`, `reduced_posterior`, `prune_subset` and
+`initial_state`; and `joint_reduction`, which takes leading dimensions too, for the blocks of
+`matrix_normal.py` and a torch `MultivariateNormal`. Imports torch only. Next: `low_rank.py`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.formulas.gaussian import (
-    Dense,
-    check_diagonal,
-    check_mask,
-    delta_f,
-    moments,
-    prune_subset,
-    reduced_posterior,
-    rounded,
+from pyro_bmr.formulas.conditioning import State, SweptState, initial_state, log_prior_at_zero
+from pyro_bmr.formulas.covariance import (
+    check_mean,
+    covariance_factor,
+    half_log_and_energy,
+    symmetric_covariance,
+)
+from pyro_bmr.formulas.diagonal import check_mask, rounded
+from pyro_bmr.formulas.gaussian import delta_f, prune_subset, reduced_posterior, rescaled
+from pyro_bmr.formulas.structure import (
+    Correlated,
+    Noise,
+    Rescaled,
+    covariance_root,
+    entries_as_units,
+    spread,
+    spread_square,
 )
 
-# roundings of float64: a conditional variance that small in a marginal one has few digits left
-_PIVOT = 1e3
+
+@dataclass(frozen=True)
+class Dense:
+    """A multivariate Gaussian: `mean` of shape (d,), covariance `cov` of shape (d, d)."""
+
+    mean: Tensor
+    cov: Tensor
+
+    @property
+    def marginal_var(self) -> Tensor:
+        """The diagonal of the covariance."""
+        return self.cov.diagonal()
+
+    @property
+    def unit_count(self) -> int:
+        """d."""
+        return self.mean.numel()
+
+    def fits(self) -> bool:
+        """Whether the shapes are (d,) and (d, d)."""
+        return self.mean.ndim == 1 and self.cov.shape == (*self.mean.shape, *self.mean.shape)
+
+    def scaled(self, factor: float) -> Dense:
+        """With `factor` times the covariance."""
+        return Dense(self.mean, self.cov * factor)
+
+    def masked(self, kept: Tensor) -> Dense:
+        """With mean, variance and covariances 0 for the entries that are not `kept`."""
+        flat = kept.flatten()
+        return Dense(self.mean.where(flat, 0), self.cov * (flat[:, None] & flat))
+
+    def embedded(self, kept: Tensor) -> Dense:
+        """As the `kept` entries among pruned ones."""
+        return Dense(spread(self.mean, kept), spread_square(self.cov, kept))
+
+    def whole(self, kept: Tensor, turned: bool) -> Dense:
+        """As the `kept` entries of a site."""
+        return self.embedded(kept.flatten())
+
+    def correlated(self, prior: Any, kept: Tensor, labels: Tensor | None) -> Correlated:
+        """The `kept` entries; no groups cut through one."""
+        flat = kept.flatten()
+        part = Dense(self.mean[flat], self.cov[flat][:, flat])
+        return entries_as_units(part, prior, kept, labels)
+
+    def roots(self) -> tuple[Tensor, ...]:
+        """T of the covariance TTᵀ."""
+        return (covariance_root(self.cov),)
+
+    def draw(self, roots: tuple[Tensor, ...], noise: Noise) -> Tensor:
+        """μ + Tε."""
+        return self.mean + roots[0] @ noise(len(self.mean))
 
 
 class JointReduction(NamedTuple):
@@ -138,70 +197,26 @@ def _(posterior: Dense, prior: Any, pruned: Tensor) -> tuple[Tensor, Dense]:
     )
 
 
-def half_log_and_energy(prior: Any, like: Tensor, where: Tensor) -> Tensor:
-    """Σ ½ log σ₀² + ½ η²/σ₀² of a diagonal prior over the entries `where`, in float64."""
-    p = moments(prior, like)
-    check_diagonal("prior", p)
-    mean, var = p.mean[where].double(), p.var[where].double()
-    return 0.5 * (var.log() + mean * (mean / var)).sum()
+@rescaled.register
+def _(posterior: Dense, prior: Any, target: Any) -> Rescaled:
+    """With the priors as `Dense`."""
+    priors = [Dense(g.mean, torch.diag(g.var)) for g in (prior, target)]
+    after = reduced_posterior(posterior, *priors)
+    return Rescaled(float(delta_f(posterior, *priors)), after.mean, after.marginal_var, after)
 
 
-def covariance_factor(cov: Tensor, role: str, order: Tensor | None = None) -> Tensor:
-    """The Cholesky factor of a covariance in float64, its rows and columns in `order`.
-
-    Raises:
-        ReductionError: the matrix has NaN or infinities, is not symmetric, not positive definite,
-            or so near to singular that float64 cannot tell.
-    """
-    matrix = cov.double()
-    symmetric = (matrix + matrix.mT) / 2
-    diagonal = matrix.diagonal()
-    if order is not None:
-        symmetric, diagonal = symmetric[order][:, order], diagonal[order]
-    factor, info = torch.linalg.cholesky_ex(symmetric)
-    clear = factor.diagonal().square() >= _PIVOT * torch.finfo(torch.float64).eps * diagonal
-    if not cov.is_floating_point() or not bool((info == 0) & clear.all() & _even(cov).all()):
-        raise ReductionError(_fault(cov, role, int(info)))
-    return factor
-
-
-def _even(cov: Tensor) -> Tensor:
-    """Where an entry is that of the transpose, but for what products and inverses leave; False for
-    NaN and infinities.
-    """
-    matrix = cov.double()
-    scale = matrix.diagonal().clamp(min=0).sqrt() * torch.finfo(cov.dtype).eps ** 0.25
-    return (matrix - matrix.mT).abs() <= scale[:, None] * scale
-
-
-def _fault(cov: Tensor, role: str, minor: int) -> str:
-    """What is wrong with a matrix that is no covariance."""
-    if not cov.is_floating_point():
-        return (
-            f"the covariance of the {role} must be of floating-point numbers, got {cov.dtype}; give"
-            " tensor.float()"
-        )
-    if bad := int((~cov.isfinite()).sum()):
-        return f"the covariance of the {role} has {bad} entries that are not finite"
-    if bool((cov.diagonal() <= 0).any()):
-        return (
-            f"the {role} is not positive definite: {int((cov.diagonal() <= 0).sum())} of {len(cov)}"
-            " variances are not positive"
-        )
-    if uneven := int((~_even(cov)).sum()):
-        return (
-            f"the covariance of the {role} is not symmetric: {uneven // 2} pairs of entries differ"
-            " by more than rounding; if their average is what is meant, give (cov + cov.mT) / 2"
-        )
-    if minor:
-        return (
-            f"the {role} is not positive definite (leading minor {minor} of {len(cov)}); give a"
-            " symmetric positive definite covariance"
-        )
-    return (
-        f"the {role} is not positive definite to the precision of float64: an entry is a linear"
-        " combination of others; leave one of them out"
-    )
+@initial_state.register
+def _(posterior: Dense, prior: Any) -> State:
+    check_sizes(posterior, *([prior] if isinstance(prior, Dense) else []))
+    mean, cov = posterior.mean.double(), symmetric_covariance(posterior.cov, "posterior")
+    held, zero = torch.zeros_like(mean, dtype=torch.bool), torch.zeros_like(mean)
+    if isinstance(prior, Dense):
+        prior_cov = symmetric_covariance(prior.cov, "prior")
+        prior_mean = prior.mean.double()[:, None]
+        own = SweptState(prior_cov, prior_mean, held, zero, None, 0.0, prior_cov.diagonal())
+        return SweptState(cov, mean[:, None], held, zero, own, 0.0, cov.diagonal())
+    log_p = log_prior_at_zero(prior, mean)
+    return SweptState(cov, mean[:, None], held, log_p, None, 0.0, cov.diagonal())
 
 
 def check_sizes(*gaussians: Dense) -> None:
@@ -212,20 +227,11 @@ def check_sizes(*gaussians: Dense) -> None:
     if any(g.mean.shape != (d,) or g.cov.shape != (d, d) for g in gaussians):
         shapes = ", ".join(f"{tuple(g.mean.shape)} and {tuple(g.cov.shape)}" for g in gaussians)
         raise ReductionError(
-            "mean and cov of posterior, prior and reduced prior: shapes (d,) and (d, d) with one d"
-            f" are wanted, got {shapes}"
+            "mean and cov of posterior, prior and reduced prior: expected shapes (d,) and (d, d)"
+            f" with one d, got {shapes}"
         )
     for role, g in zip(("posterior", "prior", "reduced prior"), gaussians, strict=False):
         check_mean(role, g.mean)
-
-
-def check_mean(role: str, mean: Tensor) -> None:
-    """ReductionError unless the mean is finite."""
-    if not mean.is_floating_point() or not bool(mean.isfinite().all()):
-        raise ReductionError(
-            f"the mean of the {role} must be finite floating-point numbers, got {mean.dtype} with"
-            f" {int((~mean.isfinite()).sum())} not finite"
-        )
 
 
 def _reduction(posterior: Dense, prior: Dense, reduced_prior: Dense) -> JointReduction:
@@ -233,8 +239,8 @@ def _reduction(posterior: Dense, prior: Dense, reduced_prior: Dense) -> JointRed
     if not all(isinstance(g, Dense) for g in three):
         names = ", ".join(type(g).__name__ for g in three)
         raise ReductionError(
-            f"posterior, prior and reduced prior must all be Dense, got {names}; Dense(mean,"
-            " torch.diag(var)) is a diagonal one"
+            f"posterior, prior and reduced prior: expected Dense for all three, got {names};"
+            " Dense(mean, torch.diag(var)) is a diagonal one"
         )
     check_sizes(*three)
     post, prior_factor, reduced = (

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmr.errors import ReductionError
+from pyro_bmr.formulas.diagonal import rounded
 from pyro_bmr.formulas.discrete_form import natural_form
-from pyro_bmr.formulas.gaussian import rounded
 from pyro_bmr.formulas.natural_form import NaturalForm
 
 

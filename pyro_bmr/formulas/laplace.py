@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_bmr.formulas.gaussian import Message
+from pyro_bmr.formulas.message import Message
 from pyro_bmr.formulas.mixture_nodes import check_message
 from pyro_bmr.formulas.scale_mixture import ScaleMixtureReduction
 

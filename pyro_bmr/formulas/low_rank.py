@@ -1,8 +1,8 @@
-r"""Reduction of a low-rank-plus-diagonal posterior, Σ = D + WWᵀ, under diagonal priors, without
-ever forming a d×d matrix.
+r"""Low-rank-plus-diagonal Gaussians, Σ = D + WWᵀ, under diagonal priors, without ever forming a d×d
+matrix.
 
-Owns the structure `LowRank`; adds it to `gaussian.delta_f`, `reduced_posterior` and `prune_subset`.
-Imports torch only.
+Owns the structure `LowRank` and its forms of `delta_f`, `reduced_posterior`, `prune_subset` and
+`initial_state`. Imports torch only. Next: `matrix_normal.py`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.formulas.dense import half_log_and_energy
-from pyro_bmr.formulas.gaussian import (
+from pyro_bmr.formulas.conditioning import LowRankState, State, initial_state, log_prior_at_zero
+from pyro_bmr.formulas.covariance import half_log_and_energy
+from pyro_bmr.formulas.diagonal import (
     Diagonal,
     check_diagonal,
     check_mask,
-    delta_f,
     moments,
-    prune_subset,
-    reduced_posterior,
     result_dtype,
     rounded,
 )
+from pyro_bmr.formulas.gaussian import delta_f, prune_subset, reduced_posterior
 from pyro_bmr.formulas.ratios import Ratios, half_log_growth
+from pyro_bmr.formulas.structure import Correlated, Noise, entries_as_units, spread
 
 _WIDER = (
     "the reduced posterior precision P + Π̃ − Π is not positive definite; the posterior is wider"
@@ -44,6 +44,55 @@ class LowRank:
     mean: Tensor
     var: Tensor
     factor: Tensor
+
+    @property
+    def marginal_var(self) -> Tensor:
+        """D + Σ_k w_k²."""
+        return self.var + self.factor.square().sum(-1)
+
+    @property
+    def unit_count(self) -> int:
+        """d."""
+        return self.mean.numel()
+
+    def fits(self) -> bool:
+        """Whether the shapes are (d,), (d,) and (d, k)."""
+        d = self.mean.shape
+        return len(d) == 1 and self.var.shape == d and self.factor.shape[:-1] == d
+
+    def scaled(self, factor: float) -> LowRank:
+        """With `factor` times the covariance."""
+        return LowRank(self.mean, self.var * factor, self.factor * factor**0.5)
+
+    def masked(self, kept: Tensor) -> LowRank:
+        """With mean, variance and covariances 0 for the entries that are not `kept`."""
+        flat = kept.flatten()
+        return LowRank(
+            self.mean.where(flat, 0), self.var.where(flat, 0), self.factor * flat[:, None]
+        )
+
+    def embedded(self, kept: Tensor) -> LowRank:
+        """As the `kept` entries among pruned ones."""
+        return LowRank(*(spread(part, kept) for part in (self.mean, self.var, self.factor)))
+
+    def whole(self, kept: Tensor, turned: bool) -> LowRank:
+        """As the `kept` entries of a site."""
+        return self.embedded(kept.flatten())
+
+    def correlated(self, prior: Any, kept: Tensor, labels: Tensor | None) -> Correlated:
+        """The `kept` entries; no groups cut through one."""
+        flat = kept.flatten()
+        part = LowRank(self.mean[flat], self.var[flat], self.factor[flat])
+        return entries_as_units(part, prior, kept, labels)
+
+    def roots(self) -> tuple[Tensor, ...]:
+        """None: a draw needs no factor but its own."""
+        return ()
+
+    def draw(self, roots: tuple[Tensor, ...], noise: Noise) -> Tensor:
+        """μ + √D ε + Wz."""
+        own = self.mean + self.var.sqrt() * noise(len(self.mean))
+        return own + self.factor @ noise(self.factor.shape[1])
 
 
 class _Parts(NamedTuple):
@@ -126,6 +175,22 @@ def _(posterior: LowRank, prior: Any, pruned: Tensor) -> tuple[Tensor, LowRank]:
     return rounded(gain, dtype, "ΔF"), LowRank(*(rounded(t, dtype, "the rest") for t in rest))
 
 
+@initial_state.register
+def _(posterior: LowRank, prior: Any) -> State:
+    mean, var, factor = checked(posterior)
+    rank = factor.shape[1]
+    held = torch.zeros_like(mean, dtype=torch.bool)
+    return LowRankState(
+        mean,
+        var,
+        factor,
+        held,
+        torch.eye(rank).to(factor),
+        factor.new_zeros(rank),
+        log_prior_at_zero(prior, mean),
+    )
+
+
 def log_density_at_zero(g: LowRank) -> Tensor:
     """log N(0; mean, D + WWᵀ), one number."""
     return _log_density_at_zero(*checked(g)).to(_dtype(g))
@@ -137,21 +202,16 @@ def checked(g: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ReductionError: shapes do not fit, something is not finite, or a variance is not positive.
     """
-    if (
-        g.mean.ndim != 1
-        or g.var.shape != g.mean.shape
-        or g.factor.ndim != 2
-        or len(g.factor) != len(g.mean)
-    ):
+    if not g.fits():
         shapes = ", ".join(str(tuple(t.shape)) for t in (g.mean, g.var, g.factor))
         raise ReductionError(
-            f"LowRank: mean (d,), var (d,) and factor (d, k) are wanted, got {shapes}"
+            f"LowRank: expected mean (d,), var (d,) and factor (d, k), got {shapes}"
         )
     q = moments(Diagonal(g.mean, g.var))
     check_diagonal("posterior", q)
     if not g.factor.is_floating_point() or not bool(g.factor.isfinite().all()):
         raise ReductionError(
-            "the factor of the posterior must be finite floating-point numbers, got"
+            "factor of the posterior: expected finite floating-point numbers, got"
             f" {int((~g.factor.isfinite()).sum())} not finite"
         )
     return q.mean.double(), q.var.double(), g.factor.double()
@@ -164,8 +224,9 @@ def _parts(posterior: LowRank, prior: Any, reduced_prior: Any) -> _Parts:
     check_diagonal("reduced prior", p_, ">= 0")
     if not bool((p_.var > 0).all()):
         raise ReductionError(
-            "the reduced prior must have variance > 0 here; prune_subset is the reduction to a"
-            " point spike"
+            "reduced prior: expected variances > 0, got"
+            f" {int((p_.var <= 0).sum())} that are 0; prune_subset is the reduction to a point"
+            " spike"
         )
     eta, v0, eta_, v = (t.double() for t in (p.mean, p.var, p_.mean, p_.var))
     distance, shift, root = mean - eta_, eta_ - eta, v0.sqrt()

@@ -1,12 +1,12 @@
-r"""Reduction of a matrix-normal posterior q(W) = MN(M, R, C), Cov(W_ij, W_kl) = R_ik C_jl, under
-priors with one variance per row or per column.
+r"""Matrix-normal Gaussians q(W) = MN(M, R, C), Cov(W_ij, W_kl) = R_ik C_jl, under priors with one
+variance per row or per column.
 
-Owns the structure `MatrixNormal`; adds it to `gaussian.delta_f` and `gaussian.prune_subset`.
-Imports torch only.
+Owns the structure `MatrixNormal` and its forms of `delta_f`, `prune_subset` and `initial_state`.
+Imports torch only. Next: `log_gamma.py`.
 
 An eigen-decomposition of the factor that the prior does not touch turns the posterior into
 independent blocks of the size of the other factor, so the (rows·columns)² matrix is never formed.
-The reduced posterior is in general no longer a matrix normal: its moments are given.
+In general the reduced posterior is not a matrix normal: its moments are given.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.formulas.dense import (
-    JointReduction,
+from pyro_bmr.formulas.conditioning import State, SweptState, initial_state, log_prior_at_zero
+from pyro_bmr.formulas.covariance import (
     check_mean,
     covariance_factor,
     half_log_and_energy,
-    joint_reduction,
+    symmetric_covariance,
 )
-from pyro_bmr.formulas.gaussian import (
-    Diagonal,
-    check_diagonal,
-    delta_f,
-    moments,
-    prune_subset,
-    reduced_posterior,
-    rounded,
+from pyro_bmr.formulas.dense import JointReduction, joint_reduction
+from pyro_bmr.formulas.diagonal import Diagonal, check_diagonal, moments, rounded
+from pyro_bmr.formulas.gaussian import delta_f, prune_subset, reduced_posterior, rescaled
+from pyro_bmr.formulas.structure import (
+    Correlated,
+    Noise,
+    Rescaled,
+    covariance_root,
+    spread,
+    spread_square,
 )
 
 _SPREAD = 1e-13  # of the eigenvalues of a column covariance: below, the small ones are rounding
@@ -47,6 +49,94 @@ class MatrixNormal:
     mean: Tensor
     row_cov: Tensor
     col_cov: Tensor
+
+    @property
+    def mT(self) -> MatrixNormal:  # as of a tensor
+        """The transpose."""
+        return MatrixNormal(self.mean.mT, self.col_cov, self.row_cov)
+
+    @property
+    def marginal_var(self) -> Tensor:
+        """R_ii C_jj."""
+        return self.row_cov.diagonal()[:, None] * self.col_cov.diagonal()
+
+    @property
+    def unit_count(self) -> int:
+        """The number of rows."""
+        return len(self.mean)
+
+    def fits(self) -> bool:
+        """Whether the shapes are (n, m), (n, n) and (m, m)."""
+        d = self.mean.shape
+        square = [(size, size) for size in d]
+        return len(d) == 2 and [self.row_cov.shape, self.col_cov.shape] == square
+
+    def scaled(self, factor: float) -> MatrixNormal:
+        """With `factor` times the covariance."""
+        return MatrixNormal(self.mean, self.row_cov * factor, self.col_cov)
+
+    def masked(self, kept: Tensor) -> MatrixNormal | None:
+        """With mean, variance and covariances 0 outside of the `kept` rows and columns; None where
+        single entries are kept.
+        """
+        kept = kept.reshape(self.mean.shape)
+        rows, columns = kept.any(1), kept.any(0)
+        if not bool((kept == rows[:, None] & columns).all()):
+            return None
+        return MatrixNormal(
+            self.mean.where(kept, 0),
+            self.row_cov * (rows[:, None] & rows),
+            self.col_cov * (columns[:, None] & columns),
+        )
+
+    def embedded(self, kept: Tensor) -> MatrixNormal:
+        """As the `kept` rows among pruned ones."""
+        return MatrixNormal(
+            spread(self.mean, kept), spread_square(self.row_cov, kept), self.col_cov
+        )
+
+    def whole(self, kept: Tensor, turned: bool) -> MatrixNormal:
+        """As the `kept` rows and columns of a site; `turned`: its own rows are their columns."""
+        kept = _as_matrix(kept)
+        upright = self.mT if turned else self
+        return upright.embedded(kept.any(1)).mT.embedded(kept.any(0)).mT
+
+    def correlated(self, prior: Any, kept: Tensor, labels: Tensor | None) -> Correlated | None:
+        """The `kept` rows and columns, if the groups are of whole rows or of whole columns; None
+        else, since the rest of single entries has no closed form.
+        """
+        shape, matrix = kept.shape, _as_matrix(kept)
+        rows, columns = matrix.any(1), matrix.any(0)
+        if labels is None or not torch.equal(matrix, rows[:, None] & columns):
+            return None
+        inner = labels.to(kept.device).reshape(matrix.shape)[rows][:, columns]
+        by_row = bool((inner == inner[:, :1]).all())
+        if not by_row and not bool((inner == inner[:1]).all()):
+            return None
+        number = (rows.cumsum(0) - 1)[:, None] if by_row else columns.cumsum(0) - 1
+        units = torch.where(matrix, number.expand(matrix.shape), -1).view(shape)
+        part = MatrixNormal(
+            self.mean[rows][:, columns],
+            self.row_cov[rows][:, rows],
+            self.col_cov[columns][:, columns],
+        )
+        mean, var = (_as_matrix(t)[rows][:, columns] for t in (prior.mean, prior.var))
+        if by_row:
+            return Correlated(part, Diagonal(mean, var), inner[:, 0], units)
+        return Correlated(part.mT, Diagonal(mean.mT, var.mT), inner[0], units, turned=True)
+
+    def roots(self) -> tuple[Tensor, ...]:
+        """T of the covariance TTᵀ of the rows, and of the columns."""
+        return covariance_root(self.row_cov), covariance_root(self.col_cov)
+
+    def draw(self, roots: tuple[Tensor, ...], noise: Noise) -> Tensor:
+        """M + T_R ε T_Cᵀ."""
+        return self.mean + roots[0] @ noise(*self.mean.shape) @ roots[1].mT
+
+
+def _as_matrix(t: Tensor) -> Tensor:
+    """Of a site, over its first dimension and the others."""
+    return t.flatten(1) if t.ndim > 1 else t[:, None]
 
 
 class _Blocks(NamedTuple):
@@ -73,8 +163,8 @@ def _(posterior: MatrixNormal, prior: Any, reduced_prior: Any) -> Tensor:
 @reduced_posterior.register
 def _(posterior: MatrixNormal, prior: Any, reduced_prior: Any) -> Any:
     raise ReductionError(
-        "the reduced posterior of a matrix normal is in general none; matrix_normal.reduced_mean"
-        " and reduced_var give its moments, the Dense form all of it"
+        "the reduced posterior of a matrix normal is in general no matrix normal;"
+        " matrix_normal.reduced_mean and reduced_var give its moments, the Dense form all of it"
     )
 
 
@@ -105,16 +195,12 @@ def _(posterior: MatrixNormal, prior: Any, pruned: Tensor) -> tuple[Tensor, Matr
     """
     n, m = posterior.mean.shape if posterior.mean.ndim == 2 else (0, 0)
     if pruned.dtype != torch.bool:
-        raise ReductionError(f"pruned: a bool tensor is wanted, got {pruned.dtype}")
+        raise ReductionError(f"pruned: expected a bool tensor, got {pruned.dtype}")
     if tuple(pruned.shape) == (1, m) and (n, m) != (1, 1):
         p = moments(prior, posterior.mean)
         flipped = Diagonal(p.mean.mT, p.var.mT)
-        gain, rest = prune_subset(
-            MatrixNormal(posterior.mean.mT, posterior.col_cov, posterior.row_cov),
-            flipped,
-            pruned[0],
-        )
-        return gain, MatrixNormal(rest.mean.mT, rest.col_cov, rest.row_cov)
+        gain, rest = prune_subset(posterior.mT, flipped, pruned[0])
+        return gain, rest.mT
     if tuple(pruned.shape) not in {(n,), (n, 1)}:
         raise ReductionError(
             f"a matrix normal of shape {(n, m)} is pruned by whole rows, a mask of shape ({n},), or"
@@ -141,6 +227,27 @@ def _(posterior: MatrixNormal, prior: Any, pruned: Tensor) -> tuple[Tensor, Matr
     return rounded(gain, dtype, "ΔF"), MatrixNormal(rest, row_cov, posterior.col_cov)
 
 
+@rescaled.register
+def _(posterior: MatrixNormal, prior: Any, target: Any) -> Rescaled | None:
+    """Its marginal moments, between priors with one variance for all entries."""
+    if any(bool((g.var != g.var.flatten()[0]).any()) for g in (prior, target)):
+        return None
+    two = [Diagonal(g.mean, g.var.flatten()[0]) for g in (prior, target)]
+    mean, var = reduced_mean(posterior, *two), reduced_var(posterior, *two)
+    return Rescaled(float(delta_f(posterior, *two)), mean, var, None)
+
+
+@initial_state.register
+def _(posterior: MatrixNormal, prior: Any) -> State:
+    mean, _, chol = checked(posterior)
+    # columns independent, with the covariance of the rows
+    white = torch.linalg.solve_triangular(chol, mean.mT, upper=False).mT
+    row_cov = symmetric_covariance(posterior.row_cov, "rows of the posterior")
+    held = torch.zeros(len(white), dtype=torch.bool, device=white.device)
+    log_p, constant = log_prior_at_zero(prior, mean).sum(1), -float(chol.diagonal().log().sum())
+    return SweptState(row_cov, white, held, log_p, None, constant, row_cov.diagonal())
+
+
 def checked(posterior: MatrixNormal) -> tuple[Tensor, Tensor, Tensor]:
     """The mean, and the Cholesky factors of the row and the column covariance, in float64.
 
@@ -148,17 +255,12 @@ def checked(posterior: MatrixNormal) -> tuple[Tensor, Tensor, Tensor]:
         ReductionError: shapes do not fit, the mean is not finite, or a covariance is not symmetric
             positive definite.
     """
-    shape = posterior.mean.shape
-    if (
-        len(shape) != 2
-        or posterior.row_cov.shape != (shape[0], shape[0])
-        or posterior.col_cov.shape != (shape[1], shape[1])
-    ):
+    if not posterior.fits():
         shapes = ", ".join(
             str(tuple(t.shape)) for t in (posterior.mean, posterior.row_cov, posterior.col_cov)
         )
         raise ReductionError(
-            f"MatrixNormal: mean (n, m), row_cov (n, n) and col_cov (m, m) are wanted, got {shapes}"
+            f"MatrixNormal: expected mean (n, m), row_cov (n, n) and col_cov (m, m), got {shapes}"
         )
     check_mean("posterior", posterior.mean)
     rows, columns = (
@@ -176,8 +278,9 @@ def _blocks(posterior: MatrixNormal, prior: Any, reduced_prior: Any) -> _Blocks:
     check_diagonal("reduced prior", p_, ">= 0")
     if not bool((p_.var > 0).all()):
         raise ReductionError(
-            "the reduced prior must have variance > 0 here; prune_subset is the reduction of rows"
-            " or columns to a point spike"
+            "reduced prior: expected variances > 0, got"
+            f" {int((p_.var <= 0).sum())} that are 0; prune_subset is the reduction of rows or"
+            " columns to a point spike"
         )
     tensors = [mean, *(t.double() for t in (p.mean, p.var, p_.mean, p_.var))]
     col_cov = posterior.col_cov

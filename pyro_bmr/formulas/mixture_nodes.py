@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import PyroBMRWarning, ReductionError
-from pyro_bmr.formulas.gaussian import Message
+from pyro_bmr.formulas.message import Message
 
 _PIECE = 1 << 16
 # nodes that no weight can tell apart better than this are one node: the error in ΔF is its square

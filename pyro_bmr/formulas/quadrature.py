@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas.adaptive import Panels, integrals, summits
-from pyro_bmr.formulas.gaussian import Diagonal
+from pyro_bmr.formulas.diagonal import Diagonal
 
 _CHUNK = 1 << 9  # weights at once: some 1,000 points each
 # in posterior standard deviations from the posterior mean

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.formulas.gaussian import Message, log_evidence_ratio, rounded
+from pyro_bmr.formulas.diagonal import rounded
 from pyro_bmr.formulas.line_search import line_maximum
+from pyro_bmr.formulas.message import Message, log_evidence_ratio
 
 _CHUNK = 1 << 15
 _BELOW = 24.0  # nats of log v below 1/L of the sharpest weight of a group: where the scan begins

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.formulas.gaussian import Message
 from pyro_bmr.formulas.line_search import line_maximum
+from pyro_bmr.formulas.message import Message
 from pyro_bmr.formulas.mixture_nodes import (
     END,
     Nodes,

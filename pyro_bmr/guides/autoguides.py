@@ -18,7 +18,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.formulas.gaussian import Dense
+from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.guides.gaussian_draws import MEND, Moments, check_plates
 from pyro_bmr.guides.marginals import trace_moments

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.formulas.gaussian import Dense
+from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.guides.mean_field import Latent
 from pyro_bmr.guides.site_normal import masked
 from pyro_bmr.guides.site_wise import SiteWise

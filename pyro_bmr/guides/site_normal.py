@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from pyro_bmr.formulas.gaussian import Dense
+from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
 

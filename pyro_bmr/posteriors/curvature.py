@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.formulas.gaussian import Dense, Diagonal
+from pyro_bmr.formulas.dense import Dense
+from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
 
 _ASYMMETRY = 1e-4  # of the largest entry: more is no rounding

@@ -21,7 +21,8 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError, described
-from pyro_bmr.formulas.gaussian import Diagonal, Message
+from pyro_bmr.formulas.diagonal import Diagonal
+from pyro_bmr.formulas.message import Message
 from pyro_bmr.guides.autoguides import autoguide_moments
 from pyro_bmr.guides.gaussian_draws import check_plates
 from pyro_bmr.guides.mean_field import SUPPORTS, Latent, MeanField, base_distribution, support_name

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError, described, holds
-from pyro_bmr.formulas.gaussian import Diagonal
+from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.posteriors.curvature import Curvature, laplace_moments
 from pyro_bmr.posteriors.site import Site

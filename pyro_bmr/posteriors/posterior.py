@@ -26,7 +26,7 @@ from pyro_bmr.posteriors.from_numbers import sites_of_curvature, sites_of_moment
 from pyro_bmr.posteriors.from_param_store import sites_of_param_store
 from pyro_bmr.posteriors.posterior_file import read_posterior, write_posterior
 from pyro_bmr.posteriors.products import with_products
-from pyro_bmr.posteriors.site import Site, joint_draw, joint_roots
+from pyro_bmr.posteriors.site import Site
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Posterior:
                 drawn = like + site.var.sqrt() * noise(*like.shape)
             else:
                 if name not in self.roots:
-                    self.roots[name] = joint_roots(site.joint)
-                drawn = joint_draw(site.joint, self.roots[name], noise).view(like.shape)
+                    self.roots[name] = site.joint.roots()
+                drawn = site.joint.draw(self.roots[name], noise).view(like.shape)
             values[name] = site.value(drawn)
         return values
 

@@ -18,12 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyro_bmr import priors
+from pyro_bmr import formulas, priors
 from pyro_bmr.errors import ModelError
 from pyro_bmr.files import reading, write_atomically
-from pyro_bmr.formulas.gaussian import Dense, Diagonal, Message
-from pyro_bmr.formulas.low_rank import LowRank
-from pyro_bmr.formulas.matrix_normal import MatrixNormal
+from pyro_bmr.formulas.diagonal import Diagonal
+from pyro_bmr.formulas.message import Message
 from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.posteriors.site import Site
 
@@ -34,7 +33,9 @@ _PRIORS: dict[str, Any] = {
     if is_dataclass(kind) and isinstance(kind, type)
 }
 _JOINTS: dict[str | None, Any] = {
-    structure.__name__: structure for structure in (Dense, LowRank, MatrixNormal)
+    kind.__name__: kind
+    for kind in vars(formulas).values()
+    if isinstance(kind, type) and hasattr(kind, "unit_count")
 }
 
 
@@ -54,8 +55,8 @@ def write_posterior(
             "prior_mean": site.prior.mean if site.prior else None,
             "prior_var": site.prior.var if site.prior else None,
             **{
-                f"joint_{part.name}": getattr(site.joint, part.name)
-                for part in (fields(site.joint) if site.joint else ())
+                f"joint_{part}": value
+                for part, value in (vars(site.joint) if site.joint else {}).items()
             },
             **(
                 {f"message_{part}": value for part, value in site.message._asdict().items()}
@@ -167,7 +168,7 @@ def _site_of_file(
         raise ValueError(f"site '{name}': its moments are not floating numbers of one shape")
     if mask is not None and (mask.shape != mean.shape or mask.dtype != torch.bool):
         raise ValueError(f"site '{name}': its mask is not bool of the shape of its mean")
-    if joint is not None and (joint.mean.numel() != mean.numel() or not _fits(joint)):
+    if joint is not None and (joint.mean.numel() != mean.numel() or not joint.fits()):
         raise ValueError(f"site '{name}': its covariance does not fit its mean")
     multiplies, of_rows = entry.get("multiplies", []), entry.get("of_rows")
     texts = (*entry["given"], *multiplies, *([] if of_rows is None else [of_rows]))
@@ -190,18 +191,3 @@ def _site_of_file(
 
 def _broadcasts(value: Tensor, to: Tensor) -> bool:
     return value.shape == to.shape or torch.broadcast_shapes(value.shape, to.shape) == to.shape
-
-
-def _fits(joint: Dense | LowRank | MatrixNormal) -> bool:
-    d = joint.mean.shape
-    if isinstance(joint, MatrixNormal):
-        return (
-            len(d) == 2
-            and joint.row_cov.shape == (d[0], d[0])
-            and joint.col_cov.shape == (d[1], d[1])
-        )
-    return len(d) == 1 and (
-        joint.cov.shape == (*d, *d)
-        if isinstance(joint, Dense)
-        else joint.var.shape == d and joint.factor.shape[:-1] == d
-    )

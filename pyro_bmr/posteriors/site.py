@@ -8,19 +8,16 @@ Owns `Site`, what a mask does to it, `rows_digest`, and the draw of a correlated
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pyro_bmr.formulas.gaussian import Dense, Diagonal, Message
-from pyro_bmr.formulas.low_rank import LowRank
-from pyro_bmr.formulas.matrix_normal import MatrixNormal
+from pyro_bmr.formulas.diagonal import Diagonal
+from pyro_bmr.formulas.message import Message
+from pyro_bmr.formulas.structure import Structure
 from pyro_bmr.guides.mean_field import SUPPORTS
 from pyro_bmr.priors import Prior
-
-Joint = Dense | LowRank | MatrixNormal
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Site:
     support: str = "real"
     mask: Tensor | None = None
     given: tuple[str, ...] = ()
-    joint: Joint | None = None
+    joint: Structure | None = None
     message: Message | None = None
     multiplies: tuple[str, ...] = ()
     of_rows: str | None = None
@@ -80,7 +77,7 @@ class Site:
             mean=self.mean.where(mask, 0),
             var=self.var.where(mask, 0),
             mask=mask,
-            joint=_masked_joint(self.joint, mask),
+            joint=self.joint and self.joint.masked(mask),
         )
 
     def widened(self, factor: float) -> Site:
@@ -89,67 +86,10 @@ class Site:
         """
         if self.support != "real":
             return self
-        return replace(self, var=self.var * factor, joint=_widened_joint(self.joint, factor))
+        joint = self.joint and self.joint.scaled(factor)
+        return replace(self, var=self.var * factor, joint=joint)
 
 
 def rows_digest(x: Tensor) -> str:
     """What tells the rows `x` from others."""
     return hashlib.sha256(x.detach().cpu().contiguous().double().numpy().tobytes()).hexdigest()[:16]
-
-
-def _widened_joint(joint: Joint | None, factor: float) -> Joint | None:
-    if isinstance(joint, Dense):
-        return replace(joint, cov=joint.cov * factor)
-    if isinstance(joint, LowRank):
-        return replace(joint, var=joint.var * factor, factor=joint.factor * factor**0.5)
-    return joint if joint is None else replace(joint, row_cov=joint.row_cov * factor)
-
-
-def _masked_joint(joint: Joint | None, mask: Tensor) -> Joint | None:
-    """The covariance of the living entries, rows and columns of the others 0; None where a matrix
-    normal loses its form.
-    """
-    flat = mask.flatten()
-    if isinstance(joint, Dense):
-        return Dense(joint.mean.where(flat, 0), joint.cov * (flat[:, None] & flat))
-    if isinstance(joint, LowRank):
-        return LowRank(
-            joint.mean.where(flat, 0), joint.var.where(flat, 0), joint.factor * flat[:, None]
-        )
-    if isinstance(joint, MatrixNormal):
-        alive = mask.reshape(joint.mean.shape)
-        rows, columns = alive.any(1), alive.any(0)
-        if bool((alive == rows[:, None] & columns).all()):
-            return MatrixNormal(
-                joint.mean.where(alive, 0),
-                joint.row_cov * (rows[:, None] & rows),
-                joint.col_cov * (columns[:, None] & columns),
-            )
-    return None
-
-
-def joint_roots(joint: Joint) -> tuple[Tensor, ...]:
-    """T of each covariance TTᵀ in `joint`, rows of pruned entries 0."""
-    covariances = {Dense: ("cov",), LowRank: (), MatrixNormal: ("row_cov", "col_cov")}[type(joint)]
-    roots = []
-    for cov in (getattr(joint, name) for name in covariances):
-        alive = cov.diagonal() > 0
-        root, info = torch.linalg.cholesky_ex(cov + (~alive).to(cov.dtype).diag())
-        if int(info) != 0:  # singular to working precision
-            values, vectors = torch.linalg.eigh(cov)
-            root = vectors * values.clamp_min(0).sqrt()
-        roots.append(root * alive[:, None])
-    return tuple(roots)
-
-
-def joint_draw(joint: Joint, roots: tuple[Tensor, ...], noise: Callable[..., Tensor]) -> Tensor:
-    """One draw from `joint` with its `joint_roots`; `noise(*shape)` gives standard normals."""
-    if isinstance(joint, Dense):
-        return joint.mean + roots[0] @ noise(len(joint.mean))
-    if isinstance(joint, LowRank):
-        return (
-            joint.mean
-            + joint.var.sqrt() * noise(len(joint.mean))
-            + joint.factor @ noise(joint.factor.shape[1])
-        )
-    return joint.mean + roots[0] @ noise(*joint.mean.shape) @ roots[1].mT

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas.conditioning import initial_state
-from pyro_bmr.formulas.gaussian import Diagonal
+from pyro_bmr.formulas.structure import Correlated
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
-from pyro_bmr.reduction.correlations import Correlated, correlated
+from pyro_bmr.reduction.correlations import correlated, independent
 from pyro_bmr.reduction.groups import NofM
 from pyro_bmr.reduction.rules import SiteReduction
 from pyro_bmr.reduction.search import Search
@@ -359,7 +359,8 @@ def _search(
     used: dict[str, Correlated] = {}
     first = 0
     for name, block in blocks.items():
-        one = block if block is not None else _independent(posterior, name, results[name], labels)
+        one = block or independent(posterior[name], None if labels is None else labels[name])
+        assert one is not None  # its prior is Gaussian
         used[name] = (
             one
             if labels is not None
@@ -380,23 +381,3 @@ def _search(
     for (name, block), unit_mask in zip(used.items(), found.masks, strict=True):
         masks[name] = (block.units >= 0) & unit_mask.to(block.units.device)[block.units]
     return masks
-
-
-def _independent(
-    posterior: Posterior, name: str, result: SiteReduction, labels: Mapping[str, Tensor] | None
-) -> Correlated:
-    site = posterior[name]
-    assert site.prior is not None
-    alive = result.site.alive
-    q, p = (
-        torch.stack(
-            [
-                g.mean.to(site.mean).expand(site.mean.shape)[alive],
-                g.var.to(site.mean).expand(site.mean.shape)[alive],
-            ]
-        )
-        for g in (site, site.prior)
-    )
-    units = torch.where(alive, alive.flatten().cumsum(0).view(alive.shape) - 1, -1)
-    own = torch.arange(q.shape[1]) if labels is None else labels[name].to(alive.device)[alive]
-    return Correlated(Diagonal(*q), Diagonal(*p), own, units)

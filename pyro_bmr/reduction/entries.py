@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmr.formulas.gaussian import Diagonal, moments
+from pyro_bmr.formulas.diagonal import Diagonal, moments
 from pyro_bmr.posteriors.site import Site
 
 

@@ -21,17 +21,10 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError, described
-from pyro_bmr.formulas.gaussian import (
-    Diagonal,
-    Message,
-    delta_f,
-    message,
-    number,
-    point_spike_delta_f,
-    reduced_posterior,
-    total,
-)
+from pyro_bmr.formulas.diagonal import Diagonal, number
+from pyro_bmr.formulas.gaussian import delta_f, point_spike_delta_f, reduced_posterior, total
 from pyro_bmr.formulas.laplace import laplace_reduction
+from pyro_bmr.formulas.message import Message, message
 from pyro_bmr.formulas.quadrature import density_reduction
 from pyro_bmr.formulas.relevance import best_var
 from pyro_bmr.formulas.scale_mixture import (

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError, described
-from pyro_bmr.formulas.conditioning import Members, entries
+from pyro_bmr.formulas.conditioning import Members
 from pyro_bmr.reduction.search_path import RISE, SMALL, SearchPath, start, without
 from pyro_bmr.reduction.visited_models import Search as Search
-from pyro_bmr.reduction.visited_models import marginal_var as marginal_var
 from pyro_bmr.reduction.visited_models import search_result
 
 _EXHAUSTIVE_UP_TO = 14  # groups: 16,384 models
@@ -71,7 +70,9 @@ def greedy_search(
     batch = max(1, count // 200) if batch is None else batch
     path = SearchPath(states, members, threshold)
     excess = (
-        None if kept is None else _Excess(_sizes(members), sum(entries(q) for q in given[0]), kept)
+        None
+        if kept is None
+        else _Excess(_sizes(members), sum(q.unit_count for q in given[0]), kept)
     )
     while True:
         drop = path.drop_gains()  # ΔF of setting each group to zero, given the others that are
@@ -155,7 +156,7 @@ def exhaustive_search(
     table, gains = torch.stack(models), torch.tensor(totals, dtype=torch.float64)
     if kept is not None:
         sizes = _sizes(members)
-        total_entries = sum(entries(q) for q in given[0])
+        total_entries = sum(q.unit_count for q in given[0])
         fits = table.long() @ sizes + total_entries - sizes.sum() <= round(kept * total_entries)
         if not bool(fits.any()):
             raise ReductionError(

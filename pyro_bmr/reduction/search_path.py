@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.formulas.conditioning import Members, State, entries, initial_state
+from pyro_bmr.formulas.conditioning import Members, State, initial_state
+from pyro_bmr.formulas.diagonal import as_structure
 from pyro_bmr.reduction.visited_models import Given
 
 SMALL = 64  # groups: up to here the models one step off the path count, and pairs are tried
@@ -28,22 +29,23 @@ _ROUNDINGS = 8 * torch.finfo(torch.float64).eps
 def start(posterior: Any, prior: Any, groups: Any) -> tuple[list[State], Members, Given]:
     """The states with nothing at zero, the groups, and what is searched, as tuples."""
     many = isinstance(posterior, Sequence) and not hasattr(posterior, "mean")
-    posteriors, priors = (tuple(posterior), tuple(prior)) if many else ((posterior,), (prior,))
+    given, priors = (tuple(posterior), tuple(prior)) if many else ((posterior,), (prior,))
+    posteriors = tuple(as_structure(q) for q in given)
     labels: list[Tensor] = []
     used = 0
     for k, q in enumerate(posteriors):
         own = (
-            torch.arange(entries(q)) + used
+            torch.arange(q.unit_count) + used
             if groups is None
             else torch.as_tensor(groups[k] if many else groups).cpu()
         )
-        if tuple(own.shape) != (entries(q),) or own.is_floating_point():
+        if tuple(own.shape) != (q.unit_count,) or own.is_floating_point():
             raise ReductionError(
-                f"groups: one integer for each of the {entries(q)} entries is wanted, got"
+                f"groups: expected one integer for each of the {q.unit_count} entries, got"
                 f" {own.dtype} of shape {tuple(own.shape)}"
             )
         labels.append(own)
-        used += entries(q)
+        used += q.unit_count
     found: dict[int, list[tuple[int, Tensor]]] = {}
     for k, own in enumerate(labels):
         order = own.argsort(stable=True)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.formulas.conditioning import Members, embedded, entries
-from pyro_bmr.formulas.gaussian import Diagonal, prune_subset
+from pyro_bmr.formulas.conditioning import Members
+from pyro_bmr.formulas.diagonal import Diagonal
+from pyro_bmr.formulas.gaussian import prune_subset
+from pyro_bmr.formulas.structure import Structure
 
-Given = tuple[tuple[Any, ...], tuple[Any, ...]]
+Given = tuple[tuple[Structure, ...], tuple[Any, ...]]
 """The posteriors and priors that are searched."""
 
 
@@ -35,7 +38,7 @@ class Search:
     alive: Tensor
     delta_f: Tensor
     probability: Tensor
-    posterior: tuple[Any, ...]
+    posterior: tuple[Structure, ...]
     prior: tuple[Any, ...]
     members: Members
 
@@ -63,17 +66,17 @@ class Search:
     def masks_of(self, model: int) -> tuple[Tensor, ...]:
         """As `masks`, of another model: a row of `alive`."""
         masks = [
-            torch.ones(entries(q), dtype=torch.bool, device=q.mean.device) for q in self.posterior
+            torch.ones(q.unit_count, dtype=torch.bool, device=q.mean.device) for q in self.posterior
         ]
         for group in (~self.alive[model]).nonzero()[:, 0].tolist():
             for block, index in self.members[group]:
                 masks[block][index] = False
         return tuple(masks)
 
-    def reduced(self, model: int = 0) -> tuple[Any, ...]:
+    def reduced(self, model: int = 0) -> tuple[Structure, ...]:
         """The structures after the reduction to a model, the pruned entries 0 with variance 0."""
         return tuple(
-            q if bool(mask.all()) else embedded(prune_subset(q, p, ~mask)[1], mask)
+            q if bool(mask.all()) else prune_subset(q, p, ~mask)[1].embedded(mask)
             for q, p, mask in zip(self.posterior, self.prior, self.masks_of(model), strict=True)
         )
 
@@ -96,7 +99,7 @@ class Search:
         for k, q in enumerate(self.posterior):
             means, variances = (
                 torch.stack([part(model[k]).double() for model in models])
-                for part in (lambda g: g.mean, marginal_var)
+                for part in (attrgetter("mean"), attrgetter("marginal_var"))
             )
             share = weights.to(means).view(-1, *[1] * q.mean.ndim)
             mean = (share * means).sum(0)
@@ -104,19 +107,6 @@ class Search:
             var = (share * (variances + (means - mean).square())).sum(0)
             averages.append(Diagonal(mean.to(q.mean.dtype), var.to(q.mean.dtype)))
         return tuple(averages)
-
-
-def marginal_var(structure: Any) -> Tensor:
-    """The variances of a structure's entries, in the shape of its mean."""
-    if hasattr(structure, "cov"):
-        return structure.cov.diagonal()
-    if hasattr(structure, "factor"):
-        return structure.var + structure.factor.square().sum(-1)
-    return (
-        structure.row_cov.diagonal()[:, None] * structure.col_cov.diagonal()
-        if hasattr(structure, "row_cov")
-        else structure.var
-    )
 
 
 def search_result(

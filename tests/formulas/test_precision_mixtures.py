@@ -11,8 +11,9 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr.formulas import spike_and_slab
-from pyro_bmr.formulas.gaussian import Diagonal, Message
+from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.laplace import laplace_reduction
+from pyro_bmr.formulas.message import Message
 from pyro_bmr.formulas.scale_mixture import grouped_reduction, scale_mixture_reduction
 from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 from pyro_bmr.posteriors.site import Site

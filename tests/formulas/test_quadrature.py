@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Cauchy, Normal, Uniform
 
 import pyro_bmr as bmr
-from pyro_bmr.formulas.gaussian import Diagonal
+from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.quadrature import density_reduction
 
 Q = Diagonal(*torch.tensor([[0.7, -0.2], [0.25, 0.25]], dtype=torch.float64))

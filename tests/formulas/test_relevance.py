@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 import pyro_bmr as bmr
-from pyro_bmr.formulas.gaussian import Diagonal, message
+from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.line_search import line_maximum
+from pyro_bmr.formulas.message import message
 from pyro_bmr.formulas.relevance import best_var
 
 PRIOR_VAR = 1.7

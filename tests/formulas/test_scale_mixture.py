@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
 import pyro_bmr as bmr
-from pyro_bmr.formulas.gaussian import Diagonal, Message, message
+from pyro_bmr.formulas.diagonal import Diagonal
+from pyro_bmr.formulas.message import Message, message
 from pyro_bmr.formulas.scale_mixture import best_scale, grouped_reduction, scale_mixture_reduction
 from tests.reference import mixtures
 

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 import pyro_bmr as bmr
-from pyro_bmr.formulas.gaussian import Message
+from pyro_bmr.formulas.message import Message
 from pyro_bmr.formulas.scale_mixture import scale_mixture_reduction
 from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 from pyro_bmr.posteriors.site import Site

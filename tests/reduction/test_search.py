@@ -409,7 +409,7 @@ def test_what_searches_refuse():
         bmr.reduction.greedy_search(bmr.formulas.Dense(torch.zeros(2), torch.ones(2, 2)), prior)
     with pytest.raises(
         bmr.errors.ReductionError,
-        match="posterior must have finite moments and variance > 0; got 2 of 2",
+        match="posterior: expected finite moments and variance > 0, got 2 of 2",
     ):
         bmr.reduction.greedy_search(
             LowRank(torch.zeros(2), torch.zeros(2), torch.ones(2, 1)), prior

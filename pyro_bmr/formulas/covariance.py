@@ -1,0 +1,99 @@
+"""What a covariance and a mean must be, and their energy under a diagonal prior.
+
+Owns `covariance_factor`, `symmetric_covariance`, `check_mean` and `half_log_and_energy`. Imports
+torch only. Next: `conditioning.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bmr.errors import ReductionError
+from pyro_bmr.formulas.diagonal import check_diagonal, moments
+
+# roundings of float64: a conditional variance that small in a marginal one has few digits left
+_PIVOT = 1e3
+
+
+def covariance_factor(cov: Tensor, role: str, order: Tensor | None = None) -> Tensor:
+    """The Cholesky factor of a covariance in float64, its rows and columns in `order`.
+
+    Raises:
+        ReductionError: the matrix has NaN or infinities, is not symmetric, not positive definite,
+            or so near to singular that float64 cannot tell.
+    """
+    matrix = cov.double()
+    symmetric = (matrix + matrix.mT) / 2
+    diagonal = matrix.diagonal()
+    if order is not None:
+        symmetric, diagonal = symmetric[order][:, order], diagonal[order]
+    factor, info = torch.linalg.cholesky_ex(symmetric)
+    clear = factor.diagonal().square() >= _PIVOT * torch.finfo(torch.float64).eps * diagonal
+    if not cov.is_floating_point() or not bool((info == 0) & clear.all() & _even(cov).all()):
+        raise ReductionError(_fault(cov, role, int(info)))
+    return factor
+
+
+def _even(cov: Tensor) -> Tensor:
+    """Where an entry is that of the transpose, but for what products and inverses leave; False for
+    NaN and infinities.
+    """
+    matrix = cov.double()
+    scale = matrix.diagonal().clamp(min=0).sqrt() * torch.finfo(cov.dtype).eps ** 0.25
+    return (matrix - matrix.mT).abs() <= scale[:, None] * scale
+
+
+def _fault(cov: Tensor, role: str, minor: int) -> str:
+    """What is wrong with a matrix that is no covariance."""
+    if not cov.is_floating_point():
+        return (
+            f"covariance of the {role}: expected floating-point numbers, got {cov.dtype}; give"
+            " tensor.float()"
+        )
+    if bad := int((~cov.isfinite()).sum()):
+        return f"the covariance of the {role} has {bad} entries that are not finite"
+    if bool((cov.diagonal() <= 0).any()):
+        return (
+            f"the {role} is not positive definite: {int((cov.diagonal() <= 0).sum())} of {len(cov)}"
+            " variances are not positive"
+        )
+    if uneven := int((~_even(cov)).sum()):
+        return (
+            f"the covariance of the {role} is not symmetric: {uneven // 2} pairs of entries differ"
+            " by more than rounding; if their average is what is meant, give (cov + cov.mT) / 2"
+        )
+    if minor:
+        return (
+            f"the {role} is not positive definite (leading minor {minor} of {len(cov)}); give a"
+            " symmetric positive definite covariance"
+        )
+    return (
+        f"the {role} is not positive definite to the precision of float64: an entry is a linear"
+        " combination of others; leave one of them out"
+    )
+
+
+def check_mean(role: str, mean: Tensor) -> None:
+    """ReductionError unless the mean is finite."""
+    if not mean.is_floating_point() or not bool(mean.isfinite().all()):
+        raise ReductionError(
+            f"mean of the {role}: expected finite floating-point numbers, got {mean.dtype} with"
+            f" {int((~mean.isfinite()).sum())} not finite"
+        )
+
+
+def half_log_and_energy(prior: Any, like: Tensor, where: Tensor) -> Tensor:
+    """Σ ½ log σ₀² + ½ η²/σ₀² of a diagonal prior over the entries `where`, in float64."""
+    p = moments(prior, like)
+    check_diagonal("prior", p)
+    mean, var = p.mean[where].double(), p.var[where].double()
+    return 0.5 * (var.log() + mean * (mean / var)).sum()
+
+
+def symmetric_covariance(cov: Tensor, role: str) -> Tensor:
+    """A covariance that has been checked, in float64."""
+    covariance_factor(cov, role)
+    return (cov.double() + cov.double().mT) / 2
