@@ -100,7 +100,7 @@ class PrunedDistribution(dist.TorchDistribution):
         super().__init__(base.batch_shape, validate_args=False)
 
     @property
-    def support(self) -> Any:  # type: ignore[override]
+    def support(self) -> Any:
         return self.base_dist.support
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> PrunedDistribution:

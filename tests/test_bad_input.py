@@ -1,9 +1,9 @@
-"""What the public functions and commands do with input that is odd or wrong: a table of what is
-taken, and of what is refused, by name and at once.
+"""What the public functions and commands do with odd or wrong input: a table of what they accept,
+and a table of what they refuse by name and before any work.
 
 Files that are not what their name says are in `test_data.py`, `test_runs.py` and `test_fuzz.py`,
-the command line's options in `test_cli.py`, formats and small networks in `test_deployment.py` and
-`test_shrinking.py`.
+the command line's options in `test_commands.py`, formats and small networks in `test_deployment.py`
+and `test_shrinking.py`.
 """
 
 import json

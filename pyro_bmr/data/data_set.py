@@ -83,13 +83,7 @@ def standardised(
         parts["val"] = (x_val, y_val)
     _check_arrays(name, parts)
     integer = all(y.dtype.kind in "iub" for _, y in parts.values())
-    xs = {part: _tensor(x) for part, (x, _) in parts.items()}
-    ys = {part: _tensor(y, integer) for part, (_, y) in parts.items()}
-    ys = {part: y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y for part, y in ys.items()}
-    for part, y in ys.items():
-        check_rows(xs[part], y, f"{name}, {_WORDS[part]} rows")
-        if y.ndim != 1:
-            raise DataError(f"{name}: y: expected one number per row, got shape {tuple(y.shape)}")
+    xs, ys = _tensors(name, parts, integer)
     xs = _standardised_inputs(xs)
     classes, mean, scale = None, 0.0, 1.0
     if integer:
@@ -122,6 +116,26 @@ def _check_arrays(name: str, parts: Mapping[str, tuple[np.ndarray, np.ndarray]])
                 f"{name}: expected x_train and x_{part} of shape (rows, ...), alike but for the"
                 f" rows, got {x_train.shape} and {raw[0].shape}"
             )
+
+
+def _tensors(
+    name: str, parts: Mapping[str, tuple[np.ndarray, np.ndarray]], integer: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The x and the y of each part; a y of one column is a vector.
+
+    Raises:
+        DataError: a row is not finite, or y has not one number for each row.
+    """
+    xs, ys = {}, {}
+    for part, (x, y) in parts.items():
+        xs[part], target = _tensor(x), _tensor(y, integer)
+        ys[part] = target[:, 0] if target.ndim == 2 and target.shape[1] == 1 else target
+    for part, target in ys.items():
+        check_rows(xs[part], target, f"{name}, {_WORDS[part]} rows")
+        if target.ndim != 1:
+            shape = tuple(target.shape)
+            raise DataError(f"{name}: y: expected one number per row, got shape {shape}")
+    return xs, ys
 
 
 def _tensor(array: np.ndarray, integer: bool = False) -> Tensor:

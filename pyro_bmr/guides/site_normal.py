@@ -11,6 +11,7 @@ noise that only this entry uses. The kept entries have a Gaussian of the same fo
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
+
+_LOG_2PI = math.log(2 * math.pi)
 
 
 class SiteNormal(Protocol):
@@ -67,13 +70,12 @@ def kept_count(q: SiteNormal) -> Tensor | int:
 
 def log_density(q: SiteNormal, z: Tensor, noise: Tensor) -> Tensor:
     """log q(z) of the kept entries at the draw z of `noise`; nats."""
-    # log 2π
-    return -0.5 * (q.squared_distance(z, noise) + q.log_det + 1.8378770664093453 * kept_count(q))
+    return -0.5 * (q.squared_distance(z, noise) + q.log_det + _LOG_2PI * kept_count(q))
 
 
 def entropy(q: SiteNormal) -> Tensor:
     """H(q) = ½ log |2πe AAᵀ| of the kept entries; nats."""
-    return 0.5 * (q.log_det + 2.8378770664093453 * kept_count(q))  # 1 + log 2π
+    return 0.5 * (q.log_det + (1 + _LOG_2PI) * kept_count(q))
 
 
 def gaussian_kl(q: SiteNormal, prior_loc: Tensor, prior_scale: Tensor) -> Tensor:

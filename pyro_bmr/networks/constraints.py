@@ -102,9 +102,9 @@ def _verdict(tensor_of: Callable[[Tensor], Tensor], value: Tensor) -> tuple[str,
             none, twice = (generic.clone() for _ in range(2))
             none.select(dim, 0).zero_()
             twice.select(dim, 0).mul_(2)
-        gone = tensor_of(none)
-        if not bool(gone.isfinite().all()):
+        zeroed = tensor_of(none)
+        if not bool(zeroed.isfinite().all()):
             return "zero is 0/0", True
-        if same(tensor_of(twice)) and not same(gone):
+        if same(tensor_of(twice)) and not same(zeroed):
             return "its scale does not matter", True
     return None

@@ -144,12 +144,7 @@ def tied_again(folded: list[Folded], uses: Mapping[int, int]) -> dict[int, Tenso
         ):
             # the direction of a weight norm, which is folded later, or a buffer
             continue
-        if not bool(value.isfinite().all()):
-            bad = int((~value.isfinite()).sum())
-            raise ModelError(
-                f"'{fold.where}': {bad} of its {value.numel()} values are not finite (weight norm"
-                " of a direction that is 0 is 0/0); set them to finite numbers"
-            )
+        _check_finite(fold.where, value)
         parameters = fold.module._parameters
         # biases come after the weights, as in torch's own layers
         parameters.update({k: parameters.pop(k) for k in list(parameters) if k.startswith("bias")})
@@ -164,6 +159,16 @@ def tied_again(folded: list[Folded], uses: Mapping[int, int]) -> dict[int, Tenso
         if first is not value:
             setattr(fold.module, fold.name, first)
     return masks
+
+
+def _check_finite(where: str, value: Tensor) -> None:
+    """Raises ModelError unless all entries of a folded tensor are finite."""
+    if not bool(value.isfinite().all()):
+        bad = int((~value.isfinite()).sum())
+        raise ModelError(
+            f"'{where}': {bad} of its {value.numel()} values are not finite (weight norm"
+            " of a direction that is 0 is 0/0); set them to finite numbers"
+        )
 
 
 def hooks(module: nn.Module, kind: type) -> Iterator[tuple[int, Any]]:

@@ -1,5 +1,5 @@
-"""Training and evaluation mode of modules, with those parts of a network left alone that were put
-in evaluation mode to stay there.
+"""Training and evaluation mode of a network, some parts of which are always in evaluation mode (a
+frozen backbone).
 
 Owns `note_modes` and `set_training`. Next: `plain_module.py`.
 """
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from torch import nn
 
-_NOTE = "_in_evaluation"  # on the whole module, so that copies have it too
+_NOTE = "_in_evaluation"  # an attribute of the whole module, so that copies have it too
 
 
 def note_modes(net: nn.Module) -> None:
-    """Notes which modules are in evaluation mode, as a frozen backbone, beside layers that are in
-    training mode.
+    """Notes which modules are in evaluation mode while other layers are in training mode.
 
-    If all layers are in evaluation mode that says nothing: a network that was loaded, or fitted,
-    is. An earlier note then stays, or all are trained.
+    If all layers are in evaluation mode, nothing is noted: that is also so for a network that was
+    loaded or fitted. An earlier note is then kept; without one, all modules are trained.
     """
     layers = [module.training for module in net.modules() if next(module.children(), None) is None]
     resting = tuple(name for name, module in net.named_modules() if name and not module.training)
@@ -25,8 +24,8 @@ def note_modes(net: nn.Module) -> None:
 
 
 def set_training(net: object, on: bool) -> None:
-    """Puts a module in training or evaluation mode, but for the modules that are noted
-    (`note_modes`): those stay in evaluation mode.
+    """Puts a module in training or evaluation mode. The modules inside it that `note_modes` has
+    noted are always in evaluation mode.
     """
     if isinstance(net, nn.Module):
         net.train(on)

@@ -82,9 +82,9 @@ def test_conjugate_model(name, masked):
     structure has them, else its known optimum.
     """
     masks = {"w": COLUMN_MASK} if masked else {}
-    alive = masks.get("w", torch.ones(ROWS, COLUMNS, dtype=torch.bool)).flatten().numpy()
-    model = LinearGaussian(MODEL.x[:, alive], MODEL.y, NOISE)
-    prior = PRIOR_MEAN[alive], np.diag(PRIOR_SCALE[alive] ** 2)
+    kept = masks.get("w", torch.ones(ROWS, COLUMNS, dtype=torch.bool)).flatten().numpy()
+    model = LinearGaussian(MODEL.x[:, kept], MODEL.y, NOISE)
+    prior = PRIOR_MEAN[kept], np.diag(PRIOR_SCALE[kept] ** 2)
     mean, cov = model.posterior(*prior)
     best = optimum(name, np.linalg.inv(cov))
     gap = 0.5 * (
@@ -111,12 +111,12 @@ def test_conjugate_model(name, masked):
     optimizer.step(loss)
     site = bmr.Posterior.from_guide(guide, program, X, Y, masks=masks)["w"]
     assert float(-loss().detach()) == pytest.approx(model.log_evidence(*prior) - gap, abs=1e-5)
-    np.testing.assert_allclose(site.mean.flatten()[alive], mean, atol=1e-4)
-    np.testing.assert_allclose(site.var.flatten()[alive], np.diag(best), rtol=1e-3)
-    assert not site.mean.flatten()[~alive].any() and not site.var.flatten()[~alive].any()
+    np.testing.assert_allclose(site.mean.flatten()[kept], mean, atol=1e-4)
+    np.testing.assert_allclose(site.var.flatten()[kept], np.diag(best), rtol=1e-3)
+    assert not site.mean.flatten()[~kept].any() and not site.var.flatten()[~kept].any()
     if name != "MeanField":
         np.testing.assert_allclose(
-            dense(site.joint)[np.ix_(alive, alive)], best, atol=1e-3 * best.max()
+            dense(site.joint)[np.ix_(kept, kept)], best, atol=1e-3 * best.max()
         )
         assert gap < 1e-12 or name == "MatrixVariate"
 
@@ -157,7 +157,7 @@ def test_every_structure_is_the_dense_gaussian_of_its_draws(name, mask):
     q = (guide.conditionals() if isinstance(guide, bmr.MeanField) else guide.conditional)(
         "w", {}, mask
     )
-    alive = (torch.ones(ROWS, COLUMNS, dtype=torch.bool) if mask is None else mask).flatten()
+    kept = (torch.ones(ROWS, COLUMNS, dtype=torch.bool) if mask is None else mask).flatten()
     root = torch.stack(
         [
             (q.draw(e) - q.draw(torch.zeros_like(e))).flatten()
@@ -166,18 +166,18 @@ def test_every_structure_is_the_dense_gaussian_of_its_draws(name, mask):
         1,
     ).detach()
     cov = root @ root.mT
-    exact = torch.distributions.MultivariateNormal(q.mean.flatten()[alive], cov[alive][:, alive])
+    exact = torch.distributions.MultivariateNormal(q.mean.flatten()[kept], cov[kept][:, kept])
     torch.testing.assert_close(q.var.flatten(), cov.diagonal())
-    assert not cov[~alive].any() and not q.mean.flatten()[~alive].any()
-    assert float(q.log_det) == pytest.approx(float(torch.logdet(cov[alive][:, alive])), rel=1e-9)
+    assert not cov[~kept].any() and not q.mean.flatten()[~kept].any()
+    assert float(q.log_det) == pytest.approx(float(torch.logdet(cov[kept][:, kept])), rel=1e-9)
     assert float(entropy(q)) == pytest.approx(float(exact.entropy()), rel=1e-9)
     noise = torch.randn(q.noise_size, dtype=torch.float64)
     z = q.draw(noise)
     assert float(log_density(q, z, noise)) == pytest.approx(
-        float(exact.log_prob(z.flatten()[alive])), rel=1e-9
+        float(exact.log_prob(z.flatten()[kept])), rel=1e-9
     )
     prior = torch.distributions.MultivariateNormal(
-        torch.tensor(PRIOR_MEAN)[alive], torch.tensor(PRIOR_SCALE**2)[alive].diag()
+        torch.tensor(PRIOR_MEAN)[kept], torch.tensor(PRIOR_SCALE**2)[kept].diag()
     )
     kl = gaussian_kl(
         q,
@@ -376,8 +376,8 @@ def test_a_posterior_draws_saves_and_loads_its_covariance(name, tmp_path):
     assert type(loaded["w"].joint) is type(posterior["w"].joint)
     np.testing.assert_array_equal(dense(loaded["w"].joint), dense(posterior["w"].joint))
     masked = loaded.masked({"w": COLUMN_MASK})
-    alive = COLUMN_MASK.flatten().numpy()
-    cov = dense(posterior["w"].joint) * alive[:, None] * alive
+    kept = COLUMN_MASK.flatten().numpy()
+    cov = dense(posterior["w"].joint) * kept[:, None] * kept
     np.testing.assert_allclose(dense(masked["w"].joint), cov, atol=1e-12)
     np.testing.assert_allclose(masked["w"].var.flatten(), np.diag(cov), rtol=1e-9)
     generator = torch.Generator().manual_seed(4)

@@ -85,16 +85,16 @@ def test_the_m_step_per_group_is_the_best_scale_of_each_group(tier, block, maske
         mask[:3], mask[:, :2] = False, False
     handler = EmpiricalScales()
     handler.update("w", prior, mean, var, mask)
-    alive = torch.ones(KERNEL, dtype=torch.bool) if mask is None else mask
+    kept = torch.ones(KERNEL, dtype=torch.bool) if mask is None else mask
 
     def kl(scales):
         terms = torch.distributions.kl_divergence(
             dist.Normal(mean, var.sqrt()),
             dist.Normal(0.15, spread(scales, tier, block).expand(KERNEL)),
         )
-        return tier_parts(terms.where(alive, 0), tier, block).sum(-1)
+        return tier_parts(terms.where(kept, 0), tier, block).sum(-1)
 
-    best, empty = handler.scales["w"], tier_parts(alive, tier, block).sum(-1) == 0
+    best, empty = handler.scales["w"], tier_parts(kept, tier, block).sum(-1) == 0
     assert empty.any() == (masked and tier != "layer") and (best[empty] == 1).all()
     assert ((kl(best) < kl(best * 0.99)) & (kl(best) < kl(best * 1.01)) | empty).all()
 
@@ -152,7 +152,7 @@ def posterior_of(prior, **sites):
 
 def test_a_horseshoe_decides_by_the_evidence_given_its_scales():
     """Per weight the point spike's ΔF under N(0, 1) and 0.02 nats; without scales per weight the
-    sum over the living entries of a unit or input.
+    sum over the kept entries of a unit or input.
     """
     mean = torch.tensor([[0.1, 0.5, -0.2], [0.3, 1.9, 0.1], [0.0, 0.6, -0.9], [0.0, 0.8, 0.0]])
     var = torch.tensor([[0.9, 0.8, 0.7], [0.9, 0.2, 1.1], [0.0, 0.6, 0.6], [0.0, 0.1, 0.0]])
