@@ -1,171 +1,18 @@
 """Networks of many forms are deployed: outputs of any structure, parameters anywhere, forwards with
-flags and sizes, and those that are no Python of torch.
+flags and sizes, and networks that cannot be written as Python of torch alone.
 """
 
 import json
-from collections import namedtuple
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils import prune
 from torch.utils._pytree import tree_structure
 
 import pyro_bmr as bmr
-from pyro_bmr.exporting.costs import flops
 from pyro_bmr.exporting.written_files import loaded_module
 from pyro_bmr.shrinking.verification import leaves
-
-
-class Lists(nn.Module):
-    """Parameters in lists, dicts and the root, a buffer that no state_dict has, and an integer."""
-
-    def __init__(self):
-        super().__init__()
-        self.ws = nn.ParameterList(
-            [nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(3, 8))]
-        )
-        self.gains = nn.ParameterDict({"a b": nn.Parameter(torch.rand(8))})
-        self.scale, self.shift = (
-            nn.Parameter(torch.randn(3)),
-            nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False),
-        )
-        self.register_buffer("center", torch.randn(4), persistent=False)
-
-    def forward(self, x):
-        h = torch.relu(F.linear(x - self.center, self.ws[0])) * self.gains["a b"]
-        return F.linear(h, self.ws[1]) * self.scale + self.shift
-
-
-class Sizes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = (
-            nn.Sequential(nn.Conv1d(1, 8, 3), nn.ReLU()),
-            nn.ModuleList([nn.Linear(16, 3)]),
-        )
-
-    def forward(self, x):
-        h = self.a(x.unsqueeze(1))
-        return self.b[0](h.reshape(h.shape[0], -1)) / h.shape[1]
-
-
-class Flag(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
-
-    def forward(self, x: "torch.Tensor", embed: bool = False) -> "torch.Tensor":
-        h = torch.relu(self.a(x))
-        if embed:
-            return h
-        return self.b(h)
-
-
-class Queries(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.i, self.a, self.o = (
-            nn.Linear(1, 8),
-            nn.MultiheadAttention(8, 2, batch_first=True),
-            nn.Linear(8, 3),
-        )
-        self.q = nn.Parameter(torch.randn(1, 3, 8))
-
-    def forward(self, x):
-        h = self.i(x.unsqueeze(-1))
-        return self.o(self.a(self.q.expand(h.size(0), -1, -1), h, h, need_weights=False)[0].mean(1))
-
-
-Pair = namedtuple("Pair", "box label")
-
-
-class Heads(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.t, self.box, self.label, self.kind = (
-            nn.Linear(4, 8),
-            nn.Linear(8, 1),
-            nn.Linear(8, 3),
-            kind,
-        )
-
-    def forward(self, x):
-        h = torch.relu(self.t(x))
-        return self.kind(self.box(h), self.label(h))
-
-
-class OneInADict(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return {"logits": self.a(x)}
-
-
-class Infinite(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return F.softmax(
-            self.a(x).masked_fill(x[:, :3] > 0, float("-inf")) + torch.arange(3, device=x.device), 1
-        ).nan_to_num()
-
-
-class Waves(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w, self.o = nn.Parameter(torch.randn(3, dtype=torch.cfloat)), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.o(torch.fft.irfft(torch.fft.rfft(x) * self.w, n=4))
-
-
-class Unused(nn.Module):
-    """A layer is called for nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x):
-        self.a(x)
-        return self.b(x)
-
-
-def shared():
-    act = nn.Tanh()
-    return nn.Sequential(nn.Linear(4, 8), act, nn.Linear(8, 8), act, nn.Linear(8, 3))
-
-
-def pruned():
-    net = nn.Sequential(
-        nn.Linear(4, 8), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3))
-    )
-    prune.ln_structured(net[0], "weight", 0.5, n=2, dim=0)
-    net(torch.zeros(2, 4))
-    return net
-
-
-NETS = {
-    "parameters anywhere": Lists,
-    "sizes": Sizes,
-    "a flag": Flag,
-    "learned queries": Queries,
-    "tuple": lambda: Heads(lambda a, b: (a, b)),
-    "list in a dict": lambda: Heads(lambda a, b: {"box": a, "rest": [b]}),
-    "named tuple": lambda: Heads(Pair),
-    "one output in a dict": OneInADict,
-    "infinities": Infinite,
-    "complex": Waves,
-    "a layer called for nothing": Unused,
-    "a shared activation": shared,
-    "pruned by torch": pruned,
-}
+from tests.exporting.networks import NETS, Flag, InPlace, Measured
 
 
 @pytest.fixture
@@ -214,28 +61,6 @@ def test_modes_and_statistics_are_left_as_they_were(x, tmp_path):
     for n, state in zip((net, before), states, strict=True):
         assert [m.training for m in n] == [True, True, False, True]
         assert all(torch.equal(t, state[k]) for k, t in n.state_dict().items())
-
-
-class InPlace(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 3)
-
-    def forward(self, x):
-        x -= 1
-        return self.a(x)
-
-
-class Measured(nn.Module):
-    """Its forward cannot be read: `len` of a value."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        h = torch.tanh(self.a(x))
-        return self.b(h) / len(h[0])
 
 
 def test_a_network_without_python_is_deployed_in_other_formats(x, tmp_path):
@@ -327,19 +152,6 @@ class Fixed(nn.Module):
 
     def forward(self, x):
         return self.a(x) + self.rows
-
-
-def test_flops_of_attention():
-    assert flops(Queries().eval(), torch.randn(2, 4)) == 2 * (
-        4 * 8 + 3 * 8 * 8 + 2 * 4 * 8 * 8 + 2 * 3 * 4 * 8 + 3 * 8 * 8 + 8 * 3
-    )
-    # in one step where torch is left to choose
-    layer, x = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval(), torch.randn(2, 5, 8)
-    by_hand = 2 * (4 * 5 * 8 * 8 + 2 * 5 * 5 * 8 + 2 * 5 * 8 * 12)
-    assert (
-        flops(layer, x) == flops(bmr.shrink(layer, {}, x), x) == by_hand
-        and torch.backends.mha.get_fastpath_enabled()
-    )
 
 
 @pytest.mark.slow

@@ -1,6 +1,4 @@
-"""A deployed folder: every format read back without pyro and pyro_bmr, sizes, the report, damage,
-and no half-written folders.
-"""
+"""A deployed folder: every format read back without pyro and pyro_bmr, sizes, the report."""
 
 import json
 import subprocess
@@ -10,15 +8,13 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr.exporting import costs
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.exporting.weights_file import save_tensors
-from pyro_bmr.exporting.written_files import loaded_module
 from pyro_bmr.models import mlp
-from tests.shrinking.test_shrinking import NETS, made, random_masks
+from tests.exporting.networks import loaders, sparse_net
+from tests.shrinking.networks import NETS, made, random_masks
 
 CHILD = """
 import sys
@@ -55,12 +51,6 @@ assert not any(name.split(".")[0] in ("pyro", "pyro_bmr", "safetensors") for nam
 @pytest.fixture(scope="module")
 def x():
     return bmr.load("digits").x_train[:40]
-
-
-def sparse_net(dead=0.5):
-    net = made(NETS["mlp"], 1).float()
-    masks = random_masks(net, dead, "weights", 1)
-    return net, masks
 
 
 def child(folder, net, x, formats):
@@ -181,172 +171,6 @@ def test_the_report(x, tmp_path):
         '("1", nn.Linear(in_features=64, out_features=20, bias=True)),' in text
         and "pyro" not in text.replace("pyro_bmr", "", 1)
     )
-
-
-def loaders(folder):
-    return loaded_module(folder / "network.py")
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "state_dict.pt", "model.pt2"])
-@pytest.mark.parametrize("damage", ["truncated", "tampered"])
-def test_damaged_files_are_refused(file, damage, deployed):
-    raw = (deployed / file).read_bytes()
-    try:
-        (deployed / file).write_bytes(
-            raw[:-9] if damage == "truncated" else raw[:-1] + bytes([raw[-1] ^ 1])
-        )
-        loader = next(f.loader for f in FORMATS.values() if f.file == file)
-        with pytest.raises(
-            ValueError, match=rf"{file} is not the file that was written: its sha256"
-        ):
-            getattr(loaders(deployed), loader)()
-    finally:
-        (deployed / file).write_bytes(raw)
-
-
-@pytest.fixture(scope="module")
-def deployed(tmp_path_factory, x):
-    folder = tmp_path_factory.mktemp("deployed")
-    bmr.deploy(
-        made(NETS["mlp"], 2).float(), folder, x, formats=["state_dict", "program"], seconds=0
-    )
-    return folder
-
-
-def test_a_truncated_file_is_refused_without_a_report_too(x, tmp_path):
-    net, _ = sparse_net()
-    bmr.deploy(net, tmp_path, x, seconds=0)
-    (tmp_path / "report.json").unlink()
-    raw = (tmp_path / "model.safetensors").read_bytes()
-    assert torch.equal(loaders(tmp_path).load()(x), net(x))
-    for cut in (raw[:-4], raw[:40], raw[:5], b""):
-        (tmp_path / "model.safetensors").write_bytes(cut)
-        with pytest.raises(
-            ValueError, match=r"model\.safetensors is truncated or no safetensors file"
-        ):
-            loaders(tmp_path).load()
-
-
-class Odd(nn.Module):
-    def forward(self, x):
-        return x.double().round().to(x.dtype) if x.sum() > 0 else x
-
-
-REFUSED = {
-    "unknown format": (
-        lambda: sparse_net()[0],
-        ["tflite"],
-        bmr.errors.ModelError,
-        r"no format 'tflite'; the formats are: state_dict, safetensors",
-    ),
-    "csr of a dense network": (
-        lambda: sparse_net()[0],
-        ["state_dict", "csr"],
-        bmr.errors.ModelError,
-        r"'csr': expected a Linear layer with at least 97% zeros, got 0\.0% in the sparsest",
-    ),
-    "2:4 on a CPU": (
-        lambda: sparse_net()[0],
-        ["half", "2:4"],
-        bmr.errors.ModelError,
-        r"'2:4': expected a CUDA device.*'cpu'",
-    ),
-    "no layers to prune": (
-        lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)),
-        ["prune"],
-        bmr.errors.ModelError,
-        r"'prune': expected a Linear or Conv layer",
-    ),
-    "control flow": (
-        Odd,
-        ["program"],
-        bmr.errors.ModelError,
-        r"format 'program' cannot hold this network .*leave it out of `formats`",
-    ),
-}
-
-
-@pytest.mark.parametrize(("build", "formats", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_refusals_leave_nothing_behind(build, formats, error, message, x, tmp_path):
-    with pytest.raises(error, match=message):
-        bmr.deploy(build(), tmp_path / "new", x, formats=formats, seconds=0)
-    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
-
-
-def test_a_format_that_changes_the_outputs_is_refused(x, tmp_path):
-    net, _ = sparse_net()
-    bmr.deploy(net, tmp_path, x, seconds=0)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with torch.no_grad():
-        net[1].weight.mul_(1e6)  # beyond half precision
-    with pytest.raises(bmr.errors.ModelError, match=r"'half': read back, its outputs differ"):
-        bmr.deploy(net, tmp_path, x, formats=["half"], seconds=0)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
-def test_a_folder_that_cannot_be_written(x, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(bmr.PyroBMRError, match="cannot write to"):
-        bmr.deploy(sparse_net()[0], tmp_path / "file", x, seconds=0)
-
-
-def test_an_ensemble_of_shrunk_draws(x, tmp_path):
-    torch.manual_seed(0)
-    program = bmr.BayesianNetwork(mlp.network(64, (30,), 10), bmr.Gaussian(0.5), bmr.Categorical())
-    data = bmr.load("digits")
-    fit = bmr.fit(
-        program, (data.x_train[:200], data.y_train[:200]), epochs=3, batch_size=50, progress=False
-    )
-    masks = {
-        name: torch.ones_like(site.mean, dtype=torch.bool)
-        for name, site in fit.posterior.sites.items()
-    }
-    masks["1.weight"][:20] = masks["1.bias"][:20] = False
-    posterior = fit.posterior.masked(masks)
-    draws = bmr.exporting.ensemble(fit.program, posterior, draws=64, seed=1, example=x[:1])
-    small = bmr.shrink(bmr.export(fit.program, posterior), {}, x[:1])
-    assert {name: tuple(t.shape) for name, t in draws.items()} == {
-        name: (64, *t.shape) for name, t in small.state_dict().items()
-    }
-    bmr.deploy(small, tmp_path, x, ensemble=draws, seconds=0)
-    with torch.no_grad():
-        mine = torch.stack([net(x).softmax(1) for net in loaders(tmp_path).load_ensemble()]).mean(0)
-        want = bmr.predict(fit.program, posterior, x, draws=64, seed=1).probs
-        torch.testing.assert_close(mine, want, rtol=0, atol=1e-5)  # the same draws
-        assert float((mine - small(x).softmax(1)).abs().max()) > 1e-3
-    with pytest.raises(
-        bmr.errors.ModelError, match="ensemble: expected draws of at least 1, got draws=0"
-    ):
-        bmr.exporting.ensemble(fit.program, posterior, draws=0)
-
-
-def test_draws_that_shrink_to_different_shapes():
-    net = nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.Flatten(), nn.Linear(72, 3)
-    )
-    sites = {n: bmr.Site(p.detach(), torch.full_like(p, 0.04)) for n, p in net.named_parameters()}
-    program = bmr.BayesianNetwork(net, bmr.Gaussian(0.5), bmr.Categorical())
-    masks = {"0.weight": torch.tensor([True, False]).view(2, 1, 1, 1).expand(2, 1, 3, 3).clone()}
-    posterior = bmr.Posterior(sites).masked(masks)
-    with pytest.raises(bmr.errors.ModelError, match="shrink to different shapes"):
-        bmr.exporting.ensemble(program, posterior, draws=12, example=torch.zeros(1, 1, 8, 8))
-    assert bmr.exporting.ensemble(program, posterior, draws=12)["0.weight"].shape == (
-        12,
-        2,
-        1,
-        3,
-        3,
-    )
-
-
-def test_flops_are_counted_by_hand(x):
-    assert costs.flops(
-        nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(108, 4)), x
-    ) == 2 * (3 * 9 * 36 + 108 * 4)
-    layer = nn.Linear(4, 3)
-    with torch.no_grad():
-        layer.weight[0] = 0
-    assert costs.parameters(layer) == {"parameters": 15, "nonzero": 11}
 
 
 def test_tied_tensors_are_stored_once_each(tmp_path):

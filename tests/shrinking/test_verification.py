@@ -1,0 +1,153 @@
+"""Whether two networks are the same function: which outputs are compared, what is refused."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pyro_bmr as bmr
+from pyro_bmr.shrinking import masked
+from pyro_bmr.shrinking.verification import (
+    answers,
+    check_same_function,
+    difference,
+    inputs_like,
+)
+from tests.shrinking.networks import Three, check, every_other, made
+
+
+def noisy(net, h, x):
+    return net.c(h + torch.randn(16, dtype=torch.float64))
+
+
+def changed_in_place(net, h, x):
+    y = net.b(h)
+    h.mul_(2)
+    return net.c(h) + net.c(y)
+
+
+def other_at_other_rows(net, h, x):
+    return net.c(h).softmax(0)
+
+
+ANOTHER = {
+    "random numbers of a forward": (
+        noisy,
+        "a",
+        (
+            r"not the same function as the masked one: on the example its outputs differ by"
+            r" \d.*masked network"
+        ),
+    ),
+    "an earlier value is changed": (changed_in_place, "a", r"not the same function"),
+    "rows that know of each other": (
+        other_at_other_rows,
+        "abc",
+        r"not the same function as the masked one: on random inputs",
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "layers", "message"), ANOTHER.values(), ids=ANOTHER)
+def test_another_function_is_refused_with_a_figure(function, layers, message):
+    net = made(lambda: Three(function), 0)
+    masks = (
+        every_other(net, "a")
+        if layers == "a"
+        else {
+            f"{k}.weight": torch.zeros(net.get_parameter(f"{k}.weight").shape) > 0 for k in layers
+        }
+    )
+    for read in (bmr.shrink, bmr.shrinking.shrink_plan):
+        with pytest.raises(bmr.errors.ShrinkError, match=message):
+            read(net, masks, torch.randn(5, 6).double())
+
+
+def test_a_hook_that_changes_outputs_is_refused_and_one_that_looks_is_not():
+    net = made(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), 0)
+    seen = []
+    hook = net[0].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    check(net, every_other(net, "0"), torch.randn(5, 6).double(), 4 * 7 + 15)
+    hook.remove()
+    net[0].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(bmr.errors.ShrinkError, match=r"not the same function.*by a hook"):
+        bmr.shrink(net, {}, torch.randn(5, 6).double())
+
+
+def test_modes_frozen_weights_and_random_numbers_are_left_as_they_were():
+    net = made(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3)), 0
+    ).train()
+    net[0].requires_grad_(False)
+    net[2].eval()
+    state, random = {k: t.clone() for k, t in net.state_dict().items()}, torch.get_rng_state()
+    x = torch.randn(4, 6).double()
+    torch.set_rng_state(random)
+    small = bmr.shrink(net, every_other(net, "0"), kept := x.clone())
+    assert torch.equal(random, torch.get_rng_state()) and torch.equal(x, kept)
+    assert [layer.training for layer in net] == [True, True, False, True] and not any(
+        m.training for m in small.modules()
+    )
+    assert all(torch.equal(t, state[k]) for k, t in net.state_dict().items())
+    assert [p.requires_grad for p in small.parameters()] == [False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_tokens(single):
+    net = made(
+        lambda: nn.Sequential(
+            nn.Embedding(9, 6), nn.Flatten(), nn.Linear(18, 8), nn.ReLU(), nn.Linear(8, 2)
+        ),
+        0,
+    )
+    x = torch.zeros(1, 3, dtype=torch.long) if single else torch.randint(9, (5, 3))
+    drawn = inputs_like(x, net)
+    assert (
+        all(t.dtype == torch.long and 0 <= int(t.min()) <= int(t.max()) < 9 for t in drawn)
+        and len(torch.cat(drawn).unique()) > 3
+    )
+    assert sum(answer is not None for answer in answers(net, drawn).outputs) == len(drawn)
+    small = bmr.shrink(net, every_other(net, "2"), x)
+    tokens = torch.randint(9, (20, 3))
+    torch.testing.assert_close(
+        small(tokens), masked(net, every_other(net, "2"))(tokens), rtol=0, atol=1e-12
+    )
+
+
+def test_the_largest_difference():
+    a, nan = torch.tensor([1.0, -4.0]), torch.tensor([math.nan, 2.0])
+    assert difference([a, a], [a, a + torch.tensor([0.0, 0.5])]) == (0.5, 4.0)
+    assert difference([nan], [nan]) == (0.0, 2.0) and difference([nan], [a])[0] == math.inf
+    assert difference([a], [a[:1]])[0] == math.inf and difference([a], [a, a])[0] == math.inf
+    assert difference([torch.tensor([math.inf])], [torch.tensor([-math.inf])])[0] == math.inf
+
+
+class Single(nn.Module):
+    def forward(self, x):
+        return F.linear(x, torch.eye(3))
+
+
+class Rounding(nn.Module):
+    def forward(self, x):
+        return x.half().softmax(1).to(x.dtype)
+
+
+def test_float32_is_compared_in_float64():
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x = torch.randn(4, 6)
+    want = answers(net, [x])
+    assert (
+        want.double
+        and want.outputs[0][0].dtype == torch.float64
+        and net[0].weight.dtype == torch.float32
+    )
+    assert not answers(nn.Sequential(net, Single()), [x]).double
+    assert [answers(m, [x]).eps for m in (net, nn.Sequential(net, Rounding()))] == [
+        torch.finfo(dtype).eps for dtype in (torch.float64, torch.float16)
+    ]
+    with torch.no_grad():
+        net[2].bias += 1e-4 * float(want.outputs[0][0].abs().max())
+    with pytest.raises(bmr.errors.ShrinkError, match="on the example"):
+        check_same_function(want, net, [x])
