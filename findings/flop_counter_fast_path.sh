@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# torch 2.13.0: FlopCounterMode counts 0 FLOPs for an attention layer in evaluation mode without gradients.
+# torch 2.13.0: FlopCounterMode counts 0 FLOPs for an attention layer in evaluation mode without
+# gradients.
 #
-# nn.TransformerEncoderLayer and nn.MultiheadAttention then run as one fused operation each, which the counter does not know: not only the products of the
-# attention are missing, but the linear layers too. The same layer, input and mode with gradients enabled is counted. A table of costs made the usual
-# way, net.eval() under no_grad, says that the encoder is free. Turning the fused path off, torch.backends.mha.set_fastpath_enabled(False), counts it.
+# Without gradients, nn.TransformerEncoderLayer and nn.MultiheadAttention run as one fused operation
+# each, which the counter does not know. So it misses the products of the attention and the linear
+# layers too. With gradients enabled, it counts the same layer, input and mode. A table of costs is
+# usually made with net.eval() under no_grad, and then says that the encoder is free. With the fused
+# path off, torch.backends.mha.set_fastpath_enabled(False), the layer is counted.
 #
-# Seen, a layer of 16 channels, 4 heads and 32 hidden units on 2 x 7 tokens: 57344 FLOPs with gradients, 0 without, 57344 without and the path off.
+# Seen with a layer of 16 channels, 4 heads and 32 hidden units on 2 x 7 tokens: 57344 FLOPs with
+# gradients, 0 without, and 57344 without gradients and with the path off.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

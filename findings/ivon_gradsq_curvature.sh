@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# ivon-opt 0.1.3: with hess_approx="gradsq" the optimiser's `hess` is not the Hessian of the mean loss, but at least (rows / batch) times it.
+# ivon-opt 0.1.3: with hess_approx="gradsq", the optimiser's `hess` is not the Hessian of the mean
+# loss, but at least (rows / batch) times as large.
 #
-# A linear model of one weight, inputs of mean square 1 and unit noise: the Hessian of the mean loss is exactly 1. The default, "price", finds it.
-# "gradsq" takes the square of the gradient of a batch's mean, whose mean is Fisher / batch, and multiplies it by the effective sample size, here the rows.
-# A precision of ess * (hess + weight_decay) is then too large by that factor, and steps divided by `hess` are too short for the fit to end.
+# The model is linear with one weight, inputs of mean square 1 and unit noise, so the Hessian of the
+# mean loss is exactly 1. The default, "price", finds it. "gradsq" squares the mean gradient of a
+# batch. The expectation of the square is Fisher / batch, and "gradsq" multiplies it by the
+# effective sample size, here the rows. The precision ess * (hess + weight_decay) is then too large
+# by that factor, and steps divided by `hess` are too short for the fit to converge.
 #
 # Seen with torch 2.13.0, mean of `hess` over the second half of 6,000 steps:
 #   rows  200, batch 10: price 1.148, gradsq   57.5 (rows / batch  20)

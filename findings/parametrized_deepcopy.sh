@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# torch 2.13.0: torch.nn.utils.parametrize.remove_parametrizations on a deep copy takes the tensor away from the original module.
+# torch 2.13.0: torch.nn.utils.parametrize.remove_parametrizations on a deep copy removes the tensor
+# from the original module.
 #
-# A parametrized module gets a class of its own, of which the tensor is a property. copy.deepcopy copies the module and shares that class.
-# remove_parametrizations deletes the property from the class, so the original, which was not touched, has no such tensor any more.
-# It meets whoever copies a network to fold its weight norm or spectral norm for inference.
+# A parametrized module gets its own class, and the tensor is a property of that class.
+# copy.deepcopy copies the module but shares the class. remove_parametrizations deletes the property
+# from the class, so the original loses its tensor, although it was not touched. This happens if you
+# copy a network to fold its weight norm or spectral norm for inference.
 #
-# Seen: AttributeError: 'ParametrizedLinear' object has no attribute 'weight', from the original's forward, for weight_norm and spectral_norm.
+# Seen: AttributeError: 'ParametrizedLinear' object has no attribute 'weight', from the original's
+# forward, for weight_norm and spectral_norm.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
