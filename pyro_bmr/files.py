@@ -241,7 +241,7 @@ def locked(folder: Path, error: type[PyroBMRError] = PyroBMRError) -> Iterator[N
         yield
     finally:
         for path in (owner, folder / ".lock"):
-            # Windows removes no file that is open; a lock without an owner keeps nobody out
+            # Windows does not remove open files; a lock file without an owner locks nothing
             with contextlib.suppress(OSError):
                 path.unlink()
         lock.release()

@@ -201,9 +201,9 @@ def check_plates(name: str, frames: Any) -> None:
     frame = subsampled_plate(frames)
     if frame is not None:
         raise ModelError(
-            f"site '{name}': it stands in the plate '{frame.name}' of {frame.full_size}, of"
-            f" which a call takes {frame.size}, so each call has latents of its own; make the"
-            " guide and read it with all rows of the plate"
+            f"site '{name}': expected a plate that takes all its rows, got the subsampled plate"
+            f" '{frame.name}', which takes {frame.size} of {frame.full_size}, so that each call has"
+            " latents of its own; make the guide and read it with all rows of the plate"
         )
 
 

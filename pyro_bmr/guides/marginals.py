@@ -21,7 +21,8 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.gaussian_draws import LARGEST, MEND, GaussianDraw, GuideRun, Moments, guide_run
 from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
 
-# standard deviations by which a draw may miss the affine function: far less moves no moment
+# how far a draw may be from the affine function, in standard deviations; such a gap does not
+# change the moments
 _SLACK = 0.01
 
 
@@ -36,8 +37,7 @@ def trace_moments(
     call. `support`: site → its support in the program.
 
     Raises:
-        ModelError: a site is not Gaussian on the unconstrained scale, or stands in a subsampled
-            plate.
+        ModelError: a site is not Gaussian on the unconstrained scale, or is in a subsampled plate.
     """
     first, second = (guide_run(guide, args, kwargs, seed, 1.0) for seed in (1, 2))
     if list(first.drawn) != list(second.drawn):

@@ -65,7 +65,7 @@ def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list
 
     Raises:
         ModelError: a site is discrete, has a support other than the reals, the positives or the
-            unit interval, or stands in a subsampled plate.
+            unit interval, or is in a subsampled plate.
     """
     with torch.no_grad():
         trace = prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
@@ -87,8 +87,8 @@ def _latent(name: str, site: Any) -> Latent:
     frame = subsampled_plate(site["cond_indep_stack"])
     if frame is not None:
         raise ModelError(
-            f"site '{name}': it stands in the subsampled plate '{frame.name}', so each batch"
-            " has latents of its own; MeanField takes global latents only"
+            f"site '{name}': expected a global latent site, got one in the subsampled plate"
+            f" '{frame.name}', so that each batch has latents of its own; use plates of all rows"
         )
     start = _start(site, base, transform)
     given = site["infer"].get("init") is not None

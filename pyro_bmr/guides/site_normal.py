@@ -1,5 +1,5 @@
-r"""The Gaussian that a guide has for one site, q(z) = N(μ, AAᵀ) with z = μ + Aε: what the evidence
-bound and a posterior ask of it.
+r"""The Gaussian of one site in a guide, q(z) = N(μ, AAᵀ) with z = μ + Aε, as the evidence bound and
+a posterior need it.
 
 Owns the protocol `SiteNormal`, its independent form `Independent`, entropy, density and the
 closed-form KL. The correlated forms are beside their guides: `full_rank.py`,

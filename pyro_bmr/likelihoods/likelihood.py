@@ -3,7 +3,7 @@ a learned noise.
 
 A likelihood owns the plate over the data, and with it the number of rows N. Inside `fit` the N of
 the data set is supplied; a hand-written SVI loop over mini-batches gives it as `size`, so that
-nobody ever scales a KL term. Next: `categorical.py`.
+no KL term has to be scaled. Next: `categorical.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OBSERVED = "y"  # the name of the observed site
 
 
 class Likelihood(Protocol):
-    """What `BayesianNetwork` asks of a likelihood."""
+    """What a likelihood has for `BayesianNetwork`: the observed site, in its plate."""
 
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
         """The value of the observed site `y`, one row for each row of `output`; without y, a draw

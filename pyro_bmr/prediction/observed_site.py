@@ -190,7 +190,7 @@ def check_callable_without_y(program: Callable[..., Any], x: Tensor) -> None:
 
 
 class _Until(Messenger):
-    """Ends the run at the site `name` with its distribution, before a draw that nobody needs."""
+    """Ends the run at the site `name` with its distribution, before it is drawn."""
 
     class Reached(Exception):
         """Carries the distribution of the site."""

@@ -61,7 +61,7 @@ class Gaussian:
         scale: where s comes from.
 
             - a number: s itself. As the target of a reduction, 0 is the point spike at `mean`.
-            - ``"empirical"`` (default): s starts at 1, so that the data speak first, and after some
+            - ``"empirical"`` (default): s starts at 1, which is wide for a weight, and after some
               hundred steps of the fit is set, after each epoch, to the value that maximises the
               evidence bound, s² ← mean of (μ − mean)² + σ² over the kept weights that share it
               (the M-step of empirical Bayes).
@@ -172,7 +172,7 @@ class Gaussian:
 
     @property
     def var(self) -> float:
-        """s² of a fixed scale, so that the prior can stand in `delta_f`."""
+        """s² of a fixed scale; with it the prior can be an argument of `delta_f`."""
         if isinstance(self.scale, str):
             raise ModelError(
                 f"Gaussian(scale={described(self.scale)}) has no variance of its own before a"

@@ -321,7 +321,7 @@ def test_a_latent_in_a_subsampled_plate_is_refused_by_name():
     ):
         with pytest.raises(
             bmr.errors.ModelError,
-            match="site 'z': it stands in the plate 'rows' of 9, of which a call takes 3",
+            match="site 'z': expected .*got the subsampled plate 'rows', which takes 3 of 9,",
         ):
             read()
 
