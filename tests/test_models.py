@@ -72,12 +72,8 @@ def test_logistic_regression_learns_the_digits():
         optimizer=bmr.adam(0.02),
         progress=False,
     )
-    assert (
-        bmr.metrics.accuracy(
-            bmr.predict(fit.program, fit.posterior, DIGITS.x_test).probs, DIGITS.y_test
-        )
-        > 0.93
-    )
+    probs = bmr.predict(fit.program, fit.posterior, DIGITS.x_test).probs
+    assert bmr.metrics.accuracy(probs, DIGITS.y_test) > 0.93
     with pytest.raises(
         bmr.errors.DataError,
         match="logistic_regression: expected classes, got the real targets of diabetes",
@@ -97,10 +93,8 @@ def test_logistic_regression_learns_the_digits():
 )
 def test_sizes_of_the_paper_on_fashion_mnist(name, parameters):
     images = replace(DIGITS, x_train=torch.zeros(8, 1, 28, 28), x_test=torch.zeros(8, 1, 28, 28))
-    assert (
-        sum(p.numel() for p in load_model(name)(images, bmr.Gaussian()).net.parameters())
-        == parameters
-    )
+    net = load_model(name)(images, bmr.Gaussian()).net
+    assert sum(p.numel() for p in net.parameters()) == parameters
 
 
 @pytest.mark.parametrize(

@@ -111,11 +111,9 @@ def test_compressed_rows(x, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaders(tmp_path).load_csr()(x), sparse(x), rtol=1e-4, atol=1e-5)
     tensors = load_file(tmp_path / "csr.safetensors")
-    assert (
-        tensors["1.values"].tolist() == net[1].weight[masks["1.weight"]].tolist()
-        and "5.weight" in tensors
-        and "3.weight" not in tensors
-    )
+    assert tensors["1.values"].tolist() == net[1].weight[masks["1.weight"]].tolist()
+    assert "5.weight" in tensors
+    assert "3.weight" not in tensors
     assert table.loc["csr", "bytes"] < 0.25 * table.loc["safetensors", "bytes"]
 
 
@@ -139,24 +137,14 @@ def test_file_sizes(x, tmp_path):
 
 def test_the_report(x, tmp_path):
     net, masks = sparse_net()
-    table = bmr.deploy(
-        bmr.shrinking.masked(net, masks),
-        tmp_path,
-        x,
-        report={"delta_f": 12.5, "prior": "Gaussian()", "data": "digits", "seed": 3},
-        seconds=0,
-    )
+    given = {"delta_f": 12.5, "prior": "Gaussian()", "data": "digits", "seed": 3}
+    masked = bmr.shrinking.masked(net, masks)
+    table = bmr.deploy(masked, tmp_path, x, report=given, seconds=0)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (
-        report["delta_f"],
-        report["prior"],
-        report["data"],
-        report["seed"],
-        report["version"],
-    ) == (12.5, "Gaussian()", "digits", 3, bmr.__version__)
-    assert report["input"] == {"shape": [1, 8, 8], "dtype": "float32"} and report[
-        "costs"
-    ] == table.to_dict(orient="records")
+    assert {key: report[key] for key in given} == given
+    assert report["version"] == bmr.__version__
+    assert report["input"] == {"shape": [1, 8, 8], "dtype": "float32"}
+    assert report["costs"] == table.to_dict(orient="records")
     assert report["tensors"]["1.weight"] == {
         "shape": [20, 64],
         "nonzero": int(masks["1.weight"].sum()),
@@ -167,10 +155,8 @@ def test_the_report(x, tmp_path):
         "report.json",
     ]
     text = (tmp_path / "network.py").read_text()
-    assert (
-        '("1", nn.Linear(in_features=64, out_features=20, bias=True)),' in text
-        and "pyro" not in text.replace("pyro_bmr", "", 1)
-    )
+    assert '("1", nn.Linear(in_features=64, out_features=20, bias=True)),' in text
+    assert "pyro" not in text.replace("pyro_bmr", "", 1)
 
 
 def test_tied_tensors_are_stored_once_each(tmp_path):

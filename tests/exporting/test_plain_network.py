@@ -23,9 +23,8 @@ def test_means_are_exact_and_masks_are_zeros(pruned, exported):
     for name, mask in reduction.masks.items():
         assert torch.equal(parameters[name], reduction.posterior[name].mean)
         assert not parameters[name][~mask].any() and parameters[name][mask].all()
-    assert sum(int(m.sum()) for m in reduction.masks.values()) == round(
-        0.4 * (35 + 7 + 21 + 3)
-    ) and set(reduction.masks) == set(fit.program.priors)
+    assert sum(int(m.sum()) for m in reduction.masks.values()) == round(0.4 * (35 + 7 + 21 + 3))
+    assert set(reduction.masks) == set(fit.program.priors)
 
 
 def test_what_was_not_lifted_is_that_of_the_fitted_program(pruned, exported):
@@ -57,22 +56,18 @@ def test_it_is_plain_torch(pruned, exported):
         "_load_state_dict_pre_hooks",
     )
     for module in exported.modules():
-        assert type(module).__module__.startswith("torch.nn") and not any(
-            getattr(module, name) for name in hooks
-        )
+        assert type(module).__module__.startswith("torch.nn")
+        assert not any(getattr(module, name) for name in hooks)
     for parameter in exported.parameters():
-        assert (
-            type(parameter) is nn.Parameter
-            and parameter.is_leaf
-            and parameter.requires_grad
-            and parameter.grad is None
-            and not parameter._backward_hooks
-        )
+        assert type(parameter) is nn.Parameter
+        assert parameter.is_leaf
+        assert parameter.requires_grad
+        assert parameter.grad is None
+        assert not parameter._backward_hooks
     assert not exported.training
     ours = {p.data_ptr() for p in exported.parameters()}
-    assert not ours & {p.data_ptr() for p in pruned[1].program.net.parameters()} and not ours & {
-        s.mean.data_ptr() for s in pruned[2].posterior.sites.values()
-    }
+    assert not ours & {p.data_ptr() for p in pruned[1].program.net.parameters()}
+    assert not ours & {s.mean.data_ptr() for s in pruned[2].posterior.sites.values()}
 
 
 def test_it_can_be_copied_pickled_and_loaded(exported):
@@ -82,9 +77,8 @@ def test_it_can_be_copied_pickled_and_loaded(exported):
     raw = pickle.dumps(exported)
     assert b"pyro" not in raw
     for other in (copy.deepcopy(exported), pickle.loads(raw), clean):
-        assert torch.equal(other(X), exported(X)) and all(
-            torch.equal(v, exported.state_dict()[k]) for k, v in other.state_dict().items()
-        )
+        assert torch.equal(other(X), exported(X))
+        assert all(torch.equal(v, exported.state_dict()[k]) for k, v in other.state_dict().items())
 
 
 def test_it_can_be_trained_on(exported):
@@ -114,20 +108,17 @@ def test_standardised_weights_are_taken_at_the_scales_median(prior):
     else:
         scale = point["weight_precision"] ** -0.5
     got = bmr.export(fit.program, fit.posterior).weight
-    assert torch.allclose(
-        got, scale * point["weight"] / math.sqrt(5), rtol=1e-5, atol=1e-7
-    ) and not torch.allclose(got, point["weight"], rtol=0.05)
+    assert torch.allclose(got, scale * point["weight"] / math.sqrt(5), rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(got, point["weight"], rtol=0.05)
 
 
 def test_point_weights_of_a_network_and_of_a_program(pruned, exported):
     got = point_weights(pruned[1].program, pruned[2].posterior)
-    assert list(got) == list(exported.state_dict()) and all(
-        torch.equal(got[k], v) for k, v in exported.state_dict().items()
-    )
+    assert list(got) == list(exported.state_dict())
+    assert all(torch.equal(got[k], v) for k, v in exported.state_dict().items())
     values = point_weights(lambda x, y=None: None, pruned[1].posterior)
-    assert list(values) == list(pruned[1].posterior) and torch.equal(
-        values["0.weight"], pruned[1].posterior["0.weight"].mean
-    )
+    assert list(values) == list(pruned[1].posterior)
+    assert torch.equal(values["0.weight"], pruned[1].posterior["0.weight"].mean)
 
 
 def test_what_cannot_be_exported(pruned):
@@ -178,11 +169,9 @@ def test_a_plain_network_that_torch_has_pruned_is_exported_under_either_name():
             prior=bmr.Gaussian(1e3),
         )
         made = bmr.export(net, posterior)
-        assert (
-            torch.equal(made[0].weight, raw["0.weight_orig"] * net[0].weight_mask)
-            and torch.equal(made[0].bias, raw["0.bias"])
-            and copy.deepcopy(made)
-        )
+        assert torch.equal(made[0].weight, raw["0.weight_orig"] * net[0].weight_mask)
+        assert torch.equal(made[0].bias, raw["0.bias"])
+        assert copy.deepcopy(made)
 
 
 def test_a_hand_written_program_exports_its_weights_not_their_standardised_sites():

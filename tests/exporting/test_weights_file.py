@@ -32,11 +32,9 @@ def test_save_and_load(exported, tmp_path):
     loaded = load_file(folder / "model.safetensors")
     assert set(loaded) == set(exported.state_dict())
     for name, value in exported.state_dict().items():
-        assert (
-            loaded[name].dtype == value.dtype
-            and loaded[name].shape == value.shape
-            and torch.equal(loaded[name], value)
-        )
+        assert loaded[name].dtype == value.dtype
+        assert loaded[name].shape == value.shape
+        assert torch.equal(loaded[name], value)
     clean = normed().eval()
     clean.load_state_dict(loaded)
     assert torch.equal(clean(X), exported(X))
@@ -51,7 +49,8 @@ def test_report(exported, tmp_path):
         0.75,
         {"kept": [1, None]},
         str(tmp_path),
-    ) and report["format"] == "pyro_bmr report 1"
+    )
+    assert report["format"] == "pyro_bmr report 1"
     assert list(report["tensors"]) == list(exported.state_dict())
     for name, value in exported.state_dict().items():
         nonzero = sum(1 for number in value.flatten().tolist() if number != 0)
@@ -163,9 +162,8 @@ def test_save_takes_any_tensors(tmp_path):
     }
     bmr.save(weights, tmp_path)
     loaded = load_file(tmp_path / "model.safetensors")
-    assert set(loaded) == set(weights) and all(
-        torch.equal(loaded[name], value.detach()) for name, value in weights.items()
-    )
+    assert set(loaded) == set(weights)
+    assert all(torch.equal(loaded[name], value.detach()) for name, value in weights.items())
 
 
 @pytest.mark.parametrize("below", ["file", "file/folder", "file/folder/deeper"])
@@ -247,7 +245,8 @@ def test_a_pruned_lenet_predicts_the_same_without_pyro(tmp_path):
     with torch.no_grad():
         want = net(x)
     zeros = sum(int((~mask).sum()) for mask in fit.masks.values())
-    assert zeros > 1000 and all(
+    assert zeros > 1000
+    assert all(
         not dict(net.named_parameters())[name][~mask].any() for name, mask in fit.masks.items()
     )
     assert float(want.std()) > 0.05

@@ -172,9 +172,8 @@ def test_what_torch_has_pruned_is_removed():
     net(x := torch.randn(5, 6).double())
     small = bmr.shrink(net, {}, x)
     torch.testing.assert_close(small(x), net.eval()(x), rtol=0, atol=1e-12)
-    assert small[0].weight.shape == (4, 6) and not any(
-        name.endswith("_mask") for name, _ in small.named_buffers()
-    )
+    assert small[0].weight.shape == (4, 6)
+    assert not any(name.endswith("_mask") for name, _ in small.named_buffers())
 
 
 class Recursion(nn.Module):
@@ -283,11 +282,9 @@ def test_slopes_per_channel():
         0,
     )
     small = check(net, every_other(net, "0"), torch.randn(4, 2, 6, 6).double())
-    assert (
-        small[1].weight.tolist() == net[1].weight[::2].tolist()
-        and small[1].num_parameters == 4
-        and small[3].weight.shape == (1,)
-    )
+    assert small[1].weight.tolist() == net[1].weight[::2].tolist()
+    assert small[1].num_parameters == 4
+    assert small[3].weight.shape == (1,)
 
 
 def test_outputs_of_any_structure():

@@ -30,11 +30,9 @@ def test_a_constant_is_folded_into_the_bias_by_hand():
         "2.weight": torch.tensor([[True, True, False], [True, True, False]]),
     }
     small = bmr.shrink(net, masks, torch.zeros(1, 2).double())
-    assert (
-        isinstance(small, nn.Sequential)
-        and small[0].weight.shape == (1, 2)
-        and small[2].weight.shape == (2, 1)
-    )
+    assert isinstance(small, nn.Sequential)
+    assert small[0].weight.shape == (1, 2)
+    assert small[2].weight.shape == (2, 1)
     torch.testing.assert_close(
         small[2].bias,
         net[2].bias + net[2].weight[:, 1] / (1 + torch.tensor(0.7, dtype=torch.float64).exp()),
@@ -52,11 +50,8 @@ def test_what_only_pruned_units_read_is_pruned():
     }
     x = torch.randn(9, 4).double()
     small = bmr.shrink(net, masks, x)
-    assert [tuple(layer.weight.shape) for layer in small[::2]] == [
-        (1, 4),
-        (1, 1),
-        (2, 1),
-    ] and largest_difference(net, masks, small, x) <= 1e-12
+    assert [tuple(layer.weight.shape) for layer in small[::2]] == [(1, 4), (1, 1), (2, 1)]
+    assert largest_difference(net, masks, small, x) <= 1e-12
 
 
 class Sum(nn.Module):
@@ -75,10 +70,8 @@ def test_an_empty_branch_of_a_sum_is_its_constant(bias):
     masks = {"b.weight": torch.zeros(4, 4, dtype=torch.bool), "b.bias": torch.full((4,), bias)}
     x = torch.randn(9, 3).double()
     plan = bmr.shrinking.shrink_plan(net, masks, x)
-    assert (
-        largest_difference(net, masks, plan.apply(), x) <= 1e-12
-        and plan.parameters[1] == 16 + 10 + 4 * bias
-    )
+    assert largest_difference(net, masks, plan.apply(), x) <= 1e-12
+    assert plan.parameters[1] == 16 + 10 + 4 * bias
 
 
 def test_a_constant_channel_is_no_constant_behind_a_norm():
@@ -97,11 +90,7 @@ def test_a_constant_channel_is_no_constant_behind_a_norm():
 def test_an_output_bias_is_all_that_is_left_of_an_empty_network():
     net = made(NETS["mlp"], 0)
     masks = {
-        name: (
-            torch.zeros_like(p, dtype=torch.bool)
-            if name.endswith("weight")
-            else torch.ones_like(p, dtype=torch.bool)
-        )
+        name: torch.full_like(p, not name.endswith("weight"), dtype=torch.bool)
         for name, p in net.named_parameters()
     }
     small = bmr.shrink(net, masks, torch.zeros(1, 64).double())
@@ -131,14 +120,13 @@ def test_a_constant_channel_before_a_padded_convolution(mode, bias, channels):
 
 
 def test_heads_are_pruned_as_a_whole():
-    net = made(lambda: Branches(), 3)
+    net = made(Branches, 3)
     masks = {"attention.in_proj_weight": torch.ones(36, 12, dtype=torch.bool)}
     # the values of the second and the third of four heads
     masks["attention.in_proj_weight"][24 + 3 : 24 + 9] = False
-    small = bmr.shrink(net, masks, torch.zeros(1, 1, 8, 8).double())
-    assert [small.get_submodule(f"attention.{n}").weight.shape for n in ("q", "k", "v", "out")] == [
-        (6, 12)
-    ] * 3 + [(12, 6)]
+    attention = bmr.shrink(net, masks, torch.zeros(1, 1, 8, 8).double()).attention
+    shapes = [attention.get_submodule(name).weight.shape for name in ("q", "k", "v", "out")]
+    assert shapes == [(6, 12)] * 3 + [(12, 6)]
 
 
 class Lookup(nn.Module):
@@ -154,10 +142,8 @@ class Lookup(nn.Module):
 
     def forward(self, x):
         x = x.view(x.size(0), 5, 4)
-        y = F.scaled_dot_product_attention(
-            self.q(x), self.k(x), self.v(self.table.expand(x.size(0), -1, -1))
-        )
-        return self.out(y).mean(1)
+        values = self.v(self.table.expand(x.size(0), -1, -1))
+        return self.out(F.scaled_dot_product_attention(self.q(x), self.k(x), values)).mean(1)
 
 
 def test_attention_over_constants_depends_on_the_input():
@@ -175,23 +161,17 @@ def test_residual_sums_tie_their_channels():
     net = made(ResNet, 1)
     masks = random_masks(net, 0.0, "rows", 0)
     masks["stem.weight"][2] = masks["stem.bias"][2] = False
-    assert (
-        bmr.shrinking.shrink_plan(net, masks, torch.zeros(1, 1, 8, 8).double())
-        .layers.set_index("layer")
-        .loc["stem", "after"]
-        == "8×1×3×3"
-    )
+    x = torch.zeros(1, 1, 8, 8).double()
+    plan = bmr.shrinking.shrink_plan(net, masks, x)
+    assert plan.layers.set_index("layer").loc["stem", "after"] == "8×1×3×3"
     for name in ("down.weight", "a.c1.weight"):
-        masks[name][:, 2] = False  # nobody reads the sum's channel 2
-    table = bmr.shrinking.shrink_plan(
-        net, masks, torch.zeros(1, 1, 8, 8).double()
-    ).layers.set_index("layer")["after"]
-    assert (
-        table["stem"] == "7×1×3×3"
-        and table["a.c2"] == "7×8×3×3"
-        and table["a.c1"] == "8×7×3×3"
-        and table["down"] == "12×7×1×1"
-    )
+        masks[name][:, 2] = False  # channel 2 of the sum is not read
+    plan = bmr.shrinking.shrink_plan(net, masks, x)
+    table = plan.layers.set_index("layer")["after"]
+    assert table["stem"] == "7×1×3×3"
+    assert table["a.c2"] == "7×8×3×3"
+    assert table["a.c1"] == "8×7×3×3"
+    assert table["down"] == "12×7×1×1"
 
 
 @pytest.mark.parametrize("name", ["mlp", "vit", "residual with batch norm"])
@@ -233,10 +213,8 @@ def test_masks_of_a_real_reduction():
     with torch.no_grad():
         torch.testing.assert_close(small(x), dense(x), rtol=0, atol=1e-5)
     kept = reduction.masks["1.weight"].any(1) & reduction.masks["3.weight"].any(0)
-    assert (
-        plan.layers["after"].tolist() == [f"{int(kept.sum())}×64", f"10×{int(kept.sum())}"]
-        and int(kept.sum()) < 60
-    )
+    assert plan.layers["after"].tolist() == [f"{int(kept.sum())}×64", f"10×{int(kept.sum())}"]
+    assert int(kept.sum()) < 60
     assert len(plan.unread_inputs) == int((~reduction.masks["1.weight"][kept].any(0)).sum()) > 0
 
 
@@ -247,10 +225,8 @@ def test_a_single_layer_and_an_embedding():
     small = bmr.shrink(net, masks, tokens[:1])
     assert small[0].weight.shape == (7, 3) and small[2].weight.shape == (4, 9)
     assert largest_difference(net, masks, small, tokens) <= 1e-12
-    layer = nn.Linear(4, 3)
-    assert torch.equal(
-        bmr.shrink(layer, {}, torch.randn(1, 4))(torch.ones(2, 4)), layer(torch.ones(2, 4))
-    )
+    layer, rows = nn.Linear(4, 3), torch.ones(2, 4)
+    assert torch.equal(bmr.shrink(layer, {}, torch.randn(1, 4))(rows), layer(rows))
 
 
 class ReadOut(nn.Module):

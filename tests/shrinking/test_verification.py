@@ -87,9 +87,8 @@ def test_modes_frozen_weights_and_random_numbers_are_left_as_they_were():
     torch.set_rng_state(random)
     small = bmr.shrink(net, every_other(net, "0"), kept := x.clone())
     assert torch.equal(random, torch.get_rng_state()) and torch.equal(x, kept)
-    assert [layer.training for layer in net] == [True, True, False, True] and not any(
-        m.training for m in small.modules()
-    )
+    assert [layer.training for layer in net] == [True, True, False, True]
+    assert not any(m.training for m in small.modules())
     assert all(torch.equal(t, state[k]) for k, t in net.state_dict().items())
     assert [p.requires_grad for p in small.parameters()] == [False, False, True, True, True, True]
 
@@ -104,10 +103,8 @@ def test_tokens(single):
     )
     x = torch.zeros(1, 3, dtype=torch.long) if single else torch.randint(9, (5, 3))
     drawn = inputs_like(x, net)
-    assert (
-        all(t.dtype == torch.long and 0 <= int(t.min()) <= int(t.max()) < 9 for t in drawn)
-        and len(torch.cat(drawn).unique()) > 3
-    )
+    assert all(t.dtype == torch.long and 0 <= int(t.min()) <= int(t.max()) < 9 for t in drawn)
+    assert len(torch.cat(drawn).unique()) > 3
     assert sum(answer is not None for answer in answers(net, drawn).outputs) == len(drawn)
     small = bmr.shrink(net, every_other(net, "2"), x)
     tokens = torch.randint(9, (20, 3))
@@ -138,11 +135,9 @@ def test_float32_is_compared_in_float64():
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     x = torch.randn(4, 6)
     want = answers(net, [x])
-    assert (
-        want.double
-        and want.outputs[0][0].dtype == torch.float64
-        and net[0].weight.dtype == torch.float32
-    )
+    assert want.double
+    assert want.outputs[0][0].dtype == torch.float64
+    assert net[0].weight.dtype == torch.float32
     assert not answers(nn.Sequential(net, Single()), [x]).double
     assert [answers(m, [x]).eps for m in (net, nn.Sequential(net, Rounding()))] == [
         torch.finfo(dtype).eps for dtype in (torch.float64, torch.float16)
