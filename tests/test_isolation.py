@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr.isolation import give_way, isolated
+from pyro_bmr.isolation import give_way, isolated, seed_generators
 
 NOISE = torch.tensor([0.3, -1.0, 0.6])
 GENERATOR = torch.Generator().manual_seed(4)
@@ -362,3 +362,13 @@ def test_a_child_of_a_fork_does_not_wait_for_a_thread_it_has_not():
     done.set()
     thread.join()
     assert child.exitcode == 0 and queue.get()
+
+
+def test_seeds_are_those_of_torch():
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        want = torch.rand(5)
+        seed_generators(1234)
+        assert torch.equal(torch.rand(5), want)
+        seed_generators(1235)
+        assert not torch.equal(torch.rand(5), want)
