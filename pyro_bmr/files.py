@@ -188,8 +188,8 @@ def check_digests(head: Path, expected: Any, error: type[PyroBMRError], mend: st
             found = digest(path)
         if found != sha256:
             raise error(
-                f"'{path}' does not fit what {head.name} says of it: it is damaged, or of another"
-                f" time than {head.name}; {mend}"
+                f"'{path}': expected the SHA-256 in {head.name}, got another: it is damaged, or of"
+                f" another time than {head.name}; {mend}"
             )
 
 

@@ -366,7 +366,7 @@ BAD_FITS = {
     "a prior mean of another shape": (
         lambda: fit(lifted(plain, bmr.Gaussian(1.0, mean=torch.ones(7))), (X, Y)),
         bmr.errors.ModelError,
-        r"prior mean of shape \(7,\)",
+        r"prior mean that broadcasts .*got shape \(7,\)",
     ),
     "a NaN threshold": (lambda: bmr.Every(threshold=NAN), bmr.errors.FitError, "threshold=nan"),
     "compare without data": (

@@ -230,7 +230,8 @@ def test_files_of_two_fits_are_told_apart(tmp_path):
         with pytest.raises(
             bmr.errors.ModelError,
             match=(
-                rf"{name}' does not fit what settings\.json says of it.*fit into the folder again"
+                rf"{name}': expected the SHA-256 in settings\.json, got another: .*fit into the"
+                r" folder again"
             ),
         ):
             runs.load_run(folder)
@@ -253,8 +254,8 @@ def test_files_of_two_fits_are_told_apart(tmp_path):
     with pytest.raises(
         bmr.errors.ReductionError,
         match=(
-            r"before\.safetensors' does not fit what reduction\.json says of it.*reduce and save"
-            r" again"
+            r"before\.safetensors': expected the SHA-256 in reduction\.json, got another: .*reduce"
+            r" and save again"
         ),
     ):
         bmr.Reduction.load(tmp_path / "a")

@@ -77,7 +77,7 @@ def load(name: str | Path, target: str | None = None) -> Data:
     if path.suffix == ".csv":
         return read_csv(path, target)
     raise DataError(
-        f"'{path}': files are .npz, .csv or a folder of IDX files; got"
+        f"'{path}': expected a file .npz, .csv or a folder of IDX files, got"
         f" '{path.suffix or 'no suffix'}'"
     )
 

@@ -122,8 +122,8 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
             raw = gzip.decompress(raw)
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
         raise DataError(
-            f"'{path}': not an IDX file of unsigned bytes (it begins with"
-            f" {raw[:4].hex() or 'nothing'}); install it again"
+            f"'{path}': expected an IDX file of unsigned bytes, got one that begins with"
+            f" {raw[:4].hex() or 'nothing'}; install it again"
         )
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
     if len(raw) - 4 - 4 * raw[3] != math.prod(shape):

@@ -42,7 +42,7 @@ def trace_moments(
     first, second = (guide_run(guide, args, kwargs, seed, 1.0) for seed in (1, 2))
     if list(first.drawn) != list(second.drawn):
         raise ModelError(
-            f"the guide has other sites from one call to the next, {', '.join(first.drawn)} and"
+            f"guide: expected the same sites at each call, got {', '.join(first.drawn)} and then"
             f" {', '.join(second.drawn)}; {MEND}"
         )
     fns = {name: first.fns[name] for name in first.latent if name not in skip}
@@ -70,8 +70,8 @@ def _support(name: str, fn: Any, declared: str) -> str:
     own = support_name(name, fn.support)  # a composed transform may say "real" where it is not
     if own != declared and not (own == "real" and isinstance(base, TransformedDistribution)):
         raise ModelError(
-            f"site '{name}': its support is {declared!r} in the program and {own!r} in the guide;"
-            " they must be the same"
+            f"site '{name}': expected the support of the program, {declared!r}, got {own!r} in the"
+            " guide; give it a distribution of that support"
         )
     return declared
 

@@ -178,9 +178,9 @@ def support_name(name: str, support: Any) -> str:
     }
     if support not in known:
         raise ModelError(
-            f"site '{name}': its support {support} is not the reals, the positives or the unit"
-            " interval, which can have a Gaussian posterior (on the log and logit scale); use"
-            " one of Pyro's autoguides, or reparametrise the site"
+            f"site '{name}': expected the reals, the positives or the unit interval, which can have"
+            " a Gaussian posterior (on the log and logit scale), got the support"
+            f" {support}; use one of Pyro's autoguides, or reparametrise the site"
         )
     return known[support]
 

@@ -214,8 +214,8 @@ class Gaussian:
             return mean if mean.ndim == 0 else mean.expand(shape)
         except RuntimeError:
             raise ModelError(
-                f"site '{name}': the prior mean of shape {tuple(mean.shape)} does not fit a weight"
-                f" of shape {tuple(shape)}"
+                f"site '{name}': expected a prior mean that broadcasts to the weight's shape"
+                f" {tuple(shape)}, got shape {tuple(mean.shape)}"
             ) from None
 
 

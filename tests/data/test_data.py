@@ -439,7 +439,7 @@ GOOD = idx_bytes(np.arange(200).reshape(10, 20))
 BAD_IDX = {
     "truncated": (GOOD[:-3], "10 × 20.*197.*truncated"),
     "too long": (GOOD + b"\x00", "10 × 20.*201"),
-    "short header": (GOOD[:7], "not an IDX file"),
+    "short header": (GOOD[:7], "expected an IDX file.*got one that begins with"),
     "a length of 0 beside huge ones": (
         b"\x00\x00\x08\x04" + struct.pack(">4I", 0, 2**32 - 1, 2**32 - 1, 7),
         "0 × 4294967295 × 4294967295 × 7 cannot be held",
@@ -448,9 +448,12 @@ BAD_IDX = {
         b"\x00\x00\x08\x64" + struct.pack(">100I", *[1] * 100) + b"\x07",
         "cannot be held",
     ),
-    "empty": (b"", "not an IDX file.*nothing"),
-    "wrong magic": (b"\x00\x00\x0d" + GOOD[3:], "not an IDX file.*00000d02"),
-    "text": (b"<!DOCTYPE html>", "not an IDX file"),
+    "empty": (b"", "expected an IDX file.*got one that begins with nothing"),
+    "wrong magic": (
+        b"\x00\x00\x0d" + GOOD[3:],
+        "expected an IDX file.*got one that begins with 00000d02",
+    ),
+    "text": (b"<!DOCTYPE html>", "expected an IDX file.*got one that begins with"),
     "truncated gzip": (gzip.compress(GOOD)[:40], "not readable"),
     "damaged gzip": (gzip.compress(GOOD)[:10] + b"\xff" * 40, "not readable"),
     "wrong checksum": (gzip.compress(GOOD)[:-8] + bytes(8), "not readable"),

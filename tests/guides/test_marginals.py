@@ -252,7 +252,7 @@ REFUSED = {
     "half a normal": (lambda s: w(dist.HalfNormal(torch.ones(2))), "site 'w'"),
     "positive where the program is real": (
         lambda s: w(dist.LogNormal(torch.zeros(2), 1.0)),
-        "'real' in the program and 'positive' in the guide",
+        "the support of the program, 'real', got 'positive' in the guide",
     ),
     "another shape": (
         lambda s: w(dist.Normal(torch.zeros(3), 1.0)),

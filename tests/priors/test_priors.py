@@ -376,7 +376,7 @@ def test_the_m_step_is_the_best_scale():
         (lambda: bmr.Gaussian(0.5, mean="init").sample("w", SHAPE), "site 'w'.*pass it"),
         (
             lambda: bmr.Gaussian(0.5, mean=torch.ones(5)).sample("w", SHAPE),
-            r"site 'w'.*\(5,\) does not fit",
+            r"site 'w'.*broadcasts to .*got shape \(5,\)",
         ),
         (lambda: bmr.Laplace(0.0), "Laplace.*finite number > 0"),
         (lambda: bmr.Laplace("unit"), "Laplace.*layer"),
