@@ -16,13 +16,13 @@ from torch import nn
 import pyro_bmr as bmr
 from pyro_bmr.fitting import checkpoint_file as checkpoint_files
 from pyro_bmr.fitting import checkpoints
-from pyro_bmr.fitting.run import FitState
+from pyro_bmr.fitting import fit as fitting
 
 
 class Seconds:
     """The time that each call of a method takes, on the clock and on the processor."""
 
-    def __init__(self, owner: type, name: str) -> None:
+    def __init__(self, owner: object, name: str) -> None:
         self.owner, self.name, self.plain, self.times = (
             owner,
             name,
@@ -61,7 +61,7 @@ def main() -> None:
             bmr.Categorical(),
         )
         seconds = {
-            "state": Seconds(FitState, "state"),
+            "state": Seconds(fitting, "snapshot"),
             "save": Seconds(checkpoints.CheckpointWriter, "save"),
         }
         with tempfile.TemporaryDirectory() as name:

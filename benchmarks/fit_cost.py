@@ -28,11 +28,12 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyro_bmr as bmr
-from pyro_bmr.fitting.run import FitState
+from pyro_bmr.fitting.descent import take_step
+from pyro_bmr.fitting.rows import Rows
 from pyro_bmr.isolation import seed_generator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.step import mlp
+from benchmarks.step import mlp, running
 from models.mlp import network as he_mlp
 
 LARGE, SMALL = (784, 500, 500, 500, 500, 10), (784, 300, 100, 10)
@@ -203,19 +204,11 @@ def time_to_nll(target: float = 0.42, every: int = 100, at_most: int = 3_000) ->
         return -float(bmr.predict(program, posterior, x_val, draws=draws).log_prob(y_val).mean())
 
     def ours(make: Any) -> tuple[Callable[[Tensor, int], None], Callable[[], float]]:
-        run = FitState(
-            bmr.BayesianNetwork(start(), bmr.Gaussian(0.1), bmr.Categorical()),
-            bmr.MeanField,
-            x,
-            y,
-            128,
-            1.0,
-            0,
-        )
-        optimizer = run.optimizer(make)
+        program = bmr.BayesianNetwork(start(), bmr.Gaussian(0.1), bmr.Categorical())
+        run = running(program, Rows(x, y, 128), make)
 
         def step(rows: Tensor, number: int) -> None:
-            run.take_step(optimizer, (x[rows], y[rows]), number)
+            take_step(run, (x[rows], y[rows]), 1.0, number)
 
         run.program.train()
         return step, lambda: nll(run.program, run.posterior(), 8)

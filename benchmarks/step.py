@@ -33,8 +33,10 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyro_bmr as bmr
-from pyro_bmr.fitting.run import FitState
-from pyro_bmr.isolation import seed_generator
+from pyro_bmr.fitting.arguments import Arguments
+from pyro_bmr.fitting.descent import take_step
+from pyro_bmr.fitting.rows import Rows
+from pyro_bmr.fitting.run import Run
 
 ROWS, TURN = 60_000, 4
 Step = Callable[[], object]
@@ -75,34 +77,44 @@ def deterministic(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
     return step
 
 
+def running(program: bmr.BayesianNetwork, rows: Rows, make: object) -> Run:
+    """A fit of `MeanField` before its first step, as `fit` makes it."""
+    given = Arguments(
+        program,
+        bmr.MeanField,
+        epochs=1,
+        batch_size=rows.batch_size,
+        optimizer=make,
+        scheduler=None,
+        seed=0,
+        temperature=1.0,
+        reduce=None,
+        start=None,
+        skip_faulty=0,
+        shuffle=True,
+    )
+    return Run(program, rows, given)
+
+
 def ours(
     net: nn.Sequential, x: Tensor, y: Tensor, make: object = None, masks_of: float | None = None
 ) -> Step:
     """The step of `fit`; with `masks_of`, after that fraction of each weight tensor was pruned."""
-    run = FitState(
-        bmr.BayesianNetwork(copy.deepcopy(net), bmr.Gaussian(), bmr.Categorical()),
-        bmr.MeanField,
-        x,
-        y,
-        len(x),
-        1.0,
-        0,
-    )
+    program = bmr.BayesianNetwork(copy.deepcopy(net), bmr.Gaussian(), bmr.Categorical())
+    run = running(program, Rows(x, y, len(x)), make or bmr.adam())
     run.full_data.size = run.step.rows = ROWS
     run.step.kl_weight = 1 / ROWS
-    optimizer = run.optimizer(make or bmr.adam())
-    schedule = bmr.fitting.cosine(optimizer, 10**6)
-    optimizer.steps = 1000  # of the natural gradient: beyond its first steps, which differ
+    schedule = bmr.fitting.cosine(run.optimizer, 10**6)
+    run.optimizer.steps = 1000  # of the natural gradient: beyond its first steps, which differ
     if masks_of is not None:
         masks = {s.name: torch.rand(s.shape) >= masks_of for s in run.guide.latents}
-        run.step.prune(masks, optimizer)
+        run.step.prune(masks, run.optimizer)
     number = 0
 
     def step() -> None:
         nonlocal number
         number += 1
-        seed_generator(x.device, number)
-        run.take_step(optimizer, (x, y), number)
+        take_step(run, (x, y), 1.0, number)
         schedule.step()
 
     run.program.train()

@@ -10,8 +10,9 @@ from pyro_bmr.experiments.compare import compare
 from pyro_bmr.experiments.study import study
 from pyro_bmr.exporting import deploy, export, save
 from pyro_bmr.fitting.checkpoints import Checkpoints
-from pyro_bmr.fitting.fit import Fit, adam, fit
+from pyro_bmr.fitting.fit import Fit, fit
 from pyro_bmr.fitting.natural_gradient import natural_gradient
+from pyro_bmr.fitting.optimizers import adam
 from pyro_bmr.fitting.refit import refit
 from pyro_bmr.formulas.gaussian import delta_f
 from pyro_bmr.guides import (

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import FitError, ModelError, OptionError, described
-from pyro_bmr.fitting.arguments import batch_sizes
+from pyro_bmr.fitting.rows import batch_sizes
 from pyro_bmr.networks.modes import note_modes, set_training
 from pyro_bmr.prediction.predict import Prediction
 

@@ -18,8 +18,9 @@ from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.experiments.models import Build
 from pyro_bmr.exporting import point_weights
-from pyro_bmr.fitting.fit import Fit, adam, fit
+from pyro_bmr.fitting.fit import Fit, fit
 from pyro_bmr.fitting.natural_gradient import natural_gradient
+from pyro_bmr.fitting.optimizers import adam
 from pyro_bmr.guides import LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
 from pyro_bmr.guides.row_noise import PER_STEP, check_estimator
 from pyro_bmr.networks.bayesian_network import BayesianNetwork

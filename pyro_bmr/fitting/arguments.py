@@ -1,19 +1,21 @@
-"""What a fit is given, checked before any work: rows and arguments.
+"""What a fit is given beside its program and its data, checked before any work.
 
-Owns the checks, the sizes of batches and the split of the validation rows. Next: `program.py`.
+Owns `Arguments`. Next: `checkpoint_file.py`.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-
-from pyro_bmr.checks import mend
-from pyro_bmr.errors import DataError, FitError, described, holds
+from pyro_bmr.errors import FitError, described, holds
+from pyro_bmr.fitting.natural_gradient import NaturalGradient
+from pyro_bmr.fitting.optimizers import MakeOptimizer, MakeScheduler
+from pyro_bmr.posteriors.posterior import Posterior
+from pyro_bmr.pruning import Every
 
 Program = Callable[..., Any]
 _LARGEST_SEED = 1 << 40  # seeds of steps are a million times as large
@@ -26,7 +28,7 @@ _FUNCTIONS = {
     ),
     "optimizer": (
         "a function from parameters to an optimiser, such as adam(1e-3) or partial(torch.optim.SGD,"
-        " lr=0.1),"
+        " lr=0.1)"
     ),
     "scheduler": (
         "a function from the optimiser and the number of steps to a schedule, such as cosine, or"
@@ -35,81 +37,55 @@ _FUNCTIONS = {
 }
 
 
-def rows_of(data: Any) -> tuple[Tensor, Tensor]:
-    """x and y of what `fit` is given as data."""
-    if isinstance(data, (tuple, list)) and len(data) == 2:
-        return data[0], data[1]
-    if hasattr(data, "x_train") and hasattr(data, "y_train"):
-        return data.x_train, data.y_train
-    kind = type(data).__name__
-    raise DataError(
-        "data: expected a pair (x, y) of tensors, or anything with x_train and y_train, got"
-        f" {kind}; {mend(data) or 'give such a pair'}"
-    )
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of `fit`, which documents them, each in its range.
 
-
-def like_program(program: Program, values: Tensor) -> Tensor:
-    """`values` on the device and, if floating, in the dtype of a module's parameters; other
-    programs take them as they are.
+    Raises:
+        FitError: one is not.
     """
-    parameter = (
-        next((p for p in program.parameters() if p.is_floating_point()), None)
-        if isinstance(program, nn.Module)
-        else None
-    )
-    if parameter is None:
-        return values
-    if parameter.device.type == "meta":
-        raise FitError(
-            "the program's parameters are on the device 'meta' and have no values; make the network"
-            " with torch.device('cpu'), or another device"
-        )
-    return values.to(
-        parameter.device, parameter.dtype if values.is_floating_point() else values.dtype
-    )
 
+    program: Program
+    guide: Program
+    epochs: int
+    batch_size: int
+    optimizer: MakeOptimizer | NaturalGradient
+    scheduler: MakeScheduler | None
+    seed: int
+    temperature: float
+    reduce: Every | None
+    start: Posterior | None
+    skip_faulty: int
+    shuffle: bool
 
-def check_arguments(
-    epochs: int,
-    batch_size: int,
-    temperature: float,
-    seed: int,
-    skip_faulty: int,
-    functions: Mapping[str, Any],
-) -> None:
-    """Raises FitError unless each is in its range, and each of `functions` is one."""
-    for name, value in (
-        ("epochs", epochs),
-        ("batch_size", batch_size),
-        ("seed", seed),
-        ("skip_faulty", skip_faulty),
-    ):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise FitError(f"{name}={described(value)}: a whole number is wanted")
-    if not abs(seed) < _LARGEST_SEED:
-        raise FitError(f"seed={described(seed)}: a number of size below {_LARGEST_SEED} is wanted")
-    for name, value in functions.items():
-        if not callable(value):
-            raise FitError(f"{name}: {_FUNCTIONS[name]} is wanted, got {described(value)}")
-    if epochs < 1:
-        raise FitError(f"epochs={described(epochs)}: at least 1 is wanted")
-    if batch_size < 1:
-        raise FitError(f"batch_size={described(batch_size)}: at least 1 row is wanted")
-    if skip_faulty < 0:
-        raise FitError(f"skip_faulty={described(skip_faulty)}: a number of steps >= 0 is wanted")
-    if not holds(lambda x: 0 < x < math.inf, temperature):
-        raise FitError(
-            f"temperature={described(temperature)}: a finite number > 0 is wanted (1 is Bayes)"
-        )
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "seed", "skip_faulty"):
+            self._whole_number(name)
+        size = f"a number of size below {_LARGEST_SEED}"
+        self._check("seed", abs(self.seed) < _LARGEST_SEED, size)
+        for name, words in _FUNCTIONS.items():
+            value = getattr(self, name)
+            none = name == "scheduler" and value is None
+            natural = name == "optimizer" and isinstance(value, NaturalGradient)
+            if not (callable(value) or none or natural):
+                raise FitError(f"{name}: expected {words}, got {described(value)}")
+        self._check("epochs", self.epochs >= 1, "at least 1")
+        self._check("batch_size", self.batch_size >= 1, "at least 1 row")
+        self._check("skip_faulty", self.skip_faulty >= 0, "a number of steps >= 0")
+        in_range = holds(lambda x: 0 < x < math.inf, self.temperature)
+        self._check("temperature", in_range, "a finite number > 0 (1 is Bayes)")
+        for name, kind in (("reduce", Every), ("start", Posterior)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise FitError(
+                    f"{name}: expected {kind.__name__}(...) or None, got {described(value)}"
+                )
 
+    def _whole_number(self, name: str) -> None:
+        value = getattr(self, name)
+        is_one = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        self._check(name, is_one, "a whole number")
 
-def batch_sizes(rows: int, batch_size: int, least: int = 2) -> list[int]:
-    """Of the batches of an epoch. Less than `least` rows left over join the batch before: batch
-    norm cannot take one alone.
-    """
-    full, left = divmod(rows, min(batch_size, rows))
-    sizes = [min(batch_size, rows)] * full
-    if left < least:
-        sizes[-1] += left
-        return sizes
-    return [*sizes, left]
+    def _check(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise FitError(f"{name}={described(getattr(self, name))}: expected {rule}")

@@ -3,7 +3,7 @@ divergence.
 
 Owns `elbo_terms`. The guides of this library have the KL of Gaussian sites in closed form; for
 `MeanField` the value and gradient at a fixed draw are those of Pyro's `TraceMeanField_ELBO`. Every
-other guide goes through Pyro's traces, with the value of `Trace_ELBO`. Next: `arguments.py`.
+other guide goes through Pyro's traces, with the value of `Trace_ELBO`. Next: `noise.py`.
 """
 
 from __future__ import annotations

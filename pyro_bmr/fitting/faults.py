@@ -1,6 +1,6 @@
 """What a fit does with a step that it cannot take: say where, and stop, or skip it and count.
 
-Owns `Faults` and `diagnosis`. Next: `run.py`.
+Owns `Faults` and `diagnosis`. Next: `rows.py`.
 """
 
 from __future__ import annotations

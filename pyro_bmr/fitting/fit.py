@@ -1,61 +1,45 @@
 """`fit`: the one training loop. Any Pyro program, any guide, any torch optimiser; reductions during
 the fit if asked.
 
-Owns `fit` and its result `Fit`; the state that its steps change is in `run.py`. Next: `refit.py`.
+Owns `fit` and its result `Fit`. `run.py` has what the loop changes, `descent.py` one step of it,
+and `progress.py` where it stands. Next: `refit.py`.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import pyro
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import tqdm
 
-from pyro_bmr.checks import check_rows
-from pyro_bmr.data.data_set import validation_split
-from pyro_bmr.errors import FitError, described, warn
-from pyro_bmr.fitting.arguments import Program, check_arguments, like_program, rows_of
+from pyro_bmr.errors import FitError, warn
+from pyro_bmr.fitting.arguments import Arguments, Program
 from pyro_bmr.fitting.checkpoints import Checkpoints, CheckpointWriter
+from pyro_bmr.fitting.descent import take_step
 from pyro_bmr.fitting.natural_gradient import NaturalGradient
-from pyro_bmr.fitting.processes import Processes
+from pyro_bmr.fitting.optimizers import MakeOptimizer, MakeScheduler, adam, cosine
 from pyro_bmr.fitting.progress import Progress
-from pyro_bmr.fitting.run import FitState
-from pyro_bmr.fitting.settings import differences
-from pyro_bmr.fitting.snapshot import fit_settings, restore, snapshot
+from pyro_bmr.fitting.rows import Batch, HasTrainingData, rows_of
+from pyro_bmr.fitting.run import Run
+from pyro_bmr.fitting.snapshot import resumed, snapshot
+from pyro_bmr.fitting.timetable import Timetable
 from pyro_bmr.guides import MeanField
-from pyro_bmr.isolation import give_way, isolated, plain, seed_generator
+from pyro_bmr.isolation import give_way, isolated
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.networks.plain_module import module_copy
 from pyro_bmr.posteriors.posterior import Posterior
-from pyro_bmr.prediction.predict import check_callable_without_y, predict
+from pyro_bmr.prediction.predict import predict
 from pyro_bmr.pruning import Every
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# The data speak first: no empirical scale is set and no weight pruned before this many steps, or
-# this part of a shorter fit. Earlier, on small data, scales follow weights that have learned
-# nothing yet down to zero, and such weights look superfluous.
-_WARM_UP_STEPS, _WARM_UP_FRACTION = 300, 0.3
-
-
-class HasTrainingData(Protocol):
-    """Anything with `x_train` and `y_train`, such as a `data.Data`."""
-
-    @property
-    def x_train(self) -> Tensor: ...
-    @property
-    def y_train(self) -> Tensor: ...
+# the terms that the progress bar shows, and their columns in the history
+_SHOWN = {"ell": "expected_log_likelihood", "kl": "kl", "kept": "kept"}
 
 
 @dataclass(frozen=True)
@@ -84,35 +68,16 @@ class Fit:
     temperature: float
 
 
-def adam(learning_rate: float = 3e-3) -> Callable[[Any], Optimizer]:
-    """The default optimiser: Adam, fused where all parameters are real."""
-    return partial(_adam, learning_rate)
-
-
-def _adam(learning_rate: float, parameters: Any) -> Optimizer:
-    parameters = list(parameters)
-    return torch.optim.Adam(
-        parameters,
-        lr=learning_rate,
-        fused=not any(isinstance(p, Tensor) and p.is_complex() for p in parameters),
-    )
-
-
-def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
-    """The default schedule: the learning rate falls to 0 on half a cosine over the fit."""
-    return CosineAnnealingLR(optimizer, T_max=steps)
-
-
 @isolated(autocast=True, steps=True)
 def fit(
     program: Program,
-    data: tuple[Tensor, Tensor] | HasTrainingData,
+    data: Batch | HasTrainingData,
     *,
     guide: Program = MeanField,
     epochs: int = 20,
     batch_size: int = 128,
-    optimizer: Callable[[Any], Optimizer] | NaturalGradient | None = None,
-    scheduler: Callable[[Optimizer, int], LRScheduler] | None = cosine,
+    optimizer: MakeOptimizer | NaturalGradient | None = None,
+    scheduler: MakeScheduler | None = cosine,
     seed: int = 0,
     temperature: float = 1.0,
     reduce: Every | None = None,
@@ -179,188 +144,111 @@ def fit(
     """
     import pandas as pd
 
-    x, y = map(plain, rows_of(data))
-    functions = {
-        "program": program,
-        "guide": guide,
-        "optimizer": adam() if optimizer is None else optimizer,
-        "scheduler": cosine if scheduler is None else scheduler,
-    }
-    check_arguments(
-        epochs,
-        batch_size,
-        temperature,
-        seed,
-        skip_faulty,
-        {k: v for k, v in functions.items() if not isinstance(v, NaturalGradient)},
-    )
-    for name, value, kind in (("reduce", reduce, Every), ("start", start, Posterior)):
-        if value is not None and not isinstance(value, kind):
-            raise FitError(
-                f"{name}: {kind.__name__}(...) or None is wanted, got {described(value)}"
-            )
-    check_rows(x, y)
-    writer = CheckpointWriter(checkpoint, writes=Processes().rank == 0)
-    x, y = (like_program(program, t) for t in (x, y))
-    (x, y), held_out = validation_split(x, y, validation, seed, shuffle)
-    if held_out is not None:
-        held_out = (like_program(program, held_out[0]), like_program(program, held_out[1]))
-        check_callable_without_y(program, x)
-    if isinstance(program, nn.Module):
-        program = program.copy() if isinstance(program, BayesianNetwork) else module_copy(program)
+    make = adam() if optimizer is None else optimizer
+    given = Arguments(
+        program, guide, epochs, batch_size, make, scheduler, seed, temperature, reduce, start,
+        skip_faulty, shuffle,
+    )  # fmt: skip
+    rows = rows_of(given, data, validation)
+    is_first = rows.processes.rank == 0
+    writer = CheckpointWriter(checkpoint, writes=is_first)
     clock = time.perf_counter()
     with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
-        seed_generator(x.device, seed)
-        run = FitState(
-            program,
-            guide,
-            x,
-            y,
-            batch_size,
-            temperature,
-            seed,
-            held_out,
-            skip_faulty,
-            shuffle,
-            split=isinstance(validation, float),
-        )
-        processes = run.processes
-        if start is not None:
-            run.begin(start)
+        run = Run(_copy(program), rows, given)
         masks_before = dict(run.masks)
-        optimizer_ = run.optimizer(optimizer or adam())
-        per_epoch = len(run.sizes())
-        total = epochs * per_epoch
-        scheduler_ = scheduler(optimizer_, total) if scheduler else None
-        warm_up = min(_WARM_UP_STEPS, _WARM_UP_FRACTION * total)
-        due = (
-            {step for step in reduce.steps(total, per_epoch) if step >= warm_up}
-            if reduce
-            else set()
-        )
-        if reduce and not (due and run.has_variance):
-            why = (
-                f"none falls between the warm-up ({math.ceil(warm_up)} steps) and the end ({total}"
-                " steps)"
-                if not due
-                else "a point estimate has no variance"
-            )
-            raise FitError(
-                f"{described(reduce)}: no reduction can be made, {why}; fit longer, raise stop,"
-                " reduce more often, or use MeanField"
-            )
-        if reduce:
-            # raises now what would stop the fit at its first reduction
-            reduce.reduce(run.posterior(), 0.0)
-        state = Progress()
-        if checkpoint is not None or processes.size > 1:
-            tensors = {"x": x, "y": y} | (
-                {}
-                if held_out is None
-                else {"validation x": held_out[0], "validation y": held_out[1]}
-            )
-            arguments = {
-                "epochs": epochs,
-                "batch_size": run.batch_size,
-                "seed": seed,
-                "temperature": temperature,
-                "reduce": reduce,
-                "start": start,
-            }
-            settings = fit_settings(
-                run, optimizer_, scheduler_, tensors, **arguments, shuffle=shuffle
-            )
-            processes.check_arguments(
-                {k: v for k, v in settings.items() if k != "environment"}, differences, x.device
-            )
-            saved = writer.latest(settings)
-            if saved is not None:
-                with writer.restoring():
-                    restore(run, saved["run"], optimizer_, scheduler_)
-                    state = Progress(**saved["progress"])
-                    clock -= state.seconds
-            found = (
-                "found another checkpoint than process 0; the folder must be one that all"
-                " processes see"
-            )
-            processes.check_equal({"step": torch.tensor([state.step])}, x.device, found)
-        with (
-            tqdm(
-                total=total,
-                initial=state.step,
-                disable=not progress or processes.rank > 0,
-                unit="step",
-                leave=False,
-            ) as bar,
-            writer.interrupts(),
-        ):
-            for epoch in range(state.epoch(per_epoch), epochs + 1):
-                for batch in run.batches(seed, epoch, state.begin(epoch, per_epoch)):
-                    state.step += 1
-                    step = state.step
-                    seed_generator(x.device, processes.seed(seed) * 1_000_003 + step)
-                    run.interrupted = writer.interrupted
-                    try:
-                        terms = run.take_step(optimizer_, batch, step)
-                    except FitError as error:
-                        raise FitError(f"{error}{writer.last_good()}") from None
-                    if scheduler_:
-                        scheduler_.step()
-                    state.add(terms)
-                    if step in due or step % per_epoch == 0:
-                        began = time.perf_counter()
-                        if step >= warm_up:
-                            run.update_scales()
-                        if reduce and step in due:
-                            state.delta_f += run.prune(reduce, step / total, optimizer_)
-                        run.agree(step)
-                        state.reduction_seconds += time.perf_counter() - began
-                    stopping = run.interrupted if processes.size > 1 else writer.interrupted
-                    if writer.due(step, step == total or stopping) and run.is_finite():
-                        state.seconds = time.perf_counter() - clock
-                        saved = {
-                            "run": snapshot(run, optimizer_, scheduler_),
-                            "progress": vars(state),
-                        }
-                        writer.save(step, saved)
-                    if stopping:
-                        writer.stop(step)
+        timetable = Timetable.of(run, given)
+        state = resumed(run, given, writer)
+        clock -= state.seconds
+        with writer.interrupts(), _bar(timetable, state, progress and is_first) as bar:
+            for epoch in range(state.epoch(timetable.per_epoch), epochs + 1):
+                done = state.begin(epoch, timetable.per_epoch)
+                for batch, share in rows.batches(epoch, done):
+                    _step(run, batch, share, state, writer)
+                    if timetable.pauses(state.step):
+                        _pause(run, timetable, reduce, state)
+                    _save(run, timetable, state, writer, clock)
                     bar.update()
                     give_way()
-                likelihood, kl = state.means()
-                row = {
-                    "epoch": epoch,
-                    "step": state.step,
-                    "skipped": run.faults.skipped,
-                    "expected_log_likelihood": likelihood,
-                    "kl": kl,
-                    "elbo": likelihood / temperature - kl,
-                    "kept": run.kept(),
-                    "delta_f": state.delta_f,
-                    "learning_rate": optimizer_.param_groups[0]["lr"],
-                }
-                if held_out is not None:
-                    prediction = predict(run.program, run.posterior(), held_out[0], draws=0)
-                    row["validation_nll"] = -float(prediction.log_prob(held_out[1]).mean())
+                row = _row(run, epoch, state)
                 state.history.append(row)
-                bar.set_postfix(ell=f"{likelihood:.4g}", kl=f"{kl:.4g}", kept=f"{row['kept']:.3g}")
-        del optimizer_, scheduler_
+                bar.set_postfix({key: f"{row[name]:.4g}" for key, name in _SHOWN.items()})
         posterior = run.finish()
-    for message in (
-        reduce.cautions(masks_before, posterior) if reduce and processes.rank == 0 else ()
-    ):
-        warn(message)
-    if isinstance(program, nn.Module):
-        program.eval()
-    return Fit(
-        posterior,
-        program,
-        run.guide,
-        run.masks,
-        run.empirical.scales,
-        pd.DataFrame(state.history),
-        time.perf_counter() - clock,
-        state.reduction_seconds,
-        seed,
-        temperature,
+    if reduce and is_first:
+        for message in reduce.cautions(masks_before, posterior):
+            warn(message)
+    history, seconds = pd.DataFrame(state.history), time.perf_counter() - clock
+    found = run.program, run.guide, run.masks, run.empirical.scales, history
+    return Fit(posterior, *found, seconds, state.reduction_seconds, seed, temperature)
+
+
+def _copy(program: Program) -> Program:
+    """The program that is trained: a copy if it is a module."""
+    if isinstance(program, BayesianNetwork):
+        return program.copy()
+    return module_copy(program) if isinstance(program, nn.Module) else program
+
+
+def _bar(timetable: Timetable, state: Progress, shown: bool) -> tqdm:
+    return tqdm(
+        total=timetable.total, initial=state.step, disable=not shown, unit="step", leave=False
     )
+
+
+def _step(run: Run, batch: Batch, share: float, state: Progress, writer: CheckpointWriter) -> None:
+    """One step, of the schedule as well. An error in it names the last good checkpoint."""
+    state.step += 1
+    run.interrupted = writer.interrupted
+    try:
+        terms = take_step(run, batch, share, state.step)
+    except FitError as error:
+        raise FitError(f"{error}{writer.last_good()}") from None
+    if run.scheduler:
+        run.scheduler.step()
+    state.add(terms)
+
+
+def _pause(run: Run, timetable: Timetable, reduce: Every | None, state: Progress) -> None:
+    """What happens between some steps: empirical scales, a reduction if one is due, and a check
+    that all processes agree.
+    """
+    began = time.perf_counter()
+    if state.step >= timetable.warm_up:
+        run.update_scales()
+    if reduce and state.step in timetable.due:
+        state.delta_f += run.prune(reduce, state.step / timetable.total)
+    run.agree(state.step)
+    state.reduction_seconds += time.perf_counter() - began
+
+
+def _save(
+    run: Run, timetable: Timetable, state: Progress, writer: CheckpointWriter, clock: float
+) -> None:
+    """Writes a checkpoint if one is due, and stops the fit after Ctrl-C in any process."""
+    stopping = run.interrupted if run.processes.size > 1 else writer.interrupted
+    last = state.step == timetable.total or stopping
+    if writer.due(state.step, last) and run.is_finite():
+        state.seconds = time.perf_counter() - clock
+        writer.save(state.step, {"run": snapshot(run), "progress": vars(state)})
+    if stopping:
+        writer.stop(state.step)
+
+
+def _row(run: Run, epoch: int, state: Progress) -> dict[str, float]:
+    """The row of an epoch in the history."""
+    likelihood, kl = state.means()
+    row = {
+        "epoch": epoch,
+        "step": state.step,
+        "skipped": run.faults.skipped,
+        "expected_log_likelihood": likelihood,
+        "kl": kl,
+        "elbo": likelihood / run.temperature - kl,
+        "kept": run.kept(),
+        "delta_f": state.delta_f,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+    }
+    if run.rows.held_out is not None:
+        x, y = run.rows.held_out
+        prediction = predict(run.program, run.posterior(), x, draws=0)
+        row["validation_nll"] = -float(prediction.log_prob(y).mean())
+    return row

@@ -2,7 +2,7 @@
 that follow the posterior's own variances.
 
 Owns `natural_gradient`, which `fit` takes as its optimiser, and the optimiser behind it. Next:
-`checkpoint_file.py`.
+`optimizers.py`.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class NaturalGradient:
         for name in ("learning_rate", "averaging", "curvature", "cap", "adam_rate"):
             if not holds(lambda x: 0 < x < math.inf, getattr(self, name)):
                 raise FitError(
-                    f"natural_gradient({name}={described(getattr(self, name))}): a finite number >"
-                    " 0 is wanted"
+                    f"natural_gradient({name}={described(getattr(self, name))}): expected a finite"
+                    " number > 0"
                 )
         if not holds(lambda x: 0 <= x < 1, self.momentum):
             raise FitError(
-                f"natural_gradient(momentum={described(self.momentum)}): a number >= 0 and below 1"
-                " is wanted"
+                f"natural_gradient(momentum={described(self.momentum)}): expected a number >= 0 and"
+                " below 1"
             )
 
     def optimizer(self, step: MeanFieldStep, others: Iterable[Tensor]) -> OnlineNewton:

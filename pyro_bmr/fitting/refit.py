@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyro_bmr.errors import FitError, described
 from pyro_bmr.fitting.elbo import masked_terms
-from pyro_bmr.fitting.fit import Fit, HasTrainingData, fit
+from pyro_bmr.fitting.fit import Fit, fit
+from pyro_bmr.fitting.rows import HasTrainingData
 from pyro_bmr.isolation import isolated, seed_generators
 from pyro_bmr.likelihoods.whole_data import WholeData
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
@@ -73,7 +74,7 @@ def refit(
     """
     if not isinstance(reduction, Reduction):
         raise FitError(
-            f"refit: a Reduction is wanted, as reduce(...) gives it; got {type(reduction).__name__}"
+            f"refit: expected a Reduction, as reduce(...) gives it, got {type(reduction).__name__}"
         )
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 2:
         raise FitError(

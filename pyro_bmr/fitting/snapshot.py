@@ -1,6 +1,6 @@
-"""What of a fit a checkpoint holds, and how a fit goes on from it.
+"""What of a fit a checkpoint holds, and how a fit continues from it.
 
-Owns `snapshot`, `restore` and `fit_settings`. Next: `fit.py`.
+Owns `snapshot`, `resumed` and `fit_settings`. Next: `timetable.py`.
 """
 
 from __future__ import annotations
@@ -13,50 +13,81 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
 from pyro_bmr.errors import FitError
+from pyro_bmr.fitting.arguments import Arguments
 from pyro_bmr.fitting.checkpoint_file import digest
-from pyro_bmr.fitting.run import FitState, tensors_of
-from pyro_bmr.fitting.settings import description, in_short, refuse_hidden_state
+from pyro_bmr.fitting.checkpoints import CheckpointWriter
+from pyro_bmr.fitting.progress import Progress
+from pyro_bmr.fitting.run import Run, tensors_of
+from pyro_bmr.fitting.settings import description, differences, in_short, refuse_hidden_state
 from pyro_bmr.isolation import generator_of, seed_generator
 from pyro_bmr.networks.modes import set_training
 from pyro_bmr.tracing import Values, likelihood_of
 
+# what must be the same when a fit continues, beside what the settings below say of program and data
+_GIVEN = ("epochs", "seed", "temperature", "reduce", "start", "shuffle")
 
-def snapshot(run: FitState, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
-    """All that the steps so far have changed. Order of the data and draws are functions of the
-    seed, the epoch and the step.
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """All that the steps so far have changed, but for `Progress`. Order of the data and draws are
+    functions of the seed, the epoch and the step.
     """
     return {
         "tensors": tensors_of(run.guide, run.program),
         "step": run.step.state(),
         "masks": run.masks,
         "scales": run.empirical.scales,
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict() if scheduler else None,
-        "generator": generator_of(run.x.device).get_state(),
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict() if run.scheduler else None,
+        "generator": generator_of(run.rows.x.device).get_state(),
         "log_likelihood": _log_likelihood(run),
         "faults": run.faults.state(),
     }
 
 
+def resumed(run: Run, given: Arguments, writer: CheckpointWriter) -> Progress:
+    """Where the fit stands: at its start, or at the newest checkpoint of the same fit, restored
+    into `run`. All processes must have the same arguments, and find the same checkpoint.
+
+    Raises:
+        FitError: they do not, or the checkpoint is of another fit.
+    """
+    processes, device = run.processes, run.rows.x.device
+    if writer.rule is None and processes.size == 1:
+        return Progress()
+    settings = fit_settings(run, given)
+    to_agree = {key: value for key, value in settings.items() if key != "environment"}
+    processes.check_arguments(to_agree, differences, device)
+    saved, progress = writer.latest(settings), Progress()
+    if saved is not None:
+        with writer.restoring():
+            _restore(run, saved["run"])
+            progress = Progress(**saved["progress"])
+    processes.check_equal(
+        {"step": torch.tensor([progress.step])},
+        device,
+        "found another checkpoint than process 0; the folder must be one that all processes see",
+    )
+    return progress
+
+
 @torch.no_grad()
-def restore(run: FitState, state: Mapping[str, Any], optimizer: Optimizer, scheduler: Any) -> None:
-    """Goes on from `state`.
+def _restore(run: Run, state: Mapping[str, Any]) -> None:
+    """Continues from `state`.
 
     Raises:
         FitError: the program does not give the log likelihood that it gave when the state was
             saved.
     """
+    device = run.rows.x.device
     run.masks, run.empirical.scales = (
-        {name: t.to(run.x.device) for name, t in state[key].items()} for key in ("masks", "scales")
+        {name: t.to(device) for name, t in state[key].items()} for key in ("masks", "scales")
     )
-    run.step.prune(run.masks, optimizer)
-    optimizer.load_state_dict(state["optimizer"])
-    if scheduler:
-        scheduler.load_state_dict(state["scheduler"])
+    run.step.prune(run.masks, run.optimizer)
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.scheduler:
+        run.scheduler.load_state_dict(state["scheduler"])
     for name, tensor in tensors_of(run.guide, run.program).items():
         tensor.copy_(state["tensors"][name])
     run.step.restore(state["step"])
@@ -67,23 +98,45 @@ def restore(run: FitState, state: Mapping[str, Any], optimizer: Optimizer, sched
             "the program has changed: at its checkpoint the log likelihood of the first rows was"
             f" {was:.6g}, now it is {now:.6g}; fit anew"
         )
-    generator_of(run.x.device).set_state(state["generator"])
+    generator_of(device).set_state(state["generator"])
 
 
-def fit_settings(
-    run: FitState,
-    optimizer: Optimizer,
-    scheduler: Any,
-    data: Mapping[str, Tensor],
-    **arguments: Any,
-) -> dict[str, Any]:
-    """All that must be the same when a fit goes on, and in ``environment`` what must be for the
+def fit_settings(run: Run, given: Arguments) -> dict[str, Any]:
+    """All that must be the same when a fit continues, and in ``environment`` what must be for the
     result to be the same to the bit.
 
     Raises:
         FitError: an optimiser or a schedule that keeps state where it cannot be saved.
     """
-    refuse_hidden_state(optimizer, scheduler)
+    refuse_hidden_state(run.optimizer, run.scheduler)
+    groups = [
+        {key: description(value) for key, value in group.items() if key != "params"}
+        for group in run.optimizer.param_groups
+    ]
+    schedule = run.scheduler.state_dict() if run.scheduler is not None else {}
+    found = {
+        "program": description(run.program),
+        "sites": _site_settings(run),
+        "guide": description(run.guide),
+        "data": {name: in_short(name, t) for name, t in run.rows.named().items()},
+        "optimizer": {"type": description(type(run.optimizer)), "groups": groups},
+        "scheduler": {"type": description(type(run.scheduler)), **description(schedule)},
+        "batch_size": description(run.rows.batch_size),
+        **{name: description(getattr(given, name)) for name in _GIVEN},
+        "environment": {
+            "torch": torch.__version__,
+            "pyro_bmr": importlib.metadata.version("pyro_bmr"),
+            "threads": torch.get_num_threads(),
+            "processes": run.processes.size,
+            "device": str(run.rows.x.device),
+            "processor": platform.machine(),
+        },
+    }
+    return dict(json.loads(json.dumps(found)))
+
+
+def _site_settings(run: Run) -> dict[str, Any]:
+    """Shape, dtype, support and prior of each site."""
     sites = {}
     for name, site in run.posterior().sites.items():
         prior = description(site.declared)
@@ -95,47 +148,21 @@ def fit_settings(
             "support": site.support,
             "prior": prior,
         }
-    groups = [
-        {key: description(value) for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    schedule = (
-        {key: description(value) for key, value in scheduler.state_dict().items()}
-        if scheduler is not None
-        else {}
-    )
-    found = {
-        "program": description(run.program),
-        "sites": sites,
-        "guide": description(run.guide),
-        "data": {name: in_short(name, t) for name, t in data.items()},
-        "optimizer": {"type": description(type(optimizer)), "groups": groups},
-        "scheduler": {"type": description(type(scheduler)), **schedule},
-        **{name: description(value) for name, value in arguments.items()},
-        "environment": {
-            "torch": torch.__version__,
-            "pyro_bmr": importlib.metadata.version("pyro_bmr"),
-            "threads": torch.get_num_threads(),
-            "processes": run.processes.size,
-            "device": str(run.x.device),
-            "processor": platform.machine(),
-        },
-    }
-    return dict(json.loads(json.dumps(found)))
+    return sites
 
 
 @torch.no_grad()
-def _log_likelihood(run: FitState) -> float:
-    """That of the first rows at the posterior's point, by which a program that has changed is
-    known.
+def _log_likelihood(run: Run) -> float:
+    """The log likelihood of the first rows at the posterior's point: a program that has changed
+    gives another.
     """
-    device = [run.x.device] if run.x.device.type == "cuda" else []
-    point = run.posterior().point()
-    with torch.random.fork_rng(device):
-        seed_generator(run.x.device, 0)
+    device = run.rows.x.device
+    point, example = run.posterior().point(), run.example
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        seed_generator(device, 0)
         set_training(run.program, False)
-        run.full_data.rows = len(run.example[0])
+        run.full_data.rows = len(example[0])
         with Values(point) as seen:
-            run.scaled(*run.example)
+            run.scaled(*example)
         set_training(run.program, True)
     return float(likelihood_of(seen))

@@ -39,6 +39,7 @@ class Step(Protocol):
     them before. `parameters` are all that an optimiser moves.
     """
 
+    guide: Any
     trained: list[Tensor]
 
     @property

@@ -185,7 +185,7 @@ def test_checkpoints_change_nothing_and_a_finished_fit_is_not_repeated(tmp_path,
         "step-000000017.safetensors",
         "step-000000018.safetensors",
     ]
-    monkeypatch.setattr(fitting.FitState, "take_step", None)
+    monkeypatch.setattr(fitting, "take_step", None)
     assert same(whole, call(checkpoint=tmp_path))
 
 
@@ -482,16 +482,16 @@ def test_state_that_cannot_be_saved_is_refused_by_name(tmp_path):
 
 
 def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    step = fitting.FitState.take_step
+    step = fitting.take_step
 
-    def overflow(self, optimizer, batch, number):
-        terms = step(self, optimizer, batch, number)
+    def overflow(run, batch, share, number):
+        terms = step(run, batch, share, number)
         if number == 7:
-            self.guide.loc.data[3] = math.inf  # the loss of this step was finite
+            run.guide.loc.data[3] = math.inf  # the loss of this step was finite
         return terms
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting.FitState, "take_step", overflow)
+        patch.setattr(fitting, "take_step", overflow)
         with pytest.raises(
             bmr.errors.FitError,
             match=(
@@ -518,17 +518,17 @@ def keyboard():
 @pytest.mark.usefixtures("keyboard")
 @pytest.mark.parametrize("again", [False, True])
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch, again):
-    step = fitting.FitState.take_step
+    step = fitting.take_step
 
-    def pressed(self, optimizer, batch, number):
+    def pressed(run, batch, share, number):
         if number == 5:
             for _ in range(1 + again):
                 signal.raise_signal(signal.SIGINT)
-        return step(self, optimizer, batch, number)
+        return step(run, batch, share, number)
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(fitting.FitState, "take_step", pressed)
+        patch.setattr(fitting, "take_step", pressed)
         with pytest.raises(
             KeyboardInterrupt,
             match=(
@@ -631,15 +631,15 @@ COMMAND = [
 def test_the_command_line_stops_and_goes_on(tmp_path, monkeypatch, capsys):
     folders = {name: tmp_path / f"{name} ü" for name in ("whole", "stopped")}
     assert main([*COMMAND, "--out", str(folders["whole"])]) == 0
-    step = fitting.FitState.take_step
+    step = fitting.take_step
 
-    def pressed(self, optimizer, batch, number):
+    def pressed(run, batch, share, number):
         if number == 20:
             signal.raise_signal(signal.SIGINT)
-        return step(self, optimizer, batch, number)
+        return step(run, batch, share, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting.FitState, "take_step", pressed)
+        patch.setattr(fitting, "take_step", pressed)
         capsys.readouterr()
         assert main([*COMMAND, "--out", str(folders["stopped"])]) == 130
     out, err = capsys.readouterr()

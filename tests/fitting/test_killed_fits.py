@@ -20,7 +20,8 @@ import pyro_bmr as bmr
 from pyro_bmr.data.named import sources
 from pyro_bmr.fitting import checkpoint_file as checkpoint_files
 from pyro_bmr.fitting import checkpoints
-from pyro_bmr.fitting.run import FitState
+from pyro_bmr.fitting import fit as fitting
+from pyro_bmr.fitting.run import Run
 from tests.fitting.test_checkpoints import same
 from tests.fitting.test_fit import blobs
 
@@ -80,7 +81,7 @@ def child(sender: Connection, folder: Path, name: str) -> None:
     torch.set_num_threads(1)
     number = 0
 
-    def telling(owner: type, method: str, phase: str) -> None:
+    def telling(owner: object, method: str, phase: str) -> None:
         plain = getattr(owner, method)
 
         def told(self, *arguments):
@@ -92,9 +93,9 @@ def child(sender: Connection, folder: Path, name: str) -> None:
         setattr(owner, method, told)
 
     for owner, method, phase in (
-        (FitState, "take_step", "step"),
+        (fitting, "take_step", "step"),
         (checkpoints.CheckpointWriter, "save", "save"),
-        (FitState, "prune", "reduce"),
+        (Run, "prune", "reduce"),
     ):
         telling(owner, method, phase)
     fit(folder, name)

@@ -194,7 +194,7 @@ def test_arguments_out_of_range_and_guides_that_do_not_fit():
     }.items():
         with pytest.raises(bmr.errors.FitError, match=rf"natural_gradient\({name}="):
             bmr.natural_gradient(**{name: value})
-    with pytest.raises(bmr.errors.FitError, match=r"needs guide=MeanField.*got Point"):
+    with pytest.raises(bmr.errors.FitError, match=r"expected guide=MeanField.*got Point"):
         bmr.fit(regression, ROWS, guide=bmr.Point, optimizer=bmr.natural_gradient(), progress=False)
 
 

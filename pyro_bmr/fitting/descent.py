@@ -1,0 +1,86 @@
+"""One step of a fit down the gradient: the draw, what all processes found, faults, the optimiser.
+
+Owns `take_step`. Next: `progress.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_bmr.fitting.faults import diagnosis
+from pyro_bmr.fitting.natural_gradient import OnlineNewton
+from pyro_bmr.fitting.rows import Batch
+from pyro_bmr.fitting.run import Run
+from pyro_bmr.fitting.step import Draw
+from pyro_bmr.isolation import seed_generator
+
+
+def take_step(run: Run, batch: Batch, share: float, number: int) -> tuple[float, float] | None:
+    """Both terms of the ELBO at one draw in each process, after which the optimiser has taken step
+    `number` down their gradient; None if the step is skipped.
+
+    Args:
+        batch: this process's rows, the fraction `share` of the batch.
+
+    Raises:
+        FitError: the step is faulty, and no more may be skipped.
+    """
+    step, processes = run.step, run.processes
+    seed_generator(run.rows.x.device, run.seed * 1_000_003 + number)
+    run.full_data.rows = len(batch[0])
+    # holds weights of lower precision as they were in the step before, if the fit runs under
+    # torch.autocast
+    torch.clear_autocast_cache()
+    for parameter in step.trained:
+        parameter.grad = None
+    draw = step.run(batch, number)
+    found = (*draw.gradients, *(p.grad for p in step.trained if p.grad is not None))
+    total = sum(_total(g) for g in found)
+    faulty, where = not math.isfinite(draw.expected_log_likelihood + draw.kl + total), ""
+    if processes.size > 1:
+        draw, ranks = _over_processes(run, draw, share, faulty)
+        faulty = bool(ranks)
+        where = f", in process {', '.join(map(str, ranks))} of {processes.size}"
+    fault = (
+        f"{diagnosis(step, run.program, draw)}{where}"
+        if faulty
+        else run.faults.jump(draw.expected_log_likelihood)
+    )
+    if fault:
+        run.faults.skip(
+            f"step {number}: {fault}; lower the learning rate, or check the scale of the data and"
+            " of the priors"
+        )
+        return None
+    if isinstance(run.optimizer, OnlineNewton):
+        run.optimizer.step(lambda: draw)
+    else:
+        step.write_gradients(draw)
+        run.optimizer.step()
+    return draw.expected_log_likelihood, draw.kl
+
+
+def _over_processes(run: Run, draw: Draw, share: float, faulty: bool) -> tuple[Draw, list[int]]:
+    """The mean over the batch of what all processes found, each in its rows with its own noise, and
+    which processes have a fault. `run.interrupted` tells of all of them afterwards.
+    """
+    trained, vectors = run.step.trained, run.step.to_average(draw)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    numbers = run.rows.x.new_zeros(3 + run.processes.size, dtype=torch.float32)
+    terms = draw.expected_log_likelihood, draw.kl, float(run.interrupted)
+    numbers[:3] = torch.tensor(terms)
+    numbers[3 + run.processes.rank] = float(faulty)
+    *summed, numbers = run.processes.sum([*vectors, *grads, numbers], share)
+    for parameter, grad in zip(trained, summed[len(vectors) :], strict=True):
+        parameter.grad = grad
+    likelihood, kl, interrupted, *faults = numbers.tolist()
+    run.interrupted = interrupted > 0
+    draw = run.step.averaged(draw, likelihood, kl, summed[: len(vectors)])
+    return draw, [rank for rank, fault in enumerate(faults) if fault]
+
+
+def _total(gradient: Tensor) -> float:
+    return float(torch.view_as_real(gradient).sum() if gradient.is_complex() else gradient.sum())
