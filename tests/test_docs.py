@@ -112,10 +112,16 @@ def test_each_stop_of_the_walk_names_the_next() -> None:
     assert len(stops) <= 9 and code == [None, None, None, *found]
     assert "docs/index.md#from-the-readme-to-the-formula" in (ROOT / "README.md").read_text("utf-8")
     before = overview.parent / re.search(r"\]\(([^)#]+)#", stops[2])[1]
-    for name, link in (match.groups() for match in found):
+    lines = 0
+    for match in found:
+        name, link = match.groups()
         text = before.read_text(encoding="utf-8")
         assert f"`{name}`" in text, f"{before.name} does not name `{name}`, the next stop"
         before = overview.parent / link
+        for line in re.findall(r"\*\*the line [^*]+\*\* is `([^`]+)`", match.string):
+            assert line.removesuffix("(...)") in before.read_text(encoding="utf-8"), line
+            lines += 1
+    assert lines == 3
 
 
 def test_blocks_are_found_and_skipped() -> None:
