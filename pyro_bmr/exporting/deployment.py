@@ -87,23 +87,8 @@ def deploy(
     keys = _checked_formats(formats)
     trial, folder = _trial(net, example, seconds), Path(folder)
     with replacing(folder, "report.json", "network.py", gone=_written_before(folder)) as stage:
-        costs = [] if before is None else [_dense_row(plain_copy(before), trial, stage)]
-        title, path = f"{trial.name}, pruned", stage / "network.py"
-        written, reason = write_network_file(trial.net, title, trial.rows, path)
-        for key in keys:
-            write_format(key, written, trial.rows[0].clone(), stage / FORMATS[key].file)
-        if ensemble is not None:
-            save_tensors(ensemble, stage / "ensemble.safetensors")
-        files = _file_table(stage)
-        loaders = loaded_module(path)
-        if reason:
-            vars(loaders)["Network"] = lambda: module_copy(trial.net)
-        costs += [_format_row(key, written, loaders, trial, files) for key in keys]
-        if ensemble is not None:
-            loaders.load_ensemble()
-        tensors = written.state_dict()
-        content = _report(trial, reason, report or {}, costs, files, tensors)
-        write_json(stage / "report.json", content)
+        rows = [] if before is None else [_dense_row(plain_copy(before), trial, stage)]
+        costs, reason = _filled(stage, trial, keys, rows, ensemble, report or {})
     if reason:
         warnings.warn(
             f"deploy: {trial.name} cannot be written as Python of torch alone ({reason});"
@@ -150,6 +135,37 @@ def _trial(net: nn.Module, example: Any, seconds: float) -> _Trial:
     return _Trial(plain, name, rows, outputs, example, seconds)
 
 
+def _filled(
+    stage: Path,
+    trial: _Trial,
+    keys: list[str],
+    costs: list[dict[str, Any]],
+    ensemble: Mapping[str, Tensor] | None,
+    report: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], str]:
+    """The costs of all formats, after those given, and why there is no class in `network.py`.
+
+    The files are written to `stage`, read back and compared with the network.
+    """
+    title, path = f"{trial.name}, pruned", stage / "network.py"
+    written, reason = write_network_file(trial.net, title, trial.rows, path)
+    for key in keys:
+        write_format(key, written, trial.rows[0].clone(), stage / FORMATS[key].file)
+    if ensemble is not None:
+        save_tensors(ensemble, stage / "ensemble.safetensors")
+    files = _file_table(stage)
+    loaders = loaded_module(path)
+    if reason:
+        vars(loaders)["Network"] = lambda: module_copy(trial.net)
+    costs = [*costs, *(_format_row(key, written, loaders, trial, files) for key in keys)]
+    if ensemble is not None:
+        loaders.load_ensemble()
+    tensors = written.state_dict()
+    content = _report(trial, reason, report, costs, files, tensors)
+    write_json(stage / "report.json", content)
+    return costs, reason
+
+
 def _checked_formats(formats: Iterable[str]) -> list[str]:
     """The formats to write, each once; safetensors is the first.
 
@@ -164,9 +180,7 @@ def _checked_formats(formats: Iterable[str]) -> list[str]:
 
 
 def _written_before(folder: Path) -> list[str]:
-    """The names of the files that the report in a folder lists; none if there is no report of a
-    deployment.
-    """
+    """The names of the files that the report of an earlier deployment lists; none without one."""
     try:
         files = json.loads((folder / "report.json").read_text(encoding="utf-8"))["files"]
         return [name for name in files if Path(name).name == name and (folder / name).is_file()]

@@ -1,7 +1,7 @@
 """`refit`: the reduced model fitted from the reduced posterior, and the change of its free energy
 beside the one that the reduction predicted.
 
-Owns `refit`, its result `Refit`, and `evidence_bound`. Next: `shrinking/graphs.py`.
+Owns `refit`, its result `Refit`, and `evidence_bound`. Next: `shrinking/refusals.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention and encoder layers in steps that can be traced, with the weights of torch's own.
+"""Attention and encoder layers in steps that can be traced, with the weights of torch's layers.
 
 Owns `with_traceable_attention` and `linear`. Attention with a mask is refused. Next: `graphs.py`.
 """

@@ -136,7 +136,7 @@ class Ties:
                 self.reads[k] = replace(self.reads[k], foldable=foldable)
 
     def kept(self) -> np.ndarray:
-        """For each channel whether it is kept: the least set with all that its own members read."""
+        """Whether each channel is kept: `FIXED`, and whatever a kept output reads."""
         kept = np.zeros(len(self._parent), dtype=bool)
         kept[FIXED] = True
         reads = [(self.roots(r.inputs), self.roots(r.outputs), r) for r in reversed(self.reads)]

@@ -97,7 +97,7 @@ REFUSED = {
         lambda: nn.Sequential(nn.Unflatten(1, (1, 4)), nn.ConvTranspose1d(1, 2, 2)),
         r"layer '1' \(ConvTranspose1d\) is not a supported",
     ),
-    "dropout that stays on": (RandomDropout, r"'dropout' at 'dropout'"),
+    "dropout in training mode": (RandomDropout, r"'dropout' at 'dropout'"),
     "attention mask": (WithMask, r"'a': attention with a mask"),
     "wrong input": (
         lambda: nn.Linear(5, 4),
