@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_bmr.checks import check_arguments
 from pyro_bmr.errors import FitError, ReductionError, holds
-from pyro_bmr.guides.mean_field import base_distribution
+from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.guides.site_wise import Drawn
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior

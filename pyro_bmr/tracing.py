@@ -1,7 +1,7 @@
 """The latent and observed sites of a Pyro program at given values, and the log density of the
 observed ones.
 
-Owns `Values` and `likelihood_of`. Next: `guides/site_normal.py`.
+Owns `Values` and `likelihood_of`. Next: `guides/latent_sites.py`.
 """
 
 from __future__ import annotations

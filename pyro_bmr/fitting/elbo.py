@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides import MeanField, SiteWise
-from pyro_bmr.guides.mean_field import Latent, base_distribution, gaussian_on_the_line
+from pyro_bmr.guides.latent_sites import Latent, base_distribution, gaussian_on_the_line
 from pyro_bmr.guides.row_noise import PER_ROW, RowNoise
 from pyro_bmr.guides.site_normal import Independent, SiteNormal, entropy, gaussian_kl, log_density
 from pyro_bmr.guides.sites import check_guide, guide_shapes

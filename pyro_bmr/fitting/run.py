@@ -24,7 +24,7 @@ from pyro_bmr.fitting.rows import Batch, Rows
 from pyro_bmr.fitting.start import begin_at
 from pyro_bmr.fitting.step import Step
 from pyro_bmr.guides import MeanField
-from pyro_bmr.guides.mean_field import base_distribution
+from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.guides.row_noise import PER_ROW
 from pyro_bmr.isolation import seed_generator
 from pyro_bmr.likelihoods.whole_data import WholeData

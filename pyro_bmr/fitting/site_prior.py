@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.guides.mean_field import Latent, base_distribution, gaussian_on_the_line
+from pyro_bmr.guides.latent_sites import Latent, base_distribution, gaussian_on_the_line
 from pyro_bmr.tracing import collapsed, does_not_split
 
 

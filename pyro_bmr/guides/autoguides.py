@@ -21,8 +21,8 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.guides.gaussian_draws import MEND, Moments, check_plates
+from pyro_bmr.guides.latent_sites import base_distribution, support_name
 from pyro_bmr.guides.marginals import trace_moments
-from pyro_bmr.guides.mean_field import base_distribution, support_name
 
 
 def autoguide_moments(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError
 from pyro_bmr.formulas.dense import Dense
-from pyro_bmr.guides.mean_field import Latent
+from pyro_bmr.guides.latent_sites import Latent
 from pyro_bmr.guides.site_normal import masked
 from pyro_bmr.guides.site_wise import SiteWise
 from pyro_bmr.memory import check_memory, training_bytes

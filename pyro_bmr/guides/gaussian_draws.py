@@ -26,7 +26,7 @@ from torch.distributions.transforms import ComposeTransform
 from pyro_bmr.errors import ModelError
 from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.low_rank import LowRank
-from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, subsampled_plate
+from pyro_bmr.guides.latent_sites import SUPPORTS, base_distribution, subsampled_plate
 from pyro_bmr.isolation import seed_generators
 
 LARGEST = 1 << 25  # entries of a Jacobian or a covariance: 256 MB in float64

@@ -19,7 +19,7 @@ from torch.distributions import TransformedDistribution
 
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.gaussian_draws import LARGEST, MEND, GaussianDraw, GuideRun, Moments, guide_run
-from pyro_bmr.guides.mean_field import SUPPORTS, base_distribution, support_name
+from pyro_bmr.guides.latent_sites import SUPPORTS, base_distribution, support_name
 
 # how far a draw may be from the affine function, in standard deviations; such a gap does not
 # change the moments

@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.guides.mean_field import in_plates, latent_sites
+from pyro_bmr.guides.latent_sites import in_plates, latent_sites
 
 
 class Point(nn.Module):

@@ -27,7 +27,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_bmr.guides.mean_field import Latent
+from pyro_bmr.guides.latent_sites import Latent
 from pyro_bmr.guides.site_normal import Independent
 from pyro_bmr.guides.site_wise import SiteWise
 

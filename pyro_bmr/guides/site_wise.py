@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.errors import ModelError, described
-from pyro_bmr.guides.mean_field import Latent, in_plates, latent_sites, site_table, start_scale
+from pyro_bmr.guides.latent_sites import Latent, in_plates, latent_sites, site_table, start_scale
 from pyro_bmr.guides.row_noise import check_estimator
 from pyro_bmr.guides.site_normal import Independent, SiteNormal, log_density
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_bmr.errors import ModelError, described, warn
 from pyro_bmr.formulas.dense import Dense
-from pyro_bmr.guides.mean_field import SUPPORTS
+from pyro_bmr.guides.latent_sites import SUPPORTS
 from pyro_bmr.posteriors.from_numbers import checked_support, checked_tensors, sites_of_moments
 from pyro_bmr.posteriors.site import Site
 

@@ -25,7 +25,8 @@ from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.message import Message
 from pyro_bmr.guides.autoguides import autoguide_moments
 from pyro_bmr.guides.gaussian_draws import check_plates
-from pyro_bmr.guides.mean_field import SUPPORTS, Latent, MeanField, base_distribution, support_name
+from pyro_bmr.guides.latent_sites import SUPPORTS, Latent, base_distribution, support_name
+from pyro_bmr.guides.mean_field import MeanField
 from pyro_bmr.guides.scale_coupled import CoupledSite
 from pyro_bmr.guides.site_wise import SiteWise
 from pyro_bmr.networks.bayesian_network import BayesianNetwork

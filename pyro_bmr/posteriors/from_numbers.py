@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.formulas.diagonal import Diagonal
-from pyro_bmr.guides.mean_field import SUPPORTS
+from pyro_bmr.guides.latent_sites import SUPPORTS
 from pyro_bmr.posteriors.curvature import Curvature, laplace_moments
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors import Gaussian, Prior

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 from pyro_bmr.errors import ModelError, warn
 from pyro_bmr.guides.gaussian_draws import check_plates
-from pyro_bmr.guides.mean_field import base_distribution, support_name
+from pyro_bmr.guides.latent_sites import base_distribution, support_name
 from pyro_bmr.posteriors.from_guides import check_shape, declared_sites
 from pyro_bmr.posteriors.site import Site
 

@@ -23,7 +23,7 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.files import reading, write_atomically
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.message import Message
-from pyro_bmr.guides.mean_field import SUPPORTS
+from pyro_bmr.guides.latent_sites import SUPPORTS
 from pyro_bmr.posteriors.site import Site
 
 _FORMAT = "pyro_bmr posterior 1"

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.message import Message
 from pyro_bmr.formulas.structure import Structure
-from pyro_bmr.guides.mean_field import SUPPORTS
+from pyro_bmr.guides.latent_sites import SUPPORTS
 from pyro_bmr.priors import Prior
 
 

@@ -16,7 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.guides.mean_field import base_distribution
+from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.prediction.predictive import Parameters
 from pyro_bmr.tracing import Values
 

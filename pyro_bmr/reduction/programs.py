@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pyro_bmr.errors import ModelError, ReductionError, described
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.message import log_evidence_ratio, message
-from pyro_bmr.guides.mean_field import latent_sites
+from pyro_bmr.guides.latent_sites import latent_sites
 from pyro_bmr.posteriors.posterior import Posterior
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr.guides.mean_field import latent_sites
+from pyro_bmr.guides.latent_sites import latent_sites
 
 
 def program(x, y=None):

@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_bmr as bmr
 from pyro_bmr.guides import SiteWise
-from pyro_bmr.guides.mean_field import latent_sites
+from pyro_bmr.guides.latent_sites import latent_sites
 from pyro_bmr.guides.site_normal import entropy, gaussian_kl, log_density
 from pyro_bmr.pruning import Masked
 from tests.exact import LinearGaussian, linear_gaussian
