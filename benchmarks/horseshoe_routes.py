@@ -20,7 +20,7 @@ from pyro.infer import Trace_ELBO
 import pyro_bmr as bmr
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.reduction.programs import ScaleFlow, reduction_program
-from pyro_bmr.reduction.rules import site_reduction
+from pyro_bmr.reduction.reduced_site import site_reduction
 
 PRIOR = bmr.Horseshoe(slab_scale=None)
 

@@ -23,7 +23,7 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr.posteriors.site import Site
-from pyro_bmr.reduction.rules import site_reduction
+from pyro_bmr.reduction.reduced_site import site_reduction
 
 
 def posterior(n: int, seed: int = 0) -> bmr.Posterior:
@@ -92,7 +92,7 @@ def spike_and_slab(n: int, repeats: int) -> list[dict[str, Any]]:
 
     def decision() -> Any:
         result = site_reduction(q, "w", bmr.SpikeAndSlab())
-        return result, result.drop <= 0
+        return result, result.drop_log_odds <= 0
 
     rows = [{"call": "clone of mean and var", **fresh}, {"call": "copy_ of mean and var", **there}]
     rows += [{"call": "ΔF, inclusion and masks: site_reduction", **measured(decision, repeats)}]

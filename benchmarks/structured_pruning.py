@@ -70,8 +70,7 @@ class EveryUnit(bmr.Every):
                 )
                 units[layer] = units[layer] + read.view(-1, positions).sum(1)
         alive = {
-            layer: posterior[f"{layer}.weight"].alive.flatten(1).any(1)
-            for layer, _, _ in self.chain
+            layer: posterior[f"{layer}.weight"].kept.flatten(1).any(1) for layer, _, _ in self.chain
         }
         if self.size is not None:
             self._to_size(

@@ -106,9 +106,7 @@ def main() -> None:
                 error,
                 *(
                     abs(exact[tuple(row)] - full - gain)
-                    for row, gain in zip(
-                        search.alive.tolist(), search.delta_f.tolist(), strict=True
-                    )
+                    for row, gain in zip(search.kept.tolist(), search.delta_f.tolist(), strict=True)
                 ),
             )
         marginal = bmr.delta_f(

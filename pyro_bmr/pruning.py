@@ -204,7 +204,7 @@ class Every:
         pruned whole, sites that a pattern left out. `before`: the masks at the start of the fit.
         """
         after = {
-            name: site.alive for name, site in posterior.sites.items() if site.support == "real"
+            name: site.kept for name, site in posterior.sites.items() if site.support == "real"
         }
         emptied = collapse(
             after, {name: before.get(name, torch.ones_like(mask)) for name, mask in after.items()}

@@ -458,7 +458,7 @@ BAD_CALLS = {
     "reduce nothing": (
         lambda d: bmr.reduce(None, to=bmr.Gaussian(0.0)),
         bmr.errors.ReductionError,
-        "a Posterior is wanted",
+        "expected a Posterior",
     ),
     "reduce to a class": (
         lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian),
@@ -468,17 +468,17 @@ BAD_CALLS = {
     "reduce to a word": (
         lambda d: bmr.reduce(d.posterior, to="gaussian"),
         bmr.errors.ReductionError,
-        "'gaussian' is no target",
+        "with log_prob, got 'gaussian'",
     ),
     "a NaN threshold": (
         lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian(0.0), threshold=NAN),
         bmr.errors.ReductionError,
-        "threshold=nan",
+        "threshold: expected a number of nats, got nan",
     ),
     "a NaN target": (
         lambda d: bmr.reduce(d.posterior, to=bmr.Gaussian(0.0), kept=NAN),
         bmr.errors.ReductionError,
-        "kept=nan",
+        "kept: expected a fraction between 0 and 1, got nan",
     ),
     "refit nothing": (
         lambda d: bmr.refit(d, None, (X, Y)),

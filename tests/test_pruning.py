@@ -161,7 +161,7 @@ def test_the_history_has_the_gains_of_the_reductions(guide, monkeypatch):
         and 0 < fit.history["kept"].iloc[-1] < 1
     )
     marginal = sum(
-        float(s.spike_delta_f[each.before["w"].alive & ~s.site.alive].sum())
+        float(s.spike_delta_f[each.before["w"].kept & ~s.site.kept].sum())
         for each in made
         for s in each.sites.values()
     )

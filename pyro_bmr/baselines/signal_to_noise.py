@@ -50,15 +50,15 @@ class EverySignalToNoise(Every):
             site = posterior[name]
             ratios[name] = (
                 site.mean.abs() / site.var.clamp_min(torch.finfo(site.var.dtype).tiny).sqrt()
-            ).masked_fill(~site.alive, -1.0)
+            ).masked_fill(~site.kept, -1.0)
         pooled = torch.cat([ratio.flatten() for ratio in ratios.values()])
         stays = (~lowest(pooled, pooled.numel() - round(target * pooled.numel()))).split(
             [ratio.numel() for ratio in ratios.values()]
         )
         sites = {}
         for part, (name, result) in zip(stays, every.sites.items(), strict=True):
-            mask = part.view_as(ratios[name]) & result.site.alive
-            went = result.site.alive & ~mask
+            mask = part.view_as(ratios[name]) & result.site.kept
+            went = result.site.kept & ~mask
             sites[name] = replace(
                 result,
                 site=posterior[name].masked(mask),

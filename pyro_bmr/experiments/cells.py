@@ -275,8 +275,7 @@ def _cautions(
     """
     said = list(reduction.warnings)
     if any(
-        not torch.equal(reduction.before[name].alive, mask)
-        for name, mask in reduction.masks.items()
+        not torch.equal(reduction.before[name].kept, mask) for name, mask in reduction.masks.items()
     ):
         before, after = (
             predict(program, posterior, data.x_test, draws=draws, seed=seed)

@@ -62,7 +62,7 @@ def export(program: nn.Module, posterior: Posterior) -> nn.Module:
 
 
 def _warn_of_empty_layers(posterior: Posterior) -> None:
-    masks = {name: site.alive for name, site in posterior.sites.items() if site.support == "real"}
+    masks = {name: site.kept for name, site in posterior.sites.items() if site.support == "real"}
     if emptied := collapse(masks):
         warn(emptied)
 

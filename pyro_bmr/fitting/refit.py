@@ -115,7 +115,7 @@ def predicted_delta_f(reduction: Reduction) -> float:
         if after.prior is not before.prior:
             total += result.delta_f
             continue
-        total += spike_gain(before, after.alive, result.spike_delta_f)
+        total += spike_gain(before, after.kept, result.spike_delta_f)
     return total
 
 

@@ -37,7 +37,7 @@ def begin_at(start: Posterior, guide: Any) -> dict[str, Tensor]:
             f" ({', '.join(locs)})"
         )
     for name, site in start.sites.items():
-        uncertain = site.alive & (site.var > 0)
+        uncertain = site.kept & (site.var > 0)
         locs[name].copy_(site.mean)
         log_scales[name].copy_((0.5 * site.var.log()).where(uncertain, log_scales[name]))
     return {

@@ -156,7 +156,7 @@ def point_spike_delta_f(posterior: Diagonal, prior: Diagonal, mask: Tensor | Non
     The same number as `delta_f` with a reduced prior of mean 0 and variance 0, for many weights: in
     pieces that stay in a core's cache, with no tensor of the site's size but the result, and
     without gradients. `prior`: expanded to the posterior's shape or of one element.
-    `reduction/rules.py` calls it for each site (`site_reduction`).
+    `reduction/reduced_site.py` calls it for each site (`site_reduction`).
 
     Raises:
         ReductionError: as `delta_f`, for the kept entries.

@@ -57,7 +57,7 @@ def best_var(
 
     Example:
         >>> q, p = Diagonal(tensor([0.1, 2.0]), tensor([0.5, 0.5])), Diagonal(zeros(2), ones(2))
-        >>> best_var(message(q, p), p.var).var  # m = (0.2, 4), 1/L = 1: the first goes
+        >>> best_var(message(q, p), p.var).var  # m = (0.2, 4), 1/L = 1: the first is pruned
         tensor([ 0., 15.])
     """
     h, precision, widths, e = _given(data, prior_var, groups, shift)

@@ -48,8 +48,8 @@ class ScaleMixtureReduction(NamedTuple):
     """Per weight: `delta_f` in nats (`grouped_reduction`: per group); `log_odds` = logit κ; reduced
     `mean` and `var`.
 
-    κ = E[1/(1 + L v) | y] is the share of the estimate taken by the prior; a weight goes when it is
-    above ½, that is, when the log odds are positive.
+    κ = E[1/(1 + L v) | y] is the share of the estimate taken by the prior; a weight is pruned when
+    it is above ½, that is, when the log odds are positive.
     """
 
     delta_f: Tensor

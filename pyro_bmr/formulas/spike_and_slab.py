@@ -1,5 +1,5 @@
-r"""Which weights stay under a spike-and-slab prior whose inclusion probability is learned from the
-weights themselves.
+r"""Which weights are kept under a spike-and-slab prior whose inclusion probability is learned from
+the weights themselves.
 
 Owns the two answers, `mean_field_log_odds` (cheap, any size) and `exact_inclusion` (a
 one-dimensional integral), and `fixed_inclusion` for a known π. Imports torch only. Given is each
@@ -34,19 +34,19 @@ _TAIL_NATS = 40.0  # the integrand is followed on each side until it has fallen 
 
 
 class Inclusion(NamedTuple):
-    """`drop`: the log odds of each weight being in the spike, the shape of ΔF. `log_evidence_gain`:
+    """`drop_log_odds`: of each weight being in the spike, the shape of ΔF. `log_evidence_gain`:
     of the whole layer over all slab, nats. `log_odds`: logit of the posterior mean of π, given
     which a weight with that ΔF is as likely in the slab as in the spike.
     """
 
-    drop: Tensor
+    drop_log_odds: Tensor
     log_evidence_gain: Tensor
     log_odds: Tensor
 
     @property
     def probability(self) -> Tensor:
         """The probability of each weight being in the slab."""
-        return torch.sigmoid(-self.drop)
+        return torch.sigmoid(-self.drop_log_odds)
 
 
 def mean_field_log_odds(

@@ -152,8 +152,8 @@ def _without_constants(name: str, site: Site, draws: Tensor) -> Site:
         return site
     low, high = draws.amin(0), draws.amax(0)
     constant = low == high
-    dead = constant & (low == 0) if site.support == "real" else torch.zeros_like(constant)
-    if stuck := int((constant & ~dead).sum()):
+    pruned = constant & (low == 0) if site.support == "real" else torch.zeros_like(constant)
+    if stuck := int((constant & ~pruned).sum()):
         raise ModelError(
             f"site '{name}': {stuck} of {constant.numel()} entries have the same value in all"
             f" {len(draws)} draws; the sampler did not move; give a point estimate to"
@@ -168,4 +168,4 @@ def _without_constants(name: str, site: Site, draws: Tensor) -> Site:
             f" site as such, supports={{'{name}': 'positive'}}, and its logarithm is read, or leave"
             " the site out"
         )
-    return site.masked(~dead) if bool(dead.any()) else site
+    return site.masked(~pruned) if bool(pruned.any()) else site

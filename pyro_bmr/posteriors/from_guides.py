@@ -39,7 +39,7 @@ def masks_in_force(
     program: Callable[..., Any], masks: Mapping[str, Tensor], device: torch.device | None = None
 ) -> dict[str, Tensor]:
     """`masks` and those of a `BayesianNetwork` of its own: what `torch.nn.utils.prune` has pruned
-    stays so.
+    is still pruned.
     """
     own = (
         {name: mask.to(device) for name, mask in program.masks.items()}
@@ -212,7 +212,7 @@ def with_priors(
         base = base_distribution(msg["fn"])
         site = bare[name]
         if hasattr(base, "kept"):  # a program under `pruning.Masked`
-            site, base = site.masked(site.alive & base.kept), base.base_dist
+            site, base = site.masked(site.kept & base.kept), base.base_dist
         _check_not_off(name, msg)
         prior, given = _prior(name, site, base, values)
         sites[name] = replace(

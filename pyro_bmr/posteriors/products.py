@@ -124,7 +124,7 @@ def _somewhere(number: int, site: Site) -> Tensor:
     noise = torch.randn(site.mean.shape, generator=torch.Generator().manual_seed(number)).to(
         site.mean
     )
-    return noise * (rms if rms > 0 else 0.5 * prior.clamp_max(1)) * site.alive
+    return noise * (rms if rms > 0 else 0.5 * prior.clamp_max(1)) * site.kept
 
 
 def _log_probs(

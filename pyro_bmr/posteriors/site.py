@@ -1,8 +1,7 @@
 """`Site`: one latent site of a posterior — Gaussian moments, their correlations, the prior of the
-fit, the entries that live.
+fit, the kept entries.
 
-Owns `Site`, what a mask does to it, `rows_digest`, and the draw of a correlated one. Next:
-`curvature.py`.
+Owns `Site`, what a mask does to it, and `rows_digest`. Next: `curvature.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Site:
 
     `prior`: the Gaussian prior of the fit, its moments expanded lazily from numbers; None for a
     prior that is not Gaussian. `declared`: the prior object that declared the site, if one did.
-    `mask`: the entries that live; None for all. Pruned entries have mean and variance 0. `given`:
+    `mask`: the kept entries; None for all. Pruned entries have mean and variance 0. `given`:
     the latent sites on which the prior's moments depend; they stand at their posterior point (their
     median). `joint`: the correlations of the entries where q has them, over the flattened site
     (`MatrixNormal`: over its rows and the rest); `mean` and `var` are its marginals. None for
@@ -53,13 +52,13 @@ class Site:
     of_rows: str | None = None
 
     @property
-    def alive(self) -> Tensor:
-        """The entries that live, as a bool tensor in the site's shape."""
+    def kept(self) -> Tensor:
+        """The kept entries, as a bool tensor in the site's shape."""
         return torch.ones_like(self.mean, dtype=torch.bool) if self.mask is None else self.mask
 
     @property
-    def living(self) -> int:
-        """How many entries live."""
+    def kept_count(self) -> int:
+        """How many entries are kept."""
         return self.mean.numel() if self.mask is None else int(self.mask.count_nonzero())
 
     def value(self, unconstrained: Tensor) -> Tensor:
@@ -69,9 +68,7 @@ class Site:
         return value if self.mask is None else value.where(self.mask, 0)
 
     def masked(self, mask: Tensor) -> Site:
-        """The same site with `mask` in force: moments of pruned entries 0, and the joint covariance
-        that of the others.
-        """
+        """The same site with `mask` in force: moments and covariances of pruned entries are 0."""
         return replace(
             self,
             mean=self.mean.where(mask, 0),
@@ -81,9 +78,7 @@ class Site:
         )
 
     def widened(self, factor: float) -> Site:
-        """The same site with `factor` times the covariance; one that is not on all numbers stays as
-        it is.
-        """
+        """With `factor` times the covariance; a site that is not real is unchanged."""
         if self.support != "real":
             return self
         joint = self.joint and self.joint.scaled(factor)

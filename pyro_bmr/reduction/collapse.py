@@ -1,5 +1,5 @@
 """Layers that a reduction empties: a network that goes through such a layer is a constant function,
-however many weights live elsewhere.
+however many weights are kept elsewhere.
 
 Owns `collapse`, which says so in a sentence, from masks alone, and `collapse_of`, which reads them
 off a network. Imports torch only. Next: `multiplied.py`.
@@ -20,7 +20,7 @@ _NAMED = 5  # layers that a message names
 
 
 class _Layer(NamedTuple):
-    living: int
+    kept: int
     units: int
 
 
@@ -29,17 +29,17 @@ def collapse(after: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = 
 
     A layer is a site of two or more dimensions, or the gain of a norm (a vector called
     ``<path>.weight``), but not a token (1, 1, d) or positions (1, n, d); its units are its first
-    axis, and one lives while an entry of it does. A fused projection of query, key and value is
+    axis, and one is kept while an entry of it is. A fused projection of query, key and value is
     three layers. The sentence is due if
 
-    - a layer has no living unit and had one before, and there are other layers, and not every entry
-      of all sites is gone (the empty model, which needs no warning); or
+    - a layer has no kept unit and had one before, and there are other layers, and not every entry
+      of all sites is pruned (the empty model, which needs no warning); or
     - a layer has less than a tenth of its units and had that tenth before, while the median of the
       other layers has more than half of theirs.
 
     Args:
-        after, before: site → bool tensor, True where a weight lives. Without `before`, every unit
-            lived and only empty layers count.
+        after, before: site → bool tensor, True where a weight is kept. Without `before`, every unit
+            was kept and only empty layers count.
     """
     if not any(_is_layer(name, mask) for name, mask in after.items()):
         return None
@@ -54,7 +54,7 @@ def collapse(after: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = 
     empty = [
         name
         for name, layer in layers.items()
-        if layer.living == 0 and (start[name].living > 0 or before is None)
+        if layer.kept == 0 and (start[name].kept > 0 or before is None)
     ]
     narrow = [
         name
@@ -65,12 +65,12 @@ def collapse(after: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = 
     if empty:
         which = _listed(empty, layers)
         parts.append(
-            f"no living unit is left in {which}: unless a skip connection goes around it, the"
+            f"no unit is kept in {which}: unless a skip connection goes around it, the"
             " network is a constant function of its input"
         )
     if narrow:
         parts.append(
-            f"less than a tenth of the units lives in {_listed(narrow, layers)}, while the median"
+            f"less than a tenth of the units is kept in {_listed(narrow, layers)}, while the median"
             " of the other layers keeps more than half"
         )
     if not parts:
@@ -78,7 +78,7 @@ def collapse(after: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = 
     site = (empty or narrow)[0].partition(" ")[0]
     others = [layer for name, layer in layers.items() if name not in empty + narrow]
     rest = (
-        f"; the other layers keep {sum(o.living for o in others):,} of"
+        f"; the other layers keep {sum(o.kept for o in others):,} of"
         f" {sum(o.units for o in others):,}"
         if others
         else ""
@@ -144,10 +144,10 @@ def _is_fused(name: str, mask: Tensor) -> bool:
 def _narrow(name: str, layers: Mapping[str, _Layer], start: Mapping[str, _Layer]) -> bool:
     layer = layers[name]
     others = [
-        other.living / other.units for key, other in layers.items() if key != name and other.units
+        other.kept / other.units for key, other in layers.items() if key != name and other.units
     ]
     return (
-        layer.living < _FEW * layer.units <= start[name].living
+        layer.kept < _FEW * layer.units <= start[name].kept
         and bool(others)
         and median(others) > _MOST
     )
@@ -155,6 +155,6 @@ def _narrow(name: str, layers: Mapping[str, _Layer], start: Mapping[str, _Layer]
 
 def _listed(names: list[str], layers: Mapping[str, _Layer]) -> str:
     shown = ", ".join(
-        f"'{name}' ({layers[name].living} of {layers[name].units})" for name in names[:_NAMED]
+        f"'{name}' ({layers[name].kept} of {layers[name].units})" for name in names[:_NAMED]
     )
     return f"layer {shown}" + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

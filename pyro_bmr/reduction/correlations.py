@@ -39,7 +39,7 @@ def independent(site: Site, labels: Tensor | None = None) -> Correlated | None:
 def _units(site: Site, structure: Any, labels: Tensor | None) -> Correlated | None:
     if site.prior is None:
         return None
-    kept = site.alive
+    kept = site.kept
     prior = Diagonal(
         *(t.to(site.mean).expand(kept.shape) for t in (site.prior.mean, site.prior.var))
     )
@@ -57,7 +57,7 @@ def pruned_site(site: Site, mask: Tensor) -> tuple[Site, float | None]:
     bare = replace(site, mean=site.mean.where(mask, 0), var=site.var.where(mask, 0), mask=mask)
     if site.joint is None:
         return bare, None
-    pruned = site.alive & ~mask
+    pruned = site.kept & ~mask
     if not bool(pruned.any()):
         return replace(bare, joint=site.joint), 0.0
     own = correlated(site, pruned.long())
@@ -66,7 +66,7 @@ def pruned_site(site: Site, mask: Tensor) -> tuple[Site, float | None]:
     units = torch.zeros(len(own.labels), dtype=torch.bool, device=mask.device)
     units[own.units[pruned]] = True
     gain, rest = prune_subset(own.structure, own.prior, units)
-    joint: Structure = rest.embedded(~units).whole(site.alive, own.turned)
+    joint: Structure = rest.embedded(~units).whole(site.kept, own.turned)
     mean, var = (t.reshape(site.mean.shape) for t in (joint.mean, joint.marginal_var))
     return replace(site, mean=mean, var=var, mask=mask, joint=joint), float(gain)
 
@@ -76,7 +76,7 @@ def spike_gain(site: Site, mask: Tensor, spike: Tensor) -> float:
     correlations, else the sum over the entries of their ΔF, `spike`.
     """
     gain = pruned_site(site, mask)[1]
-    return total(spike[site.alive & ~mask]) if gain is None else gain
+    return total(spike[site.kept & ~mask]) if gain is None else gain
 
 
 def rescaled_site(site: Site, reduced_prior: Diagonal) -> tuple[Site, float] | None:
@@ -92,7 +92,7 @@ def rescaled_site(site: Site, reduced_prior: Diagonal) -> tuple[Site, float] | N
     found = rescaled(own.structure, own.prior, new.prior)
     if found is None:
         return None
-    kept = site.alive
+    kept = site.kept
     mean, var = (
         t.masked_scatter(kept, part.flatten())
         for t, part in ((site.mean, found.mean), (site.var, found.var))

@@ -1,7 +1,7 @@
-"""The living entries of a site as vectors, which is what a rule of a reduced prior works on, and
+"""The kept entries of a site as vectors, which is what a rule of a reduced prior works on, and
 what it answers.
 
-Owns `Living`, `Reduced` and `living_part`. Next: `slabs.py`.
+Owns `KeptEntries`, `Reduced` and `kept_entries`. Next: `slabs.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pyro_bmr.posteriors.site import Site
 
 
 @dataclass(frozen=True)
-class Living:
-    """The living entries of a site as vectors: posterior `q` and prior `p` of the fit, the point
+class KeptEntries:
+    """The kept entries of a site as vectors: posterior `q` and prior `p` of the fit, the point
     spike's ΔF of each, and the group of each.
 
     `groups`: an integer from 0 for each; None where each weight decides for itself.
@@ -32,7 +32,7 @@ class Living:
 
     @property
     def rows(self) -> Tensor:
-        """The output unit of each entry, counted over those with a living entry."""
+        """The output unit of each entry, counted over those with a kept entry."""
         shape = self.site.mean.shape
         return numbered(
             _column(
@@ -44,7 +44,7 @@ class Living:
         )
 
     def target(self, gaussian: Any) -> Diagonal:
-        """A Gaussian of the site's shape, or of one that broadcasts to it, at the living
+        """A Gaussian of the site's shape, or of one that broadcasts to it, at the kept
         entries.
         """
         full = moments(gaussian, self.site.mean)
@@ -65,24 +65,24 @@ class Living:
 
 @dataclass(frozen=True)
 class Reduced:
-    """What a rule answers: ΔF of the site, log odds by which each living entry goes, their moments
+    """What a rule answers: ΔF of the site, log odds of pruning each kept entry, their moments
     and their prior from now on.
     """
 
     delta_f: float
-    drop: Tensor
+    drop_log_odds: Tensor
     moments: Diagonal
     prior: Diagonal | None
     scale: float | None = None
     scales: Tensor | None = None
 
 
-def living_part(site: Site, spike: Tensor, groups: Tensor | None = None) -> Living:
-    """The living entries of a site with a Gaussian prior; `spike` and `groups` in its shape."""
+def kept_entries(site: Site, spike: Tensor, groups: Tensor | None = None) -> KeptEntries:
+    """The kept entries of a site with a Gaussian prior; `spike` and `groups` in its shape."""
     assert site.prior is not None
     p = Diagonal(*(_column(t.to(site.mean), site) for t in (site.prior.mean, site.prior.var)))
     index = None if groups is None else numbered(_column(groups, site))
-    return Living(
+    return KeptEntries(
         site,
         Diagonal(_column(site.mean, site), _column(site.var, site)),
         p,
@@ -92,11 +92,11 @@ def living_part(site: Site, spike: Tensor, groups: Tensor | None = None) -> Livi
 
 
 def _column(t: Tensor, site: Site) -> Tensor:
-    """The living entries of `t`, which broadcasts to the site, as a vector: a view where everything
-    lives or `t` is one number.
+    """The kept entries of `t`, which broadcasts to the site, as a vector: a view where all are
+    kept or `t` is one number.
     """
     if t.numel() == 1:
-        return t.reshape(()).expand(site.living)
+        return t.reshape(()).expand(site.kept_count)
     return (
         t.expand(site.mean.shape).reshape(-1)
         if site.mask is None

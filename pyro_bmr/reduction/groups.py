@@ -1,5 +1,5 @@
-"""Which entries of which sites live or die together: the group of each entry, as an integer tensor
-in the shape of its site.
+"""Which entries of which sites are pruned or kept together: the group of each entry, as an integer
+tensor in the shape of its site.
 
 Owns `group_labels`, which makes them of a word such as "unit", and the patterns `Block` and `NofM`.
 Imports torch only. Next: `entries.py`.
@@ -46,8 +46,8 @@ class Block:
 
 @dataclass(frozen=True)
 class NofM:
-    """`n` of every `m` neighbours along the inputs of a matrix (out, in·...) live: those with the
-    smallest ΔF of being zero. NofM(2, 4) is the 2:4 pattern.
+    """`n` of every `m` neighbours along the inputs of a matrix (out, in·...) are kept: those with
+    the smallest ΔF of being zero. NofM(2, 4) is the 2:4 pattern.
     """
 
     n: int = 2
@@ -55,11 +55,13 @@ class NofM:
 
     def __post_init__(self) -> None:
         if not holds(lambda n, m: 0 < n < m, self.n, self.m):
-            raise ReductionError(f"{described(self)}: 0 < n < m is wanted, as in NofM(2, 4)")
+            raise ReductionError(
+                f"NofM: expected 0 < n < m, as in NofM(2, 4), got {described(self)}"
+            )
 
     def mask(self, drop: Tensor) -> Tensor:
-        """True for the n entries of each m with the smallest `drop`; dead entries (infinite `drop`)
-        stay dead, vectors are left whole.
+        """True for the n entries of each m with the smallest `drop`; pruned entries (infinite
+        `drop_log_odds`) stay pruned, vectors are left whole.
 
         Raises:
             ReductionError: the inputs of the matrix do not divide by m.
@@ -100,7 +102,7 @@ def group_labels(
     per: str | Block | Mapping[str, Tensor],
     heads: int | Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Site → the number of each entry's group, −1 for entries that are in none and stay. Groups may
+    """Site → the number of each entry's group, −1 for entries that are in none and kept. Groups may
     have entries in several sites.
 
     Args:
@@ -256,7 +258,7 @@ def _own_labels(shapes: Shapes, per: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
         if own.is_floating_point() or own.dtype == torch.bool or not fits:
             raise ReductionError(
-                f"per: the groups of site '{name}' must be integers that broadcast to"
+                f"per: expected groups of site '{name}' that are integers that broadcast to"
                 f" {tuple(shapes[name])}, got {own.dtype} of shape {tuple(own.shape)}"
             )
     distinct = torch.unique(torch.cat([own.flatten().long().cpu() for own in per.values()]))

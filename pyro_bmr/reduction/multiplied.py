@@ -2,8 +2,8 @@ r"""Sites that the program multiplies, and what is wrong with pruning them entry
 
 Owns `multiplied`. In a product w = Σₖ bₖaₖ, as a low-rank update or the queries and keys of
 attention have it, several k stand for one weight, and what is left of aₖ is worth nothing where bₖ
-is gone. A posterior with independent entries knows neither, and the ΔF of single entries promise
-too much. Where slice k of both goes or stays as one they do not. Next: `wide_sums.py`.
+is pruned. A posterior with independent entries knows neither, and the ΔF of single entries promise
+too much. Where slice k of both is pruned or kept together they do not. Next: `wide_sums.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.posteriors.posterior import Posterior
-from pyro_bmr.reduction.rules import SiteReduction
+from pyro_bmr.reduction.reduced_site import SiteReduction
 
 _NAMED = 3  # pairs
 
@@ -29,7 +29,7 @@ def multiplied(
     lost = {
         name
         for name, result in factors.items()
-        if bool((before[name].alive & ~result.site.alive).any())
+        if bool((before[name].kept & ~result.site.kept).any())
     }
     pairs = sorted(
         {(min(name, other), max(name, other)) for name in lost for other in before[name].multiplies}

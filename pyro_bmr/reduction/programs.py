@@ -70,14 +70,14 @@ def reduction_program(posterior: Posterior, name: str, to: ScaleHierarchy) -> Ca
             f"site '{name}': {described(to)} has no sample_scale; a Horseshoe has, or a prior of"
             " your own with that method"
         )
-    alive, shape = site.alive, site.mean.shape
+    kept, shape = site.kept, site.mean.shape
     p = Diagonal(site.prior.mean.expand(shape), site.prior.var.expand(shape))
-    data = message(Diagonal(site.mean, site.var.where(alive, p.var)), p)
+    data = message(Diagonal(site.mean, site.var.where(kept, p.var)), p)
 
     def program() -> Tensor:
         var = to.sample_scale(name, tuple(shape), site.mean).square()
         pyro.factor(
-            "delta_f", log_evidence_ratio(data, p.var, var.expand(shape)).where(alive, 0).sum()
+            "delta_f", log_evidence_ratio(data, p.var, var.expand(shape)).where(kept, 0).sum()
         )
         return var
 
@@ -180,8 +180,8 @@ def log_prior_ratio(
     }
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise ReductionError(
-            "as many draws of each site are wanted, at least one, along the first dimension of a"
-            f" tensor; got {sizes or 'none'}"
+            "draws: expected as many of each site, at least one, along the first dimension of a"
+            f" tensor, got {sizes or 'none'}"
         )
     count = next(iter(sizes.values()))
 

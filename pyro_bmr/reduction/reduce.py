@@ -21,11 +21,12 @@ from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
 from pyro_bmr.reduction.correlations import pruned_site, rescaled_site
-from pyro_bmr.reduction.decisions import SearchMethod, decide, is_point_spike, pattern_masks
+from pyro_bmr.reduction.decisions import SearchMethod, decide, pattern_masks
+from pyro_bmr.reduction.group_evidence import is_point_spike
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
 from pyro_bmr.reduction.multiplied import multiplied
+from pyro_bmr.reduction.reduced_site import SiteReduction, site_reduction
 from pyro_bmr.reduction.result import Reduction, cautions
-from pyro_bmr.reduction.rules import SiteReduction, site_reduction
 from pyro_bmr.reduction.search import greedy_search
 from pyro_bmr.reduction.slabs import with_slab
 
@@ -41,45 +42,45 @@ def reduce(
     heads: int | Mapping[str, int] | None = None,
     search: SearchMethod | None = greedy_search,
 ) -> Reduction:
-    r"""What the evidence, the posterior and the set of living weights would be under the prior
+    r"""What the evidence, the posterior and the set of kept weights would be under the prior
     `to`; no new fit.
 
     Warns (`PyroBMRWarning`, and `Reduction.warnings`) where a layer loses its units, where factors
     of a product are pruned apart, and where ΔF is a sum over more weights than can be independent.
 
     Each weight's question is the point spike's: ΔF = ½ log(σ₀²/σ²) − ½ μ²/σ² for a prior N(0, σ₀²)
-    and a posterior N(μ, σ²). The question of a group is whether all of it goes: its ΔF is the sum
-    over its weights, or where the posterior has correlations (`Site.joint`) the joint density ratio
-    log q(0) − log p(0).
+    and a posterior N(μ, σ²). The question of a group is whether to prune all of it: its ΔF is the
+    sum over its weights, or where the posterior has correlations (`Site.joint`) the joint density
+    ratio log q(0) − log p(0).
 
     Args:
-        posterior: of a fit under Gaussian priors; entries that its masks have pruned stay pruned
-            and count nowhere.
+        posterior: of a fit under Gaussian priors; entries that its masks have pruned are still
+            pruned and count nowhere.
         to: the reduced prior, or patterns of site names → reduced prior (None leaves a site alone).
-            A prior without patterns goes to every real site with a Gaussian prior.
+            A prior without patterns applies to every real site with a Gaussian prior.
 
-            - ``Gaussian(scale=0)``, the point spike: a weight goes when its ΔF is above
-              `threshold`; the site's ΔF is the sum over those that went.
+            - ``Gaussian(scale=0)``, the point spike: a weight is pruned when its ΔF is
+              above `threshold`; the site's ΔF is the sum over the pruned weights.
             - ``Gaussian(scale=s)``: new moments, nothing is pruned. ``Gaussian()``: s per site by
               its evidence.
-            - ``SpikeAndSlab()``: a weight goes when ΔF − ζ is above `threshold`, with ζ the
+            - ``SpikeAndSlab()``: a weight is pruned when ΔF − ζ is above `threshold`, with ζ the
               inclusion log odds of the site; a group has one indicator.
-            - ``Horseshoe()``: new moments; a weight goes when logit κ is above `threshold`, that
-              is, when κ > ½; a group when the sum of its logits is.
+            - ``Horseshoe()``: new moments; a weight is pruned when logit κ is above `threshold`,
+              that is, when κ > ½; a group when the sum of its logits is.
             - None: the decision of the priors under which the posterior was fitted (a horseshoe's,
               by the evidence given its scales; inclusion < ½; a Gaussian keeps all); ΔF is 0.
 
             Scales are in the units of the site: a standardised site (`Gaussian("layer")`) counts
                 them in layer scales.
-        per: what goes or stays as one: ``"weight"``, ``"unit"``, ``"channel"``, ``"input"``,
+        per: what is pruned or kept together: ``"weight"``, ``"unit"``, ``"channel"``, ``"input"``,
             ``"head"`` or ``"layer"`` (see `groups.group_labels`), a tile ``Block(rows, columns)``,
             or a mapping from sites to integer tensors, the number of each entry's group (negative:
-            stays). ``NofM(2, 4)`` is a constraint instead: of every 4 neighbours along the inputs
-            the 2 with the smallest ΔF live, whatever the evidence says.
+            kept). ``NofM(2, 4)`` is a constraint instead: of every 4 neighbours along the inputs
+            the 2 with the smallest ΔF are kept, whatever the evidence says.
         threshold: in nats, per weight or group.
         kept: instead of the threshold, prune the weights with the largest spike ΔF, or the groups
-            with the largest per weight, until this fraction of all the sites' entries lives. Of
-            several layers the last one's units, which are the outputs of a network, stay then (with
+            with the largest per weight, until this fraction of all the sites' entries is kept. Of
+            several layers the last one's units, the outputs of a network, are kept then (with
             ``"unit"`` and ``"channel"``; a mapping of your own for `per` says otherwise). Patterns
             of site names → fraction set a target for each site of its own; sites that none names
             follow the evidence.
@@ -121,15 +122,15 @@ def quiet_reduction(
     """
     if not isinstance(posterior, Posterior):
         raise ReductionError(
-            f"reduce: a Posterior is wanted, such as fit.posterior; got {type(posterior).__name__}"
+            f"reduce: expected a Posterior, such as fit.posterior, got {type(posterior).__name__}"
         )
     if any(isinstance(prior, type) for prior in (to.values() if isinstance(to, Mapping) else [to])):
         raise ReductionError(
-            f"to={described(to)}: a prior is wanted and not its class; call it, as in"
+            f"to: expected a prior, got its class, {described(to)}; call it, as in"
             " Gaussian(scale=0)"
         )
     if not holds(lambda t: not math.isnan(t), threshold):
-        raise ReductionError(f"threshold={described(threshold)}: a number of nats is wanted")
+        raise ReductionError(f"threshold: expected a number of nats, got {described(threshold)}")
     _check_arguments(per, kept, heads)
     targets = _targets(posterior, to)
     labels = _labels(posterior, targets, per, kept, heads)
@@ -156,12 +157,12 @@ def quiet_reduction(
         site, gain = pruned_site(result.site, masks[name])
         gained, terms = result.delta_f, result.terms
         if is_point_spike(targets[name]):
-            went = result.site.alive & ~masks[name]
-            each = result.spike_delta_f[went]
+            pruned = result.site.kept & ~masks[name]
+            each = result.spike_delta_f[pruned]
             gained, terms = (total(each), len(each)) if gain is None else (gain, int(len(each) > 0))
         # one indicator for each group
         elif isinstance(targets[name], SpikeAndSlab) and labels is not None:
-            terms = len(labels[name].to(result.site.mean.device)[result.site.alive].unique())
+            terms = len(labels[name].to(result.site.mean.device)[result.site.kept].unique())
         results[name] = replace(result, delta_f=gained, site=site, terms=terms)
     after = replace(
         posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}}
@@ -180,14 +181,14 @@ def _rescaled(site: Site, to: Prior | None, result: SiteReduction) -> SiteReduct
     of the marginals. Other continuous priors leave marginals.
     """
     if site.joint is None or result.site.prior is site.prior:
-        return replace(result, terms=0 if to is None else result.site.living)
+        return replace(result, terms=0 if to is None else result.site.kept_count)
     exact = (
         rescaled_site(site, result.site.prior)
         if isinstance(to, Gaussian) and result.site.prior is not None
         else None
     )
     if exact is None:
-        return replace(result, site=replace(result.site, joint=None), terms=site.living)
+        return replace(result, site=replace(result.site, joint=None), terms=site.kept_count)
     return replace(result, site=exact[0], delta_f=exact[1], terms=1)
 
 
@@ -226,7 +227,9 @@ def _labels(
 def _check_arguments(per: object, kept: float | Mapping[str, float] | None, heads: object) -> None:
     for fraction in kept.values() if isinstance(kept, Mapping) else [kept]:
         if fraction is not None and not holds(lambda x: 0 <= x <= 1, fraction):
-            raise ReductionError(f"kept={described(kept)}: a fraction between 0 and 1 is wanted")
+            raise ReductionError(
+                f"kept: expected a fraction between 0 and 1, got {described(kept)}"
+            )
     if heads is not None and not (isinstance(per, str) and per == "head"):
         raise ReductionError(
             f"heads={described(heads)}: only per='head' asks for the number of heads; got"

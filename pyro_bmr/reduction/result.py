@@ -1,35 +1,31 @@
 """`Reduction`: what a reduction says of each site and of the whole; looked at, partly taken, put
 after another, saved and loaded.
 
-Owns `Reduction`. Next: `decisions.py`.
+Owns `Reduction`. Next: `group_evidence.py`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.files import check_digests, digests, read_json, reading, replacing, write_atomically
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.reduction.collapse import collapse
 from pyro_bmr.reduction.correlations import spike_gain
 from pyro_bmr.reduction.multiplied import multiplied
-from pyro_bmr.reduction.rules import SiteReduction
+from pyro_bmr.reduction.reduced_site import SiteReduction
+from pyro_bmr.reduction.reduction_file import read_reduction, write_reduction
 from pyro_bmr.reduction.wide_sums import wide_sum
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_FORMAT = "pyro_bmr reduction 1"
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,8 @@ class Reduction:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Site → bool tensor, True where the weight lives; for reduced sites."""
-        return {name: result.site.alive for name, result in self.sites.items()}
+        """Site → bool tensor, True where the weight is kept; for reduced sites."""
+        return {name: result.site.kept for name, result in self.sites.items()}
 
     @property
     def delta_f(self) -> float:
@@ -59,7 +55,7 @@ class Reduction:
 
     @property
     def kept(self) -> float:
-        """The fraction of the reduced sites' weights that live."""
+        """The fraction of the reduced sites' weights that are kept."""
         masks = self.masks.values()
         return sum(int(mask.count_nonzero()) for mask in masks) / sum(
             mask.numel() for mask in masks
@@ -74,8 +70,8 @@ class Reduction:
         rows = [
             (
                 name,
-                r.drop.numel(),
-                float(r.site.alive.double().mean()),
+                r.drop_log_odds.numel(),
+                float(r.site.kept.double().mean()),
                 r.delta_f,
                 r.wider,
                 r.scale,
@@ -91,9 +87,9 @@ class Reduction:
         """ΔF over the number of weights pruned: the columns pruned, kept (fraction) and delta_f
         (nats), `points` rows from nothing to everything.
 
-        The weights, or groups, go in the order of their spike ΔF per weight; each row is the ΔF of
-        all that went so far together, jointly where the posterior has correlations. Weights that
-        were dead before the reduction count as pruned in each row.
+        The weights, or groups, are pruned in the order of their spike ΔF per weight; each row is
+        the ΔF of all that are pruned so far together, jointly where the posterior has correlations.
+        Weights that were pruned before the reduction count as pruned in each row.
 
         Raises:
             ReductionError: a site has no spike ΔF, since its prior in the fit was not Gaussian.
@@ -101,27 +97,25 @@ class Reduction:
         import pandas as pd
 
         ranks = self._ranks()
-        pooled = torch.cat(
-            [rank[self.before[name].alive].flatten() for name, rank in ranks.items()]
-        )
+        pooled = torch.cat([rank[self.before[name].kept].flatten() for name, rank in ranks.items()])
         if bool(pooled.isnan().any()):
             raise ReductionError(
                 "the curve needs the point spike's ΔF, which sites without a Gaussian prior do not"
                 " have; take the others with only()"
             )
         size = sum(rank.numel() for rank in ranks.values())
-        dead = size - pooled.numel()
+        before = size - pooled.numel()
         order = pooled.sort(descending=True).values
         rows = []
         for count in sorted({round(k * len(order) / (points - 1)) for k in range(points)}):
             limit = order[count - 1] if count else torch.tensor(torch.inf)
-            gain, gone = 0.0, 0
+            gain, pruned = 0.0, 0
             for name, rank in ranks.items():
                 site = self.before[name]
-                mask = site.alive & ~(rank >= limit)
+                mask = site.kept & ~(rank >= limit)
                 gain += spike_gain(site, mask, self.sites[name].spike_delta_f)
-                gone += int((site.alive & ~mask).sum())
-            rows.append((dead + gone, 1 - (dead + gone) / size, gain))
+                pruned += int((site.kept & ~mask).sum())
+            rows.append((before + pruned, 1 - (before + pruned) / size, gain))
         return pd.DataFrame(rows, columns=["pruned", "kept", "delta_f"]).drop_duplicates(
             "pruned", ignore_index=True
         )
@@ -235,41 +229,9 @@ class Reduction:
         """Writes `before.safetensors`, `after.safetensors` (two posteriors), `sites.safetensors`
         and `reduction.json` to `folder`, all four or none.
         """
-        tensors: dict[str, Tensor] = {
-            f"{name}/groups": group for name, group in (self.groups or {}).items()
-        }
-        about: dict[str, dict[str, Any]] = {}
-        for name, result in self.sites.items():
-            parts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "site"}
-            tensors |= {
-                f"{name}/{part}": value
-                for part, value in parts.items()
-                if isinstance(value, Tensor)
-            }
-            about[name] = {
-                part: value for part, value in parts.items() if not isinstance(value, Tensor)
-            }
-        with replacing(Path(folder), "reduction.json") as stage:
-            self.before.save(stage / "before.safetensors")
-            self.posterior.save(stage / "after.safetensors")
-            write_atomically(
-                stage / "sites.safetensors",
-                lambda path: save_file(
-                    {k: t.detach().contiguous().clone() for k, t in tensors.items()}, path
-                ),
-            )
-            content = json.dumps(
-                {
-                    "format": _FORMAT,
-                    "groups": self.groups is not None,
-                    "warnings": self.warnings,
-                    "sites": about,
-                    "files": digests(stage),
-                }
-            )  # with NaN, as they are
-            write_atomically(
-                stage / "reduction.json", lambda path: path.write_text(content, encoding="utf-8")
-            )
+        write_reduction(
+            Path(folder), self.sites, self.posterior, self.before, self.groups, self.warnings
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Reduction:
@@ -279,47 +241,7 @@ class Reduction:
             ReductionError: the folder does not hold one, or a file of it is damaged, or of another
                 reduction than the rest.
         """
-        folder = Path(folder)
-        head, fault, mend = (
-            folder / "reduction.json",
-            f"{folder}: not a saved reduction",
-            "give the folder that Reduction.save wrote, or reduce and save again",
-        )
-        about = read_json(head, fault, ReductionError, mend)
-        if about.get("format") != _FORMAT:
-            raise ReductionError(f"{fault} of format {_FORMAT!r}; {mend}")
-        parts: dict[str, dict[str, Any]] = {}
-        with reading(fault, ReductionError, mend):
-            for key, tensor in load_file(folder / "sites.safetensors").items():
-                name, _, part = key.rpartition("/")
-                parts.setdefault(name, {})[part] = tensor
-        before, after = (
-            Posterior.load(folder / f"{part}.safetensors") for part in ("before", "after")
-        )
-        check_digests(head, about.get("files"), ReductionError, "reduce and save again")
-        sites = {}
-        with reading(f"{folder}: a damaged reduction", ReductionError, "reduce and save again"):
-            groups = (
-                {name: parts[name].pop("groups") for name in about["sites"]}
-                if about["groups"]
-                else None
-            )
-            for name, numbers in about["sites"].items():
-                own = {
-                    part: tensor for part, tensor in parts.get(name, {}).items() if part != "groups"
-                }
-                sites[name] = SiteReduction(**numbers, **own, site=after[name])
-                numeric = all(
-                    isinstance(sites[name].__dict__[part], (int, float))
-                    for part in ("delta_f", "wider")
-                )
-                if not numeric or any(
-                    t.shape != after[name].mean.shape
-                    for t in (sites[name].drop, sites[name].spike_delta_f)
-                ):
-                    raise ValueError(f"site '{name}': its decisions do not fit its moments")
-            warned = tuple(map(str, about.get("warnings", ())))
-        return cls(sites, after, before, groups, warned)
+        return cls(*read_reduction(Path(folder)))
 
     def _ranks(self) -> dict[str, Tensor]:
         """Per entry the spike ΔF, or of groups the mean over the group; entries in no group
@@ -335,7 +257,7 @@ class Reduction:
             torch.zeros(count, dtype=torch.float64, device=like.device) for _ in range(2)
         )
         for name, spike in spikes.items():
-            inside = (groups[name] >= 0) & self.before[name].alive
+            inside = (groups[name] >= 0) & self.before[name].kept
             total.index_add_(0, groups[name][inside], spike[inside].double())
             size.index_add_(
                 0, groups[name][inside], torch.ones_like(spike[inside], dtype=torch.float64)
@@ -350,8 +272,8 @@ def cautions(before: Posterior, results: Mapping[str, SiteReduction]) -> tuple[s
     """What may mislead in a reduction of `before`: layers that it empties, and sums that take too
     many weights as independent.
     """
-    masks = {name: site.alive for name, site in before.sites.items() if site.support == "real"}
-    emptied = collapse(masks | {name: result.site.alive for name, result in results.items()}, masks)
+    masks = {name: site.kept for name, site in before.sites.items() if site.support == "real"}
+    emptied = collapse(masks | {name: result.site.kept for name, result in results.items()}, masks)
     return tuple([emptied] if emptied else []) + tuple(wide_sum(before, results))
 
 
@@ -361,5 +283,5 @@ def _same(a: Any, b: Any) -> bool:
         and b is not None
         and torch.equal(a.mean, b.mean)
         and torch.equal(a.var, b.var)
-        and torch.equal(a.alive, b.alive)
+        and torch.equal(a.kept, b.kept)
     )

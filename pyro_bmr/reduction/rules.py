@@ -1,9 +1,6 @@
-"""What a reduced prior says of one site of a posterior: evidence, moments, and the log odds by
-which each weight goes.
+"""What a reduced prior says of the kept entries of a site, with one rule for each kind of prior.
 
-Owns `SiteReduction` and `site_reduction`, with one entry per kind of reduced prior. The formulas
-are in the files beside this one; the decision over all sites is in `decisions.py`. Next:
-`visited_models.py`.
+Owns `reduced`. The formulas are in `formulas/`. Next: `reduced_site.py`.
 
 A prior of your own is a target if it has `mean` and `var` (it is Gaussian), `mixture` (a scale
 mixture of Gaussians), or `log_prob` (any density), looked for in this order. For a rule of your own
@@ -13,7 +10,6 @@ register the class with `reduced.register`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
 
@@ -21,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError, described
-from pyro_bmr.formulas.diagonal import Diagonal, number
-from pyro_bmr.formulas.gaussian import delta_f, point_spike_delta_f, reduced_posterior, total
+from pyro_bmr.formulas.diagonal import Diagonal
+from pyro_bmr.formulas.gaussian import delta_f, reduced_posterior, total
 from pyro_bmr.formulas.laplace import laplace_reduction
 from pyro_bmr.formulas.message import Message, message
 from pyro_bmr.formulas.quadrature import density_reduction
@@ -33,146 +29,37 @@ from pyro_bmr.formulas.scale_mixture import (
     grouped_reduction,
     scale_mixture_reduction,
 )
-from pyro_bmr.posteriors.posterior import Posterior
-from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors import (
     Gaussian,
     Horseshoe,
     Laplace,
-    Prior,
     ScaleMixture,
     SpikeAndSlab,
     StudentT,
 )
-from pyro_bmr.reduction.entries import Living, Reduced, living_part
-from pyro_bmr.reduction.slabs import spike_and_slab, with_slab
-
-
-@dataclass(frozen=True)
-class SiteReduction:
-    """What a reduction says of one site.
-
-    `delta_f`: gain in log evidence of the whole site, nats, for the reduced prior over the prior of
-    the fit. `spike_delta_f`: the gain of setting each weight to zero, entry by entry. `drop`: the
-    log odds by which each weight goes when positive. `site`: the reduced posterior, with its mask.
-    `wider`: how many living weights have a posterior wider than their prior, about which the data
-    said nothing. `terms`: how many independent terms `delta_f` is the sum of; a joint evidence is
-    one. `scale`: what the reduction found out about the prior (τ of a horseshoe, inclusion log odds
-    ζ of a spike and slab, s of a Gaussian), or None; the median where it differs between groups.
-    `scales`: then the value of each group.
-    """
-
-    delta_f: float
-    spike_delta_f: Tensor
-    drop: Tensor
-    site: Site
-    wider: int
-    scale: float | None = None
-    scales: Tensor | None = None
-    terms: int = 0
-
-    @property
-    def inclusion(self) -> Tensor:
-        """The probability by which each weight stays, σ(−drop): of being in the slab for a spike
-        and slab, 1 − κ for a scale mixture.
-        """
-        return torch.sigmoid(-self.drop)
-
-
-def site_reduction(
-    posterior: Posterior, name: str, to: Prior | None, groups: Tensor | None = None
-) -> SiteReduction:
-    """Everything but the mask: `drop` and the reduced moments of all kept entries, and for
-    continuous targets ΔF. `decide` in `decisions.py` makes the mask from `drop`.
-
-    `groups`: an integer tensor of the site's shape; entries of one number share one decision, and
-    where the prior has a scale or an indicator per weight they share that. None: each weight by
-    itself.
-
-    Raises:
-        ReductionError: the site is a point estimate, its prior in the fit is not Gaussian, `to` is
-            no target, or `groups` does not fit.
-    """
-    site = posterior[name]
-    _not_a_point(site)
-    if groups is not None and (
-        groups.shape != site.mean.shape or groups.is_floating_point() or groups.dtype == torch.bool
-    ):
-        raise ReductionError(
-            f"groups must be an integer tensor of the site's shape {tuple(site.mean.shape)}; got"
-            f" {groups.dtype} of shape {tuple(groups.shape)}"
-        )
-    if to is None:
-        return _own_decision(posterior, name)
-    if site.prior is None:
-        raise ReductionError(
-            f"its prior in the fit ({described(site.declared)}) is not Gaussian; reduce a posterior"
-            " fitted under Gaussian(), or pass to=None for its own decision"
-        )
-    if isinstance(to, SpikeAndSlab):
-        to = with_slab(posterior, name, to, groups)
-    wider = int(torch.count_nonzero(site.var > site.prior.var))
-    spike = point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask)
-    living = living_part(site, spike, groups)
-    answer = reduced(to, living)
-    whole = site.mask is None
-
-    def back(part: Tensor, elsewhere: Tensor | float) -> Tensor:
-        if whole:
-            return part.view(site.mean.shape)
-        return (
-            torch.full_like(site.mean, elsewhere) if isinstance(elsewhere, float) else elsewhere
-        ).masked_scatter(site.alive, part)
-
-    kept = answer.moments is living.q
-    mean, var = (
-        (site.mean, site.var)
-        if kept
-        else (back(answer.moments.mean, site.mean), back(answer.moments.var, site.var))
-    )
-    drop = (
-        spike.masked_fill(~site.alive, torch.inf)
-        if answer.drop is living.spike and not whole
-        else back(answer.drop, torch.inf)
-    )
-    prior = site.prior if answer.prior is living.p else None
-    if answer.prior is not None and answer.prior is not living.p:
-        prior = Diagonal(
-            *(
-                t if t.ndim == 0 else back(t, 1.0)
-                for t in map(number, _in_dtype(answer.prior, site.mean.dtype))
-            )
-        )
-    site = replace(
-        site,
-        mean=mean,
-        var=var,
-        prior=prior,
-        joint=site.joint if kept else None,
-        message=site.message if kept else None,
-    )
-    return SiteReduction(answer.delta_f, spike, drop, site, wider, answer.scale, answer.scales)
+from pyro_bmr.reduction.entries import KeptEntries, Reduced
+from pyro_bmr.reduction.slabs import spike_and_slab
 
 
 @singledispatch
-def reduced(to: Any, living: Living) -> Reduced:
+def reduced(to: Any, entries: KeptEntries) -> Reduced:
     """The answer of one kind of reduced prior; this one is for priors that are known by what they
     have.
     """
     if isinstance(to, ScaleMixture):
-        return _scale_mixture(to, living)
+        return _scale_mixture(to, entries)
     if hasattr(to, "mean") and hasattr(to, "var") and not callable(to.mean):
-        return _gaussian(living.target(to), living)
+        return _gaussian(entries.target(to), entries)
     if hasattr(to, "log_prob"):
-        return _density(to, living)
+        return _density(to, entries)
     raise ReductionError(
-        f"{described(to)} is no target of a reduction: it has neither mean and var, nor mixture,"
-        " nor log_prob"
+        "to: expected a prior with mean and var, with mixture, or with log_prob, got"
+        f" {described(to)}"
     )
 
 
 @reduced.register
-def _(to: Gaussian, living: Living) -> Reduced:
+def _(to: Gaussian, entries: KeptEntries) -> Reduced:
     if not isinstance(to.mean, (int, float)):
         raise ReductionError(
             f"{described(to)}: the mean of a reduced prior is a number here; for other points use"
@@ -189,44 +76,48 @@ def _(to: Gaussian, living: Living) -> Reduced:
             " Gaussian() for the scale with the best evidence"
         )
     if to.scale == "empirical":
-        return _best_gaussian(to, living)
-    return _gaussian(living.target(to), living)
+        return _best_gaussian(to, entries)
+    return _gaussian(entries.target(to), entries)
 
 
-def _gaussian(target: Diagonal, living: Living) -> Reduced:
-    """New moments, nothing goes; the point spike: nothing moves, a weight goes by its evidence."""
+def _gaussian(target: Diagonal, entries: KeptEntries) -> Reduced:
+    """New moments, nothing is pruned; the point spike: no moment changes, a weight is pruned by its
+    evidence.
+    """
     if not bool(target.var.any()) and not bool(target.mean.any()):
         return Reduced(
             0.0,
-            living.spike if living.groups is None else living.spread(living.summed(living.spike)),
-            living.q,
-            living.p,
+            entries.spike
+            if entries.groups is None
+            else entries.spread(entries.summed(entries.spike)),
+            entries.q,
+            entries.p,
         )
-    gain = delta_f(living.q, living.p, target)
+    gain = delta_f(entries.q, entries.p, target)
     return Reduced(
         total(gain),
         torch.full_like(gain, -torch.inf),
-        reduced_posterior(living.q, living.p, target),
+        reduced_posterior(entries.q, entries.p, target),
         target,
     )
 
 
-def _best_gaussian(to: Gaussian, living: Living) -> Reduced:
-    """The scale with the best evidence: one for the site, or one for each group, of which a scale
-    of 0 says that the group goes.
+def _best_gaussian(to: Gaussian, entries: KeptEntries) -> Reduced:
+    """The scale with the best evidence: one for the site, or one for each group. A group with scale
+    0 is pruned.
     """
-    q, p, mean = living.q, living.p, float(to.mean)  # type: ignore[arg-type]  # a number: `reduced` refuses others
+    q, p, mean = entries.q, entries.p, float(to.mean)  # type: ignore[arg-type]  # a number: `reduced` refuses others
     index = (
         torch.zeros(len(q.mean), dtype=torch.long, device=q.mean.device)
-        if living.groups is None
-        else living.groups
+        if entries.groups is None
+        else entries.groups
     )
     data = message(Diagonal(q.mean.double(), q.var.double()), p, about=mean)
     best = best_var(data, p.var, index).var
     var = best[index]
     target = Diagonal(torch.full_like(var, mean), var)
     drop = torch.full_like(q.mean, -torch.inf).masked_fill(
-        var == 0, -torch.inf if living.groups is None or mean != 0 else torch.inf
+        var == 0, -torch.inf if entries.groups is None or mean != 0 else torch.inf
     )
     scales = best.sqrt().to(q.mean.dtype)
     return Reduced(
@@ -235,12 +126,12 @@ def _best_gaussian(to: Gaussian, living: Living) -> Reduced:
         reduced_posterior(q, p, target),
         target,
         float(scales.median()) if len(scales) else None,
-        None if living.groups is None else scales,
+        None if entries.groups is None else scales,
     )
 
 
 @reduced.register
-def _(to: Horseshoe, living: Living) -> Reduced:
+def _(to: Horseshoe, entries: KeptEntries) -> Reduced:
     if (
         to.slab_df is not None
         or to.block != 1
@@ -258,58 +149,58 @@ def _(to: Horseshoe, living: Living) -> Reduced:
             " tau for the layer or each unit, under a slab that is known; for other tiers fit a"
             " reduction_program"
         )
-    shared = living.rows if "weight" not in to.tiers else None
-    return _scale_mixture(to, living, shared, by_row=to.tiers == ("unit", "weight"))
+    shared = entries.rows if "weight" not in to.tiers else None
+    return _scale_mixture(to, entries, shared, by_row=to.tiers == ("unit", "weight"))
 
 
 @reduced.register
-def _(to: Laplace, living: Living) -> Reduced:
+def _(to: Laplace, entries: KeptEntries) -> Reduced:
     """In closed form; groups share one variance, by quadrature over it."""
-    if living.groups is not None:
-        return _scale_mixture(to, living)
-    data = _message_from_zero(to, living)
+    if entries.groups is not None:
+        return _scale_mixture(to, entries)
+    data = _message_from_zero(to, entries)
 
     def gain(data: Message, var: Tensor, scale: float) -> Tensor:
         return laplace_reduction(data, var, scale).delta_f
 
     found = hasattr(to, "log_hyper") and len(data.h)
     scale = (
-        float(best_scale(data, living.p.var, to.mixture, to.log_hyper, gain=gain))
+        float(best_scale(data, entries.p.var, to.mixture, to.log_hyper, gain=gain))
         if found
         else None
     )
     b = to.scale if scale is None else scale
     # a site without weights has no scale to find
-    result = laplace_reduction(data, living.p.var, 1.0 if isinstance(b, str) else b)
+    result = laplace_reduction(data, entries.p.var, 1.0 if isinstance(b, str) else b)
     return Reduced(
         total(result.delta_f), result.log_odds, Diagonal(result.mean, result.var), None, scale
     )
 
 
-def _message_from_zero(to: Any, living: Living) -> Message:
-    if bool((living.p.mean != 0).any()):
+def _message_from_zero(to: Any, entries: KeptEntries) -> Message:
+    if bool((entries.p.mean != 0).any()):
         raise ReductionError(
             f"a reduction to {type(to).__name__} needs a prior of mean 0 in the fit"
         )
-    return message(living.q, living.p)
+    return message(entries.q, entries.p)
 
 
 def _scale_mixture(
-    to: ScaleMixture, living: Living, shared: Tensor | None = None, by_row: bool = False
+    to: ScaleMixture, entries: KeptEntries, shared: Tensor | None = None, by_row: bool = False
 ) -> Reduced:
-    """A weight goes when κ > ½. The global scale is that of the best evidence where the prior has a
-    `log_hyper`, else its own.
+    """A weight is pruned when κ > ½. The global scale has the best evidence where the prior has a
+    `log_hyper`, else it is the prior's own.
 
     `shared`: the group of each weight that has one local scale; groups that were asked for come
     before it. `by_row`: a global scale for each row.
     """
-    q, p = living.q, living.p
-    data = _message_from_zero(to, living)
-    groups = shared if living.groups is None else living.groups
+    q, p = entries.q, entries.p
+    data = _message_from_zero(to, entries)
+    groups = shared if entries.groups is None else entries.groups
     mixture: Any = to.mixture if groups is None else _grouped_mixture(to, data, groups)
     scale, scales, rows = None, None, None
     if hasattr(to, "log_hyper") and len(q.mean):
-        rows = living.rows if groups is None and by_row else None
+        rows = entries.rows if groups is None and by_row else None
         found = best_scale(data, p.var, mixture, to.log_hyper, rows, groups)
         scale, scales = float(found.median()), None if rows is None else found
     if groups is not None:
@@ -359,11 +250,11 @@ def _grouped_mixture(to: ScaleMixture, data: Message, groups: Tensor) -> Mixture
     )
 
 
-def _density(to: Any, living: Living) -> Reduced:
-    """Any density. If the prior says that it shrinks, a weight goes when κ = 1 − μ̃/m > ½; else
-    nothing goes.
+def _density(to: Any, entries: KeptEntries) -> Reduced:
+    """Any density. If the prior says that it shrinks, a weight is pruned when κ = 1 − μ̃/m > ½;
+    else none is.
     """
-    q, p = living.q, living.p
+    q, p = entries.q, entries.p
     result = density_reduction(q, p, to.log_prob)
     drop = torch.full_like(q.mean, -torch.inf)
     if getattr(to, "shrinkage", False):
@@ -372,44 +263,8 @@ def _density(to: Any, living: Living) -> Reduced:
         share = torch.where(data.h == 0, result.var, (result.mean - p.mean) / data.h)
         kappa = (1 - data.precision * share).clamp(0, 1).masked_fill(data.precision <= 0, 1.0)
         drop = torch.logit(kappa)
-        drop = living.spread(living.summed(drop)) if living.groups is not None else drop
+        drop = entries.spread(entries.summed(drop)) if entries.groups is not None else drop
     return Reduced(total(result.delta_f), drop, Diagonal(result.mean, result.var), None)
 
 
 reduced.register(SpikeAndSlab, spike_and_slab)
-
-
-def _own_decision(posterior: Posterior, name: str) -> SiteReduction:
-    site = posterior[name]
-    drop = torch.full_like(site.mean, -torch.inf)
-    decide = getattr(site.declared, "drop", None)
-    if decide is not None:
-        drop = decide(name, site.mean, site.var, posterior.point())
-    spike = torch.full_like(drop, torch.nan)
-    if site.prior is not None:
-        spike = point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask)
-    return SiteReduction(0.0, spike, drop.masked_fill(~site.alive, torch.inf), site, 0)
-
-
-def _in_dtype(prior: Diagonal, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The moments of a reduced prior as a site holds them."""
-    var = prior.var.to(dtype)
-    if bool(((prior.var > 0) & (var < torch.finfo(dtype).tiny)).any()):
-        smallest = float(prior.var[prior.var > 0].min()) ** 0.5
-        raise ReductionError(
-            f"a reduced prior of scale {smallest:.3g} has a variance below the range of {dtype};"
-            " give a posterior in torch.float64"
-        )
-    return prior.mean.to(dtype), var
-
-
-def _not_a_point(site: Site) -> None:
-    if site.mean.numel():
-        smallest = (
-            site.var.min() if site.mask is None else site.var.where(site.mask, torch.inf).min()
-        )
-        if float(smallest) == 0:
-            raise ReductionError(
-                "its posterior is a point estimate (variance 0) and says nothing of other priors;"
-                " fit it with MeanField"
-            )

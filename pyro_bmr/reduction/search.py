@@ -36,7 +36,7 @@ def greedy_search(
     Up to 64 groups, pairs of groups are tried then (two correlated regressors change places), and
     the search goes on if one raises the evidence.
 
-    The gain of dropping group g, given that the groups S are gone, is the ratio of two Gaussian
+    The gain of dropping group g, given that the groups S are pruned, is the ratio of two Gaussian
     densities at zero,
 
     .. math:: \log q(\theta_g = 0 \mid \theta_S = 0) - \log p(\theta_g = 0 \mid \theta_S = 0),
@@ -49,13 +49,14 @@ def greedy_search(
             a list of such, independent of each other.
         prior: for `Dense` a `Dense` or anything with diagonal moments; for the others diagonal
             moments. A list if `posterior` is one.
-        groups: the number of each entry's group, −1 for entries that stay; by default each entry is
-            its own. A list if `posterior` is one; a group may have entries in several.
-        threshold: nats; what a group must gain to go, and what one must lose to come back.
-        kept: instead of the evidence, a target: groups go until no more than this fraction of all
-            entries lives.
-        batch: how many groups may go in one step, those with the largest gains. A step that does
-            not raise the evidence is taken again with half as many. By default 1 for every 200
+        groups: the number of each entry's group, −1 for entries that are always kept; by default
+            each entry is its own. A list if `posterior` is one; a group may have entries in
+            several.
+        threshold: nats; what pruning a group must gain, and what taking one back must gain.
+        kept: instead of the evidence, a target: groups are pruned until no more than this fraction
+            of all entries is kept.
+        batch: how many groups may be pruned in one step, those with the largest gains. A step that
+            does not raise the evidence is taken again with half as many. By default 1 for every 200
             groups.
 
     Raises:
@@ -63,7 +64,7 @@ def greedy_search(
             definite.
 
     Example:
-        >>> greedy_search(Dense(mean, cov), Gaussian(1.0)).mask  # the coefficients that stay
+        >>> greedy_search(Dense(mean, cov), Gaussian(1.0)).mask  # the kept coefficients
     """
     states, members, given = start(posterior, prior, groups)
     count = len(members)
@@ -77,19 +78,19 @@ def greedy_search(
     while True:
         drop = path.drop_gains()  # ΔF of setting each group to zero, given the others that are
         if excess is not None:
-            most = excess.groups(path.alive)
+            most = excess.groups(path.kept)
             if not most:
                 break
-            path.move(drop.masked_fill(~path.alive, -torch.inf).topk(min(batch, most)).indices)
+            path.move(drop.masked_fill(~path.kept, -torch.inf).topk(min(batch, most)).indices)
             continue
-        gain = torch.where(path.alive, drop - threshold, threshold - drop)
+        gain = torch.where(path.kept, drop - threshold, threshold - drop)
         best = gain.topk(min(batch, count)).indices
         best = best[gain[best] > RISE]
         if len(best) > 1:
             batch = batch if path.move(best, only_up=True) else max(1, batch // 2)
         elif not (len(best) and path.move(best)) and (count > SMALL or not path.pair()):
             break
-    last = None if kept is None else path.alive
+    last = None if kept is None else path.kept
     return search_result(
         torch.cat(path.models), torch.cat(path.totals), threshold, given, members, last
     )
@@ -102,15 +103,15 @@ class _Excess(NamedTuple):
     total: int
     kept: float
 
-    def groups(self, alive: Tensor) -> int:
+    def groups(self, left: Tensor) -> int:
         """How many of the largest groups the excess holds, at least 1; 0 if the target is met or
         nothing is left to go.
         """
-        excess = self.total - int(self.sizes[~alive].sum()) - round(self.kept * self.total)
+        excess = self.total - int(self.sizes[~left].sum()) - round(self.kept * self.total)
         return (
             0
-            if excess <= 0 or not bool(alive.any())
-            else max(1, min(excess // int(self.sizes.max()), int(alive.sum())))
+            if excess <= 0 or not bool(left.any())
+            else max(1, min(excess // int(self.sizes.max()), int(left.sum())))
         )
 
 
@@ -144,10 +145,10 @@ def exhaustive_search(
     # a model's children have one group less, of a higher number: nothing is ever let go, which
     # would lose digits
     while below:
-        states, alive, total, lowest = below.pop()
+        states, model, total, lowest = below.pop()
         for g in range(lowest, count):
             fewer, gained = without(states, members[g])
-            rest = alive.clone()
+            rest = model.clone()
             rest[g] = False
             models.append(rest)
             totals.append(total + gained)
@@ -160,8 +161,8 @@ def exhaustive_search(
         fits = table.long() @ sizes + total_entries - sizes.sum() <= round(kept * total_entries)
         if not bool(fits.any()):
             raise ReductionError(
-                f"kept={described(kept)}: entries without a group, which stay, are already more;"
-                " raise kept or give them groups"
+                f"kept={described(kept)}: expected at least the entries without a group, which are"
+                " always kept, got fewer; raise kept or give them groups"
             )
         table, gains = table[fits], gains[fits]
     return search_result(table, gains, threshold, given, members)

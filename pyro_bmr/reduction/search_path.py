@@ -22,7 +22,7 @@ from pyro_bmr.reduction.visited_models import Given
 
 SMALL = 64  # groups: up to here the models one step off the path count, and pairs are tried
 RISE = 1e-9  # nats, above rounding
-_LOSS = 1e-10  # nats that all letting go since the last fresh start may cost
+_LOSS = 1e-10  # nats that all releasing since the last fresh start may cost
 _ROUNDINGS = 8 * torch.finfo(torch.float64).eps
 
 
@@ -75,59 +75,61 @@ class SearchPath:
 
     def __init__(self, states: list[State], members: Members, threshold: float) -> None:
         self.states, self.start, self.members, self.threshold = states, states, members, threshold
-        self.alive, self.total = torch.ones(len(members), dtype=torch.bool), 0.0
-        self.models, self.totals = [self.alive[None]], [torch.zeros(1, dtype=torch.float64)]
-        self.stood = {bytes(self.alive.tolist())}
+        self.kept, self.total = torch.ones(len(members), dtype=torch.bool), 0.0
+        self.models, self.totals = [self.kept[None]], [torch.zeros(1, dtype=torch.float64)]
+        self.stood = {bytes(self.kept.tolist())}
         self.singles = _Singles.of(members, len(states))
         self.drop = torch.empty(0)
         self.lost = 0.0  # nats, an upper bound
 
     def drop_gains(self) -> Tensor:
         """ΔF of setting each group to zero, given the others that are."""
-        self.drop = _drop_gains(self.states, self.members, self.alive, self.singles)
+        self.drop = _drop_gains(self.states, self.members, self.kept, self.singles)
         if len(self.members) <= SMALL:
             total = torch.tensor([self.total], dtype=torch.float64)
-            self.see(self.alive[None], total, self.drop[None])
+            self.see(self.kept[None], total, self.drop[None])
         return self.drop
 
-    def see(self, alive: Tensor, total: Tensor, drop: Tensor) -> None:
+    def see(self, kept: Tensor, total: Tensor, drop: Tensor) -> None:
         """Counts the neighbours of models, one group away, as visited."""
-        count = alive.shape[1]
-        self.models.append((alive[:, None] ^ torch.eye(count, dtype=torch.bool)).view(-1, count))
-        self.totals.append((total[:, None] + torch.where(alive, drop, -drop)).flatten())
+        count = kept.shape[1]
+        self.models.append((kept[:, None] ^ torch.eye(count, dtype=torch.bool)).view(-1, count))
+        self.totals.append((total[:, None] + torch.where(kept, drop, -drop)).flatten())
 
     def loss(self) -> float:
-        """Nats that rounding may cost when a group is let go: the roundings of all that is at zero
-        grow with the largest variance inflation there."""
+        """Nats that rounding may cost when a group is released: the roundings of all that is at
+        zero grow with the largest variance inflation there."""
         nats = 1 + abs(self.total) + float(self.drop.abs().max())
         return _ROUNDINGS * max(state.inflation() for state in self.states) * nats
 
     def move(self, chosen: Tensor, only_up: bool = False) -> bool:
         """Flips the groups one after the other; with `only_up` not at all if the evidence does not
         rise, and never back to a model where the search has stood: gains that are rounding alone
-        would lead it in circles. Where letting go would cost digits, all is set to zero afresh."""
-        alive = self.alive.clone()
-        alive[chosen] = ~alive[chosen]
-        if bytes(alive.tolist()) in self.stood:
+        would lead it in circles. Where releasing would cost digits, all is set to zero afresh."""
+        kept = self.kept.clone()
+        kept[chosen] = ~kept[chosen]
+        if bytes(kept.tolist()) in self.stood:
             return False
         states, total, lost = self.states, self.total, self.lost
-        gone, back = chosen[self.alive[chosen]], chosen[~self.alive[chosen]]
+        pruned, back = chosen[self.kept[chosen]], chosen[~self.kept[chosen]]
         if len(back):
             lost += len(back) * self.loss()
             if not lost <= _LOSS:
                 states, total, lost = list(self.start), 0.0, 0.0
-                gone, back = (~alive).nonzero()[:, 0], back[:0]
-        for g, living in [(g, False) for g in back.tolist()] + [(g, True) for g in gone.tolist()]:
+                pruned, back = (~kept).nonzero()[:, 0], back[:0]
+        for g, kept_now in [(g, False) for g in back.tolist()] + [
+            (g, True) for g in pruned.tolist()
+        ]:
             here = states is self.states
-            gained = float(self.drop[g]) if here else _drop_gain(states, self.members[g], living)
-            states = _flipped(states, self.members[g], living)
-            total += gained if living else -gained
-        fewer = float((~alive).sum() - (~self.alive).sum())
+            gained = float(self.drop[g]) if here else _drop_gain(states, self.members[g], kept_now)
+            states = _flipped(states, self.members[g], kept_now)
+            total += gained if kept_now else -gained
+        fewer = float((~kept).sum() - (~self.kept).sum())
         if only_up and total - self.total - self.threshold * fewer <= RISE:
             return False
-        self.states, self.alive, self.total, self.lost = states, alive, total, lost
-        self.stood.add(bytes(alive.tolist()))
-        self.models.append(alive[None])
+        self.states, self.kept, self.total, self.lost = states, kept, total, lost
+        self.stood.add(bytes(kept.tolist()))
+        self.models.append(kept[None])
         self.totals.append(torch.tensor([total], dtype=torch.float64))
         return True
 
@@ -136,16 +138,16 @@ class SearchPath:
         there.
         """
         easy = self.lost + self.loss() <= _LOSS
-        groups = (self.alive | easy).nonzero()[:, 0]
-        totals = self.total + torch.where(self.alive, self.drop, -self.drop)[groups]
+        groups = (self.kept | easy).nonzero()[:, 0]
+        totals = self.total + torch.where(self.kept, self.drop, -self.drop)[groups]
         table = _gains_after_each(self.states, self.drop, self.singles)
         if table is None:
             table = self.drop.expand(len(self.drop), -1).clone()
             for g in groups.tolist():
-                living = bool(self.alive[g])
-                table[g] = self._drops(g, _flipped(self.states, self.members[g], living))
+                kept_now = bool(self.kept[g])
+                table[g] = self._drops(g, _flipped(self.states, self.members[g], kept_now))
         parts = [(groups, totals, table[groups])]
-        rest = [] if easy else (~self.alive).nonzero()[:, 0].tolist()
+        rest = [] if easy else (~self.kept).nonzero()[:, 0].tolist()
         for g, fewer, total in self.left_out(self.start, 0.0, rest):
             one = torch.tensor([g]), torch.tensor([total], dtype=torch.float64)
             parts.append((*one, self._drops(g, fewer)[None]))
@@ -153,13 +155,15 @@ class SearchPath:
         return chosen, totals, table
 
     def left_out(
-        self, states: list[State], total: float, gone: list[int]
+        self, states: list[State], total: float, pruned: list[int]
     ) -> Iterator[tuple[int, list[State], float]]:
-        """Each of the groups `gone` with the state in which all of them but this one are set to
-        zero, by halves: none is let go, which loses digits."""
-        if len(gone) == 1:
-            yield gone[0], states, total
-        halves = ((gone[::2], gone[1::2]), (gone[1::2], gone[::2])) if len(gone) > 1 else ()
+        """Each of the groups `pruned` with the state in which all of them but this one are set to
+        zero, by halves: none is released, which loses digits."""
+        if len(pruned) == 1:
+            yield pruned[0], states, total
+        halves = (
+            ((pruned[::2], pruned[1::2]), (pruned[1::2], pruned[::2])) if len(pruned) > 1 else ()
+        )
         for one, other in halves:
             fewer, so_far = states, total
             for g in other:
@@ -169,20 +173,20 @@ class SearchPath:
 
     def _drops(self, g: int, states: list[State]) -> Tensor:
         """The gains where g alone has flipped."""
-        alive = self.alive.clone()
-        alive[g] = ~alive[g]
-        return _drop_gains(states, self.members, alive, self.singles)
+        kept = self.kept.clone()
+        kept[g] = ~kept[g]
+        return _drop_gains(states, self.members, kept, self.singles)
 
     def pair(self) -> bool:
         """Flips the best pair of groups, if that raises the evidence where no single group does: an
         exchange of two correlated ones, as a rule."""
         chosen, totals, drop = self.neighbours()
-        alive = self.alive ^ torch.eye(len(self.alive), dtype=torch.bool)[chosen]
-        self.see(alive, totals, drop)
-        price = self.threshold * torch.where(self.alive[chosen], 1.0, -1.0).to(totals)
-        second = torch.where(alive, drop - self.threshold, self.threshold - drop)
+        kept = self.kept ^ torch.eye(len(self.kept), dtype=torch.bool)[chosen]
+        self.see(kept, totals, drop)
+        price = self.threshold * torch.where(self.kept[chosen], 1.0, -1.0).to(totals)
+        second = torch.where(kept, drop - self.threshold, self.threshold - drop)
         gain = (totals - self.total - price)[:, None] + second
-        # back again is no pair; of a cost of 1e8 nats and its return rounding alone would stay
+        # back again is no pair; of a cost of 1e8 nats and its return rounding alone would be left
         gain.scatter_(1, chosen[:, None], -torch.inf)
         row, other = divmod(int(gain.nan_to_num(nan=-torch.inf).argmax()), gain.shape[1])
         return bool(gain[row, other] > RISE) and self.move(torch.tensor([int(chosen[row]), other]))
@@ -214,15 +218,15 @@ class _Singles(NamedTuple):
 
 
 def _drop_gains(
-    states: Sequence[State], members: Members, alive: Tensor, singles: _Singles
+    states: Sequence[State], members: Members, kept: Tensor, singles: _Singles
 ) -> Tensor:
-    """Per group: log q − log p of the group at zero, given the other groups that are gone."""
+    """Per group: log q − log p of the group at zero, given the other groups that are pruned."""
     gains = torch.empty(len(members), dtype=torch.float64)
     for state, groups, index in zip(states, singles.groups, singles.positions, strict=True):
         if len(groups):
             gains[groups] = state.log_ratios()[index].cpu()
     for g in singles.others:
-        gains[g] = _drop_gain(states, members[g], bool(alive[g]))
+        gains[g] = _drop_gain(states, members[g], bool(kept[g]))
     return gains
 
 
@@ -239,13 +243,13 @@ def _gains_after_each(states: Sequence[State], drop: Tensor, singles: _Singles) 
     return table
 
 
-def _drop_gain(states: Sequence[State], member: list[tuple[int, Tensor]], alive: bool) -> float:
-    return sum(float(states[k].log_ratio(index, alive)) for k, index in member)
+def _drop_gain(states: Sequence[State], member: list[tuple[int, Tensor]], kept: bool) -> float:
+    return sum(float(states[k].log_ratio(index, kept)) for k, index in member)
 
 
-def _flipped(states: Sequence[State], member: list[tuple[int, Tensor]], alive: bool) -> list[State]:
-    """The states with a living group set to zero, or one at zero let go."""
+def _flipped(states: Sequence[State], member: list[tuple[int, Tensor]], kept: bool) -> list[State]:
+    """The states with a kept group set to zero, or one at zero released."""
     flipped = list(states)
     for k, index in member:
-        flipped[k] = flipped[k].flipped(index, alive)
+        flipped[k] = flipped[k].flipped(index, kept)
     return flipped

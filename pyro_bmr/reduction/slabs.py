@@ -23,27 +23,27 @@ from pyro_bmr.formulas.line_search import line_maximum
 from pyro_bmr.formulas.spike_and_slab import exact_inclusion, fixed_inclusion, mean_field_log_odds
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Gaussian, SpikeAndSlab
-from pyro_bmr.reduction.entries import Living, Reduced, living_part
+from pyro_bmr.reduction.entries import KeptEntries, Reduced, kept_entries
 
 _WEIGHTS_FOR_WIDTH = 8192
 # decisions; above it the mean-field update and the integral give the same
 _EXACT_INCLUSION_UP_TO = 4096
 
 
-def spike_and_slab(to: SpikeAndSlab, living: Living) -> Reduced:
+def spike_and_slab(to: SpikeAndSlab, entries: KeptEntries) -> Reduced:
     """Odds of the spike over the slab, with the inclusion learned from the site, or given."""
-    odds, base = _spike_odds(to, living)
+    odds, base = _spike_odds(to, entries)
     drop, gain, zeta = inclusion(to, odds)
     if to.slab_scale is None:
-        return Reduced(gain, living.spread(drop), living.q, living.p, zeta)
-    slab = living.target(Gaussian(to.slab_scale))
+        return Reduced(gain, entries.spread(drop), entries.q, entries.p, zeta)
+    slab = entries.target(Gaussian(to.slab_scale))
     return Reduced(
-        gain + base, living.spread(drop), reduced_posterior(living.q, living.p, slab), slab, zeta
+        gain + base, entries.spread(drop), reduced_posterior(entries.q, entries.p, slab), slab, zeta
     )
 
 
 def spike_odds(posterior: Posterior, name: str, to: SpikeAndSlab) -> tuple[Tensor, float]:
-    """log p(y | spike)/p(y | slab) of each living weight by itself, as a vector, and the gain of a
+    """log p(y | spike)/p(y | slab) of each kept weight by itself, as a vector, and the gain of a
     site that is all slab over the prior of the fit, nats.
     """
     site = posterior[name]
@@ -51,26 +51,26 @@ def spike_odds(posterior: Posterior, name: str, to: SpikeAndSlab) -> tuple[Tenso
         raise ReductionError(f"site '{name}': its prior in the fit is not Gaussian; leave it out")
     return _spike_odds(
         to,
-        living_part(
+        kept_entries(
             site, point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask), None
         ),
     )
 
 
 def _spike_odds(
-    to: SpikeAndSlab, living: Living, width: float | None = None
+    to: SpikeAndSlab, entries: KeptEntries, width: float | None = None
 ) -> tuple[Tensor, float]:
     """The same per decision; `width` in the place of the slab's own, which is a number or None
     here.
     """
     slab_scale = to.slab_scale if width is None else width
-    each, base = living.spike, 0.0
+    each, base = entries.spike, 0.0
     if to.spike_scale:
-        each = delta_f(living.q, living.p, Gaussian(to.spike_scale))
+        each = delta_f(entries.q, entries.p, Gaussian(to.spike_scale))
     if slab_scale is not None:
-        slab = delta_f(living.q, living.p, Gaussian(slab_scale))
+        slab = delta_f(entries.q, entries.p, Gaussian(slab_scale))
         each, base = each - slab, float(slab.sum(dtype=torch.float64))
-    return living.summed(each), base
+    return entries.summed(each), base
 
 
 def inclusion(to: SpikeAndSlab, odds: Tensor) -> tuple[Tensor, float, float]:
@@ -82,7 +82,7 @@ def inclusion(to: SpikeAndSlab, odds: Tensor) -> tuple[Tensor, float, float]:
         return odds - zeta, fixed_inclusion(odds, zeta), zeta
     if len(odds) <= _EXACT_INCLUSION_UP_TO:
         exact = exact_inclusion(odds, to.alpha, to.beta)
-        return exact.drop, float(exact.log_evidence_gain), float(exact.log_odds)
+        return exact.drop_log_odds, float(exact.log_evidence_gain), float(exact.log_odds)
     zeta, gain = mean_field_log_odds(odds, to.alpha, to.beta)
     return odds - zeta, gain, zeta
 
@@ -103,24 +103,24 @@ def with_slab(
     slab.
     """
     site = posterior[name]
-    if to.slab_scale != "empirical" or site.prior is None or not bool(site.alive.any()):
+    if to.slab_scale != "empirical" or site.prior is None or not bool(site.kept.any()):
         return replace(to, slab_scale=None) if to.slab_scale == "empirical" else to
-    living = living_part(
+    entries = kept_entries(
         site, point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask), groups
     )
     if groups is None:
-        stride = math.ceil(len(living.spike) / _WEIGHTS_FOR_WIDTH)
+        stride = math.ceil(len(entries.spike) / _WEIGHTS_FOR_WIDTH)
         q, p = (
             Diagonal(g.mean[::stride].double(), g.var[::stride].double())
-            for g in (living.q, living.p)
+            for g in (entries.q, entries.p)
         )
-        living = Living(site, q, p, living.spike[::stride].double())
+        entries = KeptEntries(site, q, p, entries.spike[::stride].double())
     # they are counted as the first group
-    stay = groups is not None and bool((groups[site.alive] < 0).any())
+    unpruned = groups is not None and bool((groups[site.kept] < 0).any())
 
     def gain(log_scale: Tensor) -> Tensor:
-        odds, base = _spike_odds(to, living, math.exp(float(log_scale)))
-        odds = odds[int(stay) :]
+        odds, base = _spike_odds(to, entries, math.exp(float(log_scale)))
+        odds = odds[int(unpruned) :]
         over = (
             mean_field_log_odds(odds, to.alpha, to.beta)[1]
             if to.inclusion is None
@@ -128,8 +128,8 @@ def with_slab(
         )
         return torch.tensor(base + over, dtype=torch.float64)
 
-    high = math.log(2) + 0.5 * (living.q.mean.square() + living.q.var).max().double().log()
-    low = torch.minimum(0.5 * living.p.var.double().mean().log(), high) - 2
+    high = math.log(2) + 0.5 * (entries.q.mean.square() + entries.q.var).max().double().log()
+    low = torch.minimum(0.5 * entries.p.var.double().mean().log(), high) - 2
     if to.spike_scale:  # a slab is wider than its spike
         low = low.clamp(min=math.log(1.01 * to.spike_scale))
         high = torch.maximum(high, low + 1)

@@ -26,16 +26,16 @@ Given = tuple[tuple[Structure, ...], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Search:
-    """The models that a search visited. A model is the set of groups that live; an entry without a
-    group lives in all.
+    """The models that a search visited. A model is the set of kept groups; an entry without a
+    group is kept in all.
 
-    `alive`: (models, groups) bool, the best first. `delta_f`: (models,) gain in log evidence over
+    `kept`: (models, groups) bool, the best first. `delta_f`: (models,) gain in log evidence over
     the full model, nats. `probability`: (models,) posterior probability among the models visited, ∝
     exp(ΔF − threshold · number of groups pruned). `posterior`, `prior`, `members`: what was
     searched.
     """
 
-    alive: Tensor
+    kept: Tensor
     delta_f: Tensor
     probability: Tensor
     posterior: tuple[Structure, ...]
@@ -44,15 +44,15 @@ class Search:
 
     @property
     def inclusion(self) -> Tensor:
-        """The posterior probability of each group, (groups,): the sum over the models it lives
-        in.
+        """The posterior probability of each group, (groups,): the sum over the models that
+        keep it.
         """
-        return self.probability @ self.alive.to(self.probability)
+        return self.probability @ self.kept.to(self.probability)
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
         """Of the best model: one bool tensor per structure, True where an entry (of a matrix
-        normal, a row) lives.
+        normal, a row) is kept.
         """
         return self.masks_of(0)
 
@@ -64,11 +64,11 @@ class Search:
         return self.masks[0]
 
     def masks_of(self, model: int) -> tuple[Tensor, ...]:
-        """As `masks`, of another model: a row of `alive`."""
+        """As `masks`, of another model: a row of `kept`."""
         masks = [
             torch.ones(q.unit_count, dtype=torch.bool, device=q.mean.device) for q in self.posterior
         ]
-        for group in (~self.alive[model]).nonzero()[:, 0].tolist():
+        for group in (~self.kept[model]).nonzero()[:, 0].tolist():
             for block, index in self.members[group]:
                 masks[block][index] = False
         return tuple(masks)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pyro_bmr.posteriors.posterior import Posterior
-from pyro_bmr.reduction.rules import SiteReduction
+from pyro_bmr.reduction.reduced_site import SiteReduction
 
 _MANY = 100  # independent terms; fewer rows than that are rare
 _MEND = (
@@ -26,13 +26,13 @@ def wide_sum(before: Posterior, results: Mapping[str, SiteReduction]) -> list[st
     """What to say of a ΔF that sums over many independent terms (`SiteReduction.terms`); mostly
     nothing.
 
-    With `Posterior.rows`: if the reduced sites have more living parameters than that before the
+    With `Posterior.rows`: if the reduced sites have more kept parameters than that before the
     reduction, and there is more than one term. Without: if there are more than 100 terms. And
     whatever the rows, if a site has correlations that its ΔF leaves out.
     """
     said = []
     terms = sum(result.terms for result in results.values())
-    living = sum(before[name].living for name in results)
+    kept = sum(before[name].kept_count for name in results)
     what = (
         f"ΔF = {sum(result.delta_f for result in results.values()):+.4g} nats is a sum over"
         f" {terms:,} terms taken as independent"
@@ -42,10 +42,10 @@ def wide_sum(before: Posterior, results: Mapping[str, SiteReduction]) -> list[st
             "how many rows of data it had is not known. With fewer rows than parameters the sum can"
             " be far off; give the posterior rows="
         )
-        said.append(f"{what}, of a posterior with {living:,} parameters; {unknown}. {_MEND}")
-    if before.rows is not None and terms > 1 and living > before.rows:
+        said.append(f"{what}, of a posterior with {kept:,} parameters; {unknown}. {_MEND}")
+    if before.rows is not None and terms > 1 and kept > before.rows:
         said.append(
-            f"{what}, with parameters > rows ({living:,} > {before.rows:,}): the sum can be far"
+            f"{what}, with parameters > rows ({kept:,} > {before.rows:,}): the sum can be far"
             f" off. {_MEND}"
         )
     left = [

@@ -197,9 +197,9 @@ def test_a_correlated_site_that_is_gone_stays_gone(diabetes):
     program = load_model("linear_regression")(diabetes, bmr.Gaussian(0.5))
     fit = bmr.fit(program, diabetes, guide=bmr.FullRank, epochs=1, batch_size=40, progress=False)
     gone = bmr.reduce(fit.posterior, to={"w": bmr.Gaussian(scale=0.0)}, kept=0.0).posterior
-    assert gone["w"].joint is not None and not gone["w"].alive.any()
+    assert gone["w"].joint is not None and not gone["w"].kept.any()
     again = bmr.reduce(gone, to={"w": bmr.Gaussian(scale=0.0)})
-    assert not again.posterior["w"].alive.any() and again.delta_f == 0
+    assert not again.posterior["w"].kept.any() and again.delta_f == 0
 
 
 @pytest.mark.parametrize(

@@ -447,7 +447,7 @@ def test_what_may_mislead_is_a_line_on_the_screen_and_in_the_files(run, tmp_path
         all(line.startswith("pyro-bmr: warning: ") for line in lines)
         and len(lines) == len(set(lines)) == 2
     )
-    assert "layer collapse: no living unit is left in layer '0.weight' (0 of 8)" in lines[0]
+    assert "layer collapse: no unit is kept in layer '0.weight' (0 of 8)" in lines[0]
     assert re.search(r"test data: the error rate rises from 0\.\d+ to 0\.\d+ on 30 rows", lines[1])
     assert json.loads((run / "reduction.json").read_text())["warnings"] == [
         lines[0].removeprefix("pyro-bmr: warning: ")

@@ -286,7 +286,7 @@ def test_all_models_of_a_search(dtype, some):
         q, p, *_ = structure("dense", one)
         for search in (bmr.reduction.exhaustive_search(q, p), bmr.reduction.greedy_search(q, p)):
             at = {gone: k for k, gone in enumerate(gaussian.subsets())}
-            models = [at[tuple((~alive).nonzero()[:, 0].tolist())] for alive in search.alive]
+            models = [at[tuple((~alive).nonzero()[:, 0].tolist())] for alive in search.kept]
             close(search.delta_f, want[models], "float64", 1e10, 1e-5)
 
 

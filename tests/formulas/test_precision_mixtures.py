@@ -17,7 +17,7 @@ from pyro_bmr.formulas.message import Message
 from pyro_bmr.formulas.scale_mixture import grouped_reduction, scale_mixture_reduction
 from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 from pyro_bmr.posteriors.site import Site
-from pyro_bmr.reduction.rules import site_reduction
+from pyro_bmr.reduction.reduced_site import site_reduction
 from tests.reference import inclusion
 from tests.reference import mixtures as reference
 
@@ -224,7 +224,7 @@ def test_inclusion_of_any_evidence(dtype, part):
             for half in (rest[: inclusion.MOST], rest[inclusion.MOST :])
         )
         got = exact_inclusion(torch.tensor(d, dtype=dtype), alpha, beta)
-        have = [got.log_evidence_gain.item(), got.log_odds.item(), *got.drop.tolist()]
+        have = [got.log_evidence_gain.item(), got.log_odds.item(), *got.drop_log_odds.tolist()]
         np.testing.assert_allclose(
             have,
             [gain, log_odds, *drops],
@@ -262,15 +262,15 @@ def test_an_integral_that_does_not_settle_says_so(monkeypatch):
 def test_inclusion_at_the_ends():
     huge = exact_inclusion(torch.tensor([1e30, -1e30, 0.0, -math.inf], dtype=torch.float64))
     assert (
-        huge.drop[:2].tolist() == [1e30, -1e30]
-        and huge.drop[3] == -math.inf
+        huge.drop_log_odds[:2].tolist() == [1e30, -1e30]
+        and huge.drop_log_odds[3] == -math.inf
         and huge.log_evidence_gain == 1e30
     )
     # one weight alone under Beta(1, 1)
-    assert exact_inclusion(torch.tensor([5000.0])).drop.tolist() == [5000.0]
+    assert exact_inclusion(torch.tensor([5000.0])).drop_log_odds.tolist() == [5000.0]
     empty = exact_inclusion(torch.zeros(0), 3.0, 2.0)
     assert (
-        empty.drop.shape == (0,)
+        empty.drop_log_odds.shape == (0,)
         and empty.log_evidence_gain == 0
         and empty.log_odds.item() == pytest.approx(math.log(1.5))
     )

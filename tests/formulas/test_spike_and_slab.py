@@ -150,10 +150,10 @@ def test_inclusion_is_never_nan(dtype, delta_f, alpha, beta):
     values = torch.tensor(delta_f, dtype=dtype)
     got = exact_inclusion(values, alpha, beta)
     assert (
-        not got.drop.isnan().any()
+        not got.drop_log_odds.isnan().any()
         and got.log_evidence_gain.isfinite()
         and got.log_odds.isfinite()
-        and got.drop.dtype == dtype
+        and got.drop_log_odds.dtype == dtype
     )
     zeta, bound = mean_field_log_odds(values, alpha, beta)
     assert math.isfinite(zeta) and math.isfinite(bound)

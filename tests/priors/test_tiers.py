@@ -164,7 +164,9 @@ def test_a_horseshoe_decides_by_the_evidence_given_its_scales():
 
     def drop(prior, mean, var, mask=None):
         return (
-            bmr.reduce(posterior_of(prior, mean=mean, var=var, mask=mask), to=None).sites["w"].drop
+            bmr.reduce(posterior_of(prior, mean=mean, var=var, mask=mask), to=None)
+            .sites["w"]
+            .drop_log_odds
         )
 
     by_weight = drop(bmr.Horseshoe(tiers=("unit", "weight")), mean, var, mask)
@@ -194,7 +196,7 @@ def test_a_relaxed_indicator_decides_for_its_group():
         posterior_of(prior, mean=torch.ones(4, 3), var=torch.ones(4, 3), w_slab=slab), to=None
     )
     torch.testing.assert_close(
-        reduction.sites["w"].drop,
+        reduction.sites["w"].drop_log_odds,
         torch.tensor([-1.2, -1.2, 0.4, 0.4])[:, None].expand(4, 3),
         rtol=1e-4,
         atol=1e-5,

@@ -54,7 +54,7 @@ def bottleneck(weak="2.weight", rows=10**6):
         # a bias lives
         (
             masks(_0=0, _2=0, _4=0, _6=0),
-            r"no living unit is left in layer '0\.weight' \(0 of 20\), '2\.weight'",
+            r"no unit is kept in layer '0\.weight' \(0 of 20\), '2\.weight'",
         ),
         (masks(_0=2), None),  # a tenth
         # the median of the others has no more than half: 4 of 4, 4 of 20, 1 of 3

@@ -47,7 +47,7 @@ def spike(post, name):
     gain = torch.distributions.Normal(site.mean, site.var.sqrt()).log_prob(
         zero
     ) - torch.distributions.Normal(PRIOR.mean, PRIOR.var.sqrt()).log_prob(zero)
-    return gain.masked_fill(~site.alive, 0)
+    return gain.masked_fill(~site.kept, 0)
 
 
 def partition(labels):
@@ -130,7 +130,7 @@ def test_the_evidence_decides_on_whole_groups():
     total, went = 0.0, 0
     for group in partition(labels):
         gain = sum(float(spike(post, name).flatten()[k]) for name, k in group)
-        living = [bool(post[name].alive.flatten()[k]) for name, k in group]
+        living = [bool(post[name].kept.flatten()[k]) for name, k in group]
         kept = [bool(result.masks[name].flatten()[k]) for name, k in group]
         assert kept == [alive and gain <= -3.0 for alive in living]
         total, went = total + (gain if gain > -3.0 else 0.0), went + (gain > -3.0)
@@ -188,7 +188,7 @@ def test_a_spike_and_slab_has_one_indicator_per_group():
         result.masks["fc.weight"][:, 0], exact.probability >= 0.5
     )
     known = bmr.reduce(post, to=bmr.SpikeAndSlab(inclusion=0.2), per="unit").sites["fc.weight"]
-    torch.testing.assert_close(known.drop[:, 0], gains - math.log(0.2 / 0.8))
+    torch.testing.assert_close(known.drop_log_odds[:, 0], gains - math.log(0.2 / 0.8))
     assert known.delta_f == pytest.approx(float((0.2 + 0.8 * gains.exp()).log().sum()), abs=1e-9)
     narrow = bmr.reduce(post, to={"fc.*": bmr.SpikeAndSlab(spike_scale=0.07)}, per="unit")
     parts = [
@@ -204,7 +204,7 @@ def test_a_horseshoe_group_goes_by_the_sum_of_its_logits():
     centred = bmr.formulas.Diagonal(PRIOR.mean * 0, PRIOR.var)
     post = bmr.Posterior({"w": Site(post["w"].mean, post["w"].var, centred)})
     single, grouped = (bmr.reduce(post, to=bmr.Horseshoe(), per=per) for per in ("weight", "unit"))
-    goes = single.sites["w"].drop.sum(1) > 0
+    goes = single.sites["w"].drop_log_odds.sum(1) > 0
     assert torch.equal(grouped.masks["w"], ~goes[:, None].expand(5, 4))
 
 
@@ -212,13 +212,13 @@ def test_two_of_four():
     post = posterior({"fc.weight": (3, 8), "fc.bias": (3,)}, mask=0.9)
     result = bmr.reduce(post, to=bmr.Gaussian(0), per=NofM(2, 4))
     gain, mask = spike(post, "fc.weight").view(3, 2, 4), result.masks["fc.weight"].view(3, 2, 4)
-    alive = post["fc.weight"].alive.view(3, 2, 4)
+    alive = post["fc.weight"].kept.view(3, 2, 4)
     for i in range(3):
         for j in range(2):
             living = [k for k in range(4) if alive[i, j, k]]
             best = sorted(living, key=lambda k: float(gain[i, j, k]))[:2]
             assert mask[i, j].nonzero()[:, 0].tolist() == sorted(best)
-    assert torch.equal(result.masks["fc.bias"], post["fc.bias"].alive)
+    assert torch.equal(result.masks["fc.bias"], post["fc.bias"].kept)
 
 
 def test_what_groups_refuse():
@@ -423,7 +423,7 @@ def test_a_narrow_spike_of_groups_leaves_the_dead_alone():
     post = posterior({"fc.weight": (4, 5)}, mask=0.7)
     result = bmr.reduce(post, to=bmr.SpikeAndSlab(spike_scale=0.07), per="unit")
     each = torch.zeros(4, 5, dtype=torch.float64)
-    alive = post["fc.weight"].alive
+    alive = post["fc.weight"].kept
     each[alive] = bmr.delta_f(
         bmr.formulas.Diagonal(post["fc.weight"].mean[alive], post["fc.weight"].var[alive]),
         PRIOR,

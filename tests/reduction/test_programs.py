@@ -15,7 +15,7 @@ import pyro_bmr as bmr
 from pyro_bmr.formulas.monte_carlo import log_ratio_delta_f, monte_carlo_delta_f
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.reduction.programs import ScaleFlow, log_prior_ratio, reduction_program
-from pyro_bmr.reduction.rules import site_reduction
+from pyro_bmr.reduction.reduced_site import site_reduction
 
 
 def layer(rows, columns, seed=3, mask=None):

@@ -20,7 +20,7 @@ from pyro_bmr.formulas.quadrature import density_reduction
 from pyro_bmr.formulas.scale_mixture import best_scale, scale_mixture_reduction
 from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 from pyro_bmr.posteriors.site import Site
-from pyro_bmr.reduction.rules import site_reduction
+from pyro_bmr.reduction.reduced_site import site_reduction
 from pyro_bmr.reduction.slabs import shared_inclusion
 
 RNG = np.random.default_rng(7)
@@ -90,8 +90,8 @@ def test_a_class_with_moments_is_a_gaussian():
     torch.testing.assert_close(got.site.mean[mask], reduced.mean[mask])
     torch.testing.assert_close(got.site.prior.var[mask], target.var[mask])
     assert (
-        (got.drop[mask] == -math.inf).all()
-        and (got.drop[~mask] == math.inf).all()
+        (got.drop_log_odds[mask] == -math.inf).all()
+        and (got.drop_log_odds[~mask] == math.inf).all()
         and got.spike_delta_f[~mask].isnan().all()
     )
 
@@ -111,9 +111,9 @@ def test_a_class_with_a_density_is_its_mixture():
         shrinkage = True
         log_prob = OwnMixture().log_prob
 
-    drop = site_reduction(posterior(), "w", OnlyDensity()).drop
+    drop = site_reduction(posterior(), "w", OnlyDensity()).drop_log_odds
     torch.testing.assert_close(
-        torch.sigmoid(drop), torch.sigmoid(by_mixture.drop), rtol=0, atol=1e-5
+        torch.sigmoid(drop), torch.sigmoid(by_mixture.drop_log_odds), rtol=0, atol=1e-5
     )
 
 
@@ -136,14 +136,15 @@ def test_a_density_with_a_kink_by_scipy():
 
 def test_what_is_no_target():
     with pytest.raises(
-        bmr.errors.ReductionError, match="neither mean and var, nor mixture, nor log_prob"
+        bmr.errors.ReductionError,
+        match="expected a prior with mean and var, with mixture, or with log_prob, got an object",
     ):
         site_reduction(posterior(), "w", object())
     with pytest.raises(bmr.errors.ReductionError, match=r"site 'w'.*one number for each weight"):
         bmr.reduce(posterior(), to=type("Bad", (), {"log_prob": lambda self, w: w.sum()})())
     with pytest.raises(
         bmr.errors.ReductionError,
-        match=r"integer tensor of the site's shape \(4, 6\); got torch.float64",
+        match=r"integer tensor of the site's shape \(4, 6\), got torch.float64",
     ):
         site_reduction(posterior(), "w", bmr.SpikeAndSlab(), groups=MEAN)
     with pytest.raises(bmr.errors.ReductionError, match="shape \\(6,\\)"):
@@ -228,9 +229,9 @@ def test_an_empirical_slab_has_the_best_evidence_and_tells_the_needed_from_the_r
     ]
     assert gains[1] > max(gains[0], gains[2]) and gains[1] == pytest.approx(found.delta_f, abs=1e-6)
     assert found.delta_f > narrow.delta_f + 10
-    kept = (narrow.drop <= 0).double().mean(), (found.drop <= 0).double().mean()
+    kept = (narrow.drop_log_odds <= 0).double().mean(), (found.drop_log_odds <= 0).double().mean()
     assert kept[0] > 0.5 > 0.15 > kept[1] > 0.03  # by its evidence the narrow slab keeps most
-    assert (needed & (found.drop <= 0)).sum() > 0.9 * (found.drop <= 0).sum()
+    assert (needed & (found.drop_log_odds <= 0)).sum() > 0.9 * (found.drop_log_odds <= 0).sum()
 
 
 def test_a_slab_that_noise_would_widen_is_bounded_and_told():
@@ -324,7 +325,9 @@ def test_an_empirical_scale_for_each_group():
     got = site_reduction(q, "w", bmr.Gaussian(), groups=ROWS)
     assert got.scales.shape == (4,) and (got.scales[:2] > 0).all() and (got.scales[2:] == 0).all()
     assert (
-        torch.equal(got.drop > 0, torch.tensor([False, False, True, True])[:, None].expand(4, 6))
+        torch.equal(
+            got.drop_log_odds > 0, torch.tensor([False, False, True, True])[:, None].expand(4, 6)
+        )
         and got.delta_f > site_reduction(q, "w", bmr.Gaussian()).delta_f
     )
     by_row = [
@@ -347,9 +350,11 @@ def test_a_horseshoe_on_units_drops_whole_units():
         site_reduction(q, "w", bmr.Horseshoe(tiers=("layer", "unit"))),
         site_reduction(q, "w", bmr.Horseshoe(), groups=ROWS),
     )
-    assert by_prior.delta_f == by_groups.delta_f and torch.equal(by_prior.drop, by_groups.drop)
+    assert by_prior.delta_f == by_groups.delta_f and torch.equal(
+        by_prior.drop_log_odds, by_groups.drop_log_odds
+    )
     assert torch.equal(
-        by_prior.drop > 0, torch.tensor([False, False, True, True])[:, None].expand(4, 6)
+        by_prior.drop_log_odds > 0, torch.tensor([False, False, True, True])[:, None].expand(4, 6)
     )
 
 
@@ -410,12 +415,12 @@ def test_every_target_answers_for_every_site(to, dtype, shape, seed, masked, gro
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an empirical slab may stand at an end of its search
         got = site_reduction(q, "w", to, torch.zeros(shape, dtype=torch.long) if grouped else None)
-    alive = got.site.alive
+    alive = got.site.kept
     assert (
-        got.drop.shape == shape
-        and got.drop.dtype == dtype
-        and not got.drop.isnan().any()
-        and (got.drop[~alive] == math.inf).all()
+        got.drop_log_odds.shape == shape
+        and got.drop_log_odds.dtype == dtype
+        and not got.drop_log_odds.isnan().any()
+        and (got.drop_log_odds[~alive] == math.inf).all()
     )
     assert (
         math.isfinite(got.delta_f) and got.site.mean.isfinite().all() and (got.site.var >= 0).all()

@@ -49,8 +49,8 @@ def low_rank(seed=4, d=7, k=2):
 def test_exhaustive_is_the_exact_evidence_of_every_subset():
     posterior, prior, exact = problem()
     search = bmr.reduction.exhaustive_search(posterior, prior)
-    assert len(search.alive) == 2**D
-    for alive, gain in zip(search.alive.tolist(), search.delta_f.tolist(), strict=True):
+    assert len(search.kept) == 2**D
+    for alive, gain in zip(search.kept.tolist(), search.delta_f.tolist(), strict=True):
         assert gain == pytest.approx(exact[tuple(alive)], abs=1e-9)
     best = max(exact, key=exact.get)
     assert tuple(search.mask.tolist()) == best and 0 < sum(best) < D
@@ -63,10 +63,10 @@ def test_exhaustive_is_the_exact_evidence_of_every_subset():
 def test_greedy_finds_the_best_subset_and_knows_the_evidence_of_all_it_visits(seed):
     posterior, prior, exact = problem(seed)
     search = bmr.reduction.greedy_search(posterior, prior)
-    for alive, gain in zip(search.alive.tolist(), search.delta_f.tolist(), strict=True):
+    for alive, gain in zip(search.kept.tolist(), search.delta_f.tolist(), strict=True):
         assert gain == pytest.approx(exact[tuple(alive)], abs=1e-9)
     assert tuple(search.mask.tolist()) == max(exact, key=exact.get)
-    assert len({tuple(row) for row in search.alive.tolist()}) == len(search.alive)
+    assert len({tuple(row) for row in search.kept.tolist()}) == len(search.kept)
 
 
 def test_two_copies_of_one_regressor_are_not_both_pruned():
@@ -109,7 +109,7 @@ def test_low_rank_is_dense():
     for groups in (None, labels):
         for method in (bmr.reduction.exhaustive_search, bmr.reduction.greedy_search):
             a, b = method(thin, prior, groups), method(dense, prior, groups)
-            assert torch.equal(a.alive, b.alive)
+            assert torch.equal(a.kept, b.kept)
             torch.testing.assert_close(a.delta_f, b.delta_f)
     assert bool(bmr.reduction.exhaustive_search(thin, prior, labels).masks[0][5])
 
@@ -139,7 +139,7 @@ def test_rows_of_a_matrix_normal():
         prior,
         torch.arange(4).repeat_interleave(2),
     )
-    assert torch.equal(thin.alive, dense.alive)
+    assert torch.equal(thin.kept, dense.kept)
     torch.testing.assert_close(thin.delta_f, dense.delta_f)
 
 
@@ -189,7 +189,7 @@ def test_ratios_after_each_flip_are_those_of_the_flipped_states(correlated_prior
 
 
 def gains_by_model(search):
-    return dict(zip(map(tuple, search.alive.tolist()), search.delta_f.tolist(), strict=True))
+    return dict(zip(map(tuple, search.kept.tolist()), search.delta_f.tolist(), strict=True))
 
 
 def test_letting_go_by_rank_one_finds_what_a_fresh_start_finds(monkeypatch):
@@ -232,10 +232,10 @@ def test_more_groups_than_bits_and_as_many_are_told_apart():
         totals = torch.tensor(rng.normal(size=20))
         totals[1] = totals[0]
         found = search_result(table, totals, 0.0, ((), ()), [])
-        assert len(found.alive) == 19
+        assert len(found.kept) == 19
         seen = {tuple(row): gain for row, gain in zip(table.tolist(), totals.tolist(), strict=True)}
         order = sorted(seen, key=seen.get, reverse=True)
-        assert [tuple(row) for row in found.alive.tolist()] == order
+        assert [tuple(row) for row in found.kept.tolist()] == order
         assert found.delta_f.tolist() == [seen[row] for row in order]
 
 
@@ -414,7 +414,7 @@ def test_what_searches_refuse():
         bmr.reduction.greedy_search(
             LowRank(torch.zeros(2), torch.zeros(2), torch.ones(2, 1)), prior
         )
-    with pytest.raises(bmr.errors.ReductionError, match="stay, are already more"):
+    with pytest.raises(bmr.errors.ReductionError, match="a group, which are always kept"):
         bmr.reduction.exhaustive_search(
             posterior, prior, torch.tensor([0, -1, -1, -1, -1]), kept=0.4
         )
