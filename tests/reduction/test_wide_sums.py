@@ -181,6 +181,13 @@ def test_sites_that_are_joint_each_are_terms_of_one_sum():
     )
 
 
+def test_the_terms_of_two_reductions_of_one_site_add_up():
+    mean, curvature, _ = regression(40, 160)
+    first = said(diagonal(mean, curvature, 40), kept=0.5)[0]
+    both = first.then(said(first.posterior, kept=0.25)[0])
+    assert both.masks["w"].sum() == 40 and "a sum over 120 terms" in " | ".join(both.warnings)
+
+
 def test_rows_are_kept_and_refused(tmp_path):
     mean, curvature, _ = regression(20, 5)
     posterior = diagonal(mean, curvature, 20)
