@@ -128,7 +128,9 @@ WORLDS = {
 def test_what_is_set_around_a_call_does_not_reach_it(world):
     for name, call in CALLS.items():
         with WORLDS[world]():
+            around = pyro.settings.get()
             got = call()
+            assert pyro.settings.get() == around, name
         torch.testing.assert_close(
             torch.as_tensor(got), torch.as_tensor(results()[name]), rtol=1e-6, atol=1e-6, msg=name
         )
@@ -141,6 +143,14 @@ def test_moments_keep_their_precision_under_autocast(name):
         got = CALLS[name]()
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, results()[name], atol=0.02 if "fit" in name else 1e-6, rtol=0)
+
+
+def test_covariances_keep_their_precision_under_autocast():
+    guide = fitted(bmr.FullRank).guide
+    alone = bmr.Posterior.from_guide(guide, regression, X, Y)["w"].joint.cov
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = bmr.Posterior.from_guide(guide, regression, X, Y)["w"].joint.cov
+    torch.testing.assert_close(got, alone, rtol=1e-6, atol=0)
 
 
 def test_a_default_dtype_that_is_not_the_datas():
@@ -225,7 +235,7 @@ def test_a_long_call_gives_way_between_its_steps_and_finds_its_world_again():
         waiting.wait()
         with poutine.scale(scale=0.5) as handler:
             first = torch.rand(1)
-            while len(order) < 1:
+            while thread.is_alive():
                 give_way()
             order.append("long")
             assert [handler] == pyro.poutine.runtime._PYRO_STACK and pyro.settings.get(
@@ -255,15 +265,20 @@ def test_a_long_call_gives_way_between_its_steps_and_finds_its_world_again():
     torch.set_rng_state(state)
 
 
-@pytest.mark.parametrize("waits", ["at its start", "between its steps"])
+@pytest.mark.parametrize("waits", ["at its start", "between its steps", "and is woken"])
 def test_ctrl_c_as_a_call_has_its_turn_leaves_the_turn_to_others(waits):
-    entered, asked = threading.Event(), threading.Event()
+    entered, asked, order = threading.Event(), threading.Event(), []
 
     @isolated()
     def hold():
         entered.set()
         time.sleep(0.02)  # the main thread is at the door by now
-        _thread.interrupt_main()  # noticed when it has the room
+        if waits == "and is woken":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.05)  # it waits again: what it has to undo needs a turn
+        else:
+            _thread.interrupt_main()  # noticed when it has the room
+        order.append("held")
 
     @isolated(steps=True)
     def steps():
@@ -272,7 +287,7 @@ def test_ctrl_c_as_a_call_has_its_turn_leaves_the_turn_to_others(waits):
             give_way()
 
     def other():
-        if waits == "between its steps":
+        if waits != "at its start":
             asked.wait()
         hold()
 
@@ -286,9 +301,11 @@ def test_ctrl_c_as_a_call_has_its_turn_leaves_the_turn_to_others(waits):
             if waits == "at its start":
                 entered.wait()
             steps()
+        order.append("left")
     finally:
         signal.signal(signal.SIGINT, before)
     thread.join()
+    assert order == ["held", "left"]
     equal = []
     for _ in range(2):
         after = threading.Thread(
@@ -304,11 +321,13 @@ def test_a_fit_within_a_fit_and_within_a_program():
     seen = []
 
     def nested(x, y=None):
+        state = torch.get_rng_state()
         seen.append(torch.equal(CALLS["fit"](), results()["fit"]))
+        seen.append(torch.equal(state, torch.get_rng_state()))
         return regression(x, y)
 
     result = bmr.fit(nested, (X, Y), epochs=1, batch_size=20, progress=False)
-    assert all(seen) and len(seen) > 4
+    assert all(seen) and len(seen) > 8
     assert torch.equal(
         result.posterior["w"].mean,
         bmr.fit(regression, (X, Y), epochs=1, batch_size=20, progress=False).posterior["w"].mean,
