@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.experiments.cells import scores, sizes
+from pyro_bmr.experiments.measures import scores, sizes
 from pyro_bmr.experiments.methods import method_named
 from pyro_bmr.experiments.models import load_model
 
@@ -59,12 +59,12 @@ def main() -> None:
     }
     rows = []
     for seed in range(settings.seeds):
-        for scaled in (False, True):
+        for calibrate in (False, True):
             trained = method_named("magnitude")(
                 build,
                 data,
                 seed,
-                {**options, "prune_every": settings.reduce_every, "scaled": scaled},
+                {**options, "prune_every": settings.reduce_every, "calibrate": calibrate},
                 True,
             )
             prediction = trained.predict(data.x_test)
@@ -74,7 +74,7 @@ def main() -> None:
                 **trained.extra,
             }
             result = {name: measured[name] for name in ("scale", "accuracy", "nll", "ece", "kept")}
-            route = "temperature-scaled" if scaled else "plain"
+            route = "temperature-scaled" if calibrate else "plain"
             rows.append(
                 {
                     "prior": "none",

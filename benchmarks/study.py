@@ -22,10 +22,10 @@ from pathlib import Path
 import pandas as pd
 
 import pyro_bmr as bmr
-from pyro_bmr.experiments.cell_folder import read_cell
-from pyro_bmr.experiments.declaration import Study, declare
-from pyro_bmr.experiments.report import results
-from pyro_bmr.experiments.results_folder import mean_and_spread
+from pyro_bmr.experiments.declaration import declare
+from pyro_bmr.experiments.folder import read_cell
+from pyro_bmr.experiments.grid import Study
+from pyro_bmr.experiments.report import mean_and_spread, results
 
 PAGE = Path("docs/results/study.md")
 CELLS = Path("docs/results/study")
@@ -93,7 +93,7 @@ def with_those_before(
     if not new.empty:
         new = new.assign(
             commit=[
-                read_cell(folder / "cells" / cell / "config.json")["versions"].get("commit", "?")
+                read_cell(folder / "cells" / cell / "settings.json")["versions"].get("commit", "?")
                 for cell in new["cell"]
             ]
         )

@@ -33,8 +33,7 @@ from safetensors.torch import load, save
 
 import pyro_bmr as bmr
 from pyro_bmr.data.readers import IDX_FILES
-from pyro_bmr.experiments import results_folder
-from pyro_bmr.experiments.cells import Settings
+from pyro_bmr.experiments.folder import calibration_of, finished_row
 from pyro_bmr.experiments.runs import load_run
 from pyro_bmr.fitting import checkpoint_file as checkpoint_files
 from tests.data.test_data import arrays, idx_bytes, idx_folder
@@ -293,13 +292,13 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
 
     def report() -> Reader:
         good = json.dumps(
-            {"row": {"seed": 0}, "settings": {}, "calibration": [[0.1, 0.2, 3.0], [0.6, 0.7, 5.0]]}
+            {"tensors": {}, "warnings": [], "calibration": [[0.1, 0.2, 3.0], [0.6, 0.7, 5.0]]}
         ).encode()
         return Reader(
             [good],
             mutated_text,
             folder / "report.json",
-            lambda: results_folder.calibration_of(folder / "report.json"),
+            lambda: calibration_of(folder),
         )
 
     def run() -> Reader:
@@ -324,37 +323,19 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
 
     def results() -> Reader:
         data = bmr.load("diabetes")
-        results_folder.ResultsFolder(folder / "results", "m", data, Settings(), {})
-        (folder / "results" / "settings.json").rename(folder / "settings")
-        header = (
-            "model,data,prior,route,seed,temperature,rmse,nll,kept,delta_f,seconds,parameters\n"
+        settings = bmr.Settings(epochs=1)
+        bmr.compare(
+            "linear_regression",
+            data,
+            priors={"g": bmr.Gaussian(0.5)},
+            routes=["map"],
+            seeds=1,
+            settings=settings,
+            out=folder / "compared",
+            progress=False,
         )
-        row = "m,diabetes,gaussian,reduced,0,1.0,0.5,1.25,0.5,3.0,2.0,90\n"
-        network = folder / "results" / "networks" / "gaussian-reduced-0"
-        network.mkdir(parents=True)
-        (network / "report.json").write_text(
-            json.dumps(
-                {
-                    "row": {
-                        "prior": "gaussian",
-                        "route": "reduced",
-                        "seed": 0,
-                        "rmse": 0.5,
-                        "nll": 1.25,
-                    }
-                }
-            )
-        )
-
-        def read() -> None:
-            (folder / "results" / "settings.json").write_bytes((folder / "settings").read_bytes())
-            results_folder.ResultsFolder(folder / "results", "m", data, Settings(), {}).finished(
-                "gaussian", "reduced", 0
-            )
-
-        return Reader(
-            [f"{header}{row}".encode()], mutated_bytes, folder / "results" / "results.csv", read
-        )
+        (path,) = (folder / "compared").rglob("row.json")
+        return Reader([path.read_bytes()], mutated_text, path, lambda: finished_row(path.parent))
 
     made: tuple[Callable[[], Reader], ...] = (
         npz,

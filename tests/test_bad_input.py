@@ -671,7 +671,7 @@ WRITERS = {
         "mlp:4",
         bmr.load("digits"),
         priors={"g": bmr.Gaussian()},
-        routes=["point"],
+        routes=["map"],
         seeds=1,
         settings=bmr.Settings(epochs=1),
         out=folder / "c",

@@ -75,7 +75,7 @@ def test_the_study_keeps_rows_of_declared_cells(tmp_path):
         }
     )
     (tmp_path / "cells" / "b").mkdir(parents=True)
-    (tmp_path / "cells" / "b" / "config.json").write_text('{"versions": {"commit": "2222222"}}')
+    (tmp_path / "cells" / "b" / "settings.json").write_text('{"versions": {"commit": "2222222"}}')
     table = study.with_those_before(
         SimpleNamespace(cells=cells),
         before,

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import sys
@@ -22,8 +23,10 @@ from safetensors.torch import load_file
 
 import pyro_bmr as bmr
 from pyro_bmr import files
-from pyro_bmr.experiments import cell_folder, plots, results_folder, runs
-from pyro_bmr.experiments.cells import Settings
+from pyro_bmr.experiments import log as cell_log
+from pyro_bmr.experiments import plots, report, runs
+from pyro_bmr.experiments.compare import comparison
+from pyro_bmr.experiments.folder import run_cell
 from pyro_bmr.exporting import deployment
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.files import locked, reading, replacing
@@ -359,36 +362,38 @@ def test_a_picture_and_a_history_are_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(bmr.PyroBMRError, match=r"cannot write '.*a\.png': No space left on device"):
         plots.save_figure(plt.figure(figsize=(0.1, 0.1)), tmp_path / "a.png")
     assert not plt.get_fignums() and (tmp_path / "a.png").read_bytes() == b"old"
-    folder = results_folder.ResultsFolder(tmp_path / "out", "m", DATA, Settings(), {})
-    cell = SimpleNamespace(
-        reduction=None,
-        weights={"w": torch.ones(2)},
-        prediction=None,
-        warnings=(),
-        fit=SimpleNamespace(history=pd.DataFrame({"epoch": [1]})),
-    )
-    with pytest.raises(
-        bmr.PyroBMRError, match=r"cannot write '.*history\.csv': No space left on device"
-    ):
-        folder.keep({"prior": "p", "route": "fitted", "seed": 0}, cell, DATA)
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+    (cell,) = line_fits().cells
+    assert run_cell(cell, tmp_path / "cells") is None
+    written = {path.name: path for path in tmp_path.rglob("*") if path.is_file()}
+    assert sorted(written) == [
         "a.png",
+        "failed.txt",
+        "log.txt",
         "model.safetensors",
         "report.json",
         "settings.json",
     ]
+    assert re.search(
+        r"cannot write '.*history\.csv': No space left on device",
+        written["failed.txt"].read_text(),
+    )
 
 
-def test_results_without_their_settings_are_refused(tmp_path):
-    data = DATA
-    results_folder.ResultsFolder(tmp_path, "m", data, Settings(), {})
-    (tmp_path / "results.csv").write_text("prior,route,seed\np,fitted,0\n")
-    results_folder.ResultsFolder(tmp_path, "m", data, Settings(), {})
-    (tmp_path / "settings.json").unlink()
+def line_fits():
+    """The declaration of one cheap fit."""
+    priors, settings = {"p": bmr.Gaussian(0.5)}, bmr.Settings(epochs=1)
+    return comparison("linear_regression", DATA, priors, ["fitted"], 1, settings)
+
+
+def test_results_without_their_settings_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *args: [])
+    bmr.study(line_fits(), tmp_path, progress=False)
+    (path,) = tmp_path.rglob("settings.json")
+    path.unlink()
     with pytest.raises(
-        bmr.PyroBMRError, match=r"settings\.json' is no settings of a comparison \(No such file"
+        bmr.PyroBMRError, match=r"settings\.json' is not what a study writes \(No such file"
     ):
-        results_folder.ResultsFolder(tmp_path, "m", data, Settings(epochs=3), {})
+        bmr.study(line_fits(), tmp_path, progress=False)
 
 
 def test_a_log_that_cannot_be_written_is_no_reason_to_fail(tmp_path):
@@ -398,7 +403,7 @@ def test_a_log_that_cannot_be_written_is_no_reason_to_fail(tmp_path):
 
         close = flush = write
 
-    log = cell_folder._Log(Full())
+    log = cell_log.Log(Full())
     assert log.write("words\n") == 6 and log.write("\r100%") == 5
     log.close()
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from pyro_bmr.baselines.dropout import DropoutOptions, dropout
 from pyro_bmr.baselines.magnitude import MagnitudeOptions, RewindingOptions, magnitude, rewinding
-from pyro_bmr.baselines.point import EnsembleOptions, PointOptions, deep_ensemble, point
+from pyro_bmr.baselines.options import options_of
+from pyro_bmr.baselines.plain import EnsembleOptions, PlainOptions, deep_ensemble, plain
 from pyro_bmr.baselines.signal_to_noise import EverySignalToNoise
-from pyro_bmr.baselines.training import Trained, options_of
+from pyro_bmr.baselines.training import Trained
 from pyro_bmr.baselines.variational_dropout import VariationalDropoutOptions, variational_dropout
 
 BASELINES: dict[str, tuple[Any, type[Any]]] = {
-    "point": (point, PointOptions),
+    "plain": (plain, PlainOptions),
     "ensemble": (deep_ensemble, EnsembleOptions),
     "magnitude": (magnitude, MagnitudeOptions),
     "rewinding": (rewinding, RewindingOptions),

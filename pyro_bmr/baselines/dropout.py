@@ -16,16 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_bmr.baselines.point import MakeNetwork
-from pyro_bmr.baselines.training import (
-    Budget,
-    Trained,
-    held_out,
-    is_between,
-    is_whole,
-    logits,
-    train,
-)
+from pyro_bmr.baselines.options import Budget, is_between, is_whole
+from pyro_bmr.baselines.plain import MakeNetwork
+from pyro_bmr.baselines.training import Trained, held_out, logits, train
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.prediction.predict import Prediction, prediction_of
@@ -84,7 +77,7 @@ def dropped_out(net: nn.Module, rate: float, x: Tensor) -> Iterator[None]:
     layers = [layer for layer in called(net, x)[1:] if isinstance(layer, nn.Linear)]
     if not layers:
         raise ModelError(
-            "dropout: a network with a Linear layer after its first layer is wanted, got"
+            "dropout: expected a network with a Linear layer after its first layer, got"
             f" {type(net).__name__} without"
         )
     with ExitStack() as stack:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.baselines.point import MakeNetwork, Scaled, trained_point
-from pyro_bmr.baselines.training import Budget, Trained, is_between, is_whole, train
+from pyro_bmr.baselines.options import Budget, is_between, is_whole
+from pyro_bmr.baselines.plain import Calibrated, MakeNetwork, trained_network
+from pyro_bmr.baselines.training import Trained, train
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.pruning import cubic
 from pyro_bmr.reduction.decisions import lowest
@@ -65,12 +66,12 @@ class Gradual(Budget):
 
 
 @dataclass(frozen=True)
-class MagnitudeOptions(Gradual, Scaled):
+class MagnitudeOptions(Gradual, Calibrated):
     """The options of `magnitude`."""
 
 
 @dataclass(frozen=True)
-class RewindingOptions(Scaled):
+class RewindingOptions(Calibrated):
     """`kept`: as for `magnitude`. `rounds` of pruning, each to the same part of what is left.
     `rewind`: the fraction of a training after which the weights are those to rewind to; 0 is the
     start weights. The `epochs` are those of each of the rounds + 1 trainings.
@@ -110,12 +111,12 @@ class Pruning:
                 for score, mask in zip(scores, self.masks, strict=True)
             ]
         )
-        stays = (~lowest(ranks, ranks.numel() - round(kept * ranks.numel()))).split(
+        kept_entries = (~lowest(ranks, ranks.numel() - round(kept * ranks.numel()))).split(
             [mask.numel() for mask in self.masks]
         )
         self.masks = [
             (part.view_as(mask) & (mask > 0)).to(mask)
-            for part, mask in zip(stays, self.masks, strict=True)
+            for part, mask in zip(kept_entries, self.masks, strict=True)
         ]
         self.hold()
 
@@ -150,7 +151,7 @@ def magnitude(
     rows = options.rows(data)
     net = make(seed)
     history = train(net, rows, options, progress, after=Pruning(list(net.parameters())).on(options))
-    return trained_point(net, history, time.perf_counter() - clock, rows, options)
+    return trained_network(net, history, time.perf_counter() - clock, rows, options)
 
 
 def rewinding(
@@ -192,7 +193,7 @@ def rewinding(
     extra = {
         "epochs_total": options.epochs * (options.rounds + 1) - options.rounds * steps / per_epoch
     }
-    return trained_point(
+    return trained_network(
         net,
         pd.concat(history, ignore_index=True),
         time.perf_counter() - clock,

@@ -1,28 +1,33 @@
-"""The one training of all baselines: mini-batches, Adam and a cosine schedule in plain torch, for
-one budget.
+"""The baselines keep a training loop of their own, in plain torch: it is the evidence of fairness.
 
-Owns `Budget`, `Rows`, `held_out` and `train`, the options by name (`options_of`), and `Trained`,
-what every method leaves behind. Next: `point.py`.
+Mini-batches, Adam, a cosine schedule and one budget for all of them; no step of `fit` is in it.
+
+Owns `Rows`, `held_out` and `train`, and `Trained`, what every method leaves behind. Next:
+`plain.py`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from pyro_bmr.baselines.options import Budget
 from pyro_bmr.data.data_set import Data, validation_data
-from pyro_bmr.errors import FitError, ModelError, OptionError, described
+from pyro_bmr.errors import FitError
+from pyro_bmr.fitting.fit import Fit
 from pyro_bmr.fitting.rows import batch_sizes
 from pyro_bmr.networks.modes import note_modes, set_training
 from pyro_bmr.prediction.predict import Prediction
+from pyro_bmr.priors import Prior
+from pyro_bmr.reduction.result import Reduction
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +43,8 @@ class Trained:
     network as plain torch, None for a program that is no network. `history`: a row per epoch, with
     columns as in `Fit.history` where they have a meaning. `batch_size`: rows of a step. `seconds`:
     of the training. `elbo`, `delta_f`: nats, NaN where there is none. `extra`: further figures of
-    the method, each a column of the table.
+    the method, each a column of the table. `fit`, `declared`, `reduction`: the fit of a posterior,
+    its prior, and the reduction after it, where there is one. `cautions`: what may mislead in it.
     """
 
     predict: Callable[[Tensor], Prediction]
@@ -50,69 +56,10 @@ class Trained:
     elbo: float = float("nan")
     delta_f: float = float("nan")
     extra: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every baseline is given: `epochs` over the training rows in mini-batches of
-    `batch_size`, Adam from `learning_rate` down a cosine to 0, with `weight_decay` as its L2
-    penalty (per row, as torch has it: ½ weight_decay ‖w‖²).
-    """
-
-    epochs: int = 40
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        broken = [
-            f"{name}={described(getattr(self, name))} ({wanted})"
-            for name, (good, wanted) in self.rules().items()
-            if not good
-        ]
-        if broken:
-            raise ModelError(f"{', '.join(broken)} is wanted")
-
-    def rules(self) -> dict[str, tuple[bool, str]]:
-        """Option → whether its value is in its range, and that range."""
-        return {
-            "epochs": (is_whole(self.epochs, 1), "a whole number >= 1"),
-            "batch_size": (is_whole(self.batch_size, 1), "a whole number >= 1"),
-            "learning_rate": (
-                is_between(self.learning_rate, 0, math.inf) and 0 < self.learning_rate < math.inf,
-                "a finite number > 0",
-            ),
-            "weight_decay": (
-                is_between(self.weight_decay, 0, math.inf) and self.weight_decay < math.inf,
-                "a finite number >= 0",
-            ),
-        }
-
-
-def is_whole(value: Any, least: int) -> bool:
-    """Whether an option is a whole number of at least that."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def is_between(value: Any, low: float, high: float) -> bool:
-    """Whether an option is a number in low … high."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-Options = TypeVar("Options", bound=Budget)
-
-
-def options_of(kind: type[Options], method: str, given: Mapping[str, Any]) -> Options:
-    """The options of a method from their names.
-
-    Raises:
-        OptionError: the method has no such option.
-        ModelError: a value is out of its range.
-    """
-    names = [f.name for f in fields(kind)]
-    if unknown := set(given) - set(names):
-        raise OptionError(method, unknown, names)
-    return kind(**given)
+    fit: Fit | None = None
+    declared: Prior | None = None
+    reduction: Reduction | None = None
+    cautions: tuple[str, ...] = ()
 
 
 class Rows(NamedTuple):
@@ -169,65 +116,92 @@ def train(
     """
     import pandas as pd
 
-    optimiser = torch.optim.Adam(
-        groups or [{"params": list(net.parameters())}],
-        lr=budget.learning_rate,
-        weight_decay=budget.weight_decay,
-        fused=True,
-    )
-    sizes = batch_sizes(len(rows.x), budget.batch_size)
-    total = budget.epochs * len(sizes)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda done: 0.5 * (1 + math.cos(math.pi * (first + done) / total))
-    )
+    training = _Training(net, rows, budget, first, loss, after, groups)
     history: list[dict[str, float]] = []
     best, best_state = math.inf, None
     note_modes(net)
-    with tqdm(total=total, initial=first, disable=not progress, unit="step", leave=False) as bar:
-        step = first
-        for epoch in range(first // len(sizes) + 1, budget.epochs + 1):
-            set_training(net, True)
-            summed = 0.0
-            done = step - (epoch - 1) * len(sizes)
-            for index in torch.randperm(len(rows.x)).split(sizes)[done:]:
-                optimiser.zero_grad()
-                outputs, y = net(rows.x[index]), rows.y[index]
-                nats = (
-                    F.cross_entropy(outputs, y) if loss is None else loss(outputs, y, step / total)
-                )
-                nats.backward()
-                optimiser.step()
-                schedule.step()
-                step += 1
-                if after is not None:
-                    with torch.no_grad():
-                        after(step, total)
-                summed += float(
-                    nats.detach() if loss is None else F.cross_entropy(outputs.detach(), y)
-                )
-                bar.update()
-            if not math.isfinite(summed):
-                raise FitError(
-                    f"epoch {epoch}: the loss is not finite; lower the learning rate, got"
-                    f" {budget.learning_rate:g}, or check the scale of the data"
-                )
-            net.eval()
-            rate = optimiser.param_groups[0]["lr"]
-            row = {
-                "epoch": epoch,
-                "step": step,
-                "expected_log_likelihood": -summed / (len(sizes) - done) * len(rows.x),
-                "kept": kept(net),
-            }
-            history.append({**row, "learning_rate": rate})
-            if rows.x_held is not None and rows.y_held is not None:
-                nll = float(F.cross_entropy(logits(net, rows.x_held), rows.y_held.long()))
-                history[-1]["validation_nll"] = nll
-                if keep_best and nll < best:
-                    best, best_state = nll, copy.deepcopy(net.state_dict())
+    with tqdm(
+        total=training.total, initial=first, disable=not progress, unit="step", leave=False
+    ) as bar:
+        for epoch in range(first // training.steps + 1, budget.epochs + 1):
+            history.append(training.epoch(epoch, bar))
+            nll = history[-1].get("validation_nll", math.inf)
+            if keep_best and nll < best:
+                best, best_state = nll, copy.deepcopy(net.state_dict())
     if best_state is not None:
         net.load_state_dict(best_state)
     return pd.DataFrame(history)
+
+
+class _Training:
+    """Where a training stands: its optimiser, its schedule and the steps that are done."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        rows: Rows,
+        budget: Budget,
+        first: int,
+        loss: Callable[[Tensor, Tensor, float], Tensor] | None,
+        after: Callable[[int, int], None] | None,
+        groups: list[dict[str, Any]] | None,
+    ) -> None:
+        self.net, self.rows, self.loss, self.after = net, rows, loss, after
+        self.optimiser = torch.optim.Adam(
+            groups or [{"params": list(net.parameters())}],
+            lr=budget.learning_rate,
+            weight_decay=budget.weight_decay,
+            fused=True,
+        )
+        self.sizes = batch_sizes(len(rows.x), budget.batch_size)
+        self.steps, self.step = len(self.sizes), first
+        self.total = total = budget.epochs * self.steps
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser, lambda done: 0.5 * (1 + math.cos(math.pi * (first + done) / total))
+        )
+        self.rate = budget.learning_rate
+
+    def epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
+        """Takes the steps of an epoch that are not done, and returns its row of the history."""
+        rows = self.rows
+        set_training(self.net, True)
+        done = self.step - (epoch - 1) * self.steps
+        summed = 0.0
+        for index in torch.randperm(len(rows.x)).split(self.sizes)[done:]:
+            summed += self._step(rows.x[index], rows.y[index])
+            bar.update()
+        if not math.isfinite(summed):
+            raise FitError(
+                f"epoch {epoch}: the loss is not finite; lower the learning rate, got"
+                f" {self.rate:g}, or check the scale of the data"
+            )
+        self.net.eval()
+        row = {
+            "epoch": epoch,
+            "step": self.step,
+            "expected_log_likelihood": -summed / (self.steps - done) * len(rows.x),
+            "kept": kept(self.net),
+            "learning_rate": self.optimiser.param_groups[0]["lr"],
+        }
+        if rows.x_held is not None and rows.y_held is not None:
+            held = F.cross_entropy(logits(self.net, rows.x_held), rows.y_held.long())
+            row["validation_nll"] = float(held)
+        return row
+
+    def _step(self, x: Tensor, y: Tensor) -> float:
+        """Takes a step, and returns the cross entropy before it, nats per row."""
+        self.optimiser.zero_grad()
+        outputs = self.net(x)
+        entropy = F.cross_entropy(outputs, y)
+        nats = entropy if self.loss is None else self.loss(outputs, y, self.step / self.total)
+        nats.backward()
+        self.optimiser.step()
+        self.schedule.step()
+        self.step += 1
+        if self.after is not None:
+            with torch.no_grad():
+                self.after(self.step, self.total)
+        return float(entropy.detach())
 
 
 def kept(net: nn.Module) -> float:

@@ -1,5 +1,5 @@
 """Sparse variational dropout (Molchanov, Ashukha & Vetrov 2017): a posterior N(θ, σ²) per weight
-under a log-uniform prior; weights of large α = σ²/θ² go.
+under a log-uniform prior; weights of large α = σ²/θ² are pruned.
 
 Owns `VariationalDropoutOptions`, `variational_dropout` and `log_uniform_kl`. Next:
 `signal_to_noise.py`.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +18,26 @@ from torch.nn import functional as F
 
 from pyro_bmr.baselines.dropout import called
 from pyro_bmr.baselines.magnitude import Gradual, Pruning
-from pyro_bmr.baselines.point import MakeNetwork, Scaled, trained_point
-from pyro_bmr.baselines.training import Trained, is_between, train
+from pyro_bmr.baselines.options import is_between
+from pyro_bmr.baselines.plain import Calibrated, MakeNetwork, trained_network
+from pyro_bmr.baselines.training import Rows, Trained, train
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
 _TINY = 1e-16  # beside variances, so that no gradient is infinite at zero
 
 
 @dataclass(frozen=True)
-class VariationalDropoutOptions(Gradual, Scaled):
+class VariationalDropoutOptions(Gradual, Calibrated):
     """`threshold`: weights with log α above it are zero at the end. `kept` below 1: instead, the
-    weights of largest log α go during the training, on the schedule of `magnitude`, until that
-    fraction of all parameters is left. `warm_up`: the part of the training over which the weight of
-    the KL rises from 0 to 1. `log_variance`: log σ² at the start. `variance_rate`: by which the
-    learning rate of log σ² is larger than that of the weights.
+    weights of largest log α are pruned during the training, on the schedule of `magnitude`, until
+    that fraction of all parameters is left. `warm_up`: the part of the training over which the
+    weight of the KL rises from 0 to 1. `log_variance`: log σ² at the start. `variance_rate`: by
+    which the learning rate of log σ² is larger than that of the weights.
     """
 
     kept: float = 1.0
@@ -81,6 +85,12 @@ class NoisyLayers:
         ]
         self.pruning = Pruning([layer.weight for layer in layers])
 
+    def counts(self, net: nn.Module) -> tuple[int, int]:
+        """How many parameters `net` has, and how many of them have no noise."""
+        noisy = {id(layer.weight) for layer in self.layers}
+        total = sum(p.numel() for p in net.parameters())
+        return total, sum(p.numel() for p in net.parameters() if id(p) not in noisy)
+
     def log_alphas(self) -> list[Tensor]:
         """log α per weight, ±20 at most."""
         pairs = zip(self.layers, self.log_variances, strict=True)
@@ -90,7 +100,7 @@ class NoisyLayers:
         ]
 
     def kl(self) -> Tensor:
-        """Summed over the weights that live, nats."""
+        """Summed over the weights that are kept, nats."""
         return torch.stack(
             [
                 (log_uniform_kl(a) * mask).sum()
@@ -138,14 +148,35 @@ def variational_dropout(
     clock = time.perf_counter()
     net, rows = make(seed), options.rows(data)
     noise = NoisyLayers(called(net, data.x_train[:2]), options.log_variance)
-    weights = {id(layer.weight) for layer in noise.layers}
-    others = [p for p in net.parameters() if id(p) not in weights]
-    total, rest = sum(p.numel() for p in net.parameters()), sum(p.numel() for p in others)
+    total, rest = noise.counts(net)
     if options.kept * total < rest:
         raise ModelError(
             f"kept={options.kept}: {rest / total:.3g} of the parameters are biases and others that"
-            " are not pruned; at least that is wanted"
+            " are not pruned; expected at least that"
         )
+    history = _train_noisy(net, noise, rows, options, progress)
+    kept = [
+        (a <= options.threshold) & (mask > 0)
+        for a, mask in zip(noise.log_alphas(), noise.pruning.masks, strict=True)
+    ]
+    if options.kept == 1:
+        noise.pruning.masks = [
+            part.to(mask) for part, mask in zip(kept, noise.pruning.masks, strict=True)
+        ]
+        noise.pruning.hold()
+    extra = {"threshold_kept": (rest + sum(int(part.sum()) for part in kept)) / total}
+    return trained_network(net, history, time.perf_counter() - clock, rows, options, extra)
+
+
+def _train_noisy(
+    net: nn.Module,
+    noise: NoisyLayers,
+    rows: Rows,
+    options: VariationalDropoutOptions,
+    progress: bool,
+) -> pd.DataFrame:
+    """Trains with the noise on, and prunes on the schedule of the options."""
+    total, rest = noise.counts(net)
 
     def loss(outputs: Tensor, y: Tensor, done: float) -> Tensor:
         weight = min(done / options.warm_up, 1.0) if options.warm_up else 1.0
@@ -156,9 +187,8 @@ def variational_dropout(
         if target is None:
             noise.pruning.hold()
         else:
-            noise.pruning.prune(
-                (target * total - rest) / (total - rest), [(-a).exp() for a in noise.log_alphas()]
-            )
+            scores = [(-a).exp() for a in noise.log_alphas()]
+            noise.pruning.prune((target * total - rest) / (total - rest), scores)
 
     groups: list[dict[str, Any]] = [
         {"params": list(net.parameters())},
@@ -170,15 +200,4 @@ def variational_dropout(
     ]
     with ExitStack() as stack:
         noise.noisy(stack)
-        history = train(net, rows, options, progress, loss=loss, after=after, groups=groups)
-    lives = [
-        (a <= options.threshold) & (mask > 0)
-        for a, mask in zip(noise.log_alphas(), noise.pruning.masks, strict=True)
-    ]
-    if options.kept == 1:
-        noise.pruning.masks = [
-            alive.to(mask) for alive, mask in zip(lives, noise.pruning.masks, strict=True)
-        ]
-        noise.pruning.hold()
-    extra = {"threshold_kept": (rest + sum(int(alive.sum()) for alive in lives)) / total}
-    return trained_point(net, history, time.perf_counter() - clock, rows, options, extra)
+        return train(net, rows, options, progress, loss=loss, after=after, groups=groups)

@@ -1,28 +1,32 @@
-"""`compare`: prior × route × seed → one table. No training of its own: it calls `fit`, `reduce`,
-`predict` and `export`.
+"""`compare`: a study of prior × route × seed, of objects in memory or of names.
 
-Owns `compare`. Next: `options.py`.
+Owns `compare` and `comparison`, its declaration. Next: `cli/options.py`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+import torch
 
 from pyro_bmr.data.data_set import Data, validation_data
-from pyro_bmr.errors import DataError, ModelError, described, warn
-from pyro_bmr.experiments.cells import ROUTES, Settings, counted, run_cell, scores, sizes
+from pyro_bmr.errors import DataError, ModelError, PyroBMRError, described, warn
+from pyro_bmr.experiments.folder import Row, row_of
+from pyro_bmr.experiments.grid import Cell, Study, check_model, fingerprint, plain_name
 from pyro_bmr.experiments.models import Build, load_model
-from pyro_bmr.experiments.results_folder import ResultsFolder, file_name
-from pyro_bmr.files import locked
+from pyro_bmr.experiments.recipe import ROUTES, Settings
+from pyro_bmr.experiments.report import summary_of, table_of
+from pyro_bmr.experiments.study import COMPARISON, StudyResults, check_jobs, in_parallel, run
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_SHOWN = ("prior", "route", "accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
 
 
 def compare(
@@ -34,22 +38,24 @@ def compare(
     seeds: int = 3,
     settings: Settings | None = None,
     out: str | Path | None = None,
+    jobs: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """One row per prior, route and seed, with what it scored, what is left of it, and what it took.
 
     Columns: model, data, prior, route, seed, temperature, accuracy or rmse, nll, brier, ece,
-    parameters, kept_parameters, kept, delta_f, seconds.
+    ece_mass, parameters, kept_parameters, kept, size, elbo, delta_f, seconds, step_ratio (see
+    docs/studies.md), and with `out` kilobytes and cell, the name of its folder in ``out/cells``.
 
     Routes, for a prior p:
 
-    - point: maximum a posteriori under p, an empirical scale staying at its start, 1; nothing is
+    - map: maximum a posteriori under p, an empirical scale staying at its start, 1; nothing is
       pruned.
     - fitted: mean field under p; a shrinkage prior then says which weights are zero
       (`reduce(..., to=None)`), a Gaussian keeps all.
     - reduced: mean field under a Gaussian — p itself if it is one, else `Gaussian()` — reduced
       during and after the fit to p; a Gaussian p reduces to the point spike, which removes a weight
-      when the evidence rises without it.
+      if the evidence increases without it.
 
     accuracy … ece and rmse are those of the posterior predictive on the test rows (nats per row;
     rmse and nll in the target's units). `kept` counts all parameters of the network that are not
@@ -58,113 +64,178 @@ def compare(
     Args:
         model: a name in `models/` with an optional argument (``"mlp:500-500"``), a path of a .py
             file with `build(data, prior)`, or such a function.
-        out: a folder for results.csv, report.md, pictures and each row's exported weights. Rows
-            already there are not computed again.
+        out: a folder for results.csv, report.md, report.html, pictures and the cells: exported
+            weights, and a run for ``pyro-bmr reduce`` and ``pyro-bmr export``. Cells that are
+            finished there are not run again; one that fails is left out with a warning, and the
+            others go on. Without `out` it raises.
         settings: see `Settings`. With `validation`, that fraction of the training rows is held out
             and scored instead of the test rows, for tuning.
+        jobs: processes, as for `study`; the numbers do not depend on it.
 
     Raises:
-        PyroBMRError: an unknown name, settings that differ from those of the results in `out`, or
-            an `out` that cannot be written or is in use by another process.
+        PyroBMRError: an unknown name, no cell that could be fitted, or an `out` that cannot be
+            written or is in use by another process.
 
     Example:
         >>> compare("mlp:100-50", load("digits"), priors={"gaussian": Gaussian()}, seeds=2,
         ...     settings=Settings(epochs=20))
     """
+    check_jobs(jobs)
+    declared = comparison(model, data, priors, routes, seeds, settings or Settings())
+    if out is not None:
+        done = run_comparison(declared, out, jobs=jobs, progress=progress)
+        for cell, line in done.failures.items():
+            warn(f"{cell} failed: {line}")
+        return done.table
+    found = in_parallel(
+        _InMemory(torch.get_num_threads(), progress), declared.cells, jobs, progress, declared.name
+    )
+    _warn_of(declared, {slug: cautions for slug, (_, cautions) in found.items()})
+    table = table_of(declared, {slug: row for slug, (row, _) in found.items()})
+    return table.drop(columns="cell")
+
+
+def run_comparison(
+    declared: Study, out: str | Path, *, jobs: int | None, progress: bool
+) -> StudyResults:
+    """Runs a comparison in a folder. Each kind of warning comes once, with its first figures.
+
+    Raises:
+        PyroBMRError: no cell of it is finished.
+    """
+    threads = torch.get_num_threads()
+    done = run(declared, Path(out), declared.cells, jobs=jobs, progress=progress, threads=threads)
+    _warn_of(declared, done.cautions)
+    if done.table.empty:
+        cell, line = next(iter(done.failures.items()))
+        raise PyroBMRError(f"no cell could be fitted; {cell} failed: {line}")
+    return done
+
+
+def comparison(
+    model: str | Path | Build,
+    data: Data,
+    priors: Mapping[str, Prior] | None,
+    routes: Sequence[str],
+    seeds: int,
+    settings: Settings,
+    source: str | None = None,
+) -> Study:
+    """The declaration of a comparison. `source`: what `data` were loaded by, if it was a name or a
+    file.
+
+    Raises:
+        PyroBMRError: as `compare`.
+    """
     if not isinstance(data, Data):
-        raise DataError(
-            f"compare: data as load(...) gives them are wanted, got {type(data).__name__}"
-        )
-    settings = settings or Settings()
+        raise DataError(f"compare: expected data as load(...) gives them, got {described(data)}")
     priors = priors or {
         "gaussian": Gaussian(),
         "horseshoe": Horseshoe(),
         "spike-and-slab": SpikeAndSlab(),
     }
-    if callable(model):
-        build, model_name = (
-            model,
-            f"{getattr(model, '__module__', '')}.{getattr(model, '__qualname__', repr(model))}",
-        )
-    else:
-        build, model_name = load_model(model), str(model)
-    unknown = [route for route in routes if route not in ROUTES]
-    if unknown or not routes or seeds < 1:
-        raise ModelError(
-            f"routes={list(routes)}, seeds={described(seeds)}: routes are {', '.join(ROUTES)}; at"
-            " least one of each is wanted"
-        )
+    _check(priors, routes, seeds)
+    build = model if callable(model) else load_model(model)
+    name = _name_of(model) if callable(model) else str(model)
     if settings.validation is not None:
         data = validation_data(data, settings.validation)
-    if len({file_name(prior) for prior in priors}) < len(priors):
+    check_model(build, data)
+    first = Cell(
+        model=name,
+        data=source or data.name.removesuffix(" (validation)"),
+        options=_options(settings),
+        validation=settings.validation,
+        fingerprint=fingerprint(name, data),
+        about={"model": name, "data": data.name},
+        build=model if callable(model) else None,
+        rows=data if source is None else None,
+    )
+    cells = [
+        _cell(first, prior, priors[prior], route, seed, settings.temperature)
+        for prior in priors
+        for route in routes
+        for seed in range(seeds)
+    ]
+    words = {
+        "model": name,
+        "data": source or data.name,
+        "priors": {prior: repr(given) for prior, given in priors.items()},
+        "routes": list(routes),
+        "seeds": seeds,
+        "settings": vars(settings),
+    }
+    note = "Settings: " + ", ".join(f"{k} {v}" for k, v in vars(settings).items()) + "."
+    text = json.dumps(words, indent=1)
+    return Study(f"{name} on {data.name}", tuple(cells), text, COMPARISON, "", _SHOWN, note)
+
+
+def _cell(first: Cell, name: str, prior: Prior, route: str, seed: int, temperature: float) -> Cell:
+    line = {"prior": name, "route": route, "seed": seed, "temperature": temperature}
+    return replace(
+        first,
+        name=name,
+        label=f"{name}, {route}",
+        method=route,
+        options={"prior": prior, **first.options},
+        varying={"prior": name},
+        seed=seed,
+        about={**first.about, **line},
+    )
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean ± standard deviation over seeds, one row per prior and route, as text."""
+    return summary_of(table, _SHOWN)
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """Runs a cell and keeps nothing but its row."""
+
+    threads: int
+    progress: bool
+
+    def __call__(self, cell: Cell) -> tuple[Row, tuple[str, ...]]:
+        return row_of(cell, self.threads, self.progress)
+
+
+def _check(priors: Mapping[str, Prior], routes: Sequence[str], seeds: int) -> None:
+    unknown = [route for route in routes if route not in ROUTES]
+    if unknown or not routes:
+        raise ModelError(
+            f"routes: expected at least one of {', '.join(ROUTES)}, got {list(routes)}"
+        )
+    if not isinstance(seeds, int) or seeds < 1:
+        raise ModelError(f"seeds: expected a number of at least 1, got {described(seeds)}")
+    if len({plain_name(prior) for prior in priors}) < len(priors):
         raise ModelError(
             f"priors {', '.join(priors)}: two of the names give one folder; rename one"
         )
-    cells = [(prior, route, seed) for prior in priors for route in routes for seed in range(seeds)]
-    with nullcontext() if out is None else locked(Path(out)):
-        folder = (
-            ResultsFolder(Path(out), model_name, data, settings, priors)
-            if out is not None
-            else None
-        )
-        table = _rows(build, model_name, data, priors, cells, settings, folder, progress)
-        if folder:
-            folder.report(table)
-    return table
 
 
-def _rows(
-    build: Build,
-    model_name: str,
-    data: Data,
-    priors: Mapping[str, Prior],
-    cells: Sequence[tuple[str, str, int]],
-    settings: Settings,
-    folder: ResultsFolder | None,
-    progress: bool,
-) -> pd.DataFrame:
-    """A row for each cell: that of the folder, or of a fit, which is kept there. Each kind of
-    warning comes once, at the end, with its first figures.
+def _options(settings: Settings) -> dict[str, object]:
+    """The settings that differ from the usual ones, so that a setting that is new in a later
+    version makes no new cell.
     """
-    import pandas as pd
+    usual = vars(Settings(optimizer=settings.optimizer)) | {"optimizer": Settings().optimizer}
+    differ = {name: value for name, value in vars(settings).items() if value != usual[name]}
+    return {name: value for name, value in differ.items() if name != "validation"}
 
-    rows: list[dict[str, Any]] = []
+
+def _name_of(build: Build) -> str:
+    module = getattr(build, "__module__", "")
+    return f"{module}.{getattr(build, '__qualname__', repr(build))}"
+
+
+def _warn_of(declared: Study, cautions: Mapping[str, Sequence[str]]) -> None:
+    """Warns once of each kind, with the figures of the first cell."""
     said: dict[str, list[str]] = {}  # mend → a message for each cell that it would help
-    try:
-        for prior, route, seed in tqdm(
-            cells, disable=not progress, unit="fit", desc=f"{model_name} on {data.name}"
-        ):
-            row = folder.finished(prior, route, seed) if folder else None
-            if row is None:
-                cell = run_cell(build, data, priors[prior], route, seed, settings, progress)
-                row = {
-                    "model": model_name,
-                    "data": data.name,
-                    "prior": prior,
-                    "route": route,
-                    "seed": seed,
-                    "temperature": settings.temperature,
-                    **scores(cell.prediction, data),
-                    **sizes(cell.weights, counted(cell)),
-                    "delta_f": cell.delta_f,
-                    "seconds": cell.fit.seconds,
-                }
-                if folder:
-                    folder.keep(row, cell, data)
-                for message in cell.warnings:
-                    where = (
-                        f"{data.name}, {prior}, {route}, seed {seed}, the reduction after the fit"
-                    )
-                    said.setdefault(message.rpartition(". ")[2], []).append(f"{where}: {message}")
-            rows.append(row)
-    finally:  # also where a later cell fails
-        for first, *others in said.values():
-            warn(
-                first
-                + (
-                    f" ({len(others)} more cells have this warning, with other figures)"
-                    if others
-                    else ""
-                )
-            )
-    return pd.DataFrame(rows)
+    for cell in declared.cells:
+        for message in cautions.get(cell.slug, ()):
+            about = cell.about
+            where = f"{about['data']}, {about['prior']}, {about['route']}, seed {cell.seed}"
+            text = f"{where}, the reduction after the fit: {message}"
+            said.setdefault(message.rpartition(". ")[2], []).append(text)
+    for first, *others in said.values():
+        more = f" ({len(others)} more cells have this warning, with other figures)"
+        warn(first + (more if others else ""))

@@ -1,14 +1,14 @@
-"""What a trained network of a study is worth: the figures of one row of its table.
+"""What a trained network is worth: the figures of one row of a table.
 
-Owns `MEASURES`, to which further figures are added, `measured`, and `step_ratio`, one of them.
-Next: `cell_folder.py`.
+Owns `MEASURES`, to which further figures are added, `measured`, and some of them: `scores`, `sizes`
+and `step_ratio`. Next: `grid.py`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.experiments.cells import scores, sizes
 from pyro_bmr.experiments.methods import Trained
 from pyro_bmr.experiments.shift import shifted_scores
 from pyro_bmr.exporting.costs import latency
@@ -26,6 +25,33 @@ from pyro_bmr.shrinking import shrink_plan
 
 Measure = Callable[[Trained, Data, Prediction], dict[str, float]]
 """(trained, data, prediction on the test rows) → column → figure; NaN where it has no meaning."""
+
+
+def scores(prediction: Prediction, data: Data) -> dict[str, float]:
+    """Measure → its value on the test rows, in the target's units."""
+    nll = -float(prediction.log_prob(data.y_test).double().mean())
+    if isinstance(prediction, ClassPrediction):
+        p, y = prediction.probs, data.y_test
+        return {
+            "accuracy": metrics.accuracy(p, y),
+            "nll": nll,
+            "brier": metrics.brier(p, y),
+            "ece": metrics.ece(p, y),
+        }
+    return {
+        "rmse": metrics.rmse(prediction.mean, data.y_test) * data.target_scale,
+        "nll": nll + math.log(data.target_scale),
+        "brier": math.nan,
+        "ece": math.nan,
+    }
+
+
+def sizes(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """How many parameters the weights of these names have, and how many of them are not zero."""
+    names = list(names)
+    total = sum(weights[name].numel() for name in names)
+    nonzero = sum(int(weights[name].count_nonzero()) for name in names)
+    return {"parameters": total, "kept_parameters": nonzero, "kept": nonzero / total}
 
 
 def _scores(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
@@ -38,17 +64,22 @@ def _scores(trained: Trained, data: Data, prediction: Prediction) -> dict[str, f
 
 
 def _sizes(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
-    names = (
-        trained.weights
-        if trained.network is None
-        else (name for name, _ in trained.network.named_parameters())
-    )
-    return {**sizes(trained.weights, names), "size": _structured_size(trained, data)}
+    return {**sizes(trained.weights, counted(trained)), "size": _structured_size(trained, data)}
+
+
+def counted(trained: Trained) -> list[str]:
+    """The names of the weights that count as parameters: those of the network, or of another
+    program its sites on all numbers.
+    """
+    if trained.network is not None:
+        return [name for name, _ in trained.network.named_parameters()]
+    sites = {} if trained.fit is None else trained.fit.posterior.sites
+    return [name for name in trained.weights if name not in sites or sites[name].support == "real"]
 
 
 def _structured_size(trained: Trained, data: Data) -> float:
-    """The fraction of the parameters that is left when whole units, channels and heads that are
-    dead go; NaN for what `shrink` refuses.
+    """The fraction of the parameters that is left when units, channels and heads without a kept
+    weight are removed; NaN for what `shrink` refuses.
     """
     if trained.network is None:
         return math.nan

@@ -2,7 +2,7 @@
 leaves behind.
 
 Owns `METHODS` and `method_named`; `Trained` and the baselines are in `baselines/`. Next:
-`results_folder.py`.
+`measures.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import nn
 
 from pyro_bmr.baselines import BASELINES, EverySignalToNoise, Trained, options_of
 from pyro_bmr.data.data_set import Data
-from pyro_bmr.errors import ModelError, OptionError, described, warn
-from pyro_bmr.experiments.cells import ROUTES, Settings, run_cell
+from pyro_bmr.errors import ModelError, OptionError, described
 from pyro_bmr.experiments.models import Build
-from pyro_bmr.exporting import export
+from pyro_bmr.experiments.recipe import ROUTES, Fitted, Settings, fit_by_route
+from pyro_bmr.exporting import export, point_weights
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.prediction.predict import predict
 from pyro_bmr.priors import Gaussian
@@ -42,31 +42,38 @@ def _of_route(name: str, route: str, every: Callable[..., Every] = Every) -> Met
         if unknown := set(options) - set(known):
             raise OptionError(name, unknown, known)
         given = dict(options)
-        prior = prior_from_name(str(given.pop("prior", "gaussian")))
+        prior = given.pop("prior", "gaussian")
+        if isinstance(prior, str | int | float):
+            prior = prior_from_name(str(prior))
         if every is EverySignalToNoise and not isinstance(prior, Gaussian):
             raise ModelError(
-                f"{name}: a Gaussian prior is wanted, such as gaussian or gaussian:0.1, got"
+                f"{name}: expected a Gaussian prior, such as gaussian or gaussian:0.1, got"
                 f" {described(prior)}"
             )
         settings = Settings(**given)
-        cell = run_cell(build, data, prior, route, seed, settings, progress, every)
-        program, posterior = cell.fit.program, cell.posterior
-        for message in cell.warnings:
-            warn(f"{data.name}, seed {seed}, the reduction after the fit: {message}")
-        draws = 0 if route == "point" else settings.draws
-        return Trained(
-            lambda x: predict(program, posterior, x, draws=draws, seed=seed),
-            cell.weights,
-            export(program, posterior) if isinstance(program, BayesianNetwork) else None,
-            cell.fit.history,
-            settings.batch_size,
-            cell.fit.seconds,
-            float(cell.fit.history["elbo"].iloc[-1]),
-            cell.delta_f,
-            {} if cell.widen == 1 else {"widen": cell.widen},
-        )
+        fitted = fit_by_route(build, data, prior, route, seed, settings, progress, every)
+        return _trained(fitted, settings, 0 if route == "map" else settings.draws)
 
     return run
+
+
+def _trained(fitted: Fitted, settings: Settings, draws: int) -> Trained:
+    fit, posterior = fitted.fit, fitted.posterior
+    return Trained(
+        lambda x: predict(fit.program, posterior, x, draws=draws, seed=fit.seed),
+        point_weights(fit.program, posterior),
+        export(fit.program, posterior) if isinstance(fit.program, BayesianNetwork) else None,
+        fit.history,
+        settings.batch_size,
+        fit.seconds,
+        float(fit.history["elbo"].iloc[-1]),
+        fitted.delta_f,
+        {} if fitted.widen == 1 else {"widen": fitted.widen},
+        fit=fit,
+        declared=fitted.declared,
+        reduction=fitted.reduction,
+        cautions=fitted.cautions,
+    )
 
 
 def _of_baseline(name: str) -> Method:
@@ -78,8 +85,8 @@ def _of_baseline(name: str) -> Method:
         chosen = options_of(kind, name, options)
         if data.classes is None:
             raise ModelError(
-                f"{name}: the baselines are for classes, '{data.name}' has real targets; take map,"
-                " fitted or reduced"
+                f"{name}: expected data with classes, got '{data.name}' with real targets; take"
+                " map, fitted or reduced"
             )
 
         def make(seed: int) -> nn.Module:
@@ -87,7 +94,7 @@ def _of_baseline(name: str) -> Method:
             program = build(data, Gaussian())
             if not isinstance(program, BayesianNetwork):
                 raise ModelError(
-                    f"{name}: a model whose build gives a BayesianNetwork is wanted, got"
+                    f"{name}: expected a model whose build returns a BayesianNetwork, got"
                     f" {type(program).__name__}; take map, fitted or reduced"
                 )
             return program.net
@@ -100,13 +107,10 @@ def _of_baseline(name: str) -> Method:
 
 METHODS: dict[str, Method] = {
     **{name: _of_baseline(name) for name in BASELINES},
-    "map": _of_route("map", "point"),
-    **{route: _of_route(route, route) for route in ROUTES if route != "point"},
+    **{route: _of_route(route, route) for route in ROUTES},
     "snr": _of_route("snr", "reduced", EverySignalToNoise),
 }
-"""Name → method: the baselines, then the routes of `compare`, of which the point estimate under a
-prior is called map here.
-"""
+"""Name → method: the baselines, then the routes of `compare`."""
 
 
 def method_named(name: str) -> Method:

@@ -19,7 +19,8 @@ from pyro_bmr.experiments.plots import DPI
 if TYPE_CHECKING:
     import pandas as pd
 
-_TEXT = ("model", "data", "method")
+TEXT = ("model", "data", "prior", "route", "method")
+"""The columns of a table that are words."""
 _STYLE, _SCRIPT = (
     files("pyro_bmr.experiments").joinpath(name).read_text("utf-8")
     for name in ("page.css", "page.js")
@@ -81,13 +82,13 @@ def page(
 def _table(texts: pd.DataFrame, mean: pd.DataFrame) -> str:
     def cell(row: int, column: int, name: str) -> str:
         text = escape(str(texts.iat[row, column]))
-        if name in _TEXT:
+        if name in TEXT:
             return f'<td class="text">{text}</td>'
         value = float(str(mean.iat[row, column]))
         return f'<td data-value="{"" if math.isnan(value) else repr(value)}">{text}</td>'
 
     head = "".join(
-        f'<th class="text">{escape(name)}</th>' if name in _TEXT else f"<th>{escape(name)}</th>"
+        f'<th class="text">{escape(name)}</th>' if name in TEXT else f"<th>{escape(name)}</th>"
         for name in map(str, texts.columns)
     )
     rows = (

@@ -1,6 +1,4 @@
-"""Pictures: calibration, size against quality, and the evidence of each weight. Functions draw into
-an axes, or return a figure.
-"""
+"""Figures as files, and the evidence of each weight as a histogram."""
 
 from __future__ import annotations
 
@@ -15,50 +13,14 @@ from pyro_bmr.files import write_atomically
 
 # matplotlib takes a third of a second or more to import: it is imported where something is drawn
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 130
-_STYLE = {"point": "o", "fitted": "s", "reduced": "D"}
-
-
-def quality_against_kept(table: pd.DataFrame, measure: str, axes: Axes) -> Axes:
-    """One point per prior and route: mean of `measure` over seeds against mean kept fraction (log
-    scale), bars one standard deviation.
-    """
-    colors = {prior: f"C{k}" for k, prior in enumerate(dict.fromkeys(table["prior"]))}
-    for (prior, route), group in table.groupby(["prior", "route"], sort=False):
-        spread = group[measure].std() if len(group) > 1 else 0.0
-        axes.errorbar(
-            group["kept"].mean(),
-            group[measure].mean(),
-            yerr=spread,
-            fmt=_STYLE.get(str(route), "o"),
-            color=colors[prior],
-            capsize=3,
-            label=f"{prior}, {route}",
-        )
-    axes.set(xscale="log", xlabel="fraction of parameters kept", ylabel=measure)
-    axes.grid(alpha=0.3)
-    return axes
-
-
-def reliability(tables: Mapping[str, Tensor], axes: Axes) -> Axes:
-    """Accuracy against confidence per bin, one line per name; `tables` from
-    `metrics.calibration`.
-    """
-    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    for name, rows in tables.items():
-        axes.plot(rows[:, 0], rows[:, 1], marker=".", label=name)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
-    axes.grid(alpha=0.3)
-    return axes
 
 
 def delta_f_histogram(delta_f: Mapping[str, Tensor]) -> Figure:
-    """One panel per site: the evidence for setting each living weight to zero, in nats; right of 0
-    it goes. Values below −20 are counted at −20.
+    """One panel per site: the evidence for setting each kept weight to zero, in nats; right of 0
+    it is pruned. Values below −20 are counted at −20.
     """
     import matplotlib.pyplot as plt
 
@@ -88,21 +50,6 @@ def save_figure(figure: Figure, path: Path) -> None:
         )
     finally:
         plt.close(figure)
-
-
-def comparison_figure(table: pd.DataFrame, calibration: Mapping[str, Tensor]) -> Figure:
-    """Quality and NLL against the kept fraction, and for classes the reliability diagram."""
-    import matplotlib.pyplot as plt
-
-    quality = "accuracy" if "accuracy" in table else "rmse"
-    figure, panels = plt.subplots(
-        1, 3 if calibration else 2, figsize=(14 if calibration else 9, 4), layout="constrained"
-    )
-    quality_against_kept(table, quality, panels[0]).legend(fontsize=7)
-    quality_against_kept(table, "nll", panels[1])
-    if calibration:
-        reliability(calibration, panels[2]).legend(fontsize=7)
-    return figure
 
 
 def headless() -> None:

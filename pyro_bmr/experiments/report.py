@@ -1,77 +1,62 @@
 """The outputs of a study: results.csv, one row per finished cell; report.md and report.html, means
 over seeds; pictures.
 
-Owns `results`, `means` and `write_report`. Next: `study.py`.
+Owns `results`, `means`, `summary_of` and `write_report`, and tables as text. Next: `study.py`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyro_bmr.experiments.cell_folder import failure, finished_row, read_cell
-from pyro_bmr.experiments.declaration import Study
-from pyro_bmr.experiments.page import Section, page
-from pyro_bmr.experiments.pictures import KEYS, draw
-from pyro_bmr.experiments.results_folder import markdown, mean_and_spread
+from pyro_bmr.experiments.folder import Row, failure, finished_row, read_cell
+from pyro_bmr.experiments.grid import Study
+from pyro_bmr.experiments.page import TEXT, Section, page
+from pyro_bmr.experiments.pictures import KEYS, Picture, draw
 from pyro_bmr.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_MEASURES = (
-    "accuracy",
-    "rmse",
-    "nll",
-    "brier",
-    "ece",
-    "ece_mass",
-    "kept",
-    "size",
-    "kilobytes",
-    "elbo",
-    "delta_f",
-    "seconds",
-    "step_ratio",
-)
-_NOT_AVERAGED = ("seed", "cell", "parameters", "kept_parameters")
+_MEASURES = [
+    *("accuracy", "rmse", "nll", "brier", "ece", "ece_mass", "kept", "size", "kilobytes", "elbo"),
+    *("delta_f", "seconds", "step_ratio"),
+]
+_NOT_AVERAGED = ("seed", "cell", "temperature", "parameters", "kept_parameters")
+_DIGITS = dict(seconds=1, step_ratio=2, kilobytes=1, elbo=0, delta_f=0, kept=4, size=4)
 
 
 def results(declared: Study, folder: Path) -> pd.DataFrame:
     """One row per finished cell, in the order of the declaration: what it is, its options, its
     figures, and the name of its folder.
     """
+    rows = {cell.slug: finished_row(folder / "cells" / cell.slug) for cell in declared.cells}
+    return table_of(declared, {slug: row for slug, row in rows.items() if row is not None})
+
+
+def table_of(declared: Study, rows: Mapping[str, Row]) -> pd.DataFrame:
+    """The rows of cells, by the names of their folders, as one table."""
     import pandas as pd
 
-    rows = []
-    for cell in declared.cells:
-        row = finished_row(folder / "cells" / cell.slug)
-        if row is not None:
-            data = cell.data if cell.validation is None else f"{cell.data} (validation)"
-            about = {"model": cell.model, "data": data, "method": cell.label, "seed": cell.seed}
-            rows.append(
-                {
-                    **about,
-                    **{f"option_{name}": value for name, value in cell.options.items()},
-                    **row,
-                    "cell": cell.slug,
-                }
-            )
-    table = pd.DataFrame(rows)
-    order = sorted(map(str, table), key=lambda name: not name.startswith("option_"))
-    first = [name for name in ("model", "data", "method", "seed") if name in table]
-    return table[
+    table = pd.DataFrame(
         [
-            *first,
-            *(name for name in order if name not in (*first, "cell")),
-            *(name for name in order if name == "cell"),
+            {**cell.about, **rows[cell.slug], "cell": cell.slug}
+            for cell in declared.cells
+            if cell.slug in rows
         ]
-    ]
+    )
+    columns = dict.fromkeys(name for cell in declared.cells for name in cell.about)
+    first = sorted((c for c in columns if c in table), key=lambda c: c.startswith("option_"))
+    rest = [name for name in map(str, table) if name not in (*first, "cell")]
+    return table[[*first, *rest, *(["cell"] if "cell" in table else [])]]
 
 
 def means(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Mean and standard deviation over seeds (NaN for one), a row per model, data, method and
-    target fraction `option_kept`, of all measures there are.
+    """Mean and standard deviation over seeds (NaN for one), a row for each of what `KEYS` tells
+    apart, of all measures there are.
     """
     keys = [key for key in KEYS if key in table]
     further = [
@@ -98,7 +83,7 @@ def as_text(mean: pd.DataFrame, spread: pd.DataFrame) -> pd.DataFrame:
     for name in map(str, mean):
         if name == "option_kept":
             columns["target"] = ["" if pd.isna(value) else f"{value:g}" for value in mean[name]]
-        elif name in ("model", "data", "method", "seeds"):
+        elif name in (*TEXT, "seeds"):
             columns[name] = [str(value) for value in mean[name]]
         else:
             columns[name] = [
@@ -107,11 +92,32 @@ def as_text(mean: pd.DataFrame, spread: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def summary_of(table: pd.DataFrame) -> pd.DataFrame:
+def summary_of(table: pd.DataFrame, shown: Sequence[str] | None = None) -> pd.DataFrame:
     """The results of a study as a table of texts: mean ± standard deviation over seeds, a row per
-    model, data, method and target.
+    line of its tables; the columns `shown`, all by default.
     """
-    return as_text(*means(table))
+    texts = as_text(*means(table))
+    return texts if shown is None else texts[[name for name in texts if name in shown]]
+
+
+def mean_and_spread(measure: str, mean: float, spread: float) -> str:
+    """``0.893 ± 0.002``, with the digits of the measure; without the spread where there is but one
+    value.
+    """
+    digits = _DIGITS.get(measure, 3)
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown."""
+    rows = [
+        list(map(str, table.columns)),
+        ["---"] * table.shape[1],
+        *(list(map(str, row)) for row in table.itertuples(index=False)),
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def write_report(declared: Study, folder: Path, table: pd.DataFrame) -> None:
@@ -124,47 +130,77 @@ def write_report(declared: Study, folder: Path, table: pd.DataFrame) -> None:
         folder / "results.csv", lambda path: table.to_csv(path, index=False, na_rep="nan")
     )
     make_folder(folder / "pictures")
+    if "method" not in table:
+        table = table.assign(method=table["prior"] + ", " + table["route"])
     mean, spread = means(table)
     pictures = draw(table, mean, spread, folder)
+    if "route" in table:  # which the method is the same as, in one word
+        mean, spread = mean.drop(columns="method"), spread.drop(columns="method")
     for old in (folder / "pictures").glob("*.png"):
         if old.name not in {picture.file for picture in pictures}:
             old.unlink()
-    texts = as_text(mean, spread)
     failures = {
         cell.slug: line
         for cell in declared.cells
         if (line := failure(folder / "cells" / cell.slug)) is not None
     }
-    made_with = list(dict.fromkeys(_versions(folder / "cells" / name) for name in table["cell"]))
-    command = f"pyro-bmr study study{declared.suffix} --out ."
     state = (
         f"{len(table)} of {len(declared.cells)} cells finished, {len(failures)} failed;"
         f" {table['seed'].nunique()} seeds, mean ± standard deviation."
     )
+    if table["parameters"].nunique() == 1:
+        state += f" {int(table['parameters'].iloc[0]):,} parameters."
+    made_with = list(dict.fromkeys(_versions(folder / "cells" / name) for name in table["cell"]))
+    notes = {"Declaration": declared.text, "Command": declared.command}
+    notes = {name: text for name, text in notes.items() if text}
+    notes["Made with"] = "\n".join(made_with)
+    for name, text in {
+        "report.md": _report(declared, state, as_text(mean, spread), pictures, failures, made_with),
+        "report.html": _page(declared, state, mean, spread, pictures, failures, notes, folder),
+    }.items():
+        write_atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def _report(
+    declared: Study,
+    state: str,
+    texts: pd.DataFrame,
+    pictures: Sequence[Picture],
+    failures: Mapping[str, str],
+    made_with: Sequence[str],
+) -> str:
     lines = [f"# {declared.name}", "", state, ""]
-    for (model, data), part in texts.groupby(["model", "data"], sort=False):
-        lines += [f"## {model} on {data}", "", markdown(part.drop(columns=["model", "data"])), ""]
+    lines += [declared.note, ""] if declared.note else []
+    for place, part in texts.groupby(["model", "data"], sort=False):
+        columns = [
+            name
+            for name in part
+            if name not in ("model", "data") and (declared.shown is None or name in declared.shown)
+        ]
+        lines += [f"## {place[0]} on {place[1]}", "", markdown(part[columns]), ""]
         lines += [
             f"![{picture.caption}](pictures/{picture.file})\n"
             for picture in pictures
-            if picture.place == (model, data)
+            if picture.place == place
         ]
     if failures:
         lines += ["## Failed", "", *(f"- `{name}`: {line}" for name, line in failures.items()), ""]
-    lines += [
-        "## Declaration",
-        "",
-        f"In this folder: `{command}`",
-        "",
-        f"```{declared.suffix[1:]}",
-        declared.text.rstrip(),
-        "```",
-        "",
-    ]
-    lines += ["Made with " + "; ".join(made_with) + ".", ""]
-    write_atomically(
-        folder / "report.md", lambda path: path.write_text("\n".join(lines), encoding="utf-8")
-    )
+    lines += ["## Declaration", ""]
+    lines += [f"In this folder: `{declared.command}`", ""] if declared.command else []
+    lines += [f"```{Path(declared.file).suffix[1:]}", declared.text.rstrip(), "```", ""]
+    return "\n".join([*lines, "Made with " + "; ".join(made_with) + ".", ""])
+
+
+def _page(
+    declared: Study,
+    state: str,
+    mean: pd.DataFrame,
+    spread: pd.DataFrame,
+    pictures: Sequence[Picture],
+    failures: Mapping[str, str],
+    notes: Mapping[str, str],
+    folder: Path,
+) -> str:
     sections = [
         Section(
             f"{model} on {data}",
@@ -174,22 +210,13 @@ def write_report(declared: Study, folder: Path, table: pd.DataFrame) -> None:
                 if p.place == (model, data)
             ],
         )
-        for model, data in texts[["model", "data"]].drop_duplicates().itertuples(index=False)
+        for model, data in mean[["model", "data"]].drop_duplicates().itertuples(index=False)
     ]
-    html = page(
-        declared.name,
-        state,
-        texts,
-        mean,
-        sections,
-        failures,
-        {"Declaration": declared.text, "Command": command, "Made with": "\n".join(made_with)},
-    )
-    write_atomically(folder / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
+    return page(declared.name, state, as_text(mean, spread), mean, sections, failures, notes)
 
 
 def _versions(folder: Path) -> str:
     return ", ".join(
         f"{name} {value}"
-        for name, value in read_cell(folder / "config.json").get("versions", {}).items()
+        for name, value in read_cell(folder / "settings.json").get("versions", {}).items()
     )

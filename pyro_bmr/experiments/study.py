@@ -1,42 +1,48 @@
 """`study`: runs what is not finished of a declared grid, in parallel, and writes the report. The
 only file that starts processes.
 
-joblib carries cells, which are plain values, between the processes of this user; no file is
-unpickled. Next: `runs.py`.
+joblib carries cells between the processes of this user; no file is unpickled. Owns `run`, for
+`study` and `compare`. Next: `compare.py`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
 from pyro_bmr.errors import ModelError, PyroBMRError, described
-from pyro_bmr.experiments.cell_folder import failure, finished_row, run_cell
-from pyro_bmr.experiments.declaration import Cell, Study, declare
+from pyro_bmr.experiments.declaration import declare
+from pyro_bmr.experiments.folder import failure, finished_row, run_cell
+from pyro_bmr.experiments.grid import Cell, Study
 from pyro_bmr.experiments.report import results, write_report
 from pyro_bmr.files import locked, make_folder, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Result = TypeVar("Result")
+COMPARISON = "comparison.json"
+"""The file that says what a comparison is; the file of a study is study.toml or study.json."""
+
 
 @dataclass(frozen=True)
 class StudyResults:
     """What is there after a run: `table`, one row per finished cell; `failures`, cell → its error
-    in one line; `folder`.
+    in one line; `folder`; `cautions`, cell → what may mislead in it, of those that were run now.
     """
 
     table: pd.DataFrame
     failures: Mapping[str, str]
     folder: Path
+    cautions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def study(
@@ -54,7 +60,8 @@ def study(
 
     A cell is a model, a data set, a method with its options, and a seed. It is trained with one
     thread in a process of its own and kept in ``out/cells``; a finished one is not run again, one
-    that failed is. Cells do not depend on each other nor on `jobs`: the same numbers come out.
+    that failed is. Cells do not depend on each other nor on `jobs`: the same numbers come out. The
+    folder of a finished cell is a run for ``pyro-bmr reduce`` and ``pyro-bmr export``.
 
     Args:
         declaration: a TOML file or a mapping of its shape (docs/studies.md), or what `declare` made
@@ -72,10 +79,7 @@ def study(
     Example:
         >>> found = study("fashion_mnist.toml", "results/fashion-mnist", jobs=2)
     """
-    if jobs is not None and (type(jobs) is not int or jobs == 0):
-        raise ModelError(
-            f"jobs={described(jobs)}: a number of processes is wanted, -1 for one per core, or None"
-        )
+    check_jobs(jobs)
     if isinstance(declaration, Study) and (seeds, validation) != (None, None):
         raise ModelError(
             "seeds and validation are those of the declared study; give them to declare"
@@ -85,20 +89,32 @@ def study(
         if isinstance(declaration, Study)
         else declare(declaration, seeds=seeds, validation=validation)
     )
-    folder, wanted = Path(out), chosen(declared, only)
-    if (folder / "settings.json").exists():
-        raise PyroBMRError(
-            f"'{folder}' holds a run or a comparison; choose another folder for the study"
-        )
+    return run(declared, Path(out), chosen(declared, only), jobs=jobs, progress=progress)
+
+
+def run(
+    declared: Study,
+    folder: Path,
+    wanted: Sequence[Cell],
+    *,
+    jobs: int | None,
+    progress: bool,
+    threads: int = 1,
+) -> StudyResults:
+    """Runs those of the `wanted` cells that are not finished, each with that number of threads, and
+    writes the report of all cells.
+    """
+    _refuse_other_results(folder, declared.file)
     with locked(folder):
         make_folder(folder / "cells")
         write_atomically(
-            folder / f"study{declared.suffix}",
-            lambda path: path.write_text(declared.text, encoding="utf-8"),
+            folder / declared.file, lambda path: path.write_text(declared.text, encoding="utf-8")
         )
         todo = [cell for cell in wanted if finished_row(folder / "cells" / cell.slug) is None]
         try:
-            _run(declared.name, todo, folder / "cells", jobs, progress)
+            done = in_parallel(
+                _Kept(folder / "cells", threads), todo, jobs, progress, declared.name
+            )
         finally:
             table = results(declared, folder)
             write_report(declared, folder, table)
@@ -107,21 +123,68 @@ def study(
         for cell in wanted
         if (line := failure(folder / "cells" / cell.slug)) is not None
     }
-    return StudyResults(table, failures, folder)
+    cautions = {slug: said for slug, said in done.items() if said}
+    return StudyResults(table, failures, folder, cautions)
 
 
-def _run(name: str, todo: list[Cell], cells: Path, jobs: int | None, progress: bool) -> None:
+def check_jobs(jobs: int | None) -> None:
+    """Raises unless it is a number of processes."""
+    if jobs is not None and (type(jobs) is not int or jobs == 0):
+        raise ModelError(
+            f"jobs: expected a number of processes, -1 for one per core, or None, got"
+            f" {described(jobs)}"
+        )
+
+
+def _refuse_other_results(folder: Path, file: str) -> None:
+    others = {
+        "posterior.safetensors": "a run of pyro-bmr fit",
+        "settings.json": "a run, or a comparison of an older version",
+        "cells/*/config.json": "a study of an older version",
+        **({"study.*": "a study"} if file == COMPARISON else {COMPARISON: "a comparison"}),
+    }
+    for name, what in others.items():
+        if any(folder.glob(name)):
+            raise PyroBMRError(
+                f"'{folder}' holds {what}, expected an empty folder or one of this"
+                f" {'comparison' if file == COMPARISON else 'study'}; choose another folder"
+            )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Runs a cell and keeps it in a folder."""
+
+    cells: Path
+    threads: int
+
+    def __call__(self, cell: Cell) -> tuple[str, ...] | None:
+        return run_cell(cell, self.cells, self.threads)
+
+
+def in_parallel(
+    work: Callable[[Cell], Result],
+    todo: Sequence[Cell],
+    jobs: int | None,
+    progress: bool,
+    name: str,
+) -> dict[str, Result]:
+    """The name of a cell's folder → what `work` returns for it, None if it failed, each in a
+    process of its own where there are several.
+    """
     from joblib import Parallel, delayed
     from joblib.parallel import get_active_backend
 
     # with others the bar moves at the end
     lazy = getattr(get_active_backend()[0], "supports_return_generator", False)
     parallel = Parallel(n_jobs=jobs, return_as="generator_unordered" if lazy else "list")
-    failed = 0
+    found, failed = {}, 0
     with tqdm(total=len(todo), disable=not progress, unit="cell", desc=name) as bar:
         try:
-            for good in parallel(delayed(_succeeds)(cell, cells) for cell in todo):
-                failed += not good
+            here = os.getcwd()
+            for slug, result in parallel(delayed(_alone)(work, cell, here) for cell in todo):
+                found[slug] = result
+                failed += result is None
                 bar.set_postfix_str(f"{failed} failed", refresh=False)
                 bar.update()
         except BrokenExecutor:
@@ -129,14 +192,17 @@ def _run(name: str, todo: list[Cell], cells: Path, jobs: int | None, progress: b
                 "a process of the study was killed, perhaps for want of memory; run it again, with"
                 " fewer --jobs"
             ) from None
+    return {cell.slug: found[cell.slug] for cell in todo}
 
 
-def _succeeds(cell: Cell, cells: Path) -> bool:
+def _alone(work: Callable[[Cell], Result], cell: Cell, here: str) -> tuple[str, Result]:
+    # a process of an earlier study may stand elsewhere: relative names are those of the caller
+    if os.path.isdir(here) and os.getcwd() != here:
+        os.chdir(here)
     # the bars of a cell go to its log; the lock of all processes is a semaphore, which one that is
     # stopped leaves behind
     tqdm.set_lock(RLock())
-    run_cell(cell, cells)
-    return failure(cells / cell.slug) is None
+    return cell.slug, work(cell)
 
 
 def chosen(declared: Study, only: Collection[str]) -> list[Cell]:

@@ -95,6 +95,6 @@ def test_unknown_options_and_methods_are_named():
         ):
             method_named(name)(BUILD, DATA, 0, {"epocs": 3}, False)
     with pytest.raises(
-        bmr.errors.ModelError, match="no method 'pruning'; the methods are: point, "
+        bmr.errors.ModelError, match="no method 'pruning'; the methods are: plain, "
     ):
         method_named("pruning")

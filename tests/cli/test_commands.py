@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,13 +16,13 @@ import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
 from pyro_bmr.cli.options import TARGETS
 from pyro_bmr.data.named import sources
-from pyro_bmr.experiments import plots
+from pyro_bmr.experiments import recipe, report
 from pyro_bmr.priors.names import PRIORS, prior_from_name
 
 torch.set_num_threads(1)
 
 QUICK = ["--epochs", "1", "--seeds", "1", "--draws", "2", "--quiet"]
-SMALL = ["--model", "mlp:4", "--priors", "gaussian", "--routes", "point", *QUICK]
+SMALL = ["--model", "mlp:4", "--priors", "gaussian", "--routes", "map", *QUICK]
 
 
 @pytest.fixture
@@ -60,15 +59,14 @@ def files(tmp_path, monkeypatch):
 
 @pytest.fixture
 def blank(monkeypatch):
-    """Empty pictures, for tests that do not look at them."""
-    for name in ("comparison_figure", "delta_f_histogram"):
-        monkeypatch.setattr(plots, name, lambda *args: plt.figure(figsize=(0.1, 0.1)))
+    """No pictures, for tests that do not look at them."""
+    monkeypatch.setattr(report, "draw", lambda *args: [])
 
 
-def run(*argv):
-    """The exit status, also of argparse's own exits."""
+def run(*parts):
+    """The exit status, also of argparse's own exits; the words may come in one text."""
     try:
-        return main(list(argv))
+        return main([word for part in parts for word in str(part).split()])
     except SystemExit as stop:
         return stop.code
 
@@ -89,13 +87,8 @@ def test_without_a_command_the_help_is_printed_and_the_status_is_that_of_an_erro
 def test_data(capsys):
     assert run("data") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "digits",
-        "diabetes",
-        "fashion-mnist",
-        "mnist",
-        "mnist-1d",
-    ]
+    names = " ".join(line.split()[0] for line in lines)
+    assert names == "digits diabetes fashion-mnist mnist mnist-1d"
     for line, source in zip(lines, sources().values(), strict=True):
         assert source.about in line and line.endswith(
             "installed" if source.installed() else f"install with: {source.install}"
@@ -111,38 +104,18 @@ def test_data_that_is_not_installed(capsys, monkeypatch):
 
 def test_compare(files, capsys):
     assert (
-        run(
-            "compare",
-            "--model",
-            "mlp:4",
-            "--data",
-            "good.npz",
-            "--priors",
-            "gaussian:0.3",
-            "--out",
-            "here",
-            *QUICK,
-        )
-        == 0
+        run("compare --model mlp:4 --data good.npz --priors gaussian:0.3 --out here", *QUICK) == 0
     )
     out, err = capsys.readouterr()
     assert err == ""
     lines = [line.split() for line in out.splitlines()]
-    assert lines[0] == [
-        "prior",
-        "route",
-        "accuracy",
-        "nll",
-        "brier",
-        "ece",
-        "kept",
-        "delta_f",
-        "seconds",
-    ]
+    assert " ".join(lines[0]) == "prior route accuracy nll brier ece kept delta_f seconds"
     assert [line[:2] for line in lines[1:4]] == [
-        ["gaussian:0.3", route] for route in ("point", "fitted", "reduced")
+        ["gaussian:0.3", route] for route in ("map", "fitted", "reduced")
     ]
-    assert out.endswith("results.csv, report.md, pictures and 3 exported networks are in here\n")
+    assert out.endswith(
+        "results.csv, report.html, report.md, pictures and 3 exported networks are in here\n"
+    )
     table = pd.read_csv(files / "here" / "results.csv")
     assert len(table) == 3 and f"{table['nll'].iloc[1]:.3f}" == lines[2][3]
     written = {
@@ -153,26 +126,18 @@ def test_compare(files, capsys):
     assert {
         "results.csv",
         "report.md",
-        "settings.json",
-        "pictures/comparison.png",
-        "networks/gaussian-0.3-fitted-0/model.safetensors",
+        "report.html",
+        "comparison.json",
+        "pictures/1-fronts.png",
+        f"cells/{table['cell'][1]}/model.safetensors",
     } <= written
+    assert table["cell"][1].startswith("mlp-4_good.npz_fitted_prior-gaussian-0.3_seed-0_")
 
 
 def test_compare_regression_by_default_with_a_hand_written_program(files, blank, capsys):
     assert (
         run(
-            "compare",
-            "--data",
-            "good.csv",
-            "--target",
-            "c",
-            "--out",
-            "here",
-            "--priors",
-            "gaussian",
-            "--routes",
-            "fitted",
+            "compare --data good.csv --target c --out here --priors gaussian --routes fitted",
             *QUICK,
         )
         == 0
@@ -193,25 +158,17 @@ def test_options_reach_the_settings(files, blank, capsys):
     }
     assert (
         run(
-            "compare",
-            "--data",
-            "good.npz",
-            "--out",
-            "here",
+            "compare --data good.npz --out here",
             *SMALL,
             *(str(part) for pair in options.items() for part in pair),
         )
         == 0
     )
-    kept = json.loads((files / "here" / "settings.json").read_text())
+    declared = json.loads((files / "here" / "comparison.json").read_text())
+    kept = declared["settings"]
     assert {name: kept[name.removeprefix("--").replace("-", "_")] for name in options} == options
-    assert (kept["epochs"], kept["draws"], kept["validation"], kept["model"], kept["data"]) == (
-        1,
-        2,
-        None,
-        "mlp:4",
-        "good",
-    )
+    assert (kept["epochs"], kept["draws"], kept["validation"]) == (1, 2, None)
+    assert (declared["model"], declared["data"]) == ("mlp:4", "good.npz")
     assert kept["optimizer"] == "adam"
 
 
@@ -259,7 +216,10 @@ ERRORS = {
     "negative scale": (["--priors", "gaussian:-1"], "scale"),
     "unknown data": (["--data", "nope"], "'nope'; the data sets are: digits"),
     "unknown suffix": (["--data", "note.txt"], r"note\.txt.*\.npz, \.csv"),
-    "unknown route": (["--routes", "fited"], "fited.*routes are point, fitted, reduced"),
+    "unknown route": (
+        ["--routes", "fited"],
+        "routes: expected .*map, fitted, reduced, got .*fited",
+    ),
     "unknown optimizer": (
         ["--optimizer", "sgd"],
         "no optimizer 'sgd'; the optimizers are: adam, natural-gradient",
@@ -287,31 +247,53 @@ ERRORS = {
     "NaN in x": (["--data", "hole.npz"], "training rows.*x is NaN.*row 7"),
     "negative label": (["--data", "negative.npz"], "label -1 is out of range"),
     "label never seen": (["--data", "unseen.npz"], "test label 4 is out of range.*2"),
-    "one class": (["--data", "one_class.npz"], "one class only"),
+    "one class": (
+        ["--data", "one_class.npz"],
+        "expected at least two classes in the training labels, got one",
+    ),
     "pickles": (["--data", "objects.npz"], r"objects\.npz.*pickle"),
     "csv without target": (["--data", "good.csv"], "--target; its columns are: a, b, c"),
     "csv with wrong target": (["--data", "good.csv", "--target", "d"], "got 'd'"),
     "csv with text": (["--data", "text.csv", "--target", "a"], "columns b are not numbers"),
     "ragged csv": (["--data", "ragged.csv", "--target", "a"], r"ragged\.csv.*not a readable"),
     "empty csv": (["--data", "empty.csv", "--target", "a"], r"empty\.csv.*not a readable"),
-    "no batches": (["--batch-size", "0"], "batch_size=0.*1"),
-    "no epochs": (["--epochs", "0"], "epochs=0"),
-    "no seeds": (["--seeds", "0"], "seeds=0"),
-    "negative draws": (["--draws", "-1", "--routes", "fitted"], "draws=-1"),
-    "negative learning rate": (["--learning-rate", "-1"], "learning.rate.*-1"),
-    "temperature zero": (["--temperature", "0"], "temperature=0"),
-    "kept above one": (["--kept", "2", "--routes", "reduced"], "kept=2"),
+    "no batches": (["--batch-size", "0"], "batch_size: expected a whole number >= 1, got 0"),
+    "no epochs": (["--epochs", "0"], "epochs: expected a whole number >= 1, got 0"),
+    "no seeds": (["--seeds", "0"], "seeds: expected a number of at least 1, got 0"),
+    "negative draws": (
+        ["--draws", "-1", "--routes", "fitted"],
+        "draws: expected a whole number >= 0, got -1",
+    ),
+    "negative learning rate": (
+        ["--learning-rate", "-1"],
+        "learning_rate: expected a finite number > 0, got -1",
+    ),
+    "temperature zero": (
+        ["--temperature", "0"],
+        "temperature: expected a finite number > 0, got 0",
+    ),
+    "kept above one": (
+        ["--kept", "2", "--routes", "reduced"],
+        "kept: expected 0 <= kept <= 1, got 2",
+    ),
     "start after stop": (
         ["--start", "0.9", "--stop", "0.2", "--routes", "reduced"],
-        "start=0.9.*stop=0.2",
+        "start: expected 0 <= start <= stop, got 0.9; stop: expected .*, got 0.2",
     ),
-    "validation without rows": (["--validation", "0"], "validation=0"),
-    "validation is no number": (["--validation", "nan"], "validation=nan"),
-    "negative threads": (["--threads", "-1"], "threads.*-1"),
+    "validation without rows": (
+        ["--validation", "0"],
+        "validation: expected 0 < validation < 1, got 0",
+    ),
+    "validation is no number": (
+        ["--validation", "nan"],
+        "validation: expected 0 < validation < 1, got nan",
+    ),
+    "negative threads": (["--threads", "-1"], "--threads: expected at least 1, got -1"),
     "diverging": (
         ["--learning-rate", "1e9", "--epochs", "9", "--routes", "fitted"],
-        "not finite.*lower the learning rate",
+        "no cell could be fitted; .* failed: .*not finite.*lower the learning rate",
     ),
+    "no processes": (["--jobs", "0"], "jobs: expected a number of processes, .* got 0"),
     "unwritable folder": (["--out", "file"], "cannot write to 'file'.*choose another folder"),
     "folder below a file": (
         ["--out", "file/below"],
@@ -324,7 +306,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("options", "message"), ERRORS.values(), ids=ERRORS)
 def test_errors_are_one_line(files, blank, capsys, options, message):
-    status = run("compare", "--data", "good.npz", "--out", "here", *SMALL, *options)
+    status = run("compare --data good.npz --out here", *SMALL, *options)
     out, err = capsys.readouterr()
     assert status == 2 and out == ""
     assert (
@@ -350,34 +332,53 @@ def test_wrong_commands(capsys, argv):
 )
 def test_errors_are_one_line_with_progress_bars_too(files, blank, capsys, options):
     loud = [option for option in SMALL if option != "--quiet"]
-    assert run("compare", "--data", "good.npz", "--out", "here", *loud, *options) == 2
+    assert run("compare --data good.npz --out here", *loud, *options) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("pyro-bmr: ")
 
 
 def test_after_an_error_the_folder_can_be_used(files, blank, capsys):
-    assert run("compare", "--data", "good.npz", "--out", "here", *SMALL, "--batch-size", "0") == 2
-    assert run("compare", "--data", "good.npz", "--out", "here", *SMALL, "--batch-size", "16") == 0
+    assert run("compare --data good.npz --out here", *SMALL, "--batch-size 0") == 2
+    assert run("compare --data good.npz --out here", *SMALL, "--batch-size 16") == 0
     assert len(pd.read_csv(files / "here" / "results.csv")) == 1
 
 
-def test_other_settings_in_the_same_folder(files, blank, capsys):
-    assert run("compare", "--data", "good.npz", "--out", "here", *SMALL) == 0
-    capsys.readouterr()
-    assert run("compare", "--data", "good.npz", "--out", "here", *SMALL, "--epochs", "2") == 2
-    err = capsys.readouterr().err
-    assert "epochs was 1, is 2" in err and err.count("\n") == 1
+def test_other_settings_in_the_same_folder_are_other_cells(files, blank, capsys):
+    for epochs, rows in (("1", 1), ("2", 2), ("1", 2)):
+        assert run("compare --data good.npz --out here", *SMALL, "--epochs", epochs) == 0
+        assert len(list((files / "here" / "cells").iterdir())) == rows
+        cell = pd.read_csv(files / "here" / "results.csv")["cell"].item()
+        history = pd.read_csv(files / "here" / "cells" / cell / "history.csv")
+        assert len(history) == int(epochs)
+
+
+def test_a_cell_of_a_comparison_that_fails_fails_alone(files, blank, capsys, monkeypatch):
+    fit = recipe.fit
+
+    def bad(*args, **kwargs):
+        if kwargs["seed"] == 0:
+            raise ValueError("no\nluck")
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(recipe, "fit", bad)
+    argv = ["compare", "--data", "good.npz", "--out", "here", *SMALL, "--seeds", "2"]
+    assert run(*argv) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("pyro-bmr: mlp-4_good.npz_map_prior-gaussian_seed-0_")
+    assert err.endswith(" failed: ValueError: no luck\n") and err.count("\n") == 1
+    assert "1 exported networks" in out
+    assert pd.read_csv(files / "here" / "results.csv")["seed"].tolist() == [1]
 
 
 def test_a_folder_that_a_run_cannot_have_is_refused_before_the_fit(files, monkeypatch, capsys):
-    monkeypatch.setattr("pyro_bmr.cli.commands.fit", lambda *args, **kwargs: pytest.fail("fitted"))
+    monkeypatch.setattr("pyro_bmr.cli.networks.fit", lambda *args, **kwargs: pytest.fail("fitted"))
     (files / "compared").mkdir()
     (files / "compared" / "results.csv").write_text("prior,route,seed\n")
     for folder, message in {
         "file": "cannot write to 'file'",
-        "compared": "'compared' holds results of compare or study; choose another folder",
+        "compared": "got one of compare or study; choose another folder",
     }.items():
-        assert run("fit", "--data", "good.npz", "--model", "mlp:2", "--quiet", "--out", folder) == 2
+        assert run("fit --data good.npz --model mlp:2 --quiet --out", folder) == 2
         assert message in capsys.readouterr().err
 
 
@@ -389,25 +390,44 @@ def test_a_comparison_and_a_study_take_the_place_of_no_other_result(files, blank
         'name = "s"\ndata = ["good.npz"]\nmodels = ["mlp:2"]\n[[method]]\nname = "m"\nmethod ='
         ' "map"\n'
     )
-    for argv in (
-        ["compare", "--data", "good.npz", "--out", "kept", *SMALL],
-        ["study", "study.toml", "--out", "kept", "--quiet"],
-    ):
+    compare = ["compare", "--data", "good.npz", *SMALL]
+    for argv in ([*compare, "--out", "kept"], ["study", "study.toml", "--out", "kept", "--quiet"]):
         assert run(*argv) == 2
         assert re.search(r"'kept' holds a run.*; choose another folder", capsys.readouterr().err)
     assert {path.name: path.read_text() for path in (files / "kept").iterdir()} == {
         "posterior.safetensors": "{}",
         "settings.json": "{}",
     }
+    assert run(*compare, "--out compared") == 0
+    assert run("study study.toml --out compared --quiet") == 2
+    assert "'compared' holds a comparison, expected" in capsys.readouterr().err
+    (files / "studied").mkdir()
+    (files / "studied" / "study.toml").write_text("")
+    assert run(*compare, "--out studied") == 2
+    assert "'studied' holds a study, expected" in capsys.readouterr().err
+
+
+def test_folders_of_older_versions_are_refused_in_one_line(files, blank, capsys):
+    (files / "compared").mkdir()
+    (files / "compared" / "settings.json").write_text("{}")
+    (files / "studied" / "cells" / "a").mkdir(parents=True)
+    (files / "studied" / "cells" / "a" / "config.json").write_text("{}")
+    for folder, what in (
+        ("compared", "a comparison of an older"),
+        ("studied", "a study of an older"),
+    ):
+        assert run("compare --data good.npz --out", folder, *SMALL) == 2
+        err = capsys.readouterr().err
+        assert what in err and "choose another folder" in err and err.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback(files, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("pyro_bmr.cli.commands.compare", broken)
+    monkeypatch.setattr("pyro_bmr.cli.grids.run_comparison", broken)
     with pytest.raises(ZeroDivisionError):
-        run("compare", "--data", "good.npz", *SMALL)
+        run("compare --data good.npz", *SMALL)
 
 
 def test_as_a_process(tmp_path):

@@ -1,11 +1,10 @@
-"""`compare`: the columns that its docstring promises, what is on disk, going on where it stopped,
-and scores against `predict` by hand.
+"""`compare`: the columns that its docstring promises, what is on disk, cells that are not run twice
+and fail alone, and scores against `predict` by hand.
 """
 
 import json
 import math
 import re
-import shutil
 from dataclasses import replace
 
 import matplotlib
@@ -17,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 import pyro_bmr as bmr
-from pyro_bmr.experiments import cells, plots
-from pyro_bmr.experiments.cells import ROUTES, Settings
-from pyro_bmr.experiments.compare import compare
+from pyro_bmr.cli.commands import main
+from pyro_bmr.experiments import plots, recipe, report
+from pyro_bmr.experiments.compare import compare, comparison, summary
 from pyro_bmr.experiments.models import load_model, model_names
-from pyro_bmr.experiments.results_folder import summary
+from pyro_bmr.experiments.recipe import ROUTES, Settings
+from pyro_bmr.experiments.runs import load_run
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
@@ -29,10 +29,11 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*the reduction after the fit")
 
 COLUMNS = (
-    "model data prior route seed temperature {} nll brier ece parameters kept_parameters kept"
-    " delta_f seconds"
+    "model data prior route seed temperature {} nll brier ece ece_mass parameters kept_parameters"
+    " kept size elbo delta_f seconds step_ratio"
 )
 CLASSES, REALS = COLUMNS.format("accuracy").split(), COLUMNS.format("rmse").split()
+ON_DISK = ["kilobytes", "cell"]
 PRIORS = ("gaussian", "horseshoe", "spike-and-slab")
 QUICK = Settings(
     epochs=2, batch_size=40, learning_rate=1e-2, reduce_every=0.5, start=0.5, stop=1.0, draws=4
@@ -90,9 +91,8 @@ def one(data, **options):
 
 @pytest.fixture
 def blank(monkeypatch):
-    """Empty pictures, for tests that do not look at them."""
-    for name in ("comparison_figure", "delta_f_histogram"):
-        monkeypatch.setattr(plots, name, lambda *args: plt.figure(figsize=(0.1, 0.1)))
+    """No pictures, for tests that do not look at them."""
+    monkeypatch.setattr(report, "draw", lambda *args: [])
 
 
 def no_fits(*args, **kwargs):
@@ -106,13 +106,15 @@ def strict(path):
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
-def networks(folder):
-    return {path.name: path for path in (folder / "networks").iterdir()}
+def cell_of(table, folder, prior, route, seed):
+    """The folder of a cell."""
+    rows = table[(table["prior"] == prior) & (table["route"] == route) & (table["seed"] == seed)]
+    return folder / "cells" / rows["cell"].item()
 
 
 def test_columns_and_rows(done):
     table, _ = done
-    assert list(table.columns) == CLASSES
+    assert list(table.columns) == CLASSES + ON_DISK
     assert [tuple(key) for key in table[["prior", "route", "seed"]].values] == [
         (p, r, s) for p in PRIORS for r in ROUTES for s in (0, 1)
     ]
@@ -124,6 +126,7 @@ def test_columns_and_rows(done):
     assert compare.__doc__ is not None and ", ".join(CLASSES).replace(
         "accuracy", "accuracy or rmse"
     ) in re.sub(r"\s+", " ", compare.__doc__)
+    assert " and ".join(ON_DISK) in compare.__doc__
 
 
 def test_scores_are_possible_and_depend_on_the_seed(done):
@@ -149,15 +152,10 @@ def test_kept(done):
     ).all()
     assert (table["kept"] == table["kept_parameters"] / table["parameters"]).all()
     for row in table.to_dict("records"):
-        weights = load_file(
-            folder
-            / "networks"
-            / f"{row['prior']}-{row['route']}-{row['seed']}"
-            / "model.safetensors"
-        )
+        weights = load_file(folder / "cells" / row["cell"] / "model.safetensors")
         assert sorted(weights) == ["1.bias", "1.weight", "3.bias", "3.weight"]
         assert sum(int((w != 0).sum()) for w in weights.values()) == row["kept_parameters"]
-    whole = (table["route"] == "point") | (
+    whole = (table["route"] == "map") | (
         (table["prior"] == "gaussian") & (table["route"] == "fitted")
     )
     assert (table.loc[whole, "kept"] == 1).all() and (table.loc[whole, "delta_f"] == 0).all()
@@ -211,11 +209,11 @@ def test_a_correlated_site_that_is_gone_stays_gone(diabetes):
         ),
         (
             {"guide": "low-rank", "estimator": "antithetic"},
-            "estimator 'antithetic' is for the guide mean-field, got guide 'low-rank'",
+            "estimator 'antithetic': expected the guide mean-field, got 'low-rank'",
         ),
         (
             {"guide": "scale-coupled", "optimizer": "natural-gradient"},
-            "optimizer 'natural-gradient' is for the guide mean-field",
+            "optimizer 'natural-gradient': expected the guide mean-field, got 'scale-coupled'",
         ),
     ],
 )
@@ -237,19 +235,27 @@ def test_size_of_a_fitted_shrinkage_prior(diabetes, kept, left):
 def test_files(done):
     table, folder = done
     pd.testing.assert_frame_equal(pd.read_csv(folder / "results.csv"), table)
-    assert sorted(networks(folder)) == sorted(
-        f"{p}-{r}-{s}" for p in PRIORS for r in ROUTES for s in (0, 1)
-    )
+    cells = {path.name: path for path in (folder / "cells").iterdir()}
+    assert sorted(cells) == sorted(table["cell"]) and len(cells) == 18
     assert all(
-        {"model.safetensors", "report.json", "history.csv"} <= {p.name for p in path.iterdir()}
-        for path in networks(folder).values()
+        {"model.safetensors", "report.json", "history.csv", "posterior.safetensors", "row.json"}
+        <= {p.name for p in path.iterdir()}
+        for path in cells.values()
     )
     pictures = sorted(path.name for path in (folder / "pictures").iterdir())
     assert pictures == [
-        "comparison.png",
-        "delta_f-gaussian.png",
-        "delta_f-horseshoe.png",
-        "delta_f-spike-and-slab.png",
+        f"1-{name}.png"
+        for name in (
+            "cost",
+            "delta_f-gaussian",
+            "delta_f-horseshoe",
+            "delta_f-spike-and-slab",
+            "fronts",
+            "layers",
+            "learning",
+            "reliability",
+            "weights",
+        )
     ]
     assert all(
         (folder / "pictures" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pictures
@@ -257,27 +263,34 @@ def test_files(done):
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_report_of_a_cell(done):
+def test_what_a_cell_leaves(done):
     table, folder = done
-    row = table[
-        (table["prior"] == "gaussian") & (table["route"] == "reduced") & (table["seed"] == 1)
-    ].iloc[0]
-    report = strict(folder / "networks" / "gaussian-reduced-1" / "report.json")
-    assert list(report["row"]) == CLASSES and {k: report["row"][k] for k in CLASSES} == {
-        k: row[k] for k in CLASSES
-    }
-    assert (
-        report["settings"].items() >= {"model": "mlp:4", "data": "digits", **QUICK.__dict__}.items()
+    path = cell_of(table, folder, "gaussian", "reduced", 1)
+    row = table[table["cell"] == path.name].iloc[0]
+    kept = strict(path / "row.json")
+    figures = [name for name in CLASSES[6:] if name in kept]
+    assert len(figures) == 13 and {k: kept[k] for k in figures} == {k: row[k] for k in figures}
+    settings = strict(path / "settings.json")
+    usual = Settings()
+    changed = {k: v for k, v in vars(QUICK).items() if v != getattr(usual, k)}
+    assert (settings["model"], settings["data"], settings["method"], settings["seed"]) == (
+        "mlp:4",
+        "digits",
+        "reduced",
+        1,
     )
-    assert sum(tensor["nonzero"] for tensor in report["tensors"].values()) == row["kept_parameters"]
-    assert {site["site"] for site in report["sites"]} == set(report["tensors"])
+    assert settings["options"] == {"prior": repr(bmr.Gaussian()), **changed}
+    said = strict(path / "report.json")
+    assert sum(tensor["nonzero"] for tensor in said["tensors"].values()) == row["kept_parameters"]
+    sites = strict(path / "reduction.json")["sites"]
+    assert {site["site"] for site in sites} == set(said["tensors"])
     ece = sum(
-        part * abs(confidence - accuracy) for confidence, accuracy, part in report["calibration"]
+        part * abs(confidence - accuracy) for confidence, accuracy, part in said["calibration"]
     )
     assert ece == pytest.approx(row["ece"], abs=1e-12) and sum(
-        part for _, _, part in report["calibration"]
+        part for _, _, part in said["calibration"]
     ) == pytest.approx(1)
-    history = pd.read_csv(folder / "networks" / "gaussian-reduced-1" / "history.csv")
+    history = pd.read_csv(path / "history.csv")
     assert list(history["epoch"]) == [1, 2] and history["step"].iloc[-1] == 2 * 160 / 40
 
 
@@ -286,7 +299,7 @@ def test_report_of_the_comparison(done):
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert (
         text.startswith("# mlp:4 on digits\n")
-        and "2 seeds" in text
+        and "18 of 18 cells finished, 0 failed; 2 seeds" in text
         and "310 parameters" in text
         and "epochs 2" in text
     )
@@ -294,23 +307,76 @@ def test_report_of_the_comparison(done):
         assert "| " + " | ".join(row) + " |" in text
     for path in (folder / "pictures").iterdir():
         assert f"(pictures/{path.name})" in text
-    assert strict(folder / "settings.json")["epochs"] == 2
+    assert strict(folder / "comparison.json")["settings"]["epochs"] == 2
+    assert "spike-and-slab" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_cell_is_a_run_that_can_be_reduced_and_exported(done, tmp_path, monkeypatch, capsys):
+    """The fit under a Gaussian, the reduction to the horseshoe after it, and the weights of both:
+    those of the cell's own export.
+    """
+    table, folder = done
+    monkeypatch.setattr("pyro_bmr.experiments.runs.data_named", lambda *_: few("digits"))
+    cell = cell_of(table, folder, "horseshoe", "reduced", 0)
+    row = table[table["cell"] == cell.name].iloc[0]
+    assert load_run(cell).prior() == bmr.Gaussian() and load_run(cell, reduced=True).reduction
+    assert main(["export", str(cell), "--seconds", "0", "--out", str(tmp_path / "out")]) == 0
+    own, exported = (load_file(path / "model.safetensors") for path in (cell, tmp_path / "out"))
+    assert own.keys() == exported.keys()
+    assert all(torch.equal(own[name], exported[name]) for name in own)
+    assert strict(tmp_path / "out" / "report.json")["kept"] == row["kept"]
+    assert main(["reduce", str(cell), "--kept", "0.2", "--draws", "2"]) == 0
+    assert "kept 0.2," in capsys.readouterr().out
+    whole = cell_of(table, folder, "gaussian", "map", 0)
+    assert main(["export", str(whole), "--seconds", "0", "--out", str(tmp_path / "map")]) == 0
+    assert main(["reduce", str(whole)]) == 2 and "variance 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "prior", "message"),
+    [
+        ("function", bmr.Gaussian(0.5), "expected a model that can be loaded, got an object"),
+        ("mlp:4", bmr.Gaussian(0.5), "expected a data that can be loaded, got an object"),
+    ],
+)
+def test_a_cell_of_objects_in_memory_says_what_it_lacks(
+    digits, tmp_path, capsys, blank, model, prior, message
+):
+    def build(data, prior):
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        return bmr.BayesianNetwork(net, prior, data.likelihood())
+
+    data = bmr.load("digits") if model == "function" else digits
+    settings = replace(QUICK, epochs=1, batch_size=1000)
+    table = one(
+        data,
+        model=build if model == "function" else model,
+        priors={"mine": prior},
+        settings=settings,
+        out=tmp_path / "out",
+    )
+    cell = tmp_path / "out" / "cells" / table["cell"].item()
+    assert main(["export", str(cell), "--out", str(tmp_path / "no")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "no").exists()
+
+
+def test_a_prior_without_a_name_is_that_of_the_posterior(tmp_path, blank):
+    data = bmr.load("diabetes")
+    given = bmr.Horseshoe(tau0=0.3)
+    for prior, name in ((given, None), (bmr.Gaussian(0.5), "gaussian:0.5")):
+        table = one(data, model="mlp:2", priors={"mine": prior}, out=tmp_path)
+        cell = tmp_path / "cells" / table["cell"].item()
+        assert strict(cell / "settings.json")["prior"] == name
+        run = load_run(cell)
+        assert run.prior() == prior
+        assert set(run.program(run.data()).priors.values()) == {prior}
 
 
 def test_summary(done):
     table, _ = done
     text = summary(table)
-    assert list(text.columns) == [
-        "prior",
-        "route",
-        "accuracy",
-        "nll",
-        "brier",
-        "ece",
-        "kept",
-        "delta_f",
-        "seconds",
-    ]
+    assert " ".join(text.columns) == "prior route accuracy nll brier ece kept delta_f seconds"
     assert [tuple(pair) for pair in text[["prior", "route"]].values] == [
         (p, r) for p in PRIORS for r in ROUTES
     ]
@@ -327,64 +393,111 @@ def test_summary(done):
 def test_going_on_fits_nothing_twice(done, digits, monkeypatch, blank):
     table, folder = done
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
-    monkeypatch.setattr(cells, "fit", no_fits)
+    monkeypatch.setattr(recipe, "fit", no_fits)
     again = compare("mlp:4", digits, seeds=2, settings=QUICK, out=folder, progress=False)
     pd.testing.assert_frame_equal(again, table, check_exact=True)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
 
 
-def test_going_on_with_more_seeds(diabetes, tmp_path, monkeypatch, blank):
-    one(diabetes, out=tmp_path)
-    seeds, fit = [], cells.fit
+@pytest.fixture
+def fits(monkeypatch):
+    """The seeds of the fits that were started."""
+    seeds, fit = [], recipe.fit
     monkeypatch.setattr(
-        cells, "fit", lambda *args, **kwargs: seeds.append(kwargs["seed"]) or fit(*args, **kwargs)
+        recipe, "fit", lambda *args, **kwargs: seeds.append(kwargs["seed"]) or fit(*args, **kwargs)
     )
+    return seeds
+
+
+def test_going_on_with_more_seeds(diabetes, tmp_path, fits, blank):
+    one(diabetes, out=tmp_path)
     table = one(diabetes, out=tmp_path, seeds=3)
-    assert seeds == [1, 2] and list(table["seed"]) == [0, 1, 2] and list(table.columns) == REALS
+    assert fits == [0, 1, 2] and list(table["seed"]) == [0, 1, 2]
+    assert list(table.columns) == REALS + ON_DISK
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), table)
 
 
 @pytest.mark.parametrize("name", ["0.1", "None", "a/b"])
 def test_going_on_with_any_name_of_a_prior(diabetes, tmp_path, monkeypatch, blank, name):
     table = one(diabetes, priors={name: bmr.Gaussian(0.5)}, routes=["reduced"], out=tmp_path)
-    monkeypatch.setattr(cells, "fit", no_fits)
+    monkeypatch.setattr(recipe, "fit", no_fits)
     again = one(diabetes, priors={name: bmr.Gaussian(0.5)}, routes=["reduced"], out=tmp_path)
     assert list(again["prior"]) == [name] and again["nll"].tolist() == table["nll"].tolist()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [({"epochs": 3}, "epochs was 2, is 3"), ({"kept": 0.5}, "kept was None, is 0.5")],
+    "change",
+    [
+        {"settings": replace(QUICK, epochs=3)},
+        {"settings": replace(QUICK, kept=0.5)},
+        {"settings": replace(QUICK, optimizer="natural-gradient", learning_rate=0.1)},
+        {"model": "mlp:2"},
+        {"priors": {"gaussian": bmr.Gaussian(0.01)}},
+        {"data": "renamed"},
+        {"data": "other targets"},
+    ],
+    ids=["epochs", "kept", "optimizer", "model", "prior", "name", "targets"],
 )
-def test_other_settings_are_refused(diabetes, tmp_path, blank, change, message):
-    one(diabetes, out=tmp_path)
-    with pytest.raises(
-        bmr.PyroBMRError, match=rf"other settings.*{message}.*choose another folder"
-    ):
-        one(diabetes, out=tmp_path, settings=replace(QUICK, **change))
-    assert len(pd.read_csv(tmp_path / "results.csv")) == 1
+def test_what_makes_another_cell(diabetes, tmp_path, blank, fits, change):
+    """Results of other settings, another model, prior or other data are never taken for these."""
+    first = one(diabetes, out=tmp_path)
+    changed = dict(change)
+    data = {
+        "renamed": replace(diabetes, name="other"),
+        "other targets": replace(diabetes, y_test=diabetes.y_test + 1),
+    }.get(changed.pop("data", None), diabetes)
+    other = one(data, out=tmp_path, **changed)
+    assert fits == [0, 0] and set(other["cell"]).isdisjoint(first["cell"]) and len(other) == 1
+    assert pd.read_csv(tmp_path / "results.csv")["cell"].tolist() == other["cell"].tolist()
+    again = one(diabetes, out=tmp_path)
+    assert fits == [0, 0]
+    pd.testing.assert_frame_equal(again, first, check_exact=True)
 
 
-def test_another_model_or_data_set_is_refused(diabetes, tmp_path, blank):
-    one(diabetes, out=tmp_path)
-    with pytest.raises(bmr.PyroBMRError, match=r"model was 'linear_regression', is 'mlp:2'"):
-        one(diabetes, out=tmp_path, model="mlp:2")
-    with pytest.raises(bmr.PyroBMRError, match=r"data was 'diabetes', is 'other'"):
-        one(replace(diabetes, name="other"), out=tmp_path)
+def test_settings_at_their_defaults_are_no_part_of_a_cell(diabetes):
+    """A setting of a later version, at its default, leaves the finished cells finished."""
+
+    def options(**settings):
+        declared = comparison(
+            "linear_regression", diabetes, None, ["fitted"], 1, Settings(**settings)
+        )
+        return {name: v for name, v in declared.cells[0].options.items() if name != "prior"}
+
+    assert options() == options(guide="mean-field", learning_rate=3e-3) == {}
+    assert options(optimizer="natural-gradient") == {"optimizer": "natural-gradient"}
+    assert options(widen=2.0, kept=0.5) == {"widen": 2.0, "kept": 0.5}
 
 
-def test_a_folder_without_results_takes_any_settings(diabetes, tmp_path, monkeypatch, blank):
-    with monkeypatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(cells, "fit", no_fits)
-        one(diabetes, out=tmp_path)
-    table = one(diabetes, out=tmp_path, settings=replace(QUICK, epochs=3))
-    assert len(table) == 1 and strict(tmp_path / "settings.json")["epochs"] == 3
+def test_a_cell_that_fails_fails_alone(diabetes, tmp_path, monkeypatch, blank):
+    fit = recipe.fit
+
+    def bad(*args, **kwargs):
+        if kwargs["seed"] == 1:
+            raise bmr.errors.FitError("no luck")
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(recipe, "fit", bad)
+    with pytest.warns(bmr.PyroBMRWarning, match=r"fitted_prior-gaussian_seed-1_.* failed: no luck"):
+        table = one(diabetes, seeds=3, out=tmp_path)
+    assert table["seed"].tolist() == [0, 2] and "no luck" in (tmp_path / "report.md").read_text()
+    monkeypatch.setattr(recipe, "fit", no_fits)
+    with pytest.warns(bmr.PyroBMRWarning, match="seed-1_.* failed: AssertionError: a fit was"):
+        one(diabetes, seeds=3, out=tmp_path)
+    with pytest.raises(bmr.PyroBMRError, match="no cell could be fitted; .*seed-0_.* failed: Ass"):
+        one(diabetes, out=tmp_path / "none")
+    with pytest.raises(AssertionError, match="a fit was started"):
+        one(diabetes)
 
 
-def test_another_prior_of_the_same_name_is_refused(diabetes, tmp_path, blank):
-    one(diabetes, priors={"mine": bmr.Gaussian(0.5)}, out=tmp_path)
-    with pytest.raises(bmr.PyroBMRError, match="mine"):
-        one(diabetes, priors={"mine": bmr.Gaussian(0.01)}, out=tmp_path)
+def test_the_same_numbers_in_two_processes(diabetes, tmp_path, blank):
+    tables = [
+        one(diabetes, routes=ROUTES, priors={"g": bmr.Gaussian(0.5)}, jobs=jobs, **more)
+        for jobs, more in ((None, {}), (2, {"out": tmp_path}))
+    ]
+    drop = ["seconds", "step_ratio"]
+    pd.testing.assert_frame_equal(
+        tables[0].drop(columns=drop), tables[1].drop(columns=[*drop, *ON_DISK]), check_exact=True
+    )
 
 
 def test_an_unwritable_folder(diabetes, tmp_path):
@@ -408,7 +521,7 @@ def test_the_same_seed_gives_the_same_numbers(digits):
         )
         assert torch.equal(torch.get_rng_state(), state)
     pd.testing.assert_frame_equal(
-        *(table.drop(columns="seconds") for table in tables), check_exact=True
+        *(table.drop(columns=["seconds", "step_ratio"]) for table in tables), check_exact=True
     )
 
 
@@ -429,14 +542,11 @@ def test_regression_columns(diabetes):
 def test_regression_on_disk(diabetes, tmp_path):
     table = one(diabetes, out=tmp_path)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), table)
-    report = strict(tmp_path / "networks" / "gaussian-fitted-0" / "report.json")
-    assert report["row"]["brier"] is None and report["calibration"] is None
-    assert set(load_file(tmp_path / "networks" / "gaussian-fitted-0" / "model.safetensors")) == {
-        "w",
-        "b",
-        "noise",
-    }
-    assert (tmp_path / "pictures" / "comparison.png").exists()
+    cell = tmp_path / "cells" / table["cell"].item()
+    assert strict(cell / "row.json")["brier"] is None
+    assert strict(cell / "report.json")["calibration"] is None
+    assert set(load_file(cell / "model.safetensors")) == {"w", "b", "noise"}
+    assert (tmp_path / "pictures" / "1-fronts.png").exists()
 
 
 def test_real_targets_are_scored_in_their_own_units(diabetes):
@@ -502,7 +612,7 @@ def test_the_natural_gradient(diabetes, tmp_path, blank):
     table = one(
         diabetes,
         priors={"g": bmr.Gaussian(0.5)},
-        routes=["point", "fitted"],
+        routes=["map", "fitted"],
         settings=settings,
         out=tmp_path,
     )
@@ -526,27 +636,7 @@ def test_the_natural_gradient(diabetes, tmp_path, blank):
         )
         expected.append(bmr.metrics.rmse(prediction.mean, diabetes.y_test) * diabetes.target_scale)
     assert table["rmse"].tolist() == pytest.approx(expected)
-    assert strict(tmp_path / "settings.json")["optimizer"] == "natural-gradient"
-    with pytest.raises(bmr.PyroBMRError, match="optimizer was 'natural-gradient', is 'adam'"):
-        one(
-            diabetes,
-            priors={"g": bmr.Gaussian(0.5)},
-            routes=["fitted"],
-            settings=replace(settings, optimizer="adam"),
-            out=tmp_path,
-        )
-
-
-def test_going_on_in_a_folder_from_before_some_settings(diabetes, tmp_path, monkeypatch, blank):
-    table = one(diabetes, out=tmp_path)
-    kept = {
-        key: value
-        for key, value in strict(tmp_path / "settings.json").items()
-        if key not in ("optimizer", "widen", "guide")
-    }
-    (tmp_path / "settings.json").write_text(json.dumps(kept))
-    monkeypatch.setattr(cells, "fit", no_fits)
-    assert one(diabetes, out=tmp_path)["nll"].tolist() == table["nll"].tolist()
+    assert strict(tmp_path / "comparison.json")["settings"]["optimizer"] == "natural-gradient"
 
 
 def test_a_target_fraction(digits):
@@ -567,7 +657,9 @@ def test_validation_does_not_look_at_the_test_rows(digits):
         "a fifth of 160 rows is scored"
     )
     assert table["nll"].iloc[0] != one(digits, model="mlp:4")["nll"].iloc[0]
-    with pytest.raises(bmr.errors.ModelError, match=r"validation=1\.5"):
+    with pytest.raises(
+        bmr.errors.ModelError, match=r"validation: expected 0 < validation < 1, got 1\.5"
+    ):
         one(digits, model="mlp:4", settings=replace(QUICK, validation=1.5))
 
 
@@ -618,11 +710,15 @@ def test_models_that_are_not_there(tmp_path):
 
 
 def test_unknown_routes(diabetes):
-    with pytest.raises(bmr.errors.ModelError, match=r"fited.*routes are point, fitted, reduced"):
-        one(diabetes, routes=["point", "fited"])
+    with pytest.raises(
+        bmr.errors.ModelError, match=r"expected .*map, fitted, reduced, got .*fited"
+    ):
+        one(diabetes, routes=["map", "fited"])
     with pytest.raises(bmr.errors.ModelError, match="at least one"):
         one(diabetes, routes=[])
-    with pytest.raises(bmr.errors.ModelError, match="seeds=0"):
+    with pytest.raises(
+        bmr.errors.ModelError, match="seeds: expected a number of at least 1, got 0"
+    ):
         one(diabetes, seeds=0)
 
 
@@ -655,59 +751,16 @@ def test_the_histogram_of_values_that_hardly_differ():
     plt.close(figure)
 
 
-def test_results_of_other_data_are_not_taken(tmp_path, blank):
-    from dataclasses import replace
-
-    data = bmr.load("diabetes")
-    settings = Settings(epochs=1)
-    arguments = {
-        "priors": {"gaussian": bmr.Gaussian()},
-        "routes": ["point"],
-        "seeds": 1,
-        "settings": settings,
-        "out": tmp_path,
-        "progress": False,
-    }
-    bmr.compare("linear_regression", data, **arguments)
-    with pytest.raises(bmr.PyroBMRError, match="fingerprint"):
-        bmr.compare("linear_regression", replace(data, y_test=data.y_test + 1), **arguments)
-    twins = {"a:b": bmr.Gaussian(), "a-b": bmr.Gaussian()}
+def test_two_names_of_one_folder(diabetes):
     with pytest.raises(bmr.errors.ModelError, match="two of the names give one folder"):
-        bmr.compare(
-            "linear_regression", data, **{**arguments, "priors": twins, "out": tmp_path / "x"}
-        )
-
-
-@pytest.mark.parametrize("damage", ["figure", "cut", "report"])
-def test_a_row_is_the_one_of_its_network(done, digits, tmp_path, damage):
-    folder = tmp_path / "results"
-    shutil.copytree(done[1], folder)
-    table = folder / "results.csv"
-    text = table.read_text()
-    # a digit of the first row's seconds
-    at = text.splitlines()[1].rindex(",") + len(text.splitlines()[0]) + 3
-    if damage == "figure":
-        table.write_text(
-            f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}"
-            if text[at].isdigit()
-            else text[:at] + "1" + text[at:]
-        )
-    elif damage == "cut":
-        table.write_text(text[:-6])  # in the last row's seconds, which is still a number
-    else:
-        (folder / "networks" / "gaussian-fitted-1" / "report.json").unlink()
-    with pytest.raises(
-        bmr.PyroBMRError, match="damaged; remove its row|no report of a comparison .No such file"
-    ) as error:
-        compare("mlp:4", digits, seeds=2, settings=QUICK, out=folder, progress=False)
-    assert len(str(error.value)) < 400
+        one(diabetes, priors={"a:b": bmr.Gaussian(), "a-b": bmr.Gaussian(0.5)})
 
 
 def test_a_warning_of_many_cells_comes_once_with_the_figures_of_the_first(
     diabetes, tmp_path, monkeypatch, blank
 ):
     monkeypatch.setattr(
-        cells,
+        recipe,
         "_cautions",
         lambda program, reduction, data, draws, seed: (f"ΔF = {seed}. Refit", "else"),
     )
@@ -727,6 +780,8 @@ def test_a_warning_of_many_cells_comes_once_with_the_figures_of_the_first(
         " (2 more cells have this warning, with other figures)",
     )
     assert words == [f"{where}: ΔF = 0. Refit{rest}", f"{where}: else{rest}"] and len(table) == 9
-    assert json.loads((tmp_path / "networks" / "g-reduced-2" / "report.json").read_text())[
-        "warnings"
-    ][:2] == ["ΔF = 2. Refit", "else"]
+    cell = cell_of(table, tmp_path, "g", "reduced", 2)
+    assert json.loads((cell / "report.json").read_text())["warnings"][:2] == [
+        "ΔF = 2. Refit",
+        "else",
+    ]

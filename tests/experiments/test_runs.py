@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
-from pyro_bmr.experiments import plots
+from pyro_bmr.experiments import report as reports
 from pyro_bmr.experiments.runs import load_run, save_run
 
 MODEL = """
@@ -29,6 +28,17 @@ def build(data, prior):
 """
 
 
+def command(*parts):
+    """The exit status of a command line, whose words may come in one text."""
+    words = (part.split() if isinstance(part, str) else [str(part)] for part in parts)
+    return main([word for part in words for word in part])
+
+
+def own(folder):
+    """The options of the model and the data in a folder."""
+    return "--model", folder / "model.py", "--data", folder / "data.npz"
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A folder with data, a model, and a fitted run."""
@@ -38,34 +48,8 @@ def files(tmp_path_factory):
     y = (x[:, 0] > 0).astype(int) + (x[:, 1] > 0.5)
     np.savez(folder / "data.npz", x_train=x[:90], y_train=y[:90], x_test=x[90:], y_test=y[90:])
     (folder / "model.py").write_text(MODEL)
-    options = [
-        "--model",
-        str(folder / "model.py"),
-        "--data",
-        str(folder / "data.npz"),
-        "--epochs",
-        "20",
-        "--batch-size",
-        "15",
-        "--draws",
-        "4",
-        "--quiet",
-    ]
-    assert (
-        main(
-            [
-                "fit",
-                *options,
-                "--seed",
-                "3",
-                "--prior",
-                "gaussian:0.7",
-                "--out",
-                str(folder / "run"),
-            ]
-        )
-        == 0
-    )
+    options = ("--epochs 20 --batch-size 15 --draws 4 --quiet", *own(folder))
+    assert command("fit", *options, "--seed 3 --prior gaussian:0.7 --out", folder / "run") == 0
     return folder
 
 
@@ -93,7 +77,7 @@ def test_fit_reduce_export(run, files, capsys):
         "settings.json",
     ]
 
-    assert main(["reduce", str(run), "--kept", "0.4", "--draws", "4"]) == 0
+    assert command("reduce", run, "--kept 0.4 --draws 4") == 0
     out = capsys.readouterr().out
     assert "0.weight" in out and re.search(r"kept 0\.\d+, delta_f -?\d+.*accuracy 0\.\d+", out)
     reduction = json.loads((run / "reduction.json").read_text())
@@ -110,21 +94,11 @@ def test_fit_reduce_export(run, files, capsys):
 
     out_folder = run.parent / "out"
     assert (
-        main(
-            [
-                "export",
-                str(run),
-                "--shrink",
-                "--format",
-                "state_dict",
-                "half",
-                "--ensemble",
-                "3",
-                "--seconds",
-                "0",
-                "--out",
-                str(out_folder),
-            ]
+        command(
+            "export",
+            run,
+            "--shrink --format state_dict half --ensemble 3 --seconds 0 --out",
+            out_folder,
         )
         == 0
     )
@@ -139,7 +113,7 @@ def test_fit_reduce_export(run, files, capsys):
     assert len(load_file(out_folder / "ensemble.safetensors")["0.weight"]) == 3
     net = loaders(out_folder).load()
     data = bmr.load(files / "data.npz")
-    dense = bmr.export(load_run(run, reduced=True).program(bmr.Gaussian(0.7), data), saved)
+    dense = bmr.export(load_run(run, reduced=True).program(data), saved)
     with torch.no_grad():
         torch.testing.assert_close(net(data.x_test), dense(data.x_test), rtol=0, atol=1e-5)
     assert report["accuracy"] == pytest.approx(
@@ -149,50 +123,15 @@ def test_fit_reduce_export(run, files, capsys):
         "the running statistics of the fit are in the export"
     )
 
-    assert (
-        main(
-            [
-                "export",
-                str(run),
-                "--unreduced",
-                "--seconds",
-                "0",
-                "--out",
-                str(run.parent / "whole"),
-            ]
-        )
-        == 0
-    )
+    assert command("export", run, "--unreduced --seconds 0 --out", run.parent / "whole") == 0
     assert json.loads((run.parent / "whole" / "report.json").read_text())["kept"] == 1.0
 
 
 def test_groups_and_natural_gradient_during_the_fit(files, tmp_path, capsys):
-    options = [
-        "--model",
-        str(files / "model.py"),
-        "--data",
-        str(files / "data.npz"),
-        "--epochs",
-        "4",
-        "--batch-size",
-        "15",
-        "--draws",
-        "4",
-        "--quiet",
-    ]
-    reductions = [
-        "--reduce-to",
-        "gaussian:0",
-        "--per",
-        "unit",
-        "--kept",
-        "0.5",
-        "--stop",
-        "0.9",
-        "--optimizer",
-        "natural-gradient",
-    ]
-    assert main(["fit", *options, *reductions, "--out", str(tmp_path / "run")]) == 0
+    options = ("--epochs 4 --batch-size 15 --draws 4 --quiet", *own(files))
+    reductions = "--reduce-to gaussian:0 --per unit --kept 0.5 --stop 0.9"
+    rate = "--optimizer natural-gradient --out"
+    assert command("fit", *options, reductions, rate, tmp_path / "run") == 0
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert (settings["per"], settings["optimizer"], settings["learning_rate"]) == (
         "unit",
@@ -209,7 +148,7 @@ def test_groups_and_natural_gradient_during_the_fit(files, tmp_path, capsys):
     for argv, message in [
         (["fit", *options, "--per", "unit"], "--per unit: .*--reduce-to"),
         (
-            ["fit", *options, "--point", "--optimizer", "natural-gradient"],
+            ["fit", *options, "--map", "--optimizer", "natural-gradient"],
             "it needs guide=MeanField.*adam",
         ),
         (
@@ -218,56 +157,38 @@ def test_groups_and_natural_gradient_during_the_fit(files, tmp_path, capsys):
         ),
         (["reduce", str(tmp_path / "run"), "--heads", "2"], "heads=2.*per='head'"),
     ]:
-        assert main([*argv, *(["--out", str(tmp_path / "other")] if argv[0] == "fit" else [])]) == 2
+        assert (
+            command(*argv, *(["--out", str(tmp_path / "other")] if argv[0] == "fit" else [])) == 2
+        )
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and re.search(message, err), err
 
 
 def test_a_guide_by_name(files, tmp_path, capsys):
-    options = [
-        "--model",
-        str(files / "model.py"),
-        "--data",
-        str(files / "data.npz"),
-        "--epochs",
-        "4",
-        "--batch-size",
-        "15",
-        "--draws",
-        "4",
-        "--quiet",
-    ]
+    options = ("--epochs 4 --batch-size 15 --draws 4 --quiet", *own(files))
     assert (
-        main(
-            [
-                "fit",
-                *options,
-                "--guide",
-                "low-rank",
-                "--reduce-to",
-                "gaussian:0",
-                "--kept",
-                "0.5",
-                "--out",
-                str(tmp_path / "run"),
-            ]
+        command(
+            "fit",
+            *options,
+            "--guide low-rank --reduce-to gaussian:0 --kept 0.5 --out",
+            tmp_path / "run",
         )
         == 0
     )
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["guide"] == "low-rank"
     site = bmr.Posterior.load(tmp_path / "run" / "posterior.safetensors")["0.weight"]
     assert isinstance(site.joint, bmr.formulas.LowRank) and float(site.joint.factor.abs().max()) > 0
-    assert main(["reduce", str(tmp_path / "run"), "--kept", "0.2", "--draws", "4"]) == 0
+    assert command("reduce", tmp_path / "run", "--kept 0.2 --draws 4") == 0
     capsys.readouterr()
     for words, message in [
         (["--guide", "lowrank"], "no guide 'lowrank'; the guides are: mean-field, "),
         (
             ["--guide", "low-rank", "--optimizer", "natural-gradient"],
-            "optimizer 'natural-gradient' is for the guide mean-field",
+            "optimizer 'natural-gradient': expected the guide mean-field, got 'low-rank'",
         ),
-        (["--guide", "low-rank", "--point"], "--guide low-rank: a point estimate has none"),
+        (["--guide", "low-rank", "--map"], "--guide low-rank: --map has no guide"),
     ]:
-        assert main(["fit", *options, *words, "--out", str(tmp_path / "other")]) == 2
+        assert command("fit", *options, *words, "--out", tmp_path / "other") == 2
         err = capsys.readouterr().err
         assert (
             err.count("\n") == 1 and re.search(message, err) and not (tmp_path / "other").exists()
@@ -282,10 +203,10 @@ def loaders(folder):
 
 
 def test_a_new_fit_removes_the_old_reduction(run, files):
-    assert main(["reduce", str(run), "--draws", "1"]) == 0
+    assert command("reduce", run, "--draws 1") == 0
     old = load_run(run)
     data = bmr.load(files / "data.npz")
-    fit = bmr.fit(old.program(bmr.Gaussian(0.7), data), data, epochs=1, progress=False)
+    fit = bmr.fit(old.program(data), data, epochs=1, progress=False)
     save_run(fit, run, {**old.settings})
     assert (
         not (run / "reduced.safetensors").exists() and load_run(run, reduced=True).reduction == {}
@@ -295,26 +216,14 @@ def test_a_new_fit_removes_the_old_reduction(run, files):
 def test_a_program_of_ones_own_exports_its_weights(tmp_path, capsys):
     folder = str(tmp_path / "run")
     assert (
-        main(
-            [
-                "fit",
-                "--model",
-                "linear_regression",
-                "--data",
-                "diabetes",
-                "--epochs",
-                "4",
-                "--draws",
-                "2",
-                "--quiet",
-                "--out",
-                folder,
-            ]
+        command(
+            "fit --model linear_regression --data diabetes --epochs 4 --draws 2 --quiet --out",
+            folder,
         )
         == 0
     )
-    assert main(["reduce", folder, "--draws", "2"]) == 0
-    assert main(["export", folder, "--out", str(tmp_path / "out")]) == 0
+    assert command("reduce", folder, "--draws 2") == 0
+    assert command("export", folder, "--out", tmp_path / "out") == 0
     weights, posterior = (
         load_file(tmp_path / "out" / "model.safetensors"),
         load_run(folder, reduced=True).posterior,
@@ -325,27 +234,18 @@ def test_a_program_of_ones_own_exports_its_weights(tmp_path, capsys):
         if name in posterior.masks
     )
     capsys.readouterr()
-    assert main(["export", folder, "--shrink", "--out", str(tmp_path / "no")]) == 2
+    assert command("export", folder, "--shrink --out", tmp_path / "no") == 2
     err = capsys.readouterr().err
     assert "no network" in err and err.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
 def test_one_fit_has_one_score_in_the_units_of_the_target(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plots, "comparison_figure", lambda *args: plt.figure(figsize=(0.1, 0.1)))
-    options = ["--data", "diabetes", "--model", "mlp:3", "--epochs", "1", "--draws", "3", "--quiet"]
-    assert main(["fit", *options, "--seed", "1", "--out", str(tmp_path / "run")]) == 0
+    monkeypatch.setattr(reports, "draw", lambda *args: [])
+    options = "--data diabetes --model mlp:3 --epochs 1 --draws 3 --quiet"
+    assert command("fit", options, "--seed 1 --out", tmp_path / "run") == 0
     said = capsys.readouterr().out
-    compared = [
-        "--priors",
-        "gaussian",
-        "--routes",
-        "fitted",
-        "--seeds",
-        "2",
-        "--out",
-        str(tmp_path / "compared"),
-    ]
-    assert main(["compare", *options, *compared]) == 0
+    compared = "--priors gaussian --routes fitted --seeds 2 --out"
+    assert command("compare", options, compared, tmp_path / "compared") == 0
     row = pd.read_csv(tmp_path / "compared" / "results.csv").iloc[1]
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert row["seed"] == settings["seed"] == 1 and 20 < row["rmse"] < 300 and 4 < row["nll"] < 9
@@ -356,12 +256,9 @@ def test_one_fit_has_one_score_in_the_units_of_the_target(tmp_path, monkeypatch,
         f"rmse {row['rmse']:.4g}, nll {row['nll']:.4g} (rmse and nll in the units of the target)"
         in said
     )
-    assert main(["reduce", str(tmp_path / "run"), "--threshold", "inf", "--draws", "3"]) == 0
+    assert command("reduce", tmp_path / "run", "--threshold inf --draws 3") == 0
     assert f"rmse {row['rmse']:.4g}, nll {row['nll']:.4g} (" in capsys.readouterr().out
-    assert (
-        main(["export", str(tmp_path / "run"), "--seconds", "0", "--out", str(tmp_path / "out")])
-        == 0
-    )
+    assert command("export", tmp_path / "run", "--seconds 0 --out", tmp_path / "out") == 0
     report, data = json.loads((tmp_path / "out" / "report.json").read_text()), bmr.load("diabetes")
     with torch.no_grad():
         outputs = (
@@ -413,7 +310,7 @@ DAMAGE = {
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_a_run_that_is_no_more_what_it_was(run, capsys, damage, message):
     damage(run)
-    assert main(["export", str(run), "--seconds", "0", "--out", str(run.parent / "out")]) == 2
+    assert command("export", run, "--seconds 0 --out", run.parent / "out") == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not (run.parent / "out").exists()
 
@@ -427,7 +324,7 @@ ERRORS = {
         "--kept 0.1.*--reduce-to",
     ),
     "unknown prior": (["reduce", "RUN", "--to", "normal"], "no prior 'normal'"),
-    "threads": (["export", "RUN", "--threads", "0"], "--threads 0"),
+    "threads": (["export", "RUN", "--threads", "0"], "--threads: expected at least 1, got 0"),
 }
 
 
@@ -441,7 +338,7 @@ def test_errors_are_one_line(run, tmp_path, monkeypatch, capsys, argv, message):
 
 def test_what_may_mislead_is_a_line_on_the_screen_and_in_the_files(run, tmp_path, capsys):
     """A twentieth of the weights: hidden layer empty, accuracy down on the test rows."""
-    assert main(["reduce", str(run), "--kept", "0.05", "--per", "unit", "--draws", "4"]) == 0
+    assert command("reduce", run, "--kept 0.05 --per unit --draws 4") == 0
     lines = capsys.readouterr().err.splitlines()
     assert (
         all(line.startswith("pyro-bmr: warning: ") for line in lines)
@@ -453,7 +350,7 @@ def test_what_may_mislead_is_a_line_on_the_screen_and_in_the_files(run, tmp_path
         lines[0].removeprefix("pyro-bmr: warning: ")
     ]
 
-    assert main(["export", str(run), "--seconds", "0.001", "--out", str(tmp_path / "out")]) == 0
+    assert command("export", run, "--seconds 0.001 --out", tmp_path / "out") == 0
     lines = capsys.readouterr().err.splitlines()
     said = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
     assert any("error rate rises" in line for line in lines) and any(
@@ -463,8 +360,8 @@ def test_what_may_mislead_is_a_line_on_the_screen_and_in_the_files(run, tmp_path
         "'0.weight' (0 of 8)" in line for line in said
     )
 
-    assert main(["reduce", str(run), "--kept", "1", "--draws", "4"]) == 0
-    assert main(["export", str(run), "--seconds", "0.001", "--out", str(tmp_path / "out")]) == 0
+    assert command("reduce", run, "--kept 1 --draws 4") == 0
+    assert command("export", run, "--seconds 0.001 --out", tmp_path / "out") == 0
     assert (
         capsys.readouterr().err == ""
         and json.loads((tmp_path / "out" / "report.json").read_text())["warnings"] == []

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,9 +30,12 @@ from sklearn.datasets import load_digits
 import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
 from pyro_bmr.errors import OptionError
-from pyro_bmr.experiments import cell_folder, measures, methods, pictures, report
-from pyro_bmr.experiments.cells import Settings
+from pyro_bmr.experiments import curves, measures, methods, report
+from pyro_bmr.experiments import folder as cell_folder
+from pyro_bmr.experiments import log as cell_log
 from pyro_bmr.experiments.declaration import declare
+from pyro_bmr.experiments.recipe import Settings
+from pyro_bmr.experiments.runs import load_run
 from pyro_bmr.experiments.study import cells_left, study
 
 matplotlib.use("Agg")
@@ -41,9 +45,9 @@ HEAD = (
     'name = "tiny"\nseeds = 2\ndata = ["digits.npz"]\nmodels = ["mlp:3"]\n[settings]\nepochs ='
     " 2\nbatch_size = 40\n"
 )
-POINT = HEAD + '[[method]]\nname = "MAP & co"\nmethod = "point"\n'
+PLAIN = HEAD + '[[method]]\nname = "MAP & co"\nmethod = "plain"\n'
 BOTH = (
-    POINT + '[[method]]\nname = "half"\nmethod = "reduced"\nkept = [0.5, 0.25]\nstart = 0.5\nstop ='
+    PLAIN + '[[method]]\nname = "half"\nmethod = "reduced"\nkept = [0.5, 0.25]\nstart = 0.5\nstop ='
     " 1.0\ndraws = 2\n"
 )
 
@@ -105,7 +109,7 @@ def test_the_grid(here):
         "epochs = 2", "epochs = 2\ntemperature = 0.5\n[settings.for.'mlp:2']\nepochs = 3"
     )
     text = text.replace("batch_size = 40\n", "").replace(
-        'method = "point"', 'method = "point"\nmodels = "mlp:2"\nbatch_size = [20, 40]'
+        'method = "plain"', 'method = "plain"\nmodels = "mlp:2"\nbatch_size = [20, 40]'
     )
     cells = declare(write(text + "[method.for.'digits.npz']\ndraws = 7\n")).cells
     assert [(c.model, c.label, c.options.get("kept"), c.seed) for c in cells] == [
@@ -119,14 +123,7 @@ def test_the_grid(here):
     ]
     assert (
         cells[0].options
-        == {
-            "epochs": 2,
-            "temperature": 0.5,
-            "kept": 0.5,
-            "start": 0.5,
-            "stop": 1.0,
-            "draws": 7,
-        }
+        == {"epochs": 2, "temperature": 0.5, "kept": 0.5, "start": 0.5, "stop": 1.0, "draws": 7}
         and cells[-1].options["epochs"] == 3
     )
     assert (
@@ -139,14 +136,14 @@ def test_what_makes_another_cell(here):
     slugs = [
         declare(write(text)).cells[0].slug
         for text in (
-            POINT,
-            POINT.replace("MAP & co", "renamed"),
-            POINT.replace("epochs = 2", "epochs = 3"),
+            PLAIN,
+            PLAIN.replace("MAP & co", "renamed"),
+            PLAIN.replace("epochs = 2", "epochs = 3"),
         )
     ]
     assert slugs[0] == slugs[1] != slugs[2]
     assert (
-        declare(write(POINT), validation=0.2).cells[0].slug != slugs[0]
+        declare(write(PLAIN), validation=0.2).cells[0].slug != slugs[0]
         and len(declare("study.toml", seeds=3).cells) == 3
     )
     with np.load("digits.npz") as arrays:
@@ -164,7 +161,7 @@ def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
     monkeypatch.setitem(methods.METHODS, "other", other)
     cells = declare(
         write(
-            POINT.replace("epochs = 2", "epochs = 2\nrewind = 1") + '[[method]]\nmethod = "other"\n'
+            PLAIN.replace("epochs = 2", "epochs = 2\nrewind = 1") + '[[method]]\nmethod = "other"\n'
         )
     ).cells
     assert [dict(cell.options) for cell in cells[::2]] == [
@@ -178,6 +175,11 @@ def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
     [
         ("seeds = 2", "seeds = = 2", r"study\.toml: this is no TOML \(.*line 2"),
         (
+            '["mlp:3"]',
+            '["linear_regression"]',
+            r"study\.toml: models: linear_regression: expected real targets, got the classes",
+        ),
+        (
             "seeds = 2",
             "seed = 2",
             r"study\.toml: seed: no such key; the keys are name, seeds, data, models",
@@ -185,22 +187,30 @@ def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
         ("seeds = 2", "seeds = 0", r"study\.toml: seeds: .* got 0"),
         ("seeds = 2", "seeds = [1, 1]", r"study\.toml: seeds: .* got \[1, 1\]"),
         ("seeds = 2", "seeds = true", r"study\.toml: seeds: .* got True"),
-        ("seeds = 2", "shift = 3", r"study\.toml: shift: true or false is wanted, got 3"),
+        ("seeds = 2", "shift = 3", r"study\.toml: shift: expected true or false, got 3"),
         ("seeds = 2", "validation = 1.5", r"study\.toml: validation: .* got 1\.5"),
         ('name = "tiny"\n', "", r"study\.toml: name: is missing"),
         ('["mlp:3"]', "[]", r"study\.toml: models: .* got \[\]"),
-        ('["mlp:3"]', '["mlp:3", "mlp:3"]', r"study\.toml: models: a name stands there twice"),
+        ('["mlp:3"]', '["mlp:3", "mlp:3"]', r"study\.toml: models: expected each name once, got"),
         ('["mlp:3"]', '["mlq"]', r"study\.toml: models: no model 'mlq'"),
         ('["digits.npz"]', '["digit"]', r"study\.toml: data: no data set or file 'digit'"),
         ("epochs = 2", "epochs = []", r"study\.toml: settings\.epochs: .* got \[\]"),
         ("epochs = 2", "epochs = 1979-05-27", r"study\.toml: settings\.epochs: .* got datetime"),
-        ("epochs = 2", "epochs = inf", r"study\.toml: settings\.epochs: a finite number"),
+        (
+            "epochs = 2",
+            "epochs = inf",
+            r"study\.toml: settings\.epochs: expected a finite number.* got inf",
+        ),
         (
             "epochs = 2",
             "epocs = 2",
             r"study\.toml: settings\.epocs: no method of the study knows this option",
         ),
-        ("epochs = 2", "epochs = 0", r"study\.toml: method 'MAP & co': epochs=0"),
+        (
+            "epochs = 2",
+            "epochs = 0",
+            r"study\.toml: method 'MAP & co': epochs: expected a whole number >= 1, got 0",
+        ),
         (
             "epochs = 2",
             "validation = 0.2",
@@ -212,26 +222,26 @@ def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
             r"study\.toml: settings\.for\.lenet: no such key; the keys are mlp:3, digits\.npz",
         ),
         (
-            'method = "point"',
+            'method = "plain"',
             'method = "pint"',
-            r"study\.toml: method 'MAP & co'\.method: no method 'pint'; the methods are: point",
+            r"study\.toml: method 'MAP & co'\.method: no method 'pint'; the methods are: plain",
         ),
         (
-            'method = "point"',
-            'method = "point"\nkepd = 0.5',
-            r"study\.toml: method 'MAP & co': point: no option kepd",
+            'method = "plain"',
+            'method = "plain"\nkepd = 0.5',
+            r"study\.toml: method 'MAP & co': plain: no option kepd",
         ),
         (
-            'method = "point"',
-            'method = "point"\nmodels = "lenet"',
+            'method = "plain"',
+            'method = "plain"\nmodels = "lenet"',
             (
                 r"study\.toml: method 'MAP & co'\.models: no 'lenet' at the top of the file, which"
                 r" has mlp:3"
             ),
         ),
         (
-            'method = "point"',
-            'method = "point"\nbatch_size = [9, 9]',
+            'method = "plain"',
+            'method = "plain"\nbatch_size = [9, 9]',
             (
                 r"study\.toml: method 'MAP & co': mlp-3_digits\S+ is declared already, by method"
                 r" 'MAP & co'"
@@ -240,24 +250,28 @@ def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
         (
             'name = "MAP & co"\n',
             "name = 3\n",
-            r"study\.toml: method\[0\]\.name: a text is wanted, got 3",
+            r"study\.toml: method\[0\]\.name: expected a text, got 3",
         ),
         (
             "[[method]]\n",
-            '[[method]]\nmethod = "point"\nname = "MAP & co"\n[[method]]\n',
+            '[[method]]\nmethod = "plain"\nname = "MAP & co"\n[[method]]\n',
             r"study\.toml: method 'MAP & co': two methods have this name",
         ),
         (
             "[[method]]\n",
-            '[[method]]\nmethod = "point"\nname = "twin"\n[[method]]\n',
+            '[[method]]\nmethod = "plain"\nname = "twin"\n[[method]]\n',
             r"study\.toml: method 'MAP & co': .* by method 'twin'; remove one",
         ),
-        ("[[method]]", "[method]", r"study\.toml: method: at least one \[\[method\]\] is wanted"),
+        (
+            "[[method]]",
+            "[method]",
+            r"study\.toml: method: expected at least one \[\[method\]\], got",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_runs(here, capsys, runs, old, new, message):
-    assert POINT.count(old) == 1
-    write(POINT.replace(old, new))
+    assert PLAIN.count(old) == 1
+    write(PLAIN.replace(old, new))
     assert main(["study", "study.toml", "--out", "out", "--quiet"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and not runs and not Path("out").exists()
@@ -268,10 +282,10 @@ def test_what_is_wrong_is_refused_before_anything_runs(here, capsys, runs, old, 
 def test_other_refusals(here, runs, capsys):
     with pytest.raises(bmr.PyroBMRError, match=r"'none\.toml' cannot be read \(No such file"):
         declare("none.toml")
-    declared = declare(write(POINT))
+    declared = declare(write(PLAIN))
     for options, message in (
         ({"only": ["MAP"]}, "only 'MAP': .*methods are: MAP & co"),
-        ({"jobs": 0}, "jobs=0"),
+        ({"jobs": 0}, "jobs: expected a number of processes, .* got 0"),
         ({"seeds": 3}, "give them to declare"),
     ):
         with pytest.raises(bmr.errors.ModelError, match=message):
@@ -283,7 +297,7 @@ def test_a_study_goes_on_where_it_stopped(here, blank, runs, capsys):
     write(BOTH)
     first = quiet("study.toml", only=["MAP & co"])
     assert (
-        runs == [("point", 0, None), ("point", 1, None)]
+        runs == [("plain", 0, None), ("plain", 1, None)]
         and len(first.table) == 2
         and not first.failures
     )
@@ -350,7 +364,7 @@ def test_the_row_of_a_cell(here, blank):
     assert row["size"] == small.parameters[1] / small.parameters[0] and 0 < row["ece_mass"] < 1
     history = pd.read_csv(folder / "history.csv")
     assert history["elbo"].iloc[-1] == row["elbo"] and "step" in (folder / "log.txt").read_text()
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "settings.json").read_text())
     assert (
         config["options"] == options
         and config["seed"] == 0
@@ -363,9 +377,45 @@ def weights_alive(weights):
     return {name: w != 0 for name, w in weights.items()}
 
 
+def test_cells_are_runs(here, blank, capsys):
+    """That of a method with a posterior can be reduced and exported, that of a baseline exported:
+    both as the weights that the cell has already.
+    """
+    more = '[[method]]\nmethod = "magnitude"\nkept = 0.3\n[[method]]\nmethod = "ensemble"\n'
+    table = quiet(write(BOTH + more), seeds=1).table
+    cells = {row["method"]: Path("out/cells") / row["cell"] for _, row in table.iterrows()}
+    kept = dict(zip(table["method"], table["kept"], strict=True))
+    for method in ("MAP & co", "half", "magnitude"):
+        out = Path(method)
+        assert main(["export", str(cells[method]), "--seconds", "0", "--out", str(out)]) == 0
+        own, exported = (load_file(p / "model.safetensors") for p in (cells[method], out))
+        assert own.keys() == exported.keys() and all(
+            torch.equal(own[name], exported[name]) for name in own
+        )
+        assert json.loads((out / "report.json").read_text())["kept"] == pytest.approx(kept[method])
+    assert main(["reduce", str(cells["half"]), "--kept", "0.2", "--draws", "2"]) == 0
+    capsys.readouterr()
+    for argv, message in (
+        (["reduce", cells["magnitude"]], "expected a fit with a posterior, got .* magnitude"),
+        (["export", cells["ensemble"]], "expected one network, got an ensemble"),
+        (["export", cells["magnitude"], "--ensemble", "2"], "expected a run with a posterior"),
+    ):
+        assert main([*map(str, argv)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and re.search(message, err), err
+    (cells["half"] / "row.json").unlink()
+    with pytest.raises(bmr.errors.ModelError, match="is a cell that is not finished"):
+        load_run(cells["half"])
+    with np.load("digits.npz") as arrays:
+        np.savez("digits.npz", **{**arrays, "y_test": (arrays["y_test"] + 1) % 10})
+    os.utime("digits.npz", (1, 1))
+    with pytest.raises(bmr.errors.ModelError, match="expected the data and the model file of its"):
+        load_run(cells["magnitude"]).data()
+
+
 def test_held_out_rows(here, blank):
     rows = (
-        quiet(write(POINT), seeds=1).table.iloc[0],
+        quiet(write(PLAIN), seeds=1).table.iloc[0],
         quiet("study.toml", seeds=1, validation=0.25).table.iloc[0],
     )
     assert [row["data"] for row in rows] == ["digits.npz", "digits.npz (validation)"] and rows[0][
@@ -377,7 +427,7 @@ def test_held_out_rows(here, blank):
 
 
 def test_a_cell_that_fails_fails_alone(here, blank, runs, monkeypatch, capsys):
-    good = methods.METHODS["point"]
+    good = methods.METHODS["plain"]
 
     def bad(build, data, seed, options, progress):
         trained = good(build, data, seed, options, progress)
@@ -386,13 +436,13 @@ def test_a_cell_that_fails_fails_alone(here, blank, runs, monkeypatch, capsys):
             raise ValueError("no\nluck")
         return trained
 
-    monkeypatch.setitem(methods.METHODS, "point", bad)
+    monkeypatch.setitem(methods.METHODS, "plain", bad)
     write(BOTH)
     assert main(["study", "study.toml", "--out", "out", "--quiet", "--only", "MAP & co"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert (
         len(errors) == 1
-        and errors[0].startswith("pyro-bmr: mlp-3_digits.npz_point_seed-0_")
+        and errors[0].startswith("pyro-bmr: mlp-3_digits.npz_plain_seed-0_")
         and errors[0].endswith(" failed: ValueError: no luck")
     )
     folder = Path("out/cells") / errors[0].split()[1]
@@ -407,11 +457,11 @@ def test_a_cell_that_fails_fails_alone(here, blank, runs, monkeypatch, capsys):
         "failed",
         "finished",
     ]
-    monkeypatch.setitem(methods.METHODS, "point", good)
+    monkeypatch.setitem(methods.METHODS, "plain", good)
     runs.clear()
     done = quiet("study.toml", only=["MAP & co"])
     assert (
-        [run[:2] for run in runs] == [("point", 0)]
+        [run[:2] for run in runs] == [("plain", 0)]
         and not done.failures
         and not (folder / "failed.txt").exists()
         and len(done.table) == 2
@@ -419,7 +469,7 @@ def test_a_cell_that_fails_fails_alone(here, blank, runs, monkeypatch, capsys):
 
 
 def test_a_stopped_study_keeps_what_is_finished(here, blank, monkeypatch, capsys):
-    good = methods.METHODS["point"]
+    good = methods.METHODS["plain"]
 
     def stopped(build, data, seed, options, progress):
         trained = good(build, data, seed, options, progress)
@@ -427,8 +477,8 @@ def test_a_stopped_study_keeps_what_is_finished(here, blank, monkeypatch, capsys
             raise KeyboardInterrupt
         return trained
 
-    monkeypatch.setitem(methods.METHODS, "point", stopped)
-    assert main(["study", write(POINT), "--out", "out", "--quiet"]) == 130
+    monkeypatch.setitem(methods.METHODS, "plain", stopped)
+    assert main(["study", write(PLAIN), "--out", "out", "--quiet"]) == 130
     assert capsys.readouterr().err == "pyro-bmr: stopped\n"
     assert pd.read_csv("out/results.csv")["seed"].tolist() == [0] and not list(
         Path("out").rglob("*.tmp")
@@ -437,9 +487,12 @@ def test_a_stopped_study_keeps_what_is_finished(here, blank, monkeypatch, capsys
 
 
 def test_damaged_rows_are_errors_of_one_line(here, blank):
-    done = quiet(write(POINT), seeds=1)
+    done = quiet(write(PLAIN), seeds=1)
     row = done.folder / "cells" / done.table["cell"][0] / "row.json"
-    for content in ("", "[1]", "{}", '{"nll": "1"}', "[" * 100_000):
+    good = row.read_text()
+    digit = good.index('"nll": ') + 10
+    flipped = f"{good[:digit]}{(int(good[digit]) + 1) % 10}{good[digit + 1 :]}"
+    for content in ("", "[1]", "{}", '{"nll": "1"}', "[" * 100_000, good[:-6], flipped):
         row.write_text(content)
         with pytest.raises(
             bmr.PyroBMRError, match=r"row\.json' is .*remove .* to run the cell again"
@@ -448,9 +501,9 @@ def test_damaged_rows_are_errors_of_one_line(here, blank):
 
 
 def test_the_bar_in_the_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(cell_folder, "_SECONDS_BETWEEN_LINES", math.inf)
+    monkeypatch.setattr(cell_log, "_SECONDS_BETWEEN_LINES", math.inf)
     with (tmp_path / "log.txt").open("w") as file:
-        log = cell_folder._Log(file)
+        log = cell_log.Log(file)
         for text in ("\r  0%", "\r 50%", "words\n", "\r100%", "\r    "):
             log.write(text)
         log.close()
@@ -561,7 +614,7 @@ def test_an_axis_of_fractions_ends_at_100_percent():
     for least in (1.0, 0.03):
         figure, axes = matplotlib.pyplot.subplots()
         axes.plot([least, 1.0], [0.5, 0.6])
-        pictures._in_percent(axes, "x", "kept")
+        curves.in_percent(axes, "x", "kept")
         figure.canvas.draw()
         low, high = axes.get_xlim()
         assert (
@@ -595,6 +648,8 @@ def test_a_report_of_real_targets(here):
 
 def test_the_same_numbers_in_two_processes(here, blank):
     write(BOTH)
+    # processes of another study, which stand elsewhere
+    joblib.Parallel(n_jobs=2)(joblib.delayed(os.chdir)(os.sep) for _ in range(8))
     tables = [
         quiet("study.toml", f"out-{jobs}", jobs=jobs, only=["half"], seeds=1).table
         for jobs in (1, 2)
@@ -635,14 +690,14 @@ def test_step_ratio_is_the_training_over_as_many_plain_steps(classes, monkeypatc
 def test_scores_under_shift_if_asked(here, blank):
     table = quiet(
         write(
-            POINT.replace("seeds = 2", "seeds = 1\nshift = true").replace(
+            PLAIN.replace("seeds = 2", "seeds = 1\nshift = true").replace(
                 "epochs = 2", "epochs = 30"
             )
         )
     ).table
     nll = [table[f"shift_nll_{severity}"][0] for severity in range(1, 6)]
     assert table["nll"][0] < nll[0] < nll[2] < nll[4] and math.isnan(table["ood_auroc"][0])
-    assert not any(name.startswith("shift") for name in quiet(write(POINT), "plain", seeds=1).table)
+    assert not any(name.startswith("shift") for name in quiet(write(PLAIN), "plain", seeds=1).table)
 
 
 @pytest.mark.slow
@@ -716,7 +771,7 @@ def test_the_commit_says_whether_the_code_was_changed_and_not_the_pages(tmp_path
         words = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *words)
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
-    code, page = tmp_path / "pyro_bmr/experiments/cell_folder.py", tmp_path / "docs/study.md"
+    code, page = tmp_path / "pyro_bmr/experiments/folder.py", tmp_path / "docs/study.md"
     for path in (code, page):
         path.parent.mkdir(parents=True)
         path.write_text("as committed")

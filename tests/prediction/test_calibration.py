@@ -128,7 +128,7 @@ def test_options_of_a_study():
     def trained(**more):
         return method_named("reduced")(build, data, 3, options | more, False)
 
-    plain, fixed, found = trained(), trained(widen=9.0), trained(scaled=True)
+    plain, fixed, found = trained(), trained(widen=9.0), trained(calibrate=True)
     entropies = [
         float(torch.special.entr(result.predict(data.x_test).probs).sum(1).mean())
         for result in (plain, fixed)
@@ -144,10 +144,12 @@ def test_options_of_a_study():
     assert found.extra["widen"] != 1 and not torch.equal(
         found.weights["1.weight"], plain.weights["1.weight"]
     )
-    with pytest.raises(bmr.errors.ModelError, match="widen=9"):
-        trained(widen=9.0, scaled=True)
-    with pytest.raises(bmr.errors.ModelError, match="point estimate"):
-        method_named("map")(build, data, 3, {"epochs": 2, "scaled": True}, False)
+    with pytest.raises(
+        bmr.errors.ModelError, match=r"widen: expected .*not calibrate as well, got 9\.0"
+    ):
+        trained(widen=9.0, calibrate=True)
+    with pytest.raises(bmr.errors.ModelError, match="expected a route with variances, got map"):
+        method_named("map")(build, data, 3, {"epochs": 2, "calibrate": True}, False)
 
 
 @pytest.mark.parametrize("name", ["magnitude", "sparse-variational-dropout"])
@@ -157,7 +159,7 @@ def test_a_temperature_known_beforehand(name):
         method_named(name)(
             build, data, 3, {"epochs": 5, "learning_rate": 2e-2, "kept": 0.9, **more}, False
         )
-        for more in ({}, {"scale": 1.7}, {"scaled": True})
+        for more in ({}, {"scale": 1.7}, {"calibrate": True})
     )
     assert [result.extra["scale"] for result in (plain, fixed)] == [1.0, 1.7] and found.extra[
         "scale"

@@ -1,8 +1,8 @@
-"""A point estimate with early stopping and with temperature scaling (Guo et al. 2017), and the deep
+"""A plain network with early stopping and with temperature scaling (Guo et al. 2017), and the deep
 ensemble of such (Lakshminarayanan et al. 2017).
 
-Owns `Scaled`, `PointOptions` and `EnsembleOptions`, `point`, `deep_ensemble`, and `trained_point`,
-which all point estimates share. Next: `magnitude.py`.
+Owns `Calibrated`, `PlainOptions` and `EnsembleOptions`, `plain`, `deep_ensemble`, and
+`trained_network`, which all methods of one network share. Next: `magnitude.py`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.baselines.training import (
-    Budget,
-    Rows,
-    Trained,
-    held_out,
-    is_between,
-    is_whole,
-    logits,
-    train,
-)
+from pyro_bmr.baselines.options import Budget, is_between, is_whole
+from pyro_bmr.baselines.training import Rows, Trained, held_out, logits, train
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.prediction.calibration import best_temperature
 from pyro_bmr.prediction.predict import Prediction, prediction_of
@@ -39,15 +31,15 @@ it, so that a training follows from the seed too.
 
 
 @dataclass(frozen=True)
-class Scaled(Budget):
-    """A budget with temperature scaling: `scaled` trains without the rows that are held out, the
+class Calibrated(Budget):
+    """A budget with temperature scaling: `calibrate` trains without the rows that are held out, the
     fraction `validation` of the training rows or those that the data came with, and divides the
     logits by the one temperature that is best there. `scale` is a temperature known beforehand,
     from such a run: then nothing is held out.
     """
 
     validation: float = 1 / 6
-    scaled: bool = False
+    calibrate: bool = False
     scale: float = 1.0
 
     def rules(self) -> dict[str, tuple[bool, str]]:
@@ -55,20 +47,20 @@ class Scaled(Budget):
         return {
             **super().rules(),
             "validation": (good, "0 < validation < 1"),
-            "scaled": (isinstance(self.scaled, bool), "true or false"),
+            "calibrate": (isinstance(self.calibrate, bool), "true or false"),
             "scale": (
-                is_between(self.scale, 0.05, 20) and (self.scale == 1 or not self.scaled),
-                "0.05 <= scale <= 20, and not scaled as well",
+                is_between(self.scale, 0.05, 20) and (self.scale == 1 or not self.calibrate),
+                "0.05 <= scale <= 20, and not calibrate as well",
             ),
         }
 
     def rows(self, data: Data) -> Rows:
         """The rows to train on, and those held out if anything asks for them."""
-        return held_out(data, self.validation if self.scaled else None)
+        return held_out(data, self.validation if self.calibrate else None)
 
 
 @dataclass(frozen=True)
-class PointOptions(Scaled):
+class PlainOptions(Calibrated):
     """`early_stopping`: keeps the epoch with the least NLL on the rows held out."""
 
     early_stopping: bool = False
@@ -80,11 +72,11 @@ class PointOptions(Scaled):
         }
 
     def rows(self, data: Data) -> Rows:
-        return held_out(data, self.validation if self.scaled or self.early_stopping else None)
+        return held_out(data, self.validation if self.calibrate or self.early_stopping else None)
 
 
 @dataclass(frozen=True)
-class EnsembleOptions(PointOptions):
+class EnsembleOptions(PlainOptions):
     """`members`: networks, each with start weights and an order of the data of its own. The
     `epochs` are those of each member.
     """
@@ -95,12 +87,12 @@ class EnsembleOptions(PointOptions):
         return {**super().rules(), "members": (is_whole(self.members, 1), "a whole number >= 1")}
 
 
-def trained_point(
+def trained_network(
     net: nn.Module,
     history: pd.DataFrame,
     seconds: float,
     rows: Rows,
-    options: Scaled,
+    options: Calibrated,
     extra: dict[str, float] | None = None,
 ) -> Trained:
     """What a method leaves behind whose prediction is that of one network, with the temperature
@@ -108,7 +100,7 @@ def trained_point(
     """
     net.eval()
     scale = options.scale
-    if options.scaled and rows.x_held is not None and rows.y_held is not None:
+    if options.calibrate and rows.x_held is not None and rows.y_held is not None:
         scale = best_temperature(logits(net, rows.x_held), rows.y_held)
 
     def predict(x: Tensor) -> Prediction:
@@ -125,18 +117,18 @@ def trained_point(
     )
 
 
-def point(
-    make: MakeNetwork, data: Data, seed: int, options: PointOptions, progress: bool = False
+def plain(
+    make: MakeNetwork, data: Data, seed: int, options: PlainOptions, progress: bool = False
 ) -> Trained:
     """A network trained by maximum likelihood, penalised by `weight_decay`. `extra`: scale (the
-    temperature; 1 if it is not `scaled`), best_epoch.
+    temperature; 1 if it is not `calibrate`), best_epoch.
     """
     clock = time.perf_counter()
     rows = options.rows(data)
     net = make(seed)
     history = train(net, rows, options, progress, keep_best=options.early_stopping)
     best = int(history["validation_nll"].argmin()) if options.early_stopping else len(history) - 1
-    return trained_point(
+    return trained_network(
         net,
         history,
         time.perf_counter() - clock,
@@ -191,7 +183,7 @@ def deep_ensemble(
     clock = time.perf_counter()
     members, history = [], pd.DataFrame()
     for k in range(options.members):
-        one = point(make, data, seed * 1009 + k, options, progress)
+        one = plain(make, data, seed * 1009 + k, options, progress)
         members.append(one)
         history = one.history
     nets = [one.network for one in members if one.network is not None]

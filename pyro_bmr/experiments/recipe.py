@@ -1,0 +1,285 @@
+"""A fit by one of the routes to a prior: maximum a posteriori, fitted under it, or reduced to it.
+
+Owns `Settings`, `Fitted` and `fit_by_route`, and guides and optimisers by name. Next: `methods.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from pyro_bmr.baselines.options import check_rules, is_between, is_positive, is_whole
+from pyro_bmr.data.data_set import Data, validation_data
+from pyro_bmr.errors import ModelError, holds
+from pyro_bmr.experiments.models import Build
+from pyro_bmr.fitting.fit import Fit, fit
+from pyro_bmr.fitting.natural_gradient import natural_gradient
+from pyro_bmr.fitting.optimizers import adam
+from pyro_bmr.guides import LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
+from pyro_bmr.guides.row_noise import PER_STEP, check_estimator
+from pyro_bmr.posteriors.posterior import Posterior
+from pyro_bmr.prediction.calibration import best_widening
+from pyro_bmr.prediction.paired_losses import paired_loss
+from pyro_bmr.prediction.predict import predict
+from pyro_bmr.priors import Gaussian, Prior
+from pyro_bmr.pruning import Every
+from pyro_bmr.reduction.reduce import quiet_reduction
+from pyro_bmr.reduction.result import Reduction
+
+ROUTES = ("map", "fitted", "reduced")
+OPTIMIZERS: dict[str, tuple[Callable[[float], Any], float]] = {
+    "adam": (adam, 3e-3),
+    "natural-gradient": (natural_gradient, 0.1),
+}
+"""Name → what makes the optimiser of `fit` from a learning rate, and the rate where none is
+given.
+"""
+GUIDES: dict[str, Callable[..., Any]] = {
+    "mean-field": MeanField,
+    "scale-coupled": ScaleCoupled,
+    "matrix-variate": MatrixVariate,
+    "low-rank": partial(LowRankPlusDiagonal, rank=10),
+}
+"""Name → guide of the fitted and reduced routes (docs/choose_a_guide.md); low-rank has ten
+directions a site.
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every cell of a comparison shares.
+
+    `optimizer`: one of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the route map
+    takes adam at its own rate then. `learning_rate`: None for that of the optimiser. `kept`: target
+    fraction for the reduced route and for fitted shrinkage priors (1: as fitted), None for the
+    evidence to decide. `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as
+    in `Every`. `draws`: of the predictive. `guide`: one of `GUIDES`, of which ``"mean-field"``
+    alone is for natural-gradient; `estimator`: as in `MeanField`, and for it. `widen`: the
+    predictive draws from `posterior.widened(widen)`; `calibrate` finds that factor on a sixth of
+    the training rows, or the validation rows that the data came with, which the fit does without.
+    """
+
+    epochs: int = 40
+    batch_size: int = 128
+    learning_rate: float | None = None
+    temperature: float = 1.0
+    kept: float | None = None
+    reduce_every: float | None = None
+    start: float = 0.1
+    stop: float = 0.75
+    draws: int = 32
+    validation: float | None = None
+    optimizer: str = "adam"
+    guide: str = "mean-field"
+    estimator: str = "weight"
+    widen: float = 1.0
+    calibrate: bool = False
+
+    def __post_init__(self) -> None:
+        rate = optimizer_named(self.optimizer, self.learning_rate)[1]
+        # as a number, which is kept beside the results
+        object.__setattr__(self, "learning_rate", rate)
+        check_estimator(self.estimator, *PER_STEP)
+        guide_named(self.guide, self.optimizer, self.estimator)
+        check_rules(self)
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        """Option → whether its value is in its range, and that range."""
+        ordered = holds(lambda: 0 <= self.start <= self.stop <= 1)
+        return {
+            "epochs": (is_whole(self.epochs, 1), "a whole number >= 1"),
+            "batch_size": (is_whole(self.batch_size, 1), "a whole number >= 1"),
+            "learning_rate": (is_positive(self.learning_rate), "a finite number > 0"),
+            "temperature": (is_positive(self.temperature), "a finite number > 0"),
+            "kept": (self.kept is None or is_between(self.kept, 0, 1), "0 <= kept <= 1"),
+            "reduce_every": (
+                self.reduce_every is None or is_positive(self.reduce_every),
+                "a finite number of epochs > 0",
+            ),
+            "start": (ordered, "0 <= start <= stop"),
+            "stop": (ordered, "start <= stop <= 1"),
+            "draws": (is_whole(self.draws, 0), "a whole number >= 0"),
+            "validation": (
+                self.validation is None
+                or (is_between(self.validation, 0, 1) and 0 < self.validation < 1),
+                "0 < validation < 1",
+            ),
+            "widen": (
+                is_between(self.widen, 0, sys.float_info.max)
+                and (self.widen == 1 or not self.calibrate),
+                "a finite number >= 0, and not calibrate as well",
+            ),
+        }
+
+
+def optimizer_named(
+    name: str, learning_rate: float | None = None
+) -> tuple[Callable[[], Any], float]:
+    """What makes the optimiser of that name for `fit`, and its learning rate, by default its own.
+
+    Raises:
+        ModelError: there is no such optimiser.
+
+    Example:
+        >>> make, rate = optimizer_named("natural-gradient")
+        >>> fit(program, data, optimizer=make())
+    """
+    if name not in OPTIMIZERS:
+        raise ModelError(f"no optimizer '{name}'; the optimizers are: {', '.join(OPTIMIZERS)}")
+    make, own = OPTIMIZERS[name]
+    rate = own if learning_rate is None else learning_rate
+    return partial(make, rate), rate
+
+
+def guide_named(
+    name: str, optimizer: str = "adam", estimator: str = "weight"
+) -> Callable[..., Any]:
+    """What makes the guide of that name for `fit`; an optimiser other than adam, and an estimator
+    other than ``"weight"``, are for mean field.
+
+    Raises:
+        ModelError: there is no such guide, or it does not go with the optimiser or the estimator.
+
+    Example:
+        >>> fit(program, data, guide=guide_named("low-rank"))
+    """
+    if name not in GUIDES:
+        raise ModelError(f"no guide '{name}'; the guides are: {', '.join(GUIDES)}")
+    if name == "mean-field":
+        return partial(MeanField, estimator=estimator)
+    for option, value, plain in (
+        ("optimizer", optimizer, "adam"),
+        ("estimator", estimator, "weight"),
+    ):
+        if value != plain:
+            raise ModelError(
+                f"{option} '{value}': expected the guide mean-field, got '{name}'; leave one out"
+            )
+    return GUIDES[name]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted by a route, and what it predicts from.
+
+    `declared`: the prior of the fit. `reduction`: the one after the fit, of which `cautions` say
+    what may mislead. `posterior`: what predictions are drawn from, with `widen` times the variances
+    that were fitted. `delta_f`: of all reductions, nats.
+    """
+
+    fit: Fit
+    declared: Prior
+    reduction: Reduction | None
+    cautions: tuple[str, ...]
+    posterior: Posterior
+    widen: float
+    delta_f: float
+
+
+def fit_by_route(
+    build: Build,
+    data: Data,
+    prior: Prior,
+    route: str,
+    seed: int,
+    settings: Settings,
+    progress: bool,
+    every: Callable[..., Every] = Every,
+) -> Fitted:
+    """Fits and reduces, as the route says; `every` makes the schedule of the reduced route.
+
+    Raises:
+        ModelError: the route is map, and the settings widen its variances.
+    """
+    if route == "map" and (settings.calibrate or settings.widen != 1):
+        raise ModelError(
+            "widen, calibrate: expected a route with variances, got map; leave them out for it"
+        )
+    rows = validation_data(data, 1 / 6) if settings.calibrate else data
+    target: Prior = Gaussian(scale=0.0) if isinstance(prior, Gaussian) else prior
+    declared = Gaussian() if route == "reduced" and not isinstance(prior, Gaussian) else prior
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        program = build(rows, declared)
+    schedule = _schedule(settings, target, every) if route == "reduced" else None
+    result = _fitted(program, rows, route, seed, settings, schedule, progress)
+    reduction, delta_f = _reduction_after(result, prior, target, route, settings)
+    posterior, cautions = result.posterior, tuple[str, ...]()
+    if reduction is not None:
+        posterior = reduction.posterior
+        cautions = _cautions(result.program, reduction, data, settings.draws, seed)
+    widen = settings.widen
+    if settings.calibrate:
+        held = (rows.x_test, rows.y_test)
+        widen = best_widening(result.program, posterior, held, draws=settings.draws, seed=seed)
+    if widen != 1:
+        posterior = posterior.widened(widen)
+    return Fitted(result, declared, reduction, cautions, posterior, widen, delta_f)
+
+
+def _schedule(settings: Settings, target: Prior, every: Callable[..., Every]) -> Every:
+    interval = settings.reduce_every or settings.epochs / 10
+    return every(interval, target, settings.start, kept=settings.kept, stop=settings.stop)
+
+
+def _fitted(
+    program: Callable[..., Any],
+    rows: Data,
+    route: str,
+    seed: int,
+    settings: Settings,
+    schedule: Every | None,
+    progress: bool,
+) -> Fit:
+    guide = guide_named(settings.guide, settings.optimizer, settings.estimator)
+    make = optimizer_named(settings.optimizer, settings.learning_rate)[0]
+    if route == "map" and settings.optimizer != "adam":
+        make = adam
+    return fit(
+        program,
+        rows,
+        guide=Point if route == "map" else guide,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        optimizer=make(),
+        seed=seed,
+        temperature=settings.temperature,
+        reduce=schedule,
+        progress=progress,
+    )
+
+
+def _reduction_after(
+    result: Fit, prior: Prior, target: Prior, route: str, settings: Settings
+) -> tuple[Reduction | None, float]:
+    """The reduction after the fit, None if there is none, and ΔF of all reductions."""
+    if route == "reduced":
+        reduction = quiet_reduction(result.posterior, to=target, kept=settings.kept)
+        return reduction, float(result.history["delta_f"].iloc[-1]) + reduction.delta_f
+    if route == "fitted" and prior.shrinkage:
+        return quiet_reduction(result.posterior, to=None, kept=settings.kept), 0.0
+    return None, 0.0
+
+
+def _cautions(
+    program: Callable[..., Any], reduction: Reduction, data: Data, draws: int, seed: int
+) -> tuple[str, ...]:
+    """What may mislead in the last reduction, the one after the fit, and whether it costs accuracy
+    on the rows that are scored.
+    """
+    said = list(reduction.warnings)
+    if any(
+        not torch.equal(reduction.before[name].kept, mask) for name, mask in reduction.masks.items()
+    ):
+        before, after = (
+            predict(program, posterior, data.x_test, draws=draws, seed=seed)
+            for posterior in (reduction.before, reduction.posterior)
+        )
+        caution = paired_loss(before, after, data.y_test).caution()
+        said += [caution] if caution else []
+    return tuple(said)
