@@ -51,7 +51,7 @@ def elbo_terms(
         p(\theta))
 
     Args:
-        masks: site → bool tensor of the entries that live, for `MeanField` and the guides with a
+        masks: site → bool tensor of the kept entries, for `MeanField` and the guides with a
             Gaussian per site; others are wrapped in `pruning.Masked` by the caller.
         noise: the standard-normal draw of those guides, flat; by default a new one.
     """
@@ -102,6 +102,17 @@ def masked_terms(
     return terms_of(masked(program), masked(guide), batch, {})
 
 
+class _Drawn(NamedTuple):
+    """One draw of all sites, each by its name: its Gaussian, the draw on the unconstrained scale,
+    the noise of that draw unless it is drawn for each row, and the value that the program gets.
+    """
+
+    gaussians: dict[str, SiteNormal]
+    draws: dict[str, Tensor]
+    noises: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+
 def _site_wise_terms(
     program: Callable[..., Any],
     guide: SiteWise | MeanField,
@@ -109,28 +120,45 @@ def _site_wise_terms(
     masks: Mapping[str, Tensor],
     noise: Tensor | None,
 ) -> ELBOTerms:
-    """Guides with a Gaussian per site: noise where the guide's estimator wants it, the KL in closed
-    form where the prior is Gaussian on the line, else −H(q) − log p at the draw; log q − log p for
-    one noise vector over a `MeanField`, as in Pyro's `TraceMeanField_ELBO`.
+    """The terms of a guide with a Gaussian per site. The KL is in closed form where the prior is
+    Gaussian on the line, else it is −H(q) − log p at the draw. With one noise vector for a whole
+    `MeanField` it is log q − log p there, as in Pyro's `TraceMeanField_ELBO`.
+    """
+    one_vector = isinstance(guide, MeanField) and guide.estimator not in PER_ROW
+    if noise is None and isinstance(guide, MeanField) and one_vector:
+        noise = torch.randn_like(guide.loc)
+    drawn = _drawn(guide, args, masks, noise)
+    with Values(drawn.values) as run:
+        program(*args)
+    check_guide({site.name: site.shape for site in guide.latents}, run.latent_shapes())
+    likelihood = likelihood_of(run)
+    like = drawn.gaussians[guide.latents[0].name].mean
+    kl = torch.zeros((), dtype=like.dtype, device=like.device)
+    for site in guide.latents:
+        q, z, msg = drawn.gaussians[site.name], drawn.draws[site.name], run.latent[site.name]
+        own = drawn.noises.get(site.name) if one_vector else None
+        kl = kl + _site_kl(site, q, z, base_distribution(msg["fn"]), own) * msg["scale"]
+    return ELBOTerms(likelihood, kl)
+
+
+def _drawn(
+    guide: SiteWise | MeanField,
+    args: tuple[Any, ...],
+    masks: Mapping[str, Tensor],
+    noise: Tensor | None,
+) -> _Drawn:
+    """A draw of each site in turn, given the sites before: from `noise`, or from new noise, which
+    for the estimators in `PER_ROW` is drawn for each row of `args`.
     """
     conditional = guide.conditional if isinstance(guide, SiteWise) else guide.conditionals()
-    flat = guide if isinstance(guide, MeanField) and guide.estimator not in PER_ROW else None
-    noise = torch.randn_like(flat.loc) if flat is not None and noise is None else noise
-    gaussians: dict[str, SiteNormal] = {}
-    draws: dict[str, Tensor] = {}
-    noises: dict[str, Tensor] = {}
-    values: dict[str, Tensor] = {}
+    drawn = _Drawn({}, {}, {}, {})
     used = 0
     for site in guide.latents:
         mask = masks.get(site.name, site.mask)
         mask = mask if mask is None or site.mask is None else mask & site.mask
-        q = conditional(site.name, values, mask)
-        if (
-            guide.estimator in PER_ROW
-            and isinstance(q, Independent)
-            and site.transform is None
-            and noise is None
-        ):
+        q = conditional(site.name, drawn.values, mask)
+        per_row = guide.estimator in PER_ROW and site.transform is None and noise is None
+        if per_row and isinstance(q, Independent):
             z: Tensor = RowNoise(q.mean, q.std, len(args[0]), guide.estimator)
         else:
             own = (
@@ -139,42 +167,27 @@ def _site_wise_terms(
                 else noise[used : used + q.noise_size]
             )
             used += q.noise_size
-            z, noises[site.name] = q.draw(own), own
-        gaussians[site.name], draws[site.name] = q, z
-        values[site.name] = z if site.transform is None else site.transform(z)
-    with Values(values) as run:
-        program(*args)
-    check_guide({site.name: site.shape for site in guide.latents}, run.latent_shapes())
-    likelihood = likelihood_of(run)
-    like = gaussians[guide.latents[0].name].mean
-    kl = torch.zeros((), dtype=like.dtype, device=like.device)
-    for site in guide.latents:
-        q, msg = gaussians[site.name], run.latent[site.name]
-        base = base_distribution(msg["fn"])
-        if hasattr(base, "kept"):  # a program under `pruning.Masked`
-            if isinstance(q, Independent):
-                q = Independent.of(
-                    q.mean, q.log_std, base.kept if q.mask is None else base.kept & q.mask
-                )
-            base = base.base_dist
-        prior = gaussian_on_the_line(base, site.transform)
-        if prior is None:
-            kl_site = _sampled_kl(
-                site, q, draws[site.name], base, noises.get(site.name) if flat is not None else None
-            )
-        elif isinstance(q, Independent):
-            kl_site = _GaussianKL.apply(
-                q.mean,
-                q.log_std,
-                q.std.detach(),
-                collapsed(prior.loc),
-                collapsed(prior.scale),
-                q.mask,
-            )
-        else:
-            kl_site = gaussian_kl(q, prior.loc, prior.scale)
-        kl = kl + kl_site * msg["scale"]
-    return ELBOTerms(likelihood, kl)
+            z, drawn.noises[site.name] = q.draw(own), own
+        drawn.gaussians[site.name], drawn.draws[site.name] = q, z
+        drawn.values[site.name] = z if site.transform is None else site.transform(z)
+    return drawn
+
+
+def _site_kl(site: Latent, q: SiteNormal, z: Tensor, base: Any, noise: Tensor | None) -> Tensor:
+    """The KL divergence of a site whose prior is `base`, at the draw z."""
+    if hasattr(base, "kept"):  # a program under `pruning.Masked`
+        if isinstance(q, Independent):
+            mask = base.kept if q.mask is None else base.kept & q.mask
+            q = Independent.of(q.mean, q.log_std, mask)
+        base = base.base_dist
+    prior = gaussian_on_the_line(base, site.transform)
+    if prior is None:
+        return _sampled_kl(site, q, z, base, noise)
+    if isinstance(q, Independent):
+        moments = collapsed(prior.loc), collapsed(prior.scale)
+        kl: Tensor = _GaussianKL.apply(q.mean, q.log_std, q.std.detach(), *moments, q.mask)
+        return kl
+    return gaussian_kl(q, prior.loc, prior.scale)
 
 
 def _sampled_kl(site: Latent, q: SiteNormal, z: Tensor, prior: Any, noise: Tensor | None) -> Tensor:
@@ -199,7 +212,7 @@ def _sampled_kl(site: Latent, q: SiteNormal, z: Tensor, prior: Any, noise: Tenso
 
 
 class _GaussianKL(torch.autograd.Function):
-    """KL(N(μ, σ²) ‖ N(m, s²)) = Σ log(s/σ) + ((μ − m)² + σ²)/(2s²) − ½ over the entries that live,
+    """KL(N(μ, σ²) ‖ N(m, s²)) = Σ log(s/σ) + ((μ − m)² + σ²)/(2s²) − ½ over the kept entries,
     with its gradient by hand.
 
     A prior of one scale for the whole site needs three sums and no temporary of the site's size.

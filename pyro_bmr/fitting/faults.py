@@ -1,4 +1,5 @@
-"""What a fit does with a step that it cannot take: say where, and stop, or skip it and count.
+"""What a fit does with a step that it cannot take: it says where the fault is, and stops, or skips
+the step and counts it.
 
 Owns `Faults` and `diagnosis`. Next: `rows.py`.
 """
@@ -19,8 +20,8 @@ _FORGETS, _SURE, _JUMP = 0.01, 100, 20.0
 
 
 class Faults:
-    """The steps that were skipped, at most `allowed`, and what the expected log likelihood of a
-    step has been lately, by which a jump is known.
+    """The steps that were skipped, at most `allowed`, and the recent expected log likelihood of a
+    step, from which a jump is seen.
     """
 
     def __init__(self, allowed: int) -> None:
@@ -28,15 +29,13 @@ class Faults:
         self.forget()
 
     def forget(self) -> None:
-        """Begins the averages anew, as after a reduction, which may lower the likelihood for
-        good.
-        """
+        """Starts new averages, as after a reduction, which may lower the likelihood for good."""
         self.steps, self.mean, self.var = 0, 0.0, 0.0
 
     def jump(self, likelihood: float) -> str:
         """What is wrong with the expected log likelihood of a step if it lies twenty standard
-        deviations below those of the last hundred or so, else nothing. Where no step may be
-        skipped, none is.
+        deviations below the mean of the last hundred or so, else an empty text. If no step may be
+        skipped, no step is a jump.
         """
         if not self.allowed:
             return ""

@@ -8,12 +8,15 @@ and `progress.py` where it stands. Next: `refit.py`.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyro
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from pyro_bmr.errors import FitError, warn
@@ -21,7 +24,7 @@ from pyro_bmr.fitting.arguments import Arguments, Program
 from pyro_bmr.fitting.checkpoints import Checkpoints, CheckpointWriter
 from pyro_bmr.fitting.descent import take_step
 from pyro_bmr.fitting.natural_gradient import NaturalGradient
-from pyro_bmr.fitting.optimizers import MakeOptimizer, MakeScheduler, adam, cosine
+from pyro_bmr.fitting.optimizers import adam, cosine
 from pyro_bmr.fitting.progress import Progress
 from pyro_bmr.fitting.rows import Batch, HasTrainingData, rows_of
 from pyro_bmr.fitting.run import Run
@@ -71,13 +74,13 @@ class Fit:
 @isolated(autocast=True, steps=True)
 def fit(
     program: Program,
-    data: Batch | HasTrainingData,
+    data: tuple[Tensor, Tensor] | HasTrainingData,
     *,
     guide: Program = MeanField,
     epochs: int = 20,
     batch_size: int = 128,
-    optimizer: MakeOptimizer | NaturalGradient | None = None,
-    scheduler: MakeScheduler | None = cosine,
+    optimizer: Callable[[Any], Optimizer] | NaturalGradient | None = None,
+    scheduler: Callable[[Optimizer, int], LRScheduler] | None = cosine,
     seed: int = 0,
     temperature: float = 1.0,
     reduce: Every | None = None,
@@ -91,45 +94,45 @@ def fit(
     r"""Fits `guide` to the posterior of `program` given the data by stochastic variational
     inference, and returns a `Fit`.
 
-    Minimised is the mean over mini-batches of −(E_q[log p(y|θ)] − T·KL(q‖p))/N, which has the
-    optimum of the negative ELBO of the posterior ∝ p(y|θ)^{1/T} p(θ) and the step size of ordinary
-    training. N comes from the data, through the plate; KL is never weighted by hand. Under
-    `torch.autocast` the layers of the network compute in its lower precision; weights, densities
-    and the posterior keep their own.
+    The loss is the mean over mini-batches of −(E_q[log p(y|θ)] − T·KL(q‖p))/N. It has the optimum
+    of the negative ELBO of the posterior ∝ p(y|θ)^{1/T} p(θ), and steps of the size of ordinary
+    training. N comes from the data, through the plate; you never weight the KL by hand. Under
+    `torch.autocast` the layers of the network compute in its lower precision. Weights, densities
+    and the posterior keep their own precision.
 
     Args:
         program: called as `program(x, y)`. Its observed site may stand in a plate of the batch's
-            rows, or of N rows subsampled, or in none. It is fitted in training mode; parts of a
-            module that are in evaluation mode beside layers that are not, such as a frozen
-            backbone, stay so.
-        data: (x, y), or anything with `x_train` and `y_train`. They follow the parameters of a
-            program that is a module in device and dtype.
+            rows, or of N rows subsampled, or in none. It is fitted in training mode. A part of a
+            module that is in evaluation mode beside layers that are not, such as a frozen
+            backbone, remains in that mode.
+        data: (x, y), or anything with `x_train` and `y_train`. If the program is a module, they
+            are moved to the device and the dtype of its parameters.
         guide: `MeanField`, `Point` (maximum a posteriori), any function of the program that makes a
-            guide module, such as Pyro's `AutoNormal`, or such a module, which is copied. A
-            hand-written guide function with `pyro.param` is trained by Pyro's SVI; see
+            guide module, such as Pyro's `AutoNormal`, or such a module, which is copied. Train a
+            hand-written guide function with `pyro.param` by Pyro's SVI; see
             `Posterior.from_guide`.
         optimizer: parameters → torch optimiser, or `natural_gradient()`. Default: Adam at 3e-3,
             fused.
         scheduler: (optimiser, number of steps) → schedule, stepped after each step; None for a
             constant rate. Default: `cosine`.
-        seed: of everything random: order of the data and draws are functions of (seed, epoch) and
-            (seed, step).
-        temperature: T above; 1 is Bayes, less is "cold": data counted N/T times.
-        reduce: reductions during the fit; none before the first 300 steps (or 0.3 of a shorter
-            fit), in which empirical scales stay at their start too.
-        validation: the fraction of the rows to hold out, at random or without `shuffle` the last
-            ones, or (x, y), scored after each epoch.
+        seed: of everything random. The order of the data is a function of (seed, epoch), and the
+            draws are functions of (seed, step).
+        temperature: T above; 1 is Bayes, less is "cold": the data count N/T times.
+        reduce: reductions during the fit. There is none in the first 300 steps (or 0.3 of a shorter
+            fit), in which empirical scales keep their start values as well.
+        validation: the rows to hold out, scored after each epoch: (x, y), or a fraction of the
+            data, drawn at random, or the last rows without `shuffle`.
         progress: show a bar with both terms of the ELBO.
-        start: a posterior of the same program to begin at, its masks in force and the scales of its
-            Gaussian priors held; for `MeanField`.
+        start: a posterior of the same program to begin at, for `MeanField`. Its masks are in force,
+            and the scales of its Gaussian priors do not change.
         checkpoint: a folder, or `Checkpoints(folder, ...)`, in which the fit is saved as it runs.
-            After a kill, a crash or Ctrl-C the same call goes on from there and ends as if never
-            stopped, to the bit (docs/guarantees.md).
-        skip_faulty: how many steps may be skipped, counted in the history, because the loss or its
-            gradient is not finite or the expected log likelihood falls by twenty of its recent
-            standard deviations. One more stops the fit.
-        shuffle: whether the rows are mixed anew in each epoch, if a batch is not all of them. False
-            for a series: batches are stretches of it, in order.
+            After a kill, a crash or Ctrl-C the same call continues from there, and its result is
+            the same bit for bit as without the stop (docs/guarantees.md).
+        skip_faulty: how many faulty steps may be skipped; the history counts them. A step is faulty
+            if the loss or its gradient is not finite, or if the expected log likelihood falls by
+            twenty of its recent standard deviations. One more stops the fit.
+        shuffle: whether the rows are mixed again in each epoch, if a batch is not all of them. Give
+            False for a series: batches are then stretches of it, in order.
 
     In a process group of torch.distributed, every process calls `fit` with the same arguments. Each
     takes its part of the rows of a batch and draws noise of its own, gradients are averaged, the

@@ -171,13 +171,8 @@ class MeanFieldStep(FlatVectors):
             if name in self.declared:
                 priors[name] = self.declared[name]
                 continue
-            if (msg := run.latent.get(name)) is None:
-                raise ModelError(
-                    f"site '{name}': the program has it for some batches or draws only; give it a"
-                    " place in every run"
-                )
             kept = None if self.kept is None else self.kept[name]
-            read = read_prior(latent, msg, values[name], self.leaves[name], kept)
+            read = read_prior(latent, _site(run, name), values[name], self.leaves[name], kept)
             priors[name] = read.prior
             if read.sampled_kl is not None:
                 loss = loss + self.kl_weight * read.sampled_kl
@@ -266,3 +261,14 @@ class MeanFieldStep(FlatVectors):
         }
         if state["settled"]:
             self._follow(self.declared)
+
+
+def _site(run: Values, name: str) -> Any:
+    """A site in a run of the program."""
+    msg = run.latent.get(name)
+    if msg is None:
+        raise ModelError(
+            f"site '{name}': the program has it for some batches or draws only; give it a place in"
+            " every run"
+        )
+    return msg

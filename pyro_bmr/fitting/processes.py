@@ -2,7 +2,7 @@
 decides for all, and where they must agree.
 
 Owns `Processes`, and the group of a command that torchrun has started. A fit outside any process
-group is one process, for which every method gives back what it was given. Next: `faults.py`.
+group is one process; every method then returns what it was given. Next: `faults.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _SEEDS, _BETWEEN_RANKS = 1 << 40, 0x9E3779B97
 
 
 class Processes:
-    """Those of the default group of torch.distributed, if there is one; `rank` is this one's
-    number, `size` how many there are.
+    """The processes of the default group of torch.distributed, if there is one. `rank` is the
+    number of this process, `size` the number of processes.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Processes:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
 
     def seed(self, seed: int) -> int:
-        """The seed of what is drawn anew in each process; that of the fit in the first."""
+        """The seed of what each process draws for itself; the first takes the seed of the fit."""
         return seed if self.rank == 0 else (seed + self.rank * _BETWEEN_RANKS) % _SEEDS
 
     def check_rows(self, rows: int, batch_size: int) -> None:

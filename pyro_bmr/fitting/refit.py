@@ -32,8 +32,8 @@ class Refit:
     r"""A reduction held against a fit of the reduced model.
 
     `fit`: the reduced model, fitted. `predicted`: ΔF of the reduction, nats. `observed`: the bound
-    −F of the refit minus that of the fit before, with its `standard_error` over draws. What they
-    differ by is what the approximate posterior misses, and what either fit has not converged to.
+    −F of the refit minus the bound of the fit before, with its `standard_error` over draws. They
+    differ where the approximate posterior is wrong, and where either fit has not converged.
     """
 
     fit: Fit
@@ -51,10 +51,11 @@ def refit(
     seed: int = 0,
     **settings: Any,
 ) -> Refit:
-    """The reduced model fitted from where the reduction left it, and how far the prediction of its
-    free energy was right.
+    """The reduced model, fitted from the reduced posterior, and the change of its free energy
+    beside the predicted change.
 
-    Refit a reduction that prunes nothing (`kept=1.0`) to see what more training alone would change.
+    Refit a reduction that prunes nothing (`kept=1.0`) to see what more training would change by
+    itself.
 
     Args:
         fit_: the fit that was reduced, of `MeanField`.
@@ -62,11 +63,11 @@ def refit(
             another scale.
         data: what `fit_` was fitted to.
         draws: of the posterior, for both free energies; the same noise in both.
-        settings: of `fit`: epochs, batch_size, optimizer, ...; the temperature is that of `fit_`.
+        settings: of `fit`: epochs, batch_size, optimizer, ...; `fit_` gives the temperature.
 
     Raises:
-        FitError: the reduced prior is not Gaussian, or not that of the program, or the guide is not
-            `MeanField`.
+        FitError: the reduced prior is not Gaussian, or the program does not declare it, or the
+            guide is not `MeanField`.
 
     Example:
         >>> again = refit(fit_, reduce(fit_.posterior, to=Gaussian(scale=0)), data, epochs=10)
@@ -126,14 +127,14 @@ def evidence_bound(fit_: Fit, x: Tensor, y: Tensor, draws: int = 64, seed: int =
     nats. One seed, one noise for all mean-field fits.
     """
     program, guide, x, y = fit_.program, fit_.guide, *(_like(fit_, part) for part in (x, y))
-    whole = WholeData(len(x), min(_CHUNK, len(x)))
-    scaled = EmpiricalScales(fit_.scales)(whole(program))
+    full_data = WholeData(len(x), min(_CHUNK, len(x)))
+    scaled = EmpiricalScales(fit_.scales)(full_data(program))
     values = []
     with pyro.settings.context(module_local_params=True):
         for draw in range(draws):
             likelihood, kl = 0.0, 0.0
             for k, rows in enumerate(torch.arange(len(x), device=x.device).split(_CHUNK)):
-                whole.rows = len(rows)
+                full_data.rows = len(rows)
                 seed_generators(seed * 1_000_003 + draw)
                 terms = masked_terms(scaled, guide, (x[rows], y[rows]), fit_.masks)
                 likelihood += float(terms.expected_log_likelihood) * len(rows) / len(x)

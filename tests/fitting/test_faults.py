@@ -2,6 +2,8 @@
 them.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,14 @@ class StopsBefore(torch.optim.Adam):
     def step(self, closure=None):
         self.left -= 1
         return super().step(closure) if self.left >= 0 else None
+
+
+@pytest.mark.parametrize("estimator, step", [("weight", 5), ("antithetic", 3), ("local", 5)])
+def test_a_step_that_is_not_finite_names_the_sites_of_the_guide(estimator, step):
+    with pytest.raises(
+        bmr.errors.FitError, match=rf"^step {step}: .* not finite at 0\.bias, 0\.weight \("
+    ):
+        fit({5, 9}, epochs=2, guide=partial(bmr.MeanField, estimator=estimator))
 
 
 def test_a_jump_of_the_loss_is_skipped_if_asked():
