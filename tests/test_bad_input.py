@@ -637,12 +637,12 @@ BAD_CALLS = {
     "RMSE of a column": (
         lambda d: bmr.metrics.rmse(torch.zeros(5), torch.zeros(5, 1)),
         bmr.errors.DataError,
-        r"\(5,\) and y \(5, 1\)",
+        r"\(5,\) and y of shape \(5, 1\)",
     ),
     "RMSE of NaN": (
         lambda d: bmr.metrics.rmse(torch.full((5,), NAN), torch.zeros(5)),
         bmr.errors.DataError,
-        "no NaN",
+        "expected mean and y of one shape, finite.*, mean not finite",
     ),
 }
 

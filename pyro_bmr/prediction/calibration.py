@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.checks import check_labels
-from pyro_bmr.errors import DataError, PyroBMRWarning
+from pyro_bmr.errors import DataError, PyroBMRWarning, described
 from pyro_bmr.formulas.line_search import line_maximum
 from pyro_bmr.isolation import isolated
 from pyro_bmr.posteriors.posterior import Posterior
@@ -28,9 +28,9 @@ _COLDEST, _HOTTEST = 0.05, 20.0
 def best_temperature(logits: Tensor, y: Tensor) -> float:
     r"""The T > 0 with the least mean cross entropy of softmax(logits / T), between 0.05 and 20.
 
-    The cross entropy is convex in 1/T, so that it has one minimum; where that is at an end of the
-    range, a `PyroBMRWarning` says so. A class may be impossible, with the logit −∞, unless it is
-    the label. Source: Guo et al. 2017, arXiv 1706.04599.
+    The cross entropy is convex in 1/T, so it has one minimum. If that is at an end of the range, a
+    `PyroBMRWarning` says so. A class may be impossible, with the logit −∞, unless it is the label.
+    Source: Guo et al. 2017, arXiv 1706.04599.
 
     Raises:
         DataError: logits are NaN or +∞, a label is out of range or impossible, or there are no
@@ -41,8 +41,8 @@ def best_temperature(logits: Tensor, y: Tensor) -> float:
     bad = logits.isposinf().any(1) | logits.gather(1, y[:, None])[:, 0].isneginf()
     if bool(bad.any()):
         raise DataError(
-            "logits must be below +inf, and that of the label finite; first in row"
-            f" {int(bad.nonzero()[0])} they are not, at any temperature"
+            "logits: expected values below +inf, and the label's finite; first in row"
+            f" {int(bad.nonzero()[0])} they are not, so no temperature has a finite loss"
         )
 
     gaps = logits - logits.gather(1, y[:, None])  # z_c − z_y
@@ -64,7 +64,7 @@ def best_temperature(logits: Tensor, y: Tensor) -> float:
     if min(loss(hot), loss(cold)) <= loss(coldness) + 1e-12:
         warnings.warn(
             f"the best temperature, {best:.4g}, is at an end of the search from {_COLDEST} to"
-            f" {_HOTTEST}: the rows do not say how bold the logits may be, as when none is wrong;"
+            f" {_HOTTEST}: the rows do not determine it, as when no label is wrong;"
             " give more rows, or rows that were not trained on",
             PyroBMRWarning,
             stacklevel=3,
@@ -88,11 +88,11 @@ def best_widening(
     .. math:: \hat c = \arg\min_c -\sum_i \log \tfrac1S \sum_s p(y_i \mid x_i, w_s), \qquad
         w_s = \mu + \sqrt{c}\,\sigma \epsilon_s
 
-    with the same noise ε for every c. A posterior fitted at a temperature T < 1 has variances up to
-    1/T times too small. Like the temperature of logits (Guo et al. 2017) c is one number on
-    held-out rows; unlike it, it widens the predictive where the posterior is wide. Cold posteriors:
-    Wenzel et al. 2020, arXiv 2002.02405. A Laplace approximation widened by held-out rows: Ritter,
-    Botev & Barber 2018.
+    with the same noise ε for every c. A posterior fitted at a temperature T < 1 has variances that
+    are up to 1/T times too small. Like the temperature of logits (Guo et al. 2017), c is one number
+    from held-out rows. Unlike it, c widens the predictive where the posterior is wide. Cold
+    posteriors: Wenzel et al. 2020, arXiv 2002.02405. A Laplace approximation widened by held-out
+    rows: Ritter, Botev & Barber 2018.
 
     Args:
         draws, seed: as for `predict`. Up to 20 predictions are made.
@@ -108,9 +108,9 @@ def best_widening(
         >>> prediction = bmr.predict(fit.program, fit.posterior.widened(factor), x_test)
     """
     if not (isinstance(rows, (tuple, list)) and len(rows) == 2):
-        raise DataError(f"rows: a pair (x, y) of tensors is wanted, got {type(rows).__name__}")
+        raise DataError(f"rows: expected a pair (x, y) of tensors, got {type(rows).__name__}")
     if isinstance(most, bool) or not isinstance(most, (int, float)) or not 1 < most < math.inf:
-        raise DataError(f"most={most!r}: a finite number above 1 is wanted")
+        raise DataError(f"most={described(most)}: expected a finite number above 1")
     x, y = rows
 
     def nll(factor: float) -> float:

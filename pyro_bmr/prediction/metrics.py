@@ -1,8 +1,7 @@
-"""What a prediction is worth: accuracy, negative log likelihood, Brier score, calibration error,
-RMSE, predictive entropy, AUROC. Tensors in, numbers out.
+"""Scores of predictions: accuracy, Brier score, calibration error, RMSE, predictive entropy, AUROC.
 
-All in double precision inside, whatever the dtype of the scores. Probabilities are refused unless
-they are one distribution a row, up to rounding.
+They take tensors and give numbers, computed in double precision whatever the dtype of the tensors.
+Each row of probabilities must be a distribution, up to rounding. Next: `paired_losses.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ _MOST_BINS = 2**24  # up to here `_bin` is exact
 
 
 def accuracy(probs: Tensor, y: Tensor) -> float:
-    """The fraction of rows whose most probable class is y; of classes that are equally probable the
-    first. Logits do as well as probabilities.
+    """The fraction of rows whose most probable class is y, the first of equally probable classes.
+    Logits give the same as probabilities.
     """
     check_labels(probs, y)
     return float((probs.argmax(1) == y.to(probs.device)).double().mean())
@@ -46,10 +45,10 @@ def ece(probs: Tensor, y: Tensor, bins: int = 15, binning: Binning = "width") ->
 
 
 def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Binning = "width") -> Tensor:
-    """One row per non-empty bin: mean confidence, accuracy, fraction of the rows; float64.
+    """Mean confidence, accuracy and fraction of the rows, one row for each non-empty bin; float64.
 
     A confidence on the edge of two bins of equal width is in the lower one. In bins of equal mass
-    rows of the same confidence stay in their order.
+    rows of the same confidence are in their own order.
     """
     if isinstance(bins, bool) or not isinstance(bins, int) or not 1 <= bins <= _MOST_BINS:
         raise DataError(
@@ -57,8 +56,8 @@ def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Binning = "wi
         )
     if not isinstance(binning, str) or binning not in get_args(Binning):
         raise DataError(
-            f"binning={described(binning)}: one of {', '.join(map(repr, get_args(Binning)))} is"
-            " wanted"
+            f"binning={described(binning)}: expected one of"
+            f" {', '.join(map(repr, get_args(Binning)))}"
         )
     confidence, top = _distributions(probs, y).max(1)
     correct = (top == y.to(probs.device)).double()
@@ -92,10 +91,10 @@ def rmse(mean: Tensor, y: Tensor) -> float:
         check_tensor(value, name)
     bad = [name for name, value in (("mean", mean), ("y", y)) if not bool(value.isfinite().all())]
     if mean.shape != y.shape or mean.numel() == 0 or bad:
-        also = f"; {' and '.join(bad)} not finite" if bad else ""
+        also = f", {' and '.join(bad)} not finite" if bad else ""
         raise DataError(
-            f"mean of shape {tuple(mean.shape)} and y {tuple(y.shape)}{also}; the same shape, at"
-            " least one row, and no NaN are wanted"
+            "expected mean and y of one shape, finite and with at least one row, got mean of shape"
+            f" {tuple(mean.shape)} and y of shape {tuple(y.shape)}{also}"
         )
     mean, y = mean.double(), y.to(mean.device).double()
     error = (mean - y).abs()
@@ -120,19 +119,18 @@ def predictive_entropy(probs: Tensor) -> Tensor:
 
 
 def auroc(scores_in: Tensor, scores_out: Tensor) -> float:
-    """The probability that a row out of distribution has a larger score than one in it, ties
-    counting half: the area under the ROC curve.
+    """The area under the ROC curve: the probability that a row out of distribution has a larger
+    score than a row in it, where ties count half.
 
-    Scores of two dtypes are compared as the numbers they are (integers beyond 2⁵³ with fractions as
-    the nearest double). Source: Mann & Whitney 1947; Hanley &
-    McNeil 1982.
+    Scores of two dtypes are compared by their values (integers beyond 2⁵³ and fractions as the
+    nearest double). Source: Mann & Whitney 1947; Hanley & McNeil 1982.
     """
     for name, value in (("scores_in", scores_in), ("scores_out", scores_out)):
         check_tensor(value, name)
         if value.ndim != 1 or value.numel() == 0 or bool(value.isnan().any()):
             raise DataError(
-                f"{name} of shape {tuple(value.shape)}; one number per row, at least one row, and"
-                " no NaN are wanted"
+                f"{name}: expected one number per row, at least one row, and no NaN, got shape"
+                f" {tuple(value.shape)} and {int(value.isnan().sum())} NaN"
             )
     dtype = (
         torch.float64
@@ -158,8 +156,8 @@ def _distributions(probs: Tensor, y: Tensor | None = None) -> Tensor:
         check_labels(probs, y)
     elif probs.ndim != 2 or probs.numel() == 0 or bool(probs.isnan().any()):
         raise DataError(
-            f"probs of shape {tuple(probs.shape)}; (rows, classes) without NaN, one row at least,"
-            " is wanted"
+            "expected probs of shape (rows, classes), at least one row, and no NaN, got shape"
+            f" {tuple(probs.shape)} and {int(probs.isnan().sum())} NaN"
         )
     p = probs.double()
     off = (p.sum(1) - 1).abs()
@@ -168,7 +166,7 @@ def _distributions(probs: Tensor, y: Tensor | None = None) -> Tensor:
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise DataError(
-            f"probs must be >= 0 and sum to 1 in each row; row {row} sums to"
+            f"probs: expected numbers >= 0 that sum to 1 in each row; row {row} sums to"
             f" {float(p[row].sum()):.6g}, its least is {float(p[row].min()):.6g}; of logits take"
             " softmax(1)"
         )

@@ -96,7 +96,7 @@ REFUSED = {
     ),
     "rows": (
         lambda: bmr.prediction.best_widening(lambda x: None, None, torch.ones(3)),
-        "rows: a pair",
+        "rows: expected a pair",
     ),
     "most": (
         lambda: bmr.prediction.best_widening(lambda x: None, None, (two, two), most=math.nan),

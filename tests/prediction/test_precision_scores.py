@@ -254,7 +254,10 @@ REFUSED = {
         "sum to 1 in each row",
     ),
     "no classes": (lambda: metrics.brier(torch.zeros(1, 0), zeros[:1]), "at least one row"),
-    "no entropy": (lambda: metrics.predictive_entropy(torch.zeros(0, 2)), "one row at least"),
+    "no entropy": (
+        lambda: metrics.predictive_entropy(torch.zeros(0, 2)),
+        "at least one row, and no NaN, got shape \\(0, 2\\)",
+    ),
     "half a bin": (
         lambda: metrics.ece(two, zeros[:1], bins=2.5),
         "bins=2.5: expected a whole number",
@@ -263,7 +266,7 @@ REFUSED = {
     "True bins": (lambda: metrics.ece(two, zeros[:1], bins=True), "bins=True"),
     "binning": (
         lambda: metrics.ece(two, zeros[:1], binning="nonsense"),
-        "binning='nonsense': one of 'width', 'mass'",
+        "binning='nonsense': expected one of 'width', 'mass'",
     ),
     "infinite errors": (
         lambda: metrics.rmse(torch.tensor([math.inf]), torch.ones(1)),
