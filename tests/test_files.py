@@ -266,7 +266,8 @@ def test_files_of_two_fits_are_told_apart(tmp_path):
 
 def test_a_run_of_the_version_before_is_read(tmp_path):
     OfRun().write(tmp_path, 1.0)
-    settings = json.loads((tmp_path / "settings.json").read_text())
+    whole = (tmp_path / "settings.json").read_text()
+    settings = json.loads(whole)
     del settings["files"]
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     runs.load_run(tmp_path).reduced(
@@ -277,19 +278,25 @@ def test_a_run_of_the_version_before_is_read(tmp_path):
     (tmp_path / "reduction.json").write_text(
         json.dumps({k: v for k, v in reduction.items() if k not in ("files", "fit")})
     )
-    assert runs.load_run(tmp_path, reduced=True).reduction["to"] == 1.0
+    for text in (json.dumps(settings), whole):
+        (tmp_path / "settings.json").write_text(text)
+        assert runs.load_run(tmp_path, reduced=True).reduction["to"] == 1.0
 
 
 @pytest.mark.parametrize(
     "names",
-    ["x", 3, {"../settings.json": "0"}, {"posterior.safetensors": None}, {"gone": "0"}, ["a"]],
+    ["x", 3, "outside", {"posterior.safetensors": None}, {"gone": "0"}, ["a"]],
 )
 def test_digests_that_are_none(names, tmp_path):
-    OfRun().write(tmp_path, 1.0)
-    settings = json.loads((tmp_path / "settings.json").read_text())
-    (tmp_path / "settings.json").write_text(json.dumps({**settings, "files": names}))
+    folder = tmp_path / "run"
+    OfRun().write(folder, 1.0)
+    if names == "outside":  # a file that is there, with its own digest
+        (tmp_path / "other").write_text("")
+        names = {"../other": files.digest(tmp_path / "other")}
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**settings, "files": names}))
     with pytest.raises(bmr.errors.ModelError, match=r"^[^\n]*fit into the folder again$"):
-        runs.load_run(tmp_path)
+        runs.load_run(folder)
 
 
 def test_warnings_of_a_reduction_that_are_none(tmp_path):
