@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_bmr.checks import check_labels, check_tensor
+from pyro_bmr.checks import check_labels, check_tensor, is_whole
 from pyro_bmr.errors import DataError, described
 
 Binning = Literal["width", "mass"]
@@ -50,7 +50,7 @@ def calibration(probs: Tensor, y: Tensor, bins: int = 15, binning: Binning = "wi
     A confidence on the edge of two bins of equal width is in the lower one. In bins of equal mass
     rows of the same confidence are in their own order.
     """
-    if isinstance(bins, bool) or not isinstance(bins, int) or not 1 <= bins <= _MOST_BINS:
+    if not is_whole(bins, 1) or bins > _MOST_BINS:
         raise DataError(
             f"bins={described(bins)}: expected a whole number of bins, from 1 to {_MOST_BINS:,}"
         )
