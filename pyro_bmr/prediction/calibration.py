@@ -1,5 +1,5 @@
-"""One number fitted on held-out rows so that a predictive is neither too bold nor too timid: a
-temperature of logits, or a factor on posterior variances.
+"""Calibration by one number from held-out rows: a temperature of logits, or a factor on posterior
+variances.
 
 Owns `best_temperature` and `best_widening`. Next: `metrics.py`.
 """
@@ -20,6 +20,7 @@ from pyro_bmr.formulas.line_search import line_maximum
 from pyro_bmr.isolation import isolated
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.prediction.predict import predict
+from pyro_bmr.prediction.predictive import Prediction
 
 _COLDEST, _HOTTEST = 0.05, 20.0
 
@@ -38,13 +39,7 @@ def best_temperature(logits: Tensor, y: Tensor) -> float:
     """
     check_labels(logits, y, "logits")
     logits, y = logits.double(), y.to(logits.device).long()
-    bad = logits.isposinf().any(1) | logits.gather(1, y[:, None])[:, 0].isneginf()
-    if bool(bad.any()):
-        raise DataError(
-            "logits: expected values below +inf, and the label's finite; first in row"
-            f" {int(bad.nonzero()[0])} they are not, so no temperature has a finite loss"
-        )
-
+    _check_finite_loss(logits, y)
     gaps = logits - logits.gather(1, y[:, None])  # z_c − z_y
     possible = gaps.masked_fill(gaps.isneginf(), 0.0)
 
@@ -70,6 +65,16 @@ def best_temperature(logits: Tensor, y: Tensor) -> float:
             stacklevel=3,
         )
     return best
+
+
+def _check_finite_loss(logits: Tensor, y: Tensor) -> None:
+    """Raises DataError if a row has an infinite cross entropy at any temperature."""
+    bad = logits.isposinf().any(1) | logits.gather(1, y[:, None])[:, 0].isneginf()
+    if bool(bad.any()):
+        raise DataError(
+            "logits: expected values below +inf, and the label's finite; first in row"
+            f" {int(bad.nonzero()[0])} they are not, so no temperature has a finite loss"
+        )
 
 
 @isolated(autocast=True)
@@ -114,20 +119,25 @@ def best_widening(
     x, y = rows
 
     def nll(factor: float) -> float:
-        value = -float(
-            predict(program, posterior.widened(factor), x, draws=draws, seed=seed)
-            .log_prob(y)
-            .double()
-            .mean()
-        )
-        if math.isnan(value):
-            raise DataError(
-                f"the log likelihood of the held-out rows is NaN with variances {factor:.3g} times"
-                " as large; look for NaN in x and y"
-            )
-        return value
+        prediction = predict(program, posterior.widened(factor), x, draws=draws, seed=seed)
+        return _mean_nll(prediction, y, factor)
 
     return _least(nll, 1 / most, most, 0.05)
+
+
+def _mean_nll(prediction: Prediction, y: Tensor, factor: float) -> float:
+    """The mean negative log likelihood of the rows, nats.
+
+    Raises:
+        DataError: it is NaN; the message has the `factor` on the variances.
+    """
+    value = -float(prediction.log_prob(y).double().mean())
+    if math.isnan(value):
+        raise DataError(
+            f"the log likelihood of the held-out rows is NaN with variances {factor:.3g} times"
+            " as large; look for NaN in x and y"
+        )
+    return value
 
 
 def _zero(slope: Callable[[float], tuple[float, float]], low: float, high: float) -> float:
