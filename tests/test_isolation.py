@@ -146,11 +146,17 @@ def test_moments_keep_their_precision_under_autocast(name):
 
 
 def test_covariances_keep_their_precision_under_autocast():
-    guide = fitted(bmr.FullRank).guide
-    alone = bmr.Posterior.from_guide(guide, regression, X, Y)["w"].joint.cov
+    def covariances():
+        reduced = bmr.reduce(fit.posterior, to=bmr.Gaussian(0.3)).posterior
+        read = bmr.Posterior.from_guide(fit.guide, regression, X, Y)
+        return [posterior["w"].joint.cov for posterior in (read, fit.posterior, reduced)]
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = bmr.Posterior.from_guide(guide, regression, X, Y)["w"].joint.cov
-    torch.testing.assert_close(got, alone, rtol=1e-6, atol=0)
+        fit = fitted(bmr.FullRank)
+        inside = covariances()
+    alone = covariances()
+    assert torch.equal(alone[0], alone[1])
+    torch.testing.assert_close(inside, alone, rtol=1e-6, atol=0)
 
 
 def test_a_default_dtype_that_is_not_the_datas():
