@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_bmr.formulas.log_gamma import stirling_rest
+
 _SHARPEST = 1e40  # of αβ/(α + β): beyond it no data of fewer than 10¹⁰ weights move π
 _NEAR = 0.5  # from the peak, where the series converges
 _TERMS = 14  # of the series of φ: with |x| < 0.65 the next is below 10⁻¹⁶ of the sum
@@ -28,7 +30,7 @@ class LogitBeta(NamedTuple):
 
     @classmethod
     def of(cls, alpha: float, beta: float) -> LogitBeta:
-        """That of α and β; both divided by one number where they are so large that it makes no
+        """Beta(α, β); both divided by one number where they are so large that it makes no
         difference.
         """
         sharp = math.exp(
@@ -53,9 +55,9 @@ class LogitBeta(NamedTuple):
         log_sharp = math.log(self.alpha) + math.log(self.beta) - _log_sum(self.alpha, self.beta)
         return (
             0.5 * (math.log(2 * math.pi) - log_sharp)
-            + _stirling_rest(self.alpha)
-            + _stirling_rest(self.beta)
-            - _stirling_rest(self.alpha + self.beta)
+            + stirling_rest(self.alpha)
+            + stirling_rest(self.beta)
+            - stirling_rest(self.alpha + self.beta)
         )
 
     def log_ratio(self, away: Tensor) -> Tensor:
@@ -102,11 +104,3 @@ def _phi(x: Tensor) -> Tensor:
     return u * (
         x - 2 * (powers @ (1 / torch.arange(3, 2 * _TERMS + 2, 2, dtype=x.dtype, device=x.device)))
     )
-
-
-def _stirling_rest(x: float) -> float:
-    """log Γ(x) − (x − ½) log x + x − ½ log 2π."""
-    if x > 20:
-        y = 1 / x / x
-        return (1 / 12 - y * (1 / 360 - y * (1 / 1260 - y * (1 / 1680 - y / 1188)))) / x
-    return math.lgamma(x) - (x - 0.5) * math.log(x) + x - 0.5 * math.log(2 * math.pi)

@@ -20,9 +20,8 @@ from torch.distributions import Distribution
 
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas.dense import joint_reduction
+from pyro_bmr.formulas.log_gamma import log_rising
 from pyro_bmr.formulas.ratios import gain, ratios
-
-_STIRLING = 15.0  # from here on five terms of the series are right to the last digit
 
 
 class NaturalForm(NamedTuple):
@@ -171,25 +170,6 @@ def _scale_tril(d: Any) -> Tensor:
     return d.scale_tril.double()
 
 
-def _log_rising(x: Tensor, k: Tensor) -> Tensor:
-    """log Γ(x + k) − log Γ(x), by Stirling's series where both are large: without the difference of
-    two large numbers.
-    """
-    y = x + k
-    large = (x > _STIRLING) & (y > _STIRLING)
-    a, b = x.where(large, _STIRLING), y.where(large, _STIRLING)
-    step = k.where(large, 0.0)
-    series = (a - 0.5) * (step / a).log1p() + step * (b.log() - 1) + _stirling(b) - _stirling(a)
-    return torch.where(large, series, torch.lgamma(y) - torch.lgamma(x))
-
-
-def _stirling(x: Tensor) -> Tensor:
-    """log Γ(x) − (x − ½) log x + x − ½ log 2π."""
-    return (
-        1 / 12 - (1 / 360 - (1 / 1260 - (1 / 1680 - (1 / 1188) / x**2) / x**2) / x**2) / x**2
-    ) / x
-
-
 def _gamma(concentration: Tensor, rate: Tensor) -> NaturalForm:
     def delta_f(
         q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor]
@@ -200,7 +180,7 @@ def _gamma(concentration: Tensor, rate: Tensor) -> NaturalForm:
             + q[0] * (faster / q[1]).log1p()
             - p[0] * (faster / p[1]).log1p()
         )
-        return _log_rising(q[0], more) - _log_rising(p[0], more) - rates
+        return log_rising(q[0], more) - log_rising(p[0], more) - rates
 
     lam = wide(concentration, rate)
     return NaturalForm(
@@ -228,7 +208,7 @@ def _(d: td.Exponential) -> NaturalForm:
 def _dirichlet_delta_f(q: tuple[Tensor], p: tuple[Tensor], r: tuple[Tensor]) -> Tensor:
     more = r[0] - p[0]
     parts, totals = (
-        (_log_rising(a, k) - _log_rising(b, k))
+        (log_rising(a, k) - log_rising(b, k))
         for a, b, k in ((q[0], p[0], more), (q[0].sum(-1), p[0].sum(-1), more.sum(-1)))
     )
     return parts.sum(-1) - totals
@@ -240,7 +220,7 @@ def _(d: td.Beta) -> NaturalForm:
     return NaturalForm(
         "Beta",
         lam,
-        lambda a, b: torch.lgamma(b) - _log_rising(a, b),
+        lambda a, b: torch.lgamma(b) - log_rising(a, b),
         positive,
         lambda a, b: td.Beta(*cast_like(d.concentration1, a, b)),
         dtype=d.concentration1.dtype,

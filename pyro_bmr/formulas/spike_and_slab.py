@@ -1,12 +1,14 @@
 r"""Which weights are kept under a spike-and-slab prior whose inclusion probability is learned from
 the weights themselves.
 
-Owns the two answers, `mean_field_log_odds` (cheap, any size) and `exact_inclusion` (a
-one-dimensional integral), and `fixed_inclusion` for a known π. Imports torch only. Given is each
-weight's ΔF_i, the log of r_i = p(y | w_i = 0) / p(y | w_i in the slab), in nats:
+Owns `exact_inclusion`, a one-dimensional integral, and its result `Inclusion`; the cheap answer for
+any size is in `mean_field_inclusion.py`. Imports torch only. Given is each weight's ΔF_i, the log
+of r_i = p(y | w_i = 0) / p(y | w_i in the slab), in nats:
 
-    p(w_i) = π slab(w_i) + (1 − π) spike(w_i),   π ~ Beta(α₀, β₀),
-    evidence gain = log E_π[ ∏ᵢ (π + (1 − π) rᵢ) ].
+    p(w_i) = π slab(w_i) + (1 − π) spike(w_i),   π ~ Beta(α₀, β₀),   evidence gain = log E_π[ ∏ᵢ (π
+    + (1 − π) rᵢ) ].
+
+Next: `line_search.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import PyroBMRWarning, ReductionError, described, holds
+from pyro_bmr.errors import PyroBMRWarning, ReductionError, described
 from pyro_bmr.formulas.logit_beta import LogitBeta
+from pyro_bmr.formulas.mean_field_inclusion import check_beta
 
 _QUADRATURE_NODES = 257
-_SAMPLE = 1 << 16  # weights on which the fixed point is first sought
 _PIECE = 1 << 16  # weights at once, where a whole site would leave the cache
-_PASSES = 100
 # nats by which the integral may change when its nodes are doubled; doubled no further
 _SETTLED, _MOST_NODES = 1e-5, 1 << 15
 _MOST_LOG_ODDS = 250 * math.log(10)  # of the prior: π and 1 − π stay in the floats
@@ -49,117 +50,6 @@ class Inclusion(NamedTuple):
         return torch.sigmoid(-self.drop_log_odds)
 
 
-def mean_field_log_odds(
-    delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0
-) -> tuple[float, float]:
-    r"""ζ at the fixed point of the mean-field update over inclusion and π, started at ζ = 0, and
-    the evidence gain, whose lower bound it is, nats.
-
-    .. math:: \rho_i = \sigma(\zeta - \Delta F_i), \quad
-        \zeta = \psi(\alpha_0 + \textstyle\sum\rho) - \psi(\beta_0 + \sum(1 - \rho))
-
-    Source: Marković, Friston & Kiebel 2024, IEEE Access 12 (arXiv 2309.12095), there with four
-    rounds instead of convergence.
-
-    No tensor of the ρ is made. The update is iterated on at most 65,536 weights at equal distances.
-    From there a pass over all of them gives the sums of σ(ζ − ΔF_i) and of its first three
-    derivatives in ζ, and with these the fixed point, by Newton's rule. Since the fourth derivative
-    of σ is at most 1/7, a step δ is exact to n δ⁴/168 in Σρ; passes go on until |δ| ≤ 0.03, when
-    that is below 5·10⁻⁹ n.
-
-    Raises:
-        ReductionError: a ΔF is NaN or +∞, or `alpha` or `beta` is not a finite number > 0.
-    """
-    _check_beta(alpha, beta, "inclusion")
-    d = delta_f.reshape(-1)
-    n = d.numel()
-    if n == 0:
-        return _digamma(alpha) - _digamma(beta), 0.0
-    zeta = _iterated(d[:: max(math.ceil(n / _SAMPLE), 1)].double(), n, alpha, beta)
-    for _ in range(_PASSES):
-        sums = _sums(d, zeta)
-        step = _newton_step(sums, zeta, alpha, beta)
-        zeta += step
-        if abs(step) <= 0.03:
-            break
-    included, excluded, slope, bend, third, softplus = sums
-    moved = slope * step + bend * step**2 / 2 + third * step**3 / 6
-    a, b = alpha + included + moved, beta + excluded - moved
-    # Σ log(1 + exp(ΔF − ζ))
-    fit = (
-        softplus - excluded * step + slope * step**2 / 2 + bend * step**3 / 6 + third * step**4 / 24
-    )
-    log_slab, log_spike = _digamma(a) - _digamma(a + b), _digamma(b) - _digamma(a + b)
-    kl = _log_beta(alpha, beta) - _log_beta(a, b) + (a - alpha) * log_slab + (b - beta) * log_spike
-    gain = n * log_slab + fit - kl
-    if not (math.isfinite(zeta) and math.isfinite(gain)):
-        raise ReductionError(
-            f"an inclusion is learned from ΔF that are numbers below +∞; of {n},"
-            f" {int((d.isnan() | d.isposinf()).sum())} are not"
-        )
-    return zeta, gain
-
-
-def fixed_inclusion(delta_f: Tensor, log_odds: float) -> float:
-    r"""The evidence gain Σ log(π + (1 − π) rᵢ) for a known inclusion probability π, given as its
-    log odds ζ.
-    """
-    log_pi = -float(torch.nn.functional.softplus(torch.tensor(-log_odds, dtype=torch.float64)))
-    return delta_f.numel() * log_pi + _sums(delta_f.reshape(-1), log_odds)[5]
-
-
-def _iterated(d: Tensor, n: int, alpha: float, beta: float) -> float:
-    zeta, each = 0.0, n / d.numel()
-    for _ in range(500):
-        updated = _digamma(alpha + each * float(torch.sigmoid(zeta - d).sum())) - _digamma(
-            beta + each * float(torch.sigmoid(d - zeta).sum())
-        )
-        done = abs(updated - zeta) <= 1e-6 * (1 + abs(updated))
-        zeta = updated
-        if done:
-            break
-    return zeta
-
-
-def _sums(d: Tensor, zeta: float) -> tuple[float, ...]:
-    """Sums of ρ = σ(ζ − ΔF), of 1 − ρ (apart: a sum of ones hides what is left of n), of the first
-    three derivatives of ρ, and of log(1 + exp(ΔF − ζ)).
-    """
-    totals = [0.0] * 6
-    for piece in d.split(_PIECE) if d.numel() else ():
-        x = piece - zeta
-        outside, inside = torch.sigmoid(x), torch.sigmoid(-x)
-        # log σ is ten times as fast while σ > 0
-        softplus = (
-            -inside.log().sum() if float(x.max()) < 80 else torch.nn.functional.softplus(x).sum()
-        )
-        slope = inside * outside
-        bend = torch.dot(slope, outside) - torch.dot(slope, inside)
-        third = slope.sum() - 6 * torch.dot(slope, slope)
-        parts = torch.stack([inside.sum(), outside.sum(), slope.sum(), bend, third, softplus])
-        totals = [total + part for total, part in zip(totals, parts.tolist(), strict=True)]
-    return tuple(totals)
-
-
-def _newton_step(sums: tuple[float, ...], zeta: float, alpha: float, beta: float) -> float:
-    """The root of ψ(α₀ + Σρ) − ψ(β₀ + Σ(1 − ρ)) − ζ near `zeta`, with Σρ by its Taylor polynomial;
-    a plain update where the root is not near.
-    """
-    included, excluded, slope, bend, third, _ = sums
-    step = 0.0
-    for _ in range(50):
-        moved = slope * step + bend * step**2 / 2 + third * step**3 / 6
-        a, b = max(alpha + included + moved, alpha), max(beta + excluded - moved, beta)
-        residual = _digamma(a) - _digamma(b) - zeta - step
-        rate = (_trigamma(a) + _trigamma(b)) * (slope + bend * step + third * step**2 / 2)
-        if rate >= 1 or abs(step) > 0.5:  # no stable root here
-            return _digamma(alpha + included) - _digamma(beta + excluded) - zeta
-        step += residual / (1 - rate)
-        if abs(residual) <= 1e-12 * (1 + abs(zeta)):
-            break
-    return step
-
-
 def exact_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Inclusion:
     r"""Inclusion probabilities E[π / (π + (1 − π) rᵢ) | y] and log evidence gain by quadrature over
     logit π.
@@ -180,7 +70,7 @@ def exact_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> I
         >>> # ΔF of three weights → how probably each is in the slab
         >>> exact_inclusion(tensor([1.5, -4.0, 0.3])).probability
     """
-    _check_beta(alpha, beta, "exact_inclusion")
+    check_beta(alpha, beta, "exact_inclusion")
     if not abs(math.log(alpha) - math.log(beta)) < _MOST_LOG_ODDS:
         raise ReductionError(
             "exact_inclusion: expected alpha / beta between 1e-250 and 1e250, got"
@@ -190,7 +80,7 @@ def exact_inclusion(delta_f: Tensor, alpha: float = 1.0, beta: float = 1.0) -> I
     if not delta_f.is_floating_point() or bool((delta_f.isnan() | delta_f.isposinf()).any()):
         nan, infinite = int(delta_f.isnan().sum()), int(delta_f.isposinf().sum())
         raise ReductionError(
-            f"exact_inclusion: floating-point ΔF below +∞ are wanted; got {nan} NaN, {infinite} +∞,"
+            f"exact_inclusion: expected floating-point ΔF below +∞, got {nan} NaN, {infinite} +∞,"
             f" {delta_f.dtype}; a weight whose evidence against the slab is infinite has no"
             " posterior to reduce"
         )
@@ -305,7 +195,7 @@ def _trapezoid(
         if len(nodes) > _MOST_NODES:
             warnings.warn(
                 f"exact_inclusion: after {len(nodes):,} nodes the log evidence gain still changes"
-                f" by {abs(total - before):.3g} nats, where {_SETTLED:g} are wanted; it and the"
+                f" by {abs(total - before):.3g} nats, more than {_SETTLED:g}; it and the"
                 " odds are off by about as much; take mean_field_log_odds, or a wider Beta prior",
                 PyroBMRWarning,
                 stacklevel=4,
@@ -346,22 +236,3 @@ def _support(
         if last - first > 32:
             break
     return low, high
-
-
-def _check_beta(alpha: float, beta: float, where: str) -> None:
-    if not holds(lambda a, b: 0 < a < math.inf and 0 < b < math.inf, alpha, beta):
-        raise ReductionError(
-            f"{where}: finite alpha, beta > 0 are wanted; got {described(alpha)}, {described(beta)}"
-        )
-
-
-def _log_beta(a: float, b: float) -> float:
-    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-
-
-def _digamma(x: float) -> float:
-    return float(torch.digamma(torch.tensor(x, dtype=torch.float64)))
-
-
-def _trigamma(x: float) -> float:
-    return float(torch.polygamma(1, torch.tensor(x, dtype=torch.float64)))

@@ -20,7 +20,8 @@ from pyro_bmr.errors import PyroBMRWarning, ReductionError
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.gaussian import delta_f, point_spike_delta_f, reduced_posterior
 from pyro_bmr.formulas.line_search import line_maximum
-from pyro_bmr.formulas.spike_and_slab import exact_inclusion, fixed_inclusion, mean_field_log_odds
+from pyro_bmr.formulas.mean_field_inclusion import fixed_inclusion, mean_field_log_odds
+from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Gaussian, SpikeAndSlab
 from pyro_bmr.reduction.entries import KeptEntries, Reduced, kept_entries

@@ -5,6 +5,7 @@ subsets and published fixed points.
 import itertools
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 
-from pyro_bmr.formulas.spike_and_slab import exact_inclusion, fixed_inclusion, mean_field_log_odds
+from pyro_bmr.formulas.mean_field_inclusion import fixed_inclusion, mean_field_log_odds
+from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 
 
 def enumerate_subsets(delta_f, alpha, beta):
@@ -159,3 +161,25 @@ def test_inclusion_is_never_nan(dtype, delta_f, alpha, beta):
     assert math.isfinite(zeta) and math.isfinite(bound)
     exact = exact_inclusion(values.double(), alpha, beta).log_evidence_gain.item()
     assert mean_field_log_odds(values.double(), alpha, beta)[1] <= exact + 1e-6 * (1 + abs(exact))
+
+
+@pytest.mark.parametrize(
+    "alpha, beta",
+    [(1e13, 3e12), (1e15, 1e15), (2.0, 1e14), (1e-3, 1e13), (4e20, 1e20), (7e22, 0.3), (40.0, 1.5)],
+)
+def test_mean_field_keeps_its_digits_for_sharp_beta_priors(alpha, beta):
+    """ζ and the bound by mpmath: lgamma of 1e13 is 3e14, whose last digit is 0.06 nats."""
+    delta_f = [-6.1, -0.4, 0.3, 1.9, 2.2, 40.0]
+    with mpmath.workdps(60):
+        d, z = [mpmath.mpf(x) for x in delta_f], mpmath.mpf(0)
+        for _ in range(400):
+            slab = [1 / (1 + mpmath.exp(x - z)) for x in d]
+            a, b = alpha + sum(slab), beta + sum(1 - p for p in slab)
+            z = mpmath.digamma(a) - mpmath.digamma(b)
+        pi, rest = (mpmath.digamma(x) - mpmath.digamma(a + b) for x in (a, b))
+        kl = mpmath.log(mpmath.beta(alpha, beta)) - mpmath.log(mpmath.beta(a, b))
+        kl += (a - alpha) * pi + (b - beta) * rest
+        bound = sum(mpmath.log(mpmath.exp(pi) + mpmath.exp(rest + x)) for x in d) - kl
+    zeta, gain = mean_field_log_odds(torch.tensor(delta_f, dtype=torch.float64), alpha, beta)
+    assert zeta == pytest.approx(float(z), rel=1e-12, abs=1e-12)
+    assert gain == pytest.approx(float(bound), rel=1e-11, abs=1e-11)

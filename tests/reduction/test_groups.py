@@ -10,7 +10,8 @@ import torch
 from scipy import special, stats
 
 import pyro_bmr as bmr
-from pyro_bmr.formulas.spike_and_slab import exact_inclusion, mean_field_log_odds
+from pyro_bmr.formulas.mean_field_inclusion import mean_field_log_odds
+from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
 from pyro_bmr.reduction.slabs import spike_odds
