@@ -88,7 +88,7 @@ def monte_carlo_delta_f(
         )
     sizes = {name: len(draws[name]) if draws[name].ndim else 0 for name in prior}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        raise ReductionError(f"as many draws of each site are wanted; got {sizes}")
+        raise ReductionError(f"draws: expected as many draws of each site, got {sizes}")
     still = [
         name for name in prior if sizes[name] > 1 and bool((draws[name] == draws[name][:1]).all())
     ]

@@ -97,7 +97,7 @@ def _given(
         ) from None
     if not bool((widths.isfinite() & (widths > 0) & e.isfinite()).all()):
         raise ReductionError(
-            "best_var: finite prior variances > 0 and shifts are wanted; got"
+            "best_var: expected finite prior variances > 0 and finite shifts, got"
             f" {int((~(widths > 0)).sum())} of {h.numel()} variances outside"
         )
     if groups is not None and (

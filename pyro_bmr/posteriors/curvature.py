@@ -79,20 +79,21 @@ def _kronecker(
     name: str, value: Tensor, factors: tuple[Tensor, Tensor], prior: Diagonal, pull: Tensor
 ) -> tuple[Tensor, Tensor, MatrixNormal]:
     matrix = value.flatten(1) if value.ndim > 1 else value[:, None]
-    wanted, got = (
+    expected, got = (
         [(len(matrix),) * 2, (matrix.shape[1],) * 2],
         [tuple(factor.shape) for factor in factors],
     )
-    if got != wanted or prior.var.numel() > 1:
+    if got != expected or prior.var.numel() > 1:
         raise ModelError(
-            f"site '{name}': Kronecker factors of shapes {wanted} and a prior of one variance are"
-            f" wanted; got {got}, {prior.var.numel()} variances"
+            f"site '{name}': expected Kronecker factors of shapes {expected} and a prior of one"
+            f" variance, got {got} and {prior.var.numel()} variances"
         )
     rows, columns = (_semidefinite(name, factor) for factor in factors)
     ratio = ((rows.trace() / len(rows)) / (columns.trace() / len(columns))).sqrt()
     if not bool(ratio.isfinite() & (ratio > 0)):
         raise ModelError(
-            f"site '{name}': Kronecker factors of positive trace are wanted; for a site without"
+            f"site '{name}': expected Kronecker factors of positive trace, got traces of"
+            f" {float(rows.trace()):.3g} and {float(columns.trace()):.3g}; for a site without"
             " curvature give zeros in its own shape"
         )
     root = prior.var.rsqrt().flatten()[0]

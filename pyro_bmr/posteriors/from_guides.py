@@ -1,15 +1,13 @@
-"""Sites of a posterior out of a guide, on the unconstrained scale, and the priors that the program
-declares for them.
+"""Sites of a posterior out of a guide, on the unconstrained scale.
 
-Owns `sites_of_guide`, `with_priors` and what reading a guide or a param store shares;
-`Posterior.from_guide` says what is read. Next: `from_param_store.py`.
+Owns `sites_of_guide` and what reading a guide or a param store shares; `Posterior.from_guide` says
+what is read. Next: `declared_priors.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -21,7 +19,6 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError, described
-from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.message import Message
 from pyro_bmr.guides.autoguides import autoguide_moments
 from pyro_bmr.guides.gaussian_draws import check_plates
@@ -30,9 +27,7 @@ from pyro_bmr.guides.mean_field import MeanField
 from pyro_bmr.guides.scale_coupled import CoupledSite
 from pyro_bmr.guides.site_wise import SiteWise
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
-from pyro_bmr.posteriors.from_numbers import check_normal
-from pyro_bmr.posteriors.site import Site, rows_digest
-from pyro_bmr.tracing import Values, collapsed
+from pyro_bmr.posteriors.site import Site
 
 
 def masks_in_force(
@@ -97,7 +92,7 @@ def sites_of_guide(
             f"guide: expected a Pyro guide, something that can be called, got {described(guide)}"
         )
     if isinstance(guide, SiteWise):
-        _check_masks(masks, {latent.name: latent.shape for latent in guide.latents})
+        check_masks(masks, {latent.name: latent.shape for latent in guide.latents})
         return _site_wise(guide, masks)
     if isinstance(guide, MeanField):
         return _mean_field(guide)
@@ -166,7 +161,7 @@ def check_shape(name: str, what: str, tensor: Tensor, shape: torch.Size) -> None
         )
 
 
-def _check_masks(masks: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+def check_masks(masks: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
     """Raises a ModelError for a mask of no site, or one that does not fit its site."""
     for name, mask in masks.items():
         if name not in shapes:
@@ -178,107 +173,6 @@ def _check_masks(masks: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> 
                 f"mask of site '{name}': expected a bool tensor of shape {tuple(shapes[name])}, got"
                 f" {described(mask)}"
             )
-
-
-@torch.enable_grad()
-def with_priors(
-    read: Mapping[str, Site],
-    program: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    masks: Mapping[str, Tensor],
-) -> dict[str, Site]:
-    """The sites with `masks` in force and the priors of one run of the program at their point."""
-    _check_masks(masks, {name: site.mean.shape for name, site in read.items()})
-    bare = {
-        name: site.masked(masks[name]) if name in masks else site for name, site in read.items()
-    }
-    values = {name: site.value(site.mean).detach().requires_grad_() for name, site in bare.items()}
-    with Values(values) as run:
-        program(*args, **kwargs)
-    if lacking := [name for name, msg in run.observed.items() if not msg["is_observed"]]:
-        raise ModelError(
-            f"site '{lacking[0]}' of the program is not in the guide, whose sites are:"
-            f" {', '.join(read)}; make the guide from this program, and give the program its"
-            " targets too, as in from_guide(guide, program, x, y)"
-        )
-    x = next((t for t in args if isinstance(t, Tensor) and t.ndim), None)
-    plate = None if x is None else _plate_of_rows(run, len(x))
-    sites = {}
-    for name, msg in run.latent.items():
-        per_row = plate is not None and any(
-            frame.name == plate for frame in msg["cond_indep_stack"]
-        )
-        base = base_distribution(msg["fn"])
-        site = bare[name]
-        if hasattr(base, "kept"):  # a program under `pruning.Masked`
-            site, base = site.masked(site.kept & base.kept), base.base_dist
-        _check_not_off(name, msg)
-        prior, given = _prior(name, site, base, values)
-        sites[name] = replace(
-            site,
-            prior=prior,
-            declared=msg["infer"].get("prior"),
-            given=given,
-            of_rows=rows_digest(x) if x is not None and per_row else None,
-        )
-    missing = set(bare) - set(sites)
-    if missing:
-        raise ModelError(
-            f"the guide has sites that the program has not: {', '.join(sorted(missing))}; use the"
-            " program that the guide was fitted to"
-        )
-    return sites
-
-
-def _plate_of_rows(run: Values, rows: int) -> str | None:
-    """The name of the plate of the data, if there is no doubt."""
-    plates = {
-        frame.name
-        for msg in run.observed.values()
-        for frame in msg["cond_indep_stack"]
-        if frame.vectorized and frame.size == rows
-    }
-    return plates.pop() if len(plates) == 1 else None
-
-
-def _check_not_off(name: str, msg: Any) -> None:
-    """Raises a ModelError where `poutine.mask` takes the density of a latent site out of the model;
-    what Pyro masks itself, for `obs_mask`, has no data.
-    """
-    mask = msg["mask"]
-    if (
-        mask is not None
-        and not bool(torch.as_tensor(mask).all())
-        and not name.endswith("_unobserved")
-    ):
-        raise ModelError(
-            f"site '{name}': poutine.mask takes its prior out of the model, in part or whole, so"
-            " that it is not the one declared; mask the distribution itself,"
-            " Normal(...).mask(...), or declare a wide Gaussian"
-        )
-
-
-def _prior(
-    name: str, site: Site, base: Any, values: Mapping[str, Tensor]
-) -> tuple[Diagonal | None, tuple[str, ...]]:
-    """The moments of a Gaussian prior, and the sites that they follow."""
-    if (declared := support_name(name, base.support)) != site.support:
-        raise ModelError(
-            f"site '{name}': its support is {described(declared)} in the program and"
-            f" {site.support!r} in the guide; they must be the same"
-        )
-    if not isinstance(base, torch.distributions.Normal):
-        return None, ()
-    loc, scale = collapsed(base.loc), collapsed(base.scale)
-    if not bool(loc.isfinite().all() & scale.isfinite().all() & (scale > 0).all()):
-        raise ModelError(
-            f"site '{name}': its prior has a mean or scale that is infinite, NaN or 0 where the"
-            " sites it follows stand at their posterior point; reparametrise the program, or bound"
-            " the scale"
-        )
-    check_normal(name, "the prior's variance", scale.detach().double().square(), scale.dtype)
-    return Diagonal(loc.detach(), scale.detach().square()), _dependencies(loc, scale, values, name)
 
 
 @torch.no_grad()
@@ -311,20 +205,3 @@ def _site_wise(guide: SiteWise, masks: Mapping[str, Tensor]) -> dict[str, Site]:
             message=message,
         )
     return sites
-
-
-def _dependencies(
-    loc: Tensor, scale: Tensor, values: Mapping[str, Tensor], own: str
-) -> tuple[str, ...]:
-    # none of thousands, if none
-    others = (
-        {name: value for name, value in values.items() if name != own}
-        if loc.requires_grad or scale.requires_grad
-        else {}
-    )
-    if not others:
-        return ()
-    grads = torch.autograd.grad(
-        loc.sum() + scale.sum(), list(others.values()), allow_unused=True, retain_graph=True
-    )
-    return tuple(name for name, grad in zip(others, grads, strict=True) if grad is not None)

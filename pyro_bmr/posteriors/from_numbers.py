@@ -75,7 +75,7 @@ def sites_of_curvature(
     """Site name → `Site` with the moments of its Laplace approximation."""
     if not holds(lambda x: 0 < x < math.inf, temperature):
         raise ModelError(
-            f"temperature={described(temperature)}: a finite number > 0 is wanted (1 is Bayes)"
+            f"temperature: expected a finite number > 0 (1 is Bayes), got {described(temperature)}"
         )
     sites = {}
     mean = checked_tensors("mean", mean)
@@ -122,8 +122,8 @@ def _curvature_parts(name: str, curvature: Any) -> list[Tensor]:
 def checked_tensors(role: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors, out of any graph, in float32 at least."""
     if not isinstance(values, Mapping) or not values:
-        why = "it is empty" if isinstance(values, Mapping) else f"got {type(values).__name__}"
-        raise ModelError(f"{role}: {why}; site name → tensor is wanted")
+        why = "got none" if isinstance(values, Mapping) else f"got {type(values).__name__}"
+        raise ModelError(f"{role}: expected site name → tensor, {why}")
     for name, value in values.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -160,8 +160,8 @@ def checked_support(name: str, supports: Mapping[str, str] | None) -> str:
     support = (supports or {}).get(name, "real")
     if not isinstance(support, str) or support not in SUPPORTS:
         raise ModelError(
-            f"site '{name}': support {described(support)}; one of {', '.join(map(repr, SUPPORTS))}"
-            " is wanted"
+            f"site '{name}': expected a support of {', '.join(map(repr, SUPPORTS))}, got"
+            f" {described(support)}"
         )
     return support
 
@@ -186,10 +186,10 @@ def check_patterns(
                 )
 
 
-def _fits(shape: torch.Size, wanted: torch.Size) -> bool:
-    """Whether `shape` broadcasts to `wanted`."""
-    return len(shape) <= len(wanted) and all(
-        a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False)
+def _fits(shape: torch.Size, expected: torch.Size) -> bool:
+    """Whether `shape` broadcasts to `expected`."""
+    return len(shape) <= len(expected) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(expected), strict=False)
     )
 
 

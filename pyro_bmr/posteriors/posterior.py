@@ -2,7 +2,7 @@
 Pyro program, no training.
 
 Owns `Posterior`: drawing from it, and masks. How it is read is in `from_guides.py` and
-`from_numbers.py`, its file in `posterior_files.py`. Next: `reduction/programs.py`.
+`from_numbers.py`, its file in `posterior_file.py`. Next: `reduction/programs.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pyro_bmr.errors import ModelError, ReductionError, described
 from pyro_bmr.guides.scale_coupled import conditional, multiplier
 from pyro_bmr.isolation import isolated
 from pyro_bmr.posteriors.curvature import Curvature
+from pyro_bmr.posteriors.declared_priors import with_priors
 from pyro_bmr.posteriors.from_draws import sites_of_samples
-from pyro_bmr.posteriors.from_guides import masks_in_force, sites_of_guide, undisturbed, with_priors
+from pyro_bmr.posteriors.from_guides import masks_in_force, sites_of_guide, undisturbed
 from pyro_bmr.posteriors.from_numbers import sites_of_curvature, sites_of_moments
 from pyro_bmr.posteriors.from_param_store import sites_of_param_store
 from pyro_bmr.posteriors.posterior_file import read_posterior, write_posterior
@@ -50,8 +51,8 @@ class Posterior:
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
             raise ModelError(
-                f"temperature={described(self.temperature)}: a finite number > 0 is wanted (1 is"
-                " Bayes)"
+                f"temperature: expected a finite number > 0 (1 is Bayes), got"
+                f" {described(self.temperature)}"
             )
         if self.rows is not None and (
             isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1
@@ -134,8 +135,8 @@ class Posterior:
             or not 0 <= factor < math.inf
         ):
             raise ModelError(
-                f"widened({described(factor)}): a finite number >= 0 is wanted; of a tensor give"
-                " its .item()"
+                f"widened: expected a finite number >= 0, got {described(factor)}; of a tensor"
+                " give its .item()"
             )
         if coupled := [name for name, site in self.sites.items() if site.message is not None]:
             raise ModelError(

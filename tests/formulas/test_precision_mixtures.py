@@ -250,7 +250,8 @@ def test_an_integral_that_does_not_settle_says_so(monkeypatch):
     delta_f = torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64).repeat(40)
     with pytest.warns(
         bmr.PyroBMRWarning,
-        match=r"after \d+ nodes the log evidence gain still changes by [\d.e-]+ nats, where 1e-05",
+        match=r"after \d+ nodes the log evidence gain still changes by [\d.e-]+ nats, more than"
+        r" 1e-05",
     ) as caught:
         got = exact_inclusion(delta_f, 2.0, 3.0)
     said = float(str(caught[0].message).partition("changes by ")[2].split()[0])
@@ -277,7 +278,7 @@ def test_inclusion_at_the_ends():
     for wrong in (math.inf, math.nan):
         with pytest.raises(bmr.errors.ReductionError, match=r"below \+∞, got \d NaN, \d \+∞"):
             exact_inclusion(torch.tensor([wrong, 1.0]))
-    with pytest.raises(bmr.errors.ReductionError, match="finite alpha, beta > 0"):
+    with pytest.raises(bmr.errors.ReductionError, match="finite alpha and beta > 0, got inf"):
         exact_inclusion(torch.zeros(2), alpha=math.inf)
     with pytest.raises(
         bmr.errors.ReductionError,

@@ -81,7 +81,7 @@ def test_shapes_that_are_refused():
         (normal(500, 3), {"chains": 4}, "chains=4: expected True"),
         (normal(1, 500, 3), {}, "1 draw; a variance needs at least two"),
         (normal(500, 3) * torch.nan, {}, "finite means"),
-        ({}, {}, "samples: it is empty"),
+        ({}, {}, "samples: expected site name → tensor, got none"),
         (
             normal(500, 3),
             {"supports": ["w"]},
