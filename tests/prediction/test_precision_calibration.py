@@ -18,8 +18,9 @@ from tests.reference import temperatures
 EPS = 2.0**-52
 
 
+@pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("dtype", temperatures.DTYPES)
-def test_best_temperature(dtype):
+def test_best_temperature(dtype, half):
     """To within the rounding of the derivative that is 0 there, as float64 has it; with a warning
     where an end of the range is as good.
     """
@@ -27,7 +28,8 @@ def test_best_temperature(dtype):
     inside = 0
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        for k, (want, conditioning, short) in enumerate(rows):
+        for k in range(half, len(rows), 2):
+            want, conditioning, short = rows[k]
             logits, labels = temperatures.problem(k, temperatures.DTYPES[dtype])
             said.clear()
             got = bmr.prediction.best_temperature(logits, torch.tensor(labels))
@@ -38,7 +40,7 @@ def test_best_temperature(dtype):
             if not 5e-13 < short < 2e-12:
                 assert len(said) == (short < 1e-12), k
             inside += short > 1e-12
-    assert len(rows) == temperatures.PROBLEMS == 2000 and inside > 1000
+    assert len(rows) == temperatures.PROBLEMS == 2000 and inside > 400
 
 
 class Predictive:
@@ -55,13 +57,13 @@ class Predictive:
         return y.square() * (-0.5 / var) - 0.5 * math.log(2 * math.pi * var)
 
 
-@pytest.mark.parametrize("seed", [6, 7])
+@pytest.mark.parametrize("seed", [6, 7, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_best_widening(dtype, seed, monkeypatch):
     """To within the 2.5 % that the search promises, where the likelihood tells as much apart."""
     monkeypatch.setattr(calibration, "predict", lambda program, posterior, x, **_: posterior)
     rng, x = random.Random(seed), torch.ones(2, 1)
-    for k in range(1000):
+    for k in range(700):
         most = rng.choice([1.5, 8.0, 64.0, 1e4])
         a, c = 10 ** rng.uniform(-4, 4), most ** rng.uniform(-1.3, 1.3)
         b = a / c * 10 ** rng.uniform(-0.3, 3)
