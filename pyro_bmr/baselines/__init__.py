@@ -1,5 +1,5 @@
-"""What the reductions are compared with: the baselines of a study, each in plain torch and for one
-budget.
+"""The baselines of a study, with which reductions are compared. Each is plain torch with the
+same budget.
 """
 
 from __future__ import annotations

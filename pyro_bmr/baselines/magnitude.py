@@ -92,7 +92,7 @@ class RewindingOptions(Calibrated):
 
 class Pruning:
     """Masks over the parameters of a network, ranked all together by a score, by default their
-    magnitude; a pruned entry stays so.
+    magnitude; a pruned entry remains pruned.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:

@@ -21,12 +21,12 @@ from pyro_bmr.reduction.result import Reduction
 
 @dataclass(frozen=True)
 class EverySignalToNoise(Every):
-    """The reductions of a fit on the schedule of `Every` with a target `kept`, where not the
-    evidence but |μ|/σ says which weights stay.
+    """The reductions of a fit on the schedule of `Every` with a target `kept`, decided by |μ|/σ in
+    place of the evidence.
 
-    All sites are ranked together. ΔF is reported as for `Every`: it is that of the weights that
-    went, whatever they went for. Sources: Graves 2011 (NeurIPS, "Practical variational inference
-    for neural networks"); Blundell et al. 2015, arXiv 1505.05424, section 5.1.
+    All sites are ranked together. ΔF is reported as for `Every`: it is the ΔF of the pruned
+    weights, although it did not decide. Sources: Graves 2011 (NeurIPS, "Practical variational
+    inference for neural networks"); Blundell et al. 2015, arXiv 1505.05424, section 5.1.
 
     Raises:
         FitError: there is no `kept`, or `per` is not ``"weight"``.
@@ -36,12 +36,12 @@ class EverySignalToNoise(Every):
         super().__post_init__()
         if self.kept is None or self.per != "weight":
             raise FitError(
-                f"EverySignalToNoise(kept={described(self.kept)}, per={described(self.per)}): a"
-                " kept fraction between 0 and 1, and per='weight', are wanted"
+                "EverySignalToNoise: expected kept between 0 and 1 and per='weight', got"
+                f" kept={described(self.kept)}, per={described(self.per)}"
             )
 
     def reduce(self, posterior: Posterior, done: float) -> Reduction:
-        # all that lives, with its spike ΔF
+        # all kept weights, with their spike ΔF
         every = quiet_reduction(posterior, self.to, threshold=math.inf)
         target = self.target(done)
         assert target is not None
@@ -52,17 +52,17 @@ class EverySignalToNoise(Every):
                 site.mean.abs() / site.var.clamp_min(torch.finfo(site.var.dtype).tiny).sqrt()
             ).masked_fill(~site.kept, -1.0)
         pooled = torch.cat([ratio.flatten() for ratio in ratios.values()])
-        stays = (~lowest(pooled, pooled.numel() - round(target * pooled.numel()))).split(
+        parts = (~lowest(pooled, pooled.numel() - round(target * pooled.numel()))).split(
             [ratio.numel() for ratio in ratios.values()]
         )
         sites = {}
-        for part, (name, result) in zip(stays, every.sites.items(), strict=True):
+        for part, (name, result) in zip(parts, every.sites.items(), strict=True):
             mask = part.view_as(ratios[name]) & result.site.kept
-            went = result.site.kept & ~mask
+            pruned = result.site.kept & ~mask
             sites[name] = replace(
                 result,
                 site=posterior[name].masked(mask),
-                delta_f=float(result.spike_delta_f[went].sum()),
+                delta_f=float(result.spike_delta_f[pruned].sum()),
             )
         return Reduction(
             sites,

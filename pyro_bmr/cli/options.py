@@ -230,7 +230,7 @@ def _export() -> Options:
     return {
         "run_folder": {"metavar": "RUN", "help": folder},
         "--format": _words(["safetensors"], "FORMAT", ", ".join(FORMATS)),
-        "--shrink": _flag("remove units, channels and heads of which nothing is kept"),
+        "--shrink": _flag("remove units, channels and heads without a kept weight"),
         "--ensemble": _whole(0, "N", "draws of the posterior to export as well"),
         "--unreduced": _flag("export the posterior of the fit, whatever was reduced after it"),
         "--seconds": _number(0.3, None, "length of each measurement of a latency"),
@@ -257,7 +257,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[], Options]]] = {
     ),
     "reduce": (
         "say which weights of a run the evidence does without, and prune them",
-        "No new fit; the posterior of the fit stays in the run.",
+        "No new fit; the run keeps the posterior of the fit.",
         _reduce,
     ),
     "export": (

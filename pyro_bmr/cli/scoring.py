@@ -1,4 +1,4 @@
-"""What the commands print of a prediction.
+"""The scores of a prediction as the commands print them.
 
 Owns `scored`, `listed` and `warn_of_loss`. Next: `grids.py`.
 """

@@ -1,4 +1,4 @@
-"""`compare`: a study of prior × route × seed, of objects in memory or of names.
+"""`compare`, a study of prior × route × seed whose model, data and priors may be objects in memory.
 
 Owns `compare` and `comparison`, its declaration. Next: `cli/options.py`.
 """
@@ -190,7 +190,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class _InMemory:
-    """Runs a cell and keeps nothing but its row."""
+    """A worker that runs a cell and keeps only its row."""
 
     threads: int
     progress: bool

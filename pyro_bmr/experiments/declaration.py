@@ -1,5 +1,5 @@
-"""A study as it is declared: a grid of models, data sets, methods, options and seeds, in a small
-TOML file. Whatever is wrong is refused before any work.
+"""The declaration of a study in a small TOML file: a grid of models, data sets, methods, options
+and seeds. Errors in it are reported before any work.
 
 Owns `declare`; `values.py` checks each value. Next: `runs.py`.
 """

@@ -1,7 +1,8 @@
-"""A cell in a folder of its own, which `pyro-bmr reduce` and `pyro-bmr export` take as a run: what
-defines it, what it said, what it left, and last of all its row, which says that it is finished.
+"""The folder of a cell, which is a run for `pyro-bmr reduce` and `pyro-bmr export`.
 
-Owns `run_cell`, `finished_row` and `failure`. Next: `pictures.py`.
+It contains the definition of the cell, its log, its fit and exported weights, and its row. The row
+is written last and marks the cell as finished. Owns `run_cell`, `finished_row` and `failure`. Next:
+`curves.py`.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ AGAIN = "remove its folder to run the cell again"
 
 
 def run_cell(cell: Cell, cells: Path, number: int = 1) -> tuple[str, ...] | None:
-    """Trains and scores a cell with that number of threads of torch, and keeps it in `cells`;
-    whatever it raises is kept there too, and the study goes on. Returns what may mislead in it,
-    None if it failed.
+    """Trains and scores a cell with `number` threads of torch and keeps it in `cells`.
+
+    An error of the cell is kept there too, so that the other cells go on. Returns the cautions
+    about its reduction, None if it failed.
     """
     folder = cells / cell.slug
     if finished_row(folder) is not None:  # by another process with the same folder
@@ -78,7 +80,7 @@ def run_cell(cell: Cell, cells: Path, number: int = 1) -> tuple[str, ...] | None
 
 
 def row_of(cell: Cell, number: int, progress: bool) -> tuple[Row, tuple[str, ...]]:
-    """The row of a cell that is kept nowhere, and what may mislead in it."""
+    """The row of a cell that is not kept on disk, and the cautions about its reduction."""
     with threads(number):
         trained, data = _train(cell, progress)
         row = measured(trained, data, trained.predict(data.x_test), cell.shift)

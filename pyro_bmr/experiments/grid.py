@@ -1,8 +1,8 @@
-"""A grid of fits: `Cell`, one model, data set, method with its options, and seed, and `Study`, all
-that are reported together.
+"""A grid of fits. A `Cell` is one model, data set, method with its options, and seed; a `Study` is
+the cells that are reported together.
 
-A model, data and priors have names, by which every process finds them, or are objects in memory.
-Owns `fingerprint`, which tells data and models apart, too. Next: `options.py`.
+Models, data and priors are given by name, so that every process can load them, or as objects in
+memory. Owns `fingerprint`, a hash of data and model files. Next: `options.py`.
 """
 
 from __future__ import annotations

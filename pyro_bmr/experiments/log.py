@@ -1,4 +1,4 @@
-"""The log of a cell: all that it prints, its progress bar as a line now and then.
+"""The log of a cell: everything that it prints. A progress bar becomes a line every few seconds.
 
 Owns `logged`, `Log` and `threads`. Next: `folder.py`.
 """
@@ -21,8 +21,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Sums in one order whatever the number of processes, and with one thread no two of them for
-    one core.
+    """Sets the threads of torch inside the block, so that sums have one order whatever the number
+    of processes. With one thread, processes do not compete for a core.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(number)
@@ -34,7 +34,7 @@ def threads(number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Within it, what is printed goes to a file."""
+    """Redirects what is printed inside the block to a file."""
     with writing(path):
         log = Log(path.open("w", encoding="utf-8"))
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

@@ -1,4 +1,4 @@
-"""What a trained network is worth: the figures of one row of a table.
+"""The measures of a trained network, which are the figures of one row of a table.
 
 Owns `MEASURES`, to which further figures are added, `measured`, and some of them: `scores`, `sizes`
 and `step_ratio`. Next: `grid.py`.

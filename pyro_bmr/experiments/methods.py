@@ -1,5 +1,4 @@
-"""The methods of a study by name: what trains a network on a data set with one seed, and what it
-leaves behind.
+"""The methods of a study by name. A method trains a network on a data set with one seed.
 
 Owns `METHODS` and `method_named`; `Trained` and the baselines are in `baselines/`. Next:
 `measures.py`.

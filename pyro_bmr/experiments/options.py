@@ -1,7 +1,7 @@
-"""Which options a method takes: it is asked, with a network that is never built. Also the data of a
-study by name, loaded once per process.
+"""The options that a method accepts, found by a call whose network is never built; and the data of
+a study by name, loaded once per process.
 
-Owns `known_options`, `refuse_options` and `data_named`. Next: `declaration.py`.
+Owns `known_options`, `refuse_options` and `data_named`. Next: `values.py`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""report.html: one file with its table, pictures, style and script inside it; nothing is fetched,
-and without JavaScript all of it can be read.
+"""report.html, one file that contains its table, pictures, style and script. Nothing is fetched,
+and the page can be read without JavaScript.
 
 Owns `page` and `Section`. Next: `report.py`.
 """

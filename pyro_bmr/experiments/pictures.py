@@ -1,8 +1,8 @@
 """The pictures of a study, one set per model and data set: fronts of size and quality, calibration,
 learning curves, layers, first weights, cost, and the evidence of each weight.
 
-Owns `draw` and `Picture`. Where a method has several target fractions and one has to be chosen, it
-is the smallest that is finished. Next: `page.py`.
+Owns `draw` and `Picture`. If a picture shows one target fraction per method, it is the smallest
+finished one. Next: `page.py`.
 """
 
 from __future__ import annotations

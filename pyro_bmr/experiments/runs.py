@@ -1,12 +1,12 @@
-"""A fit on disk: a folder that `pyro-bmr reduce` and `pyro-bmr export` take up again, written by
-`pyro-bmr fit` or as a cell of a grid.
+"""A fit on disk: a folder that `pyro-bmr reduce` and `pyro-bmr export` read. `pyro-bmr fit` writes
+one, and every cell of a grid is one.
 
 Owns `Run`. In the folder are `settings.json` (model, data, prior, how it was fitted, and the
 SHA-256 of the two files that follow), `posterior.safetensors`, `network.safetensors` (what the
 program holds besides its posterior: parameters that were left, running statistics) and, after a
 reduction, `reduced.safetensors` and `reduction.json` (with the SHA-256 of that and of the posterior
 that was reduced). The cell of a baseline has the weights of its network alone, in
-`model.safetensors`. Next: `folder.py`.
+`model.safetensors`. Next: `log.py`.
 """
 
 from __future__ import annotations

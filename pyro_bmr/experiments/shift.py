@@ -1,10 +1,10 @@
-"""What predictions are worth away from the training distribution: corrupted test images of five
-severities, and images of another data set.
+"""Scores of predictions away from the training distribution: on corrupted test images of five
+severities, and on images of another data set.
 
-Owns the corruptions (`CORRUPTIONS`, `corrupted`) and `shifted_scores`. The protocol is that of
+Owns the corruptions (`CORRUPTIONS`, `corrupted`) and `shifted_scores`. The protocol follows
 Hendrycks & Dietterich 2019 (arXiv 1903.12261) and Ovadia et al. 2019 (arXiv 1906.02530); the
 corruptions here are simpler, and their levels the library's own, for small images. Next:
-`cells.py`.
+`recipe.py`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def corrupted(x: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     check_tensor(x, "corrupted: x")
     if x.ndim != 4 or not x.is_floating_point():
         raise DataError(
-            "corrupted: images (n, channels, height, width) of floating numbers are wanted, got"
+            "corrupted: expected images (n, channels, height, width) of floating numbers, got"
             f" {x.dtype} of shape {tuple(x.shape)}"
         )
     if name not in CORRUPTIONS:
@@ -122,7 +122,7 @@ def corrupted(x: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     corruption, levels = CORRUPTIONS[name]
     if not isinstance(severity, int) or not 1 <= severity <= len(levels):
         raise DataError(
-            f"severity={described(severity)}: a whole number from 1 to {len(levels)} is wanted"
+            f"severity: expected a whole number from 1 to {len(levels)}, got {described(severity)}"
         )
     return corruption(x, levels[severity - 1], torch.Generator().manual_seed(seed))
 
@@ -187,7 +187,7 @@ def _other_images(data: Data, rows: int, seed: int) -> Tensor | None:
 def _classes(prediction: Prediction) -> ClassPrediction:
     if not isinstance(prediction, ClassPrediction):
         raise DataError(
-            f"shifted_scores: predictions of classes are wanted, got {type(prediction).__name__}"
+            f"shifted_scores: expected predictions of classes, got {type(prediction).__name__}"
         )
     return prediction
 

@@ -1,5 +1,5 @@
-"""`study`: runs what is not finished of a declared grid, in parallel, and writes the report. The
-only file that starts processes.
+"""`study` runs the unfinished cells of a declared grid in parallel and writes the report. This is
+the only file that starts processes.
 
 joblib carries cells between the processes of this user; no file is unpickled. Owns `run`, for
 `study` and `compare`. Next: `compare.py`.
@@ -35,8 +35,10 @@ COMPARISON = "comparison.json"
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What is there after a run: `table`, one row per finished cell; `failures`, cell → its error
-    in one line; `folder`; `cautions`, cell → what may mislead in it, of those that were run now.
+    """The results of a run.
+
+    `table`: one row per finished cell. `failures`: cell → its error in one line. `cautions`: cell →
+    the cautions about its reduction, for the cells that this call ran.
     """
 
     table: pd.DataFrame
@@ -153,7 +155,7 @@ def _refuse_other_results(folder: Path, file: str) -> None:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Runs a cell and keeps it in a folder."""
+    """A worker that runs a cell and keeps it in a folder."""
 
     cells: Path
     threads: int

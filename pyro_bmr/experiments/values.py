@@ -1,4 +1,4 @@
-"""The values of a declaration, each checked, with the file and the key in every refusal.
+"""The values of a declaration. Each is checked, and every error names the file and the key.
 
 Owns `Values`. Next: `declaration.py`.
 """
