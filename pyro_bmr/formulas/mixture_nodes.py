@@ -1,13 +1,12 @@
 r"""The nodes of a scale mixture Σ_k w_k N(0, v_k), as far as given weights can tell them apart.
 
-Owns `mixture_nodes`, `exponent`, `terms_that_count`, `sampled`, `unit_of`, and the warnings of a
-grid that ends too early. Imports torch and numpy only. Next: `scale_mixture.py`.
+Owns `mixture_nodes`, `exponent`, `terms_that_count`, `sampled` and `unit_of`. Imports torch and
+numpy only. Next: `mixture_grid.py`.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import PyroBMRWarning, ReductionError
+from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas.message import Message
 
 _PIECE = 1 << 16
@@ -23,24 +22,23 @@ _PIECE = 1 << 16
 _MERGE = {torch.float32: 1e-4, torch.float64: 1e-6}
 # wide nodes that together have less than this share of every weight are left out
 _TAIL = {torch.float32: 1e-8, torch.float64: 1e-10}
-END = 1e-4  # a grid ends too early for a weight of which its widest node has more than this share
 _WEIGHTS_FOR_SCALE = 8192
 _WEIGHTS_PER_GROUP_FOR_SCALE = 512
 _FINITE_MIXTURE = 12  # so many nodes are what the prior is, not the grid of a continuous one
-_SUMMED = 1 << 12  # weights at once in an array of all nodes
-_GRID_GAP = 1e-3, math.log(3.0)  # between the logarithms of neighbouring variances of a grid
+GRID_GAP = 1e-3, math.log(3.0)  # between the logarithms of neighbouring variances of a grid
 
 
 class Nodes(NamedTuple):
     """Variances and log weights by growing variance, (K,) or (K, groups). `total_var`: of the whole
-    mixture, (), or one for each of the groups. `open_end`: they look like a grid of which no wide
-    node could be left out.
+    mixture, (), or one for each of the groups. `grid`: they look like the grid of a continuous
+    prior. `open_end`: and no wide node could be left out.
     """
 
     variances: Tensor
     log_weights: Tensor
     total_var: Tensor
     open_end: bool
+    grid: bool
 
 
 def mixture_nodes(
@@ -83,14 +81,16 @@ def mixture_nodes(
     v, log_w = v.gather(-1, order), log_w.gather(-1, order)
     total_var = (log_w.exp() * v).sum(-1)
     keep = _reached(v, log_w, reach, _TAIL.get(data.h.dtype, 1e-10)) if reach > 0 else v.shape[-1]
-    open_end = keep == v.shape[-1] and is_open_grid(v)
+    grid = is_open_grid(v)
+    open_end = keep == v.shape[-1] and grid
     v, log_w = v[..., :keep], log_w[..., :keep]
     if v.numel():
         v, log_w = _merged(v, log_w, data, sharpest)
     if scale_groups is not None:
         v, log_w = v.mT.contiguous(), log_w.mT.contiguous()
     device = data.h.device
-    return Nodes(v.to(device), log_w.to(device), total_var.to(device), open_end and len(v) > 1)
+    tensors = (v.to(device), log_w.to(device), total_var.to(device))
+    return Nodes(*tensors, open_end and len(v) > 1, grid)
 
 
 def is_open_grid(v: Tensor) -> bool:
@@ -98,7 +98,7 @@ def is_open_grid(v: Tensor) -> bool:
     them, the last two neither far apart nor at a slab's width.
     """
     return v.shape[-1] > _FINITE_MIXTURE and bool(
-        _GRID_GAP[0] < (v[..., -1] / v[..., -2]).max().log() < _GRID_GAP[1]
+        GRID_GAP[0] < (v[..., -1] / v[..., -2]).max().log() < GRID_GAP[1]
     )
 
 
@@ -217,60 +217,6 @@ def exponent(h: Tensor, precision: Tensor, before: Tensor, after: Tensor | float
     all their digits where a signal is strong.
     """
     return 0.5 * (h / (1 + before * precision)) * (h * (after - before) / (1 + after * precision))
-
-
-def check_end(
-    delta_f: Tensor, data: Message, prior_var: Tensor, nodes: Nodes, row: Tensor | None
-) -> None:
-    """Warns of weights for which the grid ends too early: its widest node has more of them than a
-    node in the tail of a grid may have.
-
-    Its share follows from ΔF, to the rounding of ΔF. Where that leaves it open the nodes are summed
-    again.
-    """
-    columns = [
-        t.expand(delta_f.shape).reshape(-1).double()
-        for t in (data.h, data.precision, prior_var, delta_f)
-    ]
-    h, precision, prior_var, gain = (t[columns[1] > 0] for t in columns)
-    rows = None if row is None else row.expand(delta_f.shape).reshape(-1)[columns[1] > 0]
-    v, log_w = (
-        t[-1] if rows is None else t[-1][rows] for t in (nodes.variances, nodes.log_weights)
-    )
-    share = (
-        log_w
-        + 0.5 * ((1 + prior_var * precision) / (1 + v * precision)).log()
-        + exponent(h, precision, prior_var, v)
-        - gain
-    )
-    rounding = 8 * torch.finfo(delta_f.dtype).eps * (1 + gain.abs())
-    beyond = share > math.log(END)
-    for k in ((share - math.log(END)).abs() <= rounding).nonzero()[:, 0].split(_SUMMED):
-        beyond[k] = _share_of_widest(
-            h[k, None], precision[k, None], nodes, None if rows is None else rows[k]
-        ) > math.log(END)
-    warn_of_end(int(beyond.sum()), delta_f.numel(), "weights", float(nodes.variances[-1].max()))
-
-
-def _share_of_widest(h: Tensor, precision: Tensor, nodes: Nodes, row: Tensor | None) -> Tensor:
-    """The logarithm of the widest node's share of each weight, by a sum over all nodes; h and L are
-    columns.
-    """
-    v, log_w = (t[None] if row is None else t.mT[row] for t in (nodes.variances, nodes.log_weights))
-    terms = log_w - 0.5 * (1 + v * precision).log() + exponent(h, precision, v[:, -1:], v)
-    return terms[:, -1] - terms.logsumexp(1)
-
-
-def warn_of_end(beyond: int, of: int, what: str, widest: float) -> None:
-    """Warns of weights or groups beyond a grid, if there are any."""
-    if beyond:
-        warnings.warn(
-            f"{beyond} of {of} {what} lie where the mixture ends: beyond its widest Gaussian, of"
-            f" standard deviation {widest**0.5:.3g}, it falls as a Gaussian and not as the prior it"
-            " stands for, so that their ΔF and moments are off; give the mixture wider nodes",
-            PyroBMRWarning,
-            stacklevel=4,
-        )
 
 
 def terms_that_count(

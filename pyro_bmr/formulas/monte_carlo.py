@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError, described, warn
-from pyro_bmr.formulas.mixture_nodes import END, is_open_grid, warn_of_end
+from pyro_bmr.formulas.mixture_grid import END, warn_of_end
+from pyro_bmr.formulas.mixture_nodes import is_open_grid
 
 _TRUSTED = 0.7
 

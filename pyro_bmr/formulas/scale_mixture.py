@@ -25,21 +25,15 @@ from torch import Tensor
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas.line_search import line_maximum
 from pyro_bmr.formulas.message import Message
+from pyro_bmr.formulas.mixture_grid import END, check_end, check_spacing, warn_of_end
 from pyro_bmr.formulas.mixture_nodes import (
-    END,
-    Nodes,
-    check_end,
     exponent,
     mixture_nodes,
     sampled,
     terms_that_count,
     unit_of,
-    warn_of_end,
 )
-
-_CHUNK = 1 << 15  # weights at once: the arrays of one pass over the nodes stay in a core's cache
-_WIDEST = 1e18
-_FEW = 400  # weights for which one array of all nodes is faster than a pass over them
+from pyro_bmr.formulas.mixture_sums import CHUNK, informed, mixture_sums, silenced
 
 Mixture = Callable[[float], tuple[Any, Any]]  # global scale → (variances, log weights)
 
@@ -110,25 +104,25 @@ def scale_mixture_reduction(
         variances = np.asarray(variances, dtype=np.float64) / unit / unit
     nodes = mixture_nodes(variances, log_weights, data, scale_groups)
     columns = [
-        t.expand(shape).reshape(-1).split(_CHUNK) for t in (data.h, data.precision, prior_var)
+        t.expand(shape).reshape(-1).split(CHUNK) for t in (data.h, data.precision, prior_var)
     ]
     rows = (
-        [None] * len(columns[0]) if scale_groups is None else scale_groups.reshape(-1).split(_CHUNK)
+        [None] * len(columns[0]) if scale_groups is None else scale_groups.reshape(-1).split(CHUNK)
     )
     out = [torch.empty(shape, dtype=data.h.dtype, device=data.h.device) for _ in range(4)]
 
     def fill(k: int) -> None:
         for whole, value in zip(
             out,
-            _silenced(
-                _chunk(columns[0][k], columns[1][k], columns[2][k], nodes, rows[k]),
+            silenced(
+                mixture_sums(columns[0][k], columns[1][k], columns[2][k], nodes, rows[k]),
                 columns[1][k],
                 nodes,
                 rows[k],
             ),
             strict=True,
         ):
-            whole.view(-1)[k * _CHUNK : (k + 1) * _CHUNK] = value
+            whole.view(-1)[k * CHUNK : (k + 1) * CHUNK] = value
 
     # torch's own threads gain nothing on arrays that fit a cache
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -156,10 +150,11 @@ def grouped_reduction(
     over a group's weights, and each weight has its group's log odds. In double precision inside.
     The posterior of a scale that n weights share is narrow, 1/√(2n) in its logarithm: give nodes as
     close as that, `mixture(scale, together=n)` of the priors here. Of many nodes those that no
-    group favours are passed over.
+    group favours are passed over. If nodes that look like the grid of a continuous prior are too
+    far apart for a group, a `PyroBMRWarning` says so.
     """
     shape, dtype, index = data.h.shape, data.h.dtype, groups.reshape(-1)
-    data = Message(*_informed(*(t.expand(shape).reshape(-1).double() for t in data)))
+    data = Message(*informed(*(t.expand(shape).reshape(-1).double() for t in data)))
     (h, precision), prior_var = data, prior_var.expand(shape).reshape(-1).double()
     count = int(index.max()) + 1 if index.numel() else 0
     nodes = mixture_nodes(variances, log_weights, data, groups=index)
@@ -181,6 +176,7 @@ def grouped_reduction(
     )
     if nodes.open_end:
         warn_of_end(int((weights[-1] > END).sum()), count, "groups", float(nodes.variances[-1]))
+    check_spacing(weights, nodes, torch.bincount(index, minlength=count))
     kept, mean_away, square_away = (torch.zeros_like(h) for _ in range(3))
     best = nodes.variances[weights.argmax(0)][index]
     near = 1 / (1 + best * precision)
@@ -251,9 +247,9 @@ def best_scale(
         nodes = mixture_nodes(
             np.asarray(v) / unit**2, log_w, scaled, rows if rows is None else index
         )
-        columns = (t.split(_CHUNK) for t in (*scaled, var / unit**2, index))
+        columns = (t.split(CHUNK) for t in (*scaled, var / unit**2, index))
         gains = [
-            _chunk(hc, lc, vc, nodes, None if rows is None else r, moments=False)[0].double()
+            mixture_sums(hc, lc, vc, nodes, None if rows is None else r, moments=False)[0].double()
             for hc, lc, vc, r in zip(*columns, strict=True)
         ]
         return factor * torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(
@@ -276,175 +272,3 @@ def best_scale(
     )
     scale = line_maximum(objective, centre - 12, centre + 3).exp()
     return scale if rows is not None else scale[0]
-
-
-def _chunk(
-    h: Tensor,
-    precision: Tensor,
-    prior_var: Tensor,
-    nodes: Nodes,
-    row: Tensor | None,
-    moments: bool = True,
-) -> tuple[Tensor, ...]:
-    """ΔF, logit κ, mean and variance of up to `_CHUNK` weights (`moments=False`: ΔF alone), summed
-    node by node.
-
-    The exponent of a node, ½h²(v − σ₀²)/((1 + vL)(1 + σ₀²L)), grows with v, so that of the widest
-    node is taken off all.
-    """
-    h, precision = _informed(h, precision)
-    if len(h) <= _FEW:
-        return _by_logarithms(h, precision, prior_var, nodes, row)
-    single = h.dtype == torch.float32
-    # v² is to stay in the floats
-    variances = nodes.variances.clamp(max=_WIDEST if single else 1e100)
-    log_weights = nodes.log_weights
-    if row is not None:
-        variances, log_weights = variances.to(h), log_weights.to(h)
-    full = torch.log1p(prior_var * precision).mul_(0.5)
-    a = 0.5 * h * (h / (1 + prior_var * precision))
-    b = a * prior_var
-    widest = float(variances[-1]) if row is None else variances[-1][row]
-    peak = (a * widest).sub_(b).div_(1 + widest * precision)
-    one, negative_b = torch.ones_like(h), b.neg_()
-    x, s, e = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
-    s0, s1, s2, v1, v2 = (torch.zeros_like(h) for _ in range(5))
-    pairs = (
-        zip(variances.tolist(), log_weights.exp().tolist(), strict=True)
-        if row is None
-        else zip(variances, log_weights.exp(), strict=True)
-    )
-    for v, w in pairs:
-        if row is None:
-            torch.add(one, precision, alpha=v, out=x)
-            torch.add(negative_b, a, alpha=v, out=e)
-        else:
-            v, w = v[row], w[row]
-            torch.addcmul(one, precision, v, out=x)
-            torch.addcmul(negative_b, a, v, out=e)
-        x.rsqrt_()  # (1 + vL)^−½
-        torch.mul(x, x, out=s)
-        e.mul_(s).sub_(peak).exp_().mul_(x)
-        if row is not None:
-            e.mul_(w)
-            w = 1.0
-        s0.add_(e, alpha=w)
-        if moments:
-            e.mul_(s)
-            s1.add_(e, alpha=w)
-            s2.addcmul_(e, s, value=w)
-            if row is not None:
-                e.mul_(v)
-                s.mul_(v)
-                v = 1.0
-            v1.add_(e, alpha=w * v)
-            v2.addcmul_(e, s, value=w * v * v)
-    lost = ~(
-        (s0 > (1e-20 if single else 1e-250)) & s0.isfinite() & (peak < (1e3 if single else 1e9))
-    )
-    if single and bool((nodes.variances[-1] > _WIDEST).any()):
-        lost |= h * (h / precision) + 1 > 1e-9 * _WIDEST * precision
-    delta_f = s0.log().add_(full).add_(peak)
-    if not moments:
-        return (_mend(delta_f, lost, h, precision, prior_var, nodes, row)[0],)
-    kappa, share, square, square_share = s1 / s0, v1 / s0, s2 / s0, v2 / s0
-    taken = precision * share  # 1 − κ without the loss of digits near κ = 1
-    # the same variance twice: of 1/(1 + vL), good where the data speak, and of v/(1 + vL), good
-    # where they do not
-    informed = kappa < 0.5
-    spread = torch.where(
-        informed, (square - kappa.square()).div_(precision.square()), square_share - share.square()
-    ).clamp_(min=0)
-    rounding = (
-        (h * torch.where(informed, kappa / precision, share))
-        .square_()
-        .mul_(8 * torch.finfo(h.dtype).eps)
-    )
-    lost |= rounding > 1e-5 * share  # of weights far beyond a slab
-    values = (
-        delta_f,
-        kappa.log() - taken.log(),
-        h * share,
-        share + h * (h * spread.masked_fill_(h == 0, 0.0)),
-    )
-    return _mend(values[0], lost, h, precision, prior_var, nodes, row, values[1:])
-
-
-def _silenced(
-    values: tuple[Tensor, ...], precision: Tensor, nodes: Nodes, row: Tensor | None
-) -> tuple[Tensor, ...]:
-    """The same, with what the mixture says of itself where the data say nothing."""
-    silent = precision <= 0
-    if not bool(silent.any()):
-        return values
-    delta_f, log_odds, mean, var = values
-    own = nodes.total_var if row is None else nodes.total_var[row]
-    return (
-        delta_f.masked_fill(silent, 0.0),
-        log_odds.masked_fill(silent, torch.inf),
-        mean.masked_fill(silent, 0.0),
-        torch.where(silent, own.to(var), var),
-    )
-
-
-def _mend(
-    delta_f: Tensor,
-    lost: Tensor,
-    h: Tensor,
-    precision: Tensor,
-    prior_var: Tensor,
-    nodes: Any,
-    row: Tensor | None,
-    rest: Any = (),
-) -> tuple[Tensor, ...]:
-    """Weights so far out that the sum has left the floats, or the exponent its digits, get theirs
-    from logarithms.
-    """
-    if bool(lost.any()):
-        exact = _by_logarithms(
-            h[lost],
-            precision[lost],
-            prior_var.expand(lost.shape)[lost],
-            nodes,
-            None if row is None else row[lost],
-        )
-        for value, better in zip((delta_f, *rest), exact, strict=False):
-            value[lost] = better
-    return (delta_f, *rest)
-
-
-def _by_logarithms(
-    h: Tensor, precision: Tensor, prior_var: Tensor, nodes: Nodes, row: Tensor | None
-) -> tuple[Tensor, ...]:
-    """What `_chunk` gives, as a [weights × nodes] array of logarithms in double precision: for few
-    weights, and for any signal.
-    """
-    dtype = h.dtype
-    h, precision, prior_var = (t.double()[:, None] for t in (h, precision, prior_var))
-    variances, log_weights = (
-        t.double()[None] if row is None else t.double().mT[row]
-        for t in (nodes.variances, nodes.log_weights)
-    )
-    growth, widest = 1 + variances * precision, variances[:, -1:]
-    terms = log_weights - 0.5 * growth.log() + exponent(h, precision, widest, variances)
-    p = terms.softmax(1)
-    best = variances.expand_as(p).gather(1, p.argmax(1, keepdim=True))
-    # v/(1 + vL), counted from the likeliest node
-    away = (variances - best) / growth / (1 + best * precision)
-    mean_away = (p * away).sum(1, keepdim=True)
-    share = (best / (1 + best * precision) + mean_away)[:, 0]
-    kappa, taken = (p / growth).sum(1), precision[:, 0] * share
-    var = share + h[:, 0].square() * (p * (away - mean_away).square()).sum(1)
-    gained = (
-        terms.logsumexp(1, True)
-        + 0.5 * torch.log1p(prior_var * precision)
-        + exponent(h, precision, prior_var, widest)
-    )
-    return tuple(
-        t.to(dtype) for t in (gained[:, 0], kappa.log() - taken.log(), h[:, 0] * share, var)
-    )
-
-
-def _informed(h: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
-    silent = precision <= 0
-    return h.masked_fill(silent, 0.0), precision.masked_fill(silent, 0.0)

@@ -2,6 +2,7 @@
 against quadrature over the weight, groups, extremes.
 """
 
+import math
 import warnings
 
 import mpmath as mp
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy import integrate, optimize, stats
+from scipy import integrate, optimize, special, stats
 
 import pyro_bmr as bmr
 from pyro_bmr.formulas.diagonal import Diagonal
@@ -451,3 +452,38 @@ def test_what_a_mixture_must_be():
             torch.zeros(1, dtype=torch.long),
             torch.zeros(1, dtype=torch.long),
         )
+
+
+def group_of(n):
+    """The message of n weights that share a scale, and their prior variances."""
+    mean = 0.7 * torch.randn(n, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    q = Diagonal(mean, torch.full((n,), 1e-4, dtype=torch.float64))
+    p = Diagonal(torch.zeros(n, dtype=torch.float64), torch.full((n,), 1.5, dtype=torch.float64))
+    return message(q, p), p.var, torch.zeros(n, dtype=torch.long)
+
+
+def log_grid(gap):
+    """A log-normal mixing density on a grid with this distance in log v."""
+    log_v = np.arange(-9.0, 9.0, gap)
+    return np.exp(log_v), -0.5 * (log_v / 2) ** 2 - special.logsumexp(-0.5 * (log_v / 2) ** 2)
+
+
+def test_a_grid_too_coarse_for_a_group_says_so():
+    data, var, groups = group_of(800)  # √(2/800) = 0.05
+    with pytest.warns(bmr.PyroBMRWarning, match=r"1 of 1 groups .* are 0\.5 apart .* to 0\.05;"):
+        coarse = grouped_reduction(data, var, *log_grid(0.5), groups)
+    fine, finer = (grouped_reduction(data, var, *log_grid(gap), groups) for gap in (0.05, 0.01))
+    assert fine.delta_f.item() == pytest.approx(finer.delta_f.item(), abs=1e-6)
+    assert abs(coarse.delta_f.item() - fine.delta_f.item()) > 0.1
+
+
+def test_few_weights_or_a_few_gaussians_far_apart_are_no_coarse_grid():
+    for n, gap in ((4, 0.5), (30, 0.2)):  # warnings are errors
+        data, var, groups = group_of(n)
+        got = grouped_reduction(data, var, *log_grid(gap), groups).delta_f.item()
+        fine = grouped_reduction(data, var, *log_grid(0.01), groups).delta_f.item()
+        assert got == pytest.approx(fine, abs=1e-3)
+    data, var, groups = group_of(800)
+    for count in (3, 15):
+        v = np.exp(np.arange(count) * 2.0 - 12.0)
+        grouped_reduction(data, var, v, np.full(count, -math.log(count)), groups)
