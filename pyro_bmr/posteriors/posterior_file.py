@@ -48,46 +48,18 @@ def write_posterior(
     tensors: dict[str, Tensor] = {}
     about = {}
     for name, site in sites.items():
-        parts = {
-            "mean": site.mean,
-            "var": site.var,
-            "mask": site.mask,
-            "prior_mean": site.prior.mean if site.prior else None,
-            "prior_var": site.prior.var if site.prior else None,
-            **{
-                f"joint_{part}": value
-                for part, value in (vars(site.joint) if site.joint else {}).items()
-            },
-            **(
-                {f"message_{part}": value for part, value in site.message._asdict().items()}
-                if site.message
-                else {}
-            ),
-        }
-        tensors |= {
-            f"{name}/{part}": t.contiguous().clone() for part, t in parts.items() if t is not None
-        }
         known = type(site.declared) in vars(priors).values()
         values = dict(vars(site.declared)) if known else {}
-        tensors |= {
-            f"{name}/declared_{key}": t.contiguous().clone()
-            for key, t in values.items()
-            if isinstance(t, Tensor)
+        parts = _moments(site) | {
+            f"declared_{key}": t for key, t in values.items() if isinstance(t, Tensor)
         }
-        declared = (
-            {
-                "type": type(site.declared).__name__,
-                **{k: v for k, v in values.items() if not isinstance(v, Tensor)},
-            }
-            if known
-            else None
-        )
-        joint = type(site.joint).__name__ if site.joint else None
+        tensors |= {f"{name}/{part}": t.contiguous().clone() for part, t in parts.items()}
+        numbers = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
         about[name] = {
             "support": site.support,
             "given": site.given,
-            "declared": declared,
-            "joint": joint,
+            "declared": {"type": type(site.declared).__name__, **numbers} if known else None,
+            "joint": type(site.joint).__name__ if site.joint else None,
             "multiplies": site.multiplies,
             "of_rows": site.of_rows,
         }
@@ -96,6 +68,18 @@ def write_posterior(
         "posterior": json.dumps({"sites": about, "temperature": temperature, "rows": rows}),
     }
     write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
+
+
+def _moments(site: Site) -> dict[str, Tensor]:
+    """The tensors of a site by their names on file."""
+    parts = {"mean": site.mean, "var": site.var, "mask": site.mask}
+    if site.prior:
+        parts |= {"prior_mean": site.prior.mean, "prior_var": site.prior.var}
+    if site.joint:
+        parts |= {f"joint_{part}": value for part, value in vars(site.joint).items()}
+    if site.message:
+        parts |= {f"message_{part}": value for part, value in site.message._asdict().items()}
+    return {part: value for part, value in parts.items() if value is not None}
 
 
 def read_posterior(path: Path) -> tuple[dict[str, Site], float, int | None]:
@@ -156,25 +140,8 @@ def _site_of_file(
         else None
     )
     mean, var, mask = part["mean"], part["var"], part.get("mask")
-    given = [
-        mean,
-        var,
-        *((part["prior_mean"], part["prior_var"]) if prior else ()),
-        *(message or ()),
-    ]
-    if var.shape != mean.shape or not all(
-        t.is_floating_point() and _broadcasts(t, mean) for t in given
-    ):
-        raise ValueError(f"site '{name}': its moments are not floating numbers of one shape")
-    if mask is not None and (mask.shape != mean.shape or mask.dtype != torch.bool):
-        raise ValueError(f"site '{name}': its mask is not bool of the shape of its mean")
-    if joint is not None and (joint.mean.numel() != mean.numel() or not joint.fits()):
-        raise ValueError(f"site '{name}': its covariance does not fit its mean")
     multiplies, of_rows = entry.get("multiplies", []), entry.get("of_rows")
-    texts = (*entry["given"], *multiplies, *([] if of_rows is None else [of_rows]))
-    if entry["support"] not in SUPPORTS or not all(isinstance(other, str) for other in texts):
-        raise ValueError(f"site '{name}': support {entry['support']!r}, given {entry['given']!r}")
-    return Site(
+    site = Site(
         mean,
         var,
         prior,
@@ -187,6 +154,26 @@ def _site_of_file(
         tuple(multiplies),
         of_rows,
     )
+    _check_site(name, site)
+    return site
+
+
+def _check_site(name: str, site: Site) -> None:
+    """Raises a ValueError unless the parts of a site fit each other."""
+    mean, mask, joint = site.mean, site.mask, site.joint
+    prior = (site.prior.mean, site.prior.var) if site.prior else ()
+    given = [mean, site.var, *prior, *(site.message or ())]
+    if site.var.shape != mean.shape or not all(
+        t.is_floating_point() and _broadcasts(t, mean) for t in given
+    ):
+        raise ValueError(f"site '{name}': its moments are not floating numbers of one shape")
+    if mask is not None and (mask.shape != mean.shape or mask.dtype != torch.bool):
+        raise ValueError(f"site '{name}': its mask is not bool of the shape of its mean")
+    if joint is not None and (joint.mean.numel() != mean.numel() or not joint.fits()):
+        raise ValueError(f"site '{name}': its covariance does not fit its mean")
+    texts = (*site.given, *site.multiplies, *([] if site.of_rows is None else [site.of_rows]))
+    if site.support not in SUPPORTS or not all(isinstance(other, str) for other in texts):
+        raise ValueError(f"site '{name}': support {site.support!r}, given {site.given!r}")
 
 
 def _broadcasts(value: Tensor, to: Tensor) -> bool:

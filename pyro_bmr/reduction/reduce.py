@@ -134,6 +134,33 @@ def quiet_reduction(
     _check_arguments(per, kept, heads)
     targets = _targets(posterior, to)
     labels = _labels(posterior, targets, per, kept, heads)
+    results = _site_results(posterior, targets, labels)
+    said: list[str] = []
+    if isinstance(per, NofM):
+        masks = pattern_masks(results, per)
+        left_out = per.left_out({name: tuple(mask.shape) for name, mask in masks.items()})
+        said += [left_out] if left_out else []
+    else:
+        masks, results = decide(posterior, results, targets, labels, threshold, kept, search)
+    for name, result in results.items():
+        own = None if labels is None else labels[name]
+        results[name] = _pruned(result, masks[name], targets[name], own)
+    after = replace(
+        posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}}
+    )
+    return Reduction(
+        results,
+        after,
+        posterior,
+        labels,
+        (*said, *multiplied(posterior, results, labels), *cautions(posterior, results)),
+    )
+
+
+def _site_results(
+    posterior: Posterior, targets: dict[str, Prior | None], labels: Mapping[str, Tensor] | None
+) -> dict[str, SiteReduction]:
+    """What each site says by itself; `targets` get the width of an empirical slab of groups."""
     results: dict[str, SiteReduction] = {}
     for name, prior in list(targets.items()):
         try:
@@ -146,34 +173,22 @@ def quiet_reduction(
             )
         except ReductionError as error:
             raise ReductionError(f"site '{name}': {error}") from None
-    said: list[str] = []
-    if isinstance(per, NofM):
-        masks = pattern_masks(results, per)
-        left_out = per.left_out({name: tuple(mask.shape) for name, mask in masks.items()})
-        said += [left_out] if left_out else []
-    else:
-        masks, results = decide(posterior, results, targets, labels, threshold, kept, search)
-    for name, result in results.items():
-        site, gain = pruned_site(result.site, masks[name])
-        gained, terms = result.delta_f, result.terms
-        if is_point_spike(targets[name]):
-            pruned = result.site.kept & ~masks[name]
-            each = result.spike_delta_f[pruned]
-            gained, terms = (total(each), len(each)) if gain is None else (gain, int(len(each) > 0))
-        # one indicator for each group
-        elif isinstance(targets[name], SpikeAndSlab) and labels is not None:
-            terms = len(labels[name].to(result.site.mean.device)[result.site.kept].unique())
-        results[name] = replace(result, delta_f=gained, site=site, terms=terms)
-    after = replace(
-        posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}}
-    )
-    return Reduction(
-        results,
-        after,
-        posterior,
-        labels,
-        (*said, *multiplied(posterior, results, labels), *cautions(posterior, results)),
-    )
+    return results
+
+
+def _pruned(
+    result: SiteReduction, mask: Tensor, to: Prior | None, labels: Tensor | None
+) -> SiteReduction:
+    """The result with only the entries of `mask` kept, its ΔF, and how many terms that sums."""
+    site, gain = pruned_site(result.site, mask)
+    gained, terms = result.delta_f, result.terms
+    if is_point_spike(to):
+        each = result.spike_delta_f[result.site.kept & ~mask]
+        gained, terms = (total(each), len(each)) if gain is None else (gain, int(len(each) > 0))
+    # one indicator for each group
+    elif isinstance(to, SpikeAndSlab) and labels is not None:
+        terms = len(labels.to(result.site.mean.device)[result.site.kept].unique())
+    return replace(result, delta_f=gained, site=site, terms=terms)
 
 
 def _rescaled(site: Site, to: Prior | None, result: SiteReduction) -> SiteReduction:
