@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import torch
 
 from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import DataError, ModelError, PyroBMRError, described, warn
-from pyro_bmr.experiments.folder import Row, row_of
+from pyro_bmr.experiments.folder import row_of
 from pyro_bmr.experiments.grid import Cell, Study, check_model, fingerprint, plain_name
 from pyro_bmr.experiments.models import Build, load_model
 from pyro_bmr.experiments.recipe import ROUTES, Settings
@@ -88,7 +89,11 @@ def compare(
             warn(f"{cell} failed: {line}")
         return done.table
     found = in_parallel(
-        _InMemory(torch.get_num_threads(), progress), declared.cells, jobs, progress, declared.name
+        partial(row_of, number=torch.get_num_threads(), progress=progress),
+        declared.cells,
+        jobs,
+        progress,
+        declared.name,
     )
     _warn_of(declared, {slug: cautions for slug, (_, cautions) in found.items()})
     table = table_of(declared, {slug: row for slug, (row, _) in found.items()})
@@ -186,17 +191,6 @@ def _cell(first: Cell, name: str, prior: Prior, route: str, seed: int, temperatu
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Mean ± standard deviation over seeds, one row per prior and route, as text."""
     return summary_of(table, _SHOWN)
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    """A worker that runs a cell and keeps only its row."""
-
-    threads: int
-    progress: bool
-
-    def __call__(self, cell: Cell) -> tuple[Row, tuple[str, ...]]:
-        return row_of(cell, self.threads, self.progress)
 
 
 def _check(priors: Mapping[str, Prior], routes: Sequence[str], seeds: int) -> None:

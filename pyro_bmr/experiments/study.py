@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -113,10 +114,9 @@ def run(
             folder / declared.file, lambda path: path.write_text(declared.text, encoding="utf-8")
         )
         todo = [cell for cell in wanted if finished_row(folder / "cells" / cell.slug) is None]
+        work = partial(run_cell, cells=folder / "cells", number=threads)
         try:
-            done = in_parallel(
-                _Kept(folder / "cells", threads), todo, jobs, progress, declared.name
-            )
+            done = in_parallel(work, todo, jobs, progress, declared.name)
         finally:
             table = results(declared, folder)
             write_report(declared, folder, table)
@@ -151,17 +151,6 @@ def _refuse_other_results(folder: Path, file: str) -> None:
                 f"'{folder}' holds {what}, expected an empty folder or one of this"
                 f" {'comparison' if file == COMPARISON else 'study'}; choose another folder"
             )
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A worker that runs a cell and keeps it in a folder."""
-
-    cells: Path
-    threads: int
-
-    def __call__(self, cell: Cell) -> tuple[str, ...] | None:
-        return run_cell(cell, self.cells, self.threads)
 
 
 def in_parallel(
