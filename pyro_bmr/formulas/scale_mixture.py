@@ -216,6 +216,10 @@ def best_scale(
     h, precision, var = (
         t.expand(data.h.shape).reshape(-1) for t in (data.h, data.precision, prior_var)
     )
+    if groups is not None and scale_groups is not None:
+        raise ReductionError(
+            "best_scale: expected scale_groups or groups, got both; give one of the two"
+        )
     n, rows = h.numel(), None if scale_groups is None else scale_groups.reshape(-1)
     count = 1 if rows is None else int(rows.max()) + 1
     index = torch.zeros(n, dtype=torch.long, device=h.device) if rows is None else rows
@@ -228,33 +232,17 @@ def best_scale(
     # each sampled weight stands for so many
     factor = sizes / torch.bincount(index, minlength=count)
 
-    unit = unit_of(var)
-
     def sums(scales: list[float]) -> Tensor:
         if groups is not None:
-            return (
-                grouped_reduction(Message(h, precision), var, *mixture(scales[0]), groups)
-                .delta_f.double()
-                .sum()[None]
-            )
+            given = grouped_reduction(Message(h, precision), var, *mixture(scales[0]), groups)
+            return given.delta_f.double().sum()[None]
         if gain is not None and rows is None:
-            return (
-                factor * gain(Message(h, precision), var, scales[0]).sum(dtype=torch.float64)[None]
-            )
-        by_row = [mixture(s) for s in scales]
-        v, log_w = by_row[0] if rows is None else ([v for v, _ in by_row], [w for _, w in by_row])
-        scaled = Message(h * unit, precision * unit**2)
-        nodes = mixture_nodes(
-            np.asarray(v) / unit**2, log_w, scaled, rows if rows is None else index
-        )
-        columns = (t.split(CHUNK) for t in (*scaled, var / unit**2, index))
-        gains = [
-            mixture_sums(hc, lc, vc, nodes, None if rows is None else r, moments=False)[0].double()
-            for hc, lc, vc, r in zip(*columns, strict=True)
-        ]
-        return factor * torch.zeros(count, dtype=torch.float64, device=h.device).index_add_(
-            0, index, torch.cat(gains)
-        )
+            each = gain(Message(h, precision), var, scales[0])
+            return factor * each.sum(dtype=torch.float64)[None]
+        mixtures = [mixture(s) for s in scales]
+        each = _gains(Message(h, precision), var, mixtures, None if rows is None else index)
+        total = torch.zeros(count, dtype=torch.float64, device=h.device)
+        return factor * total.index_add_(0, index, each)
 
     def objective(log_scale: Tensor) -> Tensor:
         scales = log_scale.exp().tolist()
@@ -262,13 +250,26 @@ def best_scale(
             [log_hyper(s) for s in scales], dtype=torch.float64, device=h.device
         )
 
-    if groups is not None and rows is not None:
-        raise ReductionError(
-            "a global scale per group and a local scale per group cannot be had at once; give one"
-            " of the two"
-        )
     centre = torch.full(
         (count,), math.log(float(var.double().mean().sqrt())), dtype=torch.float64, device=h.device
     )
     scale = line_maximum(objective, centre - 12, centre + 3).exp()
     return scale if rows is not None else scale[0]
+
+
+def _gains(
+    data: Message, var: Tensor, mixtures: list[tuple[Any, Any]], index: Tensor | None
+) -> Tensor:
+    """ΔF of each weight in float64; `index`: the number of its mixture, None if there is one."""
+    unit = unit_of(var)
+    v, log_w = mixtures[0] if index is None else zip(*mixtures, strict=True)
+    scaled = Message(data.h * unit, data.precision * unit**2)
+    nodes = mixture_nodes(np.asarray(v) / unit**2, log_w, scaled, index)
+    columns = [t.split(CHUNK) for t in (*scaled, var / unit**2)]
+    rows = [None] * len(columns[0]) if index is None else index.split(CHUNK)
+    return torch.cat(
+        [
+            mixture_sums(h, precision, prior_var, nodes, row, moments=False)[0].double()
+            for h, precision, prior_var, row in zip(*columns, rows, strict=True)
+        ]
+    )

@@ -443,7 +443,7 @@ def test_what_a_mixture_must_be():
             )
     with pytest.raises(bmr.errors.ReductionError, match="variances from -1.0"):
         scale_mixture_reduction(data, var, [-1.0], [0.0])
-    with pytest.raises(bmr.errors.ReductionError, match="at once"):
+    with pytest.raises(bmr.errors.ReductionError, match="scale_groups or groups, got both"):
         best_scale(
             data,
             var,
