@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SHOWN = ("prior", "route", "accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
+
+
+_PRIORS: dict[str, Prior] = {
+    "gaussian": Gaussian(),
+    "horseshoe": Horseshoe(),
+    "spike-and-slab": SpikeAndSlab(),
+}
 
 
 def compare(
@@ -134,11 +141,7 @@ def comparison(
     """
     if not isinstance(data, Data):
         raise DataError(f"compare: expected data as load(...) gives them, got {described(data)}")
-    priors = priors or {
-        "gaussian": Gaussian(),
-        "horseshoe": Horseshoe(),
-        "spike-and-slab": SpikeAndSlab(),
-    }
+    priors = priors or _PRIORS
     _check(priors, routes, seeds)
     build = model if callable(model) else load_model(model)
     name = _name_of(model) if callable(model) else str(model)
@@ -169,9 +172,19 @@ def comparison(
         "seeds": seeds,
         "settings": vars(settings),
     }
-    note = "Settings: " + ", ".join(f"{k} {v}" for k, v in vars(settings).items()) + "."
-    text = json.dumps(words, indent=1)
-    return Study(f"{name} on {data.name}", tuple(cells), text, COMPARISON, "", _SHOWN, note)
+    return _study(f"{name} on {data.name}", cells, words)
+
+
+def _study(title: str, cells: Sequence[Cell], words: Mapping[str, Any]) -> Study:
+    settings = ", ".join(f"{name} {value}" for name, value in words["settings"].items())
+    return Study(
+        title,
+        tuple(cells),
+        json.dumps(words, indent=1),
+        COMPARISON,
+        shown=_SHOWN,
+        note=f"Settings: {settings}.",
+    )
 
 
 def _cell(first: Cell, name: str, prior: Prior, route: str, seed: int, temperature: float) -> Cell:

@@ -149,7 +149,7 @@ def test_groups_and_natural_gradient_during_the_fit(files, tmp_path, capsys):
         (["fit", *options, "--per", "unit"], "--per unit: .*--reduce-to"),
         (
             ["fit", *options, "--map", "--optimizer", "natural-gradient"],
-            "it needs guide=MeanField.*adam",
+            r"expected guide=MeanField .*, got Point; .*adam",
         ),
         (
             ["reduce", str(tmp_path / "run"), "--per", "row"],
@@ -302,7 +302,7 @@ DAMAGE = {
     ),
     "network of another size": (
         lambda run: change(run / "network.safetensors", b"[8,3]", b"[3,8]"),
-        "does not fit what",
+        "network.safetensors': expected the SHA-256 in settings.json, got another",
     ),
 }
 
