@@ -50,7 +50,18 @@ def prose(text: str) -> str:
     return re.sub(r"^\s*```.*?^\s*```\s*$", "", text, flags=re.M | re.S)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# Pages whose examples take seconds; the examples of the others are run in the fast suite.
+LONG = {
+    *("add_a_prior.md", "choose_a_guide.md", "choose_a_prior.md", "gotchas.md", "studies.md"),
+    *("smaller_networks.md", "tutorial_pruning.md", "tutorial_regression.md"),
+}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=pytest.mark.slow) if p.name in LONG else p for p in PAGES],
+    ids=lambda page: page.name,
+)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = python_blocks(page.read_text(encoding="utf-8"))
     # tracebacks show the line of the page

@@ -33,6 +33,7 @@ def test_the_reference_has_the_stages_of_the_overview():
     assert [stage for stage in stages if stage != "errors"] == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", GALLERY, ids=lambda path: path.stem)
 def test_an_example_of_the_gallery_runs(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
-from pyro_bmr.experiments import plots, recipe, report
+from pyro_bmr.experiments import measures, plots, recipe, report
 from pyro_bmr.experiments.compare import compare, comparison, summary
 from pyro_bmr.experiments.models import load_model, model_names
 from pyro_bmr.experiments.recipe import ROUTES, Settings
@@ -68,6 +68,14 @@ def digits():
 @pytest.fixture(scope="module")
 def diabetes():
     return few("diabetes", 120, 40)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_plain_steps():
+    """No plain training is timed beside each cell; what that gives is tested with the measures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measures, "step_ratio", lambda *_: 1.5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -489,6 +497,7 @@ def test_a_cell_that_fails_fails_alone(diabetes, tmp_path, monkeypatch, blank):
         one(diabetes)
 
 
+@pytest.mark.slow  # in the fast suite a study does it
 def test_the_same_numbers_in_two_processes(diabetes, tmp_path, blank):
     tables = [
         one(diabetes, routes=ROUTES, priors={"g": bmr.Gaussian(0.5)}, jobs=jobs, **more)
@@ -506,7 +515,7 @@ def test_an_unwritable_folder(diabetes, tmp_path):
         one(diabetes, out=tmp_path / "file" / "results")
 
 
-def test_the_same_seed_gives_the_same_numbers(digits):
+def test_the_same_seed_gives_the_same_numbers(digits, blank):
     tables = []
     for seed in (3, 4):
         torch.manual_seed(seed)

@@ -224,6 +224,7 @@ assert not any(name.split(".")[0] in ("pyro", "pyro_bmr") for name in sys.module
 """
 
 
+@pytest.mark.slow
 def test_a_pruned_lenet_predicts_the_same_without_pyro(tmp_path):
     data = bmr.load("digits")
     torch.manual_seed(0)

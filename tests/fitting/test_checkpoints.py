@@ -165,7 +165,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG = ("large, natural gradient", "natural gradient with norms", "layer scale, validation")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c in LONG else c for c in CASES]
+)
 def test_a_fit_stopped_at_any_step_ends_as_if_never_stopped(case, tmp_path, monkeypatch):
     call = CASES[case]
     whole = call()

@@ -159,7 +159,13 @@ def test_the_defaults_learn_digits():
     ],
 )
 @pytest.mark.parametrize(
-    "guide", [bmr.MeanField, bmr.Point, AutoNormal, partial(bmr.MeanField, init_scale=0.1)]
+    "guide",
+    [
+        bmr.MeanField,
+        bmr.Point,
+        pytest.param(AutoNormal, marks=pytest.mark.slow),
+        partial(bmr.MeanField, init_scale=0.1),
+    ],
 )
 def test_every_prior_fits_with_every_guide(prior, guide):
     x, y = blobs()

@@ -59,6 +59,7 @@ def soak(fits: int, folder: Path, epochs: int = 6) -> tuple[np.ndarray, list[int
     return np.array(memory), alive, kept
 
 
+@pytest.mark.slow
 def test_a_few_fits_leave_no_tensor_behind_and_repeat_each_other(tmp_path):
     _, alive, kept = soak(13, tmp_path, epochs=3)
     assert len(set(alive[4:12])) == 1, alive

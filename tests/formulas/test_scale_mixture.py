@@ -305,6 +305,7 @@ def test_tau_of_each_unit_is_that_of_the_unit_alone():
         )
 
 
+@pytest.mark.slow
 def test_single_precision_is_double_precision():
     """Over signals from none to overwhelming, at τ from tiny to wide, with and without a slab."""
     z, precision = torch.meshgrid(

@@ -109,6 +109,7 @@ def regression(x, y=None):
         return pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
 
 
+@pytest.mark.slow
 def test_the_coupling_raises_the_bound_and_a_posterior_keeps_it(tmp_path):
     """A horseshoe regression, one coefficient of eight at work: nats gained over mean field, and
     the coefficient's spread from guide and posterior alike.

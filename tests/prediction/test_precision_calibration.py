@@ -18,7 +18,7 @@ from tests.reference import temperatures
 EPS = 2.0**-52
 
 
-@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", temperatures.DTYPES)
 def test_best_temperature(dtype, half):
     """To within the rounding of the derivative that is 0 there, as float64 has it; with a warning
@@ -57,7 +57,7 @@ class Predictive:
         return y.square() * (-0.5 / var) - 0.5 * math.log(2 * math.pi * var)
 
 
-@pytest.mark.parametrize("seed", [6, 7, 8])
+@pytest.mark.parametrize("seed", [6, *(pytest.param(k, marks=pytest.mark.slow) for k in (7, 8))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_best_widening(dtype, seed, monkeypatch):
     """To within the 2.5 % that the search promises, where the likelihood tells as much apart."""
