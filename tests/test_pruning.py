@@ -79,6 +79,7 @@ def test_autonormal_under_a_mask_converges():
     assert not trace.nodes["w"]["value"][~MASKS["w"]].any()
 
 
+@pytest.mark.slow
 def test_nuts_respects_the_mask_and_stays_put():
     handled = bmr.Masked(MASKS)(program)
     # 1.5 within 0.25, about twenty standard errors

@@ -515,6 +515,7 @@ def test_an_unwritable_folder(diabetes, tmp_path):
         one(diabetes, out=tmp_path / "file" / "results")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(digits, blank):
     tables = []
     for seed in (3, 4):
