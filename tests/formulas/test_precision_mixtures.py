@@ -64,8 +64,16 @@ def test_laplace(dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        pytest.param(n, d, marks=pytest.mark.slow)
+        if (n, d) == ("student", torch.float32)
+        else (n, d)
+        for n in PRIORS
+        for d in DTYPES
+    ],
+)
 def test_mixtures(name, dtype):
     for k, prior in enumerate(PRIORS[name]):
         # so many that they are not taken one by one
