@@ -7,6 +7,7 @@ Each check raises an error that says "expected …, got …". Next: `formulas/ra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,11 @@ def check_arguments(
 
 
 def is_whole(value: Any, least: int | None = None) -> bool:
-    """Whether `value` is a whole number, and not below `least`; True and False are none."""
-    return (
-        isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
-    )
+    """Whether `value` is a whole number, of Python or NumPy, and not below `least`; True and False
+    are none.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and (least is None or int(value) >= least)
 
 
 def check_shape(value: Any, name: str, shape: Sequence[int], meaning: str) -> None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_bmr.baselines.options import Budget, is_between, is_whole
+from pyro_bmr.baselines.options import Budget, is_between
 from pyro_bmr.baselines.plain import MakeNetwork
 from pyro_bmr.baselines.training import Trained, held_out, logits, train
+from pyro_bmr.checks import is_whole
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.prediction.predict import Prediction, prediction_of

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.baselines.options import Budget, is_between, is_whole
+from pyro_bmr.baselines.options import Budget, is_between
 from pyro_bmr.baselines.plain import Calibrated, MakeNetwork, trained_network
 from pyro_bmr.baselines.training import Trained, train
+from pyro_bmr.checks import is_whole
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.pruning import cubic
 from pyro_bmr.reduction.decisions import lowest

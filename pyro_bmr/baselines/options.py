@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Protocol, TypeVar
 
+from pyro_bmr.checks import is_whole
 from pyro_bmr.errors import ModelError, OptionError, described
 
 
@@ -31,11 +32,6 @@ def check_rules(options: Ruled) -> None:
     ]
     if broken:
         raise ModelError("; ".join(broken))
-
-
-def is_whole(value: Any, least: int) -> bool:
-    """Whether an option is a whole number of at least that."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def is_between(value: Any, low: float, high: float) -> bool:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.baselines.options import Budget, is_between, is_whole
+from pyro_bmr.baselines.options import Budget, is_between
 from pyro_bmr.baselines.training import Rows, Trained, held_out, logits, train
+from pyro_bmr.checks import is_whole
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.prediction.calibration import best_temperature
 from pyro_bmr.prediction.predict import Prediction, prediction_of

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from pyro_bmr.baselines.options import check_rules, is_between, is_positive, is_whole
+from pyro_bmr.baselines.options import check_rules, is_between, is_positive
+from pyro_bmr.checks import is_whole
 from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import ModelError, holds
 from pyro_bmr.experiments.models import Build

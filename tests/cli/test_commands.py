@@ -430,6 +430,7 @@ def test_a_bug_keeps_its_traceback(files, monkeypatch):
         run("compare --data good.npz", *SMALL)
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pyro_bmr", "data"],

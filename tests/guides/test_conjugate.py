@@ -113,7 +113,6 @@ def test_point_finds_the_mode_and_has_no_variance():
     assert (site.var == 0).all()
 
 
-@pytest.mark.slow
 def test_mini_batches_and_the_plate_scale_the_likelihood_to_all_rows():
     """A twentieth of the rows at a time, the same posterior: N comes from the data, never from the
     caller.
@@ -138,7 +137,6 @@ def test_temperature_counts_the_data_n_over_t_times():
     np.testing.assert_allclose(site.var.sqrt(), np.sqrt(np.diag(cov)), rtol=0.06)
 
 
-@pytest.mark.slow
 def test_positive_sites_are_log_normal_in_value():
     """A Gamma-Poisson rate: the log-normal guide's mean is near the conjugate one."""
 
