@@ -88,8 +88,9 @@ class FlatVectors:
             name: mask.nonzero()[:, 0] if self.kept is None else self.kept[name][mask]
             for name, mask in still.items()
         }
-        self.loc = _kept_entries(self.loc, kept, optimizer)
-        self.log_scale = _kept_entries(self.log_scale, kept, optimizer)
+        index = kept.nonzero()[:, 0]
+        self.loc = _kept_entries(self.loc, index, optimizer)
+        self.log_scale = _kept_entries(self.log_scale, index, optimizer)
         self._lay_out()
         return True
 
@@ -124,10 +125,10 @@ class FlatVectors:
 
 
 def _kept_entries(flat: nn.Parameter, kept: Tensor, optimizer: Optimizer | None) -> nn.Parameter:
-    """The entries of a parameter where `kept` is true, as a new parameter, which takes the place of
-    the old one in an optimiser, state included.
+    """The entries of a parameter with the numbers `kept`, as a new parameter, which takes the place
+    of the old one in an optimiser, state included.
     """
-    compact = nn.Parameter(flat.detach()[kept])
+    compact = nn.Parameter(flat.detach().index_select(0, kept))
     if optimizer is None:
         return compact
     for group in optimizer.param_groups:
@@ -135,7 +136,7 @@ def _kept_entries(flat: nn.Parameter, kept: Tensor, optimizer: Optimizer | None)
     state = optimizer.state.pop(flat, None)
     if state is not None:
         optimizer.state[compact] = {
-            k: v[kept] if isinstance(v, Tensor) and v.shape == flat.shape else v
+            k: v.index_select(0, kept) if isinstance(v, Tensor) and v.shape == flat.shape else v
             for k, v in state.items()
         }
     return compact

@@ -75,7 +75,7 @@ def spike_gain(site: Site, mask: Tensor, spike: Tensor) -> float:
     """ΔF of setting the kept entries of `site` outside of `mask` to zero, nats: joint where it has
     correlations, else the sum over the entries of their ΔF, `spike`.
     """
-    gain = pruned_site(site, mask)[1]
+    gain = None if site.joint is None else pruned_site(site, mask)[1]
     return total(spike[site.kept & ~mask]) if gain is None else gain
 
 

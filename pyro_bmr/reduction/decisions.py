@@ -23,10 +23,10 @@ from pyro_bmr.reduction.group_evidence import (
     Results,
     check_ranks,
     fractions,
-    is_point_spike,
 )
 from pyro_bmr.reduction.groups import NofM
 from pyro_bmr.reduction.reduced_site import SiteReduction
+from pyro_bmr.reduction.rules import is_point_spike
 from pyro_bmr.reduction.search import Search
 
 Kept = float | Mapping[str, float] | None

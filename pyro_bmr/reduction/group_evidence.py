@@ -1,6 +1,6 @@
 """The evidence of groups over all sites of a reduction, and which of them a target size prunes.
 
-Owns `Groups`, `is_point_spike`, and what single weights and groups share. Next: `decisions.py`.
+Owns `Groups`, and what single weights and groups share. Next: `decisions.py`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,13 @@ from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas.conditioning import initial_state
 from pyro_bmr.formulas.structure import Correlated
 from pyro_bmr.posteriors.posterior import Posterior
-from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
+from pyro_bmr.priors import Prior, SpikeAndSlab
 from pyro_bmr.reduction.correlations import correlated
 from pyro_bmr.reduction.reduced_site import SiteReduction
+from pyro_bmr.reduction.rules import is_point_spike
 from pyro_bmr.reduction.slabs import inclusion, spike_odds
 
 Results = Mapping[str, SiteReduction]
-
-
-def is_point_spike(prior: Prior | None) -> bool:
-    """Whether a reduced prior is the point zero, so that ΔF is all that decides."""
-    return isinstance(prior, Gaussian) and prior.scale == 0
 
 
 def has_width(prior: Prior | None) -> bool:

@@ -22,11 +22,11 @@ from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
 from pyro_bmr.reduction.correlations import pruned_site, rescaled_site
 from pyro_bmr.reduction.decisions import SearchMethod, decide, pattern_masks
-from pyro_bmr.reduction.group_evidence import is_point_spike
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
 from pyro_bmr.reduction.multiplied import multiplied
 from pyro_bmr.reduction.reduced_site import SiteReduction, site_reduction
 from pyro_bmr.reduction.result import Reduction, cautions
+from pyro_bmr.reduction.rules import is_point_spike
 from pyro_bmr.reduction.search import greedy_search
 from pyro_bmr.reduction.slabs import with_slab
 

@@ -19,7 +19,7 @@ from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors import Prior, SpikeAndSlab
 from pyro_bmr.reduction.entries import KeptEntries, Reduced, kept_entries
-from pyro_bmr.reduction.rules import reduced
+from pyro_bmr.reduction.rules import is_point_spike, reduced
 from pyro_bmr.reduction.slabs import with_slab
 
 
@@ -82,14 +82,13 @@ def site_reduction(
         to = with_slab(posterior, name, to, groups)
     wider = int(torch.count_nonzero(site.var > site.prior.var))
     spike = point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask)
+    if groups is None and is_point_spike(to):  # no moment changes
+        drop_log_odds = spike if site.mask is None else spike.masked_fill(~site.mask, torch.inf)
+        return SiteReduction(0.0, spike, drop_log_odds, site, wider)
     entries = kept_entries(site, spike, groups)
     answer = reduced(to, entries)
     after = _with_moments(site, answer, entries)
-    drop_log_odds = (
-        spike.masked_fill(~site.kept, torch.inf)
-        if answer.drop_log_odds is entries.spike and site.mask is not None
-        else _put_back(answer.drop_log_odds, site, torch.inf)
-    )
+    drop_log_odds = _put_back(answer.drop_log_odds, site, torch.inf)
     return SiteReduction(
         answer.delta_f, spike, drop_log_odds, after, wider, answer.scale, answer.scales
     )

@@ -1,6 +1,6 @@
 """What a reduced prior says of the kept entries of a site, with one rule for each kind of prior.
 
-Owns `reduced`. The formulas are in `formulas/`. Next: `reduced_site.py`.
+Owns `reduced` and `is_point_spike`. The formulas are in `formulas/`. Next: `reduced_site.py`.
 
 A prior of your own is a target if it has `mean` and `var` (it is Gaussian), `mixture` (a scale
 mixture of Gaussians), or `log_prob` (any density), looked for in this order. For a rule of your own
@@ -39,6 +39,13 @@ from pyro_bmr.priors import (
 )
 from pyro_bmr.reduction.entries import KeptEntries, Reduced
 from pyro_bmr.reduction.slabs import spike_and_slab
+
+
+def is_point_spike(prior: Any) -> bool:
+    """Whether a reduced prior is the point zero, so that ΔF is all that decides."""
+    if not isinstance(prior, Gaussian) or prior.scale != 0:
+        return False
+    return isinstance(prior.mean, (int, float)) and prior.mean == 0
 
 
 @singledispatch
