@@ -118,7 +118,7 @@ def summits(
     by a nat or so: at most the width of the bracket.
 
     The bracket shrinks to the neighbours of the best of nine points, until log f varies by less
-    than a nat in it.
+    than a nat in it. At a jump it shrinks to nothing; there the width is that of the higher side.
     """
     at, best, width = (left + right) / 2, torch.full_like(left, -torch.inf), right - left
     steps = torch.linspace(0, 1, 9, dtype=torch.float64, device=left.device)
@@ -143,4 +143,17 @@ def summits(
             (top - value.amin(1) < 1) | ((b - a) <= 4e-16 * at[open_].abs()) | (top == -torch.inf)
         )
         open_ = open_[~flat]
+    jump = (width <= 4e-16 * at.abs()).nonzero()[:, 0]
+    if len(jump):
+        width[jump] = _width_beside(log_f, owner[jump], at[jump], best[jump])
     return at, best, width
+
+
+def _width_beside(log_f: LogFunction, owner: Tensor, at: Tensor, best: Tensor) -> Tensor:
+    """How far log f stays within a nat of `best`, its value at the jump `at`, on the side where it
+    stays there longer: a power of two times the rounding of `at`.
+    """
+    steps = at.abs()[:, None] * 2.0 ** torch.arange(-52, 1, dtype=at.dtype, device=at.device)
+    value = log_f(owner, torch.cat([at[:, None] - steps, at[:, None] + steps], 1))
+    near = (value >= best[:, None] - 1).view(len(at), 2, -1).cumprod(2).sum(2).amax(1)
+    return steps.gather(1, (near[:, None] - 1).clamp(min=0))[:, 0]

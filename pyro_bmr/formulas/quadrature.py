@@ -29,6 +29,7 @@ _SCAN = 2.0 ** np.arange(-100, 100.5, 0.5)  # where a density is looked for, on 
 _EVEN = 16_385  # points over the posterior means
 _MOST_SUMMITS = 64
 _OFF = 1e-5  # how far from 1 the integral of a density may come out
+_RESOLVED = 8 * np.finfo(np.float64).eps  # the least width that moments have digits for
 
 
 class DensityReduction(NamedTuple):
@@ -56,7 +57,8 @@ def density_reduction(
     dtype of the moments, if `log_prob` takes it.
 
     Raises:
-        ReductionError: `log_prob` does not give a density for each weight, of integral 1.
+        ReductionError: `log_prob` does not give a density for each weight, of integral 1; or a
+            reduced posterior is as narrow as the rounding of its mean.
     """
     shape, dtype = posterior.mean.shape, posterior.mean.dtype
     columns = [
@@ -71,9 +73,22 @@ def density_reduction(
         _chunk(m, s2, eta, v0, density, edges)
         for m, s2, eta, v0 in zip(*(c.split(_CHUNK) for c in columns), strict=True)
     ]
-    return DensityReduction(
-        *(torch.cat(column).view(shape).to(dtype) for column in zip(*parts, strict=True))
-    )
+    delta_f, mean, var = (torch.cat(column) for column in zip(*parts, strict=True))
+    _check_width(mean, var)
+    return DensityReduction(*(t.view(shape).to(dtype) for t in (delta_f, mean, var)))
+
+
+def _check_width(mean: Tensor, var: Tensor) -> None:
+    """ReductionError for a reduced posterior that float64 cannot tell from a point."""
+    narrow = var.sqrt() < _RESOLVED * mean.abs()
+    if bool(narrow.any()):
+        worst = int(torch.where(narrow, mean.abs(), 0).argmax())
+        raise ReductionError(
+            f"log_prob: expected a reduced posterior wider than {_RESOLVED:.1g} of its mean, got"
+            f" {int(narrow.sum())} of {len(mean)} weights with less, one with mean"
+            f" {float(mean[worst]):.4g} and standard deviation {float(var[worst].sqrt()):.2g}: the"
+            " density allows nothing near the posterior; give one that does"
+        )
 
 
 class _Density:
@@ -187,9 +202,11 @@ def _chunk(
     )
     index = torch.arange(len(mean), device=mean.device)
     values = log_f(index, own)
-    top, last = values.argmax(1, keepdim=True), own.shape[1] - 1
-    bracket = (own.gather(1, (top + step).clamp(0, last))[:, 0] for step in (-1, 1))
-    at, best, width = summits(log_f, index, *bracket)
+    top = own.gather(1, values.argmax(1, keepdim=True))
+    # the next breakpoints that differ: two of them may be the same number
+    left = own.where(own < top, own[:, :1]).amax(1)
+    right = own.where(own > top, own[:, -1:]).amin(1)
+    at, best, width = summits(log_f, index, left, right)
     # between two places as low as this the message, which bends by 1/σ², cannot rise to anything
     far = torch.maximum(values[:, 1:], values[:, :-1]) < best[:, None] - 60 - (
         own[:, 1:] - own[:, :-1]

@@ -70,6 +70,31 @@ def test_a_uniform_has_jumps(low, high):
     torch.testing.assert_close(got.delta_f, want, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("far, side", [(500, -1), (25_000, -1), (170_000, 1)])
+def test_a_uniform_far_from_the_posterior(far, side):
+    """Mills' expansion of a Gaussian N(0, 1/L) beyond 5, d = 5√L away: it falls like an exponential
+    of rate d√L.
+    """
+    sigma = 5 / far
+    q, p = Diagonal(number([0.0]), number([sigma**2])), Diagonal(number([0.0]), number([1.0]))
+    low, high = sorted([5.0 * side, 6.0 * side])
+    got = density_reduction(q, p, Uniform(number(low), number(high), validate_args=False).log_prob)
+    precision = sigma**-2 - 1
+    d, s = 5 * precision**0.5, precision**-0.5
+    want = math.log(s / d * (1 - d**-2)) - precision * 25 / 2 - math.log(sigma)
+    assert float(got.delta_f) == pytest.approx(want, rel=1e-12)
+    beyond = s * (1 / d - 2 / d**3)
+    assert side * float(got.mean) - 5 == pytest.approx(beyond, rel=1e-5, abs=2e-15)
+    assert float(got.var.sqrt()) == pytest.approx(s / d * (1 - 3 * d**-2), rel=1e-5)
+
+
+def test_a_uniform_too_far_for_the_moments_to_have_digits():
+    q = Diagonal(number([0.0, 5.3]), number([1e-16, 1e-16]))
+    log_prob = Uniform(number(5.0), number(6.0), validate_args=False).log_prob
+    with pytest.raises(bmr.errors.ReductionError, match=r"log_prob: expected .*got 1 of 2 weights"):
+        density_reduction(q, P, log_prob)
+
+
 def test_a_cauchy_is_a_mixture():
     got = density_reduction(Q, P, Cauchy(number(0.0), 0.01).log_prob)
     want = bmr.formulas.scale_mixture_reduction(
