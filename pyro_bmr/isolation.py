@@ -212,11 +212,13 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 
 def plain(value: Any) -> Any:
-    """A tensor that autograd can use: a copy if it was made in torch.inference_mode. Tuples and
-    lists of tensors too; any other value as it is.
+    """A tensor that autograd can use: a copy if it was made in torch.inference_mode. Tuples, lists
+    and dicts of tensors too; any other value as it is.
     """
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
+    if type(value) is dict:
+        return {key: plain(part) for key, part in value.items()}
     return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
 
 
@@ -226,6 +228,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
         elif isinstance(getattr(value, "x_train", None), Tensor):
             yield value.x_train
         elif hasattr(value, "sites"):

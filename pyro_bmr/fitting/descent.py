@@ -29,8 +29,8 @@ def take_step(run: Run, batch: Batch, share: float, number: int) -> tuple[float,
         FitError: the step is faulty, and no more may be skipped.
     """
     step, processes = run.step, run.processes
-    seed_generator(run.rows.x.device, run.seed * 1_000_003 + number)
-    run.full_data.rows = len(batch[0])
+    seed_generator(run.rows.device, run.seed * 1_000_003 + number)
+    run.full_data.rows = len(batch[1])
     # holds weights of lower precision as they were in the step before, if the fit runs under
     # torch.autocast
     torch.clear_autocast_cache()
@@ -69,7 +69,7 @@ def _over_processes(run: Run, draw: Draw, share: float, faulty: bool) -> tuple[D
     """
     trained, vectors = run.step.trained, run.step.to_average(draw)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    numbers = run.rows.x.new_zeros(3 + run.processes.size, dtype=torch.float32)
+    numbers = torch.zeros(3 + run.processes.size, dtype=torch.float32, device=run.rows.device)
     terms = draw.expected_log_likelihood, draw.kl, float(run.interrupted)
     numbers[:3] = torch.tensor(terms)
     numbers[3 + run.processes.rank] = float(faulty)

@@ -17,6 +17,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_bmr.data.inputs import rows_in
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides import MeanField, SiteWise
 from pyro_bmr.guides.latent_sites import Latent, base_distribution, gaussian_on_the_line
@@ -159,7 +160,7 @@ def _drawn(
         q = conditional(site.name, drawn.values, mask)
         per_row = guide.estimator in PER_ROW and site.transform is None and noise is None
         if per_row and isinstance(q, Independent):
-            z: Tensor = RowNoise(q.mean, q.std, len(args[0]), guide.estimator)
+            z: Tensor = RowNoise(q.mean, q.std, rows_in(args[0]), guide.estimator)
         else:
             own = (
                 torch.randn(q.noise_size, dtype=q.mean.dtype, device=q.mean.device)

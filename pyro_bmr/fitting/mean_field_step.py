@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_bmr.data.inputs import Inputs
 from pyro_bmr.errors import ModelError
 from pyro_bmr.fitting.chunks import pull_of
 from pyro_bmr.fitting.flat_vectors import FlatVectors
@@ -35,7 +36,7 @@ class Network(Protocol):
     plain_weights: set[str]
     has_log_likelihood: bool
 
-    def log_likelihood(self, weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor: ...
+    def log_likelihood(self, weights: Mapping[str, Tensor], x: Inputs, y: Tensor) -> Tensor: ...
 
 
 class MeanFieldStep(FlatVectors):
@@ -127,7 +128,7 @@ class MeanFieldStep(FlatVectors):
                 and network.has_log_likelihood
             ):
                 of_batch = network.log_likelihood(self.leaves, *batch)
-                likelihood = of_batch * (self.rows / len(batch[0]))
+                likelihood = of_batch * (self.rows / len(batch[1]))
                 (likelihood * (-share / self.rows)).backward()
                 priors, open_kl = self.declared, 0.0
             else:

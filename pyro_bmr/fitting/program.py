@@ -35,7 +35,7 @@ def latents_of(program: Program, rows: Rows, shuffle: bool) -> tuple[int, dict[s
     """
     batch, batches = rows.sizes[0], len(rows.sizes) > 1
     example, found = _tried(program, rows.x, rows.y, batch)
-    count, drawn, per_row = rows_of_guide(program, rows, found, len(example[0]))
+    count, drawn, per_row = rows_of_guide(program, rows, found, len(example[1]))
     if rows.held_out is not None:
         _tried(program, *rows.held_out, len(rows.held_out[0]))
         if per_row:
@@ -119,7 +119,7 @@ def rows_of_guide(
         FitError: the program runs on one number of rows alone, which not all batches need have;
             sites have entries per row, and a batch is not all of them.
     """
-    size, batch = len(rows.x), rows.sizes[0]
+    size, batch = rows.size, rows.sizes[0]
     if tried == size > _EXAMPLE:  # no other number of rows is needed
         return tried, found, None
     if batch != tried:

@@ -34,8 +34,8 @@ class HasTrainingData(Protocol):
 class Rows:
     """The rows `x` and `y` that a fit trains on, and those it holds out, if any.
 
-    `sizes`: of the batches of an epoch. `in_order`: whether they are not shuffled. `split`: whether
-    the held-out rows were a fraction of the data.
+    `size`: N, how many there are, on the `device`. `sizes`: of the batches of an epoch. `in_order`:
+    whether they are not shuffled. `split`: whether the held-out rows were a fraction of the data.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Rows:
         split: bool = False,
     ) -> None:
         self.x, self.y, self.held_out, self.split, self.seed = x, y, held_out, split, seed
+        self.size, self.device = len(x), x.device
         self.processes = Processes()
         self.processes.check_rows(len(x), batch_size)
         self.batch_size = min(batch_size, len(x))

@@ -55,7 +55,7 @@ class Run:
     """
 
     def __init__(self, program: Program, rows: Rows, given: Arguments) -> None:
-        seed_generator(rows.x.device, given.seed)
+        seed_generator(rows.device, given.seed)
         self.program, self.rows, self.temperature = program, rows, given.temperature
         self.processes, self.seed = rows.processes, rows.processes.seed(given.seed)
         self.faults, self.interrupted = Faults(given.skip_faulty), False
@@ -65,11 +65,11 @@ class Run:
         set_training(program, False)
         self.example_rows, latents = latents_of(program, rows, given.shuffle)
         self.empirical = EmpiricalScales()
-        self.full_data = WholeData(len(rows.x), len(self.example[0]))
+        self.full_data = WholeData(rows.size, len(self.example[1]))
         self.scaled = self.empirical(self.full_data(program))
         self.guide: Any = make_guide(given.guide, program, self.example, latents)
         self.processes.copy_from_first(tensors_of(self.guide, program).values())
-        self.masks = masks_in_force(program, {}, rows.x.device)
+        self.masks = masks_in_force(program, {}, rows.device)
         self.step = self._step()
         self.step.prune(self.masks)
         sites = self.posterior().sites  # also refuses guides that cannot be read
@@ -83,9 +83,9 @@ class Run:
         fresh = [name for name, s in sites.items() if s.support == "real" and not s.given]
         if given.start is not None:
             self.empirical.scales, fresh = begin_at(given.start, self.guide), []
-            self.masks = masks_in_force(program, given.start.masks, rows.x.device)
+            self.masks = masks_in_force(program, given.start.masks, rows.device)
             self.step.prune(self.masks)
-        count = len(rows.x) / given.temperature
+        count = rows.size / given.temperature
         self.optimizer = optimizer_of(given.optimizer, self.step, count, fresh)
         steps = given.epochs * len(rows.sizes)
         self.scheduler = given.scheduler(self.optimizer, steps) if given.scheduler else None
@@ -94,13 +94,13 @@ class Run:
         """The step of the guide: the fast one for a `MeanField` whose noise is drawn once for all
         rows of a batch.
         """
-        guide, size, trained = self.guide, len(self.rows.x), _trained((self.guide, self.program))
+        guide, size, trained = self.guide, self.rows.size, _trained((self.guide, self.program))
         if not isinstance(guide, MeanField) or guide.estimator in PER_ROW:
             return AutogradStep(self.scaled, guide, size, self.temperature, trained)
         check_memory(
             f"a fit of {guide.loc.numel():,} weights, beside the guide's vectors and the data,",
             _NUMBERS * guide.loc.numel() * guide.loc.element_size(),
-            self.rows.x.device,
+            self.rows.device,
             "make the network smaller, fit in a lower precision, or see docs/several_processes.md",
         )
         network = cast(Network, self.program) if hasattr(self.program, "plain_weights") else None
@@ -128,7 +128,7 @@ class Run:
             *self.example,
             masks=self.masks,
             temperature=self.temperature,
-            rows=len(self.rows.x),
+            rows=self.rows.size,
             products=False,
         )
         set_training(self.program, True)
@@ -153,7 +153,7 @@ class Run:
         the predicted gain in evidence of what is pruned now, nats.
         """
         masks, gain = self.processes.decided_by_first(
-            lambda: _decided(schedule.reduce(self.posterior(), done)), self.rows.x.device
+            lambda: _decided(schedule.reduce(self.posterior(), done)), self.rows.device
         )
         self.masks = {**self.masks, **masks}
         self.faults.forget()
@@ -189,7 +189,7 @@ class Run:
         }
         self.processes.check_equal(
             tensors,
-            self.rows.x.device,
+            self.rows.device,
             f"has other weights or masks than process 0 after step {number}; the program or the"
             " optimiser does not do the same in each, perhaps because it draws random numbers of"
             " its own",

@@ -40,7 +40,7 @@ def snapshot(run: Run) -> dict[str, Any]:
         "scales": run.empirical.scales,
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict() if run.scheduler else None,
-        "generator": generator_of(run.rows.x.device).get_state(),
+        "generator": generator_of(run.rows.device).get_state(),
         "log_likelihood": _log_likelihood(run),
         "faults": run.faults.state(),
     }
@@ -53,7 +53,7 @@ def resumed(run: Run, given: Arguments, writer: CheckpointWriter) -> Progress:
     Raises:
         FitError: they do not, or the checkpoint is of another fit.
     """
-    processes, device = run.processes, run.rows.x.device
+    processes, device = run.processes, run.rows.device
     if writer.rule is None and processes.size == 1:
         return Progress()
     settings = fit_settings(run, given)
@@ -80,7 +80,7 @@ def _restore(run: Run, state: Mapping[str, Any]) -> None:
         FitError: the program does not give the log likelihood that it gave when the state was
             saved.
     """
-    device = run.rows.x.device
+    device = run.rows.device
     run.masks, run.empirical.scales = (
         {name: t.to(device) for name, t in state[key].items()} for key in ("masks", "scales")
     )
@@ -128,7 +128,7 @@ def fit_settings(run: Run, given: Arguments) -> dict[str, Any]:
             "pyro_bmr": importlib.metadata.version("pyro_bmr"),
             "threads": torch.get_num_threads(),
             "processes": run.processes.size,
-            "device": str(run.rows.x.device),
+            "device": str(run.rows.device),
             "processor": platform.machine(),
         },
     }
@@ -156,12 +156,12 @@ def _log_likelihood(run: Run) -> float:
     """The log likelihood of the first rows at the posterior's point: a program that has changed
     gives another.
     """
-    device = run.rows.x.device
+    device = run.rows.device
     point, example = run.posterior().point(), run.example
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seed_generator(device, 0)
         set_training(run.program, False)
-        run.full_data.rows = len(example[0])
+        run.full_data.rows = len(example[1])
         with Values(point) as seen:
             run.scaled(*example)
         set_training(run.program, True)

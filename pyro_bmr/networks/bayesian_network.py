@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from pyro_bmr.checks import check_arguments
+from pyro_bmr.data.inputs import Inputs, arguments
 from pyro_bmr.likelihoods.likelihood import Likelihood
 from pyro_bmr.networks.lifting import check_network, check_patterns, lifted_parameters
 from pyro_bmr.networks.plain_module import module_copy, plain_module
@@ -135,10 +136,11 @@ class BayesianNetwork(nn.Module):
         return weights
 
     def forward(
-        self, x: Tensor, y: Tensor | None = None, weights: Mapping[str, Tensor] | None = None
+        self, x: Inputs, y: Tensor | None = None, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """The value of the observed site. Parameters whose values are given as `weights` have no
-        site in this run.
+        """The value of the observed site. The network is called as ``net(x)``, ``net(*x)`` for a
+        tuple of tensors, or ``net(**x)`` for a dict. Parameters whose values are given as `weights`
+        have no site in this run.
         """
         return self.likelihood.observe(self._output(self.weights(weights), x), y)
 
@@ -149,22 +151,24 @@ class BayesianNetwork(nn.Module):
         """
         return self.plain_weights == set(self.priors) and hasattr(self.likelihood, "log_prob")
 
-    def log_likelihood(self, weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def log_likelihood(self, weights: Mapping[str, Tensor], x: Inputs, y: Tensor) -> Tensor:
         """Σ log p(y | x, weights) over the rows of a batch, nats: the observed site of `forward`,
         without the Pyro statements around it.
         """
         return self.likelihood.log_prob(self._output(weights, x), y)  # type: ignore[attr-defined]
 
-    def _output(self, weights: Mapping[str, Tensor], x: Tensor) -> Any:
+    def _output(self, weights: Mapping[str, Tensor], x: Inputs) -> Any:
         """What the network returns, its floating-point tensors in the dtype of the weights, also in
         tuples, lists and dicts: `torch.autocast` may lower the precision of layers, not of
-        densities.
+        densities. Of the named outputs of a Hugging Face model it is the `logits`.
         """
         dtype, given = next(iter(weights.values())).dtype, dict(weights)
         for name, mask in self._left_masks.items():  # point estimates that are pruned
             parameter = self.net.get_parameter(name)
             given[name] = parameter * mask.to(parameter.device)
-        output = functional_call(self.net, given, (x,))
+        output = functional_call(self.net, given, *arguments(x))
+        if isinstance(output, Mapping) and hasattr(output, "logits"):
+            output = output.logits
         if isinstance(output, Tensor):
             return output if output.is_complex() else output.to(dtype)
         return tree_map(

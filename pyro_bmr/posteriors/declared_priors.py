@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bmr.data.inputs import Inputs, has_rows, rows_in
 from pyro_bmr.errors import ModelError, described
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.guides.latent_sites import base_distribution, support_name
@@ -43,7 +44,7 @@ def with_priors(
             f" {', '.join(read)}; make the guide from this program, and give the program its"
             " targets too, as in from_guide(guide, program, x, y)"
         )
-    x = next((t for t in args if isinstance(t, Tensor) and t.ndim), None)
+    x = next((value for value in args if has_rows(value)), None)
     sites = {name: _with_prior(bare[name], name, run, x, values) for name in run.latent}
     missing = set(bare) - set(sites)
     if missing:
@@ -55,7 +56,7 @@ def with_priors(
 
 
 def _with_prior(
-    site: Site, name: str, run: Values, x: Tensor | None, values: Mapping[str, Tensor]
+    site: Site, name: str, run: Values, x: Inputs | None, values: Mapping[str, Tensor]
 ) -> Site:
     """One site with its prior in the `run`, and whether it has an entry for each row of `x`."""
     msg = run.latent[name]
@@ -64,7 +65,7 @@ def _with_prior(
         site, base = site.masked(site.kept & base.kept), base.base_dist
     _check_not_off(name, msg)
     prior, given = _prior(name, site, base, values)
-    plate = None if x is None else _plate_of_rows(run, len(x))
+    plate = None if x is None else _plate_of_rows(run, rows_in(x))
     per_row = plate is not None and any(frame.name == plate for frame in msg["cond_indep_stack"])
     return replace(
         site,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pyro_bmr.data.inputs import Inputs, parts_of
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.message import Message
 from pyro_bmr.formulas.structure import Structure
@@ -85,6 +86,9 @@ class Site:
         return replace(self, var=self.var * factor, joint=joint)
 
 
-def rows_digest(x: Tensor) -> str:
+def rows_digest(x: Inputs) -> str:
     """What tells the rows `x` from others."""
-    return hashlib.sha256(x.detach().cpu().contiguous().double().numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for part in parts_of(x).values():
+        digest.update(part.detach().cpu().contiguous().double().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,76 @@
+"""The inputs x of a program: one tensor, or a tuple or a dict of tensors, all with the rows first.
+
+Owns `Inputs`, what can be done to all its tensors at once, and how a network is called with them.
+Next: `data_set.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+
+
+def parts_of(x: Any, name: str = "x") -> dict[str, Tensor]:
+    """The tensors of x, each with its name in messages."""
+    if isinstance(x, Mapping):
+        return {f"{name}['{key}']": part for key, part in x.items()}
+    if isinstance(x, (tuple, list)):
+        return {f"{name}[{k}]": part for k, part in enumerate(x)}
+    return {name: x}
+
+
+def of_each(function: Callable[[Tensor], Tensor], x: Inputs) -> Inputs:
+    """x with `function` applied to each of its tensors."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, Mapping):
+        return {key: function(part) for key, part in x.items()}
+    return tuple(function(part) for part in x)
+
+
+def has_rows(value: Any) -> bool:
+    """Whether `value` is a tensor with rows, or a tuple or a dict of such."""
+    parts = parts_of(value).values()
+    return bool(parts) and all(isinstance(part, Tensor) and part.ndim > 0 for part in parts)
+
+
+def rows_in(x: Any) -> int:
+    """How many rows x has; the first of its tensors tells."""
+    return len(x) if isinstance(x, Tensor) else len(next(iter(parts_of(x).values())))
+
+
+def joined(parts: Sequence[Inputs]) -> Inputs:
+    """The rows of all `parts`, one after the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    columns = zip(*(parts_of(part).values() for part in parts), strict=True)
+    tensors = [torch.cat(column) for column in columns]
+    if isinstance(first, Mapping):
+        return dict(zip(first, tensors, strict=True))
+    return tuple(tensors)
+
+
+def arguments(x: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """The arguments with which a network is called: ``net(x)``, ``net(*x)`` or ``net(**x)``."""
+    if isinstance(x, Tensor):
+        return (x,), {}
+    if isinstance(x, Mapping):
+        return (), dict(x)
+    return tuple(x), {}
+
+
+def described(x: Any) -> str:
+    """The shapes and dtypes of x in a message."""
+    if isinstance(x, Tensor):
+        return f"shape {tuple(x.shape)} and {x.dtype}"
+    return ", ".join(
+        f"{name} {tuple(part.shape)} {part.dtype}" for name, part in parts_of(x, "").items()
+    )
