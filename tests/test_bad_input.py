@@ -488,12 +488,12 @@ BAD_CALLS = {
     "moments of numpy": (
         lambda d: moments(np.ones(3), ones),
         bmr.errors.ModelError,
-        "site 'w': mean must be a tensor.*ndarray",
+        "site 'w': expected a tensor of .* as mean, got ndarray",
     ),
     "moments of integers": (
         lambda d: moments(ones.long(), ones),
         bmr.errors.ModelError,
-        "site 'w': mean must be .*torch.int64",
+        "site 'w': expected a tensor of .* as mean, got torch.int64",
     ),
     "no moments": (
         lambda d: bmr.Posterior.from_moments({}, {}, bmr.Gaussian(0.5)),
@@ -518,7 +518,7 @@ BAD_CALLS = {
     "samples of integers": (
         lambda d: bmr.Posterior.from_samples({"w": torch.ones(5, 3).long()}, bmr.Gaussian(0.5)),
         bmr.errors.ModelError,
-        "samples must be",
+        "expected a tensor of floating-point numbers as samples",
     ),
     "samples that are NaN": (
         lambda d: bmr.Posterior.from_samples({"w": torch.full((5, 3), NAN)}, bmr.Gaussian(0.5)),
@@ -585,7 +585,7 @@ BAD_CALLS = {
     "best variance of NaN": (
         lambda d: bmr.formulas.best_var(bmr.formulas.Message(ones * NAN, ones), ones),
         bmr.errors.ReductionError,
-        "the message has NaN",
+        "expected a message of finite numbers",
     ),
     "families that differ": (
         lambda d: bmr.formulas.natural_delta_f(

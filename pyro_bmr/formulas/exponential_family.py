@@ -124,7 +124,7 @@ def _forms(
     if not q.family == p.family == r.family:
         names = ", ".join(type(d).__name__ for d in (posterior, prior, reduced_prior))
         raise ReductionError(
-            f"posterior, prior and reduced prior must be of one exponential family; got {names}"
+            f"posterior, prior, reduced_prior: expected one exponential family, got {names}"
         )
     for role, distribution, form in (("prior", prior, p), ("reduced prior", reduced_prior, r)):
         fits = distribution.event_shape == posterior.event_shape and _broadcasts(
@@ -165,7 +165,7 @@ def _independent(*distributions: Distribution) -> tuple[td.Independent, ...]:
             or d.event_shape != first.event_shape
         ):
             raise ReductionError(
-                "posterior, prior and reduced prior must have one event shape; got"
+                "posterior, prior, reduced_prior: expected one event shape, got"
                 f" {tuple(first.event_shape)} and {tuple(d.event_shape)}; give all three the same"
                 " .to_event()"
             )

@@ -73,8 +73,8 @@ def mixture_nodes(
     off = log_w.logsumexp(-1).abs()
     if v.numel() and not float(off.max()) < 1e-5:
         raise ReductionError(
-            "the weights of a mixture must sum to 1; expected log weights with logsumexp 0, got"
-            f" one {float(off.max()):.3g} away"
+            "mixture: expected log weights with logsumexp 0, got one that is"
+            f" {float(off.max()):.3g} away; subtract it, so that the weights sum to 1"
         )
     sharpest, reach = _extent(data, groups)
     order = v.argsort(-1)
@@ -141,7 +141,7 @@ def check_message(data: Message) -> None:
     bad = [int((~t.isfinite()).sum()) for t in data]
     if any(bad):
         raise ReductionError(
-            f"the message of the data must be finite; got {bad[0]} h and {bad[1]} precisions that"
+            f"expected a finite message of the data, got {bad[0]} h and {bad[1]} precisions that"
             " are not; a posterior as narrow as that needs float64, or is a point estimate"
         )
 

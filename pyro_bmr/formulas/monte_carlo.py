@@ -79,7 +79,7 @@ def monte_carlo_delta_f(
         )
     if set(prior) != set(reduced_prior) or not prior:
         raise ReductionError(
-            f"prior and reduced prior must name the same sites; got {', '.join(prior) or 'none'}"
+            f"prior, reduced_prior: expected the same sites, got {', '.join(prior) or 'none'}"
             f" and {', '.join(reduced_prior) or 'none'}"
         )
     missing = set(prior) - set(draws)
@@ -270,7 +270,7 @@ def _log_prob(prior: Any, draws: Tensor, name: str) -> Tensor:
     event = len(getattr(prior, "event_shape", ()))
     if value.shape != draws.shape[: draws.ndim - event]:
         raise ReductionError(
-            f"site '{name}': for draws of shape {tuple(draws.shape)} its prior gives log densities"
-            f" of shape {tuple(value.shape)}; the prior must broadcast to one draw"
+            f"site '{name}': expected a prior that broadcasts to one draw, got log densities of"
+            f" shape {tuple(value.shape)} for draws of shape {tuple(draws.shape)}"
         )
     return value.reshape(len(draws), -1).sum(1, dtype=torch.float64)

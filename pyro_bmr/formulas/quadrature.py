@@ -104,8 +104,8 @@ class _Density:
             return value.double()
         if value.shape != w.shape or bool(value.isnan().any()):
             raise ReductionError(
-                f"log_prob must give one number for each weight; for shape {tuple(w.shape)} it gave"
-                f" {tuple(value.shape)} or NaN"
+                f"log_prob: expected one number for each weight, got {tuple(value.shape)} or NaN"
+                f" for weights of shape {tuple(w.shape)}"
             )
         return value.double().masked_fill(value == torch.inf, -torch.inf)  # a pole, at one point
 
@@ -120,7 +120,7 @@ class _Density:
             return self.log_prob(w.to(self.takes))
         except ValueError as error:
             raise ReductionError(
-                f"log_prob must take any real number; it raised: {str(error).splitlines()[0]};"
+                f"log_prob: expected a value for any real number, got {str(error).splitlines()[0]};"
                 " outside of its support a density is -inf, as that of a torch distribution with"
                 " validate_args=False"
             ) from error
@@ -165,7 +165,7 @@ def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
     )
     if not abs(whole - 1) <= _OFF:
         raise ReductionError(
-            f"a density must integrate to 1; the integral of exp(log_prob) came out as {whole:.6g};"
+            f"log_prob: expected the log of a density of integral 1, got integral {whole:.6g};"
             " normalise it, and if it is so already, it is too narrow to be found between"
             f" {float(-far - 8 * wide):.3g} and {float(far + 8 * wide):.3g}: make it wider than a"
             " thousandth of that, or a Gaussian by mean and var"

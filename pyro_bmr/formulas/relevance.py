@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ReductionError
+from pyro_bmr.errors import ReductionError, described
 from pyro_bmr.formulas.diagonal import rounded
 from pyro_bmr.formulas.line_search import line_maximum
 from pyro_bmr.formulas.message import Message, log_evidence_ratio
@@ -84,8 +84,8 @@ def _given(
     h, precision = (t.double() for t in data)
     if bad := int((~(h.isfinite() & precision.isfinite())).sum()):
         raise ReductionError(
-            f"best_var: the message has NaN or infinities, {bad} of {h.numel()}; the moments it was"
-            " made of must be finite"
+            f"best_var: expected a message of finite numbers, got {bad} of {h.numel()} infinite or"
+            " NaN; make it of finite moments"
         )
     try:
         widths, e = (
@@ -93,7 +93,8 @@ def _given(
         )
     except RuntimeError:
         raise ReductionError(
-            f"best_var: prior_var and shift must fit the message's shape {tuple(h.shape)}"
+            "best_var: expected a prior_var and a shift that fit the message's shape"
+            f" {tuple(h.shape)}, got {described(prior_var)} and {described(shift)}"
         ) from None
     if not bool((widths.isfinite() & (widths > 0) & e.isfinite()).all()):
         raise ReductionError(
@@ -107,8 +108,8 @@ def _given(
         or bool((groups < 0).any())
     ):
         raise ReductionError(
-            f"best_var: groups must be integers >= 0 of the message's shape {tuple(h.shape)}, got"
-            f" {groups.dtype} of {tuple(groups.shape)}"
+            "groups: expected integers >= 0 of the message's shape"
+            f" {tuple(h.shape)}, got {groups.dtype} of shape {tuple(groups.shape)}"
         )
     silent = precision <= 0
     return h.masked_fill(silent, 0.0), precision.masked_fill(silent, 0.0), widths, e

@@ -110,8 +110,8 @@ def _prior(
     """The moments of a Gaussian prior, and the sites that they follow."""
     if (declared := support_name(name, base.support)) != site.support:
         raise ModelError(
-            f"site '{name}': its support is {described(declared)} in the program and"
-            f" {site.support!r} in the guide; they must be the same"
+            f"site '{name}': expected one support in program and guide, got {described(declared)}"
+            f" and {site.support!r}"
         )
     if not isinstance(base, torch.distributions.Normal):
         return None, ()

@@ -128,7 +128,7 @@ def checked_tensors(role: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ModelError(
-                f"site '{name}': {role} must be a tensor of floating-point numbers, got {got}"
+                f"site '{name}': expected a tensor of floating-point numbers as {role}, got {got}"
             )
     return {
         name: (
@@ -226,8 +226,8 @@ def _given_prior(name: str, prior: Any, like: Tensor) -> tuple[Diagonal | None, 
         _fits(mean.shape, like.shape) and _fits(var.shape, like.shape)
     ):
         raise ModelError(
-            f"site '{name}': the prior's variance must be > 0 and its moments finite, of a shape"
-            f" that fits {tuple(like.shape)}; got {type(prior).__name__} with a mean of shape"
+            f"site '{name}': expected a prior with a variance > 0 and finite moments, of a shape"
+            f" that fits {tuple(like.shape)}, got {type(prior).__name__} with a mean of shape"
             f" {tuple(mean.shape)} and a variance of shape {tuple(var.shape)}; a prior without a"
             " variance, such as a half-Cauchy, is no Gaussian: give None for its site"
         )

@@ -99,7 +99,7 @@ def test_gamma_by_quadrature():
 def test_families_must_agree_and_a_reduced_posterior_must_exist():
     a, b = float64(1.5, 2.5)
     with pytest.raises(
-        bmr.errors.ReductionError, match="one exponential family; got Beta, Gamma, Beta"
+        bmr.errors.ReductionError, match="one exponential family, got Beta, Gamma, Beta"
     ):
         natural_delta_f(Beta(a, b), Gamma(a, b), Beta(a, b))
     with pytest.raises(bmr.errors.ReductionError, match="wider than its prior"):

@@ -105,15 +105,15 @@ def test_a_cauchy_is_a_mixture():
 
 
 NO_DENSITIES = {
-    "not normalised": (lambda w: -w.square(), "came out as 1.77245; normalise it"),
-    "improper": (torch.zeros_like, "must integrate to 1"),
+    "not normalised": (lambda w: -w.square(), "got integral 1.77245; normalise it"),
+    "improper": (torch.zeros_like, "expected the log of a density of integral 1"),
     "too narrow to be found": (
         Uniform(number(50.0), number(50.001), validate_args=False).log_prob,
-        "came out as 0; .* too narrow",
+        "got integral 0; .* too narrow",
     ),
     "validated": (
         Uniform(number(0.0), number(1.0), validate_args=True).log_prob,
-        "must take any real number; it raised: .* validate_args=False",
+        "expected a value for any real number, got .* validate_args=False",
     ),
     "NaN": (lambda w: w.log(), "one number for each weight"),
 }

@@ -276,9 +276,12 @@ def test_what_is_refused():
         ),
         (
             lambda: curvature({"w": one}, {"w": one.long()}, Gaussian(1.0)),
-            "curvature must be a tensor of floating-point numbers, got torch.int64",
+            "expected a tensor of floating-point numbers as curvature, got torch.int64",
         ),
-        (lambda: curvature({"w": one.long()}, {"w": one}, Gaussian(1.0)), "mean must be a tensor"),
+        (
+            lambda: curvature({"w": one.long()}, {"w": one}, Gaussian(1.0)),
+            "expected a tensor of floating-point numbers as mean",
+        ),
         (
             lambda: curvature({"w": one * torch.nan}, {"w": one}, Gaussian(1.0)),
             "expected finite means, got 3",
@@ -311,7 +314,7 @@ def test_what_is_refused():
             lambda: curvature(
                 {"w": one}, {"w": one}, bmr.formulas.Diagonal(0 * one, one * torch.inf)
             ),
-            "moments finite",
+            "finite moments",
         ),
         (
             lambda: curvature(
@@ -332,7 +335,7 @@ def test_what_is_refused():
         ),
         (
             lambda: moments({"w": one}, {"w": one}, bmr.formulas.Diagonal(one * torch.nan, one)),
-            "moments finite",
+            "finite moments",
         ),
         (
             lambda: moments({"w": one}, {"w": one}, bmr.formulas.Diagonal(one[:2], one[:2])),
@@ -355,7 +358,7 @@ def test_what_is_refused():
         (lambda: moments({"w": one}, {"w": -one}, None), "finite means and variances >= 0"),
         (
             lambda: moments({"w": one}, {"w": one}, bmr.formulas.Diagonal(0 * one, 0 * one)),
-            "the prior's variance must be > 0",
+            "expected a prior with a variance > 0",
         ),
         (
             lambda: moments({"w": one}, {"w": one}, None, supports={"w": "simplex"}),
