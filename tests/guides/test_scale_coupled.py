@@ -109,6 +109,40 @@ def regression(x, y=None):
         return pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
 
 
+def test_a_posterior_keeps_the_coupling_of_its_guide(tmp_path):
+    """A horseshoe whose scales are nearly known: the conditional at their medians in closed form,
+    and the weight's moments over the scales from guide and posterior alike.
+    """
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    y = x[:, 2]
+    guide = bmr.ScaleCoupled(regression, x, y)
+    h, precision = number([3.0, -40.0, 90.0]), number([2.0, 50.0, 60.0])
+    (site,) = (m for m in guide.modules() if hasattr(m, "estimate"))
+    with torch.no_grad():
+        site.estimate.copy_(h / precision)
+        site.log_precision.copy_(precision.log())
+    bmr.Posterior.from_guide(guide, regression, x, y).save(tmp_path / "p.safetensors")
+    posterior = bmr.Posterior.load(tmp_path / "p.safetensors")
+
+    def weights(values):
+        return multiplier(bmr.Horseshoe(0.1), "w", values["w"], values) * values["w"]
+
+    point = posterior.point()
+    scale = weights({**point, "w": torch.ones(3, dtype=torch.float64)})
+    kappa = 1 / (1 + scale**2 * precision)
+    torch.testing.assert_close(posterior["w"].var, kappa)
+    torch.testing.assert_close(weights(point), scale**2 * h * kappa)
+    with torch.no_grad():
+        drawn = [
+            torch.stack([weights(draw()) for _ in range(60)])
+            for draw in (posterior.draw, lambda: guide(x, y))
+        ]
+    mean, other = (d.mean(0) for d in drawn)
+    error = (sum(d.var(0) for d in drawn) / 60).sqrt()
+    assert ((mean - other).abs() < 4 * error).all()
+    assert ((drawn[0].std(0) / drawn[1].std(0)).log().abs() < 4 * 60**-0.5).all()
+
+
 @pytest.mark.slow
 def test_the_coupling_raises_the_bound_and_a_posterior_keeps_it(tmp_path):
     """A horseshoe regression, one coefficient of eight at work: nats gained over mean field, and
