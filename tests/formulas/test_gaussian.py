@@ -424,7 +424,7 @@ FLAT = bmr.formulas.Dense(ZEROS, torch.eye(2))
         ),
         (
             lambda: bmr.formulas.best_var(bmr.formulas.Message(ONES * torch.inf, ONES), ONES),
-            "NaN or infinities, 2 of 2",
+            "got 2 of 2 infinite or NaN",
         ),
     ],
 )
