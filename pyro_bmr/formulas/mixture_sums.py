@@ -73,12 +73,8 @@ def _over_nodes(
     one, negative_b = torch.ones_like(h), b.neg_()
     x, s, e = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
     s0, s1, s2, v1, v2 = (torch.zeros_like(h) for _ in range(5))
-    pairs = (
-        zip(variances.tolist(), log_weights.exp().tolist(), strict=True)
-        if row is None
-        else zip(variances, log_weights.exp(), strict=True)
-    )
-    for v, w in pairs:
+    columns = variances, log_weights.exp()
+    for v, w in zip(*(columns if row is not None else (c.tolist() for c in columns)), strict=True):
         if row is None:
             torch.add(one, precision, alpha=v, out=x)
             torch.add(negative_b, a, alpha=v, out=e)

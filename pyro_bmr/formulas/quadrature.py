@@ -8,6 +8,7 @@ several weights together by `monte_carlo.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.formulas.adaptive import Panels, integrals, summits
+from pyro_bmr.formulas.adaptive import LogFunction, Panels, integrals, summits
 from pyro_bmr.formulas.diagonal import Diagonal
 
 _CHUNK = 1 << 9  # weights at once: some 1,000 points each
@@ -127,8 +128,10 @@ class _Density:
 
 
 def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
-    """Breakpoints that resolve p̃: around its summits, if its integral over all octaves comes out
-    as 1.
+    """Breakpoints around the summits of p̃.
+
+    Raises:
+        ReductionError: its integral over all octaves does not come out as 1.
     """
     far, wide = mean.abs().max(), var.max().sqrt()
     side = torch.as_tensor(_SCAN, device=mean.device)
@@ -148,21 +151,13 @@ def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
         :, 0
     ]
     local = local[inner[local].argsort(descending=True)[:_MOST_SUMMITS]]
-    at, best, width = summits(
-        density, torch.zeros_like(local), x[local].clone(), x[local + 2].clone()
-    )
+    owner = torch.zeros_like(local)
+    at, best, width = summits(density, owner, x[local].clone(), x[local + 2].clone())
     around = torch.as_tensor(np.concatenate([-_AROUND[::-1], [0.0], _AROUND]), device=mean.device)
     edges = (at[:, None] + width[:, None] * around).flatten()
     octaves = side[::2]
-    panels = Panels.between(
-        torch.cat([edges, -octaves, octaves.new_zeros(1), octaves, even[[0, -1]]]).unique()[None]
-    )
-    peak = torch.cat([value, best]).max()
-    whole = (
-        0.0
-        if float(peak) == -torch.inf
-        else float(integrals(density, panels, peak[None], octaves.new_zeros(1))[0, 0] * peak.exp())
-    )
+    every = torch.cat([edges, -octaves, octaves.new_zeros(1), octaves, even[[0, -1]]]).unique()
+    whole = _integral(density, every, float(torch.cat([value, best]).max()))
     if not abs(whole - 1) <= _OFF:
         raise ReductionError(
             f"log_prob: expected the log of a density of integral 1, got integral {whole:.6g};"
@@ -171,6 +166,15 @@ def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
             " thousandth of that, or a Gaussian by mean and var"
         )
     return edges
+
+
+def _integral(density: _Density, edges: Tensor, peak: float) -> float:
+    """∫ p̃ between the sorted edges; `peak`: the largest log p̃ that was seen."""
+    if peak == -math.inf:
+        return 0.0
+    zero = edges.new_zeros(1)
+    found = integrals(density, Panels.between(edges[None]), zero + peak, zero)
+    return float(found[0, 0]) * math.exp(peak)
 
 
 def _chunk(
@@ -182,11 +186,6 @@ def _chunk(
     edges: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     silent = var >= prior_var
-    mu, s2 = mean[:, None], var[:, None]
-    near, zero, around = (
-        torch.as_tensor(np.concatenate([-side[::-1], side]), device=mu.device)
-        for side in (_NEAR, _ZERO, _AROUND)
-    )
     message = _message(mean, var, prior_mean, prior_var, silent)
 
     def log_f(owner: Tensor, w: Tensor) -> Tensor:
@@ -195,10 +194,29 @@ def _chunk(
         away = w - about
         return (bend * away).add_(slope).mul_(away).add_(constant).add_(density(owner, w))
 
+    own, at, best = _breakpoints(log_f, mean, var, edges)
+    mass, first, second = integrals(log_f, Panels.between(own), best, at).unbind(1)
+    away = first / mass
+    return (
+        (best + mass.log()).masked_fill(silent, 0.0),
+        at + away,
+        (second / mass - away.square()).clamp(min=0),
+    )
+
+
+def _breakpoints(
+    log_f: LogFunction, mean: Tensor, var: Tensor, edges: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorted breakpoints of each weight, NaN where the integrand is too low to count; the summit of
+    the integrand and its value there.
+    """
+    mu, sigma = mean[:, None], var.sqrt()[:, None]
+    near, zero, around = (
+        torch.as_tensor(np.concatenate([-side[::-1], side]), device=mu.device)
+        for side in (_NEAR, _ZERO, _AROUND)
+    )
     own = (
-        torch.cat([mu + s2.sqrt() * near, s2.sqrt() * zero, edges.expand(len(mean), -1)], 1)
-        .sort(1)
-        .values
+        torch.cat([mu + sigma * near, sigma * zero, edges.expand(len(mean), -1)], 1).sort(1).values
     )
     index = torch.arange(len(mean), device=mean.device)
     values = log_f(index, own)
@@ -210,28 +228,15 @@ def _chunk(
     # between two places as low as this the message, which bends by 1/σ², cannot rise to anything
     far = torch.maximum(values[:, 1:], values[:, :-1]) < best[:, None] - 60 - (
         own[:, 1:] - own[:, :-1]
-    ).square() / (8 * s2)
-    own = (
-        torch.cat(
-            [
-                own[:, 1:-1].masked_fill(far[:, 1:] & far[:, :-1], torch.nan),
-                own[:, :1],
-                own[:, -1:],
-                at[:, None],
-                at[:, None] + width[:, None] * around,
-            ],
-            1,
-        )
-        .sort(1)
-        .values
-    )
-    mass, first, second = integrals(log_f, Panels.between(own), best, at).unbind(1)
-    away = first / mass
-    return (
-        (best + mass.log()).masked_fill(silent, 0.0),
-        at + away,
-        (second / mass - away.square()).clamp(min=0),
-    )
+    ).square() / (8 * var[:, None])
+    parts = [
+        own[:, 1:-1].masked_fill(far[:, 1:] & far[:, :-1], torch.nan),
+        own[:, :1],
+        own[:, -1:],
+        at[:, None],
+        at[:, None] + width[:, None] * around,
+    ]
+    return torch.cat(parts, 1).sort(1).values, at, best
 
 
 def _message(

@@ -112,16 +112,9 @@ def scale_mixture_reduction(
     out = [torch.empty(shape, dtype=data.h.dtype, device=data.h.device) for _ in range(4)]
 
     def fill(k: int) -> None:
-        for whole, value in zip(
-            out,
-            silenced(
-                mixture_sums(columns[0][k], columns[1][k], columns[2][k], nodes, rows[k]),
-                columns[1][k],
-                nodes,
-                rows[k],
-            ),
-            strict=True,
-        ):
+        sums = mixture_sums(columns[0][k], columns[1][k], columns[2][k], nodes, rows[k])
+        values = silenced(sums, columns[1][k], nodes, rows[k])
+        for whole, value in zip(out, values, strict=True):
             whole.view(-1)[k * CHUNK : (k + 1) * CHUNK] = value
 
     # torch's own threads gain nothing on arrays that fit a cache
@@ -176,7 +169,8 @@ def grouped_reduction(
     )
     if nodes.open_end:
         warn_of_end(int((weights[-1] > END).sum()), count, "groups", float(nodes.variances[-1]))
-    check_spacing(weights, nodes, torch.bincount(index, minlength=count))
+    members = torch.bincount(index, minlength=count)
+    check_spacing(weights, nodes, members)
     kept, mean_away, square_away = (torch.zeros_like(h) for _ in range(3))
     best = nodes.variances[weights.argmax(0)][index]
     near = 1 / (1 + best * precision)
@@ -188,9 +182,7 @@ def grouped_reduction(
         mean_away += p * away
         square_away += p * away.square()
     mean_share = best * near + mean_away
-    kappa, taken = (
-        by_group(x) / torch.bincount(index, minlength=count) for x in (kept, precision * mean_share)
-    )
+    kappa, taken = (by_group(x) / members for x in (kept, precision * mean_share))
     var = mean_share + h.square() * (square_away - mean_away.square()).clamp(min=0)
     rest = (kappa.log() - taken.log())[index], h * mean_share, var
     return ScaleMixtureReduction(delta_f.to(dtype), *(x.view(shape).to(dtype) for x in rest))
@@ -223,12 +215,10 @@ def best_scale(
     n, rows = h.numel(), None if scale_groups is None else scale_groups.reshape(-1)
     count = 1 if rows is None else int(rows.max()) + 1
     index = torch.zeros(n, dtype=torch.long, device=h.device) if rows is None else rows
+    sizes = torch.bincount(index, minlength=count).double()
     if groups is None:
         taken = sampled(rows, n, h.device)
         h, precision, var, index = h[taken], precision[taken], var[taken], index[taken]
-    sizes = torch.bincount(
-        torch.zeros(n, dtype=torch.long, device=h.device) if rows is None else rows, minlength=count
-    ).double()
     # each sampled weight stands for so many
     factor = sizes / torch.bincount(index, minlength=count)
 

@@ -127,28 +127,12 @@ def _integrated(
         )
         return terms + prior.log_ratio(away)
 
-    # within it the integrand bends for π, and further out at each ΔF,
-    bend = math.log(max(prior.alpha, prior.beta, len(d))) + math.log(3)
-    # until all that is beyond has fallen by exp(−80)
-    fallen = [2 * _TAIL_NATS + max(-math.log(x), 0.0) for x in (prior.alpha, prior.beta)]
-    low = max(min(float(d.min()), -bend), -bend - fallen[0]) - _TAIL_NATS
-    high = min(max(float(d.max()), bend), bend + fallen[1]) + _TAIL_NATS
+    low, high = _reach(d, prior)
     away, terms, tails = _trapezoid(log_integrand, low - prior.peak, high - prior.peak, prior, d)
     nodes = prior.peak + away
     log_mass = torch.cat([terms, tails]).logsumexp(0)
     left, right = tails - log_mass
-    weights, odds = (terms - log_mass).exp(), nodes.exp()
-    held = (weights > 0) & (odds > 0) & (1 / odds > 0) & (1 / odds < math.inf)
-    # over the larger of 1 and r, and of 1 and 1/r
-    inside, outside = torch.zeros_like(d), torch.zeros_like(d)
-    for w, o in zip(weights[held].split(rows), odds[held, None].split(rows), strict=True):
-        inside += w @ torch.addcmul(both[0], both[1], 1 / o).reciprocal_()
-        outside += w @ torch.addcmul(both[1], both[0], o).reciprocal_()
-    drop = (
-        d
-        + torch.logaddexp(outside.log(), left - below)
-        - torch.logaddexp(inside.log(), right + above)
-    )
+    drop = d + _mean_ratio(both, nodes, (terms - log_mass).exp(), left - below, right + above)
     included = torch.cat([terms - torch.nn.functional.softplus(-nodes), tails[1:]]).logsumexp(0)
     excluded = torch.cat([terms - torch.nn.functional.softplus(nodes), tails[:1]]).logsumexp(0)
     bulk = nodes[terms >= terms.max() - 1]
@@ -158,6 +142,33 @@ def _integrated(
         included - excluded,
         (float(bulk[0]), float(bulk[-1])),
     )
+
+
+def _reach(d: Tensor, prior: LogitBeta) -> tuple[float, float]:
+    """Between which logit π the integrand is not negligible."""
+    # within it the integrand bends for π, and further out at each ΔF,
+    bend = math.log(max(prior.alpha, prior.beta, len(d))) + math.log(3)
+    # until all that is beyond has fallen by exp(−80)
+    fallen = [2 * _TAIL_NATS + max(-math.log(x), 0.0) for x in (prior.alpha, prior.beta)]
+    low = max(min(float(d.min()), -bend), -bend - fallen[0]) - _TAIL_NATS
+    return low, min(max(float(d.max()), bend), bend + fallen[1]) + _TAIL_NATS
+
+
+def _mean_ratio(
+    both: Tensor, nodes: Tensor, weights: Tensor, left: Tensor, right: Tensor
+) -> Tensor:
+    """log E[(1 − π)/m] − log E[π/m], m = π + (1 − π) exp(ΔF) over the larger of 1 and exp(ΔF);
+    `left`, `right`: the logs of the tails of either.
+    """
+    rows = max(_PIECE // both.shape[1], 1)
+    odds = nodes.exp()
+    held = (weights > 0) & (odds > 0) & (1 / odds > 0) & (1 / odds < math.inf)
+    # over the larger of 1 and r, and of 1 and 1/r
+    inside, outside = torch.zeros_like(both)
+    for w, o in zip(weights[held].split(rows), odds[held, None].split(rows), strict=True):
+        inside += w @ torch.addcmul(both[0], both[1], 1 / o).reciprocal_()
+        outside += w @ torch.addcmul(both[1], both[0], o).reciprocal_()
+    return torch.logaddexp(outside.log(), left) - torch.logaddexp(inside.log(), right)
 
 
 def _trapezoid(

@@ -117,28 +117,7 @@ def _check_origin(name: str, pair: tuple[str, str], store: Any, named: bool) -> 
     """
     loc, scale = pair
     if loc.endswith(f"locs.{name}"):
-        prefix = loc.removesuffix(f"locs.{name}")
-        more = [
-            key
-            for key in store
-            if any(
-                key == f"{prefix}{kind}.{name}" or key.startswith(f"{prefix}{kind}.{name}.")
-                for kind in _OTHERS
-            )
-        ]
-        # AutoNormalMessenger and AutoRegressiveMessenger write the same names, without a prefix or
-        # in a list below _guide, and mean different things
-        if more or (not named and (not prefix or prefix.endswith("_guide."))):
-            mend = (
-                f" (it also keeps {more[0]})"
-                if more
-                else f", or say names={{{name!r}: {pair}}} if they are all of it"
-            )
-            raise ModelError(
-                f"site '{name}': '{loc}' and '{scale}' may be only part of its posterior in the"
-                " guide that wrote them; read that guide with "
-                f"Posterior.from_guide{mend}"
-            )
+        _check_whole(name, pair, store, named)
     if isinstance(store, ParamStoreDict):
         if named and isinstance(store._constraints[scale], type(constraints.real)):
             warn(
@@ -162,6 +141,31 @@ def _check_origin(name: str, pair: tuple[str, str], store: Any, named: bool) -> 
                 " after its load() if it comes from a file, or its get_state(); or say what it is"
                 " with Posterior.from_moments"
             )
+
+
+def _check_whole(name: str, pair: tuple[str, str], store: Any, named: bool) -> None:
+    """Raises a ModelError where the guide that wrote the pair may have more of the site."""
+    prefix = pair[0].removesuffix(f"locs.{name}")
+    more = [
+        key
+        for key in store
+        if any(
+            key == f"{prefix}{kind}.{name}" or key.startswith(f"{prefix}{kind}.{name}.")
+            for kind in _OTHERS
+        )
+    ]
+    # AutoNormalMessenger and AutoRegressiveMessenger write the same names, without a prefix or in a
+    # list below _guide, and mean different things
+    if more or (not named and (not prefix or prefix.endswith("_guide."))):
+        mend = (
+            f" (it also keeps {more[0]})"
+            if more
+            else f", or say names={{{name!r}: {pair}}} if they are all of it"
+        )
+        raise ModelError(
+            f"site '{name}': '{pair[0]}' and '{pair[1]}' may be only part of its posterior in the"
+            f" guide that wrote them; read that guide with Posterior.from_guide{mend}"
+        )
 
 
 def _site(name: str, node: Any, pair: tuple[str, str], loc: Any, scale: Any) -> Site:

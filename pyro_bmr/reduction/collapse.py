@@ -61,6 +61,11 @@ def collapse(after: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = 
         for name, layer in layers.items()
         if before is not None and name not in empty and _narrow(name, layers, start)
     ]
+    return _sentence(empty, narrow, layers) if empty or narrow else None
+
+
+def _sentence(empty: list[str], narrow: list[str], layers: Mapping[str, _Layer]) -> str:
+    """What to say of the layers that are empty and narrow, and what can be done."""
     parts = []
     if empty:
         which = _listed(empty, layers)
@@ -73,8 +78,6 @@ def collapse(after: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = 
             f"less than a tenth of the units is kept in {_listed(narrow, layers)}, while the median"
             " of the other layers keeps more than half"
         )
-    if not parts:
-        return None
     site = (empty or narrow)[0].partition(" ")[0]
     others = [layer for name, layer in layers.items() if name not in empty + narrow]
     rest = (

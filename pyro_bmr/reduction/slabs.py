@@ -110,12 +110,7 @@ def with_slab(
         site, point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask), groups
     )
     if groups is None:
-        stride = math.ceil(len(entries.spike) / _WEIGHTS_FOR_WIDTH)
-        q, p = (
-            Diagonal(g.mean[::stride].double(), g.var[::stride].double())
-            for g in (entries.q, entries.p)
-        )
-        entries = KeptEntries(site, q, p, entries.spike[::stride].double())
+        entries = _sampled(entries)
     # they are counted as the first group
     unpruned = groups is not None and bool((groups[site.kept] < 0).any())
 
@@ -145,6 +140,16 @@ def with_slab(
             stacklevel=2,
         )
     return replace(to, slab_scale=width)
+
+
+def _sampled(entries: KeptEntries) -> KeptEntries:
+    """`_WEIGHTS_FOR_WIDTH` of them at equal distances, in float64."""
+    stride = math.ceil(len(entries.spike) / _WEIGHTS_FOR_WIDTH)
+    q, p = (
+        Diagonal(g.mean[::stride].double(), g.var[::stride].double())
+        for g in (entries.q, entries.p)
+    )
+    return KeptEntries(entries.site, q, p, entries.spike[::stride].double())
 
 
 def shared_inclusion(
