@@ -23,7 +23,7 @@ from pyro_bmr.guides import (
     Point,
     ScaleCoupled,
 )
-from pyro_bmr.likelihoods import Categorical, Normal
+from pyro_bmr.likelihoods import Bernoulli, Categorical, NegativeBinomial, Normal, Ordinal, Poisson
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.site import Site
@@ -39,6 +39,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "BayesianNetwork",
+    "Bernoulli",
     "Categorical",
     "Checkpoints",
     "Data",
@@ -52,8 +53,11 @@ __all__ = [
     "Masked",
     "MatrixVariate",
     "MeanField",
+    "NegativeBinomial",
     "Normal",
+    "Ordinal",
     "Point",
+    "Poisson",
     "Posterior",
     "PyroBMRError",
     "PyroBMRWarning",

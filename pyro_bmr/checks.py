@@ -97,9 +97,9 @@ def check_tensor(value: Any, name: str) -> None:
         raise DataError(f"{name}: expected real numbers, got {value.dtype}")
 
 
-def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
+def check_rows(x: Tensor, y: Tensor, where: str = "the data", missing: bool = False) -> None:
     """Raises DataError unless x and y are tensors with the same number of rows, at least one, all
-    finite.
+    finite. With `missing`, values of y may be NaN.
     """
     check_tensor(x, f"{where}: x")
     check_tensor(y, f"{where}: y")
@@ -112,11 +112,13 @@ def check_rows(x: Tensor, y: Tensor, where: str = "the data") -> None:
         if value.is_floating_point():
             rows = max(_AT_ONCE // max(value[0].numel(), 1), 1)
             for first, part in zip(range(0, len(value), rows), value.split(rows), strict=True):
-                bad = (~part.reshape(len(part), -1).isfinite().all(1)).nonzero()
+                good = part.isinf().logical_not() if missing and name == "y" else part.isfinite()
+                bad = (~good.reshape(len(part), -1).all(1)).nonzero()
                 if len(bad):
+                    also = " or give the likelihood missing='ignore'" if name == "y" else ""
                     raise DataError(
                         f"{where}: {name} is NaN or infinite, first in row {first + int(bad[0])};"
-                        " drop or impute such rows"
+                        f" drop or impute such rows{also}"
                     )
 
 

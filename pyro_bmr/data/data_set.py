@@ -225,14 +225,15 @@ def validation_split(
     validation: float | tuple[Tensor, Tensor] | None,
     seed: int,
     shuffle: bool = True,
+    missing: bool = False,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """The rows to train on, and the rows held out, if any. A fraction is drawn at random, or,
-    without `shuffle`, taken from the last rows.
+    without `shuffle`, taken from the last rows. With `missing`, values of y may be NaN.
     """
     if validation is None:
         return (x, y), None
     if isinstance(validation, tuple):
-        check_rows(*validation, "the validation rows")
+        check_rows(*validation, "the validation rows", missing)
         return (x, y), validation
     rows = round(validation * len(x)) if holds(lambda x: 0 < x < 1, validation) else 0
     if not 0 < rows < len(x):

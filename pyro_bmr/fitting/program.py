@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import constraints
 
-from pyro_bmr.errors import DataError, FitError, PyroBMRError, warn
+from pyro_bmr.errors import DataError, FitError, PyroBMRError, holds, warn
 from pyro_bmr.fitting.arguments import Program
 from pyro_bmr.fitting.program_run import ProgramRun, equal, run_of, run_on, running, shape_in
 from pyro_bmr.fitting.rows import Batch, Rows
@@ -80,10 +81,17 @@ def check_program(program: Program, example: Batch, y: Tensor) -> ProgramRun:
             " nn.Parameter of a module, or fit with Pyro's SVI and use Posterior.from_param_store"
         )
     for name, msg in run.observed.items():
-        if msg["value"] is example[1]:
+        if _is_target(msg["value"], example[1]):
             _check_observed(name, msg["fn"], example[1], y)
     with running(example):
         return run_of(run)
+
+
+def _is_target(value: Tensor, y: Tensor) -> bool:
+    """Whether the value of an observed site is y, or y in another dtype."""
+    if value is y or value.shape != y.shape:
+        return value is y
+    return bool(((value == y) | (value.isnan() & y.isnan())).all())
 
 
 def _check_observed(name: str, fn: Any, few: Tensor, y: Tensor) -> None:
@@ -94,15 +102,19 @@ def _check_observed(name: str, fn: Any, few: Tensor, y: Tensor) -> None:
             f"y of shape {tuple(y.shape)} does not fit observed site '{name}': for {len(few)} rows"
             f" the site has shape {shape}, y {tuple(few.shape)}; give y that shape"
         )
-    if not hasattr(fn.support, "lower_bound"):
+    support = fn.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if not (hasattr(support, "lower_bound") or holds(lambda: support.is_discrete)):
         return
-    good = fn.support.check(y)
+    good = support.check(y)
     if not bool(good.all()):
-        row = int((~good).nonzero()[0][0])
+        at = (~good).nonzero()[0].tolist()
+        mend = "number the classes from 0, or give the network more outputs"
         raise DataError(
-            f"y is outside the support of observed site '{name}' ({fn.support}): got"
-            f" {y[row].item()} in row {row}; number the classes from 0, or give the network more"
-            " outputs"
+            f"y is outside the support of observed site '{name}' ({support}): got"
+            f" {y[tuple(at)].item()} in row {at[0]}"
+            + (f"; {mend}" if isinstance(support, constraints.integer_interval) else "")
         )
 
 

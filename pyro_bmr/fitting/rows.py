@@ -100,10 +100,11 @@ def rows_of(
         FitError: `validation` leaves no rows, or the program cannot predict.
     """
     x, y = map(plain, _pair(data))
-    check_rows(x, y)
     program = given.program
+    missing = getattr(program, "missing_targets", False)
+    check_rows(x, y, missing=missing)
     x, y = _like_program(program, x), _like_program(program, y)
-    (x, y), held_out = validation_split(x, y, validation, given.seed, given.shuffle)
+    (x, y), held_out = validation_split(x, y, validation, given.seed, given.shuffle, missing)
     if held_out is not None:
         held_out = _like_program(program, held_out[0]), _like_program(program, held_out[1])
         check_callable_without_y(program, x)

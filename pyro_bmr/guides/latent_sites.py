@@ -55,9 +55,10 @@ def latent_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> list
     """The latent sites of `program(*args, **kwargs)` in order, with start values. The random state
     does not change.
 
-    A site starts at its `infer["init"]` (the value of a lifted parameter) if it has one. Otherwise
-    Normal sites start at the mean of the prior, and others at its median, since a half-Cauchy has
-    no mean.
+    A site starts at its `infer["init"]` (the value of a lifted parameter) if it has one, or where
+    the function `infer["start"]` says, on the unconstrained scale, if it returns a tensor.
+    Otherwise Normal sites start at the mean of the prior, and others at its median, since a
+    half-Cauchy has no mean.
 
     Raises:
         ModelError: a site is discrete, has a support other than the reals, the positives or the
@@ -106,8 +107,11 @@ def _latent(name: str, site: Any) -> Latent:
 
 def _start(site: Any, base: Any, transform: Transform | None) -> Tensor:
     """The start value of a site on the unconstrained scale."""
+    given = site["infer"].get("start", lambda: None)()
     if site["infer"].get("init") is not None:
         start = site["infer"]["init"]
+    elif given is not None:
+        start = given
     elif isinstance(base, torch.distributions.Normal):
         start = base.mean
     elif transform is None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from pyro_bmr.checks import check_arguments
 from pyro_bmr.data.inputs import Inputs, arguments
-from pyro_bmr.likelihoods.likelihood import Likelihood
+from pyro_bmr.likelihoods.likelihood import Likelihood, read_inputs
 from pyro_bmr.networks.lifting import check_network, check_patterns, lifted_parameters
 from pyro_bmr.networks.plain_module import module_copy, plain_module
 from pyro_bmr.priors import Gaussian, Prior
@@ -142,20 +142,30 @@ class BayesianNetwork(nn.Module):
         tuple of tensors, or ``net(**x)`` for a dict. Parameters whose values are given as `weights`
         have no site in this run.
         """
-        return self.likelihood.observe(self._output(self.weights(weights), x), y)
+        x, read = read_inputs(self.likelihood, x)
+        return self.likelihood.observe(self._output(self.weights(weights), x), y, **read)
+
+    @property
+    def missing_targets(self) -> bool:
+        """Whether a target may be NaN, which the likelihood then leaves out."""
+        return getattr(self.likelihood, "missing", "refuse") == "ignore"
 
     @property
     def has_log_likelihood(self) -> bool:
         """Whether `log_likelihood` is defined: all sites are plain weights, and the likelihood has
-        a `log_prob`.
+        a `log_prob` and no latent sites of its own.
         """
-        return self.plain_weights == set(self.priors) and hasattr(self.likelihood, "log_prob")
+        inferred = getattr(self.likelihood, "inferred", ())
+        known = hasattr(self.likelihood, "log_prob") and not inferred
+        return known and self.plain_weights == set(self.priors)
 
     def log_likelihood(self, weights: Mapping[str, Tensor], x: Inputs, y: Tensor) -> Tensor:
         """Σ log p(y | x, weights) over the rows of a batch, nats: the observed site of `forward`,
         without the Pyro statements around it.
         """
-        return self.likelihood.log_prob(self._output(weights, x), y)  # type: ignore[attr-defined]
+        x, read = read_inputs(self.likelihood, x)
+        output = self._output(weights, x)
+        return self.likelihood.log_prob(output, y, **read)  # type: ignore[attr-defined]
 
     def _output(self, weights: Mapping[str, Tensor], x: Inputs) -> Any:
         """What the network returns, its floating-point tensors in the dtype of the weights, also in
