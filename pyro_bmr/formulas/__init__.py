@@ -2,6 +2,7 @@
 a file.
 """
 
+from pyro_bmr.formulas import matrix_blocks as matrix_blocks  # registers its forms
 from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.exponential_family import natural_delta_f, natural_posterior

@@ -161,6 +161,23 @@ def check_diagonal(role: str, one: Diagonal, floor: str = "> 0") -> None:
         )
 
 
+def positive_priors(
+    prior: Any, reduced_prior: Any, like: Tensor, spike: str
+) -> tuple[Diagonal, Diagonal]:
+    """Both with moments that are fit for a formula, expanded to the shape of `like`; ReductionError
+    unless their variances are > 0, with `spike`, what reduces to a point.
+    """
+    p, p_ = moments(prior, like), moments(reduced_prior, like)
+    check_diagonal("prior", p)
+    check_diagonal("reduced prior", p_, ">= 0")
+    if not bool((p_.var > 0).all()):
+        raise ReductionError(
+            f"reduced prior: expected variances > 0, got {int((p_.var <= 0).sum())} that are 0;"
+            f" {spike}"
+        )
+    return p, p_
+
+
 def check_mask(pruned: Tensor, mean: Tensor) -> None:
     """ReductionError unless `pruned` is a bool tensor of the shape of `mean`."""
     if not isinstance(pruned, Tensor) or pruned.dtype != torch.bool or pruned.shape != mean.shape:

@@ -22,6 +22,7 @@ from pyro_bmr.formulas.diagonal import (
     check_diagonal,
     check_mask,
     moments,
+    positive_priors,
     result_dtype,
     rounded,
 )
@@ -219,15 +220,8 @@ def checked(g: LowRank) -> tuple[Tensor, Tensor, Tensor]:
 
 def _parts(posterior: LowRank, prior: Any, reduced_prior: Any) -> _Parts:
     mean, var, factor = checked(posterior)
-    p, p_ = moments(prior, posterior.mean), moments(reduced_prior, posterior.mean)
-    check_diagonal("prior", p)
-    check_diagonal("reduced prior", p_, ">= 0")
-    if not bool((p_.var > 0).all()):
-        raise ReductionError(
-            "reduced prior: expected variances > 0, got"
-            f" {int((p_.var <= 0).sum())} that are 0; prune_subset is the reduction to a point"
-            " spike"
-        )
+    spike = "prune_subset is the reduction to a point spike"
+    p, p_ = positive_priors(prior, reduced_prior, posterior.mean, spike)
     eta, v0, eta_, v = (t.double() for t in (p.mean, p.var, p_.mean, p_.var))
     distance, shift, root = mean - eta_, eta_ - eta, v0.sqrt()
     x = Ratios(

@@ -14,7 +14,8 @@ from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.gaussian import delta_f, point_spike_delta_f, prune_subset, reduced_posterior
 from pyro_bmr.formulas.low_rank import LowRank
-from pyro_bmr.formulas.matrix_normal import MatrixNormal, reduced_mean
+from pyro_bmr.formulas.matrix_blocks import reduced_mean
+from pyro_bmr.formulas.matrix_normal import MatrixNormal
 from tests.exact import linear_gaussian, random_spd
 
 D = 5

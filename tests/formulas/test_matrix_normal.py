@@ -6,7 +6,8 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr.formulas.gaussian import prune_subset, reduced_posterior
-from pyro_bmr.formulas.matrix_normal import MatrixNormal, reduced_mean, reduced_var
+from pyro_bmr.formulas.matrix_blocks import reduced_mean, reduced_var
+from pyro_bmr.formulas.matrix_normal import MatrixNormal
 from tests.exact import random_spd
 
 RNG = np.random.default_rng(8)

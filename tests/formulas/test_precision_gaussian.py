@@ -16,7 +16,7 @@ import torch
 import pyro_bmr as bmr
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.gaussian import point_spike_delta_f
-from pyro_bmr.formulas.matrix_normal import reduced_mean, reduced_var
+from pyro_bmr.formulas.matrix_blocks import reduced_mean, reduced_var
 from pyro_bmr.formulas.message import Message, log_evidence_ratio
 from pyro_bmr.formulas.relevance import best_var
 from tests.reference import gaussian
