@@ -164,10 +164,10 @@ def done():
 
 ones = torch.ones(3)
 BAD_FITS = {
-    "x of numpy": (
-        lambda: fit(classifier(), (X.numpy(), Y)),
+    "x of text": (
+        lambda: fit(classifier(), (X.numpy().astype(str), Y)),
         bmr.errors.DataError,
-        r"x: expected a tensor, got ndarray; .*torch\.from_numpy",
+        r"x: expected a tensor, got ndarray; give the numbers of its rows",
     ),
     "x of lists": (
         lambda: fit(classifier(), (X.tolist(), Y)),
@@ -420,8 +420,8 @@ BAD_CALLS = {
         bmr.errors.DataError,
         r"shape \(\)",
     ),
-    "predict numpy": (
-        lambda d: bmr.predict(d.program, d.posterior, X.numpy()),
+    "predict text": (
+        lambda d: bmr.predict(d.program, d.posterior, X.numpy().astype(str)),
         bmr.errors.DataError,
         "got ndarray",
     ),

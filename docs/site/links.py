@@ -28,6 +28,7 @@ CONTENTS = {
     "Start": ["how_it_works", "notation", "gotchas", "guarantees"],
     "Choose": ["choose_a_prior", "choose_a_guide", "add_a_prior", "skeletons"],
     "Do": [
+        "bring_your_data",
         "param_store_script",
         "tutorial_regression",
         "tutorial_pruning",

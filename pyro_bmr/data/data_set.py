@@ -212,38 +212,30 @@ def validation_data(data: Data, fraction: float) -> Data:
     """
     if data.x_val is not None and data.y_val is not None:
         return replace(data, name=f"{data.name} (validation)", x_test=data.x_val, y_test=data.y_val)
-    (x, y), held = validation_split(data.x_train, data.y_train, float(fraction), _SPLIT_SEED)
-    assert held is not None
+    x, y = data.x_train, data.y_train
+    train, held = split_rows(len(x), float(fraction), _SPLIT_SEED)
+    name = f"{data.name} (validation)"
     return replace(
-        data, name=f"{data.name} (validation)", x_train=x, y_train=y, x_test=held[0], y_test=held[1]
+        data, name=name, x_train=x[train], y_train=y[train], x_test=x[held], y_test=y[held]
     )
 
 
-def validation_split(
-    x: Tensor,
-    y: Tensor,
-    validation: float | tuple[Tensor, Tensor] | None,
-    seed: int,
-    shuffle: bool = True,
-    missing: bool = False,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    """The rows to train on, and the rows held out, if any. A fraction is drawn at random, or,
-    without `shuffle`, taken from the last rows. With `missing`, values of y may be NaN.
+def split_rows(
+    rows: int, fraction: float, seed: int, shuffle: bool = True
+) -> tuple[Tensor | slice, Tensor | slice]:
+    """The rows to train on and those to hold out, a `fraction` drawn at random, or, without
+    `shuffle`, the last ones.
+
+    Raises:
+        FitError: no row is left on one of the sides.
     """
-    if validation is None:
-        return (x, y), None
-    if isinstance(validation, tuple):
-        check_rows(*validation, "the validation rows", missing)
-        return (x, y), validation
-    rows = round(validation * len(x)) if holds(lambda x: 0 < x < 1, validation) else 0
-    if not 0 < rows < len(x):
+    held = round(fraction * rows) if holds(lambda x: 0 < x < 1, fraction) else 0
+    if not 0 < held < rows:
         raise FitError(
-            f"validation={described(validation)}: expected a fraction that leaves at least one of"
-            f" the {len(x)} rows on each side"
+            f"validation={described(fraction)}: expected a fraction that leaves at least one of"
+            f" the {rows} rows on each side"
         )
     if not shuffle:
-        return (x[:-rows], y[:-rows]), (x[-rows:], y[-rows:])
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed), device="cpu").to(
-        x.device
-    )
-    return (x[order[rows:]], y[order[rows:]]), (x[order[:rows]], y[order[:rows]])
+        return slice(None, -held), slice(-held, None)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return order[held:], order[:held]

@@ -1,12 +1,12 @@
 """The inputs x of a program: one tensor, or a tuple or a dict of tensors, all with the rows first.
 
 Owns `Inputs`, what can be done to all its tensors at once, and how a network is called with them.
-Next: `data_set.py`.
+Next: `tables.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -44,6 +44,15 @@ def rows_in(x: Any) -> int:
     return len(x) if isinstance(x, Tensor) else len(next(iter(parts_of(x).values())))
 
 
+def pieces(x: Inputs, rows: int) -> Iterator[Inputs]:
+    """x in pieces of at most so many rows, in order; no copies."""
+    if isinstance(x, Tensor):
+        yield from x.split(rows)
+        return
+    for first in range(0, rows_in(x), rows):
+        yield of_each(lambda part, first=first: part[first : first + rows], x)  # type: ignore[misc]
+
+
 def joined(parts: Sequence[Inputs]) -> Inputs:
     """The rows of all `parts`, one after the other."""
     first = parts[0]
@@ -51,8 +60,9 @@ def joined(parts: Sequence[Inputs]) -> Inputs:
         return first
     if isinstance(first, Tensor):
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
-    columns = zip(*(parts_of(part).values() for part in parts), strict=True)
-    tensors = [torch.cat(column) for column in columns]
+    columns: list[Any] = [dict(parts_of(part)) for part in parts]
+    names = list(columns[0])
+    tensors = [torch.cat([column[name] for column in columns]) for name in names]
     if isinstance(first, Mapping):
         return dict(zip(first, tensors, strict=True))
     return tuple(tensors)

@@ -18,6 +18,7 @@ from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.pruning import Every
 
 Program = Callable[..., Any]
+BATCH_SIZE = 128  # rows, by default
 _LARGEST_SEED = 1 << 40  # seeds of steps are a million times as large
 PROGRAM = "a plain network is made a program by BayesianNetwork(net, prior, likelihood)"
 _FUNCTIONS = {

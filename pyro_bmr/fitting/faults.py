@@ -1,7 +1,7 @@
 """What a fit does with a step that it cannot take: it says where the fault is, and stops, or skips
 the step and counts it.
 
-Owns `Faults` and `diagnosis`. Next: `rows.py`.
+Owns `Faults` and `diagnosis`. Next: `batches.py`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from pyro_bmr.fitting.descent import take_step
 from pyro_bmr.fitting.natural_gradient import NaturalGradient
 from pyro_bmr.fitting.optimizers import adam, cosine
 from pyro_bmr.fitting.progress import Progress
-from pyro_bmr.fitting.rows import Batch, HasTrainingData, rows_of
+from pyro_bmr.fitting.rows import Batch, rows_of
 from pyro_bmr.fitting.run import Run
 from pyro_bmr.fitting.snapshot import resumed, snapshot
 from pyro_bmr.fitting.timetable import Timetable
@@ -35,7 +35,7 @@ from pyro_bmr.isolation import give_way, isolated
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.networks.plain_module import module_copy
 from pyro_bmr.posteriors.posterior import Posterior
-from pyro_bmr.prediction.predict import predict
+from pyro_bmr.prediction.calibration import mean_nll
 from pyro_bmr.pruning import Every
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Fit:
 @isolated(autocast=True, steps=True)
 def fit(
     program: Program,
-    data: tuple[Tensor, Tensor] | HasTrainingData,
+    data: Any,
     *,
     guide: Program = MeanField,
     epochs: int = 20,
@@ -84,12 +84,13 @@ def fit(
     seed: int = 0,
     temperature: float = 1.0,
     reduce: Every | None = None,
-    validation: float | tuple[Tensor, Tensor] | None = None,
+    validation: Any = None,
     progress: bool = True,
     start: Posterior | None = None,
     checkpoint: str | Path | Checkpoints | None = None,
     skip_faulty: int = 0,
     shuffle: bool = True,
+    size: int | None = None,
 ) -> Fit:
     r"""Fits `guide` to the posterior of `program` given the data by stochastic variational
     inference, and returns a `Fit`.
@@ -105,8 +106,10 @@ def fit(
             rows, or of N rows subsampled, or in none. It is fitted in training mode. A part of a
             module that is in evaluation mode beside layers that are not, such as a frozen
             backbone, remains in that mode.
-        data: (x, y), or anything with `x_train` and `y_train`. If the program is a module, they
-            are moved to the device and the dtype of its parameters.
+        data: (x, y) of tensors, arrays or tables; anything with `x_train` and `y_train`; a data
+            set or a loader of torch; or an iterable of batches, with `size`. x may be a tuple or a
+            dict of tensors. If the program is a module, rows are moved to the device and the dtype
+            of its parameters (docs/bring_your_data.md).
         guide: `MeanField`, `Point` (maximum a posteriori), any function of the program that makes a
             guide module, such as Pyro's `AutoNormal`, or such a module, which is copied. Train a
             hand-written guide function with `pyro.param` by Pyro's SVI; see
@@ -120,7 +123,7 @@ def fit(
         temperature: T above; 1 is Bayes, less is "cold": the data count N/T times.
         reduce: reductions during the fit. There is none in the first 300 steps (or 0.3 of a shorter
             fit), in which empirical scales keep their start values as well.
-        validation: the rows to hold out, scored after each epoch: (x, y), or a fraction of the
+        validation: the rows to hold out, scored after each epoch: as `data`, or a fraction of the
             data, drawn at random, or the last rows without `shuffle`.
         progress: show a bar with both terms of the ELBO.
         start: a posterior of the same program to begin at, for `MeanField`. Its masks are in force,
@@ -133,6 +136,7 @@ def fit(
             twenty of its recent standard deviations. One more stops the fit.
         shuffle: whether the rows are mixed again in each epoch, if a batch is not all of them. Give
             False for a series: batches are then stretches of it, in order.
+        size: N, the number of rows of the data, for a loader or an iterable that does not tell it.
 
     In a process group of torch.distributed, every process calls `fit` with the same arguments. Each
     takes its part of the rows of a batch and draws noise of its own, gradients are averaged, the
@@ -152,7 +156,7 @@ def fit(
         program, guide, epochs, batch_size, make, scheduler, seed, temperature, reduce, start,
         skip_faulty, shuffle,
     )  # fmt: skip
-    rows = rows_of(given, data, validation)
+    rows = rows_of(given, data, validation, size)
     is_first = rows.processes.rank == 0
     writer = CheckpointWriter(checkpoint, writes=is_first)
     clock = time.perf_counter()
@@ -251,7 +255,5 @@ def _row(run: Run, epoch: int, state: Progress) -> dict[str, float]:
         "learning_rate": run.optimizer.param_groups[0]["lr"],
     }
     if run.rows.held_out is not None:
-        x, y = run.rows.held_out
-        prediction = predict(run.program, run.posterior(), x, draws=0)
-        row["validation_nll"] = -float(prediction.log_prob(y).mean())
+        row["validation_nll"] = mean_nll(run.program, run.posterior(), run.rows.held_out.batches())
     return row

@@ -6,8 +6,9 @@ Owns `latents_of` and its checks. Next: `guide.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,49 +16,60 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_bmr.data.batch import first_rows, rows_at
 from pyro_bmr.errors import DataError, FitError, PyroBMRError, holds, warn
 from pyro_bmr.fitting.arguments import Program
 from pyro_bmr.fitting.program_run import ProgramRun, equal, run_of, run_on, running, shape_in
-from pyro_bmr.fitting.rows import Batch, Rows
+from pyro_bmr.fitting.rows import Batch, LoaderRows, Rows
 from pyro_bmr.tracing import Values
 
 _EXAMPLE = 8  # rows on which a program is tried
 
 
-def latents_of(program: Program, rows: Rows, shuffle: bool) -> tuple[int, dict[str, Tensor]]:
+def latents_of(program: Program, rows: Rows | LoaderRows) -> tuple[int, dict[str, Tensor]]:
     """On how many of the first rows the guide is made, and the latent sites there, after all checks
     of the program.
-
-    Args:
-        shuffle: whether the rows are mixed if there are several batches.
 
     Raises:
         FitError, DataError: as the checks below.
     """
     batch, batches = rows.sizes[0], len(rows.sizes) > 1
-    example, found = _tried(program, rows.x, rows.y, batch)
+    example, found = _tried(program, rows.first, rows.targets(), batch)
+    if not rows.in_memory:
+        rows.checks.check_target = _target_check(program, example)
+        rows.checks.try_on = lambda batch: check_latents(program, batch, found)
+        rows.checks.check_target(rows.targets())
     count, drawn, per_row = rows_of_guide(program, rows, found, len(example[1]))
+    if per_row and not rows.in_memory:
+        raise FitError(
+            f"site '{per_row}' has entries per row, which needs all rows in memory and in order;"
+            " give x and y as tensors"
+        )
     if rows.held_out is not None:
-        _tried(program, *rows.held_out, len(rows.held_out[0]))
+        held = rows.held_out.first
+        _tried(program, partial(first_rows, held), held[1], len(held[1]))
         if per_row:
             raise FitError(
                 f"validation: site '{per_row}' has entries per row, which held-out rows have not;"
                 " fit without validation"
             )
     if batches or rows.split:
-        check_rows_add_up(program, example, found, batches=batches, shuffled=shuffle)
+        check_rows_add_up(program, example, found, batches=batches, shuffled=rows.shuffled)
     return count, drawn.latent
 
 
-def _tried(program: Program, x: Tensor, y: Tensor, batch: int) -> tuple[Batch, ProgramRun]:
-    """The first few rows and a run on them. Where the program needs more rows, as with a matrix of
-    its own between all rows, they are those of the first batch.
+def _tried(
+    program: Program, first: Callable[[int], Batch], y: Tensor, batch: int
+) -> tuple[Batch, ProgramRun]:
+    """The first few rows and a run on them; `y` are all targets that are known. Where the program
+    needs more rows, as with a matrix of its own between all rows, they are those of the first
+    batch.
     """
-    example = (x[:_EXAMPLE].clone(), y[:_EXAMPLE].clone())
+    example = first(_EXAMPLE)
     try:
         return example, check_program(program, example, y)
     except FitError as error:
-        example = (x[:batch].clone(), y[:batch].clone())
+        example = first(batch)
         with suppress(FitError):
             if batch > _EXAMPLE:
                 return example, check_program(program, example, y)
@@ -94,6 +106,36 @@ def _is_target(value: Tensor, y: Tensor) -> bool:
     return bool(((value == y) | (value.isnan() & y.isnan())).all())
 
 
+def _target_check(program: Program, example: Batch) -> Callable[[Tensor], None]:
+    """A function that raises DataError for targets outside the support of their observed site."""
+    with running(example), Values({}) as run:
+        program(*example)
+    sites = [
+        (name, m["fn"]) for name, m in run.observed.items() if _is_target(m["value"], example[1])
+    ]
+
+    def check(y: Tensor) -> None:
+        for name, fn in sites:
+            with suppress(RuntimeError):  # a support that differs between the rows
+                _check_observed(name, fn, example[1], y)
+
+    return check
+
+
+def check_latents(program: Program, batch: Batch, found: ProgramRun) -> None:
+    """Raises FitError unless the program runs on a batch whose rows have a new shape, with the
+    latent sites that it had before.
+    """
+    other = run_on(program, batch)
+    for name in {**found.latent, **other.latent}:
+        if shape_in(found, name) != shape_in(other, name):
+            shapes = ", ".join(shape_in(run, name) or "not there" for run in (found, other))
+            raise FitError(
+                f"site '{name}': its shape depends on the shape of the rows ({shapes}); give the"
+                " site a shape that no batch changes"
+            )
+
+
 def _check_observed(name: str, fn: Any, few: Tensor, y: Tensor) -> None:
     """Raises DataError unless y, of which the program was given the first `few`, fits its site."""
     shape = tuple(fn.shape())
@@ -119,7 +161,7 @@ def _check_observed(name: str, fn: Any, few: Tensor, y: Tensor) -> None:
 
 
 def rows_of_guide(
-    program: Program, rows: Rows, found: ProgramRun, tried: int
+    program: Program, rows: Rows | LoaderRows, found: ProgramRun, tried: int
 ) -> tuple[int, ProgramRun, str | None]:
     """On how many of the first rows the guide is made, a few, or all if latent sites have entries
     per row; a run on them; and the first such site.
@@ -169,15 +211,15 @@ def check_rows_add_up(
     Warns:
         PyroBMRWarning: rows of one batch depend on each other.
     """
-    (x, y), latent = example, found.latent
+    latent, device = found.latent, example[1].device
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(x), generator=generator, device="cpu").to(x.device)
+    order = torch.randperm(len(example[1]), generator=generator, device="cpu").to(device)
     if len(order) < 2:
         return
     try:
-        parts = [run_on(program, (x[own], y[own]), latent) for own in order.tensor_split(2)]
+        parts = [run_on(program, rows_at(example, own), latent) for own in order.tensor_split(2)]
         again = run_on(program, example, latent, seed=1)
-        mixed = run_on(program, (x[order], y[order]), latent)
+        mixed = run_on(program, rows_at(example, order), latent)
     except PyroBMRError:  # a program that needs so many rows
         return
     for name, of_all in found.observed.items():

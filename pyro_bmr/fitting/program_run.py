@@ -14,6 +14,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_bmr.data.inputs import described
 from pyro_bmr.errors import FitError
 from pyro_bmr.fitting.arguments import PROGRAM, Program
 from pyro_bmr.fitting.rows import Batch
@@ -64,8 +65,7 @@ def running(batch: Batch) -> Iterator[None]:
             yield
         except CANNOT_RUN as error:
             shapes = " and ".join(
-                f"{name} of shape {tuple(t.shape)} and {t.dtype}"
-                for name, t in zip("xy", batch, strict=True)
+                f"{name} of {described(part)}" for name, part in zip("xy", batch, strict=True)
             )
             raise FitError(
                 f"the program does not run as program(x, y) on {shapes}: {first_line(error)};"

@@ -20,7 +20,7 @@ from pyro_bmr.fitting.guide import make_guide
 from pyro_bmr.fitting.mean_field_step import MeanFieldStep, Network
 from pyro_bmr.fitting.optimizers import optimizer_of
 from pyro_bmr.fitting.program import latents_of
-from pyro_bmr.fitting.rows import Batch, Rows
+from pyro_bmr.fitting.rows import Batch, LoaderRows, Rows
 from pyro_bmr.fitting.start import begin_at
 from pyro_bmr.fitting.step import Step
 from pyro_bmr.guides import MeanField
@@ -54,7 +54,7 @@ class Run:
     whether a process of the group has met Ctrl-C.
     """
 
-    def __init__(self, program: Program, rows: Rows, given: Arguments) -> None:
+    def __init__(self, program: Program, rows: Rows | LoaderRows, given: Arguments) -> None:
         seed_generator(rows.device, given.seed)
         self.program, self.rows, self.temperature = program, rows, given.temperature
         self.processes, self.seed = rows.processes, rows.processes.seed(given.seed)
@@ -63,7 +63,7 @@ class Run:
             self.processes.copy_from_first((*program.parameters(), *program.buffers()))
             note_modes(program)
         set_training(program, False)
-        self.example_rows, latents = latents_of(program, rows, given.shuffle)
+        self.example_rows, latents = latents_of(program, rows)
         self.empirical = EmpiricalScales()
         self.full_data = WholeData(rows.size, len(self.example[1]))
         self.scaled = self.empirical(self.full_data(program))

@@ -43,6 +43,7 @@ def snapshot(run: Run) -> dict[str, Any]:
         "generator": generator_of(run.rows.device).get_state(),
         "log_likelihood": _log_likelihood(run),
         "faults": run.faults.state(),
+        "rows": run.rows.state(),
     }
 
 
@@ -92,6 +93,7 @@ def _restore(run: Run, state: Mapping[str, Any]) -> None:
         tensor.copy_(state["tensors"][name])
     run.step.restore(state["step"])
     run.faults.restore(state["faults"])
+    run.rows.restore(state.get("rows", {}))
     was, now = state["log_likelihood"], _log_likelihood(run)
     if not math.isclose(was, now, rel_tol=1e-4, abs_tol=1e-4):
         raise FitError(
@@ -118,7 +120,10 @@ def fit_settings(run: Run, given: Arguments) -> dict[str, Any]:
         "program": description(run.program),
         "sites": _site_settings(run),
         "guide": description(run.guide),
-        "data": {name: in_short(name, t) for name, t in run.rows.named().items()},
+        "data": {
+            name: in_short(name, value) if isinstance(value, torch.Tensor) else value
+            for name, value in run.rows.described().items()
+        },
         "optimizer": {"type": description(type(run.optimizer)), "groups": groups},
         "scheduler": {"type": description(type(run.scheduler)), **description(schedule)},
         "batch_size": description(run.rows.batch_size),

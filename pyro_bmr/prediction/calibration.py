@@ -1,28 +1,32 @@
 """Calibration by one number from held-out rows: a temperature of logits, or a factor on posterior
 variances.
 
-Owns `best_temperature` and `best_widening`. Next: `metrics.py`.
+Owns `best_temperature`, `best_widening` and `mean_nll`. Next: `metrics.py`.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_bmr.checks import check_labels
+from pyro_bmr.data.batch import BatchChecks
+from pyro_bmr.data.given import source_of
+from pyro_bmr.data.inputs import Inputs
+from pyro_bmr.data.sources import Stream, chunks
 from pyro_bmr.errors import DataError, PyroBMRWarning, described
 from pyro_bmr.formulas.line_search import line_maximum
 from pyro_bmr.isolation import isolated
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.prediction.predict import predict
-from pyro_bmr.prediction.predictive import Prediction
 
 _COLDEST, _HOTTEST = 0.05, 20.0
+_CHUNK = 10_000  # rows that are read at once
 
 
 @isolated()
@@ -81,7 +85,7 @@ def _check_finite_loss(logits: Tensor, y: Tensor) -> None:
 def best_widening(
     program: Callable[..., Any],
     posterior: Posterior,
-    rows: tuple[Tensor, Tensor],
+    rows: Any,
     *,
     most: float = 64.0,
     draws: int = 32,
@@ -100,10 +104,11 @@ def best_widening(
     rows: Ritter, Botev & Barber 2018.
 
     Args:
+        rows: a pair (x, y) of tensors, arrays or tables, a data set or a loader, as for `fit`.
         draws, seed: as for `predict`. Up to 20 predictions are made.
 
     Raises:
-        DataError: `rows` is no pair of tensors, `most` no finite number above 1, or the likelihood
+        DataError: `rows` are none, `most` no finite number above 1, or the likelihood
             of the rows is NaN.
         DataError, ModelError: as `predict`; or a site's draws follow those of its scales
             (`Posterior.widened`).
@@ -112,26 +117,57 @@ def best_widening(
         >>> factor = bmr.prediction.best_widening(fit.program, fit.posterior, (x_held, y_held))
         >>> prediction = bmr.predict(fit.program, fit.posterior.widened(factor), x_test)
     """
-    if not (isinstance(rows, (tuple, list)) and len(rows) == 2):
-        raise DataError(f"rows: expected a pair (x, y) of tensors, got {type(rows).__name__}")
+    source = source_of(rows, name="rows")
+    if isinstance(source, Stream) and not source.again:
+        raise DataError(
+            f"rows: expected rows that can be read again, got {source.about}; give a loader, a data"
+            " set or tensors"
+        )
     if isinstance(most, bool) or not isinstance(most, (int, float)) or not 1 < most < math.inf:
         raise DataError(f"most={described(most)}: expected a finite number above 1")
-    x, y = rows
 
     def nll(factor: float) -> float:
-        prediction = predict(program, posterior.widened(factor), x, draws=draws, seed=seed)
-        return _mean_nll(prediction, y, factor)
+        batches = chunks(source, _CHUNK, BatchChecks())
+        value = mean_nll(
+            program,
+            posterior.widened(factor),
+            batches,
+            torch.float64,
+            draws=draws,
+            seed=seed,
+        )
+        return _number(value, factor)
 
     return _least(nll, 1 / most, most, 0.05)
 
 
-def _mean_nll(prediction: Prediction, y: Tensor, factor: float) -> float:
+def mean_nll(
+    program: Callable[..., Any],
+    posterior: Posterior,
+    batches: Iterable[tuple[Inputs, Tensor]],
+    dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> float:
+    """The mean negative log likelihood of all rows of `batches`, nats: of each entry of
+    `Prediction.log_prob`, at the point of the posterior unless `settings` of `predict` say
+    otherwise; summed in `dtype`.
+    """
+    means, counts = [], []
+    for x, y in batches:
+        log_p = predict(program, posterior, x, **{"draws": 0, **settings}).log_prob(y)
+        means.append(-float(log_p.mean(dtype=dtype)))
+        counts.append(log_p.numel())
+    if len(means) == 1:
+        return means[0]
+    return sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
+
+
+def _number(value: float, factor: float) -> float:
     """The mean negative log likelihood of the rows, nats.
 
     Raises:
         DataError: it is NaN; the message has the `factor` on the variances.
     """
-    value = -float(prediction.log_prob(y).double().mean())
     if math.isnan(value):
         raise DataError(
             f"the log likelihood of the held-out rows is NaN with variances {factor:.3g} times"

@@ -15,6 +15,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_bmr.data.inputs import Inputs, described, of_each, parts_of, pieces, rows_in
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.prediction.predictive import Parameters
@@ -28,19 +29,18 @@ class ObservedSite:
     """
 
     program: Callable[..., Any]
-    x: Tensor
+    x: Inputs
     batch_size: int
     name: str
     dim: int
     writes: bool
 
-    def batches(self) -> Iterator[Tensor]:
+    def batches(self) -> Iterator[Inputs]:
         """The batches of rows; copies if the program writes into them."""
-        yield from (
-            batch.clone() if self.writes else batch for batch in self.x.split(self.batch_size)
-        )
+        for batch in pieces(self.x, self.batch_size):
+            yield of_each(Tensor.clone, batch) if self.writes else batch
 
-    def reached(self, values: Mapping[str, Tensor], batch: Tensor) -> Any:
+    def reached(self, values: Mapping[str, Tensor], batch: Inputs) -> Any:
         """The distribution of the observed site for a batch of rows, given the latent values."""
         try:
             with _Until(self.name), Values(values):
@@ -90,7 +90,7 @@ class ObservedSite:
 
 
 def observed_site(
-    program: Callable[..., Any], x: Tensor, batch_size: int, values: Mapping[str, Tensor]
+    program: Callable[..., Any], x: Inputs, batch_size: int, values: Mapping[str, Tensor]
 ) -> tuple[ObservedSite, list[Any]]:
     """The one observed site of a program, and its distribution for each batch of rows, given the
     latent `values`.
@@ -101,23 +101,28 @@ def observed_site(
     """
     name, dim, writes = "", 0, False
     fns: list[Any] = []
-    for batch in x.split(batch_size):
-        own = batch.clone()
-        version = own._version
+    for batch in pieces(x, batch_size):
+        own, rows = of_each(Tensor.clone, batch), rows_in(batch)
+        version = _version(own)
         msg = _observed(program, own, values)
         name, fn = msg["name"], msg["fn"]
-        dim = dim or _rows_dim(msg, len(batch))
-        if fns and (len(fns[0].shape()) != len(fn.shape()) or fn.shape()[dim] != len(batch)):
+        dim = dim or _rows_dim(msg, rows)
+        if fns and (len(fns[0].shape()) != len(fn.shape()) or fn.shape()[dim] != rows):
             raise ModelError(
                 f"observed site '{name}': shapes {tuple(fns[0].shape())} and"
                 f" {tuple(fn.shape())} for batches of rows do not go together"
             )
         fns.append(fn)
-        writes = writes or own._version != version
+        writes = writes or _version(own) != version
     return ObservedSite(program, x, batch_size, name, dim, writes), fns
 
 
-def _observed(program: Callable[..., Any], batch: Tensor, values: Mapping[str, Tensor]) -> Any:
+def _version(x: Inputs) -> int:
+    """How often the tensors were written into."""
+    return sum(part._version for part in parts_of(x).values())
+
+
+def _observed(program: Callable[..., Any], batch: Inputs, values: Mapping[str, Tensor]) -> Any:
     """The message of the one observed site in a run of the program on a batch of rows."""
     try:
         with Values(values) as run:
@@ -131,8 +136,8 @@ def _observed(program: Callable[..., Any], batch: Tensor, values: Mapping[str, T
         AttributeError,
     ) as error:
         raise ModelError(
-            f"the program does not run on x of shape {tuple(batch.shape)} and"
-            f" {batch.dtype}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"the program does not run on x of {described(batch)}:"
+            f" {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
     if len(run.observed) != 1:
         found = ", ".join(
@@ -178,7 +183,7 @@ def another_distribution(name: str) -> ModelError:
     )
 
 
-def check_callable_without_y(program: Callable[..., Any], x: Tensor) -> None:
+def check_callable_without_y(program: Callable[..., Any], x: Inputs) -> None:
     """Raises ModelError unless `program(x)` can be called without targets."""
     try:
         inspect.signature(program).bind(x)

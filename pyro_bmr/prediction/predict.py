@@ -14,8 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.checks import check_arguments, check_rows, is_whole
+from pyro_bmr.data.batch import BatchChecks
+from pyro_bmr.data.given import source_of
+from pyro_bmr.data.inputs import Inputs, of_each, parts_of, rows_in
+from pyro_bmr.data.loaders import in_order
+from pyro_bmr.data.sources import chunks
 from pyro_bmr.errors import ModelError
-from pyro_bmr.isolation import isolated
+from pyro_bmr.isolation import isolated, plain
 from pyro_bmr.memory import check_memory
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.site import rows_digest
@@ -32,6 +37,7 @@ from pyro_bmr.prediction.predictive import (
     Prediction,
     RealPrediction,
     prediction_of,
+    rows_joined,
 )
 
 __all__ = [
@@ -50,7 +56,7 @@ __all__ = [
 def predict(
     program: Callable[..., Any],
     posterior: Posterior,
-    x: Tensor,
+    x: Any,
     *,
     draws: int = 32,
     seed: int = 0,
@@ -64,6 +70,9 @@ def predict(
     dimension.
 
     Args:
+        x: the inputs of all rows, a tensor, an array, a table, or a tuple or dict of such; or a
+            data set, a loader or an iterable of batches, whose targets are left out. These are read
+            once, and never in memory as a whole (docs/bring_your_data.md).
         draws: how many draws of the latent sites, the same ones for all rows. 0 is one run at the
             point of the posterior (means, medians of scales).
         batch_size: rows times draws at once, which bounds the memory. If there are fewer rows, a
@@ -71,15 +80,38 @@ def predict(
             if the program allows it.
 
     Raises:
-        DataError: `x` has no rows, or is not finite.
+        DataError: `x` has no rows, is not finite, or comes from a loader that mixes its rows.
         ModelError: an argument is out of range, or draws times rows of a real target are more than
             the memory that is free.
         ModelError: the program has no single observed site, its rows are not independent of each
             other, or a latent site has another shape at these rows.
     """
-    _check_predict(program, posterior, x, draws=draws, batch_size=batch_size, seed=seed)
+    _check_predict(posterior, draws=draws, batch_size=batch_size, seed=seed)
+    read = chunks(in_order(source_of(x, targets=False)), batch_size, BatchChecks(), targets=False)
+    return rows_joined(
+        [_of_rows(program, posterior, part, draws, seed, batch_size) for part, _ in read]
+    )
+
+
+def _of_rows(
+    program: Callable[..., Any],
+    posterior: Posterior,
+    x: Any,
+    draws: int,
+    seed: int,
+    batch_size: int,
+) -> Prediction:
+    """The prediction at rows in memory."""
+    for name, part in parts_of(x).items() if isinstance(x, (tuple, dict)) else (("x", x),):
+        check_rows(part, part, "the rows to predict" if name == "x" else name)
+    check_callable_without_y(program, x)
     like = next(iter(posterior.sites.values())).mean
-    x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+    x = of_each(
+        lambda part: plain(part).to(
+            like.device, like.dtype if part.is_floating_point() else part.dtype
+        ),
+        x,
+    )
     _check_sites_of_rows(posterior, x)
     generator = torch.Generator(device=like.device).manual_seed(seed)
     values = (
@@ -90,9 +122,7 @@ def predict(
 
 
 def _check_predict(
-    program: Callable[..., Any],
     posterior: Any,
-    x: Tensor,
     *,
     draws: Any,
     batch_size: Any,
@@ -108,11 +138,9 @@ def _check_predict(
         raise ModelError(
             f"predict: expected a Posterior, such as fit.posterior, got {type(posterior).__name__}"
         )
-    check_rows(x, x, "the rows to predict")
-    check_callable_without_y(program, x)
 
 
-def _check_sites_of_rows(posterior: Posterior, x: Tensor) -> None:
+def _check_sites_of_rows(posterior: Posterior, x: Inputs) -> None:
     """Raises ModelError if a site has an entry for each row of the fit, and `x` are other rows."""
     for name, site in posterior.sites.items():
         if site.of_rows is not None and site.of_rows != rows_digest(x):
@@ -138,7 +166,7 @@ def _in_evaluation(program: object) -> Iterator[None]:
 
 def _over_draws(
     program: Callable[..., Any],
-    x: Tensor,
+    x: Inputs,
     batch_size: int,
     values: Iterator[dict[str, Tensor]],
     draws: int,
@@ -154,9 +182,9 @@ def _over_draws(
             else sum(2 * fn.shape().numel() * 8 for fn in fns)
         )
         check_memory(
-            f"a prediction of {draws} draws at {len(x)} rows",
+            f"a prediction of {draws} draws at {rows_in(x)} rows",
             2 * draws * numbers,
-            x.device,
+            next(iter(parts_of(x).values())).device,
             "predict fewer rows at a time, or with fewer draws",
         )
     if alone is None:
@@ -172,7 +200,7 @@ def _parameters(
     draws first: one draw at a time, or several if the program can be vectorised.
     """
     yield tuple(t[None] for t in alone)
-    at_once = max(min(site.batch_size // max(len(site.x), 1), draws), 1)
+    at_once = max(min(site.batch_size // max(rows_in(site.x), 1), draws), 1)
     while group := list(islice(values, at_once)):
         stacked = site.together(group, alone) if len(group) > 1 else None
         if stacked is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -183,6 +183,29 @@ def prediction_of(parts: Iterable[Parameters], draws: int) -> ClassPrediction | 
         return RealPrediction(locs, scales)
     mean, aleatoric = probs / draws, aleatoric / draws
     return ClassPrediction(mean, aleatoric, (_entropy(mean) - aleatoric).clamp_min(0))
+
+
+def rows_joined(parts: Sequence[Prediction]) -> Prediction:
+    """The prediction of the rows of all `parts`, one after the other; all have the same draws.
+
+    Raises:
+        ModelError: they are of several kinds.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if any(type(part) is not type(first) for part in parts):
+        raise ModelError(
+            "predict: expected one kind of distribution for all rows, got"
+            f" {', '.join(sorted({type(part).__name__ for part in parts}))}"
+        )
+    if isinstance(first, MixturePrediction):
+        mixtures = [part for part in parts if isinstance(part, MixturePrediction)]
+        draws = zip(*(part.parts for part in mixtures), strict=True)
+        return MixturePrediction([[fn for fns in draw for fn in fns] for draw in draws], first.dim)
+    axis = 0 if isinstance(first, ClassPrediction) else 1
+    names = [field.name for field in fields(first)]
+    return type(first)(*(torch.cat([getattr(p, name) for p in parts], axis) for name in names))
 
 
 def _entropy(probs: Tensor) -> Tensor:

@@ -1,0 +1,181 @@
+"""What users give as data: tensors, arrays, tables, data sets, loaders, iterables of batches.
+
+Owns `source_of`. Next: `data_set.py`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from pyro_bmr.checks import is_whole, mend
+from pyro_bmr.data.batch import pair_in
+from pyro_bmr.data.inputs import parts_of
+from pyro_bmr.data.loaders import of_loader
+from pyro_bmr.data.sources import Held, Indexed, Source, Stream
+from pyro_bmr.data.tables import of_array, tensors_of
+from pyro_bmr.errors import DataError, described
+
+
+def source_of(
+    data: Any, targets: bool = True, size: int | None = None, name: str = "data"
+) -> Source:
+    """What the rows of `data` are read from.
+
+    Args:
+        targets: whether the rows have targets, as in a fit; else they may be inputs alone.
+        size: N, for batches that come without it.
+        name: of the argument in messages.
+
+    Raises:
+        DataError: it is nothing that rows can be read from.
+    """
+    if size is not None and not is_whole(size, 1):
+        raise DataError(f"size={described(size)}: expected a whole number of rows > 0")
+    found = _found(data, targets, size)
+    if found is not None and (size is None or isinstance(found, Stream)):
+        return found
+    if found is not None:
+        raise DataError(
+            f"size={size}: the number of rows of {_named(data)} is known; give size for a loader or"
+            " an iterable of batches alone"
+        )
+    raise _no_source(data, targets, name)
+
+
+def _found(data: Any, targets: bool, size: int | None) -> Source | None:
+    """The source of the rows of `data`; None if it is none."""
+    if targets and hasattr(data, "x_train") and hasattr(data, "y_train"):
+        return Held(data.x_train, data.y_train)
+    if isinstance(data, DataLoader):
+        return of_loader(data, size)
+    if not targets and (isinstance(data, (Tensor, np.ndarray)) or _are_inputs(data)):
+        return _of_columns(data, None)
+    if isinstance(data, Mapping):
+        return _of_columns(*pair_in(data, "the data", targets))
+    if isinstance(data, (tuple, list)) and targets and size is None:
+        if len(data) == 2:
+            return _of_columns(*data)
+        return None
+    if isinstance(data, (tuple, list)):
+        named = f"a {type(data).__name__} of batches"
+        return Stream(data, size, len(data), named) if _are_batches(data) else None
+    return None if _is_array(data) else _of_other(data, size)
+
+
+def _named(data: Any) -> str:
+    return f"a {type(data).__name__}"
+
+
+def _no_source(data: Any, targets: bool, name: str) -> DataError:
+    """The error of data that are none."""
+    kind, tables = type(data).__name__, hasattr(data, "iloc")
+    if not targets:
+        hint = mend(data) or "give the numbers of its rows as one torch.Tensor"
+        return DataError(f"x: expected a tensor, got {kind}; {hint}")
+    hint = "give (table[features], table[target])" if tables else mend(data)
+    return DataError(
+        f"{name}: expected a pair (x, y) of tensors, arrays or tables, a Dataset, a DataLoader,"
+        f" batches with size=, or anything with x_train and y_train, got {kind};"
+        f" {hint or 'give such a pair; x may be a tuple or a dict'}"
+    )
+
+
+def _are_inputs(data: Any) -> bool:
+    """Whether these are the inputs themselves: a table, or several inputs in a tuple or a dict."""
+    return hasattr(data, "iloc") or (
+        isinstance(data, tuple) and len(data) > 0 and all(_is_array(part) for part in data)
+    )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray, str, bytes)) or hasattr(value, "iloc")
+
+
+def _are_batches(data: Any) -> bool:
+    """Whether it is a list of batches, and not numbers in nested lists."""
+    return len(data) > 0 and all(
+        isinstance(part, (Tensor, np.ndarray, Mapping))
+        or (isinstance(part, (tuple, list)) and all(_is_array(p) for p in part[:2]))
+        for part in data
+    )
+
+
+def _of_other(data: Any, size: int | None) -> Source | None:
+    """A data set of one's own, or an iterable of batches; None if it is neither."""
+    about, sized = type(data).__name__, hasattr(data, "__len__")
+    by_number = hasattr(data, "__getitem__") and sized and not isinstance(data, IterableDataset)
+    if by_number and (size is None or isinstance(data, Dataset)):
+        return Indexed(_reader(data), len(data), about)
+    if not hasattr(data, "__iter__"):
+        return None
+    steps = len(data) if sized else None
+    return Stream(data, size, steps, about, again=not hasattr(data, "__next__"))
+
+
+def _of_columns(x: Any, y: Any) -> Source:
+    """Rows whose columns are given: in memory, or read by their numbers if one is mapped from a
+    file.
+    """
+    columns = [*parts_of(x).values(), y]
+    if not any(isinstance(column, np.memmap) for column in columns):
+        return Held(tensors_of(x, "x"), tensors_of(y, "y"))
+    held = [column for column in columns if column is not None]
+    lengths = {len(column) if hasattr(column, "__len__") else 0 for column in held}
+    if len(lengths) > 1 or not lengths - {0}:
+        shapes = ", ".join(str(tuple(getattr(column, "shape", ()))) for column in held)
+        raise DataError(
+            "the data: expected x and y with the same number of rows, at least one, got the shapes"
+            f" {shapes}"
+        )
+
+    def read(numbers: list[int]) -> Any:
+        if isinstance(x, (tuple, Mapping)):
+            taken: Any = {key: _rows_at(part, numbers) for key, part in parts_of(x).items()}
+            taken = (
+                dict(zip(x, taken.values(), strict=True))
+                if isinstance(x, Mapping)
+                else tuple(taken.values())
+            )
+        else:
+            taken = _rows_at(x, numbers)
+        return (taken,) if y is None else (taken, _rows_at(y, numbers))
+
+    return Indexed(read, lengths.pop(), "arrays in a file")
+
+
+def _rows_at(column: Any, numbers: list[int]) -> Any:
+    """Copies of some rows. Of a mapped file no page stays in the memory of the process."""
+    if isinstance(column, Tensor):
+        return column[numbers]
+    if hasattr(column, "iloc"):
+        return column.iloc[numbers]
+    rows = of_array(np.array(column[numbers]))
+    mapped = getattr(column, "_mmap", None)
+    if mapped is not None and column.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+    return rows
+
+
+def _reader(data: Any) -> Callable[[list[int]], Any]:
+    """Reads rows of a data set by their numbers, as one batch."""
+
+    def read(numbers: list[int]) -> Any:
+        if hasattr(data, "__getitems__"):
+            rows = data.__getitems__(numbers)
+        else:
+            rows = [data[number] for number in numbers]
+        try:
+            return default_collate(rows)
+        except (RuntimeError, TypeError) as error:
+            raise DataError(
+                f"rows {numbers[0]} … of the data set do not make a batch"
+                f" ({' '.join(str(error).split())[:160]}); give a DataLoader with a collate_fn"
+            ) from error
+
+    return read
