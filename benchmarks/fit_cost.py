@@ -21,20 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import pyro
-import pyro.optim
 import torch
-from pyro.infer import SVI, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyro_bmr as bmr
-from pyro_bmr.fitting.descent import take_step
-from pyro_bmr.fitting.rows import Rows
-from pyro_bmr.isolation import seed_generator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.step import mlp, running
-from models.mlp import network as he_mlp
+from benchmarks.parts.time_to_nll import time_to_nll
+from benchmarks.step import mlp
 
 LARGE, SMALL = (784, 500, 500, 500, 500, 10), (784, 300, 100, 10)
 SPIKE = bmr.Gaussian(scale=0.0)
@@ -178,97 +172,6 @@ def predictions(rounds: int = 5) -> dict[str, float]:
     return {f"{name}, s": t for name, t in medians.items()} | {
         f"{name}, over plain": medians[name] / medians["plain"] for name in list(contenders)[1:]
     }
-
-
-def time_to_nll(target: float = 0.42, every: int = 100, at_most: int = 3_000) -> dict[str, float]:
-    """Steps and processor seconds until the NLL of 10,000 held-out Fashion-MNIST images falls to
-    `target`, at a constant rate; scoring is not counted.
-
-    784-300-100-10, batch 128, T = 1. The rate of each is the best of three on the same images, the
-    point's included.
-    """
-    data = bmr.load("fashion-mnist")
-    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
-    x, y, x_val, y_val = (
-        data.x_train[order[10_000:]],
-        data.y_train[order[10_000:]],
-        data.x_train[order[:10_000]],
-        data.y_train[order[:10_000]],
-    )
-
-    def start() -> nn.Module:
-        torch.manual_seed(0)
-        return he_mlp(784, (300, 100), 10)
-
-    def nll(program: Any, posterior: bmr.Posterior, draws: int) -> float:
-        return -float(bmr.predict(program, posterior, x_val, draws=draws).log_prob(y_val).mean())
-
-    def ours(make: Any) -> tuple[Callable[[Tensor, int], None], Callable[[], float]]:
-        program = bmr.BayesianNetwork(start(), bmr.Gaussian(0.1), bmr.Categorical())
-        run = running(program, Rows(x, y, 128), make)
-
-        def step(rows: Tensor, number: int) -> None:
-            take_step(run, (x[rows], y[rows]), 1.0, number)
-
-        run.program.train()
-        return step, lambda: nll(run.program, run.posterior(), 8)
-
-    def plain(rate: float) -> tuple[Callable[[Tensor, int], None], Callable[[], float]]:
-        net = start()
-        optimizer = torch.optim.Adam(net.parameters(), lr=rate, fused=True)
-
-        def step(rows: Tensor, number: int) -> None:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
-            optimizer.step()
-
-        @torch.no_grad()
-        def score() -> float:
-            return float(nn.functional.cross_entropy(net(x_val), y_val))
-
-        return step, score
-
-    def stock(rate: float) -> tuple[Callable[[Tensor, int], None], Callable[[], float]]:
-        model = bmr.BayesianNetwork(start(), bmr.Gaussian(0.1), bmr.Categorical(size=len(x)))
-        guide = AutoNormal(model, init_scale=0.01)
-        svi = SVI(model, guide, pyro.optim.Adam({"lr": rate}), TraceMeanField_ELBO())
-        return lambda rows, number: svi.step(x[rows], y[rows]), lambda: nll(
-            model, bmr.Posterior.from_guide(guide, model, x[:8], y[:8]), 8
-        )
-
-    contenders: dict[str, list[Callable[[], Any]]] = {
-        "plain training": [lambda r=r: plain(r) for r in (1e-3, 2e-3, 4e-3)],
-        "fit": [lambda r=r: ours(bmr.adam(r)) for r in (2e-3, 4e-3, 8e-3)],
-        "fit, natural gradient": [
-            lambda r=r: ours(bmr.natural_gradient(r)) for r in (0.05, 0.1, 0.2)
-        ],
-        "Pyro, AutoNormal, TraceMeanField_ELBO": [lambda r=r: stock(r) for r in (2e-3, 4e-3, 8e-3)],
-    }
-    results: dict[str, float] = {}
-    for name, makes in contenders.items():
-        best: tuple[float, int] | None = None
-        for make in makes:
-            step, score = make()
-            spent, number = 0.0, 0
-            while number < at_most and (best is None or spent < best[0]):
-                for rows in torch.randperm(
-                    len(x), generator=torch.Generator().manual_seed(number)
-                ).split(128)[:every]:
-                    number += 1
-                    began = time.process_time()
-                    seed_generator(x.device, number)
-                    step(rows, number)
-                    spent += time.process_time() - began
-                if score() <= target:
-                    best = (spent, number) if best is None or spent < best[0] else best
-                    break
-        results |= (
-            {f"{name}, s": best[0], f"{name}, steps": best[1]}
-            if best
-            else {f"{name}, steps, more than": at_most}
-        )
-        print(name, best, flush=True)
-    return results
 
 
 PARTS: dict[str, Callable[[], dict[str, float]]] = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 import pyro_bmr as bmr
 from pyro_bmr.models.mlp import network
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.parts.pages import fill, table
+
+Pair = tuple[Tensor, Tensor]
 FRACTIONS = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05)
 
 
@@ -98,7 +103,52 @@ def magnitude(net: nn.Module, posterior: bmr.Posterior, kept: float) -> nn.Modul
     )
 
 
-def main() -> None:
+def rows_of(
+    seed: int, train_rows: Pair, scored: Pair, settings: argparse.Namespace
+) -> list[dict[str, float | str]]:
+    """Kept fraction and accuracy of each rule at each size, and of the whole network."""
+    net = train(*train_rows, seed, settings.epochs, settings.learning_rate, settings.weight_decay)
+    start = time.perf_counter()
+    curvature = diagonal_curvature(net, *train_rows, settings.curvature)
+    passed = time.perf_counter()
+    trained = {name: p.detach() for name, p in net.named_parameters()}
+    posterior = bmr.Posterior.from_curvature(
+        trained, curvature, bmr.Gaussian(settings.prior_scale), temperature=settings.temperature
+    )
+    spike = bmr.Gaussian(0)
+    nets = {k: bmr.export(net, bmr.reduce(posterior, spike, kept=k).posterior) for k in FRACTIONS}
+    seconds = {
+        "curvature_seconds": passed - start,
+        "reduction_seconds": (time.perf_counter() - passed) / len(FRACTIONS),
+    }
+    evidence = bmr.reduce(posterior, to=spike)
+    nets[evidence.kept] = bmr.export(net, evidence.posterior)
+    bare = bmr.Posterior.from_moments(trained, {name: torch.zeros(()) for name in trained}, None)
+    compared = [("unpruned", 1.0, net)]
+    for kept, pruned in nets.items():
+        own = kept == evidence.kept
+        compared += [
+            ("evidence decides" if own else "evidence", kept, pruned),
+            ("magnitude, as many" if own else "magnitude", kept, magnitude(net, bare, kept)),
+        ]
+    return [
+        {"seed": seed, "target": target, "rule": rule, "kept": fraction(one)}
+        | {"accuracy": accuracy(one, *scored), **seconds}
+        for rule, target, one in compared
+    ]
+
+
+def show(results: pd.DataFrame) -> None:
+    """Prints means and standard deviations over the seeds."""
+    sized = results["rule"].isin(["evidence", "magnitude"])
+    wide = results[sized].groupby(["target", "rule"])["accuracy"].agg(["mean", "std"])
+    print(wide.unstack("rule").sort_index(ascending=False).to_string(float_format="%.4f"))
+    rest = results[~sized].groupby("rule")[["kept", "accuracy"]].agg(["mean", "std"])
+    print(rest.to_string(float_format="%.4f"))
+    print(results[["curvature_seconds", "reduction_seconds"]].mean().to_string())
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -116,133 +166,49 @@ def main() -> None:
         type=Path,
         help="a page whose table to fill, such as docs/results/laplace_pruning.md",
     )
-    settings = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    settings = arguments()
     torch.set_num_threads(1)
     data = bmr.load("fashion-mnist")
     x, y, x_score, y_score = data.x_train, data.y_train, data.x_test, data.y_test
     if settings.validation:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        x, y, x_score, y_score = (
-            x[order[10_000:]],
-            y[order[10_000:]],
-            x[order[:10_000]],
-            y[order[:10_000]],
-        )
-    rows = []
+        held, rest = order[:10_000], order[10_000:]
+        x, y, x_score, y_score = x[rest], y[rest], x[held], y[held]
+    rows: list[dict[str, float | str]] = []
     for seed in range(settings.seeds):
-        net = train(x, y, seed, settings.epochs, settings.learning_rate, settings.weight_decay)
-        start = time.perf_counter()
-        curvature = diagonal_curvature(net, x, y, settings.curvature)
-        passed = time.perf_counter()
-        trained = {name: p.detach() for name, p in net.named_parameters()}
-        posterior = bmr.Posterior.from_curvature(
-            trained, curvature, bmr.Gaussian(settings.prior_scale), temperature=settings.temperature
-        )
-        nets = {
-            kept: bmr.export(net, bmr.reduce(posterior, to=bmr.Gaussian(0), kept=kept).posterior)
-            for kept in FRACTIONS
-        }
-        seconds = {
-            "curvature_seconds": passed - start,
-            "reduction_seconds": (time.perf_counter() - passed) / len(FRACTIONS),
-        }
-        evidence = bmr.reduce(posterior, to=bmr.Gaussian(0))
-        nets[evidence.kept] = bmr.export(net, evidence.posterior)
-        bare = bmr.Posterior.from_moments(
-            trained, {name: torch.zeros(()) for name in trained}, None
-        )
-        for kept, pruned in nets.items():
-            rule = "evidence decides" if kept == evidence.kept else "evidence"
-            rows.append(
-                {
-                    "seed": seed,
-                    "target": kept,
-                    "rule": rule,
-                    "kept": fraction(pruned),
-                    "accuracy": accuracy(pruned, x_score, y_score),
-                    **seconds,
-                }
-            )
-            rival = magnitude(net, bare, kept)
-            rule = "magnitude, as many" if kept == evidence.kept else "magnitude"
-            rows.append(
-                {
-                    "seed": seed,
-                    "target": kept,
-                    "rule": rule,
-                    "kept": fraction(rival),
-                    "accuracy": accuracy(rival, x_score, y_score),
-                    **seconds,
-                }
-            )
-        rows.append(
-            {
-                "seed": seed,
-                "target": 1.0,
-                "rule": "unpruned",
-                "kept": 1.0,
-                "accuracy": accuracy(net, x_score, y_score),
-                **seconds,
-            }
-        )
+        rows += rows_of(seed, (x, y), (x_score, y_score), settings)
         settings.out.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(rows).to_csv(settings.out / "results.csv", index=False)
     (settings.out / "settings.json").write_text(
         json.dumps({k: str(v) for k, v in vars(settings).items()}, indent=1)
     )
-    table = pd.DataFrame(rows)
-    wide = (
-        table[table["rule"].isin(["evidence", "magnitude"])]
-        .groupby(["target", "rule"])["accuracy"]
-        .agg(["mean", "std"])
-        .unstack("rule")
-    )
-    wide = wide.sort_index(ascending=False)
-    print(wide.to_string(float_format="%.4f"))
-    rest = (
-        table[~table["rule"].isin(["evidence", "magnitude"])]
-        .groupby("rule")[["kept", "accuracy"]]
-        .agg(["mean", "std"])
-    )
-    print(rest.to_string(float_format="%.4f"))
-    print(table[["curvature_seconds", "reduction_seconds"]].mean().to_string())
+    results = pd.DataFrame(rows)
+    show(results)
     if not settings.validation and settings.page:
-        write_page(settings.page, table)
+        write_page(settings.page, results)
 
 
-def write_page(page: Path, table: pd.DataFrame) -> None:
+def write_page(page: Path, results: pd.DataFrame) -> None:
     """The table between the marks of the page."""
-    lines = ["| kept | evidence | magnitude | difference per seed |", "|---|---|---|---|"]
+    rows = []
     for kept in FRACTIONS:
-        both = {
-            rule: (
-                table[(table["target"] == kept) & (table["rule"] == rule)].set_index("seed")[
-                    "accuracy"
-                ]
-            )
-            for rule in ("evidence", "magnitude")
-        }
-        gap = ", ".join(f"{100 * value:+.1f}" for value in both["evidence"] - both["magnitude"])
-        lines.append(
-            f"| {kept:.0%} | "
-            + " | ".join(f"{a.mean():.3f} ± {a.std():.3f}" for a in both.values())
-            + f" | {gap} points |"
-        )
-    whole = table[table["rule"] == "unpruned"]["accuracy"]
-    seconds = table.groupby("seed")[["curvature_seconds", "reduction_seconds"]].first().mean()
-    lines += [
-        "",
-        (
-            f"Unpruned: {whole.mean():.3f} ± {whole.std():.3f}. Curvature: {seconds.iloc[0]:.1f} s;"
-            f" one reduction: {seconds.iloc[1]:.2f} s (one busy thread)."
-        ),
-    ]
-    text = page.read_text(encoding="utf-8")
-    before, after = text.split("<!-- table -->")[0], text.split("<!-- end of table -->")[1]
-    page.write_text(
-        before + "\n".join(["<!-- table -->", *lines, "<!-- end of table -->"]) + after,
-        encoding="utf-8",
+        at = results[results["target"] == kept].set_index("seed")
+        both = [at[at["rule"] == rule]["accuracy"] for rule in ("evidence", "magnitude")]
+        gap = ", ".join(f"{100 * value:+.1f}" for value in both[0] - both[1])
+        accuracies = [f"{a.mean():.3f} ± {a.std():.3f}" for a in both]
+        rows.append([f"{kept:.0%}", *accuracies, f"{gap} points"])
+    whole = results[results["rule"] == "unpruned"]["accuracy"]
+    seconds = results.groupby("seed")[["curvature_seconds", "reduction_seconds"]].first().mean()
+    note = (
+        f"Unpruned: {whole.mean():.3f} ± {whole.std():.3f}. Curvature: {seconds.iloc[0]:.1f} s; one"
+        f" reduction: {seconds.iloc[1]:.2f} s (one busy thread)."
     )
+    head = ["kept", "evidence", "magnitude", "difference per seed"]
+    fill(page, [*table(head, rows), "", note])
 
 
 def fraction(net: nn.Module) -> float:

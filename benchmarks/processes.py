@@ -58,16 +58,21 @@ def seconds_per_step(batch_size: int, optimizer: object) -> float:
     return (times[-1] - times[-1 - STEPS]) / STEPS
 
 
+def one_of_several(batch_size: int, kind: str) -> None:
+    """Prints the median of five fits in the first of the processes that were started together."""
+    torch.set_num_threads(1)
+    with process_group() as rank:
+        optimizer = bmr.natural_gradient() if kind == "natural" else bmr.adam()
+        times = [seconds_per_step(batch_size, optimizer) for _ in range(5)]
+        if rank == 0:
+            print(statistics.median(times))
+        if dist.is_initialized():
+            dist.barrier()
+
+
 def main() -> None:
     if len(sys.argv) > 1:
-        torch.set_num_threads(1)
-        with process_group() as rank:
-            optimizer = bmr.natural_gradient() if sys.argv[2] == "natural" else bmr.adam()
-            times = [seconds_per_step(int(sys.argv[1]), optimizer) for _ in range(5)]
-            if rank == 0:
-                print(statistics.median(times))
-            if dist.is_initialized():
-                dist.barrier()
+        one_of_several(int(sys.argv[1]), sys.argv[2])
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

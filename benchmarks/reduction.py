@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,14 @@ import torch
 import pyro_bmr as bmr
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.reduction.reduced_site import site_reduction
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.parts.pages import table
+
+COLUMNS = [
+    *("call", "weights", "seconds", "cpu_seconds"),
+    *("over clone", "over copy_", "extra memory / posterior"),
+]
 
 
 def posterior(n: int, seed: int = 0) -> bmr.Posterior:
@@ -131,6 +141,12 @@ def horseshoe(n: int, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
+def _cell(x: float | str) -> str:
+    if not isinstance(x, float):
+        return str(x)
+    return "" if math.isnan(x) else f"{x:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=int, default=100_000_000, help="for the spike and slab")
@@ -141,34 +157,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = spike_and_slab(args.weights, args.repeats) + horseshoe(args.horseshoe_weights, 1)
-    table = pd.DataFrame(rows)[
-        [
-            "call",
-            "weights",
-            "seconds",
-            "cpu_seconds",
-            "over clone",
-            "over copy_",
-            "extra memory / posterior",
-        ]
-    ]
+    results = pd.DataFrame(rows)[COLUMNS]
     print(f"torch {torch.__version__}, {args.threads} thread(s), {platform.machine()}\n")
-    print("| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns))
-    for row in table.itertuples(index=False):
-        print(
-            "| "
-            + " | ".join(
-                (
-                    ""
-                    if isinstance(x, float) and x != x
-                    else f"{x:.2f}"
-                    if isinstance(x, float)
-                    else str(x)
-                )
-                for x in row
-            )
-            + " |"
-        )
+    cells = [[_cell(x) for x in row] for row in results.itertuples(index=False)]
+    print("\n".join(table(COLUMNS, cells)))
     if args.json:
         args.json.write_text(
             json.dumps(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,29 +31,14 @@ from torch import nn
 import pyro_bmr as bmr
 from pyro_bmr.experiments.plots import headless, save_figure
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.parts.pages import fill, table
+
 KEPT = (
-    0.9,
-    0.8,
-    0.7,
-    0.6,
-    0.5,
-    0.4,
-    0.3,
-    0.25,
-    0.2,
-    0.15,
-    0.12,
-    0.1,
-    0.08,
-    0.07,
-    0.06,
-    0.05,
-    0.04,
-    0.03,
+    *(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2),
+    *(0.15, 0.12, 0.1, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03),
 )
 PRIOR_SCALES = (0.3, 0.5, 1.0, 2.0, 4.0)
-
-
 SCALES = {"concrete": 4.0, "boston": 0.5}  # of the prior: see --choose
 
 
@@ -69,7 +55,7 @@ def model(columns: int, scale: float, seed: int) -> bmr.BayesianNetwork:
     return bmr.BayesianNetwork(net, bmr.Gaussian(scale), bmr.Normal())
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,7 +82,11 @@ def main() -> None:
         default=Path("docs/results/refit.md"),
         help="whose table and picture to fill",
     )
-    settings = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    settings = arguments()
     torch.set_num_threads(1)
     headless()
     data = standardised(READERS[settings.name](settings.data))
@@ -111,7 +101,7 @@ def main() -> None:
         return
     scale = settings.scale or SCALES[settings.name]
     full = bmr.fit(model(data[0].shape[1], scale, settings.seed), data, **first)
-    table = path(
+    results = path(
         full,
         data,
         settings.kept,
@@ -120,14 +110,14 @@ def main() -> None:
     )
     out = settings.out / settings.name
     out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out / "results.csv", index=False)
+    results.to_csv(out / "results.csv", index=False)
     (out / "settings.json").write_text(
         json.dumps({k: str(v) for k, v in vars(settings).items()}, indent=1)
     )
-    print(table.to_string())
+    print(results.to_string())
     if settings.page.exists():
-        write_page(settings.page, settings.name, table)
-        draw(settings.page.with_name(f"refit_{settings.name}.png"), table)
+        write_page(settings.page, settings.name, results)
+        draw(settings.page.with_name(f"refit_{settings.name}.png"), results)
 
 
 def choose(data: tuple[torch.Tensor, torch.Tensor], seed: int, first: dict) -> None:
@@ -172,99 +162,56 @@ def path(
         one, at_once = step(full, kept)
         rows.append(("one shot", kept, one.predicted, at_once, one.observed, one.standard_error))
         next_, at_once = step(current, kept)
-        rows.append(
-            (
-                "iterated",
-                kept,
-                predicted + next_.predicted,
-                observed + at_once,
-                observed + next_.observed,
-                next_.standard_error,
-            )
-        )
+        at_once, error = observed + at_once, next_.standard_error
         current, predicted, observed = (
             next_.fit,
             predicted + next_.predicted,
             observed + next_.observed,
         )
-        print(
-            *(
-                f"{row[0]:9s} {row[1]:.2f}" + "".join(f"{value:9.1f}" for value in row[2:5])
-                for row in rows[-2:]
-            ),
-            sep=" | ",
-            flush=True,
-        )
+        rows.append(("iterated", kept, predicted, at_once, observed, error))
+        for row in rows[-2:]:
+            print(f"{row[0]:9s} {row[1]:.2f}" + "".join(f"{v:9.1f}" for v in row[2:5]), flush=True)
     return pd.DataFrame(
         rows, columns=["path", "kept", "predicted", "at_once", "observed", "standard_error"]
     )
 
 
-def draw(file: Path, table: pd.DataFrame) -> None:
+def draw(file: Path, results: pd.DataFrame) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for k, (path, group) in enumerate(
-        table[table["path"] != "more training"].groupby("path", sort=False)
+        results[results["path"] != "more training"].groupby("path", sort=False)
     ):
-        axes.plot(
-            100 * (1 - group["kept"]),
-            group["predicted"],
-            "--",
-            color=f"C{k}",
-            label=f"{path}, predicted",
-        )
-        axes.plot(
-            100 * (1 - group["kept"]),
-            group["observed"],
-            "o-",
-            color=f"C{k}",
-            label=f"{path}, observed",
-        )
+        pruned = 100 * (1 - group["kept"])
+        for column, line in (("predicted", "--"), ("observed", "o-")):
+            axes.plot(pruned, group[column], line, color=f"C{k}", label=f"{path}, {column}")
     axes.axhline(0, color="0.6", linewidth=1)
     axes.set(
         xlabel="weights pruned (%)",
         ylabel="ΔF (nats)",
-        ylim=(min(-200, table["observed"].min()), None),
+        ylim=(min(-200, results["observed"].min()), None),
     )
     axes.legend(fontsize=8)
     save_figure(figure, file)
 
 
-def write_page(page: Path, name: str, table: pd.DataFrame) -> None:
+def write_page(page: Path, name: str, results: pd.DataFrame) -> None:
     """The table between the marks of the page."""
-    lines = [
-        (
-            "| pruned | one shot, predicted | at once | observed | iterated, predicted | at once |"
-            " observed |"
-        ),
-        "|---|---|---|---|---|---|---|",
+    columns = ["predicted", "at_once", "observed"]
+    paths = [results[results["path"] == p].set_index("kept") for p in ("one shot", "iterated")]
+    rows = [
+        [f"{1 - kept:.0%}", *(f"{value:.1f}" for p in paths for value in p.loc[kept, columns])]
+        for kept in paths[0].index
     ]
-    for kept in table[table["path"] == "one shot"]["kept"]:
-        both = [
-            table[(table["path"] == path) & (table["kept"] == kept)].iloc[0]
-            for path in ("one shot", "iterated")
-        ]
-        lines.append(
-            f"| {1 - kept:.0%} | "
-            + " | ".join(
-                f"{row['predicted']:.1f} | {row['at_once']:.1f} | {row['observed']:.1f}"
-                for row in both
-            )
-            + " |"
-        )
-    more, error = table[table["path"] == "more training"]["observed"], table["standard_error"].max()
-    lines += [
-        "",
-        (
-            f"More training of the full model: {more.iloc[0]:.1f} nats, then {more.iloc[1]:.1f}."
-            f" Standard error of an observed change: at most {error:.1f}."
-        ),
-    ]
-    text = page.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    page.write_text(
-        text.split(begin)[0] + "\n".join([begin, *lines, end]) + text.split(end)[1],
-        encoding="utf-8",
+    more = results[results["path"] == "more training"]["observed"]
+    note = (
+        f"More training of the full model: {more.iloc[0]:.1f} nats, then {more.iloc[1]:.1f}."
+        f" Standard error of an observed change: at most {results['standard_error'].max():.1f}."
     )
+    head = [
+        *("pruned", "one shot, predicted", "at once", "observed"),
+        *("iterated, predicted", "at once", "observed"),
+    ]
+    fill(page, [*table(head, rows), "", note], name)
 
 
 if __name__ == "__main__":

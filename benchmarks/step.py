@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import itertools
 import json
-import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pyro
-import pyro.optim
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_bmr as bmr
@@ -38,8 +35,19 @@ from pyro_bmr.fitting.descent import take_step
 from pyro_bmr.fitting.rows import Rows
 from pyro_bmr.fitting.run import Run
 
-ROWS, TURN = 60_000, 4
-Step = Callable[[], object]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.parts.peers import (
+    ROWS,
+    Step,
+    bayesian_torch_step,
+    blitz_step,
+    ivon_step,
+    numpyro_step,
+    stock_pyro,
+    torchbnn_step,
+)
+
+TURN = 4
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -121,149 +129,6 @@ def ours(
     return step
 
 
-def stock_pyro(net: nn.Sequential, x: Tensor, y: Tensor, elbo: type) -> Step:
-    """As one writes it by the book: AutoNormal, ClippedAdam's plain sibling, SVI."""
-    model = bmr.BayesianNetwork(copy.deepcopy(net), bmr.Gaussian(1.0), bmr.Categorical(size=ROWS))
-    svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 1e-3}), elbo())
-    return lambda: svi.step(x, y)
-
-
-def torchbnn_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
-    bnn = importlib.import_module("torchbnn")
-    if any(isinstance(m, nn.Conv2d) for m in net):
-        conv = lambda m: bnn.BayesConv2d(  # noqa: E731
-            0, 0.1, m.in_channels, m.out_channels, m.kernel_size[0], padding=m.padding
-        )
-    layers = [
-        (
-            bnn.BayesLinear(0, 0.1, m.in_features, m.out_features)
-            if isinstance(m, nn.Linear)
-            else conv(m)
-            if isinstance(m, nn.Conv2d)
-            else m
-        )
-        for m in net
-    ]
-    net = nn.Sequential(*layers)
-    kl = bnn.BKLLoss(reduction="sum", last_layer_only=False)
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        (nn.functional.cross_entropy(net(x), y) + kl(net) / ROWS).backward()
-        optimizer.step()
-
-    return step
-
-
-def bayesian_torch_step(net: nn.Sequential, x: Tensor, y: Tensor, kind: str) -> Step:
-    module = importlib.import_module("bayesian_torch.models.dnn_to_bnn")
-    net = copy.deepcopy(net)
-    settings = {
-        "prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0,
-        "type": kind, "moped_enable": False, "moped_delta": 0.5,
-    }  # fmt: skip
-    module.dnn_to_bnn(net, settings)
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        (nn.functional.cross_entropy(net(x), y) + module.get_kl_loss(net) / ROWS).backward()
-        optimizer.step()
-
-    return step
-
-
-def blitz_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
-    modules, losses = (
-        importlib.import_module("blitz.modules"),
-        importlib.import_module("blitz.losses"),
-    )
-    conv = lambda m: modules.BayesianConv2d(  # noqa: E731
-        m.in_channels, m.out_channels, m.kernel_size, padding=m.padding
-    )
-    net = nn.Sequential(
-        *(
-            (
-                modules.BayesianLinear(m.in_features, m.out_features)
-                if isinstance(m, nn.Linear)
-                else conv(m)
-                if isinstance(m, nn.Conv2d)
-                else m
-            )
-            for m in net
-        )
-    )
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        (
-            nn.functional.cross_entropy(net(x), y) + losses.kl_divergence_from_nn(net) / ROWS
-        ).backward()
-        optimizer.step()
-
-    return step
-
-
-def ivon_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
-    net = copy.deepcopy(net)
-    optimizer = importlib.import_module("ivon").IVON(net.parameters(), lr=0.1, ess=ROWS)
-
-    def step() -> None:
-        with optimizer.sampled_params(train=True):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x), y).backward()
-        optimizer.step()
-
-    return step
-
-
-def numpyro_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
-    """Jitted; plain multilayer perceptrons only."""
-    os.environ.setdefault(
-        "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    )
-    numpyro, jax = importlib.import_module("numpyro"), importlib.import_module("jax")
-    infer, dist = (
-        importlib.import_module("numpyro.infer"),
-        importlib.import_module("numpyro.distributions"),
-    )
-    if any(isinstance(m, nn.Conv2d) for m in net):
-        raise ImportError("numpyro: multilayer perceptrons only")
-    layers = [m for m in net if isinstance(m, nn.Linear)]
-    batch = lambda: (  # noqa: E731
-        jax.numpy.asarray(x.flatten(1).numpy()),
-        jax.numpy.asarray(y.numpy()),
-    )
-
-    def model(x: object, y: object) -> None:
-        for k, layer in enumerate(layers):
-            shape = (layer.in_features, layer.out_features)
-            w = numpyro.sample(f"w{k}", dist.Normal(0, 1).expand(shape).to_event(2))
-            b = numpyro.sample(f"b{k}", dist.Normal(0, 1).expand(shape[1:]).to_event(1))
-            x = x @ w + b
-            x = jax.nn.relu(x) if k + 1 < len(layers) else x
-        with numpyro.plate("data", ROWS, subsample_size=len(x)):
-            numpyro.sample("y", dist.Categorical(logits=x), obs=y)
-
-    svi = infer.SVI(
-        model,
-        infer.autoguide.AutoNormal(model),
-        numpyro.optim.Adam(1e-3),
-        infer.TraceMeanField_ELBO(),
-    )
-    state = svi.init(jax.random.PRNGKey(0), *batch())
-    update = jax.jit(svi.update)
-
-    def step() -> None:
-        nonlocal state
-        state, loss = update(state, *batch())
-        loss.block_until_ready()
-
-    return step
-
-
 CONTENDERS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Step]] = {
     "plain training, fused Adam": deterministic,
     "ours": ours,
@@ -332,6 +197,44 @@ def measure(
     }
 
 
+def measure_case(
+    case: str, wanted: str, rounds: int, missing: dict[str, str]
+) -> dict[str, dict[str, float]]:
+    """Plain training and the contenders that have a part of `wanted` in their name; those that are
+    not installed go to `missing`.
+    """
+    build, batch = CASES[case]
+    torch.manual_seed(0)
+    net, (x, y) = build(), (part[:batch].clone() for part in enlarged_digits())
+    steps = {}
+    for name, make in CONTENDERS.items():
+        if make is deterministic or any(word in name for word in wanted.split(",")):
+            try:
+                steps[name] = make(net, x, y)
+            except ImportError as error:
+                missing[name] = str(error)
+    return measure(steps, x, y, rounds)
+
+
+def show(case: str, rows: dict[str, dict[str, float]]) -> None:
+    """Prints a table in Markdown."""
+    base = rows["plain training, fused Adam"]
+    print(
+        f"\n| {case} | ms, processor | over plain | best block | over plain | clock, over plain |"
+        "\n|---|---|---|---|---|---|"
+    )
+    for name, row in rows.items():
+        median, block, clock = (
+            row[key] / base[key]
+            for key in ("processor_median", "processor_best_block", "clock_median")
+        )
+        print(
+            f"| {name} | {row['processor_median']:.2f} | {median:.2f} |"
+            f" {row['processor_best_block']:.2f} | {block:.2f} | {clock:.2f} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -352,44 +255,14 @@ def main() -> None:
     )
     settings = parser.parse_args()
     torch.set_num_threads(1)
-    before = (
-        json.loads(settings.json.read_text())
-        if settings.json and settings.json.exists()
-        else {"milliseconds": {}}
-    )
-    results: dict[str, dict[str, dict[str, float]]] = before["milliseconds"]
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    if settings.json and settings.json.exists():
+        results = json.loads(settings.json.read_text())["milliseconds"]
     missing: dict[str, str] = {}
     with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         for case in (list(CASES)[int(k)] for k in settings.cases.split(",")):
-            build, batch = CASES[case]
-            torch.manual_seed(0)
-            net, (x, y) = build(), (part[:batch].clone() for part in enlarged_digits())
-            steps = {}
-            for name, make in CONTENDERS.items():
-                if make is not deterministic and not any(
-                    word in name for word in settings.contenders.split(",")
-                ):
-                    continue
-                try:
-                    steps[name] = make(net, x, y)
-                except ImportError as error:
-                    missing[name] = str(error)
-            results[case] = measure(steps, x, y, settings.rounds)
-            base = results[case]["plain training, fused Adam"]
-            print(
-                f"\n| {case} | ms, processor | over plain | best block | over plain | clock, over"
-                " plain |\n|---|---|---|---|---|---|"
-            )
-            for name, row in results[case].items():
-                ratios = [
-                    row[key] / base[key]
-                    for key in ("processor_median", "processor_best_block", "clock_median")
-                ]
-                print(
-                    f"| {name} | {row['processor_median']:.2f} | {ratios[0]:.2f} |"
-                    f" {row['processor_best_block']:.2f} | {ratios[1]:.2f} | {ratios[2]:.2f} |",
-                    flush=True,
-                )
+            results[case] = measure_case(case, settings.contenders, settings.rounds, missing)
+            show(case, results[case])
     for name, why in missing.items():
         print(f"left out: {name} ({why})")
     if settings.json:

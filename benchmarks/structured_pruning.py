@@ -18,17 +18,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyro_bmr as bmr
 from pyro_bmr.experiments.models import load_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.parts.unit_schedule import Chain, EveryUnit
 
 PAGE = Path("docs/results/structured_pruning.md")
 LABELS = {
@@ -37,103 +40,6 @@ LABELS = {
     "lenet_caffe_half": "LeNet-5 for half precision, MNIST",
     "lenet": "LeNet 6-16-120-84, Fashion-MNIST",
 }
-# (layer, the layer that reads it, positions of a channel there)
-Chain = tuple[tuple[str, str, int], ...]
-
-
-@dataclass(frozen=True)
-class EveryUnit(bmr.Every):
-    """`Every` over units, then weights: `size` is the target of the parameters after shrinking
-    (None: the evidence decides), `kept` that of living weights.
-    """
-
-    chain: Chain = ()
-    size: float | None = None
-
-    def reduce(self, posterior: bmr.Posterior, done: float) -> bmr.Reduction:
-        target = self.target(done)
-        assert target is not None
-        spikes = {
-            n: s.spike_delta_f.nan_to_num(0.0)
-            for n, s in bmr.reduce(posterior, self.to, threshold=math.inf).sites.items()
-        }
-        units = {
-            layer: spikes[f"{layer}.weight"].flatten(1).sum(1) + spikes[f"{layer}.bias"]
-            for layer, _, _ in self.chain
-        }
-        if self.size is not None:  # what reads the unit goes with it
-            for layer, reader, positions in self.chain:
-                read = (
-                    spikes[f"{reader}.weight"].flatten(2).sum((0, 2))
-                    if spikes[f"{reader}.weight"].ndim > 2
-                    else spikes[f"{reader}.weight"].sum(0)
-                )
-                units[layer] = units[layer] + read.view(-1, positions).sum(1)
-        alive = {
-            layer: posterior[f"{layer}.weight"].kept.flatten(1).any(1) for layer, _, _ in self.chain
-        }
-        if self.size is not None:
-            self._to_size(
-                posterior, units, alive, replace(self, kept=self.size).target(done) or 0.0
-            )
-        else:
-            alive = {
-                layer: (a & (units[layer] <= 0)) if bool((a & (units[layer] <= 0)).any()) else a
-                for layer, a in alive.items()
-            }
-        masks = dict(posterior.masks) or {
-            name: torch.ones_like(spikes[name], dtype=torch.bool) for name in spikes
-        }
-        for layer, reader, positions in self.chain:
-            for name in (f"{layer}.weight", f"{layer}.bias"):
-                masks[name] = masks[name] & _rows(alive[layer], masks[name])
-            read = alive[layer].repeat_interleave(positions)
-            name = f"{reader}.weight"
-            masks[name] = masks[name] & read.view(1, -1, *[1] * (masks[name].ndim - 2))
-        alive_now = sum(int(m.sum()) for m in masks.values()) / sum(
-            m.numel() for m in masks.values()
-        )
-        result = bmr.reduce(posterior.masked(masks), self.to, kept=min(target, alive_now))
-        # that of units gone at this very reduction included
-        everywhere = {n: replace(r, spike_delta_f=spikes[n]) for n, r in result.sites.items()}
-        return bmr.Reduction(everywhere, result.posterior, posterior)
-
-    def _to_size(
-        self,
-        posterior: bmr.Posterior,
-        units: dict[str, Tensor],
-        alive: dict[str, Tensor],
-        target: float,
-    ) -> None:
-        total = sum(site.mean.numel() for site in posterior.sites.values())
-        shapes = {
-            layer: posterior[f"{layer}.weight"].mean.shape for layer in [*units, self.chain[-1][1]]
-        }
-        layers = list(shapes)
-        while True:
-            inputs = [
-                shapes[layers[0]][1],
-                *(int(alive[layer].sum()) * positions for layer, _, positions in self.chain),
-            ]
-            outputs = [*(int(alive[layer].sum()) for layer in units), shapes[layers[-1]][0]]
-            kernels = [math.prod(shapes[layer][2:]) for layer in layers]
-            if (
-                sum(o * (i * k + 1) for i, o, k in zip(inputs, outputs, kernels, strict=True))
-                <= target * total
-            ):
-                return
-            best, where = -math.inf, ("", 0)
-            for j, (layer, _, positions) in enumerate(self.chain):
-                freed = inputs[j] * kernels[j] + 1 + outputs[j + 1] * kernels[j + 1] * positions
-                score = (units[layer] / freed).masked_fill(~alive[layer], -math.inf)
-                if outputs[j] > 1 and float(score.max()) > best:
-                    best, where = float(score.max()), (layer, int(score.argmax()))
-            alive[where[0]] = alive[where[0]].clone()
-            alive[where[0]][where[1]] = False
-
-
-def _rows(alive: Tensor, mask: Tensor) -> Tensor:
-    return alive.view(-1, *[1] * (mask.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -209,17 +115,13 @@ def run(task: Task, seed: int, validation: bool, folder: Path) -> None:
         progress=False,
     )
     net = bmr.export(fit.program, fit.posterior)
-    with torch.no_grad():
-        accuracy = bmr.metrics.accuracy(
-            torch.cat([net(part) for part in x_test.split(2000)]).softmax(1), y_test
-        )
     mean = bmr.metrics.accuracy(bmr.predict(fit.program, fit.posterior, x_test).probs, y_test)
     units = {
         layer: int(fit.masks[f"{layer}.weight"].flatten(1).any(1).sum())
         for layer, _, _ in task.chain
     }
     figures = {
-        "accuracy": accuracy,
+        "accuracy": accuracy(net, x_test, y_test),
         "accuracy of 32 draws": mean,
         "kept": float(fit.history["kept"].iloc[-1]),
         "units": units,
@@ -228,6 +130,11 @@ def run(task: Task, seed: int, validation: bool, folder: Path) -> None:
     fit.posterior.save(folder / "posterior.safetensors")
     bmr.save(net, folder, {**vars(task), **figures, "seed": seed, "validation": validation})
     print(json.dumps({"task": task.model, "seed": seed, **figures}), flush=True)
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    return bmr.metrics.accuracy(torch.cat([net(part) for part in x.split(2000)]).softmax(1), y)
 
 
 def measured(task: Task, folder: Path) -> dict[str, float | str]:
@@ -243,25 +150,17 @@ def measured(task: Task, folder: Path) -> dict[str, float | str]:
     with torch.no_grad():
         error = float((small(x) - net(x)).abs().max())
     assert error <= 1e-4, f"the shrunk network differs by {error}"
-    table = bmr.deploy(
-        small,
-        folder / "deployed",
-        x,
-        formats=("half", "program"),
-        before=net,
-        report=report,
-        seconds=1.0,
-    ).set_index("format")
+    told = {"before": net, "report": report, "seconds": 1.0}
+    table = bmr.deploy(small, folder / "deployed", x, formats=("half", "program"), **told)
+    table = table.set_index("format")
     (folder / "plan.txt").write_text(f"{plan}\n")
     before, after = table.loc["before"], table.loc["safetensors"]
+    latency = {batch: f"ms at batch {batch}" for batch in (1, 128)}
     # as the file in half precision is read
     small.load_state_dict(
         {key: tensor.half().float() for key, tensor in small.state_dict().items()}
     )
-    with torch.no_grad():
-        half = bmr.metrics.accuracy(
-            torch.cat([small(part) for part in data.x_test.split(2000)]).softmax(1), data.y_test
-        )
+    half = accuracy(small, data.x_test, data.y_test)
     return {
         "accuracy": report["accuracy"],
         "accuracy, half": half,
@@ -274,13 +173,8 @@ def measured(task: Task, folder: Path) -> dict[str, float | str]:
         "kB, dense": float(before["bytes"]) / 1000,
         "FLOPs": float(after["FLOPs"] / before["FLOPs"]),
         "largest difference": error,
-        **{
-            f"speed-up at {batch}": float(
-                before[f"ms at batch {batch}"] / after[f"ms at batch {batch}"]
-            )
-            for batch in (1, 128)
-        },
-        **{f"ms at {batch}": float(after[f"ms at batch {batch}"]) for batch in (1, 128)},
+        **{f"speed-up at {n}": float(before[at] / after[at]) for n, at in latency.items()},
+        **{f"ms at {n}": float(after[at]) for n, at in latency.items()},
     }
 
 
@@ -333,6 +227,16 @@ def _cell(values: list[float | str], digits: int) -> str:
     )
 
 
+def finished(out: Path, seeds: int) -> dict[str, list[dict[str, float | str]]]:
+    """Task → the figures of its seeds, if all of them are done."""
+    folders = {name: [out / name / str(seed) for seed in range(seeds)] for name in TASKS}
+    return {
+        name: [measured(TASKS[name], seed) for seed in of_task]
+        for name, of_task in folders.items()
+        if all((seed / "report.json").exists() for seed in of_task)
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -365,21 +269,7 @@ def main() -> None:
                     folder.mkdir(parents=True, exist_ok=True)
                     run(replace(task, **changes), seed, arguments.validation, folder)
     if not arguments.validation:
-        folders = {
-            name: [arguments.out / name / str(seed) for seed in range(arguments.seeds)]
-            for name in TASKS
-        }
-        finished = {
-            name: seeds
-            for name, seeds in folders.items()
-            if all((seed / "report.json").exists() for seed in seeds)
-        }
-        fill_page(
-            {
-                name: [measured(TASKS[name], seed) for seed in seeds]
-                for name, seeds in finished.items()
-            }
-        )
+        fill_page(finished(arguments.out, arguments.seeds))
 
 
 if __name__ == "__main__":

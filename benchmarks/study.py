@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from pyro_bmr.experiments.declaration import declare
 from pyro_bmr.experiments.folder import read_cell
 from pyro_bmr.experiments.grid import Study
 from pyro_bmr.experiments.report import mean_and_spread, results
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.parts.pages import fill, table
 
 PAGE = Path("docs/results/study.md")
 CELLS = Path("docs/results/study")
@@ -72,10 +76,10 @@ def main() -> None:
         )
         if not arguments.fill and left.cells:
             bmr.study(left, ROOT / name, jobs=arguments.jobs)
-        table = with_those_before(declared, before, results(left, ROOT / name), ROOT / name)
-        if not table.empty:
-            table.to_csv(CELLS / f"{name}.csv", index=False, float_format="%.7g")
-            fill(name, table, len(declared.cells))
+        rows = with_those_before(declared, before, results(left, ROOT / name), ROOT / name)
+        if not rows.empty:
+            rows.to_csv(CELLS / f"{name}.csv", index=False, float_format="%.7g")
+            write_table(name, rows, len(declared.cells))
 
 
 def cells_of_the_page(name: str) -> pd.DataFrame:
@@ -108,57 +112,35 @@ def with_those_before(
     return table.assign(method=table["cell"].map(labels))
 
 
-def fill(name: str, table: pd.DataFrame, cells: int) -> None:
+def write_table(name: str, results: pd.DataFrame, cells: int) -> None:
     """Puts the means of a study between its marks on the page."""
-    table["data"] = [table_of(str(data)) for data in table["data"]]
-    keys = [key for key in ("model", "data", "method", "option_kept") if key in table]
+    results["data"] = [table_of(str(data)) for data in results["data"]]
+    keys = [key for key in ("model", "data", "method", "option_kept") if key in results]
     columns = [
         column
         for column in (*COLUMNS.get(name, COLUMNS[""]), *SHIFTED)
-        if column in table and table[column].notna().any()
+        if column in results and results[column].notna().any()
     ]
-    shown = [key for key in keys if key in ("method", "option_kept") or table[key].nunique() > 1]
+    shown = [key for key in keys if key in ("method", "option_kept") or results[key].nunique() > 1]
     names = {"option_kept": "target"}
-    lines = [
-        "| " + " | ".join([*(names.get(key, key) for key in shown), "fits", *columns]) + " |",
-        "|" + "---|" * (len(shown) + 1 + len(columns)),
-    ]
-    for key, group in table.groupby(keys, sort=False, dropna=False):
+    rows = []
+    for key, group in results.groupby(keys, sort=False, dropna=False):
         place = dict(zip(keys, key, strict=True))
-        words = [
-            (
-                place[k]
-                if isinstance(place[k], str)
-                else ""
-                if math.isnan(place[k])
-                else f"{place[k]:g}"
-            )
-            for k in shown
-        ]
-        lines.append(
-            "| "
-            + " | ".join(
-                [
-                    *words,
-                    str(len(group)),
-                    *(mean_and_spread(c, group[c].mean(), group[c].std()) for c in columns),
-                ]
-            )
-            + " |"
-        )
-    commits = ", ".join(sorted(set(table["commit"])))
+        spreads = [mean_and_spread(c, group[c].mean(), group[c].std()) for c in columns]
+        rows.append([*(_word(place[k]) for k in shown), str(len(group)), *spreads])
+    lines = table([*(names.get(key, key) for key in shown), "fits", *columns], rows)
+    commits = ", ".join(sorted(set(results["commit"])))
     command = f"pyro-bmr study benchmarks/study_{name}.toml --out {ROOT / name}"
     note = (
-        f"`{command}`, {len(table)} of {cells} cells, commit {commits}; [each"
+        f"`{command}`, {len(results)} of {cells} cells, commit {commits}; [each"
         f" cell](study/{name}.csv)."
     )
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(f"<!-- {name} -->")
-    after = rest.split(f"<!-- end of {name} -->")[1]
-    PAGE.write_text(
-        "\n".join([f"{before}<!-- {name} -->", *lines, "", note, f"<!-- end of {name} -->{after}"]),
-        encoding="utf-8",
-    )
+    fill(PAGE, [*lines, "", note], name)
+
+
+def _word(value: str | float) -> str:
+    """A string as it is, a number in short, "" for NaN."""
+    return value if isinstance(value, str) else "" if math.isnan(value) else f"{value:g}"
 
 
 def table_of(data: str) -> str:

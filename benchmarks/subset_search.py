@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
 import pyro_bmr as bmr
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.parts.pages import table
 
 
 def problem(seed: int, rows: int, d: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
@@ -38,16 +43,16 @@ def exact_log_evidences(
     """Every subset → log N(y; 0, X_A X_Aᵀ + noise² I), through the |A|×|A| determinant."""
     gram, moment, n = x.T @ x / noise**2, x.T @ y / noise**2, len(y)
     base = -0.5 * n * np.log(2 * np.pi * noise**2) - 0.5 * y @ y / noise**2
-    table = {}
+    evidences = {}
     for alive in itertools.product((True, False), repeat=x.shape[1]):
         a = np.array(alive)
         precision = gram[np.ix_(a, a)] + np.eye(a.sum())
-        table[alive] = (
+        evidences[alive] = (
             base
             - 0.5 * np.linalg.slogdet(precision)[1]
             + 0.5 * moment[a] @ np.linalg.solve(precision, moment[a])
         )
-    return table
+    return evidences
 
 
 def repeated_mean_field(precision: np.ndarray, moment: np.ndarray) -> np.ndarray:
@@ -63,6 +68,42 @@ def repeated_mean_field(precision: np.ndarray, moment: np.ndarray) -> np.ndarray
             break
         alive[np.flatnonzero(alive)[gain.argmax()]] = False
     return alive
+
+
+def answers_to(
+    x: np.ndarray,
+    y: np.ndarray,
+    noise: float,
+    exact: dict[tuple[bool, ...], float],
+    seconds: dict[str, float],
+) -> tuple[dict[str, np.ndarray], float]:
+    """Method → which regressors are kept, and the largest difference between a ΔF of the searches
+    and the exact one; `seconds` of the searches are added up.
+    """
+    d = x.shape[1]
+    precision, moment = x.T @ x / noise**2 + np.eye(d), x.T @ y / noise**2
+    mean, prior = torch.tensor(np.linalg.solve(precision, moment)), bmr.Gaussian(1.0)
+    posterior = bmr.formulas.Dense(mean, torch.tensor(np.linalg.inv(precision)))
+    answers, error = {}, 0.0
+    for name, method in (
+        ("greedy, full posterior", bmr.reduction.greedy_search),
+        ("exhaustive, full posterior", bmr.reduction.exhaustive_search),
+    ):
+        start = time.perf_counter()
+        search = method(posterior, prior)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        answers[name] = search.mask.numpy()
+        for row, gain in zip(search.kept.tolist(), search.delta_f.tolist(), strict=True):
+            error = max(error, abs(exact[tuple(row)] - exact[(True,) * d] - gain))
+    for name, var in (
+        ("one shot, marginals of the full posterior", posterior.cov.diagonal()),
+        ("one shot, mean field", 1 / torch.tensor(np.diag(precision))),
+    ):
+        gain = bmr.delta_f(bmr.formulas.Diagonal(mean, var), prior, bmr.Gaussian(0.0))
+        answers[name] = (gain <= 0).numpy()
+    name = "one weight at a time, mean field fitted anew"
+    answers[name] = repeated_mean_field(precision, moment)
+    return answers, error
 
 
 def main() -> None:
@@ -83,45 +124,8 @@ def main() -> None:
         x, y = problem(seed, settings.rows, settings.d, settings.noise)
         exact = exact_log_evidences(x, y, settings.noise)
         best = max(exact, key=lambda subset: exact[subset])
-        precision, moment = (
-            x.T @ x / settings.noise**2 + np.eye(settings.d),
-            x.T @ y / settings.noise**2,
-        )
-        mean = torch.tensor(np.linalg.solve(precision, moment))
-        posterior, prior = (
-            bmr.formulas.Dense(mean, torch.tensor(np.linalg.inv(precision))),
-            bmr.Gaussian(1.0),
-        )
-        answers = {}
-        for name, method in (
-            ("greedy, full posterior", bmr.reduction.greedy_search),
-            ("exhaustive, full posterior", bmr.reduction.exhaustive_search),
-        ):
-            start = time.perf_counter()
-            search = method(posterior, prior)
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-            answers[name] = search.mask.numpy()
-            full = exact[(True,) * settings.d]
-            error = max(
-                error,
-                *(
-                    abs(exact[tuple(row)] - full - gain)
-                    for row, gain in zip(search.kept.tolist(), search.delta_f.tolist(), strict=True)
-                ),
-            )
-        marginal = bmr.delta_f(
-            bmr.formulas.Diagonal(mean, posterior.cov.diagonal()), prior, bmr.Gaussian(0.0)
-        )
-        factorised = bmr.delta_f(
-            bmr.formulas.Diagonal(mean, 1 / torch.tensor(np.diag(precision))),
-            prior,
-            bmr.Gaussian(0.0),
-        )
-        answers["one shot, marginals of the full posterior"] = (marginal <= 0).numpy()
-        answers["one shot, mean field"] = (factorised <= 0).numpy()
-        answers["one weight at a time, mean field fitted anew"] = repeated_mean_field(
-            precision, moment
-        )
+        answers, off = answers_to(x, y, settings.noise, exact, seconds)
+        error = max(error, off)
         for name, alive in answers.items():
             found.setdefault(name, []).append(tuple(alive.tolist()) == best)
             lost.setdefault(name, []).append(exact[best] - exact[tuple(alive.tolist())])
@@ -135,15 +139,9 @@ def main() -> None:
         )
         for name, hits in found.items()
     ]
-    columns = [
-        "method",
-        "best subset found",
-        "evidence lost, mean (nats)",
-        "worst (nats)",
-        "ms a problem",
-    ]
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    lost_columns = ["evidence lost, mean (nats)", "worst (nats)"]
+    columns = ["method", "best subset found", *lost_columns, "ms a problem"]
+    print("\n".join(table(columns, rows)))
     print(f"\nlargest difference between a ΔF of the searches and the exact one: {error:.1e} nats")
     print(pd.Series({k: str(v) for k, v in vars(settings).items()}).to_string())
 
