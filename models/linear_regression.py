@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyro_bmr as bmr
 
@@ -31,6 +31,8 @@ def build(data: bmr.Data, prior: bmr.priors.Prior) -> Callable[..., Tensor]:
         with pyro.plate("data", len(x)):
             return pyro.sample("y", dist.Normal(x.flatten(1) @ w + b, noise), obs=y)
 
+    # the same function without priors, for the baselines of a comparison
+    vars(program)["plain"] = nn.Sequential(nn.Flatten(), nn.Linear(features, 1))
     return program
 
 

@@ -329,6 +329,7 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
             data,
             priors={"g": bmr.Gaussian(0.5)},
             routes=["map"],
+            baselines=(),
             seeds=1,
             settings=settings,
             out=folder / "compared",

@@ -25,5 +25,7 @@ BASELINES: dict[str, tuple[Any, type[Any]]] = {
 """Name → (function of what makes a network, data, seed, options and progress; the class of its
 options).
 """
+OF_REAL_TARGETS = ("plain", "magnitude", "rewinding")
+"""The baselines that take real targets as well as classes."""
 
-__all__ = ["BASELINES", "EverySignalToNoise", "Trained", "options_of"]
+__all__ = ["BASELINES", "OF_REAL_TARGETS", "EverySignalToNoise", "Trained", "options_of"]

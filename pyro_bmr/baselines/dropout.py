@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pyro_bmr.baselines.options import Budget, is_between
 from pyro_bmr.baselines.plain import MakeNetwork
-from pyro_bmr.baselines.training import Trained, held_out, logits, train
+from pyro_bmr.baselines.training import Trained, held_out, outputs_of, train
 from pyro_bmr.checks import is_whole
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
@@ -109,7 +109,8 @@ def dropout(
         with torch.random.fork_rng(), dropped_out(net, options.dropout, few):
             torch.manual_seed(seed)
             return prediction_of(
-                ((logits(net, x).softmax(1)[None],) for _ in range(options.draws)), options.draws
+                ((outputs_of(net, x).softmax(1)[None],) for _ in range(options.draws)),
+                options.draws,
             )
 
     return Trained(

@@ -1,7 +1,7 @@
 """The options of a method by name: their ranges, and what is refused of them.
 
 Owns `Budget`, what all baselines are given, `options_of`, and `check_rules` with its rules. Next:
-`training.py`.
+`targets.py`.
 """
 
 from __future__ import annotations

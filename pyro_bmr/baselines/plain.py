@@ -10,17 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pyro_bmr.baselines.options import Budget, is_between
-from pyro_bmr.baselines.training import Rows, Trained, held_out, logits, train
+from pyro_bmr.baselines.targets import held_out_scale, predictive, residual
+from pyro_bmr.baselines.training import Rows, Trained, held_out, outputs_of, train
 from pyro_bmr.checks import is_whole
 from pyro_bmr.data.data_set import Data
-from pyro_bmr.prediction.calibration import best_temperature
-from pyro_bmr.prediction.predict import Prediction, prediction_of
+from pyro_bmr.prediction.predict import prediction_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +38,9 @@ class Calibrated(Budget):
     fraction `validation` of the training rows or those that the data came with, and divides the
     logits by the one temperature that is best there. `scale` is a temperature known beforehand,
     from such a run: then nothing is held out.
+
+    The noise of real targets is the root mean square of the residuals of the training rows, and
+    `scale` is the factor on it; `calibrate` takes that of the held-out rows.
     """
 
     validation: float = 1 / 6
@@ -97,18 +101,16 @@ def trained_network(
     extra: dict[str, float] | None = None,
 ) -> Trained:
     """What a method leaves behind whose prediction is that of one network, with the temperature
-    that its options ask for.
+    or the noise that its options ask for.
     """
     net.eval()
+    real = rows.y.is_floating_point()
+    noise = residual(outputs_of(net, rows.x), rows.y) if real else 1.0
     scale = options.scale
     if options.calibrate and rows.x_held is not None and rows.y_held is not None:
-        scale = best_temperature(logits(net, rows.x_held), rows.y_held)
-
-    def predict(x: Tensor) -> Prediction:
-        return prediction_of([((logits(net, x) / scale).softmax(1)[None],)], 1)
-
+        scale = held_out_scale(outputs_of(net, rows.x_held), rows.y_held, noise)
     return Trained(
-        predict,
+        predictive(partial(outputs_of, net), rows.y, scale, noise),
         dict(net.state_dict()),
         net,
         history,
@@ -152,7 +154,7 @@ class MeanOfNetworks(nn.Module):
         """(members, rows, classes)."""
         return torch.stack(
             [
-                (logits(member, x) / scale).softmax(1)
+                (outputs_of(member, x) / scale).softmax(1)
                 for member, scale in zip(self.members, self.scales, strict=True)
             ]
         )

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from pyro_bmr.baselines.options import Budget
+from pyro_bmr.baselines.targets import fitted_nll, plain_loss
 from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import FitError
 from pyro_bmr.fitting.fit import Fit
@@ -102,8 +102,8 @@ def train(
     caller seeds.
 
     Args:
-        loss: (outputs, y, fraction of the training that is done) → nats per row. Default: the cross
-            entropy.
+        loss: (outputs, y, fraction of the training that is done) → nats per row. Default: that of
+            `plain_loss`.
         after: called as after(step, steps) when a step is done.
         groups: the parameter groups of Adam. Default: all parameters of `net`.
         first: the steps that are taken as done: the training starts at that place of the schedule,
@@ -179,21 +179,22 @@ class _Training:
         row = {
             "epoch": epoch,
             "step": self.step,
-            "expected_log_likelihood": -summed / (self.steps - done) * len(rows.x),
+            "expected_log_likelihood": -fitted_nll(summed / (self.steps - done), rows.y)
+            * len(rows.x),
             "kept": kept(self.net),
             "learning_rate": self.optimiser.param_groups[0]["lr"],
         }
         if rows.x_held is not None and rows.y_held is not None:
-            held = F.cross_entropy(logits(self.net, rows.x_held), rows.y_held.long())
-            row["validation_nll"] = float(held)
+            held = plain_loss(outputs_of(self.net, rows.x_held), rows.y_held)
+            row["validation_nll"] = fitted_nll(float(held), rows.y_held)
         return row
 
     def _step(self, x: Tensor, y: Tensor) -> float:
-        """Takes a step, and returns the cross entropy before it, nats per row."""
+        """Takes a step, and returns `plain_loss` before it, nats per row."""
         self.optimiser.zero_grad()
         outputs = self.net(x)
-        entropy = F.cross_entropy(outputs, y)
-        nats = entropy if self.loss is None else self.loss(outputs, y, self.step / self.total)
+        usual = plain_loss(outputs, y)
+        nats = usual if self.loss is None else self.loss(outputs, y, self.step / self.total)
         nats.backward()
         self.optimiser.step()
         self.schedule.step()
@@ -201,7 +202,7 @@ class _Training:
         if self.after is not None:
             with torch.no_grad():
                 self.after(self.step, self.total)
-        return float(entropy.detach())
+        return float(usual.detach())
 
 
 def kept(net: nn.Module) -> float:
@@ -212,6 +213,6 @@ def kept(net: nn.Module) -> float:
 
 
 @torch.no_grad()
-def logits(net: nn.Module, x: Tensor) -> Tensor:
+def outputs_of(net: nn.Module, x: Tensor) -> Tensor:
     """What the network returns for every row, batch by batch."""
     return torch.cat([net(batch) for batch in x.split(_AT_ONCE)])

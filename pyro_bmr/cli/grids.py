@@ -17,6 +17,7 @@ from pyro_bmr.data.named import load
 from pyro_bmr.errors import ModelError
 from pyro_bmr.experiments import plots
 from pyro_bmr.experiments.compare import comparison, run_comparison, summary
+from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.declaration import declare
 from pyro_bmr.experiments.recipe import Settings
 from pyro_bmr.experiments.report import summary_of
@@ -36,11 +37,21 @@ def compare(arguments: argparse.Namespace) -> int:
     check_jobs(arguments.jobs)
     model = arguments.model or ("mlp" if data.task == "classification" else "linear_regression")
     source = f"{arguments.data}:{arguments.target}" if arguments.target else arguments.data
-    declared = comparison(model, data, priors, arguments.routes, arguments.seeds, settings, source)
+    declared = comparison(
+        model,
+        data,
+        priors,
+        arguments.routes,
+        arguments.seeds,
+        settings,
+        source,
+        arguments.baselines,
+    )
     done = run_comparison(
         declared, arguments.out, jobs=arguments.jobs, progress=shows_progress(arguments)
     )
-    print(summary(done.table).to_string(index=False))
+    print(summary(done.table).to_string(index=False), end="\n\n")
+    print("\n".join(conclusions(done.table, done.failed)))
     print(
         f"\nresults.csv, report.html, report.md, pictures and {len(done.table)} exported networks"
         f" are in {arguments.out}"

@@ -6,12 +6,14 @@ Owns `parser`. What the commands do is in `grids.py` and `networks.py`.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
 from pyro_bmr.cli.parsers import Help, Parser, without_command
 from pyro_bmr.data.named import sources
+from pyro_bmr.experiments.baseline_cells import IN_COMPARISONS
 from pyro_bmr.experiments.models import model_names
 from pyro_bmr.experiments.recipe import GUIDES, OPTIMIZERS, ROUTES, Settings
 from pyro_bmr.exporting.formats import FORMATS
@@ -81,7 +83,13 @@ def _flag(help: str) -> dict[str, Any]:
 
 _DRAWS = {"--draws": _whole(_USUAL.draws, "N", "posterior draws for predictions")}
 _THREADS = {"--threads": _whole(1, "N", "threads of torch; small networks are fastest with one")}
-_JOBS = {"--jobs": _whole(1, "N", "cells that run at once, each in a process; -1: one per core")}
+
+
+def _jobs(usual: int) -> Options:
+    about = "cells that run at once, each in a process; -1: one per core"
+    return {"--jobs": _whole(usual, "N", about)}
+
+
 _QUIET = {"--quiet": _flag("no progress bar")}
 _VALIDATION = {
     "--validation": _number(
@@ -144,6 +152,12 @@ def _compare() -> Options:
         "--routes": _words(
             list(ROUTES), "ROUTE", "maximum a posteriori, fitted under the prior, reduced to it"
         ),
+        "--baselines": {
+            "nargs": "*",
+            "metavar": "NAME",
+            "help": f"rows of plain torch: {', '.join(IN_COMPARISONS)}; by default those that the"
+            " model and the routes allow, after the flag alone none",
+        },
         "--seeds": _whole(2, "N", "seeds 0 … N − 1"),
         **_fit_options(),
         **_reductions(
@@ -160,7 +174,7 @@ def _compare() -> Options:
         **_VALIDATION,
         **_DRAWS,
         **_THREADS,
-        **_JOBS,
+        **_jobs(min(2, os.cpu_count() or 1)),
         "--out": _text(
             "results/compare", "DIR", "folder of the results; finished cells in it are kept"
         ),
@@ -174,7 +188,7 @@ def _study() -> Options:
         "--out": _text(
             "results/study", "DIR", "folder of the results; finished cells in it are kept"
         ),
-        **_JOBS,
+        **_jobs(1),
         "--only": _words([], "NAME", "run these methods and no others"),
         "--seeds": _whole(None, "N", "seeds 0 … N − 1 in the place of the declared ones"),
         **_VALIDATION,

@@ -16,19 +16,30 @@ import torch
 
 from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import DataError, ModelError, PyroBMRError, described, warn
-from pyro_bmr.experiments.folder import row_of
+from pyro_bmr.experiments.baseline_cells import baseline_cells
+from pyro_bmr.experiments.conclusions import conclusions
+from pyro_bmr.experiments.folder import Row, row_of
 from pyro_bmr.experiments.grid import Cell, Study, check_model, fingerprint, plain_name
 from pyro_bmr.experiments.models import Build, load_model
 from pyro_bmr.experiments.recipe import ROUTES, Settings
 from pyro_bmr.experiments.report import summary_of, table_of
-from pyro_bmr.experiments.study import COMPARISON, StudyResults, check_jobs, in_parallel, run
+from pyro_bmr.experiments.study import (
+    COMPARISON,
+    StudyResults,
+    check_jobs,
+    in_parallel,
+    in_turn,
+    run,
+)
 from pyro_bmr.priors import Gaussian, Horseshoe, Prior, SpikeAndSlab
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_SHOWN = ("prior", "route", "accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds")
-
+_SHOWN = (
+    *("prior", "route", "accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds"),
+    "converged",
+)
 
 _PRIORS: dict[str, Prior] = {
     "gaussian": Gaussian(),
@@ -43,6 +54,7 @@ def compare(
     *,
     priors: Mapping[str, Prior] | None = None,
     routes: Sequence[str] = ROUTES,
+    baselines: Sequence[str] | None = None,
     seeds: int = 3,
     settings: Settings | None = None,
     out: str | Path | None = None,
@@ -52,8 +64,9 @@ def compare(
     """One row per prior, route and seed, with what it scored, what is left of it, and what it took.
 
     Columns: model, data, prior, route, seed, temperature, accuracy or rmse, nll, brier, ece,
-    ece_mass, parameters, kept_parameters, kept, size, elbo, delta_f, seconds, step_ratio (see
-    docs/studies.md), and with `out` kilobytes and cell, the name of its folder in ``out/cells``.
+    ece_mass, nll_error, base_accuracy or base_rmse, base_nll, parameters, kept_parameters, kept,
+    size, elbo, delta_f, seconds, converged, step_ratio, scale, best_epoch (see docs/studies.md),
+    and with `out` kilobytes and cell, the name of its folder in ``out/cells``.
 
     Routes, for a prior p:
 
@@ -65,6 +78,13 @@ def compare(
       during and after the fit to p; a Gaussian p reduces to the point spike, which removes a weight
       if the evidence increases without it.
 
+    Baselines, in plain torch, under the prior "none" (`baseline_cells`):
+
+    - plain: the network with early stopping and a temperature.
+    - magnitude: pruned by magnitude to the size of the reduced Gaussian of the same seed.
+
+    With `progress`, `conclusions` of the table are printed at the end.
+
     accuracy … ece and rmse are those of the posterior predictive on the test rows (nats per row;
     rmse and nll in the target's units). `kept` counts all parameters of the network that are not
     zero. `delta_f` is the predicted gain in log evidence of all reductions, nats.
@@ -72,6 +92,7 @@ def compare(
     Args:
         model: a name in `models/` with an optional argument (``"mlp:500-500"``), a path of a .py
             file with `build(data, prior)`, or such a function.
+        baselines: names of the baselines; by default both, if the model has a plain network.
         out: a folder for results.csv, report.md, report.html, pictures and the cells: exported
             weights, and a run for ``pyro-bmr reduce`` and ``pyro-bmr export``. Cells that are
             finished there are not run again; one that fails is left out with a warning, and the
@@ -89,19 +110,33 @@ def compare(
         ...     settings=Settings(epochs=20))
     """
     check_jobs(jobs)
-    declared = comparison(model, data, priors, routes, seeds, settings or Settings())
+    given = settings or Settings()
+    declared = comparison(model, data, priors, routes, seeds, given, baselines=baselines)
     if out is not None:
         done = run_comparison(declared, out, jobs=jobs, progress=progress)
         for cell, line in done.failures.items():
             warn(f"{cell} failed: {line}")
-        return done.table
-    found = in_parallel(
-        partial(row_of, number=torch.get_num_threads(), progress=progress),
-        declared.cells,
-        jobs,
-        progress,
-        declared.name,
-    )
+        table, failed = done.table, done.failed
+    else:
+        table, failed = _in_memory(declared, jobs, progress), ()
+    if progress:
+        print("\n".join(conclusions(table, failed)))
+    return table
+
+
+def _in_memory(declared: Study, jobs: int | None, progress: bool) -> pd.DataFrame:
+    """The table of a comparison of which nothing is kept on disk."""
+    work = partial(row_of, number=torch.get_num_threads(), progress=progress)
+    found: dict[str, tuple[Row, tuple[str, ...]]] = {}
+    cells: list[Cell] = []
+
+    def figures(slug: str) -> Row:
+        return found[slug][0]
+
+    for turn in in_turn(declared.cells, figures):
+        found.update(in_parallel(work, turn, jobs, progress, declared.name))
+        cells += turn
+    declared = replace(declared, cells=tuple(cells))
     _warn_of(declared, {slug: cautions for slug, (_, cautions) in found.items()})
     table = table_of(declared, {slug: row for slug, (row, _) in found.items()})
     return table.drop(columns="cell")
@@ -132,6 +167,7 @@ def comparison(
     seeds: int,
     settings: Settings,
     source: str | None = None,
+    baselines: Sequence[str] | None = None,
 ) -> Study:
     """The declaration of a comparison. `source`: what `data` were loaded by, if it was a name or a
     file.
@@ -147,11 +183,10 @@ def comparison(
     name = _name_of(model) if callable(model) else str(model)
     if settings.validation is not None:
         data = validation_data(data, settings.validation)
-    check_model(build, data)
+    program = check_model(build, data)
     first = Cell(
         model=name,
         data=source or data.name.removesuffix(" (validation)"),
-        options=_options(settings),
         validation=settings.validation,
         fingerprint=fingerprint(name, data),
         about={"model": name, "data": data.name},
@@ -159,50 +194,56 @@ def comparison(
         rows=data if source is None else None,
     )
     cells = [
-        _cell(first, prior, priors[prior], route, seed, settings.temperature)
+        _cell(first, prior, priors[prior], route, seed, settings)
         for prior in priors
         for route in routes
         for seed in range(seeds)
     ]
+    plain, why = baseline_cells(first, baselines, program, data, priors, cells, settings)
     words = {
         "model": name,
         "data": source or data.name,
         "priors": {prior: repr(given) for prior, given in priors.items()},
         "routes": list(routes),
+        "baselines": list(dict.fromkeys(cell.method for cell in plain)),
         "seeds": seeds,
         "settings": vars(settings),
     }
-    return _study(f"{name} on {data.name}", cells, words)
+    return _study(f"{name} on {data.name}", [*cells, *plain], words, why)
 
 
-def _study(title: str, cells: Sequence[Cell], words: Mapping[str, Any]) -> Study:
+def _study(title: str, cells: Sequence[Cell], words: Mapping[str, Any], why: str) -> Study:
     settings = ", ".join(f"{name} {value}" for name, value in words["settings"].items())
+    without = f" No baselines: {why}." if why else ""
     return Study(
         title,
         tuple(cells),
         json.dumps(words, indent=1),
         COMPARISON,
         shown=_SHOWN,
-        note=f"Settings: {settings}.",
+        note=f"Settings: {settings}.{without}",
     )
 
 
-def _cell(first: Cell, name: str, prior: Prior, route: str, seed: int, temperature: float) -> Cell:
-    line = {"prior": name, "route": route, "seed": seed, "temperature": temperature}
+def _cell(first: Cell, name: str, prior: Prior, route: str, seed: int, settings: Settings) -> Cell:
+    line = {"prior": name, "route": route, "seed": seed, "temperature": settings.temperature}
     return replace(
         first,
         name=name,
-        label=f"{name}, {route}",
+        label=f"{name} {route}",
         method=route,
-        options={"prior": prior, **first.options},
+        options={"prior": prior, **_options(settings)},
         varying={"prior": name},
         seed=seed,
+        timed=seed == 0,
         about={**first.about, **line},
     )
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds, one row per prior and route, as text."""
+    """Mean ± standard deviation over seeds, one row per prior and route, as text; a figure with a *
+    is no better than that of the base rates.
+    """
     return summary_of(table, _SHOWN)
 
 

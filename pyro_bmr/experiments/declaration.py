@@ -171,8 +171,9 @@ class _Reader:
                 shift=self.shift,
             )
             columns = {f"option_{name}": value for name, value in options.items()}
-            for seed in self.seeds:
-                yield replace(first, seed=seed, about={**about, "seed": seed, **columns})
+            for k, seed in enumerate(self.seeds):
+                whole = {**about, "seed": seed, **columns}
+                yield replace(first, seed=seed, timed=k == 0, about=whole)
 
     def _fingerprints(self) -> dict[tuple[str, str], str]:
         """Loads all data, looks all models up, and says what each pair is known by."""

@@ -63,7 +63,7 @@ def run_cell(cell: Cell, cells: Path, number: int = 1) -> tuple[str, ...] | None
             for caution in trained.cautions:
                 print(f"the reduction after the fit: {caution}")
             prediction = trained.predict(data.x_test)
-            row = measured(trained, data, prediction, cell.shift)
+            row = measured(trained, data, prediction, cell.shift, cell.timed)
             row["kilobytes"] = _keep(cell, trained, data, prediction, folder)
         except Exception as problem:
             error = problem
@@ -83,7 +83,7 @@ def row_of(cell: Cell, number: int, progress: bool) -> tuple[Row, tuple[str, ...
     """The row of a cell that is not kept on disk, and the cautions about its reduction."""
     with threads(number):
         trained, data = _train(cell, progress)
-        row = measured(trained, data, trained.predict(data.x_test), cell.shift)
+        row = measured(trained, data, trained.predict(data.x_test), cell.shift, cell.timed)
     return row, trained.cautions
 
 
@@ -113,6 +113,7 @@ def _keep(cell: Cell, trained: Trained, data: Data, prediction: Prediction, fold
         "calibration": calibration,
         "input_shape": list(data.x_train.shape[1:]),
         "warnings": trained.cautions,
+        "convergence": getattr(trained.fit, "convergence", None),
     }
     save(trained.weights, folder, report)
     write_atomically(

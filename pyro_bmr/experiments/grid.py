@@ -2,15 +2,15 @@
 the cells that are reported together.
 
 Models, data and priors are given by name, so that every process can load them, or as objects in
-memory. Owns `fingerprint`, a hash of data and model files. Next: `options.py`.
+memory. Owns `fingerprint`, a hash of data and model files, and `sized`. Next: `baseline_cells.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ class Cell:
 
     `build`, `rows`: the model and the data where they are objects, validation rows in the place of
     the test rows if they are held out.
+
+    `size_of`: the name of the folder of another cell whose kept fraction is the option `kept` of
+    this one, which runs after it (`sized`). `timed`: whether its `step_ratio` is measured.
     """
 
     model: str
@@ -46,6 +49,8 @@ class Cell:
     about: Mapping[str, Any] = field(default_factory=dict)
     build: Build | None = None
     rows: Data | None = None
+    size_of: str = ""
+    timed: bool = True
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -99,10 +104,26 @@ def twins(cells: Iterable[Cell]) -> tuple[Cell, Cell] | None:
     return None
 
 
-def check_model(build: Build, data: Data) -> None:
-    """Raises what the model says of data that do not suit it, by building it once."""
+def sized(
+    cells: Iterable[Cell], row_of: Callable[[str], Mapping[str, float] | None]
+) -> tuple[Cell, ...]:
+    """The cells, each of another's size with that size among its options, and so with a folder of
+    its own for each size; as it was while `row_of` gives None for the other's folder.
+    """
+
+    def filled(cell: Cell) -> Cell:
+        row = row_of(cell.size_of) if cell.size_of else None
+        if row is None:
+            return cell
+        return replace(cell, size_of="", options={**cell.options, "kept": row["kept"]})
+
+    return tuple(filled(cell) for cell in cells)
+
+
+def check_model(build: Build, data: Data) -> Callable[..., Any]:
+    """Raises what the model says of data that do not suit it, by building it once; the program."""
     with torch.random.fork_rng():
-        build(data, Gaussian())
+        return build(data, Gaussian())
 
 
 def fingerprint(model: str, data: Data) -> str:

@@ -1,7 +1,7 @@
 """The measures of a trained network, which are the figures of one row of a table.
 
-Owns `MEASURES`, to which further figures are added, `measured`, and some of them: `scores`, `sizes`
-and `step_ratio`. Next: `grid.py`.
+Owns `MEASURES`, to which further figures are added, `measured`, and some of them: `scores`,
+`base_rates`, `sizes` and `step_ratio`. Next: `grid.py`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,37 @@ def _scores(trained: Trained, data: Data, prediction: Prediction) -> dict[str, f
         if isinstance(prediction, ClassPrediction)
         else math.nan
     )
-    return {**scores(prediction, data), "ece_mass": by_mass}
+    return {
+        **scores(prediction, data),
+        "ece_mass": by_mass,
+        "nll_error": _error(prediction.log_prob(data.y_test)),
+        **base_rates(data),
+    }
+
+
+def _error(log_probs: Tensor) -> float:
+    """The standard error of the mean over the scored rows, nats; NaN for one row."""
+    values = log_probs.double().flatten()
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def base_rates(data: Data) -> dict[str, float]:
+    """The scores of a prediction that ignores x: the class frequencies of the training rows, or a
+    Normal of the mean and standard deviation of their targets, in the target's units. A class that
+    no training row has costs infinitely many nats.
+    """
+    train, test = data.y_train, data.y_test
+    if data.classes is not None:
+        rates = torch.bincount(train.long(), minlength=data.classes).double() / len(train)
+        right = (test == rates.argmax()).double().mean()
+        return {"base_accuracy": float(right), "base_nll": -float(rates[test].log().mean())}
+    mean, std = train.double().mean(), train.double().std(correction=0)
+    errors = (test.double() - mean).square().mean()
+    nll = 0.5 * (errors / std.square() + (2 * math.pi * std.square()).log())
+    return {
+        "base_rmse": float(errors.sqrt()) * data.target_scale,
+        "base_nll": float(nll) + math.log(data.target_scale),
+    }
 
 
 def _sizes(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
@@ -91,12 +121,12 @@ def _structured_size(trained: Trained, data: Data) -> float:
 
 
 def _costs(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
+    converged = getattr(trained.fit, "converged", None)
     return {
         "elbo": trained.elbo,
         "delta_f": trained.delta_f,
         "seconds": trained.seconds,
-        "step_ratio": step_ratio(trained, data),
-        **trained.extra,
+        "converged": math.nan if converged is None else float(converged),
     }
 
 
@@ -137,18 +167,25 @@ MEASURES: tuple[Measure, ...] = (_scores, _sizes, _costs)
 
 
 def measured(
-    trained: Trained, data: Data, prediction: Prediction, shift: bool = False
+    trained: Trained,
+    data: Data,
+    prediction: Prediction,
+    shift: bool = False,
+    timed: bool = True,
 ) -> dict[str, float]:
     """All measures of a trained network: accuracy or rmse, nll, brier, ece (15 bins of equal
     width), ece_mass (20 of equal mass), parameters and more.
 
     Units as in `compare`; elbo and delta_f in nats, size as a fraction of the parameters, seconds
-    of training, step_ratio over a step of plain training. With `shift`, those of
-    `shift.shifted_scores` as well, which takes 41 predictions of 2,000 images.
+    of training. With `timed`, step_ratio over a step of plain training, which takes a second; else
+    it is NaN. With `shift`, those of `shift.shifted_scores` as well, which takes 41 predictions of
+    2,000 images.
     """
-    further = shifted_scores(trained.predict, data) if shift else {}
-    return {
+    figures = {
         name: value
         for measure in MEASURES
         for name, value in measure(trained, data, prediction).items()
-    } | further
+    }
+    figures["step_ratio"] = step_ratio(trained, data) if timed else math.nan
+    further = shifted_scores(trained.predict, data) if shift else {}
+    return figures | trained.extra | further

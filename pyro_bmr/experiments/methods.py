@@ -1,7 +1,7 @@
 """The methods of a study by name. A method trains a network on a data set with one seed.
 
-Owns `METHODS` and `method_named`; `Trained` and the baselines are in `baselines/`. Next:
-`measures.py`.
+Owns `METHODS`, `method_named` and `network_of`; `Trained` and the baselines are in `baselines/`.
+Next: `measures.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_bmr.baselines import BASELINES, EverySignalToNoise, Trained, options_of
+from pyro_bmr.baselines import (
+    BASELINES,
+    OF_REAL_TARGETS,
+    EverySignalToNoise,
+    Trained,
+    options_of,
+)
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError, OptionError, described
 from pyro_bmr.experiments.models import Build
 from pyro_bmr.experiments.recipe import ROUTES, Fitted, Settings, fit_by_route
 from pyro_bmr.exporting import export, point_weights
+from pyro_bmr.likelihoods import Categorical, Normal
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.prediction.predict import predict
 from pyro_bmr.priors import Gaussian
@@ -82,26 +89,43 @@ def _of_baseline(name: str) -> Method:
         build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool
     ) -> Trained:
         chosen = options_of(kind, name, options)
-        if data.classes is None:
+        if data.classes is None and name not in OF_REAL_TARGETS:
             raise ModelError(
                 f"{name}: expected data with classes, got '{data.name}' with real targets; take"
-                " map, fitted or reduced"
+                f" {', '.join(OF_REAL_TARGETS)}, map, fitted or reduced"
             )
 
         def make(seed: int) -> nn.Module:
             torch.manual_seed(seed)
-            program = build(data, Gaussian())
-            if not isinstance(program, BayesianNetwork):
-                raise ModelError(
-                    f"{name}: expected a model whose build returns a BayesianNetwork, got"
-                    f" {type(program).__name__}; take map, fitted or reduced"
-                )
-            return program.net
+            return network_of(build(data, Gaussian()), name)
 
         with torch.random.fork_rng():
             return train(make, data, seed, chosen, progress)
 
     return run
+
+
+def network_of(program: Any, name: str) -> nn.Module:
+    """The plain network of a program, which a baseline trains: that of a `BayesianNetwork` whose
+    likelihood is that of the task, or the attribute `plain` of a program written by hand.
+
+    Raises:
+        ModelError: there is none; `name` is the baseline that asks for it.
+    """
+    bayesian = isinstance(program, BayesianNetwork)
+    net = program.net if bayesian else getattr(program, "plain", None)
+    likelihood = program.likelihood if bayesian else None
+    if not isinstance(net, nn.Module):
+        raise ModelError(
+            f"{name}: expected a model whose build returns a BayesianNetwork, got"
+            f" {type(program).__name__}; take map, fitted or reduced"
+        )
+    if likelihood is not None and type(likelihood) not in (Categorical, Normal):
+        raise ModelError(
+            f"{name}: expected the likelihood Categorical or Normal, got"
+            f" {type(likelihood).__name__}; take map, fitted or reduced"
+        )
+    return net
 
 
 METHODS: dict[str, Method] = {

@@ -29,9 +29,10 @@ _STYLE, _SCRIPT = (
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, and under it pictures (caption, PNG)."""
+    """A heading, and under it the sentences about its rows and its pictures (caption, PNG)."""
 
     title: str
+    sentences: Sequence[str]
     pictures: Sequence[tuple[str, bytes]]
 
 
@@ -60,6 +61,8 @@ def page(
     ]
     for section in sections:
         parts.append(f"<h2>{escape(section.title)}</h2>")
+        said = "".join(f"<li>{escape(sentence)}</li>" for sentence in section.sentences)
+        parts += [f'<ul class="said">{said}</ul>'] if said else []
         for caption, png in section.pictures:
             source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
             width = int.from_bytes(png[16:20], "big") * 96 // DPI  # all letters in one size

@@ -2,7 +2,7 @@
 learning curves, layers, first weights, cost, and the evidence of each weight.
 
 Owns `draw` and `Picture`. If a picture shows one target fraction per method, it is the smallest
-finished one. Next: `page.py`.
+finished one. Next: `lines.py`.
 """
 
 from __future__ import annotations

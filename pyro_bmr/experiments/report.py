@@ -1,7 +1,8 @@
 """The outputs of a study: results.csv, one row per finished cell; report.md and report.html, means
 over seeds; pictures.
 
-Owns `results`, `means`, `summary_of` and `write_report`, and tables as text. Next: `study.py`.
+Owns `results`, `means`, `summary_of`, `failures_of` and `write_report`, and tables as text. Next:
+`study.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.folder import Row, failure, finished_row, read_cell
-from pyro_bmr.experiments.grid import Study
+from pyro_bmr.experiments.grid import Cell, Study
+from pyro_bmr.experiments.lines import MARK, marks_of
 from pyro_bmr.experiments.page import TEXT, Section, page
 from pyro_bmr.experiments.pictures import KEYS, Picture, draw
+from pyro_bmr.experiments.recipe import ROUTES
 from pyro_bmr.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -23,9 +27,12 @@ if TYPE_CHECKING:
 
 _MEASURES = [
     *("accuracy", "rmse", "nll", "brier", "ece", "ece_mass", "kept", "size", "kilobytes", "elbo"),
-    *("delta_f", "seconds", "step_ratio"),
+    *("delta_f", "seconds", "converged", "step_ratio"),
 ]
-_NOT_AVERAGED = ("seed", "cell", "temperature", "parameters", "kept_parameters")
+_NOT_AVERAGED = (
+    *("seed", "cell", "temperature", "parameters", "kept_parameters"),
+    *("nll_error", "base_accuracy", "base_rmse", "base_nll"),
+)
 _DIGITS = dict(seconds=1, step_ratio=2, kilobytes=1, elbo=0, delta_f=0, kept=4, size=4)
 
 
@@ -75,8 +82,12 @@ def means(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return mean, spread
 
 
-def as_text(mean: pd.DataFrame, spread: pd.DataFrame) -> pd.DataFrame:
-    """Both as one table of texts, 0.893 ± 0.002; the target fraction is called target."""
+def as_text(
+    mean: pd.DataFrame, spread: pd.DataFrame, marks: Mapping[str, Sequence[bool]]
+) -> pd.DataFrame:
+    """Both as one table of texts, 0.893 ± 0.002, with a mark behind some; the target fraction is
+    called target, and of the fits that converged there is the number.
+    """
     import pandas as pd
 
     columns = {}
@@ -85,18 +96,26 @@ def as_text(mean: pd.DataFrame, spread: pd.DataFrame) -> pd.DataFrame:
             columns["target"] = ["" if pd.isna(value) else f"{value:g}" for value in mean[name]]
         elif name in (*TEXT, "seeds"):
             columns[name] = [str(value) for value in mean[name]]
-        else:
+        elif name == "converged":
             columns[name] = [
-                mean_and_spread(name, m, s) for m, s in zip(mean[name], spread[name], strict=True)
+                "" if math.isnan(part) else {0: "no", 1: "yes"}.get(part, f"{part:.0%} of seeds")
+                for part in mean[name]
+            ]
+        else:
+            marked = marks.get(name, [False] * len(mean))
+            columns[name] = [
+                mean_and_spread(name, m, s) + (MARK if mark else "")
+                for m, s, mark in zip(mean[name], spread[name], marked, strict=True)
             ]
     return pd.DataFrame(columns)
 
 
 def summary_of(table: pd.DataFrame, shown: Sequence[str] | None = None) -> pd.DataFrame:
     """The results of a study as a table of texts: mean ± standard deviation over seeds, a row per
-    line of its tables; the columns `shown`, all by default.
+    line of its tables; the columns `shown`, all by default. A figure with a * is no better than
+    that of the base rates.
     """
-    texts = as_text(*means(table))
+    texts = as_text(*means(table), marks_of(table))
     return texts if shown is None else texts[[name for name in texts if name in shown]]
 
 
@@ -130,41 +149,76 @@ def write_report(declared: Study, folder: Path, table: pd.DataFrame) -> None:
         folder / "results.csv", lambda path: table.to_csv(path, index=False, na_rep="nan")
     )
     make_folder(folder / "pictures")
-    if "method" not in table:
-        table = table.assign(method=table["prior"] + ", " + table["route"])
+    if "route" in table:
+        route = table["route"]
+        named = table["prior"] + ", " + route
+        table = table.assign(method=named.where(route.isin(ROUTES), route))
     mean, spread = means(table)
     pictures = draw(table, mean, spread, folder)
     if "route" in table:  # which the method is the same as, in one word
-        mean, spread = mean.drop(columns="method"), spread.drop(columns="method")
+        table, mean, spread = (t.drop(columns="method") for t in (table, mean, spread))
     for old in (folder / "pictures").glob("*.png"):
         if old.name not in {picture.file for picture in pictures}:
             old.unlink()
-    failures = {
-        cell.slug: line
+    failures = failures_of(declared.cells, folder)
+    state = _state(declared, table, failures)
+    said = {}
+    for (model, data), rows in table.groupby(["model", "data"], sort=False):
+        place = str(model), str(data)
+        said[place] = conclusions(rows, failed_lines(declared, failures, place))
+    texts = as_text(mean, spread, marks_of(table))
+    made_with = list(dict.fromkeys(_versions(folder / "cells" / name) for name in table["cell"]))
+    notes = {"Note": declared.note, "Declaration": declared.text, "Command": declared.command}
+    notes = {name: text for name, text in notes.items() if text}
+    notes["Made with"] = "\n".join(made_with)
+    for name, text in {
+        "report.md": _report(declared, state, texts, said, pictures, failures, made_with),
+        "report.html": _page(declared, state, texts, mean, said, pictures, failures, notes, folder),
+    }.items():
+        write_atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def failures_of(cells: Sequence[Cell], folder: Path) -> dict[str, str]:
+    """Cell → its error in one line, for those that failed; a cell of another's size cannot run if
+    the other failed.
+    """
+    found = {}
+    for cell in cells:
+        line = failure(folder / "cells" / cell.slug)
+        if cell.size_of and failure(folder / "cells" / cell.size_of) is not None:
+            line = f"its size is that of {cell.size_of}, which failed"
+        if line is not None:
+            found[cell.slug] = line
+    return found
+
+
+def failed_lines(
+    declared: Study, failures: Mapping[str, str], place: tuple[str, str] | None = None
+) -> list[str]:
+    """The cells that failed, in the words of a table; of one model and data set, or all."""
+    return [
+        f"{cell.label} (seed {cell.seed})"
         for cell in declared.cells
-        if (line := failure(folder / "cells" / cell.slug)) is not None
-    }
+        if cell.slug in failures and place in (None, (cell.about["model"], cell.about["data"]))
+    ]
+
+
+def _state(declared: Study, table: pd.DataFrame, failures: Mapping[str, str]) -> str:
+    """How far the study is."""
     state = (
         f"{len(table)} of {len(declared.cells)} cells finished, {len(failures)} failed;"
         f" {table['seed'].nunique()} seeds, mean ± standard deviation."
     )
     if table["parameters"].nunique() == 1:
         state += f" {int(table['parameters'].iloc[0]):,} parameters."
-    made_with = list(dict.fromkeys(_versions(folder / "cells" / name) for name in table["cell"]))
-    notes = {"Declaration": declared.text, "Command": declared.command}
-    notes = {name: text for name, text in notes.items() if text}
-    notes["Made with"] = "\n".join(made_with)
-    for name, text in {
-        "report.md": _report(declared, state, as_text(mean, spread), pictures, failures, made_with),
-        "report.html": _page(declared, state, mean, spread, pictures, failures, notes, folder),
-    }.items():
-        write_atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+    return state
 
 
 def _report(
     declared: Study,
     state: str,
     texts: pd.DataFrame,
+    said: Mapping[tuple[str, str], Sequence[str]],
     pictures: Sequence[Picture],
     failures: Mapping[str, str],
     made_with: Sequence[str],
@@ -178,6 +232,7 @@ def _report(
             if name not in ("model", "data") and (declared.shown is None or name in declared.shown)
         ]
         lines += [f"## {place[0]} on {place[1]}", "", markdown(part[columns]), ""]
+        lines += [*(f"- {sentence}" for sentence in said[str(place[0]), str(place[1])]), ""]
         lines += [
             f"![{picture.caption}](pictures/{picture.file})\n"
             for picture in pictures
@@ -194,8 +249,9 @@ def _report(
 def _page(
     declared: Study,
     state: str,
+    texts: pd.DataFrame,
     mean: pd.DataFrame,
-    spread: pd.DataFrame,
+    said: Mapping[tuple[str, str], Sequence[str]],
     pictures: Sequence[Picture],
     failures: Mapping[str, str],
     notes: Mapping[str, str],
@@ -204,6 +260,7 @@ def _page(
     sections = [
         Section(
             f"{model} on {data}",
+            said[model, data],
             [
                 (p.caption, (folder / "pictures" / p.file).read_bytes())
                 for p in pictures
@@ -212,7 +269,7 @@ def _page(
         )
         for model, data in mean[["model", "data"]].drop_duplicates().itertuples(index=False)
     ]
-    return page(declared.name, state, as_text(mean, spread), mean, sections, failures, notes)
+    return page(declared.name, state, texts, mean, sections, failures, notes)
 
 
 def _versions(folder: Path) -> str:

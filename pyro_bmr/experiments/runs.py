@@ -26,6 +26,7 @@ from pyro_bmr.data.data_set import Data
 from pyro_bmr.data.named import load
 from pyro_bmr.errors import ModelError, PyroBMRError
 from pyro_bmr.experiments.grid import fingerprint
+from pyro_bmr.experiments.methods import network_of
 from pyro_bmr.experiments.models import load_model
 from pyro_bmr.experiments.options import data_named
 from pyro_bmr.exporting.weights_file import save_tensors
@@ -127,7 +128,7 @@ class Run:
                 f"'{self.folder}': expected one network, got an ensemble; its weights are in"
                 " model.safetensors"
             )
-        net: nn.Module = self._built(data, Gaussian()).net
+        net = network_of(self._built(data, Gaussian()), str(self.settings["method"]))
         self._fill(net, "model.safetensors")
         return net
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from pyro_bmr.errors import ModelError, PyroBMRError, described
 from pyro_bmr.experiments.declaration import declare
-from pyro_bmr.experiments.folder import failure, finished_row, run_cell
-from pyro_bmr.experiments.grid import Cell, Study
-from pyro_bmr.experiments.report import results, write_report
+from pyro_bmr.experiments.folder import Row, failure, finished_row, run_cell
+from pyro_bmr.experiments.grid import Cell, Study, sized
+from pyro_bmr.experiments.report import failed_lines, failures_of, results, write_report
 from pyro_bmr.files import locked, make_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -39,13 +39,15 @@ class StudyResults:
     """The results of a run.
 
     `table`: one row per finished cell. `failures`: cell → its error in one line. `cautions`: cell →
-    the cautions about its reduction, for the cells that this call ran.
+    the cautions about its reduction, for the cells that this call ran. `failed`: the cells that
+    failed, in the words of a table.
     """
 
     table: pd.DataFrame
     failures: Mapping[str, str]
     folder: Path
     cautions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    failed: Sequence[str] = ()
 
 
 def study(
@@ -113,20 +115,29 @@ def run(
         write_atomically(
             folder / declared.file, lambda path: path.write_text(declared.text, encoding="utf-8")
         )
-        todo = [cell for cell in wanted if finished_row(folder / "cells" / cell.slug) is None]
         work = partial(run_cell, cells=folder / "cells", number=threads)
+
+        def row_of(slug: str) -> Row | None:
+            return finished_row(folder / "cells" / slug)
+
+        done: dict[str, tuple[str, ...] | None] = {}
         try:
-            done = in_parallel(work, todo, jobs, progress, declared.name)
+            for cells in in_turn(wanted, row_of):
+                todo = [cell for cell in cells if row_of(cell.slug) is None]
+                done |= in_parallel(work, todo, jobs, progress, declared.name)
         finally:
+            declared = replace(declared, cells=sized(declared.cells, row_of))
             table = results(declared, folder)
             write_report(declared, folder, table)
-    failures = {
-        cell.slug: line
-        for cell in wanted
-        if (line := failure(folder / "cells" / cell.slug)) is not None
-    }
+    failures = failures_of(sized(wanted, row_of), folder)
     cautions = {slug: said for slug, said in done.items() if said}
-    return StudyResults(table, failures, folder, cautions)
+    return StudyResults(table, failures, folder, cautions, failed_lines(declared, failures))
+
+
+def in_turn(cells: Sequence[Cell], row_of: Callable[[str], Row | None]) -> Iterator[list[Cell]]:
+    """The cells with a size of their own, and then, with its size, those of another's."""
+    yield [cell for cell in cells if not cell.size_of]
+    yield [cell for cell in sized([c for c in cells if c.size_of], row_of) if not cell.size_of]
 
 
 def check_jobs(jobs: int | None) -> None:
@@ -166,6 +177,8 @@ def in_parallel(
     from joblib import Parallel, delayed
     from joblib.parallel import get_active_backend
 
+    if not todo:
+        return {}
     # with others the bar moves at the end
     lazy = getattr(get_active_backend()[0], "supports_return_generator", False)
     parallel = Parallel(n_jobs=jobs, return_as="generator_unordered" if lazy else "list")

@@ -13,7 +13,6 @@ from torch import Tensor
 from pyro_bmr.checks import check_tensor
 from pyro_bmr.errors import DataError
 from pyro_bmr.prediction.predictive import (
-    ChunkedPrediction,
     ClassPrediction,
     MixturePrediction,
     Prediction,
@@ -98,7 +97,6 @@ _MEASURES = {
     ClassPrediction: "error rate",
     RealPrediction: "squared error",
     MixturePrediction: "negative log likelihood",
-    ChunkedPrediction: "negative log likelihood",
 }
 
 

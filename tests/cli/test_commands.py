@@ -17,12 +17,14 @@ from pyro_bmr.cli.commands import main
 from pyro_bmr.cli.options import TARGETS
 from pyro_bmr.data.named import sources
 from pyro_bmr.experiments import recipe, report
+from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.priors.names import PRIORS, prior_from_name
 
 torch.set_num_threads(1)
 
 QUICK = ["--epochs", "1", "--seeds", "1", "--draws", "2", "--quiet"]
-SMALL = ["--model", "mlp:4", "--priors", "gaussian", "--routes", "map", *QUICK]
+HERE = [*QUICK, "--jobs", "1"]
+SMALL = ["--model", "mlp:4", "--priors", "gaussian", "--routes", "map", "--baselines", *HERE]
 
 
 @pytest.fixture
@@ -103,21 +105,24 @@ def test_data_that_is_not_installed(capsys, monkeypatch):
 
 
 def test_compare(files, capsys):
-    assert (
-        run("compare --model mlp:4 --data good.npz --priors gaussian:0.3 --out here", *QUICK) == 0
-    )
+    assert run("compare --model mlp:4 --data good.npz --priors gaussian:0.3 --out here", *HERE) == 0
     out, err = capsys.readouterr()
     assert err == ""
     lines = [line.split() for line in out.splitlines()]
     assert " ".join(lines[0]) == "prior route accuracy nll brier ece kept delta_f seconds"
-    assert [line[:2] for line in lines[1:4]] == [
-        ["gaussian:0.3", route] for route in ("map", "fitted", "reduced")
+    assert [line[:2] for line in lines[1:7]] == [
+        *(["gaussian:0.3", route] for route in ("map", "fitted", "reduced")),
+        ["none", "plain"],
+        ["none", "magnitude"],
+        [],
     ]
     assert out.endswith(
-        "results.csv, report.html, report.md, pictures and 3 exported networks are in here\n"
+        "results.csv, report.html, report.md, pictures and 5 exported networks are in here\n"
     )
     table = pd.read_csv(files / "here" / "results.csv")
-    assert len(table) == 3 and f"{table['nll'].iloc[1]:.3f}" == lines[2][3]
+    assert "\n".join(["", *conclusions(table), ""]) in out
+    second = [word for word in lines[2] if word != "*"]
+    assert len(table) == 5 and f"{table['nll'].iloc[1]:.3f}" == second[3]
     written = {
         str(path.relative_to(files / "here"))
         for path in (files / "here").rglob("*")
@@ -138,7 +143,7 @@ def test_compare_regression_by_default_with_a_hand_written_program(files, blank,
     assert (
         run(
             "compare --data good.csv --target c --out here --priors gaussian --routes fitted",
-            *QUICK,
+            *HERE,
         )
         == 0
     )

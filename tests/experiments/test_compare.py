@@ -2,10 +2,12 @@
 and fail alone, and scores against `predict` by hand.
 """
 
+import html
 import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -19,6 +21,7 @@ import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
 from pyro_bmr.experiments import measures, plots, recipe, report
 from pyro_bmr.experiments.compare import compare, comparison, summary
+from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.models import load_model, model_names
 from pyro_bmr.experiments.recipe import ROUTES, Settings
 from pyro_bmr.experiments.runs import load_run
@@ -29,12 +32,14 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*the reduction after the fit")
 
 COLUMNS = (
-    "model data prior route seed temperature {} nll brier ece ece_mass parameters kept_parameters"
-    " kept size elbo delta_f seconds step_ratio"
+    "model data prior route seed temperature {0} nll brier ece ece_mass nll_error base_{0} base_nll"
+    " parameters kept_parameters kept size elbo delta_f seconds converged step_ratio"
 )
 CLASSES, REALS = COLUMNS.format("accuracy").split(), COLUMNS.format("rmse").split()
+OF_BASELINES = ["scale", "best_epoch"]
 ON_DISK = ["kilobytes", "cell"]
 PRIORS = ("gaussian", "horseshoe", "spike-and-slab")
+ROWS = [(p, r) for p in PRIORS for r in ROUTES] + [("none", "plain"), ("none", "magnitude")]
 QUICK = Settings(
     epochs=2, batch_size=40, learning_rate=1e-2, reduce_every=0.5, start=0.5, stop=1.0, draws=4
 )
@@ -80,7 +85,7 @@ def no_plain_steps():
 
 @pytest.fixture(scope="module")
 def done(digits, tmp_path_factory):
-    """All priors and routes with two seeds, on disk."""
+    """All priors, routes and baselines with two seeds, on disk."""
     folder = tmp_path_factory.mktemp("compared") / "results"
     return compare("mlp:4", digits, seeds=2, settings=QUICK, out=folder, progress=False), folder
 
@@ -90,6 +95,7 @@ def one(data, **options):
     wanted = {
         "priors": {"gaussian": bmr.Gaussian(0.5)},
         "routes": ["fitted"],
+        "baselines": (),
         "seeds": 1,
         "settings": QUICK,
         "progress": False,
@@ -122,18 +128,20 @@ def cell_of(table, folder, prior, route, seed):
 
 def test_columns_and_rows(done):
     table, _ = done
-    assert list(table.columns) == CLASSES + ON_DISK
+    assert list(table.columns) == [*CLASSES, "kilobytes", *OF_BASELINES, "cell"]
     assert [tuple(key) for key in table[["prior", "route", "seed"]].values] == [
-        (p, r, s) for p in PRIORS for r in ROUTES for s in (0, 1)
+        (*row, s) for row in ROWS for s in (0, 1)
     ]
     assert (
         set(table["model"]) == {"mlp:4"}
         and set(table["data"]) == {"digits"}
         and set(table["temperature"]) == {1.0}
     )
-    assert compare.__doc__ is not None and ", ".join(CLASSES).replace(
-        "accuracy", "accuracy or rmse"
-    ) in re.sub(r"\s+", " ", compare.__doc__)
+    promised = ", ".join([*CLASSES, *OF_BASELINES])
+    for score in ("base_accuracy", " accuracy"):
+        promised = promised.replace(score, f"{score} or {score.replace('accuracy', 'rmse')}")
+    promised = promised.replace("or  rmse", "or rmse")
+    assert compare.__doc__ is not None and promised in re.sub(r"\s+", " ", compare.__doc__)
     assert " and ".join(ON_DISK) in compare.__doc__
 
 
@@ -167,6 +175,8 @@ def test_kept(done):
         (table["prior"] == "gaussian") & (table["route"] == "fitted")
     )
     assert (table.loc[whole, "kept"] == 1).all() and (table.loc[whole, "delta_f"] == 0).all()
+    plain = table[table["route"] == "plain"]
+    assert (plain["kept"] == 1).all() and plain["delta_f"].isna().all()
     pruned = table[(table["prior"] == "gaussian") & (table["route"] == "reduced")]
     assert (
         (pruned["kept"] < 0.95).all()
@@ -244,12 +254,13 @@ def test_files(done):
     table, folder = done
     pd.testing.assert_frame_equal(pd.read_csv(folder / "results.csv"), table)
     cells = {path.name: path for path in (folder / "cells").iterdir()}
-    assert sorted(cells) == sorted(table["cell"]) and len(cells) == 18
-    assert all(
-        {"model.safetensors", "report.json", "history.csv", "posterior.safetensors", "row.json"}
-        <= {p.name for p in path.iterdir()}
-        for path in cells.values()
-    )
+    assert sorted(cells) == sorted(table["cell"]) and len(cells) == 22
+    files = {"model.safetensors", "report.json", "history.csv", "row.json"}
+    with_fits = files | {"posterior.safetensors"}
+    for cell, prior in zip(table["cell"], table["prior"], strict=True):
+        there = {p.name for p in cells[cell].iterdir()}
+        assert (files if prior == "none" else with_fits) <= there
+        assert ("posterior.safetensors" in there) == (prior != "none")
     pictures = sorted(path.name for path in (folder / "pictures").iterdir())
     assert pictures == [
         f"1-{name}.png"
@@ -277,7 +288,9 @@ def test_what_a_cell_leaves(done):
     row = table[table["cell"] == path.name].iloc[0]
     kept = strict(path / "row.json")
     figures = [name for name in CLASSES[6:] if name in kept]
-    assert len(figures) == 13 and {k: kept[k] for k in figures} == {k: row[k] for k in figures}
+    assert figures == CLASSES[6:] and kept["converged"] is None and kept["step_ratio"] is None
+    known = [name for name in figures if kept[name] is not None]
+    assert len(known) == 15 and {k: kept[k] for k in known} == {k: row[k] for k in known}
     settings = strict(path / "settings.json")
     usual = Settings()
     changed = {k: v for k, v in vars(QUICK).items() if v != getattr(usual, k)}
@@ -307,7 +320,7 @@ def test_report_of_the_comparison(done):
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert (
         text.startswith("# mlp:4 on digits\n")
-        and "18 of 18 cells finished, 0 failed; 2 seeds" in text
+        and "22 of 22 cells finished, 0 failed; 2 seeds" in text
         and "310 parameters" in text
         and "epochs 2" in text
     )
@@ -315,8 +328,14 @@ def test_report_of_the_comparison(done):
         assert "| " + " | ".join(row) + " |" in text
     for path in (folder / "pictures").iterdir():
         assert f"(pictures/{path.name})" in text
-    assert strict(folder / "comparison.json")["settings"]["epochs"] == 2
-    assert "spike-and-slab" in (folder / "report.html").read_text(encoding="utf-8")
+    declared = strict(folder / "comparison.json")
+    assert declared["settings"]["epochs"] == 2
+    assert declared["baselines"] == ["plain", "magnitude"]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    sentences = conclusions(table)
+    assert len(sentences) >= 3
+    for sentence in sentences:
+        assert f"\n- {sentence}\n" in text and f"<li>{html.escape(sentence)}</li>" in page
 
 
 def test_a_cell_is_a_run_that_can_be_reduced_and_exported(done, tmp_path, monkeypatch, capsys):
@@ -385,9 +404,7 @@ def test_summary(done):
     table, _ = done
     text = summary(table)
     assert " ".join(text.columns) == "prior route accuracy nll brier ece kept delta_f seconds"
-    assert [tuple(pair) for pair in text[["prior", "route"]].values] == [
-        (p, r) for p in PRIORS for r in ROUTES
-    ]
+    assert [tuple(pair) for pair in text[["prior", "route"]].values] == ROWS
     rows = table[(table["prior"] == "horseshoe") & (table["route"] == "reduced")]
     a, b = rows["nll"]
     got = text[(text["prior"] == "horseshoe") & (text["route"] == "reduced")].iloc[0]
@@ -396,6 +413,88 @@ def test_summary(done):
     assert got["kept"] == f"{(a + b) / 2:.4f} ± {abs(a - b) / math.sqrt(2):.4f}"
     alone = summary(table[table["seed"] == 0])
     assert alone["nll"].iloc[0] == f"{table['nll'].iloc[0]:.3f}"
+
+
+def test_a_pruned_baseline_has_the_size_of_the_reduced_gaussian_of_its_seed(done):
+    table, folder = done
+    sizes = {
+        route: table[(table["prior"] == prior) & (table["route"] == route)].set_index("seed")
+        for prior, route in (("gaussian", "reduced"), ("none", "magnitude"))
+    }
+    kept = sizes["magnitude"]["kept_parameters"]
+    assert kept.tolist() == sizes["reduced"]["kept_parameters"].tolist() and kept[0] != kept[1]
+    for seed in (0, 1):
+        cell = cell_of(table, folder, "none", "magnitude", seed)
+        assert strict(cell / "settings.json")["options"] == {
+            "epochs": 2,
+            "batch_size": 40,
+            "learning_rate": 1e-2,
+            "weight_decay": 1 / 160,
+            "calibrate": True,
+            "kept": sizes["reduced"]["kept"][seed],
+        }
+
+
+def test_a_baseline_whose_size_is_not_known_fails_with_the_cell_of_that_size(
+    diabetes, tmp_path, blank, monkeypatch
+):
+    settings = replace(QUICK, epochs=1, batch_size=120)
+    known = {"model": "mlp:2", "settings": settings, "routes": ["reduced"]}
+    with (
+        monkeypatch.context() as patch,
+        pytest.warns(bmr.PyroBMRWarning, match="reduced.*seed-0_.* failed: AssertionError: a fit"),
+        pytest.warns(bmr.PyroBMRWarning, match="magnitude.* failed: its size is that of .*reduced"),
+    ):
+        patch.setattr(recipe, "fit", no_fits)
+        table = one(diabetes, **known, baselines=["magnitude", "plain"], out=tmp_path)
+    assert table["route"].tolist() == ["plain"]
+    failed = "Failed, and in no figure: gaussian reduced (seed 0) and magnitude pruning (seed 0)."
+    assert failed in (tmp_path / "report.md").read_text(encoding="utf-8")
+    again = one(diabetes, **known, baselines=["magnitude", "plain"], out=tmp_path)
+    assert again["route"].tolist() == ["reduced", "magnitude", "plain"]
+    assert len(set(again["kept"].iloc[:2])) == 1
+
+
+def test_baselines_that_are_not_possible(diabetes, tmp_path, blank, capsys):
+    with pytest.raises(bmr.errors.ModelError, match="baselines: expected names among plain, magni"):
+        one(diabetes, baselines=["dropout"])
+    with pytest.raises(bmr.errors.ModelError, match="baselines: magnitude has the size of a reduc"):
+        one(diabetes, model="mlp:2", baselines=["magnitude"])
+    program = bmr.BayesianNetwork(torch.nn.Linear(10, 1), bmr.Gaussian(), bmr.Normal())
+    bare = {"model": lambda data, prior: lambda x, y=None: program(x, y), "baselines": None}
+    with pytest.raises(bmr.errors.ModelError, match="baselines plain: expected a model whose"):
+        one(diabetes, **{**bare, "baselines": ["plain"]})
+    table = one(diabetes, **bare, out=tmp_path)
+    assert table["route"].tolist() == ["fitted"]
+    said = "No baselines: expected a model whose build returns a BayesianNetwork, got function."
+    assert said in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "No baselines" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_program_written_by_hand_may_have_a_plain_network(diabetes):
+    path = Path(__file__).parents[2] / "models" / "linear_regression.py"
+    table = one(diabetes, model=path, baselines=["plain"])
+    assert table["route"].tolist() == ["fitted", "plain"]
+    assert table["parameters"].tolist() == [11, 11] and (table["rmse"] < 300).all()
+
+
+def test_what_fits_say_of_their_end_is_in_the_table(diabetes, tmp_path, blank, monkeypatch, capsys):
+    fit = recipe.fit
+
+    def ended(*args, **kwargs):
+        done = fit(*args, **kwargs)
+        object.__setattr__(done, "converged", kwargs["seed"] == 0)
+        object.__setattr__(done, "convergence", "the bound still rises")
+        return done
+
+    monkeypatch.setattr(recipe, "fit", ended)
+    settings = replace(QUICK, epochs=1)
+    table = one(diabetes, seeds=2, settings=settings, out=tmp_path, progress=True)
+    assert table["converged"].tolist() == [1.0, 0.0]
+    assert "gaussian fitted (1 of 2 seeds)" in capsys.readouterr().out
+    cell = cell_of(table, tmp_path, "gaussian", "fitted", 1)
+    assert strict(cell / "report.json")["convergence"] == "the bound still rises"
 
 
 def test_going_on_fits_nothing_twice(done, digits, monkeypatch, blank):
@@ -780,6 +879,7 @@ def test_a_warning_of_many_cells_comes_once_with_the_figures_of_the_first(
             diabetes,
             priors={"g": bmr.Gaussian()},
             seeds=3,
+            baselines=(),
             settings=replace(QUICK, epochs=1),
             out=tmp_path,
             progress=False,

@@ -244,7 +244,7 @@ def test_one_fit_has_one_score_in_the_units_of_the_target(tmp_path, monkeypatch,
     options = "--data diabetes --model mlp:3 --epochs 1 --draws 3 --quiet"
     assert command("fit", options, "--seed 1 --out", tmp_path / "run") == 0
     said = capsys.readouterr().out
-    compared = "--priors gaussian --routes fitted --seeds 2 --out"
+    compared = "--priors gaussian --routes fitted --baselines --seeds 2 --jobs 1 --out"
     assert command("compare", options, compared, tmp_path / "compared") == 0
     row = pd.read_csv(tmp_path / "compared" / "results.csv").iloc[1]
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())

@@ -1,0 +1,72 @@
+"""The targets of the baselines: classes, by the cross entropy and a temperature of the logits; real
+numbers, by the squared error and one noise for all rows.
+
+Owns `plain_loss`, `fitted_nll`, `residual`, `held_out_scale` and `predictive`. Next: `training.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyro_bmr.prediction.calibration import best_temperature
+from pyro_bmr.prediction.predictive import Prediction, prediction_of
+
+_LEAST = 1e-6  # of the noise, in standard deviations of the target: all training rows are met
+
+
+def plain_loss(outputs: Tensor, y: Tensor) -> Tensor:
+    """Nats per row to train on: the cross entropy; of real targets ½(y − f)², which is −log p at a
+    noise of 1 but for a constant.
+    """
+    if not y.is_floating_point():
+        return F.cross_entropy(outputs, y.long())
+    return 0.5 * F.mse_loss(outputs.reshape(y.shape), y) * (y.numel() / len(y))
+
+
+def fitted_nll(mean_loss: float, y: Tensor) -> float:
+    r"""The NLL of rows of this mean `plain_loss`, nats per row; of real targets at the constant
+    noise that is best for these rows.
+
+    .. math:: \min_\sigma \left[\tfrac{\overline{(y - f)^2}}{2\sigma^2} + \tfrac12
+        \log 2\pi\sigma^2\right] = \tfrac12 \log\left(2\pi e\, \overline{(y - f)^2}\right)
+    """
+    if not y.is_floating_point():
+        return mean_loss
+    entries = y.numel() / len(y)
+    variance = max(2 * mean_loss / entries, _LEAST**2)
+    return 0.5 * entries * math.log(2 * math.pi * math.e * variance)
+
+
+def residual(outputs: Tensor, y: Tensor) -> float:
+    """The root mean square of y − f, in the units of y: the noise of most likelihood."""
+    errors = (outputs.reshape(y.shape) - y).double()
+    return max(float(errors.square().mean().sqrt()), _LEAST)
+
+
+def held_out_scale(outputs: Tensor, y: Tensor, noise: float) -> float:
+    """What best calibrates the outputs for held-out rows: the temperature of the logits, or the
+    factor on the `noise`.
+    """
+    return residual(outputs, y) / noise if y.is_floating_point() else best_temperature(outputs, y)
+
+
+def predictive(
+    outputs: Callable[[Tensor], Tensor], y: Tensor, scale: float, noise: float
+) -> Callable[[Tensor], Prediction]:
+    """Rows → prediction, of targets such as the training rows' `y`: softmax(f / `scale`), or
+    N(f, (`scale` · `noise`)²).
+    """
+
+    def predict(x: Tensor) -> Prediction:
+        found = outputs(x)
+        if not y.is_floating_point():
+            return prediction_of([((found / scale).softmax(1)[None],)], 1)
+        locs = found.reshape(len(x), *y.shape[1:])[None]
+        return prediction_of([(locs, torch.full_like(locs, scale * noise))], 1)
+
+    return predict
