@@ -29,6 +29,7 @@ _AROUND = 2.0 ** np.arange(-2, 9)  # from a summit, in its own width
 _SCAN = 2.0 ** np.arange(-100, 100.5, 0.5)  # where a density is looked for, on both sides of zero
 _EVEN = 16_385  # points over the posterior means
 _MOST_SUMMITS = 64
+_HALVINGS = 60  # of an interval that a bound is in: to the last digit
 _OFF = 1e-5  # how far from 1 the integral of a density may come out
 _RESOLVED = 8 * np.finfo(np.float64).eps  # the least width that moments have digits for
 
@@ -128,7 +129,7 @@ class _Density:
 
 
 def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
-    """Breakpoints around the summits of p̃.
+    """Breakpoints around the summits of p̃ and at the bounds of its support.
 
     Raises:
         ReductionError: its integral over all octaves does not come out as 1.
@@ -154,7 +155,9 @@ def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
     owner = torch.zeros_like(local)
     at, best, width = summits(density, owner, x[local].clone(), x[local + 2].clone())
     around = torch.as_tensor(np.concatenate([-_AROUND[::-1], [0.0], _AROUND]), device=mean.device)
-    edges = (at[:, None] + width[:, None] * around).flatten()
+    edges = torch.cat(
+        [(at[:, None] + width[:, None] * around).flatten(), _bounds(density, x, value)]
+    )
     octaves = side[::2]
     every = torch.cat([edges, -octaves, octaves.new_zeros(1), octaves, even[[0, -1]]]).unique()
     whole = _integral(density, every, float(torch.cat([value, best]).max()))
@@ -166,6 +169,20 @@ def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
             " thousandth of that, or a Gaussian by mean and var"
         )
     return edges
+
+
+def _bounds(density: _Density, x: Tensor, value: Tensor) -> Tensor:
+    """The numbers on both sides of each bound of the support of p̃, of whose logarithm `value` is
+    that at the sorted points `x`.
+    """
+    held = value > -torch.inf
+    after = (held[1:] != held[:-1]).nonzero()[:_MOST_SUMMITS, 0]
+    low, high = x[after], x[after + 1]
+    for _ in range(_HALVINGS if len(after) else 0):
+        middle = (low + high) / 2
+        same = (density(None, middle[None])[0] > -torch.inf) == held[after]
+        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+    return torch.cat([low, high])
 
 
 def _integral(density: _Density, edges: Tensor, peak: float) -> float:

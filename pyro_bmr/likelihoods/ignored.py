@@ -40,6 +40,14 @@ class Ignoring(dist.TorchDistribution):
     def support(self) -> Any:
         return _OrMarked(self.base_dist.support, self)
 
+    @property
+    def mean(self) -> Tensor:
+        return self.base_dist.mean  # type: ignore[no-any-return]
+
+    @property
+    def variance(self) -> Tensor:
+        return self.base_dist.variance  # type: ignore[no-any-return]
+
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         return self.base_dist.sample(sample_shape)  # type: ignore[no-any-return]
 

@@ -1,4 +1,5 @@
-"""Scores of predictions: accuracy, Brier score, calibration error, RMSE, predictive entropy, AUROC.
+"""Scores of predictions: accuracy, Brier score, calibration error, RMSE, CRPS, coverage, predictive
+entropy, AUROC.
 
 They take tensors and give numbers, computed in double precision whatever the dtype of the tensors.
 Each row of probabilities must be a distribution, up to rounding. Next: `paired_losses.py`.
@@ -11,8 +12,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_bmr.checks import check_labels, check_tensor, is_whole
+from pyro_bmr.checks import check_labels, check_shape, check_tensor, is_whole
 from pyro_bmr.errors import DataError, described
+from pyro_bmr.prediction.crps import crps_of_draws
 
 Binning = Literal["width", "mass"]
 _MOST_BINS = 2**24  # up to here `_bin` is exact
@@ -102,6 +104,61 @@ def rmse(mean: Tensor, y: Tensor) -> float:
     if bool(largest.isinf()):  # nor the difference of two floats
         return 2 * rmse(mean / 2, y / 2)
     return float(largest * (error / largest).square().mean().sqrt()) if float(largest) > 0 else 0.0
+
+
+def binary_brier(probs: Tensor, y: Tensor) -> float:
+    """Mean of (p − y)² over all entries, between 0 and 1, for probabilities of yes or no.
+
+    They are the `mean` of a prediction under `Bernoulli`. It is half of `brier` of the two classes.
+
+    Entries of y that are NaN are left out.
+    """
+    known = _known(probs, y, "probs")
+    if bool(((probs < 0) | (probs > 1)).any()) or not bool(((y == 0) | (y == 1))[known].all()):
+        raise DataError("binary_brier: expected probs from 0 to 1, and y of 0 and 1")
+    error = probs.double() - y.to(probs.device).double()
+    return float(error[known].square().mean())
+
+
+def coverage(low: Tensor, high: Tensor, y: Tensor) -> float:
+    """The fraction of entries with low ≤ y ≤ high, to hold beside the level of the interval.
+
+    Entries of y that are NaN are left out.
+    """
+    known = _known(low, y, "low") & _known(high, y, "high")
+    y = y.to(low.device)
+    return float(((low <= y) & (y <= high))[known].double().mean())
+
+
+def crps(draws: Tensor, y: Tensor) -> float:
+    """The mean continuous ranked probability score of draws of y, (draws, n, ...), in the units of
+    y. Entries of y that are NaN are left out.
+    """
+    known = _known(draws[0], y, "a draw")
+    return float(crps_of_draws(draws.double(), y.to(draws.device).double())[known].mean())
+
+
+def ranked_probability(probs: Tensor, y: Tensor) -> float:
+    r"""Mean over rows of :math:`\sum_k (P(Y \le k) - [y \le k])^2`, the CRPS of classes in an
+    order, such as those of `Ordinal` (Epstein 1969).
+    """
+    p = _distributions(probs, y)
+    at_most = torch.arange(p.shape[1], device=p.device) >= y.to(p.device)[:, None]
+    return float((p.cumsum(1) - at_most.double()).square().sum(1).mean())
+
+
+def _known(values: Tensor, y: Tensor, name: str) -> Tensor:
+    """Which entries of y are not NaN.
+
+    Raises:
+        DataError: all are, or `values` have another shape, or NaN.
+    """
+    check_tensor(y, "y")
+    check_shape(values, name, y.shape, "that of y")
+    known = ~y.isnan().to(values.device)
+    if not bool(known.any()) or bool(values.isnan().any()):
+        raise DataError(f"{name}: expected no NaN, and at least one y that is not NaN")
+    return known
 
 
 def predictive_entropy(probs: Tensor) -> Tensor:

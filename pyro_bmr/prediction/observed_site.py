@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_bmr.data.inputs import Inputs, described, of_each, parts_of, pieces, rows_in
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.latent_sites import base_distribution
+from pyro_bmr.likelihoods.ignored import Ignoring
 from pyro_bmr.prediction.predictive import Parameters
 from pyro_bmr.tracing import Values
 
@@ -56,7 +57,7 @@ class ObservedSite:
         """The parameters of a Categorical or a Normal, with the rows of all batches first; None for
         other distributions.
         """
-        bases = [base_distribution(fn) for fn in fns]
+        bases = [unmarked(base_distribution(fn)) for fn in fns]
         if all(isinstance(base, torch.distributions.Categorical) for base in bases):
             return (torch.cat([base.probs.movedim(self.dim - 1, 0) for base in bases]),)
         if all(isinstance(base, torch.distributions.Normal) for base in bases):
@@ -90,21 +91,25 @@ class ObservedSite:
 
 
 def observed_site(
-    program: Callable[..., Any], x: Inputs, batch_size: int, values: Mapping[str, Tensor]
+    program: Callable[..., Any],
+    x: Inputs,
+    batch_size: int,
+    values: Mapping[str, Tensor],
+    asked: str | None = None,
 ) -> tuple[ObservedSite, list[Any]]:
-    """The one observed site of a program, and its distribution for each batch of rows, given the
-    latent `values`.
+    """The observed site of a program, the only one unless its name is `asked`, and its distribution
+    for each batch of rows, given the latent `values`.
 
     Raises:
-        ModelError: the program does not run on `x`, has no observed site or several, or its rows
-            depend on each other.
+        ModelError: the program does not run on `x`, has no such observed site or, without a name,
+            several, or its rows depend on each other.
     """
     name, dim, writes = "", 0, False
     fns: list[Any] = []
     for batch in pieces(x, batch_size):
         own, rows = of_each(Tensor.clone, batch), rows_in(batch)
         version = _version(own)
-        msg = _observed(program, own, values)
+        msg = _observed(program, own, values, asked)
         name, fn = msg["name"], msg["fn"]
         dim = dim or _rows_dim(msg, rows)
         if fns and (len(fns[0].shape()) != len(fn.shape()) or fn.shape()[dim] != rows):
@@ -122,8 +127,10 @@ def _version(x: Inputs) -> int:
     return sum(part._version for part in parts_of(x).values())
 
 
-def _observed(program: Callable[..., Any], batch: Inputs, values: Mapping[str, Tensor]) -> Any:
-    """The message of the one observed site in a run of the program on a batch of rows."""
+def _observed(
+    program: Callable[..., Any], batch: Inputs, values: Mapping[str, Tensor], asked: str | None
+) -> Any:
+    """The message of the observed site in a run of the program on a batch of rows."""
     try:
         with Values(values) as run:
             program(batch)
@@ -139,16 +146,17 @@ def _observed(program: Callable[..., Any], batch: Inputs, values: Mapping[str, T
             f"the program does not run on x of {described(batch)}:"
             f" {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
-    if len(run.observed) != 1:
-        found = ", ".join(
-            f"{name} ({type(base_distribution(msg['fn'])).__name__})"
-            for name, msg in run.observed.items()
-        )
-        raise ModelError(
-            "predict: expected one observed site that is drawn when the program is called as"
-            f" program(x), got: {found or 'none'}"
-        )
-    return next(iter(run.observed.values()))
+    if asked in run.observed or (asked is None and len(run.observed) == 1):
+        return run.observed[asked or next(iter(run.observed))]
+    found = ", ".join(
+        f"{name} ({type(base_distribution(msg['fn'])).__name__})"
+        for name, msg in run.observed.items()
+    )
+    mend = "; say which, site='...'" if asked is None and found else ""
+    raise ModelError(
+        "predict: expected one observed site that is drawn when the program is called as"
+        f" program(x){f', {asked!r}' if asked is not None else ''}, got: {found or 'none'}{mend}"
+    )
 
 
 def _rows_dim(msg: Any, rows: int) -> int:
@@ -174,6 +182,17 @@ def _rows_dim(msg: Any, rows: int) -> int:
             " predicted one by one: run the program at posterior.draw()"
         )
     return int(dim)
+
+
+def unmarked(fn: Any) -> Any:
+    """The distribution whose marked values `likelihoods.Ignoring` ignores; others as they are."""
+    return fn.base_dist if isinstance(fn, Ignoring) else fn
+
+
+def marker_of(fn: Any) -> float | None:
+    """The value that is ignored in targets, if there is one."""
+    base = base_distribution(fn)
+    return base.marker if isinstance(base, Ignoring) else None
 
 
 def another_distribution(name: str) -> ModelError:

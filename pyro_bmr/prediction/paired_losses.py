@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_bmr.checks import check_tensor
 from pyro_bmr.errors import DataError
 from pyro_bmr.prediction.predictive import (
+    ChunkedPrediction,
     ClassPrediction,
     MixturePrediction,
     Prediction,
@@ -97,6 +98,7 @@ _MEASURES = {
     ClassPrediction: "error rate",
     RealPrediction: "squared error",
     MixturePrediction: "negative log likelihood",
+    ChunkedPrediction: "negative log likelihood",
 }
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,11 +18,11 @@ from torch import Tensor, nn
 from pyro_bmr.checks import check_arguments, check_rows, is_whole
 from pyro_bmr.data.batch import BatchChecks
 from pyro_bmr.data.given import source_of
-from pyro_bmr.data.inputs import Inputs, of_each, parts_of, rows_in
+from pyro_bmr.data.inputs import Inputs, of_each, parts_of, pieces, rows_in
 from pyro_bmr.data.loaders import in_order
 from pyro_bmr.data.sources import chunks
 from pyro_bmr.errors import ModelError
-from pyro_bmr.isolation import isolated, plain
+from pyro_bmr.isolation import isolated, plain, seed_generators
 from pyro_bmr.memory import check_memory
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.site import rows_digest
@@ -28,9 +30,11 @@ from pyro_bmr.prediction.observed_site import (
     ObservedSite,
     another_distribution,
     check_callable_without_y,
+    marker_of,
     observed_site,
 )
 from pyro_bmr.prediction.predictive import (
+    ChunkedPrediction,
     ClassPrediction,
     MixturePrediction,
     Parameters,
@@ -40,7 +44,10 @@ from pyro_bmr.prediction.predictive import (
     rows_joined,
 )
 
+_KEPT = 1 << 28  # bytes of all draws that a prediction keeps
+
 __all__ = [
+    "ChunkedPrediction",
     "ClassPrediction",
     "MixturePrediction",
     "Prediction",
@@ -61,13 +68,15 @@ def predict(
     draws: int = 32,
     seed: int = 0,
     batch_size: int = 10_000,
+    site: str | None = None,
 ) -> Prediction:
     """The posterior predictive of the observed site of `program(x)` at every row of `x`.
 
     It is a `ClassPrediction` for a Categorical site, a `RealPrediction` for a Normal one, and a
-    `MixturePrediction` for any other distribution, all with the rows first. The rows of the site
-    are in its plate of as many entries as `x` has rows, or, without such a plate, in its first
-    dimension.
+    `MixturePrediction` for any other distribution, all with the rows first. Where draws times rows
+    would take more than 256 MiB, it is a `ChunkedPrediction` in the place of the last two: some
+    rows at a time are computed for each question. The rows of the site are in its plate of as many
+    entries as `x` has rows, or, without such a plate, in its first dimension.
 
     Args:
         x: the inputs of all rows, a tensor, an array, a table, or a tuple or dict of such; or a
@@ -78,47 +87,36 @@ def predict(
         batch_size: rows times draws at once, which bounds the memory. If there are fewer rows, a
             Categorical or Normal site is computed for several draws at once, by `torch.func.vmap`
             if the program allows it.
+        site: the name of the observed site, if the program has several.
 
     Raises:
         DataError: `x` has no rows, is not finite, or comes from a loader that mixes its rows.
-        ModelError: an argument is out of range, or draws times rows of a real target are more than
-            the memory that is free.
-        ModelError: the program has no single observed site, its rows are not independent of each
-            other, or a latent site has another shape at these rows.
+        ModelError: an argument is out of range, or the prediction is more than the memory that is
+            free.
+        ModelError: the program has no such observed site, or several and no `site` is given, its
+            rows are not independent of each other, or a latent site has another shape at these
+            rows.
     """
     _check_predict(posterior, draws=draws, batch_size=batch_size, seed=seed)
     read = chunks(in_order(source_of(x, targets=False)), batch_size, BatchChecks(), targets=False)
-    return rows_joined(
-        [_of_rows(program, posterior, part, draws, seed, batch_size) for part, _ in read]
-    )
+    question = _Question(program, posterior, draws, seed, batch_size, site)
+    return rows_joined([_of_rows(question, part) for part, _ in read])
 
 
-def _of_rows(
-    program: Callable[..., Any],
-    posterior: Posterior,
-    x: Any,
-    draws: int,
-    seed: int,
-    batch_size: int,
-) -> Prediction:
+def _of_rows(question: _Question, x: Any) -> Prediction:
     """The prediction at rows in memory."""
     for name, part in parts_of(x).items() if isinstance(x, (tuple, dict)) else (("x", x),):
         check_rows(part, part, "the rows to predict" if name == "x" else name)
-    check_callable_without_y(program, x)
-    like = next(iter(posterior.sites.values())).mean
+    check_callable_without_y(question.program, x)
+    like = next(iter(question.posterior.sites.values())).mean
     x = of_each(
         lambda part: plain(part).to(
             like.device, like.dtype if part.is_floating_point() else part.dtype
         ),
         x,
     )
-    _check_sites_of_rows(posterior, x)
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    values = (
-        (posterior.draw(generator) for _ in range(draws)) if draws else iter([posterior.point()])
-    )
-    with _in_evaluation(program):
-        return _over_draws(program, x, batch_size, values, max(draws, 1))
+    _check_sites_of_rows(question.posterior, x)
+    return question.answer(x)
 
 
 def _check_predict(
@@ -164,33 +162,65 @@ def _in_evaluation(program: object) -> Iterator[None]:
             module.training = True
 
 
-def _over_draws(
-    program: Callable[..., Any],
-    x: Inputs,
-    batch_size: int,
-    values: Iterator[dict[str, Tensor]],
-    draws: int,
-) -> Prediction:
-    """The prediction averaged over the draws `values`."""
-    first = next(values)
-    site, fns = observed_site(program, x, batch_size, first)
-    alone = site.parameters(fns)
-    if alone is None or len(alone) > 1:  # class probabilities are averaged as they come
-        numbers = (
-            sum(t.numel() * t.element_size() for t in alone)
-            if alone
-            else sum(2 * fn.shape().numel() * 8 for fn in fns)
+@dataclass(frozen=True)
+class _Question:
+    """What is predicted, for any rows."""
+
+    program: Callable[..., Any]
+    posterior: Posterior
+    draws: int
+    seed: int
+    batch_size: int
+    site: str | None
+
+    @isolated(autocast=True)
+    @torch.no_grad()
+    def answer(self, x: Inputs) -> Prediction:
+        """The prediction at the rows x."""
+        like = next(iter(self.posterior.sites.values())).mean
+        generator = torch.Generator(device=like.device).manual_seed(self.seed)
+        values = (
+            (self.posterior.draw(generator) for _ in range(self.draws))
+            if self.draws
+            else iter([self.posterior.point()])
         )
-        check_memory(
-            f"a prediction of {draws} draws at {rows_in(x)} rows",
-            2 * draws * numbers,
-            next(iter(parts_of(x).values())).device,
-            "predict fewer rows at a time, or with fewer draws",
-        )
+        seed_generators(self.seed)  # of what the program draws itself
+        with _in_evaluation(self.program):
+            return self._over_draws(x, values)
+
+    def _over_draws(self, x: Inputs, values: Iterator[dict[str, Tensor]]) -> Prediction:
+        """The prediction averaged over the draws `values`."""
+        first, draws, rows = next(values), max(self.draws, 1), rows_in(x)
+        site, fns = observed_site(self.program, x, self.batch_size, first, self.site)
+        alone = site.parameters(fns)
+        if alone is None or len(alone) > 1:  # class probabilities are averaged as they come
+            needed = 2 * draws * _bytes(alone, fns)
+            if needed > _KEPT and rows > 1:
+                return self._in_chunks(x, max(rows * _KEPT // needed, 1))
+            check_memory(
+                f"a prediction of {draws} draws at {rows} rows",
+                needed,
+                next(iter(parts_of(x).values())).device,
+                "predict fewer rows at a time, or with fewer draws",
+            )
+        if alone is None:
+            others = ([site.reached(value, batch) for batch in site.batches()] for value in values)
+            return MixturePrediction([fns, *others], site.dim)
+        parameters = _parameters(site, alone, values, draws)
+        return prediction_of(parameters, draws, marker_of(fns[0]))
+
+    def _in_chunks(self, x: Inputs, size: int) -> ChunkedPrediction:
+        """The prediction of `size` rows at a time."""
+        parts = list(pieces(x, size))
+        chunks: list[Any] = [partial(self.answer, part) for part in parts]
+        return ChunkedPrediction(chunks, [rows_in(part) for part in parts])
+
+
+def _bytes(alone: Parameters | None, fns: list[Any]) -> int:
+    """What the parameters of one draw take."""
     if alone is None:
-        others = ([site.reached(value, batch) for batch in site.batches()] for value in values)
-        return MixturePrediction([fns, *others], site.dim)
-    return prediction_of(_parameters(site, alone, values, draws), draws)
+        return sum(2 * fn.shape().numel() * 8 for fn in fns)
+    return sum(t.numel() * t.element_size() for t in alone)
 
 
 def _parameters(
