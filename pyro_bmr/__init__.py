@@ -2,6 +2,8 @@
 order of the pipeline.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.data.named import load
 from pyro_bmr.errors import PyroBMRError, PyroBMRWarning
@@ -35,6 +37,9 @@ from pyro_bmr.reduction.reduce import reduce
 from pyro_bmr.reduction.result import Reduction
 from pyro_bmr.shrinking import shrink
 
+if TYPE_CHECKING:
+    from pyro_bmr.estimators import SparseClassifier, SparseRegressor
+
 __version__ = "0.2.0"
 
 __all__ = [
@@ -65,6 +70,8 @@ __all__ = [
     "ScaleCoupled",
     "Settings",
     "Site",
+    "SparseClassifier",
+    "SparseRegressor",
     "SpikeAndSlab",
     "StudentT",
     "adam",
@@ -83,3 +90,12 @@ __all__ = [
     "shrink",
     "study",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The estimators, with which scikit-learn is imported, only when they are asked for."""
+    if name in ("SparseClassifier", "SparseRegressor"):
+        from pyro_bmr import estimators
+
+        return getattr(estimators, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

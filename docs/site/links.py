@@ -30,6 +30,7 @@ CONTENTS = {
     "Do": [
         "bring_your_data",
         "param_store_script",
+        "tables",
         "tutorial_regression",
         "tutorial_pruning",
         "smaller_networks",
@@ -37,7 +38,7 @@ CONTENTS = {
         "several_processes",
     ],
     "Gallery": ["gallery/regression_table", "gallery/pruned_digits", "gallery/pyro_program"],
-    "Reference": [f"api/{stage}" for stage in STAGES],
+    "Reference": [*(f"api/{stage}" for stage in STAGES), "api/tables"],
     "Results": ["results/*"],
     "Project": list(PROJECT.values())[:3],
 }
