@@ -157,16 +157,10 @@ def export_run(arguments: argparse.Namespace) -> int:
     if not isinstance(program, BayesianNetwork):
         return _export_weights(arguments, run, program, data)
     report = _report(run, program, data)
-    draws = (
-        ensemble(
-            program,
-            run.posterior,
-            draws=arguments.ensemble,
-            example=example if arguments.shrink else None,
-        )
-        if arguments.ensemble
-        else None
-    )
+    draws = None
+    if arguments.ensemble:
+        like = example if arguments.shrink else None
+        draws = ensemble(program, run.posterior, draws=arguments.ensemble, example=like)
     dense, masks = export(program, run.posterior), run.posterior.masks
     _export_network(arguments, dense, report, masks, draws, data)
     return 0

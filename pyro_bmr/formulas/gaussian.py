@@ -201,15 +201,9 @@ def _spike_pieces(
     masks: Iterable[Tensor | None] = (
         repeat(None) if mask is None else mask.reshape(-1).split(_PIECE)
     )
-    return zip(
-        out.view(-1).split(_PIECE),
-        masks,
-        mean.reshape(-1).split(_PIECE),
-        var.reshape(-1).split(_PIECE),
-        *(_pieces(t.detach().expand(mean.shape)) for t in (prior.mean, prior.var)),
-        halves,
-        strict=False,
-    )
+    first, *own = (t.reshape(-1).split(_PIECE) for t in (out.view(-1), mean, var))
+    priors = (_pieces(t.detach().expand(mean.shape)) for t in (prior.mean, prior.var))
+    return zip(first, masks, *own, *priors, halves, strict=False)
 
 
 def _in_pieces(*gaussians: Diagonal) -> Iterable[list[Tensor]]:

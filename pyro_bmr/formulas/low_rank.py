@@ -179,17 +179,9 @@ def _(posterior: LowRank, prior: Any, pruned: Tensor) -> tuple[Tensor, LowRank]:
 @initial_state.register
 def _(posterior: LowRank, prior: Any) -> State:
     mean, var, factor = checked(posterior)
-    rank = factor.shape[1]
-    held = torch.zeros_like(mean, dtype=torch.bool)
-    return LowRankState(
-        mean,
-        var,
-        factor,
-        held,
-        torch.eye(rank).to(factor),
-        factor.new_zeros(rank),
-        log_prior_at_zero(prior, mean),
-    )
+    eye, zero = torch.eye(factor.shape[1]).to(factor), factor.new_zeros(factor.shape[1])
+    held, log_p = torch.zeros_like(mean, dtype=torch.bool), log_prior_at_zero(prior, mean)
+    return LowRankState(mean, var, factor, held, eye, zero, log_p)
 
 
 def log_density_at_zero(g: LowRank) -> Tensor:
@@ -224,15 +216,8 @@ def _parts(posterior: LowRank, prior: Any, reduced_prior: Any) -> _Parts:
     p, p_ = positive_priors(prior, reduced_prior, posterior.mean, spike)
     eta, v0, eta_, v = (t.double() for t in (p.mean, p.var, p_.mean, p_.var))
     distance, shift, root = mean - eta_, eta_ - eta, v0.sqrt()
-    x = Ratios(
-        var / v0,
-        (v0 - var) / v0,
-        v / v0,
-        (v0 - v) / v0,
-        (mean - eta) / root,
-        shift / root,
-        distance / root,
-    )
+    widths = var / v0, (v0 - var) / v0, v / v0, (v0 - v) / v0
+    x = Ratios(*widths, (mean - eta) / root, shift / root, distance / root)
     total = x.sigma + x.nu * x.tau
     inner, kept = x.kappa / total / v0, x.nu / total
     if not bool((total > 0).all()):

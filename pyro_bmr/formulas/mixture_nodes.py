@@ -107,15 +107,10 @@ def _extent(data: Message, groups: Tensor | None) -> tuple[float, float]:
     of which the data say something.
     """
     sharpest, farthest = 1e-30, 0.0
-    total = (
-        None
-        if groups is None
-        else torch.zeros(
-            int(groups.max()) + 1 if groups.numel() else 0,
-            dtype=torch.float64,
-            device=data.h.device,
-        )
-    )
+    total = None
+    if groups is not None:
+        count = int(groups.max()) + 1 if groups.numel() else 0
+        total = torch.zeros(count, dtype=torch.float64, device=data.h.device)
     for start, h, precision in _pieces(data):
         informed = precision > 0
         h, precision = h.masked_fill(~informed, 0.0), precision.masked_fill(~informed, torch.inf)
@@ -178,14 +173,8 @@ def _merged(v: Tensor, log_w: Tensor, data: Message, sharpest: float) -> tuple[T
         width, slope = float(v[-1]), 1e-300
         for _, h, precision in _pieces(data):
             narrow = 1 / (1 + width * precision.clamp(min=0))
-            slope = max(
-                slope,
-                float(
-                    (narrow * (precision.clamp(min=0) + h * (h * narrow)))
-                    .masked_fill(precision <= 0, 0)
-                    .max()
-                ),
-            )
+            each = narrow * (precision.clamp(min=0) + h * (h * narrow))
+            slope = max(slope, float(each.masked_fill(precision <= 0, 0).max()))
         high = max(int(((width - v) * slope > merge).sum()), low)
     parts = [
         _merge(v[..., :low], log_w[..., :low]),

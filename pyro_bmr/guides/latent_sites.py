@@ -199,13 +199,7 @@ def site_table(latents: Sequence[Latent], parts: Sequence[tuple[str, int]]) -> p
     import pandas as pd
 
     rows = [
-        (
-            latent.name,
-            latent.start.numel(),
-            structure,
-            parameters,
-            "closed form" if latent.normal else "sampled",
-        )
-        for latent, (structure, parameters) in zip(latents, parts, strict=True)
+        (latent.name, latent.start.numel(), *part, "closed form" if latent.normal else "sampled")
+        for latent, part in zip(latents, parts, strict=True)
     ]
     return pd.DataFrame(rows, columns=["site", "size", "structure", "parameters", "kl"])

@@ -211,13 +211,9 @@ def _entrywise(
 def _affine(centre: Tensor, predicted: list[Tensor], actual: list[Tensor], spread: Tensor) -> bool:
     """Whether centre + predicted is the actual value, up to rounding and a part of the spread."""
     slack = _SLACK * spread + 16 * torch.finfo(centre.dtype).eps * (1 + centre.abs())
-    return bool(
-        torch.stack(
-            [
-                ((centre + step - value).abs() <= slack).all()
-                for step, value in zip(predicted, actual, strict=True)
-            ]
-        ).all()
+    return all(
+        bool(((centre + step - value).abs() <= slack).all())
+        for step, value in zip(predicted, actual, strict=True)
     )
 
 

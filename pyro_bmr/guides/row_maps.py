@@ -69,20 +69,11 @@ def _convolution(
         return NotImplemented
     places = (1,) * (x.ndim - 2)
     x = weight.times_factor(x) if isinstance(weight, RowNoise) else x
-    out = func(
-        x,
-        weight.q_mean if isinstance(weight, RowNoise) else weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
+    how = None, stride, padding, dilation, groups
+    out = func(x, weight.q_mean if isinstance(weight, RowNoise) else weight, *how)
     if isinstance(weight, RowNoise):
         s, r = (t.view(*t.shape, *places) for t in _signs(weight, x.shape[1], weight.shape[0], ()))
-        out = out + r * func(
-            x * s, weight.q_std * weight.noise(), None, stride, padding, dilation, groups
-        )
+        out = out + r * func(x * s, weight.q_std * weight.noise(), *how)
     return out if bias is None else out + _row_bias(bias, places, last=False)
 
 

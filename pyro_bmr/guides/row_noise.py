@@ -185,27 +185,13 @@ _QUOTIENTS = {torch.div, Tensor.div, Tensor.__truediv__, Tensor.__rtruediv__}
 _ATTRIBUTES = {
     getattr(Tensor, name)
     for name in (
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "requires_grad",
-        "layout",
-        "is_leaf",
-        "grad_fn",
-        "is_sparse",
-        "is_quantized",
+        *("shape", "dtype", "device", "ndim", "requires_grad"),
+        *("layout", "is_leaf", "grad_fn", "is_sparse", "is_quantized"),
     )
 }
 _METADATA = {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.__len__,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    torch.is_floating_point,
-    torch.is_complex,
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__),
+    *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
 }
 # torch function → what it gives for a `RowNoise`; NotImplemented if it needs an ordinary draw
 RULES: dict[Any, Callable[..., Any]] = {

@@ -194,14 +194,8 @@ class BayesianNetwork(nn.Module):
         """
         import pandas as pd
 
-        rows = [
-            (
-                name,
-                tuple(p.shape),
-                p.numel(),
-                repr(self.priors[name]) if name in self.priors else None,
-                self.left.get(name, ""),
-            )
-            for name, p in self.net.named_parameters()
-        ]
+        rows = []
+        for name, p in self.net.named_parameters():
+            prior = repr(self.priors[name]) if name in self.priors else None
+            rows.append((name, tuple(p.shape), p.numel(), prior, self.left.get(name, "")))
         return pd.DataFrame(rows, columns=["parameter", "shape", "size", "prior", "why left"])

@@ -198,14 +198,8 @@ def _given_prior(name: str, prior: Any, like: Tensor) -> tuple[Diagonal | None, 
     the library's.
     """
     if isinstance(prior, Mapping):
-        prior = next(
-            (
-                prior[pattern]
-                for pattern in (name, *prior)
-                if pattern in prior and fnmatchcase(name, pattern)
-            ),
-            None,
-        )
+        named = (key for key in (name, *prior) if key in prior and fnmatchcase(name, key))
+        prior = prior.get(next(named, None))
     if prior is None:
         return None, None
     if (

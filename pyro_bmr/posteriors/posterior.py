@@ -177,18 +177,13 @@ class Posterior:
             ModelError: a site's marginal is not Gaussian, it stands in a subsampled plate, or a
                 shape, a support, a mask or a moment is not what it must be.
         """
-        masks = masks_in_force(
-            program, masks or {}, next((t.device for t in args if isinstance(t, Tensor)), None)
-        )
+        device = next((t.device for t in args if isinstance(t, Tensor)), None)
+        masks = masks_in_force(program, masks or {}, device)
         with undisturbed(guide, program):
-            sites = with_priors(
-                sites_of_guide(guide, program, args, kwargs, masks), program, args, kwargs, masks
-            )
-            return cls(
-                with_products(sites, program, args, kwargs) if products else sites,
-                temperature,
-                rows,
-            )
+            sites = sites_of_guide(guide, program, args, kwargs, masks)
+            sites = with_priors(sites, program, args, kwargs, masks)
+            sites = with_products(sites, program, args, kwargs) if products else sites
+            return cls(sites, temperature, rows)
 
     @classmethod
     @isolated()
@@ -220,17 +215,8 @@ class Posterior:
         """
         masks = masks_in_force(program, {})
         with undisturbed(program):
-            return cls(
-                with_priors(
-                    sites_of_param_store(store, program, args, kwargs, names),
-                    program,
-                    args,
-                    kwargs,
-                    masks,
-                ),
-                temperature,
-                rows,
-            )
+            sites = sites_of_param_store(store, program, args, kwargs, names)
+            return cls(with_priors(sites, program, args, kwargs, masks), temperature, rows)
 
     @classmethod
     def from_moments(

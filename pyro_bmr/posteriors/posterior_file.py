@@ -141,11 +141,7 @@ def _site_of_file(
     )
     mean, var, mask = part["mean"], part["var"], part.get("mask")
     multiplies, of_rows = entry.get("multiplies", []), entry.get("of_rows")
-    site = Site(
-        mean,
-        var,
-        prior,
-        declared,
+    about = (
         entry["support"],
         mask,
         tuple(entry["given"]),
@@ -154,6 +150,7 @@ def _site_of_file(
         tuple(multiplies),
         of_rows,
     )
+    site = Site(mean, var, prior, declared, *about)
     _check_site(name, site)
     return site
 

@@ -198,17 +198,8 @@ def _slices(name: str, scored: Mapping[str, Tensor]) -> Iterator[Slices]:
                     and (parts == 1 or (score.ndim > 1 and length > 1))
                     and float(total.abs().max()) > noise
                 ):
-                    yield from (
-                        Slices(
-                            name,
-                            dim,
-                            k * length,
-                            length,
-                            with_,
-                            total[k * length : (k + 1) * length],
-                        )
-                        for k in range(parts)
-                    )
+                    for k, part in enumerate(total.split(length)):
+                        yield Slices(name, dim, k * length, length, with_, part)
 
 
 def _agreeing(slices: list[Slices]) -> Iterator[tuple[Slices, Slices]]:

@@ -97,13 +97,8 @@ def collapse_of(tensors: Mapping[str, Tensor]) -> list[str]:
     """The same of the tensors of a plain network, in which pruned weights are zeros: of its empty
     layers, for a report.
     """
-    sentence = collapse(
-        {
-            name: tensor != 0
-            for name, tensor in tensors.items()
-            if tensor.is_floating_point() and tensor.layout == torch.strided
-        }
-    )
+    read = {k: t for k, t in tensors.items() if t.is_floating_point() and t.layout == torch.strided}
+    sentence = collapse({name: tensor != 0 for name, tensor in read.items()})
     return [sentence] if sentence else []
 
 
@@ -112,18 +107,10 @@ def _layers(masks: Mapping[str, Tensor]) -> dict[str, _Layer]:
     for name, mask in masks.items():
         if not _is_layer(name, mask):
             continue
-        rows = (
-            mask.flatten(1).any(1)
-            if mask.ndim > 1 and mask.numel()
-            else mask.new_zeros(len(mask))
-            if mask.ndim > 1
-            else mask
-        )
-        for part, own in zip(
-            _PARTS if _is_fused(name, mask) else ("",),
-            rows.chunk(3) if _is_fused(name, mask) else (rows,),
-            strict=True,
-        ):
+        rows = mask.reshape(len(mask), -1 if mask.numel() else 0).any(1)
+        fused = _is_fused(name, mask)
+        parts = zip(_PARTS, rows.chunk(3), strict=True) if fused else [("", rows)]
+        for part, own in parts:
             layers[f"{name}{part}"] = _Layer(int(own.sum()), len(own))
     return layers
 

@@ -34,14 +34,8 @@ class KeptEntries:
     def rows(self) -> Tensor:
         """The output unit of each entry, counted over those with a kept entry."""
         shape = self.site.mean.shape
-        return numbered(
-            _column(
-                torch.arange(shape[0] if shape else 1, device=self.site.mean.device).view(
-                    -1, *[1] * (len(shape) - 1)
-                ),
-                self.site,
-            )
-        )
+        units = torch.arange(shape[0] if shape else 1, device=self.site.mean.device)
+        return numbered(_column(units.view(-1, *[1] * (len(shape) - 1)), self.site))
 
     def target(self, gaussian: Any) -> Diagonal:
         """A Gaussian of the site's shape, or of one that broadcasts to it, at the kept

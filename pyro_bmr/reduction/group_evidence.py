@@ -68,14 +68,8 @@ class Groups(NamedTuple):
                 spike.index_add_(0, index, result.spike_delta_f[inside].double())
             else:
                 _add_joint(spike, block)
-        return cls(
-            own,
-            size,
-            spike,
-            home,
-            list(results),
-            {name: r.drop_log_odds.numel() for name, r in results.items()},
-        )
+        numel = {name: r.drop_log_odds.numel() for name, r in results.items()}
+        return cls(own, size, spike, home, list(results), numel)
 
     def drop(
         self,
@@ -115,15 +109,9 @@ class Groups(NamedTuple):
             prior = targets[name]
             if isinstance(prior, SpikeAndSlab) and has_width(prior):
                 each, base[name] = spike_odds(posterior, name, prior)
-                present = result.site.kept
-                self._add(
-                    total,
-                    name,
-                    result,
-                    torch.zeros_like(result.spike_delta_f).masked_scatter(
-                        present, each - result.spike_delta_f[present]
-                    ),
-                )
+                spike, present = result.spike_delta_f, result.site.kept
+                more = torch.zeros_like(spike).masked_scatter(present, each - spike[present])
+                self._add(total, name, result, more)
         return total, base
 
     def _add(self, total: Tensor, name: str, result: SiteReduction, each: Tensor) -> None:

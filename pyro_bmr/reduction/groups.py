@@ -175,17 +175,11 @@ def _units(shapes: Shapes) -> dict[str, Tensor]:
 
 
 def _inputs(shapes: Shapes) -> dict[str, Tensor]:
-    return _numbered(
-        shapes,
-        {
-            name: (
-                torch.arange(shape[1]).view(-1, *(1,) * (len(shape) - 2))
-                if len(shape) > 1
-                else None
-            )
-            for name, shape in shapes.items()
-        },
-    )
+    columns = {
+        name: torch.arange(shape[1]).view(-1, *(1,) * (len(shape) - 2)) if len(shape) > 1 else None
+        for name, shape in shapes.items()
+    }
+    return _numbered(shapes, columns)
 
 
 def _layers(shapes: Shapes) -> dict[str, Tensor]:

@@ -67,21 +67,12 @@ class Reduction:
         """
         import pandas as pd
 
-        rows = [
-            (
-                name,
-                r.drop_log_odds.numel(),
-                float(r.site.kept.double().mean()),
-                r.delta_f,
-                r.wider,
-                r.scale,
-                ", ".join(r.site.given),
-            )
-            for name, r in self.sites.items()
-        ]
-        return pd.DataFrame(
-            rows, columns=["site", "size", "kept", "delta_f", "wider", "scale", "given"]
-        )
+        columns = ["site", "size", "kept", "delta_f", "wider", "scale", "given"]
+        rows = []
+        for name, r in self.sites.items():
+            kept, given = float(r.site.kept.double().mean()), ", ".join(r.site.given)
+            rows.append((name, r.drop_log_odds.numel(), kept, r.delta_f, r.wider, r.scale, given))
+        return pd.DataFrame(rows, columns=columns)
 
     def curve(self, points: int = 100) -> pd.DataFrame:
         """ΔF over the number of weights pruned: the columns pruned, kept (fraction) and delta_f
@@ -125,15 +116,8 @@ class Reduction:
         returns the axes.
         """
         curve = self.curve(points)
-        axes = curve.plot(
-            x="pruned",
-            y="delta_f",
-            ax=axes,
-            legend=False,
-            grid=True,
-            xlabel="weights pruned",
-            ylabel="ΔF (nats)",
-        )
+        axes = curve.plot(x="pruned", y="delta_f", ax=axes, legend=False, grid=True)
+        axes.set(xlabel="weights pruned", ylabel="ΔF (nats)")
         pruned = sum(int((~mask).sum()) for mask in self.masks.values())
         axes.plot([pruned], [self.delta_f], marker="o")
         return axes
@@ -159,15 +143,10 @@ class Reduction:
         groups = None if self.groups is None else {name: self.groups[name] for name in taken}
         # said again of the sites that were taken
         apart = multiplied(self.before, self.sites, self.groups)
-        more = [message for message in self._of_no_site if message not in apart]
-        return self._of(
-            taken,
-            groups,
-            (
-                *more,
-                *(multiplied(self.before, taken, groups) if {*apart} & {*self.warnings} else ()),
-            ),
-        )
+        said = [message for message in self._of_no_site if message not in apart]
+        if {*apart} & {*self.warnings}:
+            said += multiplied(self.before, taken, groups)
+        return self._of(taken, groups, tuple(said))
 
     def then(self, second: Reduction) -> Reduction:
         """Both reductions as one, from the posterior before the first: gains add up, the masks are

@@ -92,14 +92,9 @@ def _gaussian(target: Diagonal, entries: KeptEntries) -> Reduced:
     evidence.
     """
     if not bool(target.var.any()) and not bool(target.mean.any()):
-        return Reduced(
-            0.0,
-            entries.spike
-            if entries.groups is None
-            else entries.spread(entries.summed(entries.spike)),
-            entries.q,
-            entries.p,
-        )
+        each = entries.spike
+        drop = each if entries.groups is None else entries.spread(entries.summed(each))
+        return Reduced(0.0, drop, entries.q, entries.p)
     gain = delta_f(entries.q, entries.p, target)
     return Reduced(
         total(gain),
@@ -214,21 +209,13 @@ def _scale_mixture(
         variances, log_weights = mixture(scale)
         result = grouped_reduction(data, p.var, variances, log_weights, groups)
     elif scales is not None:
-        by_tau = [to.mixture(s) for s in scales.tolist()]
-        result = scale_mixture_reduction(
-            data, p.var, [v for v, _ in by_tau], [w for _, w in by_tau], rows
-        )
+        variances, log_weights = zip(*(to.mixture(s) for s in scales.tolist()), strict=True)
+        result = scale_mixture_reduction(data, p.var, variances, log_weights, rows)
     else:
         result = scale_mixture_reduction(data, p.var, *mixture(scale))
+    moments = Diagonal(result.mean, result.var)
     # not Gaussian any more: reduce again from the fit
-    return Reduced(
-        total(result.delta_f),
-        result.log_odds,
-        Diagonal(result.mean, result.var),
-        None,
-        scale,
-        scales,
-    )
+    return Reduced(total(result.delta_f), result.log_odds, moments, None, scale, scales)
 
 
 def _grouped_mixture(to: ScaleMixture, data: Message, groups: Tensor) -> Mixture:
@@ -240,16 +227,9 @@ def _grouped_mixture(to: ScaleMixture, data: Message, groups: Tensor) -> Mixture
     together = int(torch.bincount(groups).max())
     if not isinstance(to, Laplace):
         return lambda scale: to.mixture(scale, together)
-    informed = data.precision > 0
-    m = torch.where(informed, data.h / data.precision, 0).double()
-    size, nats = (
-        float(
-            torch.zeros(int(groups.max()) + 1, dtype=torch.float64, device=m.device)
-            .index_add_(0, groups, x)
-            .max()
-        )
-        for x in (m**2, m * data.h)
-    )
+    m = torch.where(data.precision > 0, data.h / data.precision, 0).double()
+    none = m.new_zeros(int(groups.max()) + 1)
+    size, nats = (float(none.index_add(0, groups, x).max()) for x in (m**2, m * data.h))
     # e^−E weighs the variance 2b²E: the best is below ½√Σm²/b, and below what all nats that the
     # data have could pay for
     return lambda scale: to.mixture(
