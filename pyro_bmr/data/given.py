@@ -5,7 +5,6 @@ Owns `source_of`. Next: `data_set.py`.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,8 +16,9 @@ from pyro_bmr.checks import is_whole, mend
 from pyro_bmr.data.batch import pair_in
 from pyro_bmr.data.inputs import parts_of
 from pyro_bmr.data.loaders import of_loader
+from pyro_bmr.data.mapped_rows import mapped_rows
 from pyro_bmr.data.sources import Held, Indexed, Source, Stream
-from pyro_bmr.data.tables import of_array, tensors_of
+from pyro_bmr.data.tables import tensors_of
 from pyro_bmr.errors import DataError, described
 
 
@@ -122,44 +122,9 @@ def _of_columns(x: Any, y: Any) -> Source:
     """Rows whose columns are given: in memory, or read by their numbers if one is mapped from a
     file.
     """
-    columns = [*parts_of(x).values(), y]
-    if not any(isinstance(column, np.memmap) for column in columns):
-        return Held(tensors_of(x, "x"), tensors_of(y, "y"))
-    held = [column for column in columns if column is not None]
-    lengths = {len(column) if hasattr(column, "__len__") else 0 for column in held}
-    if len(lengths) > 1 or not lengths - {0}:
-        shapes = ", ".join(str(tuple(getattr(column, "shape", ()))) for column in held)
-        raise DataError(
-            "the data: expected x and y with the same number of rows, at least one, got the shapes"
-            f" {shapes}"
-        )
-
-    def read(numbers: list[int]) -> Any:
-        if isinstance(x, (tuple, Mapping)):
-            taken: Any = {key: _rows_at(part, numbers) for key, part in parts_of(x).items()}
-            taken = (
-                dict(zip(x, taken.values(), strict=True))
-                if isinstance(x, Mapping)
-                else tuple(taken.values())
-            )
-        else:
-            taken = _rows_at(x, numbers)
-        return (taken,) if y is None else (taken, _rows_at(y, numbers))
-
-    return Indexed(read, lengths.pop(), "arrays in a file")
-
-
-def _rows_at(column: Any, numbers: list[int]) -> Any:
-    """Copies of some rows. Of a mapped file no page stays in the memory of the process."""
-    if isinstance(column, Tensor):
-        return column[numbers]
-    if hasattr(column, "iloc"):
-        return column.iloc[numbers]
-    rows = of_array(np.array(column[numbers]))
-    mapped = getattr(column, "_mmap", None)
-    if mapped is not None and column.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
-    return rows
+    if any(isinstance(column, np.memmap) for column in (*parts_of(x).values(), y)):
+        return mapped_rows(x, y)
+    return Held(tensors_of(x, "x"), tensors_of(y, "y"))
 
 
 def _reader(data: Any) -> Callable[[list[int]], Any]:

@@ -1,6 +1,6 @@
 """The rows of a `DataLoader`: how many there are, and in what order they come.
 
-Owns `of_loader` and `in_order`. Next: `given.py`.
+Owns `of_loader` and `in_order`. Next: `mapped_rows.py`.
 """
 
 from __future__ import annotations

@@ -100,13 +100,18 @@ def predict(
     _check_predict(posterior, draws=draws, batch_size=batch_size, seed=seed)
     read = chunks(in_order(source_of(x, targets=False)), batch_size, BatchChecks(), targets=False)
     question = _Question(program, posterior, draws, seed, batch_size, site)
-    return rows_joined([_of_rows(question, part) for part, _ in read])
+    parts, sizes = list[Prediction](), list[int]()
+    for part, _ in read:
+        where = "the rows to predict" + (f" from row {sum(sizes)} on" if sizes else "")
+        parts.append(_of_rows(question, part, where))
+        sizes.append(rows_in(part))
+    return rows_joined(parts, sizes)
 
 
-def _of_rows(question: _Question, x: Any) -> Prediction:
+def _of_rows(question: _Question, x: Any, where: str) -> Prediction:
     """The prediction at rows in memory."""
     for name, part in parts_of(x).items() if isinstance(x, (tuple, dict)) else (("x", x),):
-        check_rows(part, part, "the rows to predict" if name == "x" else name)
+        check_rows(part, part, where if name == "x" else f"{where}, {name}")
     check_callable_without_y(question.program, x)
     like = next(iter(question.posterior.sites.values())).mean
     x = of_each(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +66,9 @@ def prediction_of(
     return ClassPrediction(mean, aleatoric, epistemic, marker)
 
 
-def rows_joined(parts: Sequence[Prediction]) -> Prediction:
-    """The prediction of the rows of all `parts`, one after the other; all have the same draws.
+def rows_joined(parts: Sequence[Prediction], sizes: Sequence[int]) -> Prediction:
+    """The prediction of the rows of all `parts`, of so many rows each, one after the other; all
+    have the same draws.
 
     Raises:
         ModelError: they are of several kinds.
@@ -74,6 +76,8 @@ def rows_joined(parts: Sequence[Prediction]) -> Prediction:
     first = parts[0]
     if len(parts) == 1:
         return first
+    if any(isinstance(part, ChunkedPrediction) for part in parts):
+        return _in_chunks(parts, sizes)
     if any(type(part) is not type(first) for part in parts):
         raise ModelError(
             "predict: expected one kind of distribution for all rows, got"
@@ -83,9 +87,6 @@ def rows_joined(parts: Sequence[Prediction]) -> Prediction:
     if isinstance(first, MixturePrediction):
         draws = zip(*(part.parts for part in every), strict=True)
         return MixturePrediction([[fn for fns in draw for fn in fns] for draw in draws], first.dim)
-    if isinstance(first, ChunkedPrediction):
-        chunks = [chunk for part in every for chunk in part.chunks]
-        return ChunkedPrediction(chunks, [size for part in every for size in part.sizes])
     names, axis = (
         (("probs", "aleatoric", "epistemic"), 0)
         if isinstance(first, ClassPrediction)
@@ -95,3 +96,18 @@ def rows_joined(parts: Sequence[Prediction]) -> Prediction:
         name: torch.cat([getattr(part, name) for part in every], axis) for name in names
     }
     return replace(first, **joined)
+
+
+def _in_chunks(parts: Sequence[Any], sizes: Sequence[int]) -> ChunkedPrediction:
+    """The same, where a part is computed for each question."""
+    chunks: list[Any] = []
+    rows: list[int] = []
+    for part, size in zip(parts, sizes, strict=True):
+        chunked = isinstance(part, ChunkedPrediction)
+        chunks += part.chunks if chunked else [partial(_itself, part)]
+        rows += part.sizes if chunked else [size]
+    return ChunkedPrediction(chunks, rows)
+
+
+def _itself(part: Any) -> Any:
+    return part

@@ -48,7 +48,7 @@ def together(tmp_path_factory):
 
 
 def test_both_end_with_the_same_to_the_bit(together):
-    for case in ("natural", "point"):
+    for case in ("natural", "point", "loaded"):
         first, second = together[0][case], together[1][case]
         assert first.keys() == second.keys() and all(
             torch.equal(first[name], second[name]) for name in first
@@ -65,6 +65,14 @@ def test_without_noise_two_processes_find_what_one_finds(together):
         torch.testing.assert_close(value, alone[name], atol=2e-5, rtol=1e-4)
     ours, one = together[0]["history"][1]["elbo"], fit.history["elbo"].tolist()
     assert ours == pytest.approx(one, rel=1e-4)
+
+
+def test_each_takes_its_part_of_the_batches_of_a_loader(together):
+    alone = two_processes.tensors(two_processes.loaded())
+    for name, value in together[0]["loaded"].items():
+        torch.testing.assert_close(value, alone[name], atol=2e-5, rtol=1e-4)
+    for both in together:
+        assert "process 1 reads other rows than process 0" in both["other rows"]
 
 
 def test_checkpoints_of_the_first_are_no_difference(together):

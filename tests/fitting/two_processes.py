@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import pyro_bmr as bmr
 from pyro_bmr.fitting.processes import Processes
@@ -42,6 +43,17 @@ def point(seed=0):
         batch_size=25,
         optimizer=bmr.adam(1e-2),
         progress=False,
+    )
+
+
+def loaded(generator=None):
+    """Batches of a loader, of which each process takes its part."""
+    data = TensorDataset(X[:100], Y[:100])
+    loader = DataLoader(
+        data, 25, shuffle=True, generator=generator, collate_fn=lambda rows: default_collate(rows)
+    )
+    return bmr.fit(
+        model(), loader, guide=bmr.Point, epochs=3, optimizer=bmr.adam(1e-2), progress=False
     )
 
 
@@ -160,7 +172,7 @@ def main(case, folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     if case == "together":
-        natural_fit, point_fit = natural(), point()
+        natural_fit, point_fit, loaded_fit = natural(), point(), loaded()
         errors = [
             message(faulty),
             message(point, rank),
@@ -170,6 +182,8 @@ def main(case, folder):
         found = {
             "natural": tensors(natural_fit),
             "point": tensors(point_fit),
+            "loaded": tensors(loaded_fit),
+            "other rows": message(loaded, torch.Generator().manual_seed(rank)),
             "history": [f.history.to_dict("list") for f in (natural_fit, point_fit)],
         }
         saved = message(saved_while_running, folder / "checkpoints")

@@ -1,0 +1,131 @@
+"""Arrays, tables and files as tensors, and what is asked of batches."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
+
+from pyro_bmr.data.batch import pair_in
+from pyro_bmr.data.given import source_of
+from pyro_bmr.data.sources import Held, Indexed, Stream
+from pyro_bmr.data.tables import tensors_of
+from pyro_bmr.errors import DataError
+
+NUMBERS = np.arange(24).reshape(6, 4)
+CONVERTED = {
+    "float64": (NUMBERS / 7, torch.float64),
+    "int64": (NUMBERS, torch.int64),
+    "another order of bytes": ((NUMBERS / 7).astype(">f4"), torch.float32),
+    "backwards": (NUMBERS[::-1, ::-1], torch.int64),
+    "long doubles": ((NUMBERS / 7).astype(np.longdouble), torch.float64),
+    "not to be written": (np.frombuffer(NUMBERS.tobytes(), np.int64).reshape(6, 4), torch.int64),
+    "a table": (pd.DataFrame(NUMBERS / 7), torch.float64),
+    "a table of whole numbers": (pd.DataFrame(NUMBERS), torch.float64),
+    "a column": (pd.Series(NUMBERS[:, 1]), torch.int64),
+    "a column of truth values": (pd.Series([True, False, True]), torch.int64),
+    "a nullable column": (pd.Series([3, 1], dtype="Int32"), torch.int64),
+}
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_arrays_and_tables_become_tensors_of_their_numbers(case):
+    value, dtype = CONVERTED[case]
+    tensor = tensors_of(value, "x")
+    assert tensor.dtype == dtype
+    want = np.asarray(value).astype(np.float64)
+    assert np.array_equal(tensor.double().numpy(), want) and tensor.shape == want.shape
+
+
+def test_a_missing_value_of_a_nullable_column_is_nan():
+    found = tensors_of(pd.Series([1, None, 3], dtype="Int64"), "y")
+    assert found.isnan().tolist() == [False, True, False] and found[2] == 3
+
+
+def test_an_array_is_not_copied_and_a_tuple_or_dict_is_converted_part_by_part():
+    array = np.ones((3, 2), np.float32)
+    array_in_tuple, in_dict = tensors_of((array, torch.ones(3)), "x"), tensors_of({"a": array}, "x")
+    array[1, 1] = 5
+    assert array_in_tuple[0][1, 1] == 5 == in_dict["a"][1, 1]
+
+
+X, Y = torch.arange(12.0).view(6, 2), torch.arange(6)
+PAIRS = {
+    "a pair": ((X, Y), X, Y),
+    "a list": ([X, Y], X, Y),
+    "several inputs": ((X, -X, Y), (X, -X), Y),
+    "a dict": ({"a": X, "labels": Y, "b": -X}, {"a": X, "b": -X}, Y),
+    "a label": ({"a": X, "label": Y}, {"a": X}, Y),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_the_targets_in_a_batch(case):
+    batch, x, y = PAIRS[case]
+    found = pair_in(batch, "batch 1")
+    assert found[1] is y
+    assert str(found[0]) == str(x)
+
+
+def test_inputs_alone_have_no_targets():
+    for batch in (X, [X], {"a": X}):
+        x, y = pair_in(batch, "batch 1", targets=False)
+        assert y is None and (x is X or x["a"] is X)
+        with pytest.raises(DataError, match="batch 1: expected a pair"):
+            pair_in(batch, "batch 1")
+
+
+def load(dataset=None, **settings):
+    return DataLoader(TensorDataset(X, Y) if dataset is None else dataset, 4, **settings)
+
+
+SIZES = {
+    "its own order": (load(num_workers=2), Held, 6, None),
+    "shuffled": (load(shuffle=True), Held, 6, None),
+    "another collate": (load(collate_fn=lambda rows: rows), Stream, 6, 2),
+    "a generator of its own": (load(shuffle=True, generator=torch.Generator()), Stream, 6, 2),
+    "a subset": (load(sampler=SubsetRandomSampler([1, 2, 3, 4, 5])), Stream, 5, 2),
+    "with replacement": (load(sampler=RandomSampler(Y, replacement=True)), Stream, 6, 2),
+    "fewer rows": (load(sampler=RandomSampler(Y, num_samples=3)), Stream, None, 1),
+    "a data set": (TensorDataset(X, Y), Indexed, 6, None),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_the_number_of_rows_of_a_loader(case):
+    data, kind, rows, steps = SIZES[case]
+    source = source_of(data)
+    assert type(source) is kind
+    if isinstance(source, Held):
+        assert source.x is X and source.y is Y
+        assert source.order.shuffle == (case == "shuffled")
+    else:
+        assert source.size == rows
+    if isinstance(source, Stream):
+        assert source.steps == steps and source.shuffled == (case != "another collate")
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+@pytest.mark.parametrize("part", [slice(None), slice(2, 5)])
+def test_rows_of_a_file_are_those_of_the_array(mode, part, tmp_path):
+    """Also behind an offset, in stretches, twice, and where a private mapping was written to."""
+    array = np.memmap(tmp_path / "x", "<f4", "w+", offset=4104, shape=(6, 3))
+    array[:] = np.random.default_rng(0).standard_normal((6, 3))
+    array.flush()
+    mapped = np.memmap(tmp_path / "x", "<f4", mode, offset=4104, shape=(6, 3))[part]
+    if mode != "r":
+        mapped[1, 1] = 9.0
+    source = source_of((mapped, Y[part]))
+    for numbers in ([0, 1, 2], [2, 0, 0], [1]):
+        x, y = source.read(numbers)
+        assert np.array_equal(x.numpy(), np.array(mapped)[numbers])
+        assert torch.equal(y, Y[part][numbers])
+    if mode == "r":
+        (tmp_path / "x").unlink()
+        assert np.array_equal(source.read([2])[0].numpy(), np.array(mapped)[[2]])
+
+
+def test_columns_of_a_file_of_other_lengths_are_refused(tmp_path):
+    mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=(6, 3))
+    with pytest.raises(DataError, match=r"x of shape \(6, 3\), y of shape \(5,\)"):
+        source_of((mapped, Y[:5]))
