@@ -253,6 +253,24 @@ def _export() -> Options:
     }
 
 
+def _select() -> Options:
+    families = "normal, poisson, bernoulli, categorical; by default normal for a target of numbers"
+    return {
+        "file": {
+            "metavar": "FILE.csv",
+            "help": "a table with a header; texts and gaps are welcome",
+        },
+        "--target": {"required": True, "metavar": "COLUMN", "help": "the column to predict"},
+        "--family": _text(None, "NAME", f"{families}, and classes for one of texts"),
+        "--prior": _text("spike-and-slab", None, "spike-and-slab, horseshoe, gaussian"),
+        "--steps": _whole(None, "N", "of each run of the search; by default 1,000 or 200"),
+        "--draws": _whole(2000, "N", "posterior draws"),
+        "--folds": _whole(5, "N", "of the cross-validation; 0: none"),
+        "--seed": _whole(0, None, "of everything random"),
+        "--out": _text("results/select", "DIR", "folder of the results"),
+    }
+
+
 _COMMANDS: dict[str, tuple[str, str, Callable[[], Options]]] = {
     "compare": (
         "fit and score each prior by each route with each seed, in one table",
@@ -278,6 +296,11 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[], Options]]] = {
         "write a run as plain torch, smaller if asked, in several formats",
         "The files load without pyro_bmr.",
         _export,
+    ),
+    "select": (
+        "say which columns of a table predict its target, and how sure that is",
+        "Texts and missing values are encoded; see docs/tables.md.",
+        _select,
     ),
     "data": (
         "list the data sets: which are installed, how to install the others",

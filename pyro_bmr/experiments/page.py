@@ -19,7 +19,7 @@ from pyro_bmr.experiments.plots import DPI
 if TYPE_CHECKING:
     import pandas as pd
 
-TEXT = ("model", "data", "prior", "route", "method")
+TEXT = ("model", "data", "prior", "route", "method", "coefficient", "class")
 """The columns of a table that are words."""
 _STYLE, _SCRIPT = (
     files("pyro_bmr.experiments").joinpath(name).read_text("utf-8")

@@ -177,7 +177,7 @@ def test_options_reach_the_settings(files, blank, capsys):
     assert kept["optimizer"] == "adam"
 
 
-@pytest.mark.parametrize("command", ["compare", "fit", "reduce", "export", "data"])
+@pytest.mark.parametrize("command", ["compare", "fit", "reduce", "export", "select", "data"])
 def test_help_says_what_each_option_is(capsys, command):
     assert run(command, "--help") == 0
     out = capsys.readouterr().out
