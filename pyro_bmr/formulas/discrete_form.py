@@ -88,12 +88,8 @@ def _(d: td.Categorical) -> NaturalForm:
 
 @natural_form.register
 def _(d: td.OneHotCategorical) -> NaturalForm:
-    return _finite(
-        "OneHotCategorical",
-        _states(d._categorical),
-        d._categorical._param.dtype,
-        td.OneHotCategorical,
-    )
+    one = d._categorical
+    return _finite("OneHotCategorical", _states(one), one._param.dtype, td.OneHotCategorical)
 
 
 @natural_form.register

@@ -164,13 +164,8 @@ def _mend(
     from logarithms.
     """
     if bool(lost.any()):
-        exact = _by_logarithms(
-            h[lost],
-            precision[lost],
-            prior_var.expand(lost.shape)[lost],
-            nodes,
-            None if row is None else row[lost],
-        )
+        data = h[lost], precision[lost], prior_var.expand(lost.shape)[lost]
+        exact = _by_logarithms(*data, nodes, None if row is None else row[lost])
         for value, better in zip((delta_f, *rest), exact, strict=False):
             value[lost] = better
     return (delta_f, *rest)

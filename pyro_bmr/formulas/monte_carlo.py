@@ -98,14 +98,10 @@ def monte_carlo_delta_f(
             f"site '{still[0]}': its {sizes[still[0]]} draws are all the same, a point and no"
             " posterior; ΔF of a point says nothing of its width"
         )
-    return log_ratio_delta_f(
-        torch.stack(
-            [
-                _log_prob(reduced_prior[n], draws[n], n) - _log_prob(prior[n], draws[n], n)
-                for n in prior
-            ]
-        ).sum(0)
-    )
+    each = [
+        _log_prob(reduced_prior[n], draws[n], n) - _log_prob(prior[n], draws[n], n) for n in prior
+    ]
+    return log_ratio_delta_f(torch.stack(each).sum(0))
 
 
 def log_ratio_delta_f(log_ratio: Tensor) -> MonteCarlo:

@@ -136,13 +136,8 @@ def _edges_of(density: _Density, mean: Tensor, var: Tensor) -> Tensor:
     """
     far, wide = mean.abs().max(), var.max().sqrt()
     side = torch.as_tensor(_SCAN, device=mean.device)
-    even = torch.linspace(
-        float(mean.min() - 8 * wide),
-        float(mean.max() + 8 * wide),
-        _EVEN,
-        dtype=torch.float64,
-        device=mean.device,
-    )
+    ends = float(mean.min() - 8 * wide), float(mean.max() + 8 * wide)
+    even = torch.linspace(*ends, _EVEN, dtype=torch.float64, device=mean.device)
     x = torch.cat([-side, side.new_zeros(1), side, even]).unique()
     value = density(None, x[None])[0]
     inner = value[1:-1]

@@ -181,13 +181,8 @@ def _trapezoid(
     """Nodes, log terms of the trapezoid rule at them, and the logs of what it has on the left and
     right of them; halved until the integral settles.
     """
-    first, last = _support(
-        log_integrand,
-        low,
-        high,
-        [_TAIL_NATS + max(-math.log(x), 0.0) for x in (prior.alpha, prior.beta)],
-        like,
-    )
+    fallen = [_TAIL_NATS + max(-math.log(x), 0.0) for x in (prior.alpha, prior.beta)]
+    first, last = _support(log_integrand, low, high, fallen, like)
     # steps, at most ½ wide when halved once
     count = max(_QUADRATURE_NODES // 2, math.ceil(last - first))
     nodes = torch.linspace(first, last, count + 1, dtype=like.dtype, device=like.device)

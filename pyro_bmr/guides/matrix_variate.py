@@ -74,13 +74,8 @@ class MatrixSite(nn.Module):
     def forward(self, values: Mapping[str, Tensor], mask: Tensor | None) -> Matrix:
         row = self.row_log_scale.exp()[:, None] * unit_lower(self.row_tril)
         column = self.column_log_scale.exp()[:, None] * unit_lower(self.column_tril)
-        return Matrix(
-            masked(self.loc, mask),
-            row,
-            column,
-            self.row_log_scale[:, None] + self.column_log_scale,
-            mask,
-        )
+        log_scale = self.row_log_scale[:, None] + self.column_log_scale
+        return Matrix(masked(self.loc, mask), row, column, log_scale, mask)
 
 
 class Matrix(NamedTuple):

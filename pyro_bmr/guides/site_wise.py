@@ -133,13 +133,10 @@ class SiteWise(nn.Module):
         """One row per site: name, size, structure of its Gaussian, parameters, and whether its KL
         is in closed form or sampled.
         """
-        return site_table(
-            self.latents,
-            [
-                (str(part.structure), sum(p.numel() for p in part.parameters()))
-                for part in self.parts.values()
-            ],
-        )
+        parts = self.parts.values()
+        counts = (sum(p.numel() for p in part.parameters()) for part in parts)
+        names = (str(part.structure) for part in parts)
+        return site_table(self.latents, list(zip(names, counts, strict=True)))
 
 
 class IndependentSite(nn.Module):

@@ -67,12 +67,11 @@ def _with_prior(
     prior, given = _prior(name, site, base, values)
     plate = None if x is None else _plate_of_rows(run, rows_in(x))
     per_row = plate is not None and any(frame.name == plate for frame in msg["cond_indep_stack"])
+    of_rows = None
+    if x is not None and per_row:
+        of_rows = rows_digest(x)
     return replace(
-        site,
-        prior=prior,
-        declared=msg["infer"].get("prior"),
-        given=given,
-        of_rows=rows_digest(x) if x is not None and per_row else None,
+        site, prior=prior, declared=msg["infer"].get("prior"), given=given, of_rows=of_rows
     )
 
 

@@ -36,17 +36,12 @@ def masks_in_force(
     """`masks` and those of a `BayesianNetwork` of its own: what `torch.nn.utils.prune` has pruned
     is still pruned.
     """
-    own = (
-        {name: mask.to(device) for name, mask in program.masks.items()}
-        if isinstance(program, BayesianNetwork)
-        else {}
-    )
-    return {
-        **own,
-        **{
-            name: mask & own[name].to(mask.device) if name in own else mask
-            for name, mask in masks.items()
-        },
+    own: dict[str, Tensor] = {}
+    if isinstance(program, BayesianNetwork):
+        own = {name: mask.to(device) for name, mask in program.masks.items()}
+    return own | {
+        name: mask & own[name].to(mask.device) if name in own else mask
+        for name, mask in masks.items()
     }
 
 
@@ -194,14 +189,9 @@ def _site_wise(guide: SiteWise, masks: Mapping[str, Tensor]) -> dict[str, Site]:
     for latent, part, q in zip(
         guide.latents, guide.parts.values(), guide.at_point(masks).values(), strict=True
     ):
-        message = (
-            Message(*(t.clone() for t in part.message())) if isinstance(part, CoupledSite) else None
-        )
-        sites[latent.name] = Site(
-            q.mean.clone(),
-            q.var.clone(),
-            support=_support(latent),
-            joint=q.joint(),
-            message=message,
-        )
+        message = None
+        if isinstance(part, CoupledSite):
+            message = Message(*(t.clone() for t in part.message()))
+        mean, var, support = q.mean.clone(), q.var.clone(), _support(latent)
+        sites[latent.name] = Site(mean, var, support=support, joint=q.joint(), message=message)
     return sites

@@ -130,13 +130,10 @@ def checked_tensors(role: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
             raise ModelError(
                 f"site '{name}': expected a tensor of floating-point numbers as {role}, got {got}"
             )
+    found = {name: value.detach() for name, value in values.items()}
+    single = torch.float32, torch.float64
     return {
-        name: (
-            value.detach()
-            if value.dtype in (torch.float32, torch.float64)
-            else value.detach().float()
-        )
-        for name, value in values.items()
+        name: value if value.dtype in single else value.float() for name, value in found.items()
     }
 
 

@@ -134,23 +134,12 @@ def _site_of_file(
     prior = Diagonal(part["prior_mean"], part["prior_var"]) if "prior_var" in part else None
     structure = _JOINTS.get(entry.get("joint"))
     joint = structure and structure(**{f.name: part[f"joint_{f.name}"] for f in fields(structure)})
-    message = (
-        Message(*(part[f"message_{field}"] for field in Message._fields))
-        if "message_h" in part
-        else None
-    )
-    mean, var, mask = part["mean"], part["var"], part.get("mask")
-    multiplies, of_rows = entry.get("multiplies", []), entry.get("of_rows")
-    about = (
-        entry["support"],
-        mask,
-        tuple(entry["given"]),
-        joint,
-        message,
-        tuple(multiplies),
-        of_rows,
-    )
-    site = Site(mean, var, prior, declared, *about)
+    message = None
+    if "message_h" in part:
+        message = Message(*(part[f"message_{field}"] for field in Message._fields))
+    given, multiplies = tuple(entry["given"]), tuple(entry.get("multiplies", []))
+    about = entry["support"], part.get("mask"), given, joint, message, multiplies
+    site = Site(part["mean"], part["var"], prior, declared, *about, entry.get("of_rows"))
     _check_site(name, site)
     return site
 

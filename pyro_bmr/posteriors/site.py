@@ -70,13 +70,8 @@ class Site:
 
     def masked(self, mask: Tensor) -> Site:
         """The same site with `mask` in force: moments and covariances of pruned entries are 0."""
-        return replace(
-            self,
-            mean=self.mean.where(mask, 0),
-            var=self.var.where(mask, 0),
-            mask=mask,
-            joint=self.joint and self.joint.masked(mask),
-        )
+        mean, var, joint = self.mean.where(mask, 0), self.var.where(mask, 0), self.joint
+        return replace(self, mean=mean, var=var, mask=mask, joint=joint and joint.masked(mask))
 
     def widened(self, factor: float) -> Site:
         """With `factor` times the covariance; a site that is not real is unchanged."""

@@ -22,11 +22,8 @@ GROUPS = ("unit", "channel", "input", "head", "layer")
 """The groups that `group_labels` knows by name."""
 
 _IN_PROJECTIONS = (
-    "in_proj_weight",
-    "in_proj_bias",
-    "q_proj_weight",
-    "k_proj_weight",
-    "v_proj_weight",
+    *("in_proj_weight", "in_proj_bias"),
+    *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
 )
 
 

@@ -42,16 +42,10 @@ def _row(channels: Channels, name: str, nodes: list[fx.Node]) -> tuple[Any, ...]
     kept = [n for n in nodes if isinstance(channels.states[n], State) and channels.depends(n)]
     before = list(weight.shape)
     after = weight_shape(channels, layer, kept[0]) if kept else [0] * len(before)
-    return (
-        name,
-        type(layer).__name__,
-        "×".join(map(str, before)),
-        "×".join(map(str, after)),
-        _parameters(layer, before),
-        _parameters(layer, after),
-        _flops(channels, layer, nodes, before),
-        _flops(channels, layer, kept, after),
-    )
+    shapes = ("×".join(map(str, shape)) for shape in (before, after))
+    counts = (_parameters(layer, shape) for shape in (before, after))
+    flops = _flops(channels, layer, nodes, before), _flops(channels, layer, kept, after)
+    return (name, type(layer).__name__, *shapes, *counts, *flops)
 
 
 def _parameters(layer: nn.Module, shape: list[int]) -> int:
