@@ -20,7 +20,7 @@ from pyro_bmr.experiments.compare import comparison, run_comparison, summary
 from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.declaration import declare
 from pyro_bmr.experiments.recipe import Settings
-from pyro_bmr.experiments.report import summary_of
+from pyro_bmr.experiments.report import printed, summary_of
 from pyro_bmr.experiments.study import cells_left, check_jobs, study
 from pyro_bmr.priors.names import prior_from_name
 
@@ -50,7 +50,7 @@ def compare(arguments: argparse.Namespace) -> int:
     done = run_comparison(
         declared, arguments.out, jobs=arguments.jobs, progress=shows_progress(arguments)
     )
-    print(summary(done.table).to_string(index=False), end="\n\n")
+    print(printed(summary(done.table)), end="\n\n")
     print("\n".join(conclusions(done.table, done.failed)))
     print(
         f"\nresults.csv, report.html, report.md, pictures and {len(done.table)} exported networks"
@@ -80,7 +80,7 @@ def run_study(arguments: argparse.Namespace) -> int:
         progress=shows_progress(arguments),
     )
     if not done.table.empty:
-        print(summary_of(done.table).to_string(index=False))
+        print(printed(summary_of(done.table)))
         print(
             f"\nresults.csv, report.html, report.md and pictures of {len(done.table)} finished"
             f" cells are in {arguments.out}"

@@ -106,30 +106,41 @@ def _difference(before: Line, after: Line, seeds: Iterable[int]) -> str:
 def _beside_magnitude(lines: Sequence[Line]) -> str:
     """Magnitude pruning beside the reduced row whose size it has."""
     pruned = [line for line in lines if line.about.get("route") == "magnitude"]
-    if not pruned:
+    reduced = _of_size(lines, pruned[0]) if pruned else None
+    if reduced is None:
         return ""
-    sizes = pruned[0].figures["kept"]
-    for reduced in lines:
-        own = reduced.figures["kept"]
-        if reduced.about.get("route") == "reduced" and all(
-            math.isclose(own.get(seed, math.nan), size, abs_tol=1e-12)
-            for seed, size in sizes.items()
-        ):
-            row = reduced.over(sizes)
-            score = "accuracy" if "accuracy" in reduced.figures else "rmse"
-            figures = [
-                f"{_NAMES[score]} {_digits(line.mean(score))} and NLL {_digits(line.mean('nll'))}"
-                for line in (pruned[0], row)
-            ]
-            error = math.hypot(*(_known(line.error()) for line in (pruned[0], row)))
-            gap = pruned[0].mean("nll") - row.mean("nll")
-            verdict = "level" if abs(gap) <= error else "better" if gap > 0 else "worse"
-            return (
-                f"At the same size, {percent(row.mean('kept'))} of the parameters, magnitude"
-                f" pruning has {figures[0]}, {reduced.name} {figures[1]}: the reduction is"
-                f" {verdict} in log score{' within error' if verdict == 'level' else ''}."
-            )
-    return ""
+    score = "accuracy" if "accuracy" in reduced.figures else "rmse"
+    two = pruned[0], reduced
+    figures = [
+        f"{_NAMES[score]} {_digits(line.mean(score))} and NLL {_digits(line.mean('nll'))}"
+        for line in two
+    ]
+    error = math.hypot(*(_known(line.error()) for line in two))
+    gap = pruned[0].mean("nll") - reduced.mean("nll")
+    verdict = "better" if gap > 0 else "worse"
+    if abs(gap) <= error:
+        verdict = "level within error"
+    return (
+        f"At the same size, {percent(reduced.mean('kept'))} of the parameters, magnitude pruning"
+        f" has {figures[0]}, {reduced.name} {figures[1]}: in log score the reduction is {verdict}."
+    )
+
+
+def _of_size(lines: Sequence[Line], pruned: Line) -> Line | None:
+    """The reduced row of that size, over the same seeds; weights may be 0 by chance, too."""
+    sizes = pruned.figures["kept"]
+    whole = [
+        line.over(sizes)
+        for line in lines
+        if line.about.get("route") == "reduced" and set(sizes) <= set(line.figures["kept"])
+    ]
+
+    def apart(line: Line) -> float:
+        own = line.figures["kept"]
+        return sum(abs(own[seed] - size) for seed, size in sizes.items())
+
+    nearest = min(whole, key=apart, default=None)
+    return nearest if nearest and apart(nearest) <= 0.02 * sum(sizes.values()) else None
 
 
 def _unconverged(lines: Sequence[Line]) -> str:

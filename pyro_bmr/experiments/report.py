@@ -1,8 +1,8 @@
 """The outputs of a study: results.csv, one row per finished cell; report.md and report.html, means
 over seeds; pictures.
 
-Owns `results`, `means`, `summary_of`, `failures_of` and `write_report`, and tables as text. Next:
-`study.py`.
+Owns `results`, `means`, `summary_of`, `failures_of` and `write_report`, and tables as text and on
+the screen. Next: `study.py`.
 """
 
 from __future__ import annotations
@@ -117,6 +117,16 @@ def summary_of(table: pd.DataFrame, shown: Sequence[str] | None = None) -> pd.Da
     """
     texts = as_text(*means(table), marks_of(table))
     return texts if shown is None else texts[[name for name in texts if name in shown]]
+
+
+def printed(texts: pd.DataFrame) -> str:
+    """A table of texts for the screen; figures stand below each other with and without a mark."""
+
+    def aligned(column: pd.Series) -> pd.Series:
+        marked = column.str.endswith(MARK)
+        return column.where(marked, column + " " * len(MARK)) if marked.any() else column
+
+    return texts.apply(aligned).to_string(index=False)
 
 
 def mean_and_spread(measure: str, mean: float, spread: float) -> str:
