@@ -1,6 +1,6 @@
 """What users give as data: tensors, arrays, tables, data sets, loaders, iterables of batches.
 
-Owns `source_of`. Next: `data_set.py`.
+Owns `source_of` and `example_of`. Next: `data_set.py`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from pyro_bmr.checks import is_whole, mend
-from pyro_bmr.data.batch import pair_in
-from pyro_bmr.data.inputs import parts_of
+from pyro_bmr.data.batch import BatchChecks, pair_in
+from pyro_bmr.data.inputs import of_each, parts_of
 from pyro_bmr.data.loaders import of_loader
 from pyro_bmr.data.mapped_rows import mapped_rows
-from pyro_bmr.data.sources import Held, Indexed, Source, Stream
+from pyro_bmr.data.sources import Held, Indexed, Source, Stream, chunks
 from pyro_bmr.data.tables import tensors_of
 from pyro_bmr.errors import DataError, described
+
+_EXAMPLE = 16  # rows on which a network is tried
 
 
 def source_of(
@@ -46,6 +49,25 @@ def source_of(
             " an iterable of batches alone"
         )
     raise _no_source(data, targets, name)
+
+
+def example_of(value: Any, net: nn.Module) -> Any:
+    """Some first rows of inputs that are given in any form, as tensors in the dtype of the network.
+    A tensor is all of the example, as it is; and so is what is no data.
+    """
+    if isinstance(value, Tensor):
+        return value
+    try:
+        source = source_of(value, targets=False)
+    except DataError:
+        return value
+    x, _ = next(chunks(source, _EXAMPLE, BatchChecks(), targets=False))
+    dtypes = (p.dtype for p in net.parameters() if p.is_floating_point())
+    dtype = next(dtypes, torch.get_default_dtype())
+    x = of_each(
+        lambda part: part[:_EXAMPLE].to(dtype if part.is_floating_point() else part.dtype), x
+    )
+    return x[0] if isinstance(x, tuple) and len(x) == 1 else x
 
 
 def _found(data: Any, targets: bool, size: int | None) -> Source | None:

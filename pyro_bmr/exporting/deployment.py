@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pyro_bmr.data.given import example_of
 from pyro_bmr.errors import ModelError, PyroBMRWarning, described
 from pyro_bmr.exporting.costs import cost_row
 from pyro_bmr.exporting.finite import check_network
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 def deploy(
     net: nn.Module,
     folder: str | Path,
-    example: Tensor,
+    example: Any,
     *,
     formats: Iterable[str] = ("safetensors",),
     before: nn.Module | None = None,
@@ -64,7 +65,7 @@ def deploy(
     Args:
         net: an exported network, shrunk or not: plain torch, with one input tensor and outputs of
             any structure.
-        example: rows of the input.
+        example: rows of the input, or data that have them, such as a loader.
         formats: of `FORMATS`: state_dict, safetensors, half, program (torch.export), onnx, prune
             (masks of torch.nn.utils.prune), csr, 2:4. safetensors is always written.
         before: the dense network, for the first row of the table.
@@ -117,6 +118,7 @@ class _Trial:
 
 
 def _trial(net: nn.Module, example: Any, seconds: float) -> _Trial:
+    example = example_of(example, net)
     if not isinstance(example, Tensor) or example.ndim < 1 or len(example) < 1:
         raise ModelError(
             "deploy: example: expected rows of the network's input, as one tensor, got"

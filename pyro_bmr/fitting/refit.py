@@ -7,17 +7,22 @@ Owns `refit`, its result `Refit`, and `evidence_bound`. Next: `shrinking/refusal
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
+from pyro_bmr.data.batch import Batch, BatchChecks, rows_at
+from pyro_bmr.data.given import source_of
+from pyro_bmr.data.inputs import Inputs, of_each, rows_in
+from pyro_bmr.data.sources import Held, Source, Stream, chunks
 from pyro_bmr.errors import FitError, described
 from pyro_bmr.fitting.elbo import masked_terms
 from pyro_bmr.fitting.fit import Fit, fit
-from pyro_bmr.fitting.rows import HasTrainingData
 from pyro_bmr.isolation import isolated, seed_generators
 from pyro_bmr.likelihoods.whole_data import WholeData
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
@@ -45,7 +50,7 @@ class Refit:
 def refit(
     fit_: Fit,
     reduction: Reduction,
-    data: tuple[Tensor, Tensor] | HasTrainingData,
+    data: Any,
     *,
     draws: int = 64,
     seed: int = 0,
@@ -61,7 +66,7 @@ def refit(
         fit_: the fit that was reduced, of `MeanField`.
         reduction: of `fit_.posterior`, to the point spike, to a spike and slab, or to a Gaussian of
             another scale.
-        data: what `fit_` was fitted to.
+        data: what `fit_` was fitted to, in any form that `fit` takes and that can be read again.
         draws: of the posterior, for both free energies; the same noise in both.
         settings: of `fit`: epochs, batch_size, optimizer, ...; `fit_` gives the temperature.
 
@@ -81,6 +86,12 @@ def refit(
         raise FitError(
             f"refit(draws={described(draws)}): expected a whole number >= 2, for a standard error"
         )
+    source = source_of(data, size=settings.get("size"))
+    if isinstance(source, Stream) and not source.again:
+        raise FitError(
+            f"refit: expected data that can be read again, got {source.about}; give a loader, a"
+            " data set or tensors"
+        )
     predicted = predicted_delta_f(reduction)
     result = fit(
         fit_.program,
@@ -90,8 +101,7 @@ def refit(
         seed=seed,
         **settings,
     )
-    x, y = data if isinstance(data, tuple) else (data.x_train, data.y_train)
-    before, after = (evidence_bound(each, x, y, draws, seed) for each in (fit_, result))
+    before, after = (_bound(each, source, draws, seed) for each in (fit_, result))
     change = after - before
     return Refit(result, predicted, float(change.mean()), float(change.std()) / math.sqrt(draws))
 
@@ -120,27 +130,43 @@ def predicted_delta_f(reduction: Reduction) -> float:
     return total
 
 
-@isolated(autocast=True)
-@torch.no_grad()
-def evidence_bound(fit_: Fit, x: Tensor, y: Tensor, draws: int = 64, seed: int = 0) -> Tensor:
+def evidence_bound(fit_: Fit, x: Inputs, y: Tensor, draws: int = 64, seed: int = 0) -> Tensor:
     r"""−F = E_q[log p(y|θ)]/T − KL(q‖p) of a fit over all rows, one estimate per draw, (draws,),
     nats. One seed, one noise for all mean-field fits.
     """
-    program, guide, x, y = fit_.program, fit_.guide, *(_like(fit_, part) for part in (x, y))
-    full_data = WholeData(len(x), min(_CHUNK, len(x)))
-    scaled = EmpiricalScales(fit_.scales)(full_data(program))
-    values = []
+    return _bound(fit_, Held(x, y), draws, seed)
+
+
+@isolated(autocast=True)
+@torch.no_grad()
+def _bound(fit_: Fit, source: Source, draws: int, seed: int) -> Tensor:
+    """`evidence_bound`, over rows that are read once."""
+    size = rows_in(source.x) if isinstance(source, Held) else source.size
+    assert size is not None
+    full_data = WholeData(size, min(_CHUNK, size))
+    scaled = EmpiricalScales(fit_.scales)(full_data(fit_.program))
+    likelihoods, kls = [0.0] * draws, [0.0] * draws
     with pyro.settings.context(module_local_params=True):
-        for draw in range(draws):
-            likelihood, kl = 0.0, 0.0
-            for k, rows in enumerate(torch.arange(len(x), device=x.device).split(_CHUNK)):
-                full_data.rows = len(rows)
+        for k, batch in enumerate(_batches(fit_, source)):
+            rows = full_data.rows = len(batch[1])
+            for draw in range(draws):
                 seed_generators(seed * 1_000_003 + draw)
-                terms = masked_terms(scaled, guide, (x[rows], y[rows]), fit_.masks)
-                likelihood += float(terms.expected_log_likelihood) * len(rows) / len(x)
-                kl = float(terms.kl) if k == 0 else kl
-            values.append(likelihood / fit_.temperature - kl)
+                terms = masked_terms(scaled, fit_.guide, batch, fit_.masks)
+                likelihoods[draw] += float(terms.expected_log_likelihood) * rows / size
+                kls[draw] = float(terms.kl) if k == 0 else kls[draw]
+    pairs = zip(likelihoods, kls, strict=True)
+    values = [likelihood / fit_.temperature - kl for likelihood, kl in pairs]
     return torch.tensor(values, dtype=torch.float64)
+
+
+def _batches(fit_: Fit, source: Source) -> Iterator[Batch]:
+    """All rows, at most some thousands at a time, on the device and in the dtype of the fit."""
+    for x, y in chunks(
+        source, _CHUNK, BatchChecks(getattr(fit_.program, "missing_targets", False))
+    ):
+        for first in range(0, len(y), _CHUNK):
+            part, targets = rows_at((x, y), slice(first, first + _CHUNK))
+            yield of_each(partial(_like, fit_), part), _like(fit_, targets)
 
 
 def _like(fit_: Fit, values: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from pyro_bmr.data.given import example_of
 from pyro_bmr.errors import ShrinkError, described
 from pyro_bmr.shrinking.channels import Channels, has_tensor
 from pyro_bmr.shrinking.graphs import other_arguments, trace, values_of
@@ -86,7 +87,7 @@ class ShrinkPlan:
         return fx.GraphModule(built.parts, built.graph, self._name).eval()
 
 
-def shrink(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) -> nn.Module:
+def shrink(net: nn.Module, masks: Mapping[str, Tensor], example: Any) -> nn.Module:
     """The smaller network with the function of the masked one.
 
     It is `shrink_plan(net, masks, example).apply()`; `shrink_plan` describes the arguments.
@@ -99,7 +100,7 @@ def shrink(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) -> nn.M
 
 
 @torch.no_grad()
-def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) -> ShrinkPlan:
+def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Any) -> ShrinkPlan:
     r"""What `shrink` would remove from `net`, layer by layer; nothing is changed.
 
     A unit is removed if no kept unit reads it with a weight other than zero. It is also removed if
@@ -115,13 +116,15 @@ def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Tensor) ->
         masks: parameter name → bool tensor, True where the weight is kept; ``reduction.masks``, or
             your own. Zeros that are already in `net` count as pruned, so ``{}`` is enough for an
             exported network.
-        example: rows of the input, at least one. Its shape and type matter, and its range, from
-            which the inputs for the comparison are drawn.
+        example: rows of the input, at least one, or data that have them, such as a loader. Its
+            shape and type matter, and its range, from which the inputs for the comparison are
+            drawn.
 
     Raises:
         ShrinkError: a mask fits no parameter, the example does not fit the network, a pattern is
             not supported, or the outputs would differ.
     """
+    example = example_of(example, net)
     copied = masked(net, masks)
     before = sum(p.numel() for p in copied.parameters())
     _check_example(example)

@@ -7,10 +7,11 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
 from pyro_bmr.data.batch import pair_in
-from pyro_bmr.data.given import source_of
+from pyro_bmr.data.given import example_of, source_of
 from pyro_bmr.data.sources import Held, Indexed, Stream
 from pyro_bmr.data.tables import tensors_of
 from pyro_bmr.errors import DataError
+from pyro_bmr.shrinking import shrink
 
 NUMBERS = np.arange(24).reshape(6, 4)
 CONVERTED = {
@@ -129,3 +130,22 @@ def test_columns_of_a_file_of_other_lengths_are_refused(tmp_path):
     mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=(6, 3))
     with pytest.raises(DataError, match=r"x of shape \(6, 3\), y of shape \(5,\)"):
         source_of((mapped, Y[:5]))
+
+
+FORMS = {
+    "an array": X.double().numpy(),
+    "a table": pd.DataFrame(X.double().numpy()),
+    "a loader": load(shuffle=True),
+    "a data set": TensorDataset(X, Y),
+    "a tuple": (X,),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_a_network_is_shrunk_with_rows_in_any_form(case):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    net[2].weight.data[:, :3] = 0
+    example = example_of(FORMS[case], net)
+    assert example.shape[1:] == (2,) and example.dtype == torch.float32
+    assert shrink(net, {}, FORMS[case])[0].out_features == 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.fitting.refit import evidence_bound, predicted_delta_f
+from pyro_bmr.data.sources import Stream
+from pyro_bmr.fitting.refit import _bound, evidence_bound, predicted_delta_f
 from tests.exact import LinearGaussian
 
 N, D, NOISE, SCALE = 32, 4, 0.6, 1.3
@@ -47,6 +48,21 @@ def log_evidence(alive):
 def test_the_bound_is_the_log_evidence(fitted):
     bound = evidence_bound(fitted, *DATA, draws=200)
     assert float(bound.mean()) == pytest.approx(log_evidence(np.ones(D)), abs=0.25)
+
+
+def test_the_bound_of_rows_that_are_read_is_that_of_tensors(fitted):
+    reduction = bmr.reduce(fitted.posterior, to=bmr.Gaussian(0), kept=0.5)
+    settings = {**SETTINGS, "epochs": 1}
+    whole = bmr.refit(fitted, reduction, DATA, draws=4, **settings)
+    settings.pop("batch_size")
+    batches = [(DATA[0][:20], DATA[1][:20]), (DATA[0][20:], DATA[1][20:])]
+    parts = bmr.refit(fitted, reduction, batches, draws=4, size=N, **settings)
+    assert parts.predicted == whole.predicted
+    assert parts.observed == pytest.approx(whole.observed, abs=0.05)
+    bound = float(evidence_bound(fitted, *DATA, draws=4).mean())
+    assert float(_bound(fitted, Stream(batches, N, 2, ""), 4, 0).mean()) == pytest.approx(bound)
+    with pytest.raises(bmr.errors.FitError, match="can be read again, got list_iterator"):
+        bmr.refit(fitted, reduction, iter(batches), size=N, **settings)
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.25])
