@@ -56,6 +56,7 @@ LONG = {
         "add_a_prior.md",
         "bring_your_data.md",
         "choose_a_guide.md",
+        "choose_a_likelihood.md",
         "choose_a_prior.md",
         "gotchas.md",
         "studies.md",

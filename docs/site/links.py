@@ -26,7 +26,13 @@ PROJECT = {
 STAGES = ("declare", "fit", "posterior", "reduce", "prune", "export", "refit", "compare", "errors")
 CONTENTS = {
     "Start": ["how_it_works", "notation", "gotchas", "guarantees"],
-    "Choose": ["choose_a_prior", "choose_a_guide", "add_a_prior", "skeletons"],
+    "Choose": [
+        "choose_a_prior",
+        "choose_a_likelihood",
+        "choose_a_guide",
+        "add_a_prior",
+        "skeletons",
+    ],
     "Do": [
         "bring_your_data",
         "param_store_script",
