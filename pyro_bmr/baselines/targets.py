@@ -50,9 +50,12 @@ def residual(outputs: Tensor, y: Tensor) -> float:
 
 def held_out_scale(outputs: Tensor, y: Tensor, noise: float) -> float:
     """What best calibrates the outputs for held-out rows: the temperature of the logits, or the
-    factor on the `noise`.
+    factor on the `noise`. The temperature is 1 if no label is wrong, for which the colder the
+    better, without a limit.
     """
-    return residual(outputs, y) / noise if y.is_floating_point() else best_temperature(outputs, y)
+    if y.is_floating_point():
+        return residual(outputs, y) / noise
+    return 1.0 if bool((outputs.argmax(1) == y).all()) else best_temperature(outputs, y)
 
 
 def predictive(

@@ -215,10 +215,9 @@ def failed_lines(
 
 def _state(declared: Study, table: pd.DataFrame, failures: Mapping[str, str]) -> str:
     """How far the study is."""
-    state = (
-        f"{len(table)} of {len(declared.cells)} cells finished, {len(failures)} failed;"
-        f" {table['seed'].nunique()} seeds, mean ± standard deviation."
-    )
+    seeds = table["seed"].nunique()
+    state = f"{len(table)} of {len(declared.cells)} cells finished, {len(failures)} failed;"
+    state += f" {seeds} seeds, mean ± standard deviation." if seeds > 1 else " one seed."
     if table["parameters"].nunique() == 1:
         state += f" {int(table['parameters'].iloc[0]):,} parameters."
     return state

@@ -9,7 +9,7 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr.baselines.magnitude import Pruning
-from pyro_bmr.baselines.targets import fitted_nll, plain_loss
+from pyro_bmr.baselines.targets import fitted_nll, held_out_scale, plain_loss
 from pyro_bmr.baselines.variational_dropout import log_uniform_kl
 from pyro_bmr.data.data_set import validation_data
 from pyro_bmr.experiments.methods import METHODS, method_named
@@ -119,6 +119,13 @@ def test_real_targets_have_one_noise(name):
             total = 11 * 5 + 6
             kept = sum(int(w.count_nonzero()) for w in result.weights.values())
             assert kept == round(0.4 * total)
+
+
+def test_a_temperature_that_no_row_determines_is_one():
+    logits = torch.tensor([[0.2, 0.0], [0.0, 0.3], [0.4, 0.0]])
+    right, wrong = torch.tensor([0, 1, 0]), torch.tensor([0, 0, 0])
+    assert held_out_scale(logits, right, 1.0) == 1.0
+    assert held_out_scale(logits, wrong, 1.0) == bmr.prediction.best_temperature(logits, wrong) != 1
 
 
 def test_the_loss_of_real_targets_at_the_best_noise():

@@ -33,6 +33,7 @@ from pyro_bmr.errors import OptionError
 from pyro_bmr.experiments import curves, measures, methods, report
 from pyro_bmr.experiments import folder as cell_folder
 from pyro_bmr.experiments import log as cell_log
+from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.declaration import declare
 from pyro_bmr.experiments.recipe import Settings
 from pyro_bmr.experiments.runs import load_run
@@ -612,6 +613,9 @@ def test_the_report(here):
     assert all(f"| {row[5][0]} |" in markdown for row in page.rows[1:]) and all(
         f"(pictures/{file.name})" in markdown for file in files
     )
+    said = conclusions(table)
+    assert said and all(f"\n- {sentence}\n" in markdown for sentence in said)
+    assert re.match("In log score (MAP & co|half at 50 %|half at 25 %) is first", said[0])
     assert Path("out/study.toml").read_text() == BOTH
 
 
