@@ -111,3 +111,27 @@ class SparseClassifier(ClassifierMixin, TableModel):
         """The most probable class, (rows,)."""
         probability = self.predict_proba(X)
         return self.classes_[probability.argmax(1)]
+
+    def _pointwise(self, X: Any, y: Any) -> tuple[Array, Array, Array]:
+        """Log probability of the class of each row and a class drawn anew, (draws, rows), and the
+        numbers of the classes of `y`.
+        """
+        check_consistent_length(X, y)
+        known = {name: k for k, name in enumerate(self.classes_.tolist())}
+        if unknown := set(np.asarray(y).tolist()) - set(known):
+            raise TableError(f"y: expected the classes of the fit, got {sorted(unknown)[0]!r}")
+        labels = np.array([known[name] for name in np.asarray(y).tolist()])
+        encoded = self._encoded(X)
+        if len(known) == 2:
+            eta = self.coef_draws_ @ encoded.T + self.intercept_draws_[:, None]
+            logits = np.stack([np.zeros_like(eta), eta], -1)
+        else:
+            logits = (
+                np.swapaxes(self.coef_draws_ @ encoded.T, 1, 2) + self.intercept_draws_[:, None]
+            )
+        log_p = logits - np.logaddexp.reduce(logits, -1)[..., None]
+        each = log_p[:, np.arange(len(labels)), labels]
+        below = np.exp(log_p).cumsum(-1)
+        uniform = np.random.default_rng(self.random_state).random(each.shape)
+        new = (uniform[..., None] > below[..., :-1]).sum(-1)
+        return each, new, labels

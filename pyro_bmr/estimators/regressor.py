@@ -118,5 +118,18 @@ class SparseRegressor(RegressorMixin, TableModel):
             new = eta + np.sqrt(self.noise_draws_)[:, None] * rng.standard_normal(eta.shape)
         return np.quantile(new, [(1 - level) / 2, (1 + level) / 2], axis=0).T
 
+    def _pointwise(self, X: Any, y: Any) -> tuple[Array, Array, Array]:
+        """Log likelihood and a new observation, (draws, rows), for each draw and row; y."""
+        eta, y = self._draws_of_eta(self._encoded(X)), np.asarray(y, dtype=np.float64)
+        check_consistent_length(X, y)
+        rng = np.random.default_rng(self.random_state)
+        if self.family == "poisson":
+            eta = np.minimum(eta, 30.0)
+            each = Poisson().log_likelihood(eta[..., None, None], y[:, None])
+            return each, rng.poisson(np.exp(eta)).astype(np.float64), y
+        var = self.noise_draws_[:, None]
+        each = -0.5 * ((y - eta) ** 2 / var + np.log(2 * np.pi * var))
+        return each, eta + np.sqrt(var) * rng.standard_normal(eta.shape), y
+
     def _draws_of_eta(self, encoded: Array) -> Array:
         return self.coef_draws_ @ encoded.T + self.intercept_draws_[:, None]

@@ -105,6 +105,15 @@ class TableModel(BaseEstimator):
         check_is_fitted(self)
         return figure_of(self, X, y)
 
+    def to_arviz(self, X: Any = None, y: Any = None) -> Any:
+        """The draws as an ArviZ `DataTree`, and, for rows `X` and `y`, their predictive draws, log
+        likelihood and observed values; see `data_tree`. Needs the extra "arviz".
+        """
+        from pyro_bmr.estimators.inference_data import data_tree
+
+        check_is_fitted(self)
+        return data_tree(self, X, y)
+
     def _table(self, X: Any, reset: bool) -> pd.DataFrame:
         """The rows as a DataFrame, checked against the training columns."""
         import pandas as pd

@@ -8,7 +8,7 @@ Owns `Posterior`: drawing from it, and masks. How it is read is in `from_guides.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pyro_bmr.guides.scale_coupled import conditional, multiplier
 from pyro_bmr.isolation import isolated
 from pyro_bmr.posteriors.curvature import Curvature
 from pyro_bmr.posteriors.declared_priors import with_priors
+from pyro_bmr.posteriors.from_arviz import samples_of_arviz
 from pyro_bmr.posteriors.from_draws import sites_of_samples
 from pyro_bmr.posteriors.from_guides import masks_in_force, sites_of_guide, undisturbed
 from pyro_bmr.posteriors.from_numbers import sites_of_curvature, sites_of_moments
@@ -281,6 +282,35 @@ class Posterior:
             up a quarter of a variance, as in heavy tails.
         """
         return cls(sites_of_samples(samples, prior, supports, joint_up_to, chains), rows=rows)
+
+    @classmethod
+    @isolated()
+    def from_arviz(
+        cls,
+        tree: Any,
+        prior: Any,
+        *,
+        var_names: Collection[str] | None = None,
+        supports: Mapping[str, str] | None = None,
+        joint_up_to: int = 64,
+        rows: int | None = None,
+    ) -> Posterior:
+        """The posterior with the moments of draws that ArviZ has, of PyMC, Stan, NumPyro or Pyro.
+
+        Args:
+            tree: a DataTree or InferenceData with a group "posterior", or that group's Dataset.
+                Each variable is a site; its dimensions after chain and draw are those of the site.
+            var_names: the variables to take, by default all. Leave out those that are functions of
+                others.
+            prior, supports, joint_up_to, rows: as for `from_samples`.
+
+        Raises:
+            ModelError: as `from_samples`, or there is no such group or variable.
+
+        Warns: PyroBMRWarning: as `from_samples`.
+        """
+        samples = samples_of_arviz(tree, var_names)
+        return cls(sites_of_samples(samples, prior, supports, joint_up_to, True), rows=rows)
 
     @classmethod
     @isolated()
