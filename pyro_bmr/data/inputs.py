@@ -77,6 +77,17 @@ def arguments(x: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     return tuple(x), {}
 
 
+def called(net: Callable[..., Any], x: Inputs) -> Any:
+    """What a network returns for x."""
+    given, named = arguments(x)
+    return net(*given, **named)
+
+
+def device_of(x: Inputs) -> torch.device:
+    """Where x is; the first of its tensors tells."""
+    return next(iter(parts_of(x).values())).device
+
+
 def described(x: Any) -> str:
     """The shapes and dtypes of x in a message."""
     if isinstance(x, Tensor):

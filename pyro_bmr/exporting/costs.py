@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_bmr.data.inputs import Inputs, arguments, device_of, of_each, rows_in
 from pyro_bmr.errors import ModelError
 from pyro_bmr.shrinking.refusals import first_line
 
@@ -31,7 +32,7 @@ def parameters(net: nn.Module) -> dict[str, int]:
 
 
 @torch.no_grad()
-def flops(net: nn.Module, example: Tensor) -> int:
+def flops(net: nn.Module, example: Inputs) -> int:
     """Floating-point operations for one row of `example`: matrix products, with those of attention,
     and convolutions.
 
@@ -44,33 +45,33 @@ def flops(net: nn.Module, example: Tensor) -> int:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(net, constants, (example[:1].clone(),))
+            row = of_each(lambda part: part[:1].clone(), example)
+            torch.func.functional_call(net, constants, *arguments(row))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())
 
 
 @torch.no_grad()
-def latency(
-    run: Callable[[Tensor], Any], example: Tensor, batch: int, seconds: float = 0.3
-) -> float:
+def latency(run: Callable[..., Any], example: Inputs, batch: int, seconds: float = 0.3) -> float:
     """The median time of one call on `batch` rows, in milliseconds, on one thread.
 
     It is measured for about `seconds`, and over at least five calls.
     """
-    x = example[torch.arange(batch) % len(example)]
+    index, device = torch.arange(batch) % rows_in(example), device_of(example)
+    given, named = arguments(of_each(lambda part: part[index], example))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run(x)
+        run(*given, **named)
         times: list[float] = []
         while len(times) < 5 or sum(times) < seconds:
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             start = time.perf_counter()
-            run(x)
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
+            run(*given, **named)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)
@@ -82,8 +83,8 @@ def cost_row(
     file: str,
     size: int,
     net: nn.Module,
-    run: Callable[[Tensor], Any],
-    example: Tensor,
+    run: Callable[..., Any],
+    example: Inputs,
     seconds: float,
 ) -> dict[str, Any]:
     """The costs of one format: of its `file` of `size` bytes, of `net`, and of a call of `run`.
@@ -92,7 +93,8 @@ def cost_row(
         ModelError: `run` does not take batches of other sizes than the example's.
     """
     dtypes = (p.dtype for p in net.parameters() if p.is_floating_point())
-    like = example.to(next(dtypes, example.dtype)) if example.is_floating_point() else example
+    dtype = next(dtypes, None)
+    like = of_each(lambda part: part.to(dtype) if part.is_floating_point() else part, example)
     try:
         times = {f"ms at batch {batch}": latency(run, example, batch, seconds) for batch in BATCHES}
     except Exception as error:  # a forward may allow only its own number of rows

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.data.given import example_of
+from pyro_bmr.data.inputs import Inputs, has_rows, of_each, parts_of, rows_in
+from pyro_bmr.data.inputs import described as shapes_of
 from pyro_bmr.errors import ModelError, PyroBMRWarning, described
 from pyro_bmr.exporting.costs import cost_row
 from pyro_bmr.exporting.finite import check_network
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.exporting.weights_file import save_tensors
 from pyro_bmr.exporting.written_files import (
+    halved,
     loaded_module,
     read_back,
     write_format,
@@ -63,9 +67,10 @@ def deploy(
     in the report.
 
     Args:
-        net: an exported network, shrunk or not: plain torch, with one input tensor and outputs of
-            any structure.
-        example: rows of the input, or data that have them, such as a loader.
+        net: an exported network, shrunk or not: plain torch, with outputs of any structure. A
+            network of several inputs has no class in `network.py`.
+        example: rows of the input, or data that have them, such as a loader; of several inputs a
+            tuple or a dict.
         formats: of `FORMATS`: state_dict, safetensors, half, program (torch.export), onnx, prune
             (masks of torch.nn.utils.prune), csr, 2:4. safetensors is always written.
         before: the dense network, for the first row of the table.
@@ -111,28 +116,29 @@ class _Trial:
 
     net: nn.Module
     name: str
-    rows: list[Tensor]
+    rows: list[Inputs]
     outputs: Answers
-    example: Tensor
+    example: Inputs
     seconds: float
 
 
 def _trial(net: nn.Module, example: Any, seconds: float) -> _Trial:
     example = example_of(example, net)
-    if not isinstance(example, Tensor) or example.ndim < 1 or len(example) < 1:
+    if not has_rows(example) or rows_in(example) < 1:
         raise ModelError(
             "deploy: example: expected rows of the network's input, as one tensor, got"
-            f" {described(example)}"
+            f" {described(example)}; several inputs are a tuple or a dict of tensors"
         )
     plain, name = plain_copy(net), type(net).__name__
     check_network(plain, "deploy")
-    rows = [example[torch.arange(max(2, min(len(example), 16))) % len(example)]]
-    rows.append(rows[0].repeat_interleave(2, 0)[:3])  # another number of rows
+    count = rows_in(example)
+    some = torch.arange(max(2, min(count, 16))) % count
+    rows = [of_each(itemgetter(index), example) for index in (some, some[[0, 0, 1]])]
     outputs = answers(plain, rows, double=False)
     if outputs.outputs[0] is None or not outputs.outputs[0]:
         raise ModelError(
-            f"deploy: {name} gives no tensor on rows of the example, of shape"
-            f" {tuple(rows[0].shape)} ({outputs.error})"
+            f"deploy: {name} gives no tensor on rows of the example, of"
+            f" {shapes_of(rows[0])} ({outputs.error})"
         )
     return _Trial(plain, name, rows, outputs, example, seconds)
 
@@ -152,7 +158,7 @@ def _filled(
     title, path = f"{trial.name}, pruned", stage / "network.py"
     written, reason = write_network_file(trial.net, title, trial.rows, path)
     for key in keys:
-        write_format(key, written, trial.rows[0].clone(), stage / FORMATS[key].file)
+        write_format(key, written, of_each(torch.clone, trial.rows[0]), stage / FORMATS[key].file)
     if ensemble is not None:
         save_tensors(ensemble, stage / "ensemble.safetensors")
     files = _file_table(stage)
@@ -199,7 +205,7 @@ def _file_table(stage: Path) -> dict[str, dict[str, Any]]:
 def _dense_row(before: nn.Module, trial: _Trial, stage: Path) -> dict[str, Any]:
     """The costs of the dense network; its file is removed again."""
     path = stage / "before.safetensors"
-    write_format("safetensors", before, trial.rows[0].clone(), path)
+    write_format("safetensors", before, of_each(torch.clone, trial.rows[0]), path)
     try:
         size = path.stat().st_size
         return cost_row("before", "", size, before, before, trial.example, trial.seconds)
@@ -217,8 +223,8 @@ def _format_row(
     """The costs of one format, after its file was read back and checked."""
     form, example = FORMATS[key], trial.example
     run = read_back(key, loaders, trial.rows, trial.outputs) if form.loader else written
-    if key == "half" and example.is_floating_point():
-        example = example.half()
+    if key == "half":
+        example = of_each(halved, example)
     size = files[form.file]["bytes"]
     return cost_row(key, form.file, size, trial.net, run, example, trial.seconds)
 
@@ -232,14 +238,16 @@ def _report(
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """The content of report.json; `report`: what the user adds to it."""
-    example = trial.example
-    dtype = str(example.dtype).removeprefix("torch.")
+    kinds = {
+        name: {"shape": list(t.shape[1:]), "dtype": str(t.dtype).removeprefix("torch.")}
+        for name, t in parts_of(trial.example, "").items()
+    }
     said = [*report.get("warnings", ()), *collapse_of(tensors)]
     return {
         "format": "pyro_bmr report 2",
         "version": version("pyro_bmr"),
         "network": trial.name,
-        "input": {"shape": list(example.shape[1:]), "dtype": dtype},
+        "input": kinds[""] if isinstance(trial.example, Tensor) else kinds,
         **({"not_in_python": reason} if reason else {}),
         **report,
         "warnings": list(dict.fromkeys(said)),

@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_bmr.data.inputs import Inputs, arguments, device_of, parts_of
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting.weights_file import save_tensors
 
@@ -32,38 +34,54 @@ class Format:
 
     file: str
     loader: str
-    write: Callable[[nn.Module, Tensor, Path], None]
+    write: Callable[[nn.Module, Inputs, Path], None]
     tolerance: float = 1e-4
 
 
-def _state_dict(net: nn.Module, example: Tensor, path: Path) -> None:
+def _state_dict(net: nn.Module, example: Inputs, path: Path) -> None:
     # If torch itself writes to a disk that is full, it raises a RuntimeError or ends the process.
     made = io.BytesIO()
     torch.save({name: t.detach().cpu() for name, t in net.state_dict().items()}, made)
     path.write_bytes(made.getbuffer())
 
 
-def _safetensors(net: nn.Module, example: Tensor, path: Path) -> None:
+def _safetensors(net: nn.Module, example: Inputs, path: Path) -> None:
     save_tensors(net.state_dict(), path)
 
 
-def _half(net: nn.Module, example: Tensor, path: Path) -> None:
+def _half(net: nn.Module, example: Inputs, path: Path) -> None:
     save_tensors(
         {name: t.half() if t.is_floating_point() else t for name, t in net.state_dict().items()},
         path,
     )
 
 
-def _program(net: nn.Module, example: Tensor, path: Path) -> None:
+def _program(net: nn.Module, example: Inputs, path: Path) -> None:
     made = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
-        shapes = ({0: torch.export.Dim.AUTO},)
-        torch.export.save(torch.export.export(net, (example,), dynamic_shapes=shapes), made)
+        given, named = arguments(example)
+        program = torch.export.export(net, given, named, dynamic_shapes=_free_axes(example))
+        torch.export.save(program, made)
     path.write_bytes(made.getbuffer())
 
 
-def _onnx(net: nn.Module, example: Tensor, path: Path) -> None:
+def _free_axes(example: Inputs) -> Any:
+    """The axes whose length may change: the rows; with several inputs, such as texts and their
+    masks, every axis whose length the network does not fix.
+    """
+    auto = torch.export.Dim.AUTO
+    if isinstance(example, Tensor):
+        return ({0: auto},)
+    axes = [dict.fromkeys(range(part.ndim), auto) for part in parts_of(example).values()]
+    return dict(zip(example, axes, strict=True)) if isinstance(example, dict) else tuple(axes)
+
+
+def _onnx(net: nn.Module, example: Inputs, path: Path) -> None:
+    if not isinstance(example, Tensor):
+        raise ModelError(
+            "format 'onnx': expected a network of one input, got one of several; use 'program'"
+        )
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -87,7 +105,7 @@ def _onnx(net: nn.Module, example: Tensor, path: Path) -> None:
         )
 
 
-def _prune(net: nn.Module, example: Tensor, path: Path) -> None:
+def _prune(net: nn.Module, example: Inputs, path: Path) -> None:
     tensors = dict(net.state_dict())
     for name, parameter in net.named_parameters():
         owner = net.get_submodule(name.rpartition(".")[0])
@@ -101,7 +119,7 @@ def _prune(net: nn.Module, example: Tensor, path: Path) -> None:
     save_tensors(tensors, path)
 
 
-def _csr(net: nn.Module, example: Tensor, path: Path) -> None:
+def _csr(net: nn.Module, example: Inputs, path: Path) -> None:
     tensors = dict(net.state_dict())
     zeros = {
         name: float((layer.weight == 0).double().mean())
@@ -127,11 +145,12 @@ def _csr(net: nn.Module, example: Tensor, path: Path) -> None:
     save_tensors(tensors, path)
 
 
-def _semi_structured(net: nn.Module, example: Tensor, path: Path) -> None:
-    if not example.is_cuda or torch.cuda.get_device_capability(example.device) < (8, 0):
+def _semi_structured(net: nn.Module, example: Inputs, path: Path) -> None:
+    device = device_of(example)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise ModelError(
             "format '2:4': expected a CUDA device of compute capability 8.0 or more, got the"
-            f" network on '{example.device}'; use 'safetensors' or 'half'"
+            f" network on '{device}'; use 'safetensors' or 'half'"
         )
     tensors = dict(net.state_dict())
     packed = [name for name, layer in net.named_modules() if _is_semi_structured(layer)]

@@ -11,10 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_structure
 
+from pyro_bmr.data.inputs import Inputs, called, device_of, of_each
 from pyro_bmr.errors import ModelError, PyroBMRError
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.exporting.loaders_source import loaders_source
@@ -34,7 +36,7 @@ from pyro_bmr.shrinking.verification import (
 
 
 def write_network_file(
-    plain: nn.Module, title: str, rows: Sequence[Tensor], path: Path
+    plain: nn.Module, title: str, rows: Sequence[Inputs], path: Path
 ) -> tuple[nn.Module, str]:
     """Writes `network.py`, with the class of the network if it gives the outputs of `plain`.
 
@@ -43,6 +45,8 @@ def write_network_file(
             is one.
     """
     try:
+        if not isinstance(rows[0], Tensor):
+            raise ModelError(f"it has {len(rows[0])} inputs")
         graph = trace(module_copy(plain))
         path.write_text(network_source(graph, title, version("pyro_bmr")), encoding="utf-8")
         weights = {name: t.detach() for name, t in graph.state_dict().items()}
@@ -59,7 +63,7 @@ def write_network_file(
     return plain, reason
 
 
-def _check_written_class(plain: nn.Module, net: nn.Module, rows: Sequence[Tensor]) -> None:
+def _check_written_class(plain: nn.Module, net: nn.Module, rows: Sequence[Any]) -> None:
     """Checks that `net`, read from `network.py`, has the outputs of `plain`, in their structure."""
     inputs = [*rows, *inputs_like(rows[0], plain)]
     want, got = (answers(m, inputs, double=False) for m in (plain, net))
@@ -77,7 +81,7 @@ def loaded_module(path: Path) -> ModuleType:
     return module
 
 
-def write_format(key: str, net: nn.Module, rows: Tensor, path: Path) -> None:
+def write_format(key: str, net: nn.Module, rows: Inputs, path: Path) -> None:
     """Writes `net` in the format `key`.
 
     Raises:
@@ -100,9 +104,14 @@ def write_format(key: str, net: nn.Module, rows: Tensor, path: Path) -> None:
         ) from None
 
 
+def halved(part: Tensor) -> Tensor:
+    """A copy, of real numbers in half precision."""
+    return part.half() if part.is_floating_point() else part.clone()
+
+
 def read_back(
-    key: str, loaders: ModuleType, rows: Sequence[Tensor], outputs: Answers
-) -> Callable[[Tensor], Any]:
+    key: str, loaders: ModuleType, rows: Sequence[Inputs], outputs: Answers
+) -> Callable[..., Any]:
     """The network that the loader of the format `key` returns, after a check of its outputs.
 
     Raises:
@@ -111,12 +120,11 @@ def read_back(
     form = FORMATS[key]
     tried = [(x, want) for x, want in zip(rows, outputs.outputs, strict=True) if want is not None]
     try:
-        run: Callable[[Tensor], Any] = getattr(loaders, form.loader)(form.file)
+        run: Callable[..., Any] = getattr(loaders, form.loader)(form.file)
         if isinstance(run, nn.Module):
-            run = run.to(rows[0].device)
-        halve = key == "half"
-        inputs = [x.half() if halve and x.is_floating_point() else x.clone() for x, _ in tried]
-        outputs_read = [leaves(run(x)) for x in inputs]
+            run = run.to(device_of(rows[0]))
+        copied = halved if key == "half" else torch.clone
+        outputs_read = [leaves(called(run, of_each(copied, x))) for x, _ in tried]
     # A program or an ONNX session may raise anything if it was written for other rows.
     except Exception as error:
         raise ModelError(

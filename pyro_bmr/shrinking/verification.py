@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pyro_bmr.data.inputs import Inputs, called, device_of, of_each
 from pyro_bmr.errors import ShrinkError
 from pyro_bmr.shrinking.refusals import MASKED, first_line
 
@@ -71,7 +72,7 @@ def leaves(output: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def answers(net: nn.Module, inputs: Sequence[Tensor], double: bool | None = None) -> Answers:
+def answers(net: nn.Module, inputs: Sequence[Inputs], double: bool | None = None) -> Answers:
     """The outputs of `net` on each input; neither the network nor the inputs are changed.
 
     It runs in float64 where it can (or where `double` says so), else in its own types. Every input
@@ -83,12 +84,17 @@ def answers(net: nn.Module, inputs: Sequence[Tensor], double: bool | None = None
     eps = _coarsest((*net.parameters(), *net.buffers()))
     run = copy.deepcopy(net).double() if double and eps > torch.finfo(torch.float64).eps else net
     steps, outputs, reason = _Steps(), list[list[Tensor] | None](), ""
-    with torch.random.fork_rng(devices=[x.device for x in inputs[:1] if x.is_cuda]), steps:
+    cards = [d for d in map(device_of, inputs[:1]) if d.type == "cuda"]
+
+    def copied(part: Tensor) -> Tensor:
+        rounded = double and part.is_floating_point()
+        return part.to(torch.float64, copy=True) if rounded else part.clone()
+
+    with torch.random.fork_rng(devices=cards), steps:
         for x in inputs:
             torch.manual_seed(0)
-            rounded = double and x.is_floating_point()
             try:
-                output = run(x.to(torch.float64, copy=True) if rounded else x.clone())
+                output = called(run, of_each(copied, x))
                 outputs.append([t.clone() for t in leaves(output)])
             # A user's forward may raise anything on rows that are not its own.
             except Exception as error:

@@ -115,7 +115,10 @@ def test_python_that_is_not_the_network_is_not_kept(change, x, tmp_path, monkeyp
 
 
 def test_what_cannot_be_deployed_is_refused_by_name(x, tmp_path):
-    for example in ((x, x), {"x": x}, x[:0], torch.tensor(1.0)):
+    for example in ((x, x), {"x": x}):
+        with pytest.raises(bmr.errors.ModelError, match=r"Linear gives no tensor on .*\(5, 4\)"):
+            bmr.deploy(nn.Linear(4, 2), tmp_path / "out", example)
+    for example in ((x, 3), {"x": x[:0]}, x[:0], torch.tensor(1.0)):
         with pytest.raises(
             bmr.errors.ModelError,
             match=(
@@ -163,3 +166,33 @@ def test_onnx_gives_all_outputs(name, x, tmp_path):
     agree(net, network.load_onnx(), torch.randn(7, 4), structure=False)
     # of torch.fx, whose dicts are a class of their own
     agree(net, network.load_program(), torch.randn(7, 4), structure=False)
+
+
+class Texts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def forward(self, input_ids, attention_mask):
+        weight = attention_mask[..., None]
+        return self.head((self.table(input_ids) * weight).sum(1) / weight.sum(1))
+
+
+@pytest.mark.parametrize("formats", [("half",), pytest.param(("program",), marks=pytest.mark.slow)])
+def test_a_network_of_several_inputs_is_deployed(formats, tmp_path):
+    """Of texts, of which the exported program takes others of another length."""
+    ids = torch.randint(1, 9, (5, 6), generator=torch.Generator().manual_seed(1))
+    example = {"input_ids": ids, "attention_mask": (ids > 3).float()}
+    net = Texts()
+    with pytest.warns(bmr.PyroBMRWarning, match="it has 2 inputs"):
+        table = bmr.deploy(net, tmp_path, example, formats=formats, seconds=0)
+    assert list(table.format) == ["safetensors", *formats] and (table.FLOPs == 16).all()
+    network = loaded_module(tmp_path / "network.py")
+    vars(network)["Network"] = Texts
+    other = {name: t[:3, :4] for name, t in example.items()}
+    loads = [network.load, *([network.load_program] if "program" in formats else [])]
+    for load in loads:
+        torch.testing.assert_close(load()(**other), net(**other))
+    kinds = json.loads((tmp_path / "report.json").read_text())["input"]
+    assert kinds["['input_ids']"] == {"shape": [6], "dtype": "int64"}
