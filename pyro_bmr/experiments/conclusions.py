@@ -144,13 +144,15 @@ def _of_size(lines: Sequence[Line], pruned: Line) -> Line | None:
 
 
 def _unconverged(lines: Sequence[Line]) -> str:
-    """Which fits did not converge, among those whose end was not given by a number of epochs."""
+    """Which fits did not converge, among those that were judged."""
     judged = [line for line in lines if not math.isnan(line.mean("converged"))]
     if not judged:
         return ""
     short = [line for line in judged if line.mean("converged") < 1]
     if not short:
         return "All fits converged."
+    if all(line.mean("converged") == 0 for line in judged):
+        return "No fit converged; the figures may still change with a longer fit."
     names = [
         f"{line.name} ({sum(v == 0 for v in values)} of {len(values)}"
         f" seed{'s' if len(values) > 1 else ''})"

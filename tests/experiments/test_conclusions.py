@@ -138,6 +138,9 @@ def test_what_did_not_converge():
         " change with a longer fit."
     )
     assert conclusions(table(rows[0], rows[3]))[-1] == "All fits converged."
+    assert conclusions(table(rows[2], rows[3]))[-1] == (
+        "No fit converged; the figures may still change with a longer fit."
+    )
     texts = summary(table(*rows))
     assert texts["converged"].tolist() == ["50% of seeds", "no", ""]
 
