@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SHOWN = (
-    *("prior", "route", "accuracy", "rmse", "nll", "brier", "ece", "kept", "delta_f", "seconds"),
-    "converged",
+    *("prior", "route", "accuracy", "rmse", "nll", "brier", "ece", "crps", "coverage", "kept"),
+    *("delta_f", "seconds", "converged"),
 )
 
 _PRIORS: dict[str, Prior] = {
@@ -66,7 +66,8 @@ def compare(
     Columns: model, data, prior, route, seed, temperature, accuracy or rmse, nll, brier, ece,
     ece_mass, nll_error, base_accuracy or base_rmse, base_nll, parameters, kept_parameters, kept,
     size, elbo, delta_f, seconds, converged, step_ratio, scale, best_epoch (see docs/studies.md),
-    and with `out` kilobytes and cell, the name of its folder in ``out/cells``.
+    and with `out` kilobytes and cell, the name of its folder in ``out/cells``. Real targets also
+    have crps and coverage, after ece.
 
     Routes, for a prior p:
 
@@ -85,9 +86,10 @@ def compare(
 
     With `progress`, `conclusions` of the table are printed at the end.
 
-    accuracy … ece and rmse are those of the posterior predictive on the test rows (nats per row;
-    rmse and nll in the target's units). `kept` counts all parameters of the network that are not
-    zero. `delta_f` is the predicted gain in log evidence of all reductions, nats.
+    accuracy … ece, rmse, crps and coverage (of 90 % intervals) are those of the posterior
+    predictive on the test rows (nats per row; rmse, crps and nll in the target's units). `kept`
+    counts all parameters of the network that are not zero. `delta_f` is the predicted gain in log
+    evidence of all reductions, nats.
 
     Args:
         model: a name in `models/` with an optional argument (``"mlp:500-500"``), a path of a .py

@@ -38,11 +38,14 @@ def scores(prediction: Prediction, data: Data) -> dict[str, float]:
             "brier": metrics.brier(p, y),
             "ece": metrics.ece(p, y),
         }
+    y, scale = data.y_test, data.target_scale
     return {
-        "rmse": metrics.rmse(prediction.mean, data.y_test) * data.target_scale,
-        "nll": nll + math.log(data.target_scale),
+        "rmse": metrics.rmse(prediction.mean, y) * scale,
+        "nll": nll + math.log(scale),
         "brier": math.nan,
         "ece": math.nan,
+        "crps": float(prediction.crps(y).double().mean()) * scale,
+        "coverage": metrics.coverage(*prediction.interval(0.9), y),
     }
 
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _MEASURES = [
-    *("accuracy", "rmse", "nll", "brier", "ece", "ece_mass", "kept", "size", "kilobytes", "elbo"),
-    *("delta_f", "seconds", "converged", "step_ratio"),
+    *("accuracy", "rmse", "nll", "brier", "ece", "ece_mass", "crps", "coverage", "kept", "size"),
+    *("kilobytes", "elbo", "delta_f", "seconds", "converged", "step_ratio"),
 ]
 _NOT_AVERAGED = (
     *("seed", "cell", "temperature", "parameters", "kept_parameters"),

@@ -35,7 +35,8 @@ COLUMNS = (
     "model data prior route seed temperature {0} nll brier ece ece_mass nll_error base_{0} base_nll"
     " parameters kept_parameters kept size elbo delta_f seconds converged step_ratio"
 )
-CLASSES, REALS = COLUMNS.format("accuracy").split(), COLUMNS.format("rmse").split()
+CLASSES = COLUMNS.format("accuracy").split()
+REALS = COLUMNS.format("rmse").replace("ece ", "ece crps coverage ", 1).split()
 OF_BASELINES = ["scale", "best_epoch"]
 ON_DISK = ["kilobytes", "cell"]
 PRIORS = ("gaussian", "horseshoe", "spike-and-slab")
@@ -204,6 +205,11 @@ def test_guides(diabetes):
     assert found["rmse"].item() == pytest.approx(
         bmr.metrics.rmse(prediction.mean, diabetes.y_test) * diabetes.target_scale
     )
+    low, high = prediction.interval(0.9)
+    inside = ((low <= diabetes.y_test) & (diabetes.y_test <= high)).double().mean()
+    assert found["coverage"].item() == pytest.approx(float(inside))
+    drawn = bmr.metrics.crps(prediction.samples(4000), diabetes.y_test) * diabetes.target_scale
+    assert found["crps"].item() == pytest.approx(drawn, rel=0.03)
     assert (
         found["rmse"].item() != one(diabetes, priors={"h": prior}, settings=settings)["rmse"].item()
     )
@@ -645,7 +651,11 @@ def test_regression_columns(diabetes):
         and table["ece"].isna().all()
         and (table["rmse"] > 20).all()
         and (table["rmse"] < 300).all()
+        and (table["crps"] < table["rmse"]).all()
+        and (table["crps"] > 10).all()
+        and table["coverage"].between(0.3, 1).all()
     )
+    assert {"crps", "coverage"} <= set(summary(table))
     assert (
         "rmse" in summary(table) and "ece" not in summary(table) and "brier" not in summary(table)
     )
