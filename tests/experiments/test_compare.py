@@ -608,10 +608,18 @@ def test_a_cell_that_fails_fails_alone(diabetes, tmp_path, monkeypatch, blank):
 @pytest.mark.slow  # in the fast suite a study does it
 def test_the_same_numbers_in_two_processes(diabetes, tmp_path, blank):
     tables = [
-        one(diabetes, routes=ROUTES, priors={"g": bmr.Gaussian(0.5)}, jobs=jobs, **more)
+        one(
+            diabetes,
+            routes=ROUTES,
+            baselines=None,
+            priors={"g": bmr.Gaussian(0.5)},
+            jobs=jobs,
+            **more,
+        )
         for jobs, more in ((None, {}), (2, {"out": tmp_path}))
     ]
     drop = ["seconds", "step_ratio"]
+    assert tables[0]["route"].tolist() == [*ROUTES, "plain", "magnitude"]
     pd.testing.assert_frame_equal(
         tables[0].drop(columns=drop), tables[1].drop(columns=[*drop, *ON_DISK]), check_exact=True
     )
