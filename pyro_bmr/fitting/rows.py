@@ -7,7 +7,7 @@ Owns `Rows`, for rows that can be read by their numbers, `rows_of` and `batch_si
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +24,7 @@ from pyro_bmr.fitting.loader_rows import LoaderRows
 from pyro_bmr.fitting.processes import Processes
 from pyro_bmr.prediction.predict import check_callable_without_y
 
-__all__ = ["Batch", "HasTrainingData", "LoaderRows", "Rows", "batch_sizes", "rows_of"]
-
-
-class HasTrainingData(Protocol):
-    """Anything with `x_train` and `y_train`, such as a `data.Data`."""
-
-    @property
-    def x_train(self) -> Tensor: ...
-    @property
-    def y_train(self) -> Tensor: ...
+__all__ = ["Batch", "LoaderRows", "Rows", "batch_sizes", "rows_of"]
 
 
 class Rows:

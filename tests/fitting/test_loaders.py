@@ -94,11 +94,22 @@ def test_the_posterior_counts_the_rows_that_size_says():
     """Without a step, E[log p] is N/B times the log likelihood of the batches, averaged."""
     model, still = classifier(), partial(torch.optim.SGD, lr=0.0)
     log_p = -nn.functional.cross_entropy(model.net(X[:64]), Y[:64], reduction="sum").detach()
-    for size, data in ((64, Batches(x=X[:64], y=Y[:64])), (640, iter_forever(32))):
+    of_rows = loaded(Stream(X[:64], Y[:64]))
+    for size, data in ((64, Batches(x=X[:64], y=Y[:64])), (640, iter_forever(32)), (64, of_rows)):
         found = fit(model, data, size=size, guide=bmr.guides.Point, optimizer=still, epochs=1)
         first = found.history.expected_log_likelihood[0]
         assert first == pytest.approx(size / 64 * float(log_p), rel=1e-5)
         assert found.history.step[0] == -(-size // 32)
+
+
+class Stream(IterableDataset):
+    """Rows without numbers and without a length."""
+
+    def __init__(self, x=X, y=Y):
+        self.x, self.y = x, y
+
+    def __iter__(self):
+        return iter(zip(self.x, self.y, strict=True))
 
 
 def iter_forever(size):
@@ -212,11 +223,6 @@ def test_a_loader_of_another_order_continues_with_a_warning(tmp_path, monkeypatc
     stopped(call, tmp_path / "fit", monkeypatch, 6)
     with pytest.warns(bmr.errors.PyroBMRWarning, match="other rows than before the stop.*epoch 2"):
         assert len(call(checkpoint=tmp_path / "fit").history) == 2
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(zip(X, Y, strict=True))
 
 
 NAN = X.clone()
