@@ -12,6 +12,7 @@ from pyro_bmr.experiments.recipe import Settings
 from pyro_bmr.experiments.study import study
 from pyro_bmr.exporting import deploy, export, save
 from pyro_bmr.fitting.checkpoints import Checkpoints
+from pyro_bmr.fitting.convergence import UntilConverged
 from pyro_bmr.fitting.fit import Fit, fit
 from pyro_bmr.fitting.natural_gradient import natural_gradient
 from pyro_bmr.fitting.optimizers import adam
@@ -74,6 +75,7 @@ __all__ = [
     "SparseRegressor",
     "SpikeAndSlab",
     "StudentT",
+    "UntilConverged",
     "adam",
     "compare",
     "delta_f",

@@ -30,6 +30,8 @@ from pyro_bmr.reduction.reduce import quiet_reduction
 from pyro_bmr.reduction.result import Reduction
 from pyro_bmr.tracing import does_not_split
 
+_REDUCTIONS = 10  # in a fit, of those that fall between start and stop
+
 
 class Masked(Messenger):
     """Prunes the sites of a program, a guide, or anything else that calls `pyro.sample`:
@@ -126,10 +128,12 @@ def _kl_pruned(q: PrunedDistribution, p: PrunedDistribution) -> Tensor:
 @dataclass(frozen=True)
 class Every:
     """The schedule of the reductions of a fit: every `epochs` epochs after the fraction `start` of
-    the fit.
+    the fit. In a fit that finds out itself when it is done, ``epochs=None``, fractions are those of
+    its last cycle (`UntilConverged`).
 
     Args:
-        epochs: the number of epochs between reductions; may be a fraction, such as 0.25.
+        epochs: the number of epochs between reductions; may be a fraction, such as 0.25. None for a
+            tenth of the fit.
         to: the prior to reduce to, as in `reduce`. With the default, the point spike, a weight is
             pruned if the evidence increases without it.
         start: the fraction of the fit's epochs before the first reduction, so that the posterior
@@ -147,7 +151,7 @@ class Every:
         >>> fit(program, data, epochs=20, reduce=Every(epochs=1, per="unit"))
     """
 
-    epochs: float = 1.0
+    epochs: float | None = None
     to: Prior | Mapping[str, Prior | None] = Gaussian(scale=0.0)
     start: float = 0.1
     threshold: float = 0.0
@@ -158,8 +162,8 @@ class Every:
 
     def __post_init__(self) -> None:
         check = partial(check_arguments, "Every")
-        positive = holds(lambda x: x > 0, self.epochs)
-        check(positive, "a number of epochs > 0", FitError, epochs=self.epochs)
+        positive = self.epochs is None or holds(lambda x: x > 0, self.epochs)
+        check(positive, "a number of epochs > 0, or None", FitError, epochs=self.epochs)
         ordered = holds(lambda a, b: 0 <= a <= b <= 1, self.start, self.stop)
         expected = "0 <= start <= stop <= 1, as fractions of the fit"
         check(ordered, expected, FitError, start=self.start, stop=self.stop)
@@ -168,17 +172,14 @@ class Every:
         fraction = self.kept is None or holds(lambda x: 0 <= x <= 1, self.kept)
         check(fraction, "a fraction between 0 and 1, or None", FitError, kept=self.kept)
 
-    def steps(self, total: int, steps_per_epoch: int) -> set[int]:
-        """The steps (1 … total) after which a reduction is due."""
-        interval = self.epochs * steps_per_epoch
-        marks = {round(k * interval) for k in range(1, math.floor(total / interval + 1e-9) + 1)} | (
-            {round(self.stop * total)} if self.kept is not None else set()
-        )
-        return {
-            step
-            for step in marks
-            if step >= 1 and self.start * total <= step <= self.stop * total + 0.5
-        }
+    def is_due(self, step: int, total: int, steps_per_epoch: int) -> bool:
+        """Whether a reduction is due after `step` of 1 … `total`."""
+        if not self.start * total <= step <= self.stop * total + 0.5:
+            return False
+        if self.kept is not None and step == round(self.stop * total):
+            return True
+        interval = total / _REDUCTIONS if self.epochs is None else self.epochs * steps_per_epoch
+        return step in (round(k * interval) for k in nearest(step / interval) if k >= 1)
 
     def target(self, done: float) -> float | None:
         """The fraction to keep after the fraction `done` of the fit; None if the evidence
@@ -215,6 +216,12 @@ class Every:
             else None
         )
         return tuple(message for message in (emptied, left_out) if message)
+
+
+def nearest(x: float) -> tuple[int, int, int]:
+    """The whole numbers around `x`."""
+    whole = round(x)
+    return whole - 1, whole, whole + 1
 
 
 def cubic(kept: float, done: float, start: float, stop: float) -> float:

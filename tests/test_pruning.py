@@ -113,11 +113,15 @@ def test_masks_that_do_not_fit_are_named():
 
 
 def test_schedule_steps():
-    schedule = bmr.Every(epochs=2, start=0.2, stop=0.8)
-    assert schedule.steps(total=100, steps_per_epoch=10) == {20, 40, 60, 80}
-    assert bmr.Every(epochs=0.25, start=0, stop=0.1).steps(100, 10) == {2, 5, 8, 10}
+    def steps(schedule, total=100):
+        return {k for k in range(1, total + 1) if schedule.is_due(k, total, steps_per_epoch=10)}
+
+    assert steps(bmr.Every(epochs=2, start=0.2, stop=0.8)) == {20, 40, 60, 80}
+    assert steps(bmr.Every(epochs=0.25, start=0, stop=0.1)) == {2, 5, 8, 10}
     # the target is reached even between two marks
-    assert 75 in bmr.Every(epochs=40, kept=0.1).steps(100, 10)
+    assert 75 in steps(bmr.Every(epochs=40, kept=0.1))
+    # a tenth of the fit
+    assert steps(bmr.Every(stop=0.4), 70) == {7, 14, 21, 28}
 
 
 def test_cubic_schedule():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_bmr.errors import FitError, described, holds
+from pyro_bmr.fitting.convergence import UntilConverged
 from pyro_bmr.fitting.natural_gradient import NaturalGradient
 from pyro_bmr.fitting.optimizers import MakeOptimizer, MakeScheduler
 from pyro_bmr.posteriors.posterior import Posterior
@@ -48,7 +49,7 @@ class Arguments:
 
     program: Program
     guide: Program
-    epochs: int
+    epochs: int | UntilConverged
     batch_size: int
     optimizer: MakeOptimizer | NaturalGradient
     scheduler: MakeScheduler | None
@@ -60,7 +61,8 @@ class Arguments:
     shuffle: bool
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "seed", "skip_faulty"):
+        numbered = () if isinstance(self.epochs, UntilConverged) else ("epochs",)
+        for name in (*numbered, "batch_size", "seed", "skip_faulty"):
             self._whole_number(name)
         size = f"a number of size below {_LARGEST_SEED}"
         self._check("seed", abs(self.seed) < _LARGEST_SEED, size)
@@ -70,7 +72,8 @@ class Arguments:
             natural = name == "optimizer" and isinstance(value, NaturalGradient)
             if not (callable(value) or none or natural):
                 raise FitError(f"{name}: expected {words}, got {described(value)}")
-        self._check("epochs", self.epochs >= 1, "at least 1")
+        if not isinstance(self.epochs, UntilConverged):
+            self._check("epochs", self.epochs >= 1, "at least 1, None or UntilConverged(...)")
         self._check("batch_size", self.batch_size >= 1, "at least 1 row")
         self._check("skip_faulty", self.skip_faulty >= 0, "a number of steps >= 0")
         in_range = holds(lambda x: 0 < x < math.inf, self.temperature)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from pyro_bmr.errors import FitError, warn
 from pyro_bmr.fitting.arguments import Arguments, Program
 from pyro_bmr.fitting.checkpoints import Checkpoints, CheckpointWriter
+from pyro_bmr.fitting.convergence import UntilConverged
 from pyro_bmr.fitting.descent import take_step
 from pyro_bmr.fitting.natural_gradient import NaturalGradient
 from pyro_bmr.fitting.optimizers import adam, cosine
@@ -56,7 +58,10 @@ class Fit:
     set, the likelihood divided by the temperature in elbo), kept (of the reduced sites' entries),
     delta_f (predicted gain in evidence of all that was pruned so far, nats), learning_rate and,
     with a validation split, validation_nll (nats per row, at the posterior's point).
-    `reduction_seconds` are part of `seconds`.
+    `reduction_seconds` are part of `seconds`. `converged`: whether the bound no longer rose by more
+    than its noise; `convergence`: what was looked at. Of a fit with a number of epochs that is the
+    rise from the third to the fourth eighth of its steps, without the gains that its reductions
+    predicted; of others see `UntilConverged`.
     """
 
     posterior: Posterior
@@ -69,6 +74,8 @@ class Fit:
     reduction_seconds: float
     seed: int
     temperature: float
+    converged: bool
+    convergence: str
 
 
 @isolated(autocast=True, steps=True)
@@ -77,7 +84,7 @@ def fit(
     data: Any,
     *,
     guide: Program = MeanField,
-    epochs: int = 20,
+    epochs: int | UntilConverged | None = None,
     batch_size: int = 128,
     optimizer: Callable[[Any], Optimizer] | NaturalGradient | None = None,
     scheduler: Callable[[Optimizer, int], LRScheduler] | None = cosine,
@@ -114,10 +121,13 @@ def fit(
             guide module, such as Pyro's `AutoNormal`, or such a module, which is copied. Train a
             hand-written guide function with `pyro.param` by Pyro's SVI; see
             `Posterior.from_guide`.
+        epochs: how often each row is seen. None (default): the fit finds out itself when it is
+            done, within 16,000 steps; `UntilConverged` says how, and takes another budget. A fit
+            that has not converged warns, with a number of epochs too; see `Fit.converged`.
         optimizer: parameters → torch optimiser, or `natural_gradient()`. Default: Adam at 3e-3,
             fused.
         scheduler: (optimiser, number of steps) → schedule, stepped after each step; None for a
-            constant rate. Default: `cosine`.
+            constant rate. Default: `cosine`. It is made anew for each cycle (`UntilConverged`).
         seed: of everything random. The order of the data is a function of (seed, epoch), and the
             draws are functions of (seed, step).
         temperature: T above; 1 is Bayes, less is "cold": the data count N/T times.
@@ -152,8 +162,9 @@ def fit(
     import pandas as pd
 
     make = adam() if optimizer is None else optimizer
+    length = UntilConverged() if epochs is None else epochs
     given = Arguments(
-        program, guide, epochs, batch_size, make, scheduler, seed, temperature, reduce, start,
+        program, guide, length, batch_size, make, scheduler, seed, temperature, reduce, start,
         skip_faulty, shuffle,
     )  # fmt: skip
     rows = rows_of(given, data, validation, size)
@@ -164,28 +175,36 @@ def fit(
         run = Run(_copy(program), rows, given)
         masks_before = dict(run.masks)
         timetable = Timetable.of(run, given)
-        state = resumed(run, given, writer)
+        state = resumed(run, given, timetable, writer)
         clock -= state.seconds
         with writer.interrupts(), _bar(timetable, state, progress and is_first) as bar:
-            for epoch in range(state.epoch(timetable.per_epoch), epochs + 1):
+            for epoch in count(state.epoch(timetable.per_epoch)):
                 done = state.begin(epoch, timetable.per_epoch)
                 for batch, share in rows.batches(epoch, done):
+                    if state.over:
+                        break
                     _step(run, batch, share, state, writer)
-                    if timetable.pauses(state.step):
+                    if timetable.pauses(state):
                         _pause(run, timetable, reduce, state)
-                    _save(run, timetable, state, writer, clock)
+                    if state.step == state.end:
+                        _turn(run, timetable, state, time.perf_counter() - clock)
+                    _save(run, state, writer, clock)
                     bar.update()
                     give_way()
                 row = _row(run, epoch, state)
                 state.history.append(row)
                 bar.set_postfix({key: f"{row[name]:.4g}" for key, name in _SHOWN.items()})
+                if state.over:
+                    break
         posterior = run.finish()
-    if reduce and is_first:
-        for message in reduce.cautions(masks_before, posterior):
+    if is_first:
+        said = reduce.cautions(masks_before, posterior) if reduce else ()
+        for message in (*said, *filter(None, [timetable.caution(state)])):
             warn(message)
     history, seconds = pd.DataFrame(state.history), time.perf_counter() - clock
     found = run.program, run.guide, run.masks, run.empirical.scales, history
-    return Fit(posterior, *found, seconds, state.reduction_seconds, seed, temperature)
+    times = seconds, state.reduction_seconds
+    return Fit(posterior, *found, *times, seed, temperature, state.converged, state.convergence)
 
 
 def _copy(program: Program) -> Program:
@@ -197,7 +216,7 @@ def _copy(program: Program) -> Program:
 
 def _bar(timetable: Timetable, state: Progress, shown: bool) -> tqdm:
     return tqdm(
-        total=timetable.total, initial=state.step, disable=not shown, unit="step", leave=False
+        total=timetable.most, initial=state.step, disable=not shown, unit="step", leave=False
     )
 
 
@@ -211,7 +230,7 @@ def _step(run: Run, batch: Batch, share: float, state: Progress, writer: Checkpo
         raise FitError(f"{error}{writer.last_good()}") from None
     if run.scheduler:
         run.scheduler.step()
-    state.add(terms)
+    state.add(terms, run.temperature)
 
 
 def _pause(run: Run, timetable: Timetable, reduce: Every | None, state: Progress) -> None:
@@ -221,18 +240,25 @@ def _pause(run: Run, timetable: Timetable, reduce: Every | None, state: Progress
     began = time.perf_counter()
     if state.step >= timetable.warm_up:
         run.update_scales()
-    if reduce and state.step in timetable.due:
-        state.delta_f += run.prune(reduce, state.step / timetable.total)
+    if reduce and timetable.due(state, state.step):
+        state.delta_f += run.prune(reduce, state.done)
     run.agree(state.step)
     state.reduction_seconds += time.perf_counter() - began
 
 
-def _save(
-    run: Run, timetable: Timetable, state: Progress, writer: CheckpointWriter, clock: float
-) -> None:
+def _turn(run: Run, timetable: Timetable, state: Progress, seconds: float) -> None:
+    """The end of a cycle: the next one begins, or the fit is over. All processes go by the clock of
+    the first.
+    """
+    seconds = run.processes.decided_by_first(lambda: ({}, seconds), run.rows.device)[1]
+    if timetable.turn(state, seconds):
+        run.begin_cycle(state.length)
+
+
+def _save(run: Run, state: Progress, writer: CheckpointWriter, clock: float) -> None:
     """Writes a checkpoint if one is due, and stops the fit after Ctrl-C in any process."""
     stopping = run.interrupted if run.processes.size > 1 else writer.interrupted
-    last = state.step == timetable.total or stopping
+    last = state.over or stopping
     if writer.due(state.step, last) and run.is_finite():
         state.seconds = time.perf_counter() - clock
         writer.save(state.step, {"run": snapshot(run), "progress": vars(state)})

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_bmr.fitting.arguments import Arguments, Program
 from pyro_bmr.fitting.autograd_step import AutogradStep
@@ -87,8 +88,17 @@ class Run:
             self.step.prune(self.masks)
         count = rows.size / given.temperature
         self.optimizer = optimizer_of(given.optimizer, self.step, count, fresh)
-        steps = given.epochs * len(rows.sizes)
-        self.scheduler = given.scheduler(self.optimizer, steps) if given.scheduler else None
+        self._make_scheduler = given.scheduler
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scheduler: LRScheduler | None = None
+
+    def begin_cycle(self, steps: int) -> None:
+        """Begins the schedule of the learning rate, over `steps` steps, at the full rate."""
+        if self._make_scheduler is None:
+            return
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = group["initial_lr"] = rate
+        self.scheduler = self._make_scheduler(self.optimizer, steps)
 
     def _step(self) -> Step:
         """The step of the guide: the fast one for a `MeanField` whose noise is drawn once for all

@@ -21,6 +21,7 @@ from pyro_bmr.fitting.checkpoints import CheckpointWriter
 from pyro_bmr.fitting.progress import Progress
 from pyro_bmr.fitting.run import Run, tensors_of
 from pyro_bmr.fitting.settings import description, differences, in_short, refuse_hidden_state
+from pyro_bmr.fitting.timetable import Timetable
 from pyro_bmr.isolation import generator_of, seed_generator
 from pyro_bmr.networks.modes import set_training
 from pyro_bmr.tracing import Values, likelihood_of
@@ -47,7 +48,7 @@ def snapshot(run: Run) -> dict[str, Any]:
     }
 
 
-def resumed(run: Run, given: Arguments, writer: CheckpointWriter) -> Progress:
+def resumed(run: Run, given: Arguments, timetable: Timetable, writer: CheckpointWriter) -> Progress:
     """Where the fit stands: at its start, or at the newest checkpoint of the same fit, restored
     into `run`. All processes must have the same arguments, and find the same checkpoint.
 
@@ -55,16 +56,20 @@ def resumed(run: Run, given: Arguments, writer: CheckpointWriter) -> Progress:
         FitError: they do not, or the checkpoint is of another fit.
     """
     processes, device = run.processes, run.rows.device
+    progress = Progress()
+    timetable.begin(progress)
+    run.begin_cycle(progress.length)
     if writer.rule is None and processes.size == 1:
-        return Progress()
+        return progress
     settings = fit_settings(run, given)
     to_agree = {key: value for key, value in settings.items() if key != "environment"}
     processes.check_arguments(to_agree, differences, device)
-    saved, progress = writer.latest(settings), Progress()
+    saved = writer.latest(settings)
     if saved is not None:
         with writer.restoring():
-            _restore(run, saved["run"])
             progress = Progress(**saved["progress"])
+            run.begin_cycle(progress.length)
+            _restore(run, saved["run"])
     processes.check_equal(
         {"step": torch.tensor([progress.step])},
         device,

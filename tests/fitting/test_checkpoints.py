@@ -280,7 +280,7 @@ def test_of_damaged_checkpoints_alone_the_fit_begins_anew(halfway):
         flip(path, -1)
     with pytest.warns(UserWarning, match="begins anew") as noted:
         assert same(whole, call(checkpoint=folder))
-    assert len(noted) == 2
+    assert sum("not converged" not in str(one.message) for one in noted) == 2
 
 
 def other(**changes):

@@ -1,0 +1,178 @@
+"""Fits that find out themselves when they are done, and what every fit says of its convergence."""
+
+import math
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_bmr as bmr
+from pyro_bmr.errors import FitError
+from pyro_bmr.fitting.convergence import MOST_BLOCKS, Rise, rise_at_full_rate, stretch
+from pyro_bmr.fitting.progress import Progress
+
+SHORT = bmr.UntilConverged(steps=1_600, first=50)
+
+
+def regression(rows, columns=4, seed=0, noise=0.4):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    weights = torch.linspace(-1.5, 2.0, columns, dtype=torch.float64)
+    y = x @ weights + noise * torch.randn(rows, generator=generator, dtype=torch.float64)
+
+    def program(x, y=None):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(columns), 3.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, noise), obs=y)
+
+    precision = x.T @ x / noise**2 + torch.eye(columns, dtype=torch.float64) / 9
+    mean = torch.linalg.solve(precision, x.T @ y / noise**2)
+    return program, (x, y), mean, precision.diagonal().rsqrt()
+
+
+fit = partial(bmr.fit, optimizer=bmr.adam(5e-2), progress=False)
+
+
+def test_a_fit_ends_at_the_exact_posterior_by_itself():
+    program, data, mean, sd = regression(60)
+    found = fit(program, data, epochs=SHORT)
+    site = found.posterior["w"]
+    assert found.converged and "in the last cycle" in found.convergence
+    # cycles of 50, 100, 200, ... steps
+    assert found.history["step"].iloc[-1] in {350, 750, 1550}
+    assert torch.allclose(site.mean, mean, atol=0.3 * float(sd.max()))
+    assert torch.allclose(site.var.sqrt(), sd, rtol=0.1)
+    # each cycle ends at a rate of nearly 0 and the next begins at the full one
+    rates = found.history["learning_rate"]
+    assert rates[48] < 1e-3 and rates[50] > 0.049
+
+
+def test_a_budget_of_steps_is_kept_and_the_fit_warns():
+    program, data, *_ = regression(60)
+    with pytest.warns(bmr.PyroBMRWarning, match=r"has not converged.*UntilConverged\(steps=500\)"):
+        found = fit(
+            program, data, epochs=bmr.UntilConverged(250, first=60), optimizer=bmr.adam(1e-3)
+        )
+    assert not found.converged
+    assert found.history["step"].iloc[-1] == 180  # 60 + 120; 70 are left, fewer than 120
+
+
+def test_a_budget_may_end_within_an_epoch():
+    program, data, *_ = regression(60)
+    found = fit(program, data, epochs=bmr.UntilConverged(7, first=7), batch_size=20)
+    assert found.history[["epoch", "step"]].values.tolist() == [[1, 3], [2, 6], [3, 7]]
+    assert not found.converged and found.convergence == "the fit is too short to tell"
+
+
+def test_a_budget_of_seconds():
+    program, data, *_ = regression(60)
+    until = bmr.UntilConverged(10_000, seconds=1e-3, first=50, tolerance=0)
+    assert fit(program, data, epochs=until).history["step"].iloc[-1] == 50
+
+
+def test_reductions_take_their_places_in_the_last_cycle():
+    program, data, *_ = regression(60, columns=6)
+    every = bmr.Every(kept=1 / 3, start=0.2, stop=0.6)
+    found = fit(program, data, epochs=SHORT, reduce=every)
+    history, kept = found.history, found.history["kept"]
+    first = int(history["step"][kept < 1].iloc[0])
+    dense = max(n for n in (150, 350, 750) if first > n)
+    length = (dense + 50) // 2
+    assert history["step"].iloc[-1] == dense + length
+    assert dense + 0.2 * length <= first <= dense + 0.6 * length
+    assert kept.iloc[-1] == pytest.approx(1 / 3)
+    assert kept[history["step"] == dense + round(0.6 * length)].item() == kept.iloc[-1]
+
+
+def test_it_continues_to_the_bit(tmp_path):
+    program, data, *_ = regression(60)
+    call = partial(fit, program, data, epochs=SHORT)
+    whole = call()
+
+    class Stop(Exception):
+        pass
+
+    steps = 0
+
+    def stops(x, y=None):
+        nonlocal steps
+        steps += y is not None
+        if steps == 220:  # in the third cycle
+            raise Stop
+        return program(x, y)
+
+    stops.__module__, stops.__qualname__ = program.__module__, program.__qualname__
+    with pytest.raises(Stop):
+        fit(stops, data, epochs=SHORT, checkpoint=bmr.Checkpoints(tmp_path, every_steps=70))
+    steps = 10_000
+    again = fit(stops, data, epochs=SHORT, checkpoint=bmr.Checkpoints(tmp_path, every_steps=70))
+    assert torch.equal(again.posterior["w"].mean, whole.posterior["w"].mean)
+    assert torch.equal(again.posterior["w"].var, whole.posterior["w"].var)
+    columns = ["step", "elbo", "learning_rate"]
+    assert again.history[columns].equals(whole.history[columns])
+    assert again.convergence == whole.convergence
+
+
+def test_a_stretch_has_the_error_of_its_mean():
+    # differences 2, −1, 4: s² = (4 + 1 + 16)/(2·3) = 3.5, over four blocks
+    assert stretch([1.0, 3.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(3.5 / 4)))
+    # a trend is no noise: 100 blocks that rise by 1 have s² = ½, whereas they spread by 29
+    assert stretch([float(k) for k in range(100)])[1] == pytest.approx(math.sqrt(0.5 / 100))
+
+
+def test_the_rise_of_one_cycle_is_that_before_its_middle():
+    blocks = [float(min(k, 40)) + (k % 2) * 0.1 for k in range(128)]
+    rise = rise_at_full_rate(blocks, allowed=0.5)
+    assert rise is not None  # blocks 32 … 47 and 48 … 63: up to 40, and at it
+    assert rise.nats == pytest.approx(40 - (sum(range(32, 41)) + 7 * 40) / 16)
+    assert not rise.is_over and not Rise(0.6, 0.2, 0.5).is_over and Rise(0.6, 0.31, 0.5).is_over
+    assert not Rise(0.6, 2.6, 0.5).is_over  # noise hides it
+    assert rise_at_full_rate(blocks[:31], 0.5) is None
+
+
+def test_blocks_are_joined_as_they_get_many():
+    progress = Progress(length=5 * MOST_BLOCKS)
+    for k in range(2 * MOST_BLOCKS):
+        progress.add((3.0 * k, 1.0), temperature=0.5)
+    assert progress.block == 4 and len(progress.blocks) == MOST_BLOCKS // 2
+    # the bound 3k/T − 1 over steps 4 … 7
+    assert progress.blocks[1] == pytest.approx(6 * 5.5 - 1)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"steps": 0}, "steps=0.*whole number of steps >= 1"),
+        ({"first": 2.5}, "first=2.5"),
+        ({"seconds": 0}, "seconds=0.*finite number > 0, or None"),
+        ({"tolerance": math.nan}, "tolerance=nan"),
+    ],
+)
+def test_a_budget_out_of_range(wrong, message):
+    with pytest.raises(FitError, match=message):
+        bmr.UntilConverged(**wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prior", ["gaussian", "horseshoe"])
+def test_short_fits_are_told_from_long_ones(prior):
+    """Twenty fits of each kind, of networks and of regressions."""
+    from pyro_bmr.priors.names import prior_from_name
+
+    short, long = 0, 0
+    for seed in range(10):
+        program, data, *_ = regression(150, columns=5, seed=seed)
+        x, y = data[0].float(), data[1].float()
+        torch.manual_seed(seed)
+        model = bmr.BayesianNetwork(
+            torch.nn.Linear(5, 1), prior=prior_from_name(prior), likelihood=bmr.Normal()
+        )
+        call = partial(bmr.fit, model, (x, y), seed=seed, progress=False)
+        short += not call(epochs=40).converged
+        long += call(epochs=2_000, optimizer=bmr.adam(2e-2)).converged
+        call = partial(bmr.fit, program, data, seed=seed, progress=False)
+        short += not call(epochs=30).converged
+        long += call(epochs=1_000, optimizer=bmr.adam(2e-2)).converged
+    assert short >= 19 and long >= 19
