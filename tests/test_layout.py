@@ -144,6 +144,14 @@ def public(folder):
     return getattr(module, "__all__", [x.__name__ for x in classes])
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_file_hides_a_public_name(folder):
+    """A file of that name takes its place in the package once it is imported."""
+    module = importlib.import_module(f"pyro_bmr.{folder}")
+    hidden = [name for name in public(folder) if inspect.ismodule(getattr(module, name))]
+    assert not hidden
+
+
 # beside those at the top: "formulas.Dense" and the like
 PUBLIC = {f"{folder}.{name}" for folder in (*FOLDERS, "errors") for name in public(folder)}
 

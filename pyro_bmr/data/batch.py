@@ -1,7 +1,7 @@
 """x and y in a batch as users have it: a pair, a longer tuple, or a dict with its targets.
 
 Owns `pair_in`, `first_rows`, `rows_at`, and `BatchChecks`, which holds each batch against the
-first. Next: `sources.py`.
+first. Next: `row_sources.py`.
 """
 
 from __future__ import annotations

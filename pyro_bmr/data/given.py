@@ -18,7 +18,7 @@ from pyro_bmr.data.batch import BatchChecks, pair_in
 from pyro_bmr.data.inputs import of_each, parts_of
 from pyro_bmr.data.loaders import of_loader
 from pyro_bmr.data.mapped_rows import mapped_rows
-from pyro_bmr.data.sources import Held, Indexed, Source, Stream, chunks
+from pyro_bmr.data.row_sources import Held, Indexed, Source, Stream, chunks
 from pyro_bmr.data.tables import tensors_of
 from pyro_bmr.errors import DataError, described
 

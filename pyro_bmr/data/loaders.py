@@ -18,7 +18,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from pyro_bmr.data.sources import Held, Order, Source, Stream
+from pyro_bmr.data.row_sources import Held, Order, Source, Stream
 from pyro_bmr.errors import DataError
 
 

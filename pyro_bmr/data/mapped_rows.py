@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_bmr.data.inputs import parts_of
-from pyro_bmr.data.sources import Indexed
+from pyro_bmr.data.row_sources import Indexed
 from pyro_bmr.data.tables import of_array
 from pyro_bmr.errors import DataError
 

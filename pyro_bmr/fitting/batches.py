@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyro_bmr.checks import check_rows, check_tensor
 from pyro_bmr.data.batch import Batch, BatchChecks, first_rows
 from pyro_bmr.data.inputs import of_each, parts_of
-from pyro_bmr.data.sources import Held, Source, Stream, chunks
+from pyro_bmr.data.row_sources import Held, Source, Stream, chunks
 from pyro_bmr.errors import DataError, FitError
 from pyro_bmr.fitting.arguments import Program
 from pyro_bmr.fitting.checkpoint_file import digest

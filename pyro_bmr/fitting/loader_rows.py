@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_bmr.data.batch import Batch, first_rows, rows_at
 from pyro_bmr.data.inputs import of_each, parts_of, rows_in
-from pyro_bmr.data.sources import Stream
+from pyro_bmr.data.row_sources import Stream
 from pyro_bmr.errors import DataError, FitError, warn
 from pyro_bmr.fitting.batches import Batches, HeldOut, digest_of
 from pyro_bmr.fitting.processes import Processes

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_bmr.data.batch import Batch, BatchChecks, rows_at
 from pyro_bmr.data.given import source_of
 from pyro_bmr.data.inputs import Inputs, of_each, rows_in
-from pyro_bmr.data.sources import Held, Source, Stream, chunks
+from pyro_bmr.data.row_sources import Held, Source, Stream, chunks
 from pyro_bmr.errors import FitError, described
 from pyro_bmr.fitting.elbo import masked_terms
 from pyro_bmr.fitting.fit import Fit, fit

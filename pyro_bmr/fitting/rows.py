@@ -16,7 +16,7 @@ from pyro_bmr.data.batch import Batch, first_rows, rows_at
 from pyro_bmr.data.data_set import split_rows
 from pyro_bmr.data.given import source_of
 from pyro_bmr.data.inputs import of_each, parts_of, rows_in
-from pyro_bmr.data.sources import Held, Indexed, Order, Stream
+from pyro_bmr.data.row_sources import Held, Indexed, Order, Stream
 from pyro_bmr.errors import DataError, FitError
 from pyro_bmr.fitting.arguments import BATCH_SIZE, Arguments
 from pyro_bmr.fitting.batches import Batches, HeldOut, check_held, placed

@@ -18,7 +18,7 @@ from pyro_bmr.checks import check_labels
 from pyro_bmr.data.batch import BatchChecks
 from pyro_bmr.data.given import source_of
 from pyro_bmr.data.inputs import Inputs
-from pyro_bmr.data.sources import Stream, chunks
+from pyro_bmr.data.row_sources import Stream, chunks
 from pyro_bmr.errors import DataError, PyroBMRWarning, described
 from pyro_bmr.formulas.line_search import line_maximum
 from pyro_bmr.isolation import isolated

@@ -20,7 +20,7 @@ from pyro_bmr.data.batch import BatchChecks
 from pyro_bmr.data.given import source_of
 from pyro_bmr.data.inputs import Inputs, of_each, parts_of, pieces, rows_in
 from pyro_bmr.data.loaders import in_order
-from pyro_bmr.data.sources import chunks
+from pyro_bmr.data.row_sources import chunks
 from pyro_bmr.errors import ModelError
 from pyro_bmr.isolation import isolated, plain, seed_generators
 from pyro_bmr.memory import check_memory

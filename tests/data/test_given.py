@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Ten
 
 from pyro_bmr.data.batch import pair_in
 from pyro_bmr.data.given import example_of, source_of
-from pyro_bmr.data.sources import Held, Indexed, Stream
+from pyro_bmr.data.row_sources import Held, Indexed, Stream
 from pyro_bmr.data.tables import tensors_of
 from pyro_bmr.errors import DataError
 from pyro_bmr.shrinking import shrink

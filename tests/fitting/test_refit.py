@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pyro_bmr as bmr
-from pyro_bmr.data.sources import Stream
+from pyro_bmr.data.row_sources import Stream
 from pyro_bmr.fitting.refit import _bound, evidence_bound, predicted_delta_f
 from tests.exact import LinearGaussian
 
