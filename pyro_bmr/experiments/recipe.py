@@ -6,6 +6,7 @@ Owns `Settings`, `Fitted` and `fit_by_route`, and guides and optimisers by name.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from pyro_bmr.checks import is_whole
 from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import ModelError, holds
 from pyro_bmr.experiments.models import Build
+from pyro_bmr.fitting.convergence import NOT_CONVERGED
 from pyro_bmr.fitting.fit import Fit, fit
 from pyro_bmr.fitting.natural_gradient import natural_gradient
 from pyro_bmr.fitting.optimizers import adam
@@ -241,18 +243,20 @@ def _fitted(
     make = optimizer_named(settings.optimizer, settings.learning_rate)[0]
     if route == "map" and settings.optimizer != "adam":
         make = adam
-    return fit(
-        program,
-        rows,
-        guide=Point if route == "map" else guide,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        optimizer=make(),
-        seed=seed,
-        temperature=settings.temperature,
-        reduce=schedule,
-        progress=progress,
-    )
+    with warnings.catch_warnings():  # the column `converged` has it
+        warnings.filterwarnings("ignore", NOT_CONVERGED)
+        return fit(
+            program,
+            rows,
+            guide=Point if route == "map" else guide,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            optimizer=make(),
+            seed=seed,
+            temperature=settings.temperature,
+            reduce=schedule,
+            progress=progress,
+        )
 
 
 def _reduction_after(

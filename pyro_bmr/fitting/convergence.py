@@ -14,6 +14,7 @@ from itertools import pairwise
 from pyro_bmr.checks import check_arguments, is_whole
 from pyro_bmr.errors import FitError, holds
 
+NOT_CONVERGED = "the fit has not converged"  # how the warning begins
 # A bound is judged by the means of this many stretches of blocks, or not at all.
 _FEWEST = 4
 # Errors of this many allowed rises hide a rise that matters.

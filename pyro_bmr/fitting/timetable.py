@@ -11,7 +11,13 @@ from dataclasses import dataclass
 
 from pyro_bmr.errors import FitError, described
 from pyro_bmr.fitting.arguments import Arguments
-from pyro_bmr.fitting.convergence import Rise, UntilConverged, last_stretch, rise_at_full_rate
+from pyro_bmr.fitting.convergence import (
+    NOT_CONVERGED,
+    Rise,
+    UntilConverged,
+    last_stretch,
+    rise_at_full_rate,
+)
 from pyro_bmr.fitting.progress import Progress
 from pyro_bmr.fitting.run import Run
 from pyro_bmr.pruning import Every
@@ -156,4 +162,4 @@ class Timetable:
             else f"raise the budget, as in epochs=UntilConverged(steps={2 * self.until.steps}), or"
             " raise the learning rate"
         )
-        return f"the fit has not converged: {progress.convergence}; {mend}"
+        return f"{NOT_CONVERGED}: {progress.convergence}; {mend}"

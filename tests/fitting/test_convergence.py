@@ -42,8 +42,10 @@ def test_a_fit_ends_at_the_exact_posterior_by_itself():
     assert found.converged and "in the last cycle" in found.convergence
     # cycles of 50, 100, 200, ... steps
     assert found.history["step"].iloc[-1] in {350, 750, 1550}
-    assert torch.allclose(site.mean, mean, atol=0.3 * float(sd.max()))
-    assert torch.allclose(site.var.sqrt(), sd, rtol=0.1)
+    # KL to the best Gaussian of independent entries, nats: no more than counts as none
+    ratio = site.var / sd**2
+    kl = 0.5 * (ratio - 1 - ratio.log() + (site.mean - mean).square() / sd**2).sum()
+    assert kl < SHORT.tolerance * 60
     # each cycle ends at a rate of nearly 0 and the next begins at the full one
     rates = found.history["learning_rate"]
     assert rates[48] < 1e-3 and rates[50] > 0.049
