@@ -254,7 +254,10 @@ def _export() -> Options:
 
 
 def _select() -> Options:
-    families = "normal, poisson, bernoulli, categorical; by default normal for a target of numbers"
+    families = (
+        "normal, poisson, negative-binomial, bernoulli, categorical; by default normal for a target"
+        " of numbers"
+    )
     return {
         "file": {
             "metavar": "FILE.csv",

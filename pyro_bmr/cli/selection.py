@@ -23,7 +23,7 @@ from pyro_bmr.files import make_folder, reading, write_atomically
 if TYPE_CHECKING:
     import pandas as pd
 
-FAMILIES = ("normal", "poisson", "bernoulli", "categorical")
+FAMILIES = ("normal", "poisson", "negative-binomial", "bernoulli", "categorical")
 _FEW = 10  # different whole numbers: classes if the family says so, numbers otherwise
 
 

@@ -1,7 +1,7 @@
 r"""The families of a generalised linear model: log likelihood, its derivatives, and the mean.
 
-Owns `Family` and its kinds: `Bernoulli`, `Categorical`, `Poisson`. Each row has η of
-shape (predictors,). Imports numpy and scipy only. Next: `generalised_subsets.py`.
+Owns `Family` and its kinds: `Bernoulli`, `Categorical`, `Poisson`, `NegativeBinomial`. Each row has
+η of shape (predictors,). Imports numpy and scipy only. Next: `generalised_subsets.py`.
 """
 
 from __future__ import annotations
@@ -93,6 +93,47 @@ class Poisson:
     def mean(self, eta: Array) -> Array:
         """μ = e^η."""
         return np.exp(np.minimum(eta[..., 0], _LARGEST))
+
+
+@dataclass(frozen=True)
+class NegativeBinomial:
+    """Counts y with log mean η and variance μ + μ²/r for the `concentration` r."""
+
+    concentration: float
+    predictors: int = 1
+
+    def start(self, y: Array) -> Array:
+        """The log of the mean count."""
+        return Poisson().start(y)
+
+    def log_likelihood(self, eta: Array, y: Array) -> Array:
+        """Σ y η − (y + r) log(r + e^η) + r log r + log Γ(y + r) − log Γ(r) − log y!."""
+        from scipy.special import gammaln
+
+        eta, r = np.minimum(eta[..., 0], _LARGEST), self.concentration
+        normaliser = gammaln(y + r) - gammaln(r) - gammaln(y + 1) + r * np.log(r)
+        return (y * eta - (y + r) * np.log(r + np.exp(eta)) + normaliser).sum(-1)
+
+    def derivatives(self, eta: Array, y: Array) -> tuple[Array, Array]:
+        """Gradient r(y − μ)/(r + μ), curvature rμ(r + y)/(r + μ)²."""
+        mu, r = self.mean(eta), self.concentration
+        gradient, curvature = r * (y - mu) / (r + mu), r * mu * (r + y) / (r + mu) ** 2
+        return gradient[..., None], curvature[..., None, None]
+
+    def mean(self, eta: Array) -> Array:
+        """μ = e^η."""
+        return Poisson().mean(eta)
+
+    def best(self, eta: Array, y: Array) -> NegativeBinomial:
+        """With the concentration, between 0.01 and 10⁴, that is most likely at η."""
+        from scipy.optimize import minimize_scalar
+
+        def loss(log_r: float) -> float:
+            family = NegativeBinomial(float(np.exp(log_r)))
+            return -float(family.log_likelihood(eta, y))
+
+        bounds = (np.log(1e-2), np.log(1e4))
+        return NegativeBinomial(float(np.exp(minimize_scalar(loss, bounds=bounds).x)))
 
 
 @dataclass(frozen=True)

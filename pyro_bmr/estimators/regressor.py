@@ -10,13 +10,15 @@ import numpy as np
 from sklearn.base import RegressorMixin
 from sklearn.utils.validation import check_array, check_consistent_length, column_or_1d
 
-from pyro_bmr.errors import holds
+from pyro_bmr.errors import holds, warn
 from pyro_bmr.estimators.columns import TableError, refused
-from pyro_bmr.estimators.families import Poisson
+from pyro_bmr.estimators.families import Family, NegativeBinomial, Poisson
 from pyro_bmr.estimators.subset_evidence import Array
 from pyro_bmr.estimators.table_model import TableModel
 
-FAMILIES = ("normal", "poisson")
+FAMILIES = ("normal", "poisson", "negative-binomial")
+_LARGEST = 30.0  # η
+_DISPERSED = 1.5  # times the variance of Poisson counts
 
 
 class SparseRegressor(RegressorMixin, TableModel):
@@ -27,7 +29,8 @@ class SparseRegressor(RegressorMixin, TableModel):
     penalty. Constant columns are left out with a warning.
 
     Args:
-        family: "normal", noise inferred, or "poisson", counts with a log link.
+        family: "normal", noise inferred; "poisson", counts with a log link; "negative-binomial",
+            counts that vary more, whose concentration is the most likely one (`concentration_`).
         prior: "spike-and-slab": averages over subsets of the columns, each weighed by its evidence,
             exact for "normal" and by Laplace's method otherwise. "gaussian": all columns, and what
             `greedy_search` leaves of them. "horseshoe": Gibbs sampling, for "normal".
@@ -77,16 +80,22 @@ class SparseRegressor(RegressorMixin, TableModel):
         )
         table = self._table(X, reset=True)
         check_consistent_length(X, y)
-        counts = self.family == "poisson"
+        counts = self.family != "normal"
         if counts and not bool(((y >= 0) & (y == np.floor(y))).all()):
-            raise TableError("y: expected counts 0, 1, 2, … for family='poisson', got others")
+            rule = f"counts 0, 1, 2, … for family={self.family!r}"
+            raise TableError(f"y: expected {rule}, got other numbers; take family='normal'")
         center, scale = (0.0, 1.0) if counts else (y.mean(), y.std() or 1.0)
-        found = self._fit_table(table, (y - center) / scale, Poisson() if counts else None)
+        families: dict[str, Family | None] = {
+            "normal": None, "poisson": Poisson(), "negative-binomial": NegativeBinomial(1.0)
+        }  # fmt: skip
+        found = self._fit_table(table, (y - center) / scale, families[self.family])
         mean, coefficients, mean_draws, coefficient_draws = self._store(found, 1)
         self.coef_, self.coef_draws_ = scale * coefficients[0], scale * coefficient_draws[:, 0]
         self.intercept_ = float(center + scale * mean[0])
         self.intercept_draws_ = center + scale * mean_draws[:, 0]
         self.noise_draws_ = scale**2 * self.noise_draws_
+        if self.family == "poisson":
+            self._warn_of_dispersion(table, y)
         return self
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
@@ -97,12 +106,13 @@ class SparseRegressor(RegressorMixin, TableModel):
         if self.family == "normal" and not return_std:
             return encoded @ self.coef_ + self.intercept_
         eta = self._draws_of_eta(encoded)
-        rate = np.exp(np.minimum(eta, 30.0)) if self.family == "poisson" else eta
-        mean = rate.mean(0) if self.family == "poisson" else encoded @ self.coef_ + self.intercept_
-        if not return_std:
-            return mean
-        noise = rate.mean(0) if self.family == "poisson" else self.noise_draws_.mean()
-        return mean, np.sqrt(rate.var(0) + noise)
+        if self.family == "normal":
+            mean, noise = encoded @ self.coef_ + self.intercept_, self.noise_draws_.mean()
+            return mean, np.sqrt(eta.var(0) + noise)
+        rate = np.exp(np.minimum(eta, _LARGEST))
+        mean = rate.mean(0)
+        noise = (rate + rate**2 / self.concentration_).mean(0)
+        return (mean, np.sqrt(rate.var(0) + noise)) if return_std else mean
 
     def predict_interval(self, X: Any, level: float = 0.9) -> Array:
         """The central interval of a new observation, (rows, 2), by one draw of it for each draw
@@ -110,26 +120,48 @@ class SparseRegressor(RegressorMixin, TableModel):
         """
         if not holds(lambda x: 0 < x < 1, level):
             raise refused("level", "a number between 0 and 1", level)
-        eta = self._draws_of_eta(self._encoded(X))
-        rng = np.random.default_rng(self.random_state)
-        if self.family == "poisson":
-            new = rng.poisson(np.exp(np.minimum(eta, 30.0))).astype(np.float64)
-        else:
-            new = eta + np.sqrt(self.noise_draws_)[:, None] * rng.standard_normal(eta.shape)
+        new = self._new(self._draws_of_eta(self._encoded(X)))
         return np.quantile(new, [(1 - level) / 2, (1 + level) / 2], axis=0).T
+
+    def _new(self, eta: Array) -> Array:
+        """An observation for each draw and row."""
+        rng = np.random.default_rng(self.random_state)
+        if self.family == "normal":
+            return eta + np.sqrt(self.noise_draws_)[:, None] * rng.standard_normal(eta.shape)
+        rate = np.exp(np.minimum(eta, _LARGEST))
+        if np.isfinite(r := self.concentration_):
+            rate = rng.gamma(r, rate / r)
+        return rng.poisson(rate).astype(np.float64)
 
     def _pointwise(self, X: Any, y: Any) -> tuple[Array, Array, Array]:
         """Log likelihood and a new observation, (draws, rows), for each draw and row; y."""
         eta, y = self._draws_of_eta(self._encoded(X)), np.asarray(y, dtype=np.float64)
         check_consistent_length(X, y)
-        rng = np.random.default_rng(self.random_state)
-        if self.family == "poisson":
-            eta = np.minimum(eta, 30.0)
-            each = Poisson().log_likelihood(eta[..., None, None], y[:, None])
-            return each, rng.poisson(np.exp(eta)).astype(np.float64), y
-        var = self.noise_draws_[:, None]
-        each = -0.5 * ((y - eta) ** 2 / var + np.log(2 * np.pi * var))
-        return each, eta + np.sqrt(var) * rng.standard_normal(eta.shape), y
+        if self.family == "normal":
+            var = self.noise_draws_[:, None]
+            each = -0.5 * ((y - eta) ** 2 / var + np.log(2 * np.pi * var))
+        else:
+            r = self.concentration_
+            family: Family = NegativeBinomial(r) if np.isfinite(r) else Poisson()
+            each = family.log_likelihood(eta[..., None, None], y[:, None])
+        return each, self._new(eta), y
+
+    @property
+    def concentration_(self) -> float:
+        """r of the negative binomial's variance μ + μ²/r; infinite for Poisson counts."""
+        return float(getattr(self._family, "concentration", np.inf))
+
+    def _warn_of_dispersion(self, table: Any, y: Array) -> None:
+        """Warns if the counts vary more than Poisson counts: their intervals would be too narrow,
+        and noise would be taken for effects.
+        """
+        rate = self.predict(table)
+        ratio = float(((y - rate) ** 2 / np.maximum(rate, 1e-9)).sum()) / len(y)
+        if ratio > _DISPERSED + 4 * np.sqrt(2 / len(y)):
+            warn(
+                f"family='poisson': the counts vary {ratio:.1f} times as much as their means allow;"
+                " take family='negative-binomial'"
+            )
 
     def _draws_of_eta(self, encoded: Array) -> Array:
         return self.coef_draws_ @ encoded.T + self.intercept_draws_[:, None]

@@ -147,6 +147,7 @@ class TableModel(BaseEstimator):
             if family is None
             else generalised_model(family, x, y, groups)
         )
+        self._family = family if isinstance(of, Regression) else of.family
         usual = _STEPS[self.prior][family is not None]
         options = Options(usual if self.steps is None else self.steps, self.draws)
         if self.prior == "horseshoe" and isinstance(of, Regression) and groups:

@@ -8,7 +8,7 @@ from scipy import integrate, stats
 
 from pyro_bmr.estimators.columns import contrasts
 from pyro_bmr.estimators.engines import delta_f
-from pyro_bmr.estimators.families import Bernoulli, Categorical, Poisson
+from pyro_bmr.estimators.families import Bernoulli, Categorical, NegativeBinomial, Poisson
 from pyro_bmr.estimators.generalised_subsets import GeneralisedLinear
 from pyro_bmr.estimators.horseshoe_chain import _coefficients
 from pyro_bmr.estimators.subset_chain import greedy_start, log_size_prior, subset_chain
@@ -116,7 +116,9 @@ def test_a_walk_has_the_inclusions_of_the_enumeration():
     assert here[found.tobytes()] > max(around)
 
 
-@pytest.mark.parametrize("family", [Bernoulli(), Poisson(), Categorical(contrasts(3))])
+@pytest.mark.parametrize(
+    "family", [Bernoulli(), Poisson(), NegativeBinomial(1.7), Categorical(contrasts(3))]
+)
 def test_derivatives_of_a_family(family):
     rng = np.random.default_rng(1)
     y = rng.integers(0, 2, 4).astype(float) if isinstance(family, Bernoulli) else np.array(
@@ -132,6 +134,15 @@ def test_derivatives_of_a_family(family):
         assert gradient[2, k] == pytest.approx((up - down) / (2 * step), abs=1e-7)
         slopes = [family.derivatives(eta + sign * moved, y)[0][2] for sign in (1, -1)]
         np.testing.assert_allclose(curvature[2, k], (slopes[1] - slopes[0]) / (2 * step), atol=1e-7)
+
+
+def test_likelihoods_of_counts():
+    eta, y = np.array([[0.3], [1.4]]), np.array([2.0, 5.0])
+    mu, r = np.exp(eta[:, 0]), 1.7
+    exact = stats.nbinom.logpmf(y, r, r / (r + mu)).sum()
+    assert NegativeBinomial(r).log_likelihood(eta, y) == pytest.approx(exact, abs=1e-12)
+    exact = stats.poisson.logpmf(y, mu).sum()
+    assert Poisson().log_likelihood(eta, y) == pytest.approx(exact, abs=1e-12)
 
 
 def counts():

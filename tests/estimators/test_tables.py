@@ -176,6 +176,22 @@ def test_counts():
     assert ((low <= y) & (y <= high)).mean() > 0.85
 
 
+def test_counts_that_vary_more():
+    frame, _ = table(300, 6)
+    rng = np.random.default_rng(7)
+    rate = np.exp(1.5 + 0.08 * (frame["age"] - 50)).to_numpy()
+    y = rng.poisson(rate * rng.gamma(2.0, 0.5, 300))
+    with pytest.warns(bmr.PyroBMRWarning, match=r"counts vary \d+\.\d times"):
+        small(family="poisson").fit(frame, y)
+    model = small(family="negative-binomial").fit(frame, y)
+    assert model.concentration_ == pytest.approx(2.0, rel=0.35)
+    mean, sd = model.predict(frame, return_std=True)
+    assert sd.mean() == pytest.approx(np.sqrt(rate + rate**2 / 2).mean(), rel=0.2)
+    low, high = model.predict_interval(frame).T
+    assert 0.87 < ((low <= y) & (y <= high)).mean() < 0.98 and mean.mean() > 0
+    assert list(np.array(model.coefficient_names_)[model.kept_]) == ["age"]
+
+
 @pytest.mark.slow
 def test_pictures():
     frame, y = table()
