@@ -7,6 +7,7 @@ Owns `Rows`, for rows that can be read by their numbers, `rows_of` and `batch_si
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -163,8 +164,8 @@ def rows_of(
         source = Held(*placed(given.program, (source.x, source.y)))
     elif source.size < 1:
         raise DataError(f"data: {source.about}: expected at least one row, got none")
-    if isinstance(validation, (float, int)):
-        train, held = split_rows(_size_of(source), validation, given.seed, order.shuffle)
+    if isinstance(validation, Real):
+        train, held = split_rows(_size_of(source), float(validation), given.seed, order.shuffle)
         return _split(given, source, order, reader, train, held)
     return Rows(source, order, reader, _held_out(given, validation, source))
 
@@ -230,7 +231,7 @@ def _held_out(given: Arguments, validation: Any, source: Held | Indexed | None) 
     """
     if validation is None:
         return None
-    if source is None and isinstance(validation, (int, float)):
+    if source is None and isinstance(validation, Real):
         raise FitError(
             f"validation={validation}: a fraction of a loader cannot be held out; give a pair"
             " (x, y), a Dataset or a loader of other rows"

@@ -77,7 +77,8 @@ def test_the_same_rows_in_another_form_give_the_same_bits(case, of_tensors, tmp_
 def test_rows_in_order_and_held_out_give_the_same_bits():
     settings = {"batch_size": 32, "validation": 0.25, "shuffle": False, "epochs": 1}
     whole = fit(classifier(), (X, Y), **settings)
-    assert same(whole, fit(classifier(), Own(), **settings))
+    fraction = np.float32(settings.pop("validation"))
+    assert same(whole, fit(classifier(), Own(), validation=fraction, **settings))
     held = loaded(Own(X[75:], Y[75:]), batch_size=25)
     read = fit(classifier(), loaded(Own(X[:75], Y[:75])), validation=held, epochs=1)
     assert whole.history.equals(read.history)
