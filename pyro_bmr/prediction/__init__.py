@@ -2,5 +2,20 @@
 
 from pyro_bmr.prediction.calibration import best_temperature, best_widening
 from pyro_bmr.prediction.paired_losses import PairedLoss, paired_loss
+from pyro_bmr.prediction.predictive import (
+    ChunkedPrediction,
+    ClassPrediction,
+    MixturePrediction,
+    RealPrediction,
+)
 
-__all__ = ["PairedLoss", "best_temperature", "best_widening", "paired_loss"]
+__all__ = [
+    "ChunkedPrediction",
+    "ClassPrediction",
+    "MixturePrediction",
+    "PairedLoss",
+    "RealPrediction",
+    "best_temperature",
+    "best_widening",
+    "paired_loss",
+]

@@ -53,7 +53,7 @@ class MixturePrediction(Moments):
         first = self.parts[0]
         check_targets(y, self._shape, _ignores_nan(first[0]))
         batches = (
-            y.to(self.device)
+            self._targets(y)
             .movedim(0, self.dim)
             .split([fn.shape()[self.dim] for fn in first], self.dim)
         )
@@ -75,7 +75,7 @@ class MixturePrediction(Moments):
             ModelError: torch and SciPy know no distribution function of the distribution.
         """
         try:
-            return self._cdf(torch.as_tensor(y).to(self.device).expand(self._shape))
+            return self._cdf(self._targets(torch.as_tensor(y)).expand(self._shape))
         except NotImplementedError as error:
             name = type(_innermost(self.parts[0][0])).__name__
             raise ModelError(
@@ -112,11 +112,11 @@ class MixturePrediction(Moments):
         """The continuous ranked probability score of each entry, (n, ...), units of y, from 2,000
         draws.
         """
-        return crps_of_draws(self.samples(_SAMPLES), y.to(self.device))
+        return crps_of_draws(self.samples(_SAMPLES), self._targets(y))
 
     def samples(self, count: int, seed: int = 0, *, stretch: int = 0) -> Tensor:
         """Draws of y, (count, n, ...); all rows of one draw have the same draw of the weights.
-        Predictions of other `stretch`es of rows have noise of their own.
+        Each `stretch` of rows has noise of its own.
         """
         which = components(len(self.parts), count, seed)
         drawn = {}
@@ -137,7 +137,24 @@ class MixturePrediction(Moments):
     @property
     def device(self) -> torch.device:
         """The device of the distributions."""
-        return _device(self.parts[0][0]) or torch.device("cpu")
+        return self._like.device
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor on the device and in the dtype of the distributions."""
+        found = _parameter(self.parts[0][0])
+        return torch.empty(0) if found is None else found
+
+    def _targets(self, y: Tensor) -> Tensor:
+        """y on the device; bits and counts of a whole-number type in the dtype of the parameters,
+        which densities need.
+        """
+        like = self._like
+        return (
+            y.to(like)
+            if like.is_floating_point() and not y.is_floating_point()
+            else y.to(like.device)
+        )
 
     def _of_rows(self, fn: Any, y: Tensor) -> Tensor:
         log_p = fn.log_prob(y).movedim(self.dim + len(fn.event_shape), 0)
@@ -173,11 +190,11 @@ def _ignores_nan(fn: Any) -> bool:
     return bool(fn.marker != fn.marker)
 
 
-def _device(fn: Any) -> torch.device | None:
-    """The device of the first tensor in a distribution, or in those that it is made of."""
+def _parameter(fn: Any) -> Tensor | None:
+    """The first tensor in a distribution, or in those that it is made of."""
     for value in vars(fn).values():
         if isinstance(value, Tensor):
-            return value.device
-        if isinstance(value, Distribution) and (device := _device(value)):
-            return device
+            return value
+        if isinstance(value, Distribution) and (found := _parameter(value)) is not None:
+            return found
     return None

@@ -68,7 +68,7 @@ class RealPrediction(Moments):
 
     def samples(self, count: int, seed: int = 0, *, stretch: int = 0) -> Tensor:
         """Draws of y, (count, n, ...); all rows of one draw have the same draw of the weights.
-        Predictions of other `stretch`es of rows have noise of their own.
+        Each `stretch` of rows has noise of its own.
         """
         like = self.locs
         which = components(len(like), count, seed).to(like.device)

@@ -292,3 +292,13 @@ def test_targets_that_are_missing_are_not_scored():
     picked = predicted.probs.gather(-1, labels.clamp_min(0)[..., None])[..., 0].log()
     torch.testing.assert_close(log_p, picked.masked_fill(labels < 0, 0.0))
     assert fit.history["validation_nll"].notna().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
+def test_bits_of_any_type_are_scored(dtype):
+    prediction, of = KINDS["bits, some not observed"]
+    bits = torch.tensor([1, 0, 0, 1])
+    chance = [sum(of(k, i).pmf(int(bits[i])) for k in range(3)) / 3 for i in range(4)]
+    assert prediction.log_prob(bits.to(dtype)).exp().tolist() == pytest.approx(chance)
+    at_most = [mixture_cdf(of, i, int(bits[i])) for i in range(4)]
+    assert prediction.cdf(bits.to(dtype)).tolist() == pytest.approx(at_most)
