@@ -55,7 +55,7 @@ def generalised_model(
         return of
     kept = np.zeros(len(groups), dtype=np.bool_)
     for _ in range(_CONCENTRATIONS):
-        family = family.best(of.subset(kept).eta, y)
+        family = family.best(of.subset(kept).eta(), y)
         of = GeneralisedLinear(family, x, y, groups, of.slabs, of.log_slab_prior)
         if len(groups):
             kept = greedy_start(of, _log_prior(of), kept)

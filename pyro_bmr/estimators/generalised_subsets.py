@@ -55,12 +55,11 @@ class GeneralisedLinear:
         if key not in self._known:
             members = [g for g, keep in zip(self.x_groups, kept, strict=True) if keep]
             columns = np.concatenate(members) if members else np.empty(0, dtype=np.int64)
-            self._known[key] = GeneralisedSubset(self, kept.copy(), columns, self._start(near))
+            self._known[key] = GeneralisedSubset(self, kept.copy(), columns, near)
         return self._known[key]
 
-    def _start(self, near: GeneralisedSubset | None) -> Array:
-        if near is not None:
-            return near.eta
+    def start(self) -> Array:
+        """η of the model without columns, (rows, predictors)."""
         shape = (len(self.y), self.family.predictors)
         return np.broadcast_to(self.family.start(self.y), shape)
 
@@ -95,13 +94,14 @@ class GeneralisedLinear:
 @dataclass(frozen=True)
 class GeneralisedSubset:
     """The Laplace approximation of one model: for each slab the mode, the factor of minus the
-    Hessian, and the evidence. `start`: η, (rows, predictors), at which Newton's method begins.
+    Hessian, and the evidence. Newton's method begins at the mode of the model `near`, if given.
+    What has a number for each row is computed anew when it is needed: a search keeps many models.
     """
 
     of: GeneralisedLinear
     kept: NDArray[np.bool_]
     x_columns: Index
-    start: Array
+    near: GeneralisedSubset | None
 
     @cached_property
     def columns(self) -> Index:
@@ -109,7 +109,6 @@ class GeneralisedSubset:
         k = self.of.family.predictors
         return (self.x_columns[:, None] * k + np.arange(k)).ravel()
 
-    @cached_property
     def _design(self) -> Array:
         return np.concatenate([np.ones((len(self.of.y), 1)), self.of.x[:, self.x_columns]], 1)
 
@@ -118,11 +117,13 @@ class GeneralisedSubset:
         """For each slab: the coefficients at the mode, (slabs, 1 + columns, predictors); the factor
         of minus the Hessian; the log of the posterior density.
         """
-        start = np.linalg.lstsq(self._design, self.start, rcond=None)[0]
+        x = self._design()
+        eta = self.of.start() if self.near is None else self.near.eta()
+        start = np.linalg.lstsq(x, eta, rcond=None)[0]
         value = np.broadcast_to(start, (len(self.of.slabs), *start.shape)).copy()
-        height = self._height(value)
+        height = self._height(x, value)
         for _ in range(_NEWTON):
-            slope, hessian = self._slope(value)
+            slope, hessian = self._slope(x, value)
             step = np.linalg.solve(hessian, slope[..., None])[..., 0]
             decrement = (slope * step).sum(-1)
             if decrement.max() < _DECREMENT:
@@ -130,7 +131,7 @@ class GeneralisedSubset:
             length = np.ones(len(value))
             while True:
                 moved = value + length[:, None, None] * step.reshape(value.shape)
-                higher = self._height(moved)
+                higher = self._height(x, moved)
                 low = (higher < height + 1e-4 * length * decrement) & (length > 1e-6)
                 low &= decrement >= _DECREMENT
                 if not low.any():
@@ -149,13 +150,13 @@ class GeneralisedSubset:
         penalty[:, 0] = 0.0
         return penalty
 
-    def _height(self, value: Array) -> Array:
-        likelihood = self.of.family.log_likelihood(self._design @ value, self.of.y)
+    def _height(self, x: Array, value: Array) -> Array:
+        likelihood = self.of.family.log_likelihood(x @ value, self.of.y)
         return likelihood - 0.5 * (self._penalty * value**2).sum((1, 2))
 
-    def _slope(self, value: Array) -> tuple[Array, Array]:
+    def _slope(self, x: Array, value: Array) -> tuple[Array, Array]:
         """Gradient and minus the Hessian of the log posterior, for each slab."""
-        x, penalty = self._design, self._penalty
+        penalty = self._penalty
         gradient, curvature = self.of.family.derivatives(x @ value, self.of.y)
         slabs, size, k = value.shape
         slope = (x.T @ gradient - penalty * value).reshape(slabs, -1)
@@ -187,17 +188,16 @@ class GeneralisedSubset:
         """p(τ | y, γ), (slabs,)."""
         return np.exp(self.log_evidence_by_slab - self.log_evidence)
 
-    @cached_property
     def eta(self) -> Array:
         """η at the mode of the most probable slab, (rows, predictors)."""
-        return self._design @ self._modes[0][int(self.log_evidence_by_slab.argmax())]
+        return self._design() @ self._modes[0][int(self.log_evidence_by_slab.argmax())]
 
     def neighbours(self) -> Array:
         """The log evidence of every model that differs from this one by one group, (groups,): by
         the expansion at the mode, and by a fit of its own without each kept group and with each of
         those that gain most.
         """
-        around = self.of.expansion(self.eta).subset(self.kept)
+        around = self.of.expansion(self.eta()).subset(self.kept)
         change = around.neighbours() - around.log_evidence
         outside = np.where(self.kept, -np.inf, change)
         most = np.argsort(-outside)[:_REFITTED]

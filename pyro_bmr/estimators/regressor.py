@@ -18,6 +18,7 @@ from pyro_bmr.estimators.table_model import TableModel
 
 FAMILIES = ("normal", "poisson", "negative-binomial")
 _LARGEST = 30.0  # η
+_ROWS = 1024  # predicted at once
 _DISPERSED = 1.5  # times the variance of Poisson counts
 
 
@@ -105,14 +106,9 @@ class SparseRegressor(RegressorMixin, TableModel):
         encoded = self._encoded(X)
         if self.family == "normal" and not return_std:
             return encoded @ self.coef_ + self.intercept_
-        eta = self._draws_of_eta(encoded)
-        if self.family == "normal":
-            mean, noise = encoded @ self.coef_ + self.intercept_, self.noise_draws_.mean()
-            return mean, np.sqrt(eta.var(0) + noise)
-        rate = np.exp(np.minimum(eta, _LARGEST))
-        mean = rate.mean(0)
-        noise = (rate + rate**2 / self.concentration_).mean(0)
-        return (mean, np.sqrt(rate.var(0) + noise)) if return_std else mean
+        parts = [self._moments(part) for part in _some_rows(encoded)]
+        mean, std = (np.concatenate([part[k] for part in parts]) for k in range(2))
+        return (mean, std) if return_std else mean
 
     def predict_interval(self, X: Any, level: float = 0.9) -> Array:
         """The central interval of a new observation, (rows, 2), by one draw of it for each draw
@@ -120,12 +116,23 @@ class SparseRegressor(RegressorMixin, TableModel):
         """
         if not holds(lambda x: 0 < x < 1, level):
             raise refused("level", "a number between 0 and 1", level)
-        new = self._new(self._draws_of_eta(self._encoded(X)))
-        return np.quantile(new, [(1 - level) / 2, (1 + level) / 2], axis=0).T
-
-    def _new(self, eta: Array) -> Array:
-        """An observation for each draw and row."""
         rng = np.random.default_rng(self.random_state)
+        ends = [(1 - level) / 2, (1 + level) / 2]
+        new = (self._new(self._draws_of_eta(part), rng) for part in _some_rows(self._encoded(X)))
+        return np.concatenate([np.quantile(part, ends, axis=0).T for part in new])
+
+    def _moments(self, encoded: Array) -> tuple[Array, Array]:
+        """Mean and standard deviation of a new observation of each row."""
+        eta = self._draws_of_eta(encoded)
+        if self.family == "normal":
+            mean, noise = encoded @ self.coef_ + self.intercept_, self.noise_draws_.mean()
+            return mean, np.sqrt(eta.var(0) + noise)
+        rate = np.exp(np.minimum(eta, _LARGEST))
+        noise = (rate + rate**2 / self.concentration_).mean(0)
+        return rate.mean(0), np.sqrt(rate.var(0) + noise)
+
+    def _new(self, eta: Array, rng: np.random.Generator) -> Array:
+        """An observation for each draw and row."""
         if self.family == "normal":
             return eta + np.sqrt(self.noise_draws_)[:, None] * rng.standard_normal(eta.shape)
         rate = np.exp(np.minimum(eta, _LARGEST))
@@ -144,7 +151,7 @@ class SparseRegressor(RegressorMixin, TableModel):
             r = self.concentration_
             family: Family = NegativeBinomial(r) if np.isfinite(r) else Poisson()
             each = family.log_likelihood(eta[..., None, None], y[:, None])
-        return each, self._new(eta), y
+        return each, self._new(eta, np.random.default_rng(self.random_state)), y
 
     @property
     def concentration_(self) -> float:
@@ -165,3 +172,8 @@ class SparseRegressor(RegressorMixin, TableModel):
 
     def _draws_of_eta(self, encoded: Array) -> Array:
         return self.coef_draws_ @ encoded.T + self.intercept_draws_[:, None]
+
+
+def _some_rows(encoded: Array) -> list[Array]:
+    """The rows some at a time: there is a number for each draw and row."""
+    return np.array_split(encoded, max(1, -(-len(encoded) // _ROWS)))

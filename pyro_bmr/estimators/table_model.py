@@ -35,7 +35,6 @@ PRIORS = ("spike-and-slab", "horseshoe", "gaussian")
 _STEPS = {"spike-and-slab": (1000, 200), "horseshoe": (2000, 0), "gaussian": (1, 1)}
 """By default: of a linear model, of a generalised one."""
 _WIDEST = 2000  # columns of a full Gaussian posterior
-_ROWS = 4096  # predicted at once
 
 
 class TableModel(BaseEstimator):

@@ -179,7 +179,7 @@ def test_neighbours_of_a_generalised_model():
     exact = [of.subset(kept ^ row).log_evidence for row in np.eye(3, dtype=bool)]
     np.testing.assert_allclose(found[:2], exact[:2], atol=1e-6)
     assert abs(found[2] - exact[2]) < 0.1
-    at_mode = of.expansion(of.subset(kept).eta).subset(kept)
+    at_mode = of.expansion(of.subset(kept).eta()).subset(kept)
     mean, cov, _ = of.subset(kept).gaussian()
     np.testing.assert_allclose(at_mode.gaussian()[0], mean, atol=1e-5)
     np.testing.assert_allclose(at_mode.gaussian()[1], cov, rtol=1e-4)

@@ -142,6 +142,17 @@ def test_units_do_not_matter():
         frame.assign(age=frame["age"] * 1e6 + 3)))  # fmt: skip
 
 
+def test_many_rows_are_predicted_some_at_a_time():
+    frame, y = table()
+    model = small().fit(frame, y)
+    many = pd.concat([frame] * 27, ignore_index=True)
+    for one, all_ in zip(
+        model.predict(frame, return_std=True), model.predict(many, return_std=True), strict=True
+    ):
+        np.testing.assert_allclose(all_, np.tile(one, 27), rtol=1e-12)
+    assert model.predict_interval(many).shape == (2160, 2)
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_classification(classes):
     frame, _ = table(150, 2)
