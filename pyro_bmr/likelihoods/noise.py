@@ -13,6 +13,9 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
+from pyro_bmr.errors import warn
+
+_FAR = 50.0  # targets that much larger or smaller than 1 are warned of
 _DECADES = 10.0  # standard deviation of log(noise): a prior that hardly says what the units are
 
 
@@ -24,7 +27,7 @@ def noise_site(like: Tensor, shape: Sequence[int], scale: float | None, y: Tenso
     with.
     """
     if scale is None:
-        return positive_site("noise", like, shape, 0.0, _DECADES, lambda: _spread(y, shape, like))
+        return positive_site("noise", like, shape, 0.0, _DECADES, lambda: _start(y, shape, like))
     prior = dist.HalfNormal(like.new_tensor(scale)).expand(shape).to_event(len(shape))
     return _sample("noise", prior, lambda: _spread(y, shape, like))
 
@@ -50,6 +53,23 @@ def positive_site(
 def _sample(name: str, prior: Any, start: Callable[[], Tensor | None]) -> Tensor:
     infer: Any = {"start": start}
     return pyro.sample(name, prior, infer=infer)  # type: ignore[no-any-return]
+
+
+def _start(y: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor | None:
+    """`_spread`, with a warning if the targets are far from what a network starts with."""
+    log_spread = _spread(y, shape, like)
+    if y is None or log_spread is None:
+        return log_spread
+    known = y[~y.isnan()].to(like.dtype)
+    mean, spread = float(known.mean()), float(log_spread.exp().mean())
+    if max(abs(mean), spread) > _FAR or spread < 1 / _FAR:
+        warn(
+            f"y has a mean of {mean:.3g} and a standard deviation of {spread:.3g} in its first"
+            f" {len(y)} rows. Weights of order 1 do not reach such targets, and the noise then"
+            " takes what the network cannot explain; standardise y, (y - y.mean()) / y.std(), or"
+            " give the likelihood its units, noise_scale="
+        )
+    return log_spread
 
 
 def _spread(y: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor | None:

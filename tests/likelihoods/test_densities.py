@@ -1,6 +1,7 @@
 """The log densities of the likelihoods, at values that are not neutral, against SciPy and torch."""
 
 import math
+import warnings
 
 import pyro
 import pytest
@@ -276,14 +277,18 @@ def test_the_noise_starts_at_the_spread_of_the_target(loc, scale):
     x = torch.zeros(8, 2, dtype=torch.float64)
     model = bmr.BayesianNetwork(nn.Linear(2, 1).double(), bmr.Gaussian(1.0), bmr.Normal())
     assert not model.has_log_likelihood
-    start = {latent.name: latent.start for latent in bmr.MeanField(model, x, y).latents}
+    with pytest.warns(bmr.PyroBMRWarning, match="in its first 8 rows.*standardise y"):
+        start = {latent.name: latent.start for latent in bmr.MeanField(model, x, y).latents}
     spread = max(float(y.std(correction=0)), 0.1 * float(y.square().mean().sqrt()))
     assert float(start["noise"]) == pytest.approx(math.log(spread), rel=1e-10)
     each = bmr.BayesianNetwork(
         nn.Linear(2, 2).double(), bmr.Gaussian(1.0), bmr.Normal(noise="per output")
     )
-    both = torch.stack([y, 0 * y], 1)
-    latents = bmr.MeanField(each, x, both).latents
+    both = torch.stack([y / scale, 0 * y], 1) if abs(loc) < 1 else torch.stack([y, 0 * y], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if abs(loc) < 1 else "ignore")
+        latents = bmr.MeanField(each, x, both).latents
+    spread = spread / scale if abs(loc) < 1 else spread
     start = next(latent.start for latent in latents if latent.name == "noise")
     assert start.tolist() == pytest.approx([math.log(spread), 0.0], abs=1e-10)
 
