@@ -124,7 +124,7 @@ class TableModel(BaseEstimator):
             if reset and len(X) < 2:
                 raise TableError(f"X: expected at least 2 rows, got n_samples = {len(X)}")
             if reset and not X.shape[1]:
-                raise TableError("X: 0 feature(s) (shape=...) while a minimum of 1 is required.")
+                raise TableError(f"X: expected at least one column, got the shape {X.shape}")
             return X
         rules: dict[str, Any] = {"dtype": np.float64, "ensure_all_finite": "allow-nan"}
         if reset:
@@ -168,12 +168,9 @@ class TableModel(BaseEstimator):
                 "prior", "'spike-and-slab' or 'gaussian' for a family that is not normal",
                 self.prior,
             )  # fmt: skip
-        for name, least in (("draws", 2), ("steps", 4)):
-            value = getattr(self, name)
-            if value is None and name == "steps":
-                continue
-            if isinstance(value, bool) or not holds(lambda x: x >= least and x == int(x), value):  # noqa: B023
-                raise refused(name, f"a whole number >= {least}", value)
+        _check_whole("draws", self.draws, 2)
+        if self.steps is not None:
+            _check_whole("steps", self.steps, 4)
 
     def _store(self, found: Average, intercepts: int) -> tuple[Array, Array, Array, Array]:
         """Keeps what the table's coefficients share; gives intercept and coefficients, mean and
@@ -197,3 +194,8 @@ class TableModel(BaseEstimator):
         """The columns of the table that coefficients belong to, (rows, coefficients)."""
         check_is_fitted(self)
         return self.columns_.encoded(self._table(X, reset=False))
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not holds(lambda x: x >= least and x == int(x), value):
+        raise refused(name, f"a whole number >= {least}", value)
