@@ -6,7 +6,7 @@ Owns `MixturePrediction`. Next: `chunked.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,15 +104,25 @@ class MixturePrediction(Moments):
                 variance = torch.full_like(mean, torch.inf)
             found = quantiles(at, self._cdf, mean, variance, discrete)
         except NotImplementedError:
-            ordered = self.samples(_SAMPLES).sort(0).values
-            found = torch.stack([ordered[math.ceil(p * _SAMPLES) - 1] for p in at])
+            each = (drawn.sort(0).values for drawn in self._drawn())
+            places = [math.ceil(p * _SAMPLES) - 1 for p in at]
+            found = torch.cat([ordered[places] for ordered in each], 1)
         return found if isinstance(q, Sequence) else found[0]
 
     def crps(self, y: Tensor) -> Tensor:
         """The continuous ranked probability score of each entry, (n, ...), units of y, from 2,000
         draws.
         """
-        return crps_of_draws(self.samples(_SAMPLES), self._targets(y))
+        check_targets(y, self._shape, _ignores_nan(self.parts[0][0]))
+        sizes = [fn.shape()[self.dim] for fn in self.parts[0]]
+        pairs = zip(self._drawn(), self._targets(y).split(sizes), strict=True)
+        return torch.cat([crps_of_draws(drawn, own) for drawn, own in pairs])
+
+    def _drawn(self) -> Iterator[Tensor]:
+        """Draws of y of one batch of rows after the other, which bounds their memory."""
+        for k in range(len(self.parts[0])):
+            batch = MixturePrediction([[part[k]] for part in self.parts], self.dim)
+            yield batch.samples(_SAMPLES, stretch=k)
 
     def samples(self, count: int, seed: int = 0, *, stretch: int = 0) -> Tensor:
         """Draws of y, (count, n, ...); all rows of one draw have the same draw of the weights.
