@@ -129,7 +129,7 @@ def _kl_pruned(q: PrunedDistribution, p: PrunedDistribution) -> Tensor:
 class Every:
     """The schedule of the reductions of a fit: every `epochs` epochs after the fraction `start` of
     the fit. In a fit that finds out itself when it is done, ``epochs=None``, fractions are those of
-    its last cycle (`UntilConverged`).
+    each cycle (`UntilConverged`).
 
     Args:
         epochs: the number of epochs between reductions; may be a fraction, such as 0.25. None for a

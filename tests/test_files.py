@@ -389,7 +389,7 @@ def test_a_picture_and_a_history_are_whole_or_not_there(tmp_path, monkeypatch):
 def line_fits():
     """The declaration of one cheap fit."""
     priors, settings = {"p": bmr.Gaussian(0.5)}, bmr.Settings(epochs=1)
-    return comparison("linear_regression", DATA, priors, ["fitted"], 1, settings)
+    return comparison("linear_regression", DATA, priors, ["fitted"], 1, settings, baselines=())
 
 
 def test_results_without_their_settings_are_refused(tmp_path, monkeypatch):

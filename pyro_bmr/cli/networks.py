@@ -20,7 +20,13 @@ from pyro_bmr.data.named import load
 from pyro_bmr.errors import ModelError
 from pyro_bmr.experiments.folder import read_cell
 from pyro_bmr.experiments.models import load_model
-from pyro_bmr.experiments.recipe import guide_named, optimizer_named
+from pyro_bmr.experiments.recipe import (
+    Settings,
+    guide_named,
+    length_of,
+    optimizer_named,
+    temperature_of,
+)
 from pyro_bmr.experiments.runs import Run, check_run_folder, load_run, save_run
 from pyro_bmr.exporting import deploy, ensemble, export, point_weights, save
 from pyro_bmr.files import finite
@@ -41,6 +47,9 @@ _NO_SETTINGS = ("run", "out", "quiet", "threads", "draws", "resume")
 def fit_run(arguments: argparse.Namespace) -> int:
     """Fits a network, saves it as a run and prints its scores."""
     set_threads(arguments.threads)
+    if arguments.optimizer is None:
+        usual = Settings(guide=arguments.guide, estimator=arguments.estimator).optimizer
+        arguments.optimizer = "adam" if arguments.map else usual
     prior, schedule = prior_from_name(arguments.prior), _schedule(arguments)
     data = load(arguments.data, arguments.target)
     model = arguments.model or ("mlp" if data.task == "classification" else "linear_regression")
@@ -48,6 +57,8 @@ def fit_run(arguments: argparse.Namespace) -> int:
         torch.manual_seed(arguments.seed)
         program = load_model(model)(data, prior)
     guide = _guide(arguments)
+    route = "map" if arguments.map else "reduced" if schedule else "fitted"
+    arguments.temperature = temperature_of(arguments.temperature, route, data)
     make, arguments.learning_rate = optimizer_named(arguments.optimizer, arguments.learning_rate)
     check_run_folder(arguments.out)
     with process_group() as rank:
@@ -55,7 +66,7 @@ def fit_run(arguments: argparse.Namespace) -> int:
             program,
             data,
             guide=guide,
-            epochs=arguments.epochs,
+            epochs=length_of(arguments.epochs),
             batch_size=arguments.batch_size,
             optimizer=make(),
             seed=arguments.seed,
@@ -92,7 +103,7 @@ def _schedule(arguments: argparse.Namespace) -> Every | None:
                 )
         return None
     return Every(
-        arguments.reduce_every or arguments.epochs / 10,
+        arguments.reduce_every,
         prior_from_name(arguments.reduce_to),
         arguments.start,
         kept=arguments.kept,

@@ -21,7 +21,7 @@ from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.folder import Row, row_of
 from pyro_bmr.experiments.grid import Cell, Study, check_model, fingerprint, plain_name
 from pyro_bmr.experiments.models import Build, load_model
-from pyro_bmr.experiments.recipe import ROUTES, Settings
+from pyro_bmr.experiments.recipe import ROUTES, Settings, temperature_of
 from pyro_bmr.experiments.report import summary_of, table_of
 from pyro_bmr.experiments.study import (
     COMPARISON,
@@ -42,7 +42,7 @@ _SHOWN = (
 )
 
 _PRIORS: dict[str, Prior] = {
-    "gaussian": Gaussian(),
+    "gaussian:layer": Gaussian("layer"),
     "horseshoe": Horseshoe(),
     "spike-and-slab": SpikeAndSlab(),
 }
@@ -75,7 +75,7 @@ def compare(
       pruned.
     - fitted: mean field under p; a shrinkage prior then says which weights are zero
       (`reduce(..., to=None)`), a Gaussian keeps all.
-    - reduced: mean field under a Gaussian — p itself if it is one, else `Gaussian()` — reduced
+    - reduced: mean field under a Gaussian — p itself, or else `Gaussian("layer")` — reduced
       during and after the fit to p; a Gaussian p reduces to the point spike, which removes a weight
       if the evidence increases without it.
 
@@ -196,7 +196,7 @@ def comparison(
         rows=data if source is None else None,
     )
     cells = [
-        _cell(first, prior, priors[prior], route, seed, settings)
+        _cell(first, prior, priors[prior], route, seed, settings, data)
         for prior in priors
         for route in routes
         for seed in range(seeds)
@@ -227,14 +227,17 @@ def _study(title: str, cells: Sequence[Cell], words: Mapping[str, Any], why: str
     )
 
 
-def _cell(first: Cell, name: str, prior: Prior, route: str, seed: int, settings: Settings) -> Cell:
-    line = {"prior": name, "route": route, "seed": seed, "temperature": settings.temperature}
+def _cell(
+    first: Cell, name: str, prior: Prior, route: str, seed: int, settings: Settings, data: Data
+) -> Cell:
+    temperature = temperature_of(settings.temperature, route, data)
+    line = {"prior": name, "route": route, "seed": seed, "temperature": temperature}
     return replace(
         first,
         name=name,
         label=f"{name} {route}",
         method=route,
-        options={"prior": prior, **_options(settings)},
+        options={"prior": prior, **_options(settings), "temperature": temperature},
         varying={"prior": name},
         seed=seed,
         timed=seed == 0,
@@ -265,11 +268,12 @@ def _check(priors: Mapping[str, Prior], routes: Sequence[str], seeds: int) -> No
 
 def _options(settings: Settings) -> dict[str, object]:
     """The settings that differ from the usual ones, so that a setting that is new in a later
-    version makes no new cell.
+    version makes no new cell; and the optimiser, whose default may change.
     """
-    usual = vars(Settings(optimizer=settings.optimizer)) | {"optimizer": Settings().optimizer}
+    usual = vars(Settings(optimizer=settings.optimizer))
     differ = {name: value for name, value in vars(settings).items() if value != usual[name]}
-    return {name: value for name, value in differ.items() if name != "validation"}
+    chosen = {name: value for name, value in differ.items() if name != "validation"}
+    return {"optimizer": settings.optimizer, **chosen}
 
 
 def _name_of(build: Build) -> str:

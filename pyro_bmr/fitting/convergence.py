@@ -1,6 +1,6 @@
 """When a fit is done: how much its bound still rises, beside its noise.
 
-Owns `UntilConverged`, `Rise`, `stretch` and `rise_at_full_rate`. Next: `arguments.py`.
+Owns `UntilConverged`, `Rise`, and the rises that are looked at. Next: `arguments.py`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ class UntilConverged:
 
     The fit runs in cycles of `first` steps, twice as many, four times as many, and so on. In each
     the learning rate falls on the schedule of the fit and then begins again, as in Loshchilov &
-    Hutter 2017 (arXiv 1608.03983). So each cycle ends at a low rate, where the bound has little
-    noise. The fit is done when the bound at the end of a cycle is not above that of the cycle
-    before by more than twice its standard error, or by `tolerance` nats for each of the N/T rows
-    that the data count for; and if that error is less than five times those nats, since noise
-    hides a rise. With reductions one more cycle follows, as long as the last one; the
-    reductions take their places in it.
+    Hutter 2017 (arXiv 1608.03983). Each is a whole fit, with the reductions at their places in it.
+    The fit is done when its bound no longer rises: by more than twice the standard error of the
+    rise, or by more than `tolerance` nats for each of the N/T rows that the data count for. That
+    error must be less than five times those nats, since noise hides a rise. In the first cycle the
+    rise is that from the third eighth of the steps to the fourth: later the falling rate makes a
+    bound rise that has converged, and hides that another has not. After further cycles it is the
+    rise from the end of one to the end of the next, where the rate is low. The gains that
+    reductions predicted do not count as a rise.
 
     Args:
-        steps: the budget. With reductions at most half of it is for the cycles before them. A cycle
-            that would not end within the budget is cut to what is left of it, or left out if that
-            is less than the cycle before.
+        steps: the budget. A cycle that would not end within it is cut to what is left, or left out
+            if that is less than the cycle before.
         seconds: no cycle begins that would not end within so many seconds, judged by the speed so
             far; None for no limit. The first cycle is always run. With it a result depends on the
             speed of the machine.
@@ -56,7 +57,7 @@ class UntilConverged:
 
     steps: int = 16_000
     seconds: float | None = None
-    first: int = 500
+    first: int = 3_000
     tolerance: float = 0.01
 
     def __post_init__(self) -> None:
@@ -111,10 +112,19 @@ def last_stretch(blocks: Sequence[float]) -> tuple[float, float]:
     return stretch(blocks[-max(len(blocks) // 8, _FEWEST) :])
 
 
+def rise_between(
+    before: tuple[float, float], after: tuple[float, float], allowed: float
+) -> Rise | None:
+    """The rise from the end of one cycle to that of the next; None if they are too short to
+    tell.
+    """
+    error = math.hypot(before[1], after[1])
+    return Rise(after[0] - before[0], error, allowed) if math.isfinite(error) else None
+
+
 def rise_at_full_rate(blocks: Sequence[float], allowed: float) -> Rise | None:
-    """The rise of a fit with one cycle, from its third eighth to its fourth: later the falling rate
-    makes a bound rise that has converged, and hides that another has not. None for a fit that is
-    too short to tell.
+    """The rise from the third eighth of a cycle to the fourth; None for a cycle that is too short
+    to tell.
     """
     eighth = len(blocks) // 8
     if eighth < _FEWEST:

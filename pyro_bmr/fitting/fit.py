@@ -59,9 +59,7 @@ class Fit:
     delta_f (predicted gain in evidence of all that was pruned so far, nats), learning_rate and,
     with a validation split, validation_nll (nats per row, at the posterior's point).
     `reduction_seconds` are part of `seconds`. `converged`: whether the bound no longer rose by more
-    than its noise; `convergence`: what was looked at. Of a fit with a number of epochs that is the
-    rise from the third to the fourth eighth of its steps, without the gains that its reductions
-    predicted; of others see `UntilConverged`.
+    than its noise, and `convergence`, what was looked at, are those of `UntilConverged`.
     """
 
     posterior: Posterior

@@ -21,10 +21,10 @@ class Progress:
     `taken` steps of this epoch, those that were not skipped.
 
     A fit is one cycle of the learning rate, or several (`UntilConverged`). `began`: the steps
-    before this cycle; `length`: its steps; `reducing`: whether reductions are made in it. `blocks`:
-    the bound without the predicted gains, nats, as means over `block` steps each, of this cycle;
-    `filling`: the values of the next one. `ends`: the bound at the end of each cycle and its error.
-    `over`: whether the fit is at its end; `converged` and `convergence`: what was found then.
+    before this cycle; `length`: its steps. `blocks`: the bound without the predicted gains, nats,
+    as means over `block` steps each, of this cycle; `filling`: the values of the next one.
+    `ends`: the bound at the end of each cycle and its error. `over`: whether the fit is at its
+    end; `converged` and `convergence`: what was found then.
     """
 
     step: int = 0
@@ -37,7 +37,6 @@ class Progress:
     taken: int = 0
     began: int = 0
     length: int = 0
-    reducing: bool = False
     block: int = 1
     blocks: list[float] = field(default_factory=list)
     filling: list[float] = field(default_factory=list)
@@ -69,9 +68,9 @@ class Progress:
             self.expected_log_likelihood, self.kl, self.taken = 0.0, 0.0, 0
         return over
 
-    def begin_cycle(self, length: int, reducing: bool) -> None:
+    def begin_cycle(self, length: int) -> None:
         """Begins a cycle of `length` steps."""
-        self.began, self.length, self.reducing = self.step, length, reducing
+        self.began, self.length = self.step, length
         self.block, self.blocks, self.filling = 1, [], []
 
     def add(self, terms: tuple[float, float] | None, temperature: float) -> None:

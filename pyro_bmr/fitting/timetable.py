@@ -13,10 +13,10 @@ from pyro_bmr.errors import FitError, described
 from pyro_bmr.fitting.arguments import Arguments
 from pyro_bmr.fitting.convergence import (
     NOT_CONVERGED,
-    Rise,
     UntilConverged,
     last_stretch,
     rise_at_full_rate,
+    rise_between,
 )
 from pyro_bmr.fitting.progress import Progress
 from pyro_bmr.fitting.run import Run
@@ -32,11 +32,12 @@ _MEND = "fit longer, or raise the learning rate"
 
 @dataclass(frozen=True)
 class Timetable:
-    """How many steps there are in an epoch, and in all at most; the first with scales or pruning
-    after it; how many nats of a rise in the bound count as none.
+    """How many steps there are in an epoch, in the first cycle, and in all at most; the first with
+    scales or pruning after it; how many nats of a rise in the bound count as none.
     """
 
     per_epoch: int
+    first: int
     most: int
     warm_up: float
     allowed: float
@@ -54,10 +55,11 @@ class Timetable:
         per_epoch = len(run.rows.sizes)
         until = given.epochs if isinstance(given.epochs, UntilConverged) else None
         most = until.steps if until else given.epochs * per_epoch  # type: ignore[operator]
-        warm_up = min(_WARM_UP_STEPS, _WARM_UP_FRACTION * most)
+        first = min(until.first, most) if until else most
+        warm_up = min(_WARM_UP_STEPS, _WARM_UP_FRACTION * first)
         tolerance = until.tolerance if until else _TOLERANCE
         allowed = tolerance * run.rows.size / given.temperature
-        made = Timetable(per_epoch, most, warm_up, allowed, until, given.reduce)
+        made = Timetable(per_epoch, first, most, warm_up, allowed, until, given.reduce)
         if given.reduce is not None:
             made._check(run, given.reduce)
         return made
@@ -65,7 +67,6 @@ class Timetable:
     def _check(self, run: Run, reduce: Every) -> None:
         progress = Progress()
         self.begin(progress)
-        progress.reducing = True
         due = any(self.due(progress, step) for step in range(1, progress.length + 1))
         if not (due and run.has_variance):
             why = (
@@ -83,17 +84,11 @@ class Timetable:
 
     def begin(self, progress: Progress) -> None:
         """Begins the first cycle."""
-        if self.until:
-            share = 2 if self.reduce else 1
-            progress.begin_cycle(min(self.until.first, max(self.most // share, 1)), False)
-        else:
-            progress.begin_cycle(self.most, self.reduce is not None)
+        progress.begin_cycle(self.first)
 
     def due(self, progress: Progress, step: int) -> bool:
         """Whether a reduction is due after `step`."""
-        if not (self.reduce and progress.reducing):
-            return False
-        if self.until is None and step < self.warm_up:
+        if self.reduce is None or step < self.warm_up:
             return False
         return self.reduce.is_due(step - progress.began, progress.length, self.per_epoch)
 
@@ -106,51 +101,33 @@ class Timetable:
         was found. `seconds`: of the fit so far.
         """
         progress.ends.append(last_stretch(progress.blocks))
-        if self.until is None:
-            self._finish(progress, rise_at_full_rate(progress.blocks, self.allowed))
-            return False
-        if progress.reducing:
-            progress.over = True
-            return False
-        rise = self._rise(progress)
-        length = self._next(progress, self.until, seconds)
-        if length and not (rise and rise.is_over):
-            progress.begin_cycle(length, False)
+        rise = (
+            rise_at_full_rate(progress.blocks, self.allowed)
+            if len(progress.ends) == 1
+            else rise_between(progress.ends[-2], progress.ends[-1], self.allowed)
+        )
+        progress.converged = rise is not None and rise.is_over
+        length = 0 if progress.converged else self._next(progress, seconds)
+        if length:
+            progress.begin_cycle(length)
             return True
-        self._finish(progress, rise)
-        if self.reduce is None:
-            return False
-        progress.over = False
-        progress.begin_cycle(progress.length, True)
-        return True
-
-    def _rise(self, progress: Progress) -> Rise | None:
-        """The rise from the end of one cycle to that of the next; None for too few steps."""
-        if len(progress.ends) < 2:
-            return None
-        (before, e), (after, f) = progress.ends[-2:]
-        error = math.hypot(e, f)
-        return Rise(after - before, error, self.allowed) if math.isfinite(error) else None
-
-    def _next(self, progress: Progress, until: UntilConverged, seconds: float) -> int:
-        """The steps of the next cycle, 0 if the budget has none for it."""
-        share = 2 if self.reduce else 1
-        length = min(2 * progress.length, until.steps // share - progress.step)
-        if length < progress.length:
-            return 0
-        left = math.inf if until.seconds is None else until.seconds - seconds
-        return length if share * length * seconds <= left * progress.step else 0
-
-    def _finish(self, progress: Progress, rise: Rise | None) -> None:
-        progress.over, progress.converged = True, rise is not None and rise.is_over
-        looked_at = (
+        where = (
             "from the third to the fourth eighth of its steps"
-            if self.until is None
+            if len(progress.ends) == 1
             else f"in the last cycle, of {progress.length:,} steps"
         )
-        progress.convergence = (
-            "the fit is too short to tell" if rise is None else f"{rise} {looked_at}"
-        )
+        progress.over = True
+        progress.convergence = "the fit is too short to tell" if rise is None else f"{rise} {where}"
+        return False
+
+    def _next(self, progress: Progress, seconds: float) -> int:
+        """The steps of the next cycle, 0 if the budget has none for it."""
+        if self.until is None:
+            return 0
+        length = min(2 * progress.length, self.most - progress.step)
+        left = math.inf if self.until.seconds is None else self.until.seconds - seconds
+        is_enough = length >= progress.length and length * seconds <= left * progress.step
+        return length if is_enough else 0
 
     def caution(self, progress: Progress) -> str | None:
         """A message if the fit has not converged."""

@@ -54,7 +54,7 @@ class SpikeAndSlab:
 
     Args:
         spike_scale: the spike's standard deviation in units of the site. None (default) is 0 in a
-            reduction and r = 0.05 in a fit. It cannot be combined with a temperature.
+            reduction and r = 0.1 in a fit. It cannot be combined with a temperature.
         alpha, beta: the parameters of the Beta prior on π, as if `alpha` weights had been seen in
             the slab and `beta` in the spike. With the default Beta(1, 1) the data determine the
             sparsity. Beta(1, n), n the number of weights, expects few of them in the slab
@@ -152,7 +152,7 @@ class SpikeAndSlab:
 
     @property
     def fitted_spike_scale(self) -> float:
-        return 0.05 if self.spike_scale is None else self.spike_scale
+        return 0.1 if self.spike_scale is None else self.spike_scale
 
     def sample(self, name: str, shape: tuple[int, ...], init: Tensor | None = None) -> Tensor:
         if not 0 < self.fitted_spike_scale < 1:

@@ -143,7 +143,8 @@ def test_compare(files, capsys):
 def test_compare_regression_by_default_with_a_hand_written_program(files, blank, capsys):
     assert (
         run(
-            "compare --data good.csv --target c --out here --priors gaussian --routes fitted",
+            "compare --data good.csv --target c --out here --priors gaussian --routes fitted"
+            " --baselines",
             *HERE,
         )
         == 0
@@ -175,7 +176,7 @@ def test_options_reach_the_settings(files, blank, capsys):
     assert {name: kept[name.removeprefix("--").replace("-", "_")] for name in options} == options
     assert (kept["epochs"], kept["draws"], kept["validation"]) == (1, 2, None)
     assert (declared["model"], declared["data"]) == ("mlp:4", "good.npz")
-    assert kept["optimizer"] == "adam"
+    assert kept["optimizer"] == "natural-gradient"
 
 
 @pytest.mark.parametrize("command", ["compare", "fit", "reduce", "export", "select", "data"])
@@ -296,7 +297,7 @@ ERRORS = {
     ),
     "negative threads": (["--threads", "-1"], "--threads: expected at least 1, got -1"),
     "diverging": (
-        ["--learning-rate", "1e9", "--epochs", "9", "--routes", "fitted"],
+        ["--learning-rate", "1e9", "--epochs", "9", "--routes", "fitted", "--optimizer", "adam"],
         "no cell could be fitted; .* failed: .*not finite.*lower the learning rate",
     ),
     "no processes": (["--jobs", "0"], "jobs: expected a number of processes, .* got 0"),
@@ -333,7 +334,10 @@ def test_wrong_commands(capsys, argv):
 
 @pytest.mark.parametrize(
     "options",
-    [["--batch-size", "0"], ["--learning-rate", "1e9", "--epochs", "9", "--routes", "fitted"]],
+    [
+        ["--batch-size", "0"],
+        ["--learning-rate", "1e9", "--epochs", "9", "--routes", "fitted", "--optimizer", "adam"],
+    ],
     ids=["before the fit", "in the fit"],
 )
 def test_errors_are_one_line_with_progress_bars_too(files, blank, capsys, options):

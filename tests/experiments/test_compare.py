@@ -41,8 +41,21 @@ OF_BASELINES = ["scale", "best_epoch"]
 ON_DISK = ["kilobytes", "cell"]
 PRIORS = ("gaussian", "horseshoe", "spike-and-slab")
 ROWS = [(p, r) for p in PRIORS for r in ROUTES] + [("none", "plain"), ("none", "magnitude")]
+FAMILIES = {
+    "gaussian": bmr.Gaussian(),
+    "horseshoe": bmr.Horseshoe(),
+    "spike-and-slab": bmr.SpikeAndSlab(),
+}
 QUICK = Settings(
-    epochs=2, batch_size=40, learning_rate=1e-2, reduce_every=0.5, start=0.5, stop=1.0, draws=4
+    epochs=2,
+    batch_size=40,
+    learning_rate=1e-2,
+    temperature=1.0,
+    reduce_every=0.5,
+    start=0.5,
+    stop=1.0,
+    draws=4,
+    optimizer="adam",
 )
 FILE = """
 from torch import nn
@@ -88,7 +101,8 @@ def no_plain_steps():
 def done(digits, tmp_path_factory):
     """All priors, routes and baselines with two seeds, on disk."""
     folder = tmp_path_factory.mktemp("compared") / "results"
-    return compare("mlp:4", digits, seeds=2, settings=QUICK, out=folder, progress=False), folder
+    given = {"priors": FAMILIES, "seeds": 2, "settings": QUICK, "progress": False}
+    return compare("mlp:4", digits, out=folder, **given), folder
 
 
 def one(data, **options):
@@ -354,7 +368,8 @@ def test_a_cell_is_a_run_that_can_be_reduced_and_exported(done, tmp_path, monkey
     monkeypatch.setattr("pyro_bmr.experiments.runs.data_named", lambda *_: few("digits"))
     cell = cell_of(table, folder, "horseshoe", "reduced", 0)
     row = table[table["cell"] == cell.name].iloc[0]
-    assert load_run(cell).prior() == bmr.Gaussian() and load_run(cell, reduced=True).reduction
+    assert load_run(cell).prior() == bmr.Gaussian("layer")
+    assert load_run(cell, reduced=True).reduction
     assert main(["export", str(cell), "--seconds", "0", "--out", str(tmp_path / "out")]) == 0
     own, exported = (load_file(path / "model.safetensors") for path in (cell, tmp_path / "out"))
     assert own.keys() == exported.keys()
@@ -417,7 +432,9 @@ def test_summary(done):
     rows = table[(table["prior"] == "horseshoe") & (table["route"] == "reduced")]
     a, b = rows["nll"]
     got = text[(text["prior"] == "horseshoe") & (text["route"] == "reduced")].iloc[0]
-    assert got["nll"] == f"{(a + b) / 2:.3f} ± {abs(a - b) / math.sqrt(2):.3f}"
+    # worse than the class frequencies of the training rows: marked
+    marked = (a + b) / 2 > rows["base_nll"].mean()
+    assert got["nll"] == f"{(a + b) / 2:.3f} ± {abs(a - b) / math.sqrt(2):.3f}" + " *" * int(marked)
     a, b = rows["kept"]
     assert got["kept"] == f"{(a + b) / 2:.4f} ± {abs(a - b) / math.sqrt(2):.4f}"
     alone = summary(table[table["seed"] == 0])
@@ -510,7 +527,8 @@ def test_going_on_fits_nothing_twice(done, digits, monkeypatch, blank):
     table, folder = done
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
     monkeypatch.setattr(recipe, "fit", no_fits)
-    again = compare("mlp:4", digits, seeds=2, settings=QUICK, out=folder, progress=False)
+    given = {"priors": FAMILIES, "seeds": 2, "settings": QUICK, "progress": False}
+    again = compare("mlp:4", digits, out=folder, **given)
     pd.testing.assert_frame_equal(again, table, check_exact=True)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
 
@@ -579,9 +597,12 @@ def test_settings_at_their_defaults_are_no_part_of_a_cell(diabetes):
         )
         return {name: v for name, v in declared.cells[0].options.items() if name != "prior"}
 
-    assert options() == options(guide="mean-field", learning_rate=3e-3) == {}
-    assert options(optimizer="natural-gradient") == {"optimizer": "natural-gradient"}
-    assert options(widen=2.0, kept=0.5) == {"widen": 2.0, "kept": 0.5}
+    # defaults that may change are written down
+    own = {"optimizer": "natural-gradient", "temperature": 1.0}
+    assert options() == options(guide="mean-field", learning_rate=0.1) == own
+    assert options(optimizer="adam") == options(optimizer="adam", learning_rate=3e-3)
+    assert options(optimizer="adam") == {**own, "optimizer": "adam"}
+    assert options(widen=2.0, kept=0.5) == {**own, "widen": 2.0, "kept": 0.5}
 
 
 def test_a_cell_that_fails_fails_alone(diabetes, tmp_path, monkeypatch, blank):
@@ -736,7 +757,8 @@ def test_the_natural_gradient(diabetes, tmp_path, blank):
     settings = Settings(epochs=3, batch_size=40, draws=4, optimizer="natural-gradient")
     assert (
         settings.learning_rate == 0.1
-        and Settings().learning_rate == 3e-3
+        and Settings().learning_rate == 0.1
+        and Settings(optimizer="adam").learning_rate == 3e-3
         and Settings(learning_rate=0.2).learning_rate == 0.2
     )
     table = one(

@@ -217,7 +217,8 @@ def test_a_program_of_ones_own_exports_its_weights(tmp_path, capsys):
     folder = str(tmp_path / "run")
     assert (
         command(
-            "fit --model linear_regression --data diabetes --epochs 4 --draws 2 --quiet --out",
+            "fit --model linear_regression --data diabetes --prior gaussian --epochs 4 --draws 2"
+            " --quiet --out",
             folder,
         )
         == 0
@@ -242,7 +243,7 @@ def test_a_program_of_ones_own_exports_its_weights(tmp_path, capsys):
 def test_one_fit_has_one_score_in_the_units_of_the_target(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reports, "draw", lambda *args: [])
     options = "--data diabetes --model mlp:3 --epochs 1 --draws 3 --quiet"
-    assert command("fit", options, "--seed 1 --out", tmp_path / "run") == 0
+    assert command("fit", options, "--prior gaussian --seed 1 --out", tmp_path / "run") == 0
     said = capsys.readouterr().out
     compared = "--priors gaussian --routes fitted --baselines --seeds 2 --jobs 1 --out"
     assert command("compare", options, compared, tmp_path / "compared") == 0
@@ -252,12 +253,10 @@ def test_one_fit_has_one_score_in_the_units_of_the_target(tmp_path, monkeypatch,
     assert settings["rmse"] == pytest.approx(row["rmse"], rel=1e-5) and settings[
         "nll"
     ] == pytest.approx(row["nll"], rel=1e-5)
-    assert (
-        f"rmse {row['rmse']:.4g}, nll {row['nll']:.4g} (rmse and nll in the units of the target)"
-        in said
-    )
+    assert f"rmse {row['rmse']:.4g}, nll {row['nll']:.4g}, crps {row['crps']:.4g}, coverage" in said
+    assert "(rmse and nll in the units of the target)" in said
     assert command("reduce", tmp_path / "run", "--threshold inf --draws 3") == 0
-    assert f"rmse {row['rmse']:.4g}, nll {row['nll']:.4g} (" in capsys.readouterr().out
+    assert f"rmse {row['rmse']:.4g}, nll {row['nll']:.4g}, crps" in capsys.readouterr().out
     assert command("export", tmp_path / "run", "--seconds 0 --out", tmp_path / "out") == 0
     report, data = json.loads((tmp_path / "out" / "report.json").read_text()), bmr.load("diabetes")
     with torch.no_grad():

@@ -594,6 +594,10 @@ def test_the_report(here):
             if name == "step_ratio":  # of the first seed alone
                 assert math.isnan(b) and float(value) == a and shown == f"{a:.2f}"
                 continue
+            if name == "converged":
+                said = {0: "no", 1: "50% of seeds", 2: "yes"}
+                assert shown == ("" if math.isnan(a + b) else said[int(a + b)])
+                continue
             if math.isnan(a + b):  # a point estimate has no bound on its evidence
                 assert value == "" and name in ("elbo", "delta_f", "scale", "best_epoch")
                 continue

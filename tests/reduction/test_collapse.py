@@ -180,9 +180,11 @@ def test_a_fit_with_reductions_warns_once_at_its_end():
         fitted = bmr.fit(
             program, (x, x[:, 0]), epochs=10, batch_size=40, reduce=every, progress=False
         )
-    assert len(caught) == 1 and caught[0].filename == __file__ and fitted.posterior.rows == 40
+    ours = [w for w in caught if "not converged" not in str(w.message)]
+    assert len(ours) == 1 and ours[0].filename == __file__ and fitted.posterior.rows == 40
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "the fit has not converged")
         bmr.fit(
             program,
             (x, x[:, 0]),
