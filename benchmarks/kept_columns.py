@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from trials.cell import Candidate, fitted, reduced_posterior
-from trials.problems import Problem
+from parts.trials.cell import Candidate, fitted, reduced_posterior
+from parts.trials.problems import Problem
 
 import pyro_bmr as bmr
 from pyro_bmr.data.data_set import split
@@ -54,6 +54,7 @@ _ROUTES = (
     Candidate("gaussian"),
     Candidate("horseshoe", "fitted"),
     Candidate("spike-and-slab", "fitted"),
+    Candidate("spike-and-slab:0.1", "fitted"),
     Candidate("horseshoe", "reduced", declared="gaussian:layer"),
     Candidate("spike-and-slab", "reduced", declared="gaussian:layer"),
 )
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--optimizer", default="natural-gradient")
     parser.add_argument("--rate", type=float)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--only", help="part of a name")
     parser.add_argument("--batch", type=int, default=128)
     a = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -79,6 +81,8 @@ def main() -> None:
     for size in a.sizes:
         n, p = map(int, size.split("x"))
         for candidate in candidates(a.optimizer, a.rate, a.steps, a.batch):
+            if a.only and a.only not in candidate.name:
+                continue
             found = []
             for seed in range(a.seeds):
                 file = a.out / size / candidate.name / f"{seed}.json"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from parts.trials.problems import Problem
 from torch.nn import functional as F
-from trials.problems import Problem
 
 import pyro_bmr as bmr
 from pyro_bmr.prediction.calibration import best_temperature
@@ -55,7 +55,8 @@ class Classes:
     probs: torch.Tensor
 
     def log_prob(self, y: torch.Tensor) -> torch.Tensor:
-        return self.probs.gather(1, y[:, None])[:, 0].log()
+        picked = self.probs.gather(1, y[:, None])[:, 0]
+        return picked.clamp(min=torch.finfo(picked.dtype).tiny).log()  # as `predict` counts it
 
 
 def _stopped_early(

@@ -1,6 +1,6 @@
 """A cell of `benchmarks/defaults.py`: a candidate fitted on a problem with a seed, and its scores.
 
-`plain.py` has the network without a posterior. Next: `../defaults.py`.
+`plain.py` has the network without a posterior. Next: `../../defaults.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trials.plain import plain_prediction
-from trials.problems import Problem
+from parts.trials.plain import plain_prediction
+from parts.trials.problems import Problem
 
 import pyro_bmr as bmr
 from pyro_bmr.experiments.measures import sizes
@@ -52,7 +52,7 @@ class Candidate:
     @property
     def is_shrunk(self) -> bool:
         """Whether a Gaussian fit is reduced to a shrinkage prior."""
-        return self.route == "reduced" and prior_from_name(self.prior).shrinkage
+        return self.route == "reduced" and prior_named(self.prior).shrinkage
 
     @property
     def name(self) -> str:
@@ -64,6 +64,14 @@ class Candidate:
         if self.route == "reduced":
             words += [f"every{self.reductions}", f"{self.start:g}to{self.stop:g}"]
         return "_".join(words)
+
+
+def prior_named(name: str) -> bmr.priors.Prior:
+    """A prior by its name; ``spike-and-slab:0.1`` has a spike of that width."""
+    family, _, number = name.partition(":")
+    if family == "spike-and-slab" and number.startswith("0."):
+        return bmr.SpikeAndSlab(spike_scale=float(number))
+    return prior_from_name(name)
 
 
 PLAIN = Candidate("gaussian", "plain", "adam", temperature=1.0, steps=3000)
@@ -89,15 +97,16 @@ def fitted(problem: Problem, candidate: Candidate, data: bmr.Data, seed: int) ->
     rows = len(data.x_train)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        prior = prior_from_name(candidate.prior)
-        declared = prior_from_name(candidate.declared) if candidate.is_shrunk else prior
+        prior = prior_named(candidate.prior)
+        declared = prior_named(candidate.declared) if candidate.is_shrunk else prior
         program = problem.build(data, declared)
-    epochs, schedule = {}, None
+    epochs = None
     if candidate.steps is not None:
-        epochs = {"epochs": epochs_of(candidate.steps / problem.cost, rows, candidate.batch)}
+        epochs = epochs_of(candidate.steps / problem.cost, rows, candidate.batch)
+    schedule = None
     if candidate.route == "reduced" and candidate.reductions:
         schedule = bmr.Every(
-            epochs.get("epochs", 1) / candidate.reductions,
+            epochs and epochs / candidate.reductions,
             prior if prior.shrinkage else bmr.Gaussian(scale=0),
             candidate.start,
             stop=candidate.stop,
@@ -111,7 +120,7 @@ def fitted(problem: Problem, candidate: Candidate, data: bmr.Data, seed: int) ->
         seed=seed,
         reduce=schedule,
         progress=False,
-        **epochs,
+        epochs=epochs,
     )
 
 
@@ -155,14 +164,14 @@ def cell(problem: Problem, candidate: Candidate, seed: int, folder: Path) -> dic
         "processor_seconds": seconds[1],
         "reduction_seconds": fit.reduction_seconds,
         "elbo": float(fit.history["elbo"].iloc[-1]),
-        "converged": bool(fit.converged) if hasattr(fit, "converged") else None,
+        "converged": fit.converged,
         "columns": posterior["w"].kept.int().tolist() if "w" in posterior.sites else None,
     }
 
 
 def reduced_posterior(fit: bmr.Fit, candidate: Candidate) -> bmr.Posterior:
     """The posterior after the reduction that follows the fit, as `compare` has it."""
-    prior = prior_from_name(candidate.prior)
+    prior = prior_named(candidate.prior)
     if candidate.route == "reduced":
         target = prior if prior.shrinkage else bmr.Gaussian(scale=0)
         return quiet_reduction(fit.posterior, to=target).posterior
