@@ -132,6 +132,7 @@ _round(
     1,
     "choosing",
 )
+_round("warmth", [replace(_TEN, prior="gaussian:layer", warm=0.3)], 1, "all")
 _round("plain", [PLAIN], 1, "choosing")
 _round("ten", [replace(_TEN, temperature=t) for t in (0.1, 0.3)], 1, "choosing")
 _round("ten-layer", [replace(_TEN, temperature=0.1, prior="gaussian:layer")], 1, "choosing")
