@@ -53,12 +53,15 @@ def prose(text: str) -> str:
 # Pages whose examples take seconds; the examples of the others are run in the fast suite.
 LONG = {
     *(
+        "README.md",
         "add_a_prior.md",
         "bring_your_data.md",
         "choose_a_guide.md",
         "choose_a_likelihood.md",
         "choose_a_prior.md",
+        "convergence.md",
         "gotchas.md",
+        "index.md",
         "studies.md",
     ),
     *("smaller_networks.md", "tutorial_pruning.md", "tutorial_regression.md"),

@@ -8,6 +8,7 @@
 # %%
 import json
 import tempfile
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,12 +24,16 @@ net = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 
 # %% [markdown]
 # ## Fit and prune
 #
-# `BayesianNetwork` gives each weight a Gaussian prior. `Every` asks after each epoch which units
-# can go: a unit is pruned if the evidence of the network is higher without its weights. They are
-# then exactly zero and stay zero.
+# `BayesianNetwork` gives each weight a Gaussian prior. `Every(epochs=1)` asks after each epoch
+# which units can go: a unit is pruned if the evidence of the network is higher without its
+# weights. They are then exactly zero and stay zero.
+#
+# Thirty epochs are short, to be quick. The fit has not converged by then, and would warn of it
+# ([when a fit is done](../convergence.md)). Leave `epochs` out to fit until it has.
 
 # %%
 model = bmr.BayesianNetwork(net, prior=bmr.Gaussian(), likelihood=bmr.Categorical())
+warnings.filterwarnings("ignore", "the fit has not converged")
 fit = bmr.fit(
     model,
     data,

@@ -30,6 +30,7 @@ CONTENTS = {
         "choose_a_prior",
         "choose_a_likelihood",
         "choose_a_guide",
+        "convergence",
         "add_a_prior",
         "skeletons",
     ],

@@ -41,15 +41,16 @@ class TableModel(BaseEstimator):
     """The parts of an estimator that do not depend on what is predicted.
 
     Attributes of a fit:
-        columns_: how a table becomes columns.
-        coefficient_names_: of all coefficients.
-        coef_: posterior means in the units of the table, (coefficients,), or (classes,
-            coefficients).
-        intercept_: the same of the intercept.
-        coef_draws_, intercept_draws_: posterior draws of both, draws first.
-        inclusion_: (coefficients,) probabilities that each is not zero.
-        kept_: (coefficients,) bool, the reported model.
-        delta_f_: (coefficients,) nats.
+
+    - `columns_`: how a table becomes columns.
+    - `coefficient_names_`: of all coefficients.
+    - `coef_`: posterior means in the units of the table, (coefficients,), or (classes,
+      coefficients).
+    - `intercept_`: the same of the intercept.
+    - `coef_draws_`, `intercept_draws_`: posterior draws of both, draws first.
+    - `inclusion_`: (coefficients,) probabilities that each is not zero.
+    - `kept_`: (coefficients,) bool, the reported model.
+    - `delta_f_`: (coefficients,) nats.
     """
 
     prior: str
