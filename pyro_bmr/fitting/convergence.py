@@ -18,7 +18,7 @@ NOT_CONVERGED = "the fit has not converged"  # how the warning begins
 # A bound is judged by the means of this many stretches of blocks, or not at all.
 _FEWEST = 4
 # Errors of this many allowed rises hide a rise that matters.
-_NOISE = 5
+_NOISE = 2
 # Blocks of steps that are kept of one cycle. When there are as many, neighbours are joined.
 MOST_BLOCKS = 512
 
@@ -33,7 +33,7 @@ class UntilConverged:
     Hutter 2017 (arXiv 1608.03983). Each is a whole fit, with the reductions at their places in it.
     The fit is done when its bound no longer rises: by more than twice the standard error of the
     rise, or by more than `tolerance` nats for each of the N/T rows that the data count for. That
-    error must be less than five times those nats, since noise hides a rise. In the first cycle the
+    error must be less than twice those nats, since noise hides a rise. In the first cycle the
     rise is that from the third eighth of the steps to the fourth: later the falling rate makes a
     bound rise that has converged, and hides that another has not. After further cycles it is the
     rise from the end of one to the end of the next, where the rate is low. The gains that

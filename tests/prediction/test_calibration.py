@@ -123,7 +123,8 @@ def test_a_site_whose_draws_follow_its_scales_is_refused():
 
 def test_options_of_a_study():
     data, build = bmr.load("digits"), load_model("mlp:12")
-    options = {"epochs": 6, "learning_rate": 2e-2, "temperature": 0.02, "kept": 0.5}
+    options = {"epochs": 6, "optimizer": "adam", "learning_rate": 2e-2, "temperature": 0.02}
+    options["kept"] = 0.5
 
     def trained(**more):
         return method_named("reduced")(build, data, 3, options | more, False)
