@@ -31,7 +31,7 @@ class UntilConverged:
     The fit runs in cycles of `first` steps, twice as many, four times as many, and so on. In each
     the learning rate falls on the schedule of the fit and then begins again, as in Loshchilov &
     Hutter 2017 (arXiv 1608.03983). Each is a whole fit, with the reductions at their places in it.
-    The fit is done when its bound no longer rises: by more than twice the standard error of the
+    The fit is done when its bound no longer rises: by more than three standard errors of the
     rise, or by more than `tolerance` nats for each of the N/T rows that the data count for. That
     error must be less than twice those nats, since noise hides a rise. In the first cycle the
     rise is that from the third eighth of the steps to the fourth: later the falling rate makes a
@@ -85,7 +85,7 @@ class Rise:
     def is_over(self) -> bool:
         """Whether the bound no longer rises by more than its noise, which is small."""
         visible = self.error < _NOISE * self.allowed
-        return visible and self.nats <= max(2 * self.error, self.allowed)
+        return visible and self.nats <= max(3 * self.error, self.allowed)
 
     def __str__(self) -> str:
         return (

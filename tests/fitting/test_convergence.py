@@ -125,7 +125,7 @@ def test_the_rise_of_one_cycle_is_that_before_its_middle():
     rise = rise_at_full_rate(blocks, allowed=0.5)
     assert rise is not None  # blocks 32 … 47 and 48 … 63: up to 40, and at it
     assert rise.nats == pytest.approx(40 - (sum(range(32, 41)) + 7 * 40) / 16)
-    assert not rise.is_over and not Rise(0.6, 0.2, 0.5).is_over and Rise(0.6, 0.31, 0.5).is_over
+    assert not rise.is_over and not Rise(0.6, 0.19, 0.5).is_over and Rise(0.6, 0.21, 0.5).is_over
     assert not Rise(0.6, 1.1, 0.5).is_over  # noise hides it
     assert rise_at_full_rate(blocks[:31], 0.5) is None
 
@@ -164,23 +164,19 @@ def test_a_short_fit_at_a_small_rate_is_not_taken_for_a_flat_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prior", ["gaussian", "horseshoe"])
-def test_short_fits_are_told_from_long_ones(prior):
-    """Twenty fits of each kind, of networks and of regressions."""
-    from pyro_bmr.priors.names import prior_from_name
-
+def test_short_fits_are_told_from_long_ones():
+    """Twenty fits of each kind, of networks and of regressions by hand."""
     short, long = 0, 0
     for seed in range(10):
         program, data, *_ = regression(150, columns=5, seed=seed)
-        x, y = data[0].float(), data[1].float()
+        rows = data[0].float(), data[1].float()
         torch.manual_seed(seed)
-        model = bmr.BayesianNetwork(
-            torch.nn.Linear(5, 1), prior=prior_from_name(prior), likelihood=bmr.Normal()
-        )
-        call = partial(bmr.fit, model, (x, y), seed=seed, progress=False)
-        short += not call(epochs=40).converged
-        long += call(epochs=2_000, optimizer=bmr.adam(2e-2)).converged
-        call = partial(bmr.fit, program, data, seed=seed, progress=False)
-        short += not call(epochs=30).converged
-        long += call(epochs=1_000, optimizer=bmr.adam(2e-2)).converged
-    assert short >= 19 and long >= 19
+        model = bmr.BayesianNetwork(torch.nn.Linear(5, 1), bmr.Gaussian(), bmr.Normal())
+        for call, few, many in (
+            (partial(bmr.fit, model, rows), 40, 1_000),
+            (partial(bmr.fit, program, data), 30, 2_000),
+        ):
+            short += not call(epochs=few, seed=seed, progress=False).converged
+            rate = bmr.adam(2e-2)
+            long += call(epochs=many, optimizer=rate, seed=seed, progress=False).converged
+    assert short >= 19 and long >= 19, (short, long)
