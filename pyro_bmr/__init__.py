@@ -8,7 +8,7 @@ from pyro_bmr.data.data_set import Data
 from pyro_bmr.data.named import load
 from pyro_bmr.errors import PyroBMRError, PyroBMRWarning
 from pyro_bmr.experiments.compare import compare
-from pyro_bmr.experiments.recipe import Settings
+from pyro_bmr.experiments.settings import Settings
 from pyro_bmr.experiments.study import study
 from pyro_bmr.exporting import deploy, export, save
 from pyro_bmr.fitting.checkpoints import Checkpoints

@@ -19,8 +19,8 @@ from pyro_bmr.experiments import plots
 from pyro_bmr.experiments.compare import comparison, run_comparison, summary
 from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.declaration import declare
-from pyro_bmr.experiments.recipe import Settings
 from pyro_bmr.experiments.report import printed, summary_of
+from pyro_bmr.experiments.settings import Settings
 from pyro_bmr.experiments.study import cells_left, check_jobs, study
 from pyro_bmr.priors.names import prior_from_name
 

@@ -20,14 +20,14 @@ from pyro_bmr.data.named import load
 from pyro_bmr.errors import ModelError
 from pyro_bmr.experiments.folder import read_cell
 from pyro_bmr.experiments.models import load_model
-from pyro_bmr.experiments.recipe import (
+from pyro_bmr.experiments.runs import Run, check_run_folder, load_run, save_run
+from pyro_bmr.experiments.settings import (
     Settings,
     guide_named,
     length_of,
     optimizer_named,
     temperature_of,
 )
-from pyro_bmr.experiments.runs import Run, check_run_folder, load_run, save_run
 from pyro_bmr.exporting import deploy, ensemble, export, point_weights, save
 from pyro_bmr.files import finite
 from pyro_bmr.fitting.fit import fit

@@ -15,7 +15,7 @@ from pyro_bmr.cli.parsers import Help, Parser, without_command
 from pyro_bmr.data.named import sources
 from pyro_bmr.experiments.baseline_cells import IN_COMPARISONS
 from pyro_bmr.experiments.models import model_names
-from pyro_bmr.experiments.recipe import GUIDES, OPTIMIZERS, ROUTES, Settings
+from pyro_bmr.experiments.settings import GUIDES, OPTIMIZERS, ROUTES, Settings
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.guides.row_noise import PER_ROW, PER_STEP
 from pyro_bmr.priors.names import PRIORS

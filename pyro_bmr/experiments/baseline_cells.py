@@ -15,7 +15,7 @@ from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.experiments.grid import Cell
 from pyro_bmr.experiments.methods import network_of
-from pyro_bmr.experiments.recipe import Settings, optimizer_named
+from pyro_bmr.experiments.settings import Settings, optimizer_named
 from pyro_bmr.priors import Gaussian, Prior
 
 IN_COMPARISONS = {"plain": "the plain network", "magnitude": "magnitude pruning"}

@@ -21,8 +21,8 @@ from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.folder import Row, row_of
 from pyro_bmr.experiments.grid import Cell, Study, check_model, fingerprint, plain_name
 from pyro_bmr.experiments.models import Build, load_model
-from pyro_bmr.experiments.recipe import ROUTES, Settings, temperature_of
 from pyro_bmr.experiments.report import summary_of, table_of
+from pyro_bmr.experiments.settings import ROUTES, Settings, temperature_of
 from pyro_bmr.experiments.study import (
     COMPARISON,
     StudyResults,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_bmr.experiments.baseline_cells import IN_COMPARISONS
 from pyro_bmr.experiments.pictures import KEYS
-from pyro_bmr.experiments.recipe import ROUTES
+from pyro_bmr.experiments.settings import ROUTES
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -124,12 +124,11 @@ def _structured_size(trained: Trained, data: Data) -> float:
 
 
 def _costs(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
-    converged = getattr(trained.fit, "converged", None)
     return {
         "elbo": trained.elbo,
         "delta_f": trained.delta_f,
         "seconds": trained.seconds,
-        "converged": math.nan if converged is None else float(converged),
+        "converged": float(trained.fit.converged) if trained.fit else math.nan,
     }
 
 

@@ -22,7 +22,8 @@ from pyro_bmr.baselines import (
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError, OptionError, described
 from pyro_bmr.experiments.models import Build
-from pyro_bmr.experiments.recipe import ROUTES, Fitted, Settings, fit_by_route
+from pyro_bmr.experiments.recipe import Fitted, fit_by_route
+from pyro_bmr.experiments.settings import ROUTES, Settings
 from pyro_bmr.exporting import export, point_weights
 from pyro_bmr.likelihoods import Categorical, Normal
 from pyro_bmr.networks.bayesian_network import BayesianNetwork

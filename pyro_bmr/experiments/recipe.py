@@ -1,30 +1,31 @@
 """A fit by one of the routes to a prior: maximum a posteriori, fitted under it, or reduced to it.
 
-Owns `Settings`, `Fitted` and `fit_by_route`, and guides and optimisers by name. Next: `methods.py`.
+Owns `Fitted` and `fit_by_route`. Next: `methods.py`.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from pyro_bmr.baselines.options import check_rules, is_between, is_positive
-from pyro_bmr.checks import is_whole
 from pyro_bmr.data.data_set import Data, validation_data
-from pyro_bmr.errors import ModelError, holds
+from pyro_bmr.errors import ModelError
 from pyro_bmr.experiments.models import Build
-from pyro_bmr.fitting.convergence import NOT_CONVERGED, UntilConverged
+from pyro_bmr.experiments.settings import (
+    Settings,
+    guide_named,
+    length_of,
+    optimizer_named,
+    temperature_of,
+)
+from pyro_bmr.fitting.convergence import NOT_CONVERGED
 from pyro_bmr.fitting.fit import Fit, fit
-from pyro_bmr.fitting.natural_gradient import natural_gradient
 from pyro_bmr.fitting.optimizers import adam
-from pyro_bmr.guides import LowRankPlusDiagonal, MatrixVariate, MeanField, Point, ScaleCoupled
-from pyro_bmr.guides.row_noise import PER_STEP, check_estimator
+from pyro_bmr.guides import Point
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.prediction.calibration import best_widening
 from pyro_bmr.prediction.paired_losses import paired_loss
@@ -33,165 +34,6 @@ from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.pruning import Every
 from pyro_bmr.reduction.reduce import quiet_reduction
 from pyro_bmr.reduction.result import Reduction
-
-ROUTES = ("map", "fitted", "reduced")
-OPTIMIZERS: dict[str, tuple[Callable[[float], Any], float]] = {
-    "adam": (adam, 3e-3),
-    "natural-gradient": (natural_gradient, 0.1),
-}
-"""Name → what makes the optimiser of `fit` from a learning rate, and the rate where none is
-given.
-"""
-GUIDES: dict[str, Callable[..., Any]] = {
-    "mean-field": MeanField,
-    "scale-coupled": ScaleCoupled,
-    "matrix-variate": MatrixVariate,
-    "low-rank": partial(LowRankPlusDiagonal, rank=10),
-}
-"""Name → guide of the fitted and reduced routes (docs/choose_a_guide.md); low-rank has ten
-directions a site.
-"""
-
-
-# Measured on held-out rows of many data sets (docs/results/defaults.md). Steps of a fit:
-_STEPS = 3_000
-# Classes, by route. A network that keeps all of its weights also keeps the noise of those that it
-# does not need, which a cold fit makes small. Real targets have 1: a cold fit of theirs learns a
-# noise that is too small.
-_TEMPERATURES = {"map": 1.0, "fitted": 0.1, "reduced": 0.3}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What every cell of a comparison shares.
-
-    `epochs`: None for 3,000 steps. `optimizer`: one of `OPTIMIZERS`; ``"natural-gradient"`` is for
-    mean field, the route map takes adam at its own rate then; None for it where it can be had, else
-    adam. `learning_rate`: None for that of the optimiser. `temperature`: None for 1 with real
-    targets; with classes for 1 (map), 0.1 (fitted) and 0.3 (reduced). `kept`: target fraction for
-    the reduced route and for fitted shrinkage priors (1: as fitted), None for the evidence to
-    decide. `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as
-    in `Every`. `draws`: of the predictive. `guide`: one of `GUIDES`, of which ``"mean-field"``
-    alone is for natural-gradient; `estimator`: as in `MeanField`, and for it. `widen`: the
-    predictive draws from `posterior.widened(widen)`; `calibrate` finds that factor on a sixth of
-    the training rows, or the validation rows that the data came with, which the fit does without.
-    """
-
-    epochs: int | None = None
-    batch_size: int = 128
-    learning_rate: float | None = None
-    temperature: float | None = None
-    kept: float | None = None
-    reduce_every: float | None = None
-    start: float = 0.1
-    stop: float = 0.75
-    draws: int = 32
-    validation: float | None = None
-    optimizer: str | None = None
-    guide: str = "mean-field"
-    estimator: str = "weight"
-    widen: float = 1.0
-    calibrate: bool = False
-
-    def __post_init__(self) -> None:
-        if self.optimizer is None:
-            usual = self.guide == "mean-field" and self.estimator in PER_STEP
-            object.__setattr__(self, "optimizer", "natural-gradient" if usual else "adam")
-        rate = optimizer_named(self.optimizer, self.learning_rate)[1]
-        # as a number, which is kept beside the results
-        object.__setattr__(self, "learning_rate", rate)
-        check_estimator(self.estimator, *PER_STEP)
-        guide_named(self.guide, self.optimizer, self.estimator)
-        check_rules(self)
-
-    def rules(self) -> dict[str, tuple[bool, str]]:
-        """Option → whether its value is in its range, and that range."""
-        ordered = holds(lambda: 0 <= self.start <= self.stop <= 1)
-        return {
-            "epochs": (self.epochs is None or is_whole(self.epochs, 1), "a whole number >= 1"),
-            "batch_size": (is_whole(self.batch_size, 1), "a whole number >= 1"),
-            "learning_rate": (is_positive(self.learning_rate), "a finite number > 0"),
-            "temperature": (
-                self.temperature is None or is_positive(self.temperature),
-                "a finite number > 0",
-            ),
-            "kept": (self.kept is None or is_between(self.kept, 0, 1), "0 <= kept <= 1"),
-            "reduce_every": (
-                self.reduce_every is None or is_positive(self.reduce_every),
-                "a finite number of epochs > 0",
-            ),
-            "start": (ordered, "0 <= start <= stop"),
-            "stop": (ordered, "start <= stop <= 1"),
-            "draws": (is_whole(self.draws, 0), "a whole number >= 0"),
-            "validation": (
-                self.validation is None
-                or (is_between(self.validation, 0, 1) and 0 < self.validation < 1),
-                "0 < validation < 1",
-            ),
-            "widen": (
-                is_between(self.widen, 0, sys.float_info.max)
-                and (self.widen == 1 or not self.calibrate),
-                "a finite number >= 0, and not calibrate as well",
-            ),
-        }
-
-
-def length_of(epochs: int | None) -> int | UntilConverged:
-    """The length of a fit of so many epochs; None for 3,000 steps."""
-    return UntilConverged(steps=_STEPS, first=_STEPS) if epochs is None else epochs
-
-
-def temperature_of(given: float | None, route: str, data: Data) -> float:
-    """The temperature of a fit by `route`, by default that of `Settings`."""
-    if given is not None:
-        return given
-    return _TEMPERATURES[route] if data.task == "classification" else 1.0
-
-
-def optimizer_named(
-    name: str | None, learning_rate: float | None = None
-) -> tuple[Callable[[], Any], float]:
-    """What makes the optimiser of that name for `fit`, and its learning rate, by default its own.
-
-    Raises:
-        ModelError: there is no such optimiser.
-
-    Example:
-        >>> make, rate = optimizer_named("natural-gradient")
-        >>> fit(program, data, optimizer=make())
-    """
-    if name not in OPTIMIZERS:
-        raise ModelError(f"no optimizer '{name}'; the optimizers are: {', '.join(OPTIMIZERS)}")
-    make, own = OPTIMIZERS[name]
-    rate = own if learning_rate is None else learning_rate
-    return partial(make, rate), rate
-
-
-def guide_named(
-    name: str, optimizer: str | None = "adam", estimator: str = "weight"
-) -> Callable[..., Any]:
-    """What makes the guide of that name for `fit`; an optimiser other than adam, and an estimator
-    other than ``"weight"``, are for mean field.
-
-    Raises:
-        ModelError: there is no such guide, or it does not go with the optimiser or the estimator.
-
-    Example:
-        >>> fit(program, data, guide=guide_named("low-rank"))
-    """
-    if name not in GUIDES:
-        raise ModelError(f"no guide '{name}'; the guides are: {', '.join(GUIDES)}")
-    if name == "mean-field":
-        return partial(MeanField, estimator=estimator)
-    for option, value, plain in (
-        ("optimizer", optimizer, "adam"),
-        ("estimator", estimator, "weight"),
-    ):
-        if value != plain:
-            raise ModelError(
-                f"{option} '{value}': expected the guide mean-field, got '{name}'; leave one out"
-            )
-    return GUIDES[name]
 
 
 @dataclass(frozen=True)

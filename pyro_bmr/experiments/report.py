@@ -19,7 +19,7 @@ from pyro_bmr.experiments.grid import Cell, Study
 from pyro_bmr.experiments.lines import MARK, marks_of
 from pyro_bmr.experiments.page import TEXT, Section, page
 from pyro_bmr.experiments.pictures import KEYS, Picture, draw
-from pyro_bmr.experiments.recipe import ROUTES
+from pyro_bmr.experiments.settings import ROUTES
 from pyro_bmr.files import make_folder, write_atomically
 
 if TYPE_CHECKING:

@@ -17,6 +17,8 @@ from pyro_bmr.errors import FitError, holds
 NOT_CONVERGED = "the fit has not converged"  # how the warning begins
 # A bound is judged by the means of this many stretches of blocks, or not at all.
 _FEWEST = 4
+# A rise of more standard errors than this is no noise.
+_ERRORS = 3
 # Errors of this many allowed rises hide a rise that matters.
 _NOISE = 2
 # Blocks of steps that are kept of one cycle. When there are as many, neighbours are joined.
@@ -85,7 +87,7 @@ class Rise:
     def is_over(self) -> bool:
         """Whether the bound no longer rises by more than its noise, which is small."""
         visible = self.error < _NOISE * self.allowed
-        return visible and self.nats <= max(3 * self.error, self.allowed)
+        return visible and self.nats <= max(_ERRORS * self.error, self.allowed)
 
     def __str__(self) -> str:
         return (

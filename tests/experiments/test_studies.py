@@ -35,8 +35,8 @@ from pyro_bmr.experiments import folder as cell_folder
 from pyro_bmr.experiments import log as cell_log
 from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.declaration import declare
-from pyro_bmr.experiments.recipe import Settings
 from pyro_bmr.experiments.runs import load_run
+from pyro_bmr.experiments.settings import Settings
 from pyro_bmr.experiments.study import cells_left, study
 
 matplotlib.use("Agg")

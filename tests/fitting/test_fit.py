@@ -376,6 +376,42 @@ def test_schedules_that_never_act_are_refused(change):
         quick(linear, regression(), **change)
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "site"),
+    [
+        (bmr.Normal(), "'noise'"),
+        (bmr.likelihoods.StudentT(), "'noise', 'df'"),
+        (bmr.likelihoods.Weighted(bmr.NegativeBinomial(), weights=0), "'concentration'"),
+    ],
+)
+def test_a_tempered_fit_infers_no_noise(likelihood, site):
+    torch.manual_seed(0)
+    x = torch.rand(30, 2)
+    model = bmr.BayesianNetwork(nn.Linear(2, 1), bmr.Gaussian(0.5), likelihood)
+    with pytest.raises(bmr.errors.FitError, match=f"temperature=0.3: expected 1 .*infers {site}"):
+        quick(model, (x, x[:, 0].round()), temperature=0.3)
+
+
+def test_a_tempered_fit_with_a_given_noise_has_the_noise_of_the_tempered_model():
+    """N(y; f, σ²)^{1/T} is N(y; f, Tσ²) up to a factor: the exact posterior of a linear model."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 2)
+    y = x @ torch.tensor([0.8, -0.4]) + 0.5 * torch.randn(40)
+    model = bmr.BayesianNetwork(
+        nn.Linear(2, 1, bias=False), bmr.Gaussian(0.7), bmr.Normal(noise=0.5)
+    )
+    step = bmr.natural_gradient()
+    fit = bmr.fit(
+        model, (x, y), epochs=1_500, optimizer=step, temperature=0.4, progress=False, seed=1
+    )
+    precision = x.T @ x / (0.4 * 0.5**2) + torch.eye(2) / 0.7**2
+    mean = torch.linalg.solve(precision, x.T @ y / (0.4 * 0.5**2))
+    site = fit.posterior["weight"]
+    sd = precision.diagonal().rsqrt()  # of the best Gaussian of independent entries
+    assert torch.allclose(site.mean[0], mean, atol=0.2 * float(sd.min()))
+    assert torch.allclose(site.var[0].sqrt(), sd, rtol=0.05)
+
+
 def test_a_single_row_left_over_joins_its_neighbours():
     x, y = blobs(33)
     torch.manual_seed(0)
