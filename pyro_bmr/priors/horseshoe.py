@@ -19,7 +19,11 @@ from torch import Tensor
 from pyro_bmr.checks import check_arguments
 from pyro_bmr.errors import described, holds
 from pyro_bmr.priors.gaussian import SCALES, fan_in, has_square, sample_normal
-from pyro_bmr.priors.half_cauchy import Parametrization, sample_half_cauchy
+from pyro_bmr.priors.half_cauchy import (
+    Parametrization,
+    half_cauchy_divergence,
+    sample_half_cauchy,
+)
 from pyro_bmr.priors.tiers import TIERS, Tier, check_tier, spread, tier_parts
 
 SITES: dict[Tier, str] = {"layer": "tau", "unit": "unit", "input": "input", "weight": "lambda"}
@@ -220,33 +224,44 @@ class Horseshoe:
         )
         return precision.rsqrt()
 
-    def drop(self, name: str, mean: Tensor, var: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    def drop(self, name: str, mean: Tensor, var: Tensor, sites: Mapping[str, Any]) -> Tensor:
         r"""Log odds of pruning each weight, the prior's own decision after a fit; a weight is
         pruned if they are positive.
 
-        Given the scales, w̄ ~ N(0, 1), and setting w̄ = 0 gains Gᵢ = −½ log σ² − ½ μ²/σ² nats of
-        evidence for a posterior N(μ, σ²): the point spike's ΔF. The log odds are 0.02 nats larger,
-        the noise of weights about which the data say nothing. Without the tier ``"weight"`` a unit
-        or input is pruned as a whole, by the sum over its weights.
+        They are the nats that the free energy gains without the weight. Given the scales, w̄ ~
+        N(0, 1), and setting w̄ = 0 gains Gᵢ = −½ log σ² − ½ μ²/σ² for a posterior N(μ, σ²): the
+        point spike's ΔF. The weight's own scale then returns to its prior:
+
+        .. math:: \text{drop}_i = G_i + \mathrm{KL}(q(\lambda_i) \,\|\, C^+(0, 1)) + 0.02
+
+        The last is the noise of weights about which the data say nothing. Without the tier
+        ``"weight"`` a unit or input is pruned as a whole, by the sum over its weights and the
+        divergence of its scale.
 
         The usual rule κ > ½ (Carvalho, Polson & Scott 2010), here with κ = σ², suits weights that
         are each well informed. In a network thousands of weights are little informed and matter
         together; the rule would prune almost all of them.
+
+        Args:
+            sites: the posterior, from which the moments of the scales are taken.
         """
         kept = var > 0  # pruned entries have variance 0
         sigma2 = var.clamp(max=1.0)
         gain = _NOISE - 0.5 * sigma2.log() - 0.5 * mean.square() / sigma2
         groups: list[Tier] = [tier for tier in self.tiers if tier in ("unit", "input")]
-        if "weight" not in self.tiers and groups:
+        if "weight" in self.tiers:
+            gain = gain + half_cauchy_divergence(f"{name}_{SITES['weight']}", sites, gain)
+        elif groups:
             each = gain.where(kept, 0)
-            by_group = [
-                spread(tier_parts(each, tier, self.block).sum(-1), tier, self.block).expand(
-                    var.shape
-                )
-                for tier in groups
-            ]
+            by_group = [self._group_gain(name, each, tier, sites) for tier in groups]
             gain = torch.stack(by_group).amax(0)
         return gain.where(kept, torch.inf)
+
+    def _group_gain(self, name: str, each: Tensor, tier: Tier, sites: Mapping[str, Any]) -> Tensor:
+        """What the gains `each` of a unit or input sum to, with that of its scale."""
+        scale = half_cauchy_divergence(f"{name}_{SITES[tier]}", sites, each)
+        total = tier_parts(each, tier, self.block).sum(-1)
+        return spread(total + scale, tier, self.block).expand(each.shape)
 
     def mixture(
         self, scale: float | None = None, together: int = 1

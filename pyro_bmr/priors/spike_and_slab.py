@@ -191,16 +191,16 @@ class SpikeAndSlab:
             * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
         )
 
-    def drop(self, name: str, mean: Tensor, var: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    def drop(self, name: str, mean: Tensor, var: Tensor, sites: Mapping[str, Any]) -> Tensor:
         """Log odds of pruning each weight, the prior's own decision after a fit: the log odds of
         its indicator at the posterior point of the other sites.
         """
         if self.temperature is not None:
-            return -spread(torch.logit(values[f"{name}_slab"]), self.per, self.block).expand(
-                mean.shape
-            )
+            slab = sites[f"{name}_slab"].mean  # on the logit scale
+            return -spread(slab, self.per, self.block).expand(mean.shape)
+        inclusion = sites[f"{name}_inclusion"]
         return -SpikeSlabMixture(
-            values[f"{name}_inclusion"], mean.new_tensor(self.fitted_spike_scale)
+            inclusion.value(inclusion.mean), mean.new_tensor(self.fitted_spike_scale)
         ).inclusion_log_odds(mean, var)
 
 

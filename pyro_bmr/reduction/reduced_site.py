@@ -126,7 +126,7 @@ def _own_decision(posterior: Posterior, name: str) -> SiteReduction:
     drop_log_odds = torch.full_like(site.mean, -torch.inf)
     decide = getattr(site.declared, "drop", None)
     if decide is not None:
-        drop_log_odds = decide(name, site.mean, site.var, posterior.point())
+        drop_log_odds = decide(name, site.mean, site.var, posterior.sites)
     spike = torch.full_like(drop_log_odds, torch.nan)
     if site.prior is not None:
         spike = point_spike_delta_f(Diagonal(site.mean, site.var), site.prior, site.mask)

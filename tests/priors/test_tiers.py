@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from scipy import stats
+from scipy import integrate, stats
 from torch import nn
 
 import pyro_bmr as bmr
@@ -249,3 +249,43 @@ def test_large_sites_start_near_the_median_without_the_memory_of_a_thousand_draw
     assert starts.mean().item() == pytest.approx(
         math.log(stats.gamma(2, scale=0.5).median()), abs=0.02
     )
+
+
+@pytest.mark.parametrize("mean, std", [(-3.2, 0.4), (0.3, 1.7), (4.1, 0.9)])
+def test_the_scale_of_a_pruned_weight_returns_to_its_prior(mean, std):
+    """The log odds are ΔF given the scales and the divergence of λ, or of both its Gammas, which
+    quadrature over the densities of scipy gives.
+    """
+
+    def divergence(prior, m, s):
+        q = stats.lognorm(s, scale=math.exp(m))
+
+        def integrand(u):  # u = log λ
+            value = math.exp(u)
+            return stats.norm(m, s).pdf(u) * (q.logpdf(value) - prior.logpdf(value))
+
+        return integrate.quad(integrand, m - 12 * s, m + 12 * s, limit=200)[0]
+
+    def odds(prior, shape, **scales):
+        sites = {
+            name: Site(
+                torch.full(shape, m).double(), torch.full(shape, s**2).double(), support="positive"
+            )
+            for name, (m, s) in scales.items()
+        }
+        w = Site(torch.full((2, 3), 0.7).double(), torch.full((2, 3), 0.3).double(), declared=prior)
+        reduction = bmr.reduce(bmr.Posterior({"w": w, **sites}), to=None)
+        return reduction.sites["w"].drop_log_odds
+
+    given = -0.5 * math.log(0.3) - 0.5 * 0.7**2 / 0.3 + 0.02
+    own = divergence(stats.halfcauchy, mean, std)
+    direct = odds(bmr.Horseshoe(), (2, 3), w_lambda=(mean, std), w_tau=(0.4, 0.2))
+    torch.testing.assert_close(direct, torch.full((2, 3), given + own).double(), rtol=1e-4, atol=0)
+    per_unit = odds(bmr.Horseshoe(tiers=("layer", "unit")), (2, 1), w_unit=(mean, std))
+    expected = torch.full((2, 3), 3 * given + own).double()
+    torch.testing.assert_close(per_unit, expected, rtol=1e-4, atol=0)
+    gamma = bmr.Horseshoe(parametrization="gamma")
+    pair = {"w_lambda_numerator": (mean / 4, std), "w_lambda_denominator": (-0.8, 0.6)}
+    own = sum(divergence(stats.gamma(0.5), m, s) for m, s in pair.values())
+    expected = torch.full((2, 3), given + own).double()
+    torch.testing.assert_close(odds(gamma, (2, 3), **pair), expected, rtol=1e-4, atol=0)
