@@ -7,6 +7,8 @@ from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.exponential_family import natural_delta_f, natural_posterior
 from pyro_bmr.formulas.gaussian import prune_subset, reduced_posterior
+from pyro_bmr.formulas.held_entries import HeldAtZero, held_at_zero
+from pyro_bmr.formulas.held_evidence import Bounds, held_delta_f, held_var
 from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
 from pyro_bmr.formulas.message import Message, message
@@ -16,14 +18,19 @@ from pyro_bmr.formulas.scale_mixture import scale_mixture_reduction
 from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 
 __all__ = [
+    "Bounds",
     "Dense",
     "Diagonal",
+    "HeldAtZero",
     "LowRank",
     "MatrixNormal",
     "Message",
     "MonteCarlo",
     "best_var",
     "exact_inclusion",
+    "held_at_zero",
+    "held_delta_f",
+    "held_var",
     "log_ratio_delta_f",
     "message",
     "monte_carlo_delta_f",

@@ -1,0 +1,216 @@
+r"""The evidence of holding entries of a matrix normal at zero, between two bounds, and the
+variances of the rest.
+
+Owns `held_delta_f`, `log_det_bounds` and `held_var`. With Σ = R ⊗ C, P its inverse, S the held and
+K the other entries, log |Σ_SS| is the only part of ΔF that has no short form. Bounds that need no
+matrix over all entries:
+
+.. math:: \sum_S \log d_i c_j \le \log |\Sigma_{SS}| \le \min\Big(\sum_S \log R_{ii} C_{jj},\;
+    \log |\Sigma| + \sum_K \log (R^{-1})_{ii} (C^{-1})_{jj}\Big)
+
+with the pivots d, c of the Cholesky factors of R and C: a pivot is the variance given all entries
+of the rows or columns before it, held or not; an inverse's diagonal is one over the variance given
+all others.
+:math:`\log |\Sigma_{SS}| = \log |\Sigma| + \log |P_{KK}|` is Jacobi's identity. Row by row, both
+sides are tighter (Fischer's inequality above, the chain rule below):
+
+.. math:: \sum_i |S_i| \log d_i + \log |C_{S_i S_i}| \le \log |\Sigma_{SS}| \le
+    \sum_i \log |C_{S_i S_i}| + \min\Big(\sum_i |S_i| \log R_{ii},\;
+    m \log |R| + \sum_i |K_i| \log (R^{-1})_{ii}\Big)
+
+and column by column likewise. Imports torch only. Next: `log_gamma.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_bmr.formulas.covariance import covariance_factor, half_log_and_energy
+from pyro_bmr.formulas.held_entries import DENSE_UP_TO, entries_factor
+
+_WORK = 1e10  # operations on the factors of rows, and of columns
+_VAR_WORK = 1e10  # operations on exact variances
+
+
+class Bounds(NamedTuple):
+    """The number lies between `lower` and `upper`; they are equal where it is exact."""
+
+    lower: float
+    upper: float
+
+
+def held_delta_f(
+    row_cov: Tensor,
+    col_cov: Tensor,
+    held: Tensor,
+    energy: Tensor | float,
+    prior: Any,
+    *,
+    log_det: Bounds | None = None,
+) -> Bounds:
+    r"""ΔF of holding the entries `held` at zero, log q_S(0) − log p_S(0), between two bounds.
+
+    .. math:: \Delta F = -\tfrac12 \log |\Sigma_{SS}| - \tfrac12 M_S^\top \Sigma_{SS}^{-1} M_S
+        + \tfrac12 \sum_S \Big(\log \sigma_0^2 + \frac{\eta^2}{\sigma_0^2}\Big)
+
+    Args:
+        row_cov, col_cov, held: as for `held_at_zero`.
+        energy: M_Sᵀ Σ_SS⁻¹ M_S, as `held_at_zero` gives it.
+        prior: diagonal moments that broadcast to (n, m); its mean may be other than 0.
+        log_det: `log_det_bounds`, if they are known.
+
+    Returns:
+        Bounds: in nats. The lower one is what is reported as ΔF.
+    """
+    low, high = log_det or log_det_bounds(row_cov, col_cov, held)
+    like = row_cov.new_zeros(()).expand(held.shape)
+    rest = float(half_log_and_energy(prior, like, held)) - 0.5 * float(energy)
+    return Bounds(rest - 0.5 * high, rest - 0.5 * low)
+
+
+def log_det_bounds(row_cov: Tensor, col_cov: Tensor, held: Tensor, work: float = _WORK) -> Bounds:
+    """Bounds of log |Σ_SS|, in float64. Exact where no more than 1,024 entries are held or no more
+    are left, where S is whole rows or whole columns, or all.
+
+    Args:
+        row_cov, col_cov, held: as for `held_at_zero`.
+        work: the operations that the bounds row by row, or column by column, may take; they are
+            left out where they would need more.
+
+    Raises:
+        ReductionError: a covariance is not symmetric positive definite.
+    """
+    i, j = (held.any(axis).nonzero()[:, 0] for axis in (1, 0))
+    inside, count = held[i][:, j], int(held.count_nonzero())
+    if count == 0:
+        return Bounds(0.0, 0.0)
+    if count <= DENSE_UP_TO:
+        return _exact(2 * _log_diagonal(entries_factor(row_cov, col_cov, held)))
+    # Σ over the rows and columns that hold an entry
+    rows, cols = (
+        _Side.of(row_cov[i][:, i], inside, "rows"),
+        _Side.of(col_cov[j][:, j], inside.mT, "columns"),
+    )
+    whole = inside.shape[1] * rows.log_det + inside.shape[0] * cols.log_det
+    left = inside.numel() - count
+    if left == 0:
+        return _exact(whole)
+    if left <= DENSE_UP_TO:
+        root = entries_factor(rows.precision, cols.precision, ~inside)
+        return _exact(whole + 2 * _log_diagonal(root))
+    lower = [_over(inside, rows.log_pivot, cols.log_pivot)]
+    upper = [
+        _over(inside, rows.log_var, cols.log_var),
+        whole + _over(~inside, rows.log_precision, cols.log_precision),
+    ]
+    for one, other, mask in ((rows, cols, inside), (cols, rows, inside.mT)):
+        if _blocks_work(mask) <= work:
+            inner, size = _blocks(mask, other), mask.sum(1)
+            lower.append(inner + float((size * one.log_pivot).sum()))
+            upper.append(inner + float((size * one.log_var).sum()))
+            spread = mask.shape[1] * one.log_det + float(((~mask).sum(1) * one.log_precision).sum())
+            upper.append(inner + spread)
+    return Bounds(max(lower), min(upper))
+
+
+def held_var(row_cov: Tensor, col_cov: Tensor, held: Tensor) -> tuple[Tensor, bool]:
+    r"""The variances of the entries given that those `held` are zero, 0 there, of shape (n, m); and
+    whether they are exact.
+
+    .. math:: R_{ii} C_{jj} - \Sigma_{kS} \Sigma_{SS}^{-1} \Sigma_{Sk}
+
+    Exact where few entries are held or few are left, as far as 1,024 and 10¹⁰ operations go. Else
+    R_ii C_jj, the variances before anything was held, which are at least the exact ones.
+    """
+    i, j = ((t.diagonal() > 0).nonzero()[:, 0] for t in (row_cov, col_cov))
+    first = (row_cov.diagonal()[:, None] * col_cov.diagonal()).masked_fill(held, 0)
+    if first[i][:, j].numel() < first.numel():  # rows or columns that are gone
+        part, exact = held_var(row_cov[i][:, i], col_cov[j][:, j], held[i][:, j])
+        first[i[:, None], j] = part
+        return first, exact
+    count = int(held.count_nonzero())
+    left = held.numel() - count
+    if count == 0 or left == 0:
+        return first, True
+    if left <= DENSE_UP_TO:
+        parts = (covariance_factor(t, "posterior") for t in (row_cov, col_cov))
+        inverses = [torch.cholesky_inverse(t) for t in parts]
+        root = entries_factor(inverses[0], inverses[1], ~held)
+        rest = torch.cholesky_inverse(root).diagonal()
+        return first.masked_scatter(~held, rest.to(first)), True
+    if count > DENSE_UP_TO or float(count) ** 2 * left > _VAR_WORK:
+        return first, False
+    chol = entries_factor(row_cov, col_cov, held)
+    i, j = held.nonzero().unbind(1)
+    rows, cols = (~held).nonzero().unbind(1)
+    explained = torch.empty(left, dtype=torch.float64, device=held.device)
+    for piece in torch.arange(left, device=held.device).split(1 << 14):
+        cross = row_cov[i][:, rows[piece]].double() * col_cov[j][:, cols[piece]].double()
+        white = torch.linalg.solve_triangular(chol, cross, upper=False)
+        explained[piece] = white.square().sum(0)
+    rest = first[~held].double() - explained
+    return first.masked_scatter(~held, rest.clamp_min(0).to(first)), True
+
+
+class _Side(NamedTuple):
+    """The factor of the rows, or of the columns, that hold an entry, in float64: those with the
+    most first, since a pivot is larger the fewer stand before it.
+    """
+
+    cov: Tensor
+    precision: Tensor
+    log_pivot: Tensor
+    log_det: float
+
+    @classmethod
+    def of(cls, cov: Tensor, held: Tensor, side: str) -> _Side:
+        order = held.sum(1).argsort(descending=True, stable=True)
+        chol = covariance_factor(cov, f"{side} of the posterior", order)
+        back = order.argsort()
+        log_pivot = 2 * chol.diagonal().log()
+        inverse = torch.cholesky_inverse(chol)[back][:, back]
+        return cls(cov.double(), inverse, log_pivot[back], float(log_pivot.sum()))
+
+    @property
+    def log_var(self) -> Tensor:
+        return self.cov.diagonal().log()
+
+    @property
+    def log_precision(self) -> Tensor:
+        return self.precision.diagonal().log()
+
+
+def _exact(value: float) -> Bounds:
+    return Bounds(value, value)
+
+
+def _log_diagonal(chol: Tensor) -> float:
+    return float(chol.diagonal().log().sum())
+
+
+def _over(where: Tensor, rows: Tensor, cols: Tensor) -> float:
+    """Σ over the entries of what their row and their column give."""
+    return float((where.sum(1) * rows).sum() + (where.sum(0) * cols).sum())
+
+
+def _blocks_work(mask: Tensor) -> float:
+    """The operations for a factor for each row of a mask, over its held or its other entries."""
+    held = mask.sum(1).double()
+    return float(torch.minimum(held, mask.shape[1] - held).pow(3).sum()) / 3
+
+
+def _blocks(mask: Tensor, other: _Side) -> float:
+    """Σ over the rows of log |C_{S_i S_i}|, each distinct set once."""
+    distinct, counts = mask.unique(dim=0, return_counts=True)
+    total = 0.0
+    for held, count in zip(distinct, counts.tolist(), strict=True):
+        inner, few = other.log_det, ~held
+        if int(held.sum()) <= int(few.sum()):
+            inner, few = 0.0, held
+        block = (other.cov if few is held else other.precision)[few][:, few]
+        chol, _ = torch.linalg.cholesky_ex(block)
+        total += count * (inner + 2 * _log_diagonal(chol))
+    return total
