@@ -4,6 +4,7 @@ order of the pipeline.
 
 from typing import TYPE_CHECKING, Any
 
+from pyro_bmr.curvatures import curvature
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.data.named import load
 from pyro_bmr.errors import PyroBMRError, PyroBMRWarning
@@ -78,6 +79,7 @@ __all__ = [
     "UntilConverged",
     "adam",
     "compare",
+    "curvature",
     "delta_f",
     "deploy",
     "export",

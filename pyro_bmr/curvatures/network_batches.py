@@ -1,0 +1,88 @@
+"""The batches with which a trained network is run, its mode in the run, and the tensor in what it
+returns.
+
+Owns `batches`, `evaluation` and `output_of`. Next: `curvature.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bmr.data.batch import BatchChecks
+from pyro_bmr.data.given import source_of
+from pyro_bmr.data.inputs import Inputs, of_each, pieces, rows_in
+from pyro_bmr.data.row_sources import Held, Source, chunks
+from pyro_bmr.errors import DataError, described
+
+_CHUNK = 10_000  # rows that are read at once
+
+
+def output_of(returned: Any) -> Tensor:
+    """The tensor in what a network returns: of the named outputs of a Hugging Face model it is the
+    `logits`; in float32 at least.
+    """
+    if isinstance(returned, Mapping) and hasattr(returned, "logits"):
+        returned = returned.logits
+    if not isinstance(returned, Tensor) or not returned.is_floating_point():
+        raise DataError(
+            f"curvature: expected one tensor of real numbers from the network, got"
+            f" {described(returned)}; give a module that returns its outputs alone"
+        )
+    return returned.to(torch.promote_types(returned.dtype, torch.float32))
+
+
+def batches(
+    net: nn.Module, data: Any, targets: bool, rows: int
+) -> Iterator[tuple[Inputs, Tensor | None]]:
+    """x and y of some rows at a time, on the device and in the dtype of the network."""
+    like = next(p for p in net.parameters() if p.is_floating_point())
+
+    def placed(part: Tensor) -> Tensor:
+        return part.to(like.device, like.dtype if part.is_floating_point() else part.dtype)
+
+    source = _source(data, targets)
+    for x, y in chunks(source, _CHUNK, BatchChecks(missing=True), targets):
+        if isinstance(x, (Tensor, Mapping, tuple)) and not rows_in(x):
+            raise DataError("data: expected at least one row, got none")
+        first = 0
+        for part in pieces(x, rows):
+            count = rows_in(part)
+            own = None if y is None else y[first : first + count]
+            first += count
+            yield of_each(placed, part), None if own is None else placed(own)
+
+
+def _source(data: Any, targets: bool) -> Source:
+    """Rows with targets where the data have them."""
+    try:
+        source = source_of(data, targets=True)
+    except DataError:
+        if targets:
+            raise
+        source = source_of(data, targets=False)
+    if isinstance(source, Held) and source.y is None and targets:
+        raise DataError(
+            "data: fisher='empirical' needs targets, got inputs alone; give pairs (x, y), or take"
+            " fisher='true'"
+        )
+    return source
+
+
+@contextmanager
+def evaluation(net: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode, without torch's fast path, which hides its weights."""
+    modes = [(module, module.training) for module in net.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        torch.backends.mha.set_fastpath_enabled(fast)
