@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import pyro_bmr as bmr
 from pyro_bmr.fitting.arguments import Arguments
 from pyro_bmr.fitting.descent import take_step
-from pyro_bmr.fitting.rows import Rows
+from pyro_bmr.fitting.rows import rows_of
 from pyro_bmr.fitting.run import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -48,6 +48,8 @@ from benchmarks.parts.peers import (
 )
 
 TURN = 4
+PLAIN, LAYER = bmr.Gaussian(), bmr.Gaussian("layer")
+UNITS = bmr.Horseshoe(tiers=("layer", "unit"))
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -85,13 +87,19 @@ def deterministic(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
     return step
 
 
-def running(program: bmr.BayesianNetwork, rows: Rows, make: object) -> Run:
-    """A fit of `MeanField` before its first step, as `fit` makes it."""
+def running(
+    program: bmr.BayesianNetwork,
+    data: tuple[Tensor, Tensor],
+    make: object,
+    guide: object = bmr.MeanField,
+    batch_size: int = 128,
+) -> Run:
+    """A fit before its first step, as `fit` makes it."""
     given = Arguments(
         program,
-        bmr.MeanField,
+        guide,
         epochs=1,
-        batch_size=rows.batch_size,
+        batch_size=batch_size,
         optimizer=make,
         scheduler=None,
         seed=0,
@@ -101,15 +109,21 @@ def running(program: bmr.BayesianNetwork, rows: Rows, make: object) -> Run:
         skip_faulty=0,
         shuffle=True,
     )
-    return Run(program, rows, given)
+    return Run(program, rows_of(given, data, None), given)
 
 
 def ours(
-    net: nn.Sequential, x: Tensor, y: Tensor, make: object = None, masks_of: float | None = None
+    net: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    make: object = None,
+    masks_of: float | None = None,
+    prior: bmr.priors.Prior = PLAIN,
+    guide: object = bmr.MeanField,
 ) -> Step:
     """The step of `fit`; with `masks_of`, after that fraction of each weight tensor was pruned."""
-    program = bmr.BayesianNetwork(copy.deepcopy(net), bmr.Gaussian(), bmr.Categorical())
-    run = running(program, Rows(x, y, len(x)), make or bmr.adam())
+    program = bmr.BayesianNetwork(copy.deepcopy(net), prior, bmr.Categorical())
+    run = running(program, (x, y), make or bmr.adam(), guide, len(x))
     run.full_data.size = run.step.rows = ROWS
     run.step.kl_weight = 1 / ROWS
     schedule = bmr.fitting.cosine(run.optimizer, 10**6)
@@ -137,6 +151,15 @@ CONTENDERS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Step]] = {
     "ours, natural gradient, 95 % pruned": lambda *a: ours(
         *a, make=bmr.natural_gradient(), masks_of=0.95
     ),
+    "ours, layer scales": lambda *a: ours(*a, prior=LAYER),
+    "ours, layer scales, natural gradient": lambda *a: ours(
+        *a, make=bmr.natural_gradient(), prior=LAYER
+    ),
+    "ours, horseshoe": lambda *a: ours(*a, prior=bmr.Horseshoe()),
+    "ours, horseshoe of units": lambda *a: ours(*a, prior=UNITS),
+    "ours, spike and slab": lambda *a: ours(*a, prior=bmr.SpikeAndSlab()),
+    "ours, MAP": lambda *a: ours(*a, guide=bmr.Point),
+    "ours, MAP, layer scales": lambda *a: ours(*a, prior=LAYER, guide=bmr.Point),
     "Pyro, AutoNormal, Trace_ELBO": lambda *a: stock_pyro(*a, elbo=Trace_ELBO),
     "Pyro, AutoNormal, TraceMeanField_ELBO": lambda *a: stock_pyro(*a, elbo=TraceMeanField_ELBO),
     "ivon-opt": ivon_step,

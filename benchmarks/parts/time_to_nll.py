@@ -17,7 +17,6 @@ import pyro_bmr as bmr
 from benchmarks.step import running
 from models.mlp import network as he_mlp
 from pyro_bmr.fitting.descent import take_step
-from pyro_bmr.fitting.rows import Rows
 from pyro_bmr.isolation import seed_generator
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]  # x, y, held-out x, held-out y
@@ -97,7 +96,7 @@ def nll(program: Any, posterior: bmr.Posterior, split: Split) -> float:
 def ours(split: Split, make: Any) -> Contender:
     x, y = split[:2]
     program = bmr.BayesianNetwork(start(), bmr.Gaussian(0.1), bmr.Categorical())
-    run = running(program, Rows(x, y, 128), make)
+    run = running(program, (x, y), make)
 
     def step(rows: Tensor, number: int) -> None:
         take_step(run, (x[rows], y[rows]), 1.0, number)

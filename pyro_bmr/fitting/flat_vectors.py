@@ -49,9 +49,11 @@ class FlatVectors:
         self.chunks = chunks_of(self.parts, self.loc, self.log_scale, self.std, self.draw)
         self.stale = [True] * len(self.chunks)
 
-    def gradients(self) -> list[Tensor]:
-        """The gradient g of each chunk, taken out of the leaves."""
-        by_site = {name: self._gradient(name) for name in self.parts}
+    def gradients(self, found: Mapping[str, Tensor]) -> list[Tensor]:
+        """The gradient g of each chunk: what is `found` of a site, else taken out of its leaf."""
+        by_site = {
+            name: found[name] if name in found else self._gradient(name) for name in self.parts
+        }
         return [
             (
                 by_site[c.names[0]][c.here]

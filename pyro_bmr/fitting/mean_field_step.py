@@ -22,7 +22,9 @@ from pyro_bmr.fitting.flat_vectors import FlatVectors
 from pyro_bmr.fitting.noise import Noise
 from pyro_bmr.fitting.site_prior import Pull, ReadPrior, SitePrior, closed_kl, read_prior
 from pyro_bmr.fitting.step import Draw
+from pyro_bmr.fitting.written_weights import WrittenWeight
 from pyro_bmr.guides import MeanField
+from pyro_bmr.priors.weight_form import WeightForm
 from pyro_bmr.tracing import Values, likelihood_of
 
 # a guide with more numbers evaluates its KL, a slow quantity that is only reported, in every eighth
@@ -33,7 +35,7 @@ _LARGE, _KL_EVERY = 10_000, 8
 class Network(Protocol):
     """A program that can be run given its weights; see `BayesianNetwork`, which is one."""
 
-    plain_weights: set[str]
+    forms: Mapping[str, WeightForm]
     has_log_likelihood: bool
 
     def log_likelihood(self, weights: Mapping[str, Tensor], x: Inputs, y: Tensor) -> Tensor: ...
@@ -56,10 +58,10 @@ class MeanFieldStep(FlatVectors):
     With the estimator "antithetic" a run takes two draws, μ ± σε. Their mean gradient of μ has no
     part that is odd in ε, the largest part of its noise.
 
-    With a `network` (the `BayesianNetwork` inside `program`) its plain weights are declared in the
-    first run alone. After that the network gets them as they are drawn, and where it has no other
-    sites, only its likelihood is run. `forget` has them declared again, as after a change of the
-    empirical scales.
+    With a `network` (the `BayesianNetwork` inside `program`) the sites of the priors that have a
+    form are declared in the first run alone. After that the network gets its weights as they are
+    written out (`written_weights.py`), and where it has no other sites, only its likelihood is
+    run. `forget` has them declared again, as after a change of the empirical scales.
 
     `trained` are the parameters of the program that are no sites. Autograd gives their gradients.
     """
@@ -82,6 +84,18 @@ class MeanFieldStep(FlatVectors):
         self.priors: dict[str, SitePrior] = {}
         self.pulls: list[Pull] = []
         self.kl = 0.0
+        self.written = self._write()
+
+    def _write(self) -> dict[str, WrittenWeight]:
+        """The parameters whose prior has a form, and whose scales are not pruned."""
+        draws = {name: self.draw[part] for name, part in self.parts.items()}
+        whole = {s.name for s in self.guide.latents if len(draws[s.name]) == s.shape.numel()}
+        kept = self.kept or {}
+        return {
+            name: WrittenWeight(form, name, draws, self.leaves[name], kept.get(name))
+            for name, form in (self.network.forms if self.network else {}).items()
+            if whole.issuperset(site.name for site in form.scale_sites)
+        }
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -120,24 +134,29 @@ class MeanFieldStep(FlatVectors):
         if self.kept is not None:
             for name, kept in self.kept.items():
                 self.dense[name].view(-1).scatter_(0, kept, self.draw[self.parts[name]])
+        weights = {n: w.weigh() for n, w in self.written.items()} if self.declared else {}
+        network = self.network
         with torch.enable_grad():
-            network = self.network
             if (
                 network is not None
                 and len(self.declared) == len(self.parts)
                 and network.has_log_likelihood
             ):
-                of_batch = network.log_likelihood(self.leaves, *batch)
+                of_batch = network.log_likelihood(weights, *batch)
                 likelihood = of_batch * (self.rows / len(batch[1]))
                 (likelihood * (-share / self.rows)).backward()
                 priors, open_kl = self.declared, 0.0
             else:
-                likelihood, priors, open_kl = self._run_program(batch, share)
+                likelihood, priors, open_kl = self._run_program(batch, share, weights)
         if not self.loc.numel() > _LARGE or number % _KL_EVERY == 0 or priors is not self.priors:
             vectors = self.loc, self.log_scale, self.std, noise
             self.kl = sum(closed_kl(p, self.parts[name], *vectors) for name, p in priors.items())
+            self.kl -= sum(self.written[name].log_p() for name in weights)
         self._follow(priors)
-        g, kl = self.gradients(), open_kl + self.kl
+        found: dict[str, Tensor] = {}
+        for name in weights:
+            found |= self.written[name].gradients(share * self.kl_weight)
+        g, kl = self.gradients(found), open_kl + self.kl
         return Draw(float(likelihood.detach()), kl, g, g, self.pulls, noise, sign)
 
     def _follow(self, priors: dict[str, SitePrior]) -> None:
@@ -150,20 +169,18 @@ class MeanFieldStep(FlatVectors):
         self.priors = priors
 
     def _run_program(
-        self, batch: tuple[Any, ...], share: float
+        self, batch: tuple[Any, ...], share: float, weights: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, SitePrior], float]:
         """The log likelihood, the priors and the open part of the KL, from the whole program but
-        for the weights that are known; with the backward pass.
+        for the `weights` that are known; with the backward pass.
         """
         values = {
             s.name: self.leaves[s.name] if s.transform is None else s.transform(self.leaves[s.name])
             for s in self.guide.latents
+            if s.name not in self.declared
         }
         with Values(values) as run:
-            if self.declared:
-                self.program(*batch, weights={name: values[name] for name in self.declared})
-            else:
-                self.program(*batch)
+            self.program(*batch, **({"weights": weights} if weights else {}))
         likelihood = likelihood_of(run)
         priors: dict[str, SitePrior] = {}
         loss, open_kl, moving = likelihood / -self.rows, 0.0, False
@@ -182,9 +199,10 @@ class MeanFieldStep(FlatVectors):
                 loss, moving = loss + self.kl_weight * self._moving_kl(name, read), True
         if loss.requires_grad:  # not if the data say nothing of the sites
             (share * loss).backward()  # type: ignore[no-untyped-call]
-        if self.network is not None and not self.declared and not moving:
-            plain = self.network.plain_weights
-            self.declared = {name: prior for name, prior in priors.items() if name in plain}
+        if not self.declared and not moving:
+            sites = {site for w in self.written.values() for site in w.sites}
+            known = {name: prior for name, prior in priors.items() if name in sites}
+            self.declared = known if all(prior.weight == 1 for prior in known.values()) else {}
         return likelihood, priors, open_kl
 
     def _moving_kl(self, name: str, read: ReadPrior) -> Tensor:
@@ -217,6 +235,7 @@ class MeanFieldStep(FlatVectors):
         """
         if self.take_out(masks, optimizer):
             self.noise = Noise(self.std, self.seed)
+            self.written = self._write()
             self.forget()
 
     def not_finite(self, draw: Draw) -> set[str]:

@@ -113,7 +113,7 @@ class Run:
             self.rows.device,
             "make the network smaller, fit in a lower precision, or see docs/several_processes.md",
         )
-        network = cast(Network, self.program) if hasattr(self.program, "plain_weights") else None
+        network = cast(Network, self.program) if hasattr(self.program, "forms") else None
         others = [p for p in trained if p is not guide.loc and p is not guide.log_scale]
         self.masks |= _masks_of(self.scaled, guide, self.example)
         return MeanFieldStep(self.scaled, guide, size, self.temperature, self.seed, network, others)

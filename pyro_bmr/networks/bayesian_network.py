@@ -8,6 +8,7 @@ Which parameters are lifted is in `lifting.py`; `table` shows it, and why others
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from pyro_bmr.likelihoods.likelihood import Likelihood, read_inputs
 from pyro_bmr.networks.lifting import check_network, check_patterns, lifted_parameters
 from pyro_bmr.networks.plain_module import module_copy, plain_module
 from pyro_bmr.priors import Gaussian, Prior
+from pyro_bmr.priors.weight_form import WeightForm, form_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,15 +108,16 @@ class BayesianNetwork(nn.Module):
         lifted = {id(p) for name, p in self.net.named_parameters() if name in self.priors}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in lifted]
 
-    @property
-    def plain_weights(self) -> set[str]:
-        """The parameters whose site is the weight itself, with a Gaussian prior that depends on no
-        other site.
+    @cached_property
+    def forms(self) -> dict[str, WeightForm]:
+        """Parameter name → its weight and the densities of its sites, written out, for the priors
+        that have a form.
         """
+        shapes = {name: tuple(p.shape) for name, p in self.net.named_parameters()}
         return {
-            name
+            name: form
             for name, prior in self.priors.items()
-            if isinstance(prior, Gaussian) and prior.scale != "layer"
+            if (form := form_of(prior, name, shapes[name])) is not None
         }
 
     def weights(self, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -152,12 +155,12 @@ class BayesianNetwork(nn.Module):
 
     @property
     def has_log_likelihood(self) -> bool:
-        """Whether `log_likelihood` is defined: all sites are plain weights, and the likelihood has
-        a `log_prob` and no latent sites of its own.
+        """Whether `log_likelihood` is defined: all priors have a form, and the likelihood has a
+        `log_prob` and no latent sites of its own.
         """
         inferred = getattr(self.likelihood, "inferred", ())
         known = hasattr(self.likelihood, "log_prob") and not inferred
-        return known and self.plain_weights == set(self.priors)
+        return known and len(self.forms) == len(self.priors)
 
     def log_likelihood(self, weights: Mapping[str, Tensor], x: Inputs, y: Tensor) -> Tensor:
         """Σ log p(y | x, weights) over the rows of a batch, nats: the observed site of `forward`,

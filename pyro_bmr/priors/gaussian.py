@@ -18,7 +18,9 @@ from torch import Tensor
 
 from pyro_bmr.checks import check_arguments
 from pyro_bmr.errors import ModelError, described, holds
+from pyro_bmr.priors.line_densities import LogGamma
 from pyro_bmr.priors.tiers import Tier, check_tier, sample_scales, tier_shape
+from pyro_bmr.priors.weight_form import ScaleSite, WeightForm
 
 
 @runtime_checkable
@@ -201,6 +203,12 @@ class Gaussian:
         scale = like.new_tensor(1.0 if isinstance(self.scale, str) else self.scale)
         return sample_normal(name, shape, self._mean(name, shape, init, like), scale, init, self)
 
+    def form(self, name: str, shape: tuple[int, ...]) -> WeightForm:
+        """The weight and the densities of its sites, written out."""
+        if self.scale != "layer":
+            return WeightForm()
+        return scaled_form(name, shape, self.concentration, self.rate, self.per, self.block)
+
     def _mean(self, name: str, shape: tuple[int, ...], init: Tensor | None, like: Tensor) -> Tensor:
         if isinstance(self.mean, str):
             if init is None:
@@ -232,6 +240,20 @@ def fan_in(shape: tuple[int, ...]) -> int:
     vectors.
     """
     return math.prod(shape[1:]) if len(shape) > 1 else 1
+
+
+def scaled_form(
+    name: str,
+    shape: tuple[int, ...],
+    concentration: float = 2.0,
+    rate: float = 2.0,
+    per: Tier = "layer",
+    block: int = 1,
+) -> WeightForm:
+    """The form w = c w̄/√fan_in with c⁻² ~ Gamma at the site `<name>_precision`."""
+    density = LogGamma(concentration, rate)
+    precision = ScaleSite(f"{name}_precision", density, -0.5, per, block)
+    return WeightForm(1 / math.sqrt(fan_in(shape)), factors=(precision,))
 
 
 def sample_normal(

@@ -15,10 +15,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_bmr.priors.line_densities import LogGamma, LogHalfCauchy
 from pyro_bmr.priors.tiers import Tier, sample_scales
+from pyro_bmr.priors.weight_form import ScaleSite
 
 Parametrization = Literal["half-cauchy", "gamma"]
-_NODES = 24
+_GROUPED, _NODES = ("unit", "input"), 24
 
 
 def sample_half_cauchy(
@@ -46,6 +48,24 @@ def sample_half_cauchy(
     numerator = sample_scales(f"{name}_numerator", half, shape, tier, block)
     denominator = sample_scales(f"{name}_denominator", half, shape, tier, block)
     return scale * (numerator / denominator).sqrt()
+
+
+def half_cauchy_factors(
+    sites: Mapping[Tier, str], tau0: float, block: int, parametrization: Parametrization
+) -> tuple[float, tuple[ScaleSite, ...]]:
+    """The sites of `sample_half_cauchy` for several tiers: a number, and the factors that it is
+    multiplied by. `sites`: tier → the name of its site; `tau0`: the scale of the tier "layer".
+    """
+    number, factors = 1.0 if "layer" in sites else tau0, list[ScaleSite]()
+    for tier, name in sites.items():
+        scale, of_block = tau0 if tier == "layer" else 1.0, block if tier in _GROUPED else 1
+        if parametrization == "half-cauchy":
+            factors += [ScaleSite(name, LogHalfCauchy(scale), 1.0, tier, of_block)]
+            continue
+        half, number = LogGamma(0.5, 1.0), number * scale
+        for part, power in (("numerator", 0.5), ("denominator", -0.5)):
+            factors += [ScaleSite(f"{name}_{part}", half, power, tier, of_block)]
+    return number, tuple(factors)
 
 
 def half_cauchy_divergence(name: str, sites: Mapping[str, Any], like: Tensor) -> Tensor:

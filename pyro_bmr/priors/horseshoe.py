@@ -22,9 +22,12 @@ from pyro_bmr.priors.gaussian import SCALES, fan_in, has_square, sample_normal
 from pyro_bmr.priors.half_cauchy import (
     Parametrization,
     half_cauchy_divergence,
+    half_cauchy_factors,
     sample_half_cauchy,
 )
+from pyro_bmr.priors.line_densities import LogGamma
 from pyro_bmr.priors.tiers import TIERS, Tier, check_tier, spread, tier_parts
+from pyro_bmr.priors.weight_form import ScaleSite, WeightForm
 
 SITES: dict[Tier, str] = {"layer": "tau", "unit": "unit", "input": "input", "weight": "lambda"}
 """Tier → the site of its scales, `<name>_tau` and so on."""
@@ -212,6 +215,17 @@ class Horseshoe:
             if self.slab_scale is None
             else psi / (1 + (psi / self._slab(name, like)).square()).sqrt()
         )
+
+    def form(self, name: str, shape: tuple[int, ...]) -> WeightForm:
+        """The weight and the densities of its sites, written out."""
+        sites = {tier: f"{name}_{SITES[tier]}" for tier in self.tiers}
+        inner, factors = half_cauchy_factors(sites, self.tau0, self.block, self.parametrization)
+        slab: float | ScaleSite | None = self.slab_scale
+        if self.slab_scale is not None and self.slab_df is not None:
+            density = LogGamma(self.slab_df / 2, self.slab_df / 2 * self.slab_scale**2)
+            slab = ScaleSite(f"{name}_slab_precision", density, -0.5)
+        unit = 1 / math.sqrt(fan_in(shape)) if self.by_fan_in else 1.0
+        return WeightForm(unit, inner, factors, slab)
 
     def _slab(self, name: str, like: Tensor) -> Tensor:
         assert self.slab_scale is not None

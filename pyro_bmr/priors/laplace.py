@@ -15,8 +15,16 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.priors.layer_scale import check_scale, hyper_density, number, sample_scaled
+from pyro_bmr.priors.layer_scale import (
+    check_scale,
+    form_of_scaled,
+    hyper_density,
+    number,
+    sample_scaled,
+)
+from pyro_bmr.priors.line_densities import WeightLaplace
 from pyro_bmr.priors.mixing import mixing_grid
+from pyro_bmr.priors.weight_form import WeightForm
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,10 @@ class Laplace:
             self.scale,
             lambda scale: dist.Laplace(scale.new_zeros(()), scale),
         )
+
+    def form(self, name: str, shape: tuple[int, ...]) -> WeightForm:
+        """The weight and the densities of its sites, written out."""
+        return form_of_scaled(name, shape, self.scale, WeightLaplace)
 
     def log_prob(self, w: Tensor) -> Tensor:
         """The log density of each weight, nats; a ModelError if the scale is not a number."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from pyro_bmr.checks import check_arguments
 from pyro_bmr.errors import ModelError, described
 from pyro_bmr.priors.gaussian import SCALES, Prior, fan_in, has_square
+from pyro_bmr.priors.line_densities import Density, LogHalfCauchy
+from pyro_bmr.priors.weight_form import ScaleSite, WeightForm
 
 
 def check_scale(family: str, scale: Any) -> None:
@@ -67,6 +69,16 @@ def sample_scaled(
     fn = family(like.new_ones(())).expand(shape).to_event(len(shape))
     standardised: Tensor = pyro.sample(name, fn, infer=infer)
     return unit * c * standardised
+
+
+def form_of_scaled(
+    name: str, shape: tuple[int, ...], scale: Any, family: Callable[[float], Density]
+) -> WeightForm:
+    """The weight of `sample_scaled` and the densities of its sites, written out."""
+    if not isinstance(scale, str):
+        return WeightForm(density=family(float(scale)))
+    c = ScaleSite(f"{name}_scale", LogHalfCauchy())
+    return WeightForm(1 / math.sqrt(fan_in(shape)), factors=(c,), density=family(1.0))
 
 
 def hyper_density(prior: Any) -> Callable[[float], float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import pyro
@@ -19,8 +19,10 @@ from torch.distributions import constraints
 
 from pyro_bmr.checks import check_arguments
 from pyro_bmr.errors import ModelError, described, holds
-from pyro_bmr.priors.gaussian import SCALES, fan_in, has_square, sample_normal
+from pyro_bmr.priors.gaussian import SCALES, fan_in, has_square, sample_normal, scaled_form
+from pyro_bmr.priors.line_densities import LogitBeta, LogitConcrete, WeightSpikeSlab
 from pyro_bmr.priors.tiers import Tier, check_tier, sample_scales, spread
+from pyro_bmr.priors.weight_form import ScaleSite, WeightForm
 
 # start value of the logit of a relaxed indicator: in the slab, with room for doubt
 _START = 2.0
@@ -190,6 +192,17 @@ class SpikeAndSlab:
             * slab
             * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
         )
+
+    def form(self, name: str, shape: tuple[int, ...]) -> WeightForm:
+        """The weight and the densities of its sites, written out."""
+        scaled, site = scaled_form(name, shape), f"{name}_inclusion"
+        inclusion = ScaleSite(site, LogitBeta(self.alpha, self.beta), unit_interval=True)
+        if self.temperature is None:
+            mixture = WeightSpikeSlab(self.fitted_spike_scale, site)
+            return replace(scaled, density=mixture, others=(inclusion,))
+        concrete = LogitConcrete(self.temperature, site)
+        slab = ScaleSite(f"{name}_slab", concrete, 1.0, self.per, self.block, unit_interval=True)
+        return replace(scaled, factors=(*scaled.factors, slab), others=(inclusion,))
 
     def drop(self, name: str, mean: Tensor, var: Tensor, sites: Mapping[str, Any]) -> Tensor:
         """Log odds of pruning each weight, the prior's own decision after a fit: the log odds of

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -16,8 +17,16 @@ from torch import Tensor
 
 from pyro_bmr.checks import check_arguments
 from pyro_bmr.errors import holds
-from pyro_bmr.priors.layer_scale import check_scale, hyper_density, number, sample_scaled
+from pyro_bmr.priors.layer_scale import (
+    check_scale,
+    form_of_scaled,
+    hyper_density,
+    number,
+    sample_scaled,
+)
+from pyro_bmr.priors.line_densities import WeightStudentT
 from pyro_bmr.priors.mixing import mixing_grid
+from pyro_bmr.priors.weight_form import WeightForm
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,10 @@ class StudentT:
             self.scale,
             lambda scale: dist.StudentT(scale.new_tensor(self.df), scale.new_zeros(()), scale),
         )
+
+    def form(self, name: str, shape: tuple[int, ...]) -> WeightForm:
+        """The weight and the densities of its sites, written out."""
+        return form_of_scaled(name, shape, self.scale, partial(WeightStudentT, self.df))
 
     def log_prob(self, w: Tensor) -> Tensor:
         """The log density of each weight, nats; a ModelError if the scale is not a number."""

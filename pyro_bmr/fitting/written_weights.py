@@ -1,0 +1,183 @@
+"""The weights of a network from the draws of its sites, and the way back from the gradient of the
+weights to that of the draws, written out for the priors that have a form.
+
+Owns `WrittenWeight`, one parameter. Next: `step.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_bmr.priors.tiers import spread, tier_shape
+from pyro_bmr.priors.weight_form import ScaleSite, WeightForm
+
+
+class WrittenWeight:
+    r"""One parameter w = γ w̄, with the scale γ of its form.
+
+    With h = w ∂L/∂w, summed over the weights that share a γ, and κ = ∂log g/∂log ψ = 1 − g²/c²
+    (1 without a slab),
+
+    .. math:: \frac{\partial L}{\partial \bar w} = \gamma \frac{\partial L}{\partial w}, \qquad
+        \frac{\partial L}{\partial \log x_t} = p_t \sum \kappa h, \qquad
+        \frac{\partial L}{\partial \log c} = \sum (1 - \kappa) h, \qquad
+        \frac{\partial L}{\partial \operatorname{logit} z} = \sum (1 - z) h
+
+    Args:
+        form: of the prior.
+        name: of the parameter, and of the site w̄.
+        draws: site → its draw on the unconstrained line, flat, of kept entries; views.
+        leaf: the draw of w̄ in the shape of the parameter, 0 where it is pruned.
+        kept: the indices of the kept entries of w̄; None for all.
+        point: whether the density is that of the constrained values, without Jacobians. The draw
+            of w̄ then stays; else w may take its place.
+    """
+
+    def __init__(
+        self,
+        form: WeightForm,
+        name: str,
+        draws: Mapping[str, Tensor],
+        leaf: Tensor,
+        kept: Tensor | None = None,
+        point: bool = False,
+    ) -> None:
+        shape = tuple(leaf.shape)
+        self.form, self.name, self.kept, self.point = form, name, kept, point
+        self.standardised, self.flat = leaf.detach(), draws[name]
+        self.draws = {
+            s.name: draws[s.name].view(tier_shape(shape, s.tier, s.block)) for s in form.scale_sites
+        }
+        self.shapes = {s.name: _over_weights(shape, s) for s in form.factors}
+        self.shape = torch.broadcast_shapes((), *self.shapes.values())
+        in_place = not form.factors or not (point or (form.density is not None and kept is None))
+        self.leaf = leaf if in_place else torch.empty_like(leaf, requires_grad=True)
+        self.scale = self.bare = self.weight = self.leaf.detach()
+        self.indicators = [s for s in form.factors if s.unit_interval]
+        powers = (s for s in form.factors if not s.unit_interval)
+        self.powers = sorted(powers, key=lambda s: self.draws[s.name].numel())
+        # the scale is found from log(uψ), or with a slab from −2 log(uψ), as the slab has it
+        self.times = 1.0 if form.slab is None else -2.0
+        self.start = self.weight.new_tensor(self.times * math.log(form.unit * form.inner))
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites of the parameter."""
+        return [self.name, *self.draws]
+
+    def weigh(self) -> Tensor:
+        """The parameter at the draws, as a leaf of autograd."""
+        if self.form.factors:
+            self.scale = self._scale()
+            torch.mul(self.standardised, self.scale, out=self.weight)
+        return self.leaf
+
+    def _scale(self) -> Tensor:
+        """γ, in the shape that the factors have together."""
+        form, log = self.form, self.start
+        for s in self.powers:
+            u = spread(self.draws[s.name], s.tier, s.block)
+            log = torch.add(log, u, alpha=self.times * s.power)
+        self.bare = scale = log.exp()
+        if form.slab is not None:  # 1/√((uψ)⁻² + (uc)⁻²)
+            scale.add_(self._slab()).rsqrt_()
+        for s in self.indicators:
+            scale = scale * spread(self.draws[s.name].sigmoid(), s.tier, s.block)
+        return scale
+
+    def _slab(self) -> float | Tensor:
+        """(uc)⁻²."""
+        slab, unit = self.form.slab, self.form.unit
+        if isinstance(slab, ScaleSite):
+            return torch.mul(self.draws[slab.name], -2 * slab.power).exp_().div_(unit**2)
+        assert slab is not None
+        return (unit * slab) ** -2
+
+    def gradients(self, factor: float) -> dict[str, Tensor]:
+        """Site → the gradient of L − `factor` · log p of the sites whose density is written out,
+        flat; L has been differentiated down to the weights.
+        """
+        g = torch.zeros_like(self.weight) if self.leaf.grad is None else self.leaf.grad
+        self.leaf.grad = None
+        found = self._of_scales(g) if self.form.factors else {}
+        g = g.mul_(self.scale) if self.form.factors else g
+        g = g.reshape(-1) if self.kept is None else g.reshape(-1).index_select(0, self.kept)
+        parents: dict[str, Tensor] = {}
+        for s in (*self.form.scale_sites, None):
+            density = self.form.density if s is None else s.density
+            if density is None:
+                continue
+            u = self.flat if s is None else self.draws[s.name]
+            into = g if s is None else found.setdefault(s.name, torch.zeros_like(u))
+            parent = None if density.parent is None else self.draws[density.parent]
+            up = density.pull(u, parent, into, -factor)
+            if up is not None and density.parent is not None:
+                parents[density.parent] = -factor * up
+            if s is not None and self.point:
+                _drop_jacobian(s, u, into, factor)
+        for site, up in parents.items():
+            found[site].add_(up)
+        return {self.name: g, **{site: each.reshape(-1) for site, each in found.items()}}
+
+    def _of_scales(self, g: Tensor) -> dict[str, Tensor]:
+        """Site → the gradient of L, of the factors and the slab; `g` is ∂L/∂w."""
+        form, found = self.form, {}
+        # h, in the shape of γ
+        h = (
+            torch.dot(g.reshape(-1), self.weight.reshape(-1))
+            if not self.shape
+            else (g * self.weight).sum_to_size(self.shape)
+        )
+        for s in self.indicators:
+            each = self._summed(h, s)
+            found[s.name] = each - each * self.draws[s.name].sigmoid()
+        if form.slab is not None:
+            bound = (h * self.bare).mul_(self.bare).mul_(self._slab())  # (1 − κ) h
+            if isinstance(form.slab, ScaleSite):
+                found[form.slab.name] = bound.sum() * form.slab.power
+            h = h.sub_(bound)
+        for s in self.powers:
+            found[s.name] = self._summed(h, s) * s.power
+        return found
+
+    def _summed(self, h: Tensor, s: ScaleSite) -> Tensor:
+        """The entries of `h` summed over those that share a scale of `s`."""
+        shape = self.draws[s.name].shape
+        each = h.sum() if not shape else h.sum_to_size(self.shapes[s.name])
+        if s.block > 1 and shape:
+            axis = 0 if s.tier == "unit" else 1
+            each = each.unflatten(axis, (-1, s.block)).sum(axis + 1)
+        return each
+
+    def log_p(self) -> float:
+        """log p of the sites whose density is written out, nats."""
+        total = 0.0
+        for s in (*self.form.scale_sites, None):
+            density = self.form.density if s is None else s.density
+            if density is None:
+                continue
+            u = self.flat if s is None else self.draws[s.name]
+            parent = None if density.parent is None else self.draws[density.parent]
+            total += float(density.log_p(u, parent))
+            if s is not None and self.point:
+                log = -(u.sigmoid() * (-u).sigmoid()).log() if s.unit_interval else -u
+                total += float(log.sum())
+        return total
+
+
+def _over_weights(shape: tuple[int, ...], s: ScaleSite) -> tuple[int, ...]:
+    """The shape of the scales of a site once they are spread over the weights."""
+    rows = tier_shape(shape, s.tier, s.block)
+    axis = {"unit": 0, "input": 1}.get(s.tier)
+    return tuple(n * s.block if k == axis else n for k, n in enumerate(rows))
+
+
+def _drop_jacobian(s: ScaleSite, u: Tensor, g: Tensor, factor: float) -> None:
+    """Leaves the Jacobian out of the density whose gradient is in `g`."""
+    g.add_(factor)
+    if s.unit_interval:
+        g.sub_(u.sigmoid(), alpha=2 * factor)
