@@ -19,6 +19,7 @@ from pyro_bmr.memory import check_memory
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.networks.plain_module import module_copy, plain_module
 from pyro_bmr.posteriors.posterior import Posterior
+from pyro_bmr.posteriors.weights import declared_weights
 from pyro_bmr.reduction.collapse import collapse
 from pyro_bmr.shrinking.plan import shrink
 from pyro_bmr.tracing import Values
@@ -174,10 +175,4 @@ def point_weights(program: Any, posterior: Posterior) -> dict[str, Tensor]:
     """
     if isinstance(program, BayesianNetwork):
         return dict(export(program, posterior).state_dict())
-    values, hyper = posterior.point(), set()
-    for name, site in posterior.sites.items():
-        if site.declared is not None:
-            with Values(posterior.point()) as run:
-                values[name] = site.declared.sample(name, tuple(site.mean.shape), site.mean)
-            hyper |= run.latent.keys() - {name}
-    return {name: value for name, value in values.items() if name not in hyper}
+    return declared_weights(posterior.sites, posterior.point())

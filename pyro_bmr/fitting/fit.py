@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _SHOWN = {"ell": "expected_log_likelihood", "kl": "kl", "kept": "kept"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fit:
     """What a fit leaves behind.
 
@@ -74,6 +74,12 @@ class Fit:
     temperature: float
     converged: bool
     convergence: str
+
+    def __repr__(self) -> str:
+        last = self.history.iloc[-1]
+        said = [f"{int(last['step']):,} steps", f"elbo {last['elbo']:.6g} nats"]
+        said += ["converged" if self.converged else "not converged", f"{self.seconds:.1f} s"]
+        return f"Fit({', '.join(said)}, {self.posterior!r})"
 
 
 @isolated(autocast=True, steps=True)

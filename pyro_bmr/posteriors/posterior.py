@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bmr.checks import check_arguments, is_whole
 from pyro_bmr.errors import ModelError, ReductionError, described
+from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.guides.scale_coupled import conditional, multiplier
-from pyro_bmr.isolation import isolated
+from pyro_bmr.isolation import isolated, seed_generators
 from pyro_bmr.posteriors.curvature import Curvature
 from pyro_bmr.posteriors.declared_priors import with_priors
 from pyro_bmr.posteriors.from_arviz import samples_of_arviz
@@ -29,9 +31,10 @@ from pyro_bmr.posteriors.from_param_store import sites_of_param_store
 from pyro_bmr.posteriors.posterior_file import read_posterior, write_posterior
 from pyro_bmr.posteriors.products import with_products
 from pyro_bmr.posteriors.site import Site
+from pyro_bmr.posteriors.weights import declared_weights, weight_moments
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Posterior:
     """Site name → `Site`, in the order of the program, and the temperature of the fit (1 is Bayes).
 
@@ -85,8 +88,12 @@ class Posterior:
         """Site → the mean of real sites, the median of the others; pruned entries 0."""
         return {name: site.value(site.mean) for name, site in self.sites.items()}
 
-    def draw(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Site → one draw from q; pruned entries 0."""
+    def draw(
+        self, generator: torch.Generator | None = None, *, weights: bool = False
+    ) -> dict[str, Tensor]:
+        """Site → one draw from q; pruned entries 0. With `weights` the sites that a prior declared
+        are drawn as their weight, w and not a standardised w̄, without the scales of that prior.
+        """
         values: dict[str, Tensor] = {}
         for name, site in self.sites.items():
             like = site.mean
@@ -104,7 +111,37 @@ class Posterior:
                     self.roots[name] = site.joint.roots()
                 drawn = site.joint.draw(self.roots[name], noise).view(like.shape)
             values[name] = site.value(drawn)
-        return values
+        return declared_weights(self.sites, values) if weights else values
+
+    @isolated()
+    def weight(self, name: str, *, draws: int = 256, seed: int = 0) -> Diagonal:
+        r"""Mean and variance of the weight of a site, entry by entry, in the units of the program.
+
+        A prior with scales of its own declares a standardised w̄, whose moments are
+        ``posterior[name]``. Here they are those of w = γ w̄: E[w] = μ E[γ] and Var[w] = σ² E[γ²] +
+        μ² Var[γ], with the moments of γ from `draws` of the scales.
+
+        Raises:
+            ModelError: there is no such site, it is not real, or a scale of its prior is missing.
+
+        Example:
+            >>> posterior.weight("fc1.weight").mean
+        """
+        check_arguments("weight", is_whole(draws, 1), "a whole number >= 1", draws=draws)
+        self[name]
+        seed_generators(seed)
+        return weight_moments(
+            self.sites, name, lambda parts: replace(self, sites=parts).draw, draws
+        )
+
+    def __repr__(self) -> str:
+        size = sum(site.mean.numel() for site in self.sites.values())
+        kept = sum(site.kept_count for site in self.sites.values())
+        said = [f"{len(self.sites)} sites", f"{size:,} entries"]
+        said += [f"{kept:,} kept"] if kept < size else []
+        said += [f"temperature {self.temperature:g}"] if self.temperature != 1 else []
+        said += [f"{self.rows:,} rows"] if self.rows else []
+        return f"Posterior({', '.join(said)})"
 
     def masked(self, masks: Mapping[str, Tensor]) -> Posterior:
         """The same posterior with `masks` (site → bool tensor) in force."""

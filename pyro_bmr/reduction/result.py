@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reduction:
     """Site → `SiteReduction`, the whole posterior after the reduction, sites that were not reduced
     included, and the one `before` it.
@@ -42,6 +43,13 @@ class Reduction:
     before: Posterior
     groups: Mapping[str, Tensor] | None = None
     warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        size = sum(mask.numel() for mask in self.masks.values())
+        said = [f"{len(self.sites)} sites", f"{self.kept:.1%} of {size:,} entries kept"]
+        said += [f"ΔF {self.delta_f:.1f} nats"]
+        said += [f"{len(self.warnings)} warnings"] if self.warnings else []
+        return f"Reduction({', '.join(said)})"
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -61,18 +69,42 @@ class Reduction:
             mask.numel() for mask in masks
         )
 
-    def table(self) -> pd.DataFrame:
+    def table(self, *, entries: bool = False) -> pd.DataFrame:
         """One row per site: site, size, kept (fraction), delta_f (nats), wider, scale, given (sites
         at whose median the prior was taken).
+
+        With `entries` one row per entry: site, index (a tuple), mean and sd before and after the
+        reduction (mean_after, sd_after; as those of `Site`), spike_delta_f and drop_log_odds
+        (nats), kept.
         """
         import pandas as pd
 
+        if entries:
+            return pd.concat([self._entries(name) for name in self.sites], ignore_index=True)
         columns = ["site", "size", "kept", "delta_f", "wider", "scale", "given"]
         rows = []
         for name, r in self.sites.items():
             kept, given = float(r.site.kept.double().mean()), ", ".join(r.site.given)
             rows.append((name, r.drop_log_odds.numel(), kept, r.delta_f, r.wider, r.scale, given))
         return pd.DataFrame(rows, columns=columns)
+
+    def _entries(self, name: str) -> pd.DataFrame:
+        """The rows of `table` for the entries of one site."""
+        import pandas as pd
+
+        result, before = self.sites[name], self.before[name]
+        columns = {
+            "mean": before.mean,
+            "sd": before.var.sqrt(),
+            "mean_after": result.site.mean,
+            "sd_after": result.site.var.sqrt(),
+            "spike_delta_f": result.spike_delta_f,
+            "drop_log_odds": result.drop_log_odds,
+            "kept": result.site.kept,
+        }
+        index = list(np.ndindex(tuple(before.mean.shape)))
+        numbers = {key: t.detach().cpu().reshape(-1).numpy() for key, t in columns.items()}
+        return pd.DataFrame({"site": name, "index": pd.Series(index, dtype=object), **numbers})
 
     def curve(self, points: int = 100) -> pd.DataFrame:
         """ΔF over the number of weights pruned: the columns pruned, kept (fraction) and delta_f
