@@ -1,11 +1,12 @@
 """What a covariance and a mean must be, and their energy under a diagonal prior.
 
-Owns `covariance_factor`, `symmetric_covariance`, `check_mean` and `half_log_and_energy`. Imports
-torch only. Next: `conditioning.py`.
+Owns `covariance_factor`, `symmetrised`, `symmetric_covariance`, `check_mean` and
+`half_log_and_energy`. Imports torch only. Next: `conditioning.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pyro_bmr.formulas.diagonal import check_diagonal, moments
 
 # roundings of float64: a conditional variance that small in a marginal one has few digits left
 _PIVOT = 1e3
+_TILE = 512
 
 
 def covariance_factor(cov: Tensor, role: str, order: Tensor | None = None) -> Tensor:
@@ -25,24 +27,54 @@ def covariance_factor(cov: Tensor, role: str, order: Tensor | None = None) -> Te
         ReductionError: the matrix has NaN or infinities, is not symmetric, not positive definite,
             or so near to singular that float64 cannot tell.
     """
-    matrix = cov.double()
-    symmetric = (matrix + matrix.mT) / 2
-    diagonal = matrix.diagonal()
+    scale = _scale(cov)
+    symmetric = symmetrised(cov, lambda a, b: scale[a, None] * scale[b])
+    if symmetric is None or not cov.is_floating_point():
+        raise ReductionError(_fault(cov, role, 0))
     if order is not None:
-        symmetric, diagonal = symmetric[order][:, order], diagonal[order]
+        symmetric = symmetric[order][:, order]
     factor, info = torch.linalg.cholesky_ex(symmetric)
-    clear = factor.diagonal().square() >= _PIVOT * torch.finfo(torch.float64).eps * diagonal
-    if not cov.is_floating_point() or not bool((info == 0) & clear.all() & _even(cov).all()):
+    pivots = factor.diagonal().square()
+    clear = pivots >= _PIVOT * torch.finfo(torch.float64).eps * symmetric.diagonal()
+    if int(info) or not bool(clear.all()):
         raise ReductionError(_fault(cov, role, int(info)))
     return factor
+
+
+def symmetrised(matrix: Tensor, allowed: Callable[[slice, slice], Tensor]) -> Tensor | None:
+    """The average of a matrix and its transpose in float64; None unless they differ by no more
+    than `allowed` of these rows and columns, which NaN and infinities never do.
+
+    By tiles, since a transpose that leaves the cache takes longer than a product.
+    """
+    out = torch.empty_like(matrix, dtype=torch.float64, memory_format=torch.contiguous_format)
+    places = [slice(k, k + _TILE) for k in range(0, len(matrix), _TILE)]
+    for number, a in enumerate(places):
+        for b in places[number:]:
+            tile, other = matrix[a, b].double(), matrix[b, a].mT.double()
+            if not bool(((tile - other).abs() <= allowed(a, b)).all()):
+                return None
+            out[a, b] = mean = (tile + other) / 2
+            out[b, a] = mean.mT
+    return out
+
+
+def _scale(cov: Tensor) -> Tensor:
+    """Whose products two entries may differ by that ought to be one: what products and inverses
+    leave.
+    """
+    return cov.diagonal().double().clamp(min=0).sqrt() * torch.finfo(_floating(cov)).eps ** 0.25
+
+
+def _floating(cov: Tensor) -> torch.dtype:
+    return cov.dtype if cov.is_floating_point() else torch.float64
 
 
 def _even(cov: Tensor) -> Tensor:
     """Where an entry is that of the transpose, but for what products and inverses leave; False for
     NaN and infinities.
     """
-    matrix = cov.double()
-    scale = matrix.diagonal().clamp(min=0).sqrt() * torch.finfo(cov.dtype).eps ** 0.25
+    matrix, scale = cov.double(), _scale(cov)
     return (matrix - matrix.mT).abs() <= scale[:, None] * scale
 
 

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.formulas.covariance import check_mean, covariance_factor
+from pyro_bmr.formulas.conjugate_gradients import NOT_POSITIVE, System, precision
+from pyro_bmr.formulas.covariance import check_mean
 
 DENSE_UP_TO = 1024  # entries whose covariance is formed: 8 MB, and exact
 _MOST = 2000  # iterations
-_ROUNDING = 16  # roundings of a product; a residual below them has no digits left
-_NEARLY_ALL = 0.9  # of the entries are held: Σ⁻¹ is near to the inverse of Σ_SS
 
 
 class HeldAtZero(NamedTuple):
@@ -88,41 +87,39 @@ def held_at_zero(
     if count == 0:
         return HeldAtZero(free.clone(), zero, zero.new_zeros(()).double(), 0.0, 0, True)
     all_vary = bool((rows.diagonal() > 0).all()) and bool((cols.diagonal() > 0).all())
-    iterations, rounding = 0, 0.0
     if count <= DENSE_UP_TO:
-        values = _by_held(free, rows, cols, held)
+        solution = _Solution(_by_held(free, rows, cols, held))
     elif held.numel() - count <= DENSE_UP_TO and all_vary:
-        values = _by_kept(free, rows, cols, held)
+        solution = _Solution(_by_kept(free, rows, cols, held))
     else:
-        values, iterations, rounding = _by_gradients(free, rows, cols, held, start, tolerance, most)
-    return _result(free, rows, cols, held, values, iterations, max(tolerance, rounding))
+        solution = _by_gradients(free, rows, cols, held, start, tolerance, most)
+    return _result(free, rows, cols, held, solution, tolerance)
+
+
+class _Solution(NamedTuple):
+    """Λ; RΛC, if it is there; the iterations; the relative residual that rounding explains."""
+
+    values: Tensor
+    product: Tensor | None = None
+    iterations: int = 0
+    rounding: float = 0.0
 
 
 def _result(
-    free: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    held: Tensor,
-    values: Tensor,
-    iterations: int,
-    tolerance: float,
+    free: Tensor, rows: Tensor, cols: Tensor, held: Tensor, solution: _Solution, tolerance: float
 ) -> HeldAtZero:
     """What follows from the multipliers, with the residual that they leave."""
-    rest = (free - _product(rows, values, cols)).to(free.dtype)
+    values, product = solution.values, solution.product
+    rest = (free - (_product(rows, values, cols) if product is None else product)).to(free.dtype)
     left = rest.where(held, 0)
-    deviations = (rows.diagonal()[:, None] * cols.diagonal()).sqrt()
-    size, error = (float((t / deviations)[held].norm()) for t in (free, left))
+    deviations = (rows.diagonal()[:, None] * cols.diagonal()).sqrt().where(held, 1)
+    size, error = (float((t.where(held, 0) / deviations).norm()) for t in (free, left))
     residual = error / size if size else 0.0
     # 2⟨Λ, M⟩ − ⟨Λ, RΛC⟩: of second order in the residual
     energy = (values.double() * (free.double() + left.double())).sum()
-    return HeldAtZero(
-        rest.masked_fill_(held, 0),
-        values.to(free.dtype),
-        energy,
-        residual,
-        iterations,
-        residual <= tolerance,
-    )
+    converged = residual <= max(tolerance, solution.rounding)
+    mean, multipliers = rest.masked_fill_(held, 0), values.to(free.dtype)
+    return HeldAtZero(mean, multipliers, energy, residual, solution.iterations, converged)
 
 
 def _by_held(free: Tensor, rows: Tensor, cols: Tensor, held: Tensor) -> Tensor:
@@ -146,18 +143,13 @@ def _by_kept(free: Tensor, rows: Tensor, cols: Tensor, held: Tensor) -> Tensor:
     return (inner @ shift @ outer).where(held, 0)
 
 
-def precision(cov: Tensor, side: str) -> Tensor:
-    """The inverse of the covariance of the rows or columns, in float64."""
-    return torch.cholesky_inverse(covariance_factor(cov, f"{side} of the posterior"))
-
-
 def entries_factor(rows: Tensor, cols: Tensor, where: Tensor) -> Tensor:
     """The Cholesky factor of rows ⊗ cols at the entries `where`, in float64."""
     i, j = where.nonzero().unbind(1)
     block = rows[i][:, i].double() * cols[j][:, j].double()
     chol, info = torch.linalg.cholesky_ex(block)
     if int(info) or not bool(chol.isfinite().all()):
-        raise ReductionError(_NOT_POSITIVE)
+        raise ReductionError(NOT_POSITIVE)
     return chol
 
 
@@ -169,114 +161,28 @@ def _by_gradients(
     start: Tensor | None,
     tolerance: float,
     most: int,
-) -> tuple[Tensor, int, float]:
+) -> _Solution:
     """Λ by conjugate gradients in units of standard deviations, on the rows and columns that hold
-    an entry; how many iterations; and the relative residual that rounding explains.
-
-    Where float32 has no digits left, they go on in float64.
+    an entry. Where float32 has no digits left, they go on in float64.
     """
     i, j = (held.any(axis).nonzero()[:, 0] for axis in (1, 0))
+    whole = (len(i), len(j)) == tuple(held.shape)
     x = free.new_zeros(len(i), len(j)) if start is None else start[i][:, j]
-    used, size, rounding = 0, 0.0, 0.0
+    used = 0
     for dtype in dict.fromkeys((free.dtype, torch.float64)):
         factors = rows[i][:, i].to(dtype), cols[j][:, j].to(dtype)
-        system, deviations = _System.of(*factors, free[i][:, j].to(dtype), held[i][:, j])
-        size = float(system.target.norm())
-        x, more, error, rounding = system.solved(
-            x.to(dtype) * deviations, tolerance * size, most - used
-        )
-        x, used = x / deviations, used + more
-        if error <= tolerance * size or used >= most:
+        system, deviations = System.of(*factors, free[i][:, j].to(dtype), held[i][:, j])
+        limit = tolerance * float(system.target.norm())
+        done = system.solved(x.to(dtype) * deviations, limit, most - used)
+        x, used = done.x / deviations, used + done.iterations
+        if done.error <= limit or used >= most:
             break
-    values = x.new_zeros(free.shape)
-    values[i[:, None], j] = x
-    return values, used, rounding / size if size else 0.0
-
-
-class _System(NamedTuple):
-    """(R X C)_S = T with ones on the diagonals of R and C."""
-
-    rows: Tensor
-    cols: Tensor
-    held: Tensor  # S as numbers
-    target: Tensor
-    inverses: tuple[Tensor, Tensor] | None  # R⁻¹ and C⁻¹, if they precondition
-
-    @classmethod
-    def of(cls, rows: Tensor, cols: Tensor, free: Tensor, held: Tensor) -> tuple[_System, Tensor]:
-        """In units of standard deviations, and these."""
-        row_std, col_std = rows.diagonal().sqrt()[:, None], cols.diagonal().sqrt()
-        inside = held.to(rows.dtype)
-        across, along = rows / row_std / row_std.mT, cols / col_std[:, None] / col_std
-        target = free / row_std / col_std * inside
-        inverses = None
-        if int(held.count_nonzero()) >= _NEARLY_ALL * held.numel():
-            inverses = (
-                precision(across, "rows").to(rows.dtype),
-                precision(along, "columns").to(rows.dtype),
-            )
-        return cls(across, along, inside, target, inverses), row_std * col_std
-
-    def times(self, x: Tensor) -> Tensor:
-        return (self.rows @ x @ self.cols).mul_(self.held)
-
-    def preconditioned(self, left: Tensor) -> Tensor:
-        if self.inverses is None:
-            return left
-        return (self.inverses[0] @ left @ self.inverses[1]).mul_(self.held)
-
-    def solved(self, x: Tensor, limit: float, most: int) -> tuple[Tensor, int, float, float]:
-        """X, the iterations, its residual, and what rounding leaves of one."""
-        x, used, last = x * self.held, 0, float("inf")
-        if bool(x.any()) and not float((self.target - self.times(x)).norm()) < float(
-            self.target.norm()
-        ):
-            x = torch.zeros_like(x)
-        while True:
-            left = self.target - self.times(x)
-            error, rounding = float(left.norm()), self._rounding(x)
-            # the recursion's residual is not the residual: begin again while that helps
-            if error <= max(limit, rounding) or used >= most or not error < 0.5 * last:
-                return x, used, error, rounding
-            used += self._descend(x, left, limit, most - used)
-            last = error
-
-    def _descend(self, x: Tensor, left: Tensor, limit: float, most: int) -> int:
-        """Conjugate gradients from X, in place, with its residual; how many iterations."""
-        direction = self.preconditioned(left).clone()
-        product = _inner(left, direction)
-        for count in range(most):
-            if float(left.norm()) <= limit:
-                return count
-            image = self.times(direction)
-            curvature = _inner(direction, image)
-            if not (curvature > 0 and product > 0):
-                # at the last digits, or not positive definite
-                if float(left.norm()) < 1e3 * self._rounding(x):
-                    return count
-                raise ReductionError(_NOT_POSITIVE)
-            step = product / curvature
-            x.add_(direction, alpha=step)
-            left.sub_(image, alpha=step)
-            better = self.preconditioned(left)
-            before, product = product, _inner(left, better)
-            direction.mul_(product / before).add_(better)
-        return most
-
-    def _rounding(self, x: Tensor) -> float:
-        """‖R‖ ‖X‖ ‖C‖ in roundings."""
-        norms = [float(torch.linalg.matrix_norm(t, float("inf"))) for t in (self.rows, self.cols)]
-        return _ROUNDING * torch.finfo(x.dtype).eps * norms[0] * norms[1] * float(x.norm())
-
-
-def _inner(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum(dtype=torch.float64))
-
-
-_NOT_POSITIVE = (
-    "the covariance of the held entries is not positive definite: give row_cov and col_cov that are"
-    " symmetric positive definite, in torch.float64 where they are near to singular"
-)
+    values = x
+    if not whole:
+        values = x.new_zeros(free.shape)
+        values[i[:, None], j] = x
+    rounding = done.rounding * tolerance / limit if limit else 0.0
+    return _Solution(values, done.product * deviations if whole else None, used, rounding)
 
 
 def _product(rows: Tensor, values: Tensor, cols: Tensor) -> Tensor:

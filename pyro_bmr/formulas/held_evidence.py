@@ -18,11 +18,14 @@ sides are tighter (Fischer's inequality above, the chain rule below):
     \sum_i \log |C_{S_i S_i}| + \min\Big(\sum_i |S_i| \log R_{ii},\;
     m \log |R| + \sum_i |K_i| \log (R^{-1})_{ii}\Big)
 
-and column by column likewise. Imports torch only. Next: `log_gamma.py`.
+and column by column likewise. Imports torch only. Next:
+`held_matrix_normal.py`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +36,7 @@ from pyro_bmr.formulas.held_entries import DENSE_UP_TO, entries_factor
 
 _WORK = 1e10  # operations on the factors of rows, and of columns
 _VAR_WORK = 1e10  # operations on exact variances
+_MOST_HELD = 0.6
 
 
 class Bounds(NamedTuple):
@@ -102,17 +106,19 @@ def log_det_bounds(row_cov: Tensor, col_cov: Tensor, held: Tensor, work: float =
         root = entries_factor(rows.precision, cols.precision, ~inside)
         return _exact(whole + 2 * _log_diagonal(root))
     lower = [_over(inside, rows.log_pivot, cols.log_pivot)]
-    upper = [
-        _over(inside, rows.log_var, cols.log_var),
-        whole + _over(~inside, rows.log_precision, cols.log_precision),
-    ]
+    upper = [_over(inside, rows.log_var, cols.log_var)]
+    most = count > _MOST_HELD * inside.numel()  # else the inverses say less
+    if most:
+        upper.append(whole + _over(~inside, rows.log_precision, cols.log_precision))
     for one, other, mask in ((rows, cols, inside), (cols, rows, inside.mT)):
-        if _blocks_work(mask) <= work:
-            inner, size = _blocks(mask, other), mask.sum(1)
-            lower.append(inner + float((size * one.log_pivot).sum()))
-            upper.append(inner + float((size * one.log_var).sum()))
-            spread = mask.shape[1] * one.log_det + float(((~mask).sum(1) * one.log_precision).sum())
-            upper.append(inner + spread)
+        if _blocks_work(mask) > work:
+            continue
+        inner, size = _blocks(mask, other), mask.sum(1)
+        lower.append(inner + float((size * one.log_pivot).sum()))
+        upper.append(inner + float((size * one.log_var).sum()))
+        if most:
+            spread = mask.shape[1] * one.log_det
+            upper.append(inner + spread + float(((~mask).sum(1) * one.log_precision).sum()))
     return Bounds(max(lower), min(upper))
 
 
@@ -155,28 +161,37 @@ def held_var(row_cov: Tensor, col_cov: Tensor, held: Tensor) -> tuple[Tensor, bo
     return first.masked_scatter(~held, rest.clamp_min(0).to(first)), True
 
 
-class _Side(NamedTuple):
+@dataclass(frozen=True)
+class _Side:
     """The factor of the rows, or of the columns, that hold an entry, in float64: those with the
     most first, since a pivot is larger the fewer stand before it.
     """
 
     cov: Tensor
-    precision: Tensor
-    log_pivot: Tensor
-    log_det: float
+    chol: Tensor
+    back: Tensor  # from that order to their own
 
     @classmethod
     def of(cls, cov: Tensor, held: Tensor, side: str) -> _Side:
         order = held.sum(1).argsort(descending=True, stable=True)
         chol = covariance_factor(cov, f"{side} of the posterior", order)
-        back = order.argsort()
-        log_pivot = 2 * chol.diagonal().log()
-        inverse = torch.cholesky_inverse(chol)[back][:, back]
-        return cls(cov.double(), inverse, log_pivot[back], float(log_pivot.sum()))
+        return cls(cov, chol, order.argsort())
+
+    @cached_property
+    def log_pivot(self) -> Tensor:
+        return 2 * self.chol.diagonal().log()[self.back]
+
+    @cached_property
+    def log_det(self) -> float:
+        return float(self.log_pivot.sum())
+
+    @cached_property
+    def precision(self) -> Tensor:
+        return torch.cholesky_inverse(self.chol)[self.back][:, self.back]
 
     @property
     def log_var(self) -> Tensor:
-        return self.cov.diagonal().log()
+        return self.cov.diagonal().double().log()
 
     @property
     def log_precision(self) -> Tensor:
@@ -211,6 +226,6 @@ def _blocks(mask: Tensor, other: _Side) -> float:
         if int(held.sum()) <= int(few.sum()):
             inner, few = 0.0, held
         block = (other.cov if few is held else other.precision)[few][:, few]
-        chol, _ = torch.linalg.cholesky_ex(block)
+        chol, _ = torch.linalg.cholesky_ex(block.double())
         total += count * (inner + 2 * _log_diagonal(chol))
     return total

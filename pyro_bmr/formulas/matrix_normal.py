@@ -23,6 +23,7 @@ from pyro_bmr.formulas.covariance import (
 )
 from pyro_bmr.formulas.diagonal import Diagonal, moments, rounded
 from pyro_bmr.formulas.gaussian import prune_subset
+from pyro_bmr.formulas.held_matrix_normal import HeldMatrixNormal
 from pyro_bmr.formulas.structure import (
     Correlated,
     Noise,
@@ -67,14 +68,12 @@ class MatrixNormal:
         """With `factor` times the covariance."""
         return MatrixNormal(self.mean, self.row_cov * factor, self.col_cov)
 
-    def masked(self, kept: Tensor) -> MatrixNormal | None:
-        """With mean, variance and covariances 0 outside of the `kept` rows and columns; None where
-        single entries are kept.
-        """
+    def masked(self, kept: Tensor) -> MatrixNormal | HeldMatrixNormal:
+        """With mean, variance and covariances 0 for the entries that are not `kept`."""
         kept = kept.reshape(self.mean.shape)
         rows, columns = kept.any(1), kept.any(0)
         if not bool((kept == rows[:, None] & columns).all()):
-            return None
+            return HeldMatrixNormal.of(self.mean, self.row_cov, self.col_cov).masked(kept)
         return MatrixNormal(
             self.mean.where(kept, 0),
             self.row_cov * (rows[:, None] & rows),
@@ -95,7 +94,7 @@ class MatrixNormal:
 
     def correlated(self, prior: Any, kept: Tensor, labels: Tensor | None) -> Correlated | None:
         """The `kept` rows and columns, if the groups are of whole rows or of whole columns; None
-        else, since the rest of single entries has no closed form.
+        else: single entries take a `HeldMatrixNormal`.
         """
         shape, matrix = kept.shape, _as_matrix(kept)
         rows, columns = matrix.any(1), matrix.any(0)
@@ -132,13 +131,16 @@ def _as_matrix(t: Tensor) -> Tensor:
 
 
 @prune_subset.register
-def _(posterior: MatrixNormal, prior: Any, pruned: Tensor) -> tuple[Tensor, MatrixNormal]:
+def _(
+    posterior: MatrixNormal, prior: Any, pruned: Tensor
+) -> tuple[Tensor, MatrixNormal | HeldMatrixNormal]:
     r"""Whole rows, `pruned` of shape (n,) or (n, 1), or whole columns, (1, m), set to 0: the rest
     is again a matrix normal, with the other factor as it was.
 
     .. math:: M_R - R_{RS} R_{SS}^{-1} M_S, \qquad R_{RR} - R_{RS} R_{SS}^{-1} R_{SR}
 
-    `prior` is diagonal, its moments broadcast to (n, m).
+    Single entries, (n, m): a `HeldMatrixNormal` of all entries, and the lower bound of ΔF. `prior`
+    is diagonal, its moments broadcast to (n, m).
     """
     n, m = posterior.mean.shape if posterior.mean.ndim == 2 else (0, 0)
     if pruned.dtype != torch.bool:
@@ -148,11 +150,14 @@ def _(posterior: MatrixNormal, prior: Any, pruned: Tensor) -> tuple[Tensor, Matr
         flipped = Diagonal(p.mean.mT, p.var.mT)
         gain, rest = prune_subset(posterior.mT, flipped, pruned[0])
         return gain, rest.mT
+    if tuple(pruned.shape) == (n, m) and (n, m) != (n, 1):
+        checked(posterior)
+        free = HeldMatrixNormal.of(posterior.mean, posterior.row_cov, posterior.col_cov)
+        return prune_subset(free, prior, pruned)
     if tuple(pruned.shape) not in {(n,), (n, 1)}:
         raise ReductionError(
-            f"a matrix normal of shape {(n, m)} is pruned by whole rows, a mask of shape ({n},), or"
-            f" whole columns, (1, {m}); got {tuple(pruned.shape)}; for single entries take the"
-            " Dense form"
+            f"a matrix normal of shape {(n, m)} is pruned by whole rows, a mask of shape ({n},), by"
+            f" whole columns, (1, {m}), or by single entries, ({n}, {m}); got {tuple(pruned.shape)}"
         )
     mean, _, col = checked(posterior)
     s, r = pruned.flatten().nonzero()[:, 0], (~pruned.flatten()).nonzero()[:, 0]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.formulas.covariance import symmetrised
 from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
@@ -98,35 +99,43 @@ def _kronecker(
         )
     root = prior.var.rsqrt().flatten()[0]
     damped = ((rows, ratio * root), (columns, root / ratio))
-    row_cov, col_cov = (
-        _inverse(name, factor + damping * torch.eye(len(factor)).to(factor))
-        for factor, damping in damped
-    )
-    mean = matrix - row_cov @ pull.view(matrix.shape) @ col_cov
+    for factor, damping in damped:
+        factor.diagonal().add_(damping)
+    row_cov, col_cov = (_inverse(name, factor) for factor, _ in damped)
+    mean = matrix
+    if bool(pull.any()):
+        mean = matrix - row_cov @ pull.view(matrix.shape) @ col_cov
     var = row_cov.diagonal()[:, None] * col_cov.diagonal()
     return mean.view(value.shape), var.view(value.shape), MatrixNormal(mean, row_cov, col_cov)
 
 
 def _symmetric(name: str, matrix: Tensor) -> Tensor:
     """The matrix without the rounding that makes it asymmetric."""
+    allowed = _ASYMMETRY * matrix.abs().max() if matrix.numel() else matrix.new_zeros(())
     # NaN is refused too
-    if not bool(((matrix - matrix.mT).abs() <= _ASYMMETRY * matrix.abs().max()).all()):
+    symmetric = symmetrised(matrix, lambda a, b: allowed)
+    if symmetric is None:
         raise ModelError(
             f"site '{name}': its curvature, or a factor of it, is not symmetric, or not finite;"
             " give a symmetric Gauss–Newton or Fisher matrix"
         )
-    return (matrix + matrix.mT) / 2
+    return symmetric
 
 
 def _semidefinite(name: str, factor: Tensor) -> Tensor:
+    """The factor without asymmetry, and no eigenvalue below −10⁻⁴ of the largest entry."""
     matrix = _symmetric(name, factor)
-    if len(matrix) and float(torch.linalg.eigvalsh(matrix)[0]) < -_ASYMMETRY * float(
-        matrix.abs().max()
-    ):
-        raise ModelError(
-            f"site '{name}': expected Kronecker factors without negative eigenvalues; give those of"
-            " the Gauss–Newton or Fisher matrix"
-        )
+    largest = float(matrix.abs().max()) if len(matrix) else 0.0
+    if largest:
+        # a Cholesky factor of the matrix and so much more has no such eigenvalue; its rounding in
+        # float32 is a hundredth of that
+        shifted = (matrix / largest).float()
+        shifted.diagonal().add_(_ASYMMETRY)
+        if int(torch.linalg.cholesky_ex(shifted).info):
+            raise ModelError(
+                f"site '{name}': expected Kronecker factors without negative eigenvalues; give"
+                " those of the Gauss–Newton or Fisher matrix"
+            )
     return matrix
 
 

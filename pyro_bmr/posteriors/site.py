@@ -30,8 +30,9 @@ class Site:
     `mask`: the kept entries; None for all. Pruned entries have mean and variance 0. `given`:
     the latent sites on which the prior's moments depend; they stand at their posterior point (their
     median). `joint`: the correlations of the entries where q has them, over the flattened site
-    (`MatrixNormal`: over its rows and the rest); `mean` and `var` are its marginals. None for
-    independent entries. `message`: where q couples the site with the scales that `declared`
+    (`MatrixNormal`, `HeldMatrixNormal`: over its rows and the rest); `mean` and `var` are its
+    marginals, but for the variances of a `HeldMatrixNormal` that is not small. None for independent
+    entries. `message`: where q couples the site with the scales that `declared`
     multiplies it by (`ScaleCoupled`), what the data said of the weight, in the weight's units; a
     draw of the site then follows the draw of its scales, and `mean` and `var` are those given the
     scales at their medians. Else None. `multiplies`: the sites by which the program multiplies this

@@ -1,11 +1,13 @@
 """Sites whose posterior has correlations: their kept part as a structure of the formula files, and
 the site after entries of it are pruned.
 
-Owns `correlated`, `pruned_site`, `spike_gain` and `rescaled_site`. Next: `result.py`.
+Owns `correlated`, `pruned_site`, `spike_gain` and `rescaled_site`; of single entries of a matrix
+normal `joint_gain` and `of_held_entries`, what to say of them. Next: `result.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +16,17 @@ from torch import Tensor
 
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.gaussian import prune_subset, rescaled, total
+from pyro_bmr.formulas.held_evidence import Bounds
+from pyro_bmr.formulas.held_matrix_normal import HeldMatrixNormal, held_gain, not_converged
+from pyro_bmr.formulas.matrix_normal import MatrixNormal
 from pyro_bmr.formulas.structure import Correlated, Structure
 from pyro_bmr.posteriors.site import Site
 
 
 def correlated(site: Site, labels: Tensor | None = None) -> Correlated | None:
-    """The correlations of `site` in a form in which groups can be set to zero; None if it has none,
-    or if `labels` cut through the rows and the columns of a matrix normal. Single entries of one
-    have no rest in closed form: they count by their marginals.
+    """The correlations of `site` in a form in which groups can be set to zero one by one; None if
+    it has none, or if `labels` cut through the rows and the columns of a matrix normal. Single
+    entries of one are chosen by their marginals; `pruned_site` then conditions on all of them.
 
     Args:
         labels: the group of each entry, in the shape of the site; by default each entry is its own.
@@ -47,36 +52,70 @@ def _units(site: Site, structure: Any, labels: Tensor | None) -> Correlated | No
     return own.correlated(prior, kept, labels)
 
 
-def pruned_site(site: Site, mask: Tensor) -> tuple[Site, float | None]:
+def pruned_site(site: Site, mask: Tensor) -> tuple[Site, Bounds | None]:
     """The site with only the entries of `mask` kept, the rest of a correlated posterior conditioned
-    on the zeros; and the ΔF of that.
+    on the zeros; and the ΔF of that, between two bounds.
 
-    ΔF is None where it is the sum of the marginals' ΔF. The irregular remainder of a matrix normal
-    keeps its marginals and loses its correlations.
+    They are equal but for single entries of a matrix normal. ΔF is None where it is the sum of the
+    marginals' ΔF, and where the prior is not Gaussian.
     """
     bare = replace(site, mean=site.mean.where(mask, 0), var=site.var.where(mask, 0), mask=mask)
     if site.joint is None:
         return bare, None
     pruned = site.kept & ~mask
     if not bool(pruned.any()):
-        return replace(bare, joint=site.joint), 0.0
-    own = correlated(site, pruned.long())
+        return replace(bare, joint=site.joint), Bounds(0.0, 0.0)
+    # the rest does not depend on the prior
+    prior = site.prior or Diagonal(torch.zeros_like(site.mean), torch.ones_like(site.mean))
+    own = correlated(replace(site, prior=prior), pruned.long())
     if own is None:
-        return replace(bare, joint=None), None
-    units = torch.zeros(len(own.labels), dtype=torch.bool, device=mask.device)
-    units[own.units[pruned]] = True
-    gain, rest = prune_subset(own.structure, own.prior, units)
-    joint: Structure = rest.embedded(~units).whole(site.kept, own.turned)
+        first = _held(site)
+        held = first.holding(pruned.reshape(first.mean.shape))
+        joint: Structure = held
+        gain = held_gain(first, held, _matrix(prior, site.mean))
+    else:
+        units = torch.zeros(len(own.labels), dtype=torch.bool, device=mask.device)
+        units[own.units[pruned]] = True
+        exact, rest = prune_subset(own.structure, own.prior, units)
+        joint = rest.embedded(~units).whole(site.kept, own.turned)
+        gain = Bounds(float(exact), float(exact))
     mean, var = (t.reshape(site.mean.shape) for t in (joint.mean, joint.marginal_var))
-    return replace(site, mean=mean, var=var, mask=mask, joint=joint), float(gain)
+    after = replace(site, mean=mean, var=var, mask=mask, joint=joint)
+    return after, None if site.prior is None else gain
+
+
+def joint_gain(before: Site, after: Site) -> Bounds | None:
+    """ΔF of all that `after` holds at zero beyond `before`, if it is a matrix normal with entries
+    held at zero; else None.
+    """
+    if before.prior is None or not isinstance(after.joint, HeldMatrixNormal):
+        return None
+    first = _held(before)
+    return held_gain(first, after.joint, _matrix(before.prior, before.mean))
+
+
+def _held(site: Site) -> HeldMatrixNormal:
+    """The matrix normal of a site in the form that holds single entries."""
+    joint = site.joint
+    if isinstance(joint, HeldMatrixNormal):
+        return joint
+    assert isinstance(joint, MatrixNormal)  # the others condition on any entry
+    mean = site.mean.reshape(joint.mean.shape)
+    return HeldMatrixNormal.of(mean, joint.row_cov, joint.col_cov)
+
+
+def _matrix(prior: Diagonal, like: Tensor) -> Diagonal:
+    """A site's prior over its first dimension and the others."""
+    parts = (t.to(like).expand(like.shape) for t in (prior.mean, prior.var))
+    return Diagonal(*(t.flatten(1) if t.ndim > 1 else t[:, None] for t in parts))
 
 
 def spike_gain(site: Site, mask: Tensor, spike: Tensor) -> float:
     """ΔF of setting the kept entries of `site` outside of `mask` to zero, nats: joint where it has
-    correlations, else the sum over the entries of their ΔF, `spike`.
+    correlations (the lower bound), else the sum over the entries of their ΔF, `spike`.
     """
     gain = None if site.joint is None else pruned_site(site, mask)[1]
-    return total(spike[site.kept & ~mask]) if gain is None else gain
+    return total(spike[site.kept & ~mask]) if gain is None else gain.lower
 
 
 def rescaled_site(site: Site, reduced_prior: Diagonal) -> tuple[Site, float] | None:
@@ -100,3 +139,21 @@ def rescaled_site(site: Site, reduced_prior: Diagonal) -> tuple[Site, float] | N
     joint = found.structure and found.structure.whole(kept, own.turned)
     after = replace(site, prior=reduced_prior, mean=mean, var=var, joint=joint)
     return after, found.delta_f
+
+
+def of_held_entries(before: Mapping[str, Site], after: Mapping[str, Site]) -> list[str]:
+    """What to say of matrix normals with entries held at zero: that the mean of the rest has not
+    converged, or that the reduced prior leaves marginals only.
+    """
+    said = []
+    for name, site in after.items():
+        joint = site.joint
+        if isinstance(joint, HeldMatrixNormal) and (words := not_converged(joint)):
+            said.append(f"site '{name}': {words}")
+        if joint is None and isinstance(before[name].joint, HeldMatrixNormal):
+            said.append(
+                f"site '{name}': under another prior than that of the fit, or the spike, a matrix"
+                " normal with entries held at zero has no closed form; its kept entries have the"
+                " moments of their marginals, without correlations"
+            )
+    return said

@@ -53,6 +53,11 @@ def reduce(
     sum over its weights, or where the posterior has correlations (`Site.joint`) the joint density
     ratio log q(0) − log p(0).
 
+    The rest of a correlated posterior moves to its mean given the zeros, and a site's ΔF of the
+    point spike is joint. Single entries of a matrix normal, and groups that are no rows or columns
+    of it, are chosen by their marginals; then all of them are held at zero together. The site's ΔF
+    is then the lower one of two bounds, `SiteReduction.upper` the other.
+
     Args:
         posterior: of a fit under Gaussian priors; entries that its masks have pruned are still
             pruned and count nowhere.
@@ -181,14 +186,17 @@ def _pruned(
 ) -> SiteReduction:
     """The result with only the entries of `mask` kept, its ΔF, and how many terms that sums."""
     site, gain = pruned_site(result.site, mask)
-    gained, terms = result.delta_f, result.terms
+    gained, terms, upper = result.delta_f, result.terms, None
     if is_point_spike(to):
         each = result.spike_delta_f[result.site.kept & ~mask]
-        gained, terms = (total(each), len(each)) if gain is None else (gain, int(len(each) > 0))
+        gained, terms = total(each), len(each)
+        if gain is not None:
+            gained, terms = gain.lower, int(len(each) > 0)
+            upper = gain.upper if gain.upper > gain.lower else None
     # one indicator for each group
     elif isinstance(to, SpikeAndSlab) and labels is not None:
         terms = len(labels.to(result.site.mean.device)[result.site.kept].unique())
-    return replace(result, delta_f=gained, site=site, terms=terms)
+    return replace(result, delta_f=gained, site=site, terms=terms, upper=upper)
 
 
 def _rescaled(site: Site, to: Prior | None, result: SiteReduction) -> SiteReduction:

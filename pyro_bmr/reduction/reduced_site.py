@@ -34,7 +34,9 @@ class SiteReduction:
     their prior, about which the data said nothing. `terms`: how many independent terms `delta_f` is
     the sum of; a joint evidence is one. `scale`: what the reduction found out about the prior (τ of
     a horseshoe, inclusion log odds ζ of a spike and slab, s of a Gaussian), or None; the median
-    where it differs between groups. `scales`: then the value of each group.
+    where it differs between groups. `scales`: then the value of each group. `upper`: where single
+    entries of a matrix normal are held at zero, ΔF is known between two bounds, of which `delta_f`
+    is the lower and this the upper; else None.
     """
 
     delta_f: float
@@ -45,6 +47,7 @@ class SiteReduction:
     scale: float | None = None
     scales: Tensor | None = None
     terms: int = 0
+    upper: float | None = None
 
     @property
     def inclusion(self) -> Tensor:

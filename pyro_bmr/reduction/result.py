@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.posteriors.posterior import Posterior
+from pyro_bmr.posteriors.site import Site
 from pyro_bmr.reduction.collapse import collapse
-from pyro_bmr.reduction.correlations import spike_gain
+from pyro_bmr.reduction.correlations import joint_gain, of_held_entries, spike_gain
 from pyro_bmr.reduction.multiplied import multiplied
 from pyro_bmr.reduction.reduced_site import SiteReduction
 from pyro_bmr.reduction.reduction_file import read_reduction, write_reduction
@@ -58,7 +59,7 @@ class Reduction:
 
     @property
     def delta_f(self) -> float:
-        """Gain in log evidence over all sites, nats."""
+        """Gain in log evidence over all sites, nats; a lower bound if it is one for a site."""
         return sum(result.delta_f for result in self.sites.values())
 
     @property
@@ -71,7 +72,8 @@ class Reduction:
 
     def table(self, *, entries: bool = False) -> pd.DataFrame:
         """One row per site: site, size, kept (fraction), delta_f (nats), wider, scale, given (sites
-        at whose median the prior was taken).
+        at whose median the prior was taken); and `upper`, above which no ΔF is, if `delta_f` is a
+        lower bound for a site (`SiteReduction.upper`).
 
         With `entries` one row per entry: site, index (a tuple), mean and sd before and after the
         reduction (mean_after, sd_after; as those of `Site`), spike_delta_f and drop_log_odds
@@ -86,7 +88,11 @@ class Reduction:
         for name, r in self.sites.items():
             kept, given = float(r.site.kept.double().mean()), ", ".join(r.site.given)
             rows.append((name, r.drop_log_odds.numel(), kept, r.delta_f, r.wider, r.scale, given))
-        return pd.DataFrame(rows, columns=columns)
+        table = pd.DataFrame(rows, columns=columns)
+        if any(r.upper is not None for r in self.sites.values()):
+            both = [r.delta_f if r.upper is None else r.upper for r in self.sites.values()]
+            table.insert(4, "upper", both)
+        return table
 
     def _entries(self, name: str) -> pd.DataFrame:
         """The rows of `table` for the entries of one site."""
@@ -206,10 +212,7 @@ class Reduction:
         sites = dict(self.sites)
         for name, result in second.sites.items():
             if name in self.sites:
-                first = self.sites[name]
-                result = replace(
-                    result, delta_f=first.delta_f + result.delta_f, terms=first.terms + result.terms
-                )
+                result = _both(self.before[name], self.sites[name], result)
             sites[name] = result
         return self._of(sites, None, tuple(dict.fromkeys(self._of_no_site + second._of_no_site)))
 
@@ -279,13 +282,26 @@ class Reduction:
         }
 
 
+def _both(before: Site, first: SiteReduction, second: SiteReduction) -> SiteReduction:
+    """The second result with the gain of both, from the site before the first."""
+    lower, upper = first.delta_f + second.delta_f, None
+    if first.upper is not None or second.upper is not None:
+        upper = lower + sum(r.upper - r.delta_f for r in (first, second) if r.upper is not None)
+        # all that is held at once, if both are of the point spike
+        whole = joint_gain(before, second.site) if None not in (first.upper, second.upper) else None
+        if whole is not None:
+            lower, upper = max(lower, whole.lower), min(upper, whole.upper)
+    return replace(second, delta_f=lower, upper=upper, terms=first.terms + second.terms)
+
+
 def cautions(before: Posterior, results: Mapping[str, SiteReduction]) -> tuple[str, ...]:
     """What may mislead in a reduction of `before`: layers that it empties, and sums that take too
     many weights as independent.
     """
     masks = {name: site.kept for name, site in before.sites.items() if site.support == "real"}
     emptied = collapse(masks | {name: result.site.kept for name, result in results.items()}, masks)
-    return tuple([emptied] if emptied else []) + tuple(wide_sum(before, results))
+    held = of_held_entries(before.sites, {name: result.site for name, result in results.items()})
+    return (*([emptied] if emptied else []), *wide_sum(before, results), *held)
 
 
 def _same(a: Any, b: Any) -> bool:

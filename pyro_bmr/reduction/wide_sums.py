@@ -58,7 +58,6 @@ def wide_sum(before: Posterior, results: Mapping[str, SiteReduction]) -> list[st
         said.append(
             f"site '{left[0]}'{f' and {len(left) - 1} more' if len(left) > 1 else ''}: the"
             f" posterior has correlations, but ΔF is a sum over {count:,} terms taken as"
-            " independent. The point spike, Gaussian(scale=0), is joint; of a matrix normal it is"
-            " for whole rows or columns (per='unit' or 'input')"
+            " independent. The point spike, Gaussian(scale=0), is joint"
         )
     return said

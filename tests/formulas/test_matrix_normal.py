@@ -40,12 +40,13 @@ def test_whole_rows_or_columns(pruned):
     torch.testing.assert_close(torch.kron(rest.row_cov, rest.col_cov), dense_rest.cov)
 
 
-def test_single_entries_have_no_rest_in_closed_form():
+def test_other_masks_are_refused():
     with pytest.raises(
         bmr.errors.ReductionError,
-        match=r"whole rows, a mask of shape \(4,\), or whole columns, \(1, 3\); got \(4, 3\)",
+        match=r"whole rows, a mask of shape \(4,\), by whole columns, \(1, 3\), or by single"
+        r" entries, \(4, 3\); got \(3, 4\)",
     ):
-        prune_subset(POSTERIOR, PRIOR, torch.ones(N, M, dtype=torch.bool))
+        prune_subset(POSTERIOR, PRIOR, torch.ones(M, N, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("by_column", [False, True])

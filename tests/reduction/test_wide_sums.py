@@ -147,7 +147,7 @@ def test_sums_of_other_targets_are_told_too(to):
     assert said(independent, threshold=1e9)[1] == ""  # nothing goes
 
 
-def test_single_weights_of_a_matrix_normal_are_told():
+def test_single_weights_of_a_matrix_normal_are_joint_under_a_spike_alone():
     g = torch.Generator().manual_seed(1)
     mean = 0.3 * torch.randn(4, 3, generator=g, dtype=torch.float64)
     rows, columns = (torch.eye(k, dtype=torch.float64) * 0.2 + 0.1 for k in (4, 3))
@@ -156,12 +156,13 @@ def test_single_weights_of_a_matrix_normal_are_told():
     posterior = bmr.Posterior(
         {"w": Site(mean, var, prior, joint=MatrixNormal(mean, rows, columns))}, rows=1000
     )
-    went = int((~said(posterior, kept=0.5)[0].masks["w"]).sum())
-    assert (
-        f"site 'w': the posterior has correlations, but ΔF is a sum over {went} terms"
-        in said(posterior, kept=0.5)[1]
-    )
+    # the point spike is joint, the evidence of a spike and slab is a sum
+    assert said(posterior, kept=0.5)[1] == ""
     assert said(posterior, per="unit", kept=0.5)[1] == ""
+    assert (
+        "site 'w': the posterior has correlations, but ΔF is a sum over 12 terms"
+        in said(posterior, bmr.SpikeAndSlab(), kept=0.5)[1]
+    )
 
 
 def test_sites_that_are_joint_each_are_terms_of_one_sum():
