@@ -1,13 +1,12 @@
 """Sites whose posterior has correlations: their kept part as a structure of the formula files, and
 the site after entries of it are pruned.
 
-Owns `correlated`, `pruned_site`, `spike_gain` and `rescaled_site`; of single entries of a matrix
-normal `joint_gain` and `of_held_entries`, what to say of them. Next: `result.py`.
+Owns `correlated`, `pruned_site`, `spike_gain`, `gain_of_both` and `rescaled_site`. Next:
+`cautions.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +16,11 @@ from torch import Tensor
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.gaussian import prune_subset, rescaled, total
 from pyro_bmr.formulas.held_evidence import Bounds
-from pyro_bmr.formulas.held_matrix_normal import HeldMatrixNormal, held_gain, not_converged
+from pyro_bmr.formulas.held_matrix_normal import HeldMatrixNormal, held_gain
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
 from pyro_bmr.formulas.structure import Correlated, Structure
 from pyro_bmr.posteriors.site import Site
+from pyro_bmr.reduction.reduced_site import SiteReduction
 
 
 def correlated(site: Site, labels: Tensor | None = None) -> Correlated | None:
@@ -84,7 +84,7 @@ def pruned_site(site: Site, mask: Tensor) -> tuple[Site, Bounds | None]:
     return after, None if site.prior is None else gain
 
 
-def joint_gain(before: Site, after: Site) -> Bounds | None:
+def _joint_gain(before: Site, after: Site) -> Bounds | None:
     """ΔF of all that `after` holds at zero beyond `before`, if it is a matrix normal with entries
     held at zero; else None.
     """
@@ -92,6 +92,20 @@ def joint_gain(before: Site, after: Site) -> Bounds | None:
         return None
     first = _held(before)
     return held_gain(first, after.joint, _matrix(before.prior, before.mean))
+
+
+def gain_of_both(before: Site, first: SiteReduction, second: SiteReduction) -> SiteReduction:
+    """The second result with the gain of both, from the site before the first."""
+    lower, upper = first.delta_f + second.delta_f, None
+    if first.upper is not None or second.upper is not None:
+        upper = lower + sum(r.upper - r.delta_f for r in (first, second) if r.upper is not None)
+        # all that is held at once, if both are of the point spike
+        whole = (
+            _joint_gain(before, second.site) if None not in (first.upper, second.upper) else None
+        )
+        if whole is not None:
+            lower, upper = max(lower, whole.lower), min(upper, whole.upper)
+    return replace(second, delta_f=lower, upper=upper, terms=first.terms + second.terms)
 
 
 def _held(site: Site) -> HeldMatrixNormal:
@@ -139,21 +153,3 @@ def rescaled_site(site: Site, reduced_prior: Diagonal) -> tuple[Site, float] | N
     joint = found.structure and found.structure.whole(kept, own.turned)
     after = replace(site, prior=reduced_prior, mean=mean, var=var, joint=joint)
     return after, found.delta_f
-
-
-def of_held_entries(before: Mapping[str, Site], after: Mapping[str, Site]) -> list[str]:
-    """What to say of matrix normals with entries held at zero: that the mean of the rest has not
-    converged, or that the reduced prior leaves marginals only.
-    """
-    said = []
-    for name, site in after.items():
-        joint = site.joint
-        if isinstance(joint, HeldMatrixNormal) and (words := not_converged(joint)):
-            said.append(f"site '{name}': {words}")
-        if joint is None and isinstance(before[name].joint, HeldMatrixNormal):
-            said.append(
-                f"site '{name}': under another prior than that of the fit, or the spike, a matrix"
-                " normal with entries held at zero has no closed form; its kept entries have the"
-                " moments of their marginals, without correlations"
-            )
-    return said

@@ -20,12 +20,13 @@ from pyro_bmr.isolation import isolated
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
+from pyro_bmr.reduction.cautions import cautions
 from pyro_bmr.reduction.correlations import pruned_site, rescaled_site
 from pyro_bmr.reduction.decisions import SearchMethod, decide, pattern_masks
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
 from pyro_bmr.reduction.multiplied import multiplied
 from pyro_bmr.reduction.reduced_site import SiteReduction, site_reduction
-from pyro_bmr.reduction.result import Reduction, cautions
+from pyro_bmr.reduction.result import Reduction
 from pyro_bmr.reduction.rules import is_point_spike
 from pyro_bmr.reduction.search import greedy_search
 from pyro_bmr.reduction.slabs import with_slab
@@ -53,10 +54,9 @@ def reduce(
     sum over its weights, or where the posterior has correlations (`Site.joint`) the joint density
     ratio log q(0) − log p(0).
 
-    The rest of a correlated posterior moves to its mean given the zeros, and a site's ΔF of the
-    point spike is joint. Single entries of a matrix normal, and groups that are no rows or columns
-    of it, are chosen by their marginals; then all of them are held at zero together. The site's ΔF
-    is then the lower one of two bounds, `SiteReduction.upper` the other.
+    The rest of a correlated posterior moves to its mean given the zeros. Single entries of a matrix
+    normal, and groups that are no rows or columns of it, are chosen by their marginals, and held at
+    zero together; ΔF is then the lower one of two bounds, `SiteReduction.upper` the other.
 
     Args:
         posterior: of a fit under Gaussian priors; entries that its masks have pruned are still

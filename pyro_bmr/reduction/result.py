@@ -18,13 +18,11 @@ from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.posteriors.posterior import Posterior
-from pyro_bmr.posteriors.site import Site
-from pyro_bmr.reduction.collapse import collapse
-from pyro_bmr.reduction.correlations import joint_gain, of_held_entries, spike_gain
+from pyro_bmr.reduction.cautions import cautions
+from pyro_bmr.reduction.correlations import gain_of_both, spike_gain
 from pyro_bmr.reduction.multiplied import multiplied
 from pyro_bmr.reduction.reduced_site import SiteReduction
 from pyro_bmr.reduction.reduction_file import read_reduction, write_reduction
-from pyro_bmr.reduction.wide_sums import wide_sum
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -212,7 +210,7 @@ class Reduction:
         sites = dict(self.sites)
         for name, result in second.sites.items():
             if name in self.sites:
-                result = _both(self.before[name], self.sites[name], result)
+                result = gain_of_both(self.before[name], self.sites[name], result)
             sites[name] = result
         return self._of(sites, None, tuple(dict.fromkeys(self._of_no_site + second._of_no_site)))
 
@@ -280,28 +278,6 @@ class Reduction:
         return {
             name: torch.where(group >= 0, mean[group], -torch.inf) for name, group in groups.items()
         }
-
-
-def _both(before: Site, first: SiteReduction, second: SiteReduction) -> SiteReduction:
-    """The second result with the gain of both, from the site before the first."""
-    lower, upper = first.delta_f + second.delta_f, None
-    if first.upper is not None or second.upper is not None:
-        upper = lower + sum(r.upper - r.delta_f for r in (first, second) if r.upper is not None)
-        # all that is held at once, if both are of the point spike
-        whole = joint_gain(before, second.site) if None not in (first.upper, second.upper) else None
-        if whole is not None:
-            lower, upper = max(lower, whole.lower), min(upper, whole.upper)
-    return replace(second, delta_f=lower, upper=upper, terms=first.terms + second.terms)
-
-
-def cautions(before: Posterior, results: Mapping[str, SiteReduction]) -> tuple[str, ...]:
-    """What may mislead in a reduction of `before`: layers that it empties, and sums that take too
-    many weights as independent.
-    """
-    masks = {name: site.kept for name, site in before.sites.items() if site.support == "real"}
-    emptied = collapse(masks | {name: result.site.kept for name, result in results.items()}, masks)
-    held = of_held_entries(before.sites, {name: result.site for name, result in results.items()})
-    return (*([emptied] if emptied else []), *wide_sum(before, results), *held)
 
 
 def _same(a: Any, b: Any) -> bool:
