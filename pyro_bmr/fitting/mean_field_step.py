@@ -9,36 +9,29 @@ written out, in chunks that stay in the cache. Next: `autograd_step.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_bmr.data.inputs import Inputs
 from pyro_bmr.errors import ModelError
 from pyro_bmr.fitting.chunks import pull_of
 from pyro_bmr.fitting.flat_vectors import FlatVectors
 from pyro_bmr.fitting.noise import Noise
-from pyro_bmr.fitting.site_prior import Pull, ReadPrior, SitePrior, closed_kl, read_prior
+from pyro_bmr.fitting.site_prior import (
+    Pull,
+    ReadPrior,
+    SitePrior,
+    closed_kl,
+    kl_is_due,
+    read_prior,
+)
 from pyro_bmr.fitting.step import Draw
-from pyro_bmr.fitting.written_weights import WrittenWeight
+from pyro_bmr.fitting.written_weights import Network, WrittenWeight
 from pyro_bmr.guides import MeanField
-from pyro_bmr.priors.weight_form import WeightForm
+from pyro_bmr.networks.placed_weights import PlacedWeights
 from pyro_bmr.tracing import Values, likelihood_of
-
-# a guide with more numbers evaluates its KL, a slow quantity that is only reported, in every eighth
-# step
-_LARGE, _KL_EVERY = 10_000, 8
-
-
-class Network(Protocol):
-    """A program that can be run given its weights; see `BayesianNetwork`, which is one."""
-
-    forms: Mapping[str, WeightForm]
-    has_log_likelihood: bool
-
-    def log_likelihood(self, weights: Mapping[str, Tensor], x: Inputs, y: Tensor) -> Tensor: ...
 
 
 class MeanFieldStep(FlatVectors):
@@ -84,6 +77,7 @@ class MeanFieldStep(FlatVectors):
         self.priors: dict[str, SitePrior] = {}
         self.pulls: list[Pull] = []
         self.kl = 0.0
+        self.placed = PlacedWeights(network.net) if network is not None else None
         self.written = self._write()
 
     def _write(self) -> dict[str, WrittenWeight]:
@@ -139,16 +133,17 @@ class MeanFieldStep(FlatVectors):
         with torch.enable_grad():
             if (
                 network is not None
+                and self.placed is not None
                 and len(self.declared) == len(self.parts)
                 and network.has_log_likelihood
             ):
-                of_batch = network.log_likelihood(weights, *batch)
-                likelihood = of_batch * (self.rows / len(batch[1]))
-                (likelihood * (-share / self.rows)).backward()
+                of_batch = network.log_likelihood(weights, batch[0], batch[1], self.placed)
+                (of_batch * (-share / len(batch[1]))).backward()
+                likelihood = of_batch.detach() * (self.rows / len(batch[1]))
                 priors, open_kl = self.declared, 0.0
             else:
                 likelihood, priors, open_kl = self._run_program(batch, share, weights)
-        if not self.loc.numel() > _LARGE or number % _KL_EVERY == 0 or priors is not self.priors:
+        if kl_is_due(self.loc.numel(), number) or priors is not self.priors:
             vectors = self.loc, self.log_scale, self.std, noise
             self.kl = sum(closed_kl(p, self.parts[name], *vectors) for name, p in priors.items())
             self.kl -= sum(self.written[name].log_p() for name in weights)

@@ -18,13 +18,15 @@ from pyro_bmr.fitting.arguments import Arguments, Program
 from pyro_bmr.fitting.autograd_step import AutogradStep
 from pyro_bmr.fitting.faults import Faults
 from pyro_bmr.fitting.guide import make_guide
-from pyro_bmr.fitting.mean_field_step import MeanFieldStep, Network
+from pyro_bmr.fitting.mean_field_step import MeanFieldStep
 from pyro_bmr.fitting.optimizers import optimizer_of
+from pyro_bmr.fitting.point_step import PointStep
 from pyro_bmr.fitting.program import latents_of
 from pyro_bmr.fitting.rows import Batch, LoaderRows, Rows
 from pyro_bmr.fitting.start import begin_at
 from pyro_bmr.fitting.step import Step
-from pyro_bmr.guides import MeanField
+from pyro_bmr.fitting.written_weights import Network
+from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.guides.row_noise import PER_ROW
 from pyro_bmr.isolation import seed_generator
@@ -102,9 +104,13 @@ class Run:
 
     def _step(self) -> Step:
         """The step of the guide: the fast one for a `MeanField` whose noise is drawn once for all
-        rows of a batch.
+        rows of a batch, and for a `Point` of a network whose priors are all written out.
         """
         guide, size, trained = self.guide, self.rows.size, _trained((self.guide, self.program))
+        network = cast(Network, self.program) if hasattr(self.program, "forms") else None
+        if type(guide) is Point and network is not None and network.all_written:
+            fixed = self.scaled, guide, size, self.temperature, trained
+            return PointStep(*fixed, network, self.example)
         if not isinstance(guide, MeanField) or guide.estimator in PER_ROW:
             return AutogradStep(self.scaled, guide, size, self.temperature, trained)
         check_memory(
@@ -113,7 +119,6 @@ class Run:
             self.rows.device,
             "make the network smaller, fit in a lower precision, or see docs/several_processes.md",
         )
-        network = cast(Network, self.program) if hasattr(self.program, "forms") else None
         others = [p for p in trained if p is not guide.loc and p is not guide.log_scale]
         self.masks |= _masks_of(self.scaled, guide, self.example)
         return MeanFieldStep(self.scaled, guide, size, self.temperature, self.seed, network, others)

@@ -16,6 +16,10 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.latent_sites import Latent, base_distribution, gaussian_on_the_line
 from pyro_bmr.tracing import collapsed, does_not_split
 
+# a guide with more numbers evaluates its KL, a slow quantity that is only reported, in every eighth
+# step
+_LARGE, _KL_EVERY = 10_000, 8
+
 
 class SitePrior(NamedTuple):
     """N(`loc`, 1/`precision`) on the unconstrained scale, each a number or flat over the kept
@@ -120,15 +124,23 @@ def closed_kl(
             + 0.5 * float(noise[part].square().sum())
             + 0.5 * size * math.log(2 * math.pi)
         )
-    loc, std = loc.detach()[part], std[part]
-    deviation = loc if isinstance(prior.loc, float) and prior.loc == 0 else loc - prior.loc
-    if isinstance(prior.precision, float):
-        ratio = prior.precision * (
-            float(torch.dot(deviation, deviation)) + float(torch.dot(std, std))
-        )
-    else:
-        ratio = float(((deviation.square() + std.square()) * prior.precision).sum())
+    ratio = squared_distance(prior, loc.detach()[part], std[part])
     return prior.weight * (prior.log_scales - log_scales + 0.5 * (ratio - size))
+
+
+def kl_is_due(size: int, number: int) -> bool:
+    """Whether step `number` of a guide of `size` numbers evaluates its KL."""
+    return size <= _LARGE or number % _KL_EVERY == 0
+
+
+def squared_distance(prior: SitePrior, point: Tensor, std: Tensor | None = None) -> float:
+    """Σ p ((x − η)² + σ²) of a flat point x with the standard deviations σ, if there are any."""
+    deviation = point if isinstance(prior.loc, float) and prior.loc == 0 else point - prior.loc
+    if isinstance(prior.precision, float):
+        total = float(torch.dot(deviation, deviation))
+        return prior.precision * (total if std is None else total + float(torch.dot(std, std)))
+    square = deviation.square() if std is None else deviation.square() + std.square()
+    return float((square * prior.precision).sum())
 
 
 def _log_density(

@@ -1,19 +1,35 @@
 """The weights of a network from the draws of its sites, and the way back from the gradient of the
 weights to that of the draws, written out for the priors that have a form.
 
-Owns `WrittenWeight`, one parameter. Next: `step.py`.
+Owns the protocol `Network` and `WrittenWeight`, one parameter. Next: `step.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_bmr.data.inputs import Inputs
+from pyro_bmr.networks.placed_weights import PlacedWeights
 from pyro_bmr.priors.tiers import spread, tier_shape
 from pyro_bmr.priors.weight_form import ScaleSite, WeightForm
+
+
+class Network(Protocol):
+    """A program that can be run given its weights; see `BayesianNetwork`, which is one."""
+
+    net: nn.Module
+    forms: Mapping[str, WeightForm]
+    all_written: bool
+    has_log_likelihood: bool
+
+    def log_likelihood(
+        self, weights: Mapping[str, Tensor], x: Inputs, y: Tensor, placed: PlacedWeights
+    ) -> Tensor: ...
 
 
 class WrittenWeight:

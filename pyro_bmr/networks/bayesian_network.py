@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from pyro_bmr.checks import check_arguments
 from pyro_bmr.data.inputs import Inputs, arguments
 from pyro_bmr.likelihoods.likelihood import Likelihood, read_inputs
 from pyro_bmr.networks.lifting import check_network, check_patterns, lifted_parameters
+from pyro_bmr.networks.placed_weights import PlacedWeights
 from pyro_bmr.networks.plain_module import module_copy, plain_module
 from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.priors.weight_form import WeightForm, form_of
@@ -159,18 +159,26 @@ class BayesianNetwork(nn.Module):
         `log_prob` and no latent sites of its own.
         """
         inferred = getattr(self.likelihood, "inferred", ())
-        known = hasattr(self.likelihood, "log_prob") and not inferred
-        return known and len(self.forms) == len(self.priors)
+        return self.all_written and hasattr(self.likelihood, "log_prob") and not inferred
 
-    def log_likelihood(self, weights: Mapping[str, Tensor], x: Inputs, y: Tensor) -> Tensor:
+    @property
+    def all_written(self) -> bool:
+        """Whether all priors have a form."""
+        return len(self.forms) == len(self.priors)
+
+    def log_likelihood(
+        self, weights: Mapping[str, Tensor], x: Inputs, y: Tensor, placed: PlacedWeights
+    ) -> Tensor:
         """Σ log p(y | x, weights) over the rows of a batch, nats: the observed site of `forward`,
-        without the Pyro statements around it.
+        without the Pyro statements around it. `placed`: made of `net` as it is.
         """
         x, read = read_inputs(self.likelihood, x)
-        output = self._output(weights, x)
+        output = self._output(weights, x, placed)
         return self.likelihood.log_prob(output, y, **read)  # type: ignore[attr-defined]
 
-    def _output(self, weights: Mapping[str, Tensor], x: Inputs) -> Any:
+    def _output(
+        self, weights: Mapping[str, Tensor], x: Inputs, placed: PlacedWeights | None = None
+    ) -> Any:
         """What the network returns, its floating-point tensors in the dtype of the weights, also in
         tuples, lists and dicts: `torch.autocast` may lower the precision of layers, not of
         densities. Of the named outputs of a Hugging Face model it is the `logits`.
@@ -179,7 +187,7 @@ class BayesianNetwork(nn.Module):
         for name, mask in self._left_masks.items():  # point estimates that are pruned
             parameter = self.net.get_parameter(name)
             given[name] = parameter * mask.to(parameter.device)
-        output = functional_call(self.net, given, *arguments(x))
+        output = (placed or PlacedWeights(self.net)).call(given, *arguments(x))
         if isinstance(output, Mapping) and hasattr(output, "logits"):
             output = output.logits
         if isinstance(output, Tensor):

@@ -192,11 +192,8 @@ class Horseshoe:
         unit = 1 / math.sqrt(fan_in(shape)) if self.by_fan_in else 1.0
         gamma = self.sample_scale(name, shape, like)
         start = None if init is None else init / unit
-        return (
-            unit
-            * gamma
-            * sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
-        )
+        w = sample_normal(name, shape, like.new_zeros(()), like.new_ones(()), start, self)
+        return unit * gamma * w
 
     def sample_scale(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """γ, which broadcasts to `shape`, drawn by the `pyro.sample` statements of the tiers and
@@ -210,19 +207,17 @@ class Horseshoe:
                 f"{name}_{SITES[tier]}", scale, shape, tier, block, self.parametrization
             )
             psi = lam if tier == "layer" else psi * lam
-        return (
-            psi
-            if self.slab_scale is None
-            else psi / (1 + (psi / self._slab(name, like)).square()).sqrt()
-        )
+        if self.slab_scale is None:
+            return psi
+        return psi / (1 + (psi / self._slab(name, like)).square()).sqrt()
 
     def form(self, name: str, shape: tuple[int, ...]) -> WeightForm:
         """The weight and the densities of its sites, written out."""
         sites = {tier: f"{name}_{SITES[tier]}" for tier in self.tiers}
         inner, factors = half_cauchy_factors(sites, self.tau0, self.block, self.parametrization)
         slab: float | ScaleSite | None = self.slab_scale
-        if self.slab_scale is not None and self.slab_df is not None:
-            density = LogGamma(self.slab_df / 2, self.slab_df / 2 * self.slab_scale**2)
+        if isinstance(slab, (int, float)) and self.slab_df is not None:
+            density = LogGamma(self.slab_df / 2, self.slab_df / 2 * slab**2)
             slab = ScaleSite(f"{name}_slab_precision", density, -0.5)
         unit = 1 / math.sqrt(fan_in(shape)) if self.by_fan_in else 1.0
         return WeightForm(unit, inner, factors, slab)
@@ -289,11 +284,10 @@ class Horseshoe:
         `together`: how many weights share λ; its posterior is as narrow as 1/√(2n) in t.
         """
         t = np.arange(-32.0, 44.0, 0.23 / math.sqrt(together))
-        psi = (self.tau0 if scale is None else scale) ** 2 * np.exp(2 * t)
+        v = (self.tau0 if scale is None else scale) ** 2 * np.exp(2 * t)
+        v = v if self.slab_scale is None else v / (1 + v / self.slab_scale**2)
         log_weights = -np.logaddexp(t, -t)
-        return (
-            psi if self.slab_scale is None else psi / (1 + psi / self.slab_scale**2)
-        ), log_weights - np.logaddexp.reduce(log_weights)
+        return v, log_weights - np.logaddexp.reduce(log_weights)
 
     @property
     def log_hyper(self) -> Callable[[float], float]:
