@@ -198,9 +198,15 @@ def _standardised_targets(
 
 def split(name: str, x: np.ndarray, y: np.ndarray) -> Data:
     """`Data` whose test split is a fifth of the rows, the same ones at every call."""
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(x))
-    test = max(len(x) // 5, 1)
-    return standardised(name, x[order[test:]], y[order[test:]], x[order[:test]], y[order[:test]])
+    train, test = split_of(len(x))
+    return standardised(name, x[train], y[train], x[test], y[test])
+
+
+def split_of(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the training rows and of the test rows, a fifth of all."""
+    order = np.random.default_rng(_SPLIT_SEED).permutation(rows)
+    test = max(rows // 5, 1)
+    return order[test:], order[:test]
 
 
 def validation_data(data: Data, fraction: float) -> Data:

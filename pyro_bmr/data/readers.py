@@ -11,12 +11,17 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_bmr.data.data_set import Data, split, standardised
+from pyro_bmr.data.data_set import Data, split, split_of, standardised
+from pyro_bmr.data.table_encoding import fit_encoding
 from pyro_bmr.errors import DataError
 from pyro_bmr.files import reading
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 IDX_FILES = {
     "x_train": "train-images-idx3-ubyte",
@@ -53,7 +58,11 @@ def read_npz(path: Path) -> Data:
 
 
 def read_csv(path: Path, target: str | None) -> Data:
-    """`Data` from a table with a header; `target` is the column to predict."""
+    """`Data` from a table with a header; `target` is the column to predict.
+
+    Texts become one column for each value, and gaps are filled in, as the training rows have it
+    (`fit_encoding`). The classes of a target of texts are numbered in their sorted order.
+    """
     import pandas as pd
 
     with reading(
@@ -73,12 +82,48 @@ def read_csv(path: Path, target: str | None) -> Data:
             f"'{path}': expected at least 5 rows and one feature beside the target, got"
             f" {table.shape[0]} rows and {table.shape[1]} columns"
         )
-    text = [_line(c) for c in table.columns if table[c].dtype.kind not in "iufb"]
-    if text:
-        raise DataError(f"'{path}': columns {', '.join(text)} are not numbers; encode or drop them")
-    return split(
-        path.stem, table.drop(columns=target).to_numpy(dtype=np.float64), table[target].to_numpy()
-    )
+    x, y = table.drop(columns=target), _target(path, table[target])
+    _refuse_infinite(path, x)
+    if all(kind in "iufb" for kind in map(_kind, x.dtypes.values)) and not x.isna().any(axis=None):
+        return split(path.stem, x.to_numpy(dtype=np.float64), y)
+    train, test = split_of(len(table))
+    encoding = fit_encoding(x.iloc[train])
+    if not encoding.places:
+        raise DataError(f"'{path}': no column is left to predict from; give numbers or categories")
+    parts = [part for rows in (train, test) for part in (encoding.encoded(x.iloc[rows]), y[rows])]
+    return standardised(path.stem, *parts)
+
+
+def _target(path: Path, column: pd.Series) -> np.ndarray:
+    """The target as numbers: of texts the number of each among the sorted ones."""
+    if column.isna().any():
+        row = int(column.isna().to_numpy().nonzero()[0][0])
+        raise DataError(
+            f"'{path}': target '{_line(column.name)}': expected a value in every row, got none in"
+            f" row {row + 2} of the file; leave such rows out"
+        )
+    if _kind(column.dtype) in "iufb":
+        return column.to_numpy()
+    classes = sorted({str(value) for value in column})
+    if len(classes) > max(2, len(column) // 2):
+        raise DataError(
+            f"'{path}': target '{_line(column.name)}': expected numbers or classes, got"
+            f" {len(classes)} different texts in {len(column)} rows"
+        )
+    return np.searchsorted(np.array(classes), [str(value) for value in column])
+
+
+def _refuse_infinite(path: Path, table: pd.DataFrame) -> None:
+    for name, column in table.items():
+        if _kind(column.dtype) == "f" and np.isinf(column.to_numpy()).any():
+            raise DataError(
+                f"'{path}': column '{_line(name)}': expected finite numbers, got infinity; leave"
+                " such rows out, or empty the cell to have it filled in"
+            )
+
+
+def _kind(dtype: Any) -> str:
+    return str(getattr(dtype, "kind", "O"))
 
 
 def idx_path(folder: Path, stem: str) -> Path | None:

@@ -11,7 +11,8 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, column_or_1d
 
-from pyro_bmr.estimators.columns import TableError, contrasts
+from pyro_bmr.data.table_encoding import TableError
+from pyro_bmr.estimators.columns import contrasts
 from pyro_bmr.estimators.families import Bernoulli, Categorical, Family
 from pyro_bmr.estimators.subset_evidence import Array
 from pyro_bmr.estimators.table_model import TableModel

@@ -1,41 +1,26 @@
 """The columns of a table as the columns of a regression: missing values filled in and marked,
 categories as contrasts, everything centred and scaled, and the way back to the original units.
 
-Owns `Columns`, fitted by `fit_columns`; `Term`, what is kept or pruned as one; `TableError`. Next:
+Owns `Columns`, fitted by `fit_columns`, and `Term`, what is kept or pruned as one. Next:
 `subset_chain.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_bmr.errors import DataError, described, warn
+from pyro_bmr.data.table_encoding import TableEncoding, fit_encoding
+from pyro_bmr.errors import warn
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from pyro_bmr.estimators.subset_evidence import Array, Index
-
-
-class TableError(DataError, ValueError):
-    """A table, a target or an option that an estimator cannot use; scikit-learn expects a
-    ValueError.
-    """
-
-
-def refused(argument: str, rule: str, value: object) -> TableError:
-    """The error of an argument that breaks a rule."""
-    return TableError(f"{argument}: expected {rule}, got {described(value)}")
-
-
-_MISSING = "missing"
-_DISTINCT = 0.5  # of the rows: a text that differs in more of them is a name, not a category
 
 
 @dataclass(frozen=True)
@@ -56,18 +41,14 @@ class Term:
 
 @dataclass(frozen=True)
 class Columns:
-    """How a table becomes the columns of a regression. `encoder`: scikit-learn's
-    `ColumnTransformer`. `center`, `encoded_sd`: (encoded columns,) their means and standard
-    deviations. `levels`: of each column with categories, those seen. `numeric`: the names of the
-    others.
+    """How a table becomes the columns of a regression. `center`, `encoded_sd`: (encoded columns,)
+    their means and standard deviations.
     """
 
-    encoder: Any
+    encoding: TableEncoding
     terms: tuple[Term, ...]
     center: Array
     encoded_sd: Array
-    numeric: tuple[Any, ...]
-    levels: dict[Any, tuple[str, ...]]
 
     @property
     def names(self) -> list[str]:
@@ -100,9 +81,7 @@ class Columns:
         """The columns that the coefficients belong to, (rows, coefficients), in the units of the
         table.
         """
-        self._warn_of_new(table)
-        plain = _plain(table, self.numeric, self.levels)
-        return np.asarray(self.encoder.transform(plain), dtype=np.float64)[:, self.places]
+        return self.encoding.encoded(table)[:, self.places]
 
     def matrix(self, table: pd.DataFrame) -> Array:
         """The columns of the regression, (rows, columns), centred and scaled as in training."""
@@ -128,18 +107,6 @@ class Columns:
         """What centring took from the intercept, Σ mean · coefficient, over the last axis."""
         return coefficients @ self.center[self.places]
 
-    def _warn_of_new(self, table: pd.DataFrame) -> None:
-        for name, known in self.levels.items():
-            values = {str(value) for value in table[name].dropna().unique()}
-            if table[name].isna().any():
-                values.add(_MISSING)
-            if new := sorted(values - set(known)):
-                shown = ", ".join(repr(value) for value in new[:3])
-                warn(
-                    f"column {name!r}: {len(new)} categories that training did not have, as"
-                    f" {shown}; their rows are predicted with the mean of its categories"
-                )
-
 
 def fit_columns(table: pd.DataFrame) -> Columns:
     """What a training table needs to become a regression.
@@ -151,95 +118,17 @@ def fit_columns(table: pd.DataFrame) -> Columns:
     Raises:
         TableError: a column has values that are neither numbers nor texts, or no column is left.
     """
-    numeric, levels = _kinds(table)
-    encoder = _encoder(list(numeric), list(levels))
-    encoded = np.asarray(encoder.fit_transform(_plain(table, numeric, levels)), dtype=np.float64)
+    encoding = fit_encoding(table)
+    encoded = encoding.encoded(table)
     center = encoded.mean(0)
-    varies = np.ptp(encoded, axis=0) > 0
-    terms = _terms(encoder, numeric, levels, encoded - center, varies)
-    return Columns(encoder, tuple(terms), center, encoded.std(0), tuple(numeric), levels)
+    terms = _terms(encoding, encoded - center, np.ptp(encoded, axis=0) > 0)
+    return Columns(encoding, tuple(terms), center, encoded.std(0))
 
 
-def _kinds(table: pd.DataFrame) -> tuple[list[Any], dict[Any, tuple[str, ...]]]:
-    """The names of the columns that are numbers, and the categories of the others."""
-    numeric: list[Any] = []
-    levels: dict[Any, tuple[str, ...]] = {}
-    dropped: list[str] = []
-    for name in table.columns:
-        column = table[name]
-        kind = getattr(column.dtype, "kind", "O")
-        is_number = kind in "iufb" and not hasattr(column.dtype, "categories")
-        if not is_number and kind not in "OSUTb":
-            raise TableError(
-                f"column {name!r}: expected numbers, texts or categories, got {column.dtype};"
-                " turn dates into numbers (days since the first) or leave the column out"
-            )
-        present = column.dropna()
-        if is_number and column.isna().all():
-            dropped.append(f"{name!r} (nothing but missing values)")
-        elif is_number:
-            numeric.append(name)
-        else:
-            seen = sorted({str(value) for value in present})
-            if len(seen) > max(2, _DISTINCT * len(present)) and len(present):
-                dropped.append(f"{name!r} ({len(seen)} different texts in {len(present)} rows)")
-                continue
-            levels[name] = (*seen, *([_MISSING] if column.isna().any() else []))
-    if dropped:
-        warn(f"columns left out: {', '.join(dropped)}")
-    return numeric, levels
-
-
-def _plain(table: pd.DataFrame, numeric: Sequence[Any], levels: Any) -> pd.DataFrame:
-    """The table with float64 for numbers and str for categories."""
-    import pandas as pd
-
-    columns: dict[Any, Any] = {
-        name: pd.to_numeric(table[name]).to_numpy(dtype=np.float64, na_value=np.nan)
-        for name in numeric
-    }
-    for name in levels:
-        column = table[name]
-        absent = column.isna().to_numpy()
-        texts = np.array([str(value) for value in column], dtype=object)
-        texts[absent] = _MISSING
-        columns[name] = texts
-    return pd.DataFrame(columns, index=table.index)
-
-
-def _encoder(numeric: list[Any], categories: list[Any]) -> Any:
-    from sklearn.compose import ColumnTransformer
-    from sklearn.impute import SimpleImputer
-    from sklearn.preprocessing import OneHotEncoder
-
-    fill = SimpleImputer(strategy="median", add_indicator=True)
-    one_hot = OneHotEncoder(sparse_output=False, handle_unknown="ignore")
-    return ColumnTransformer([("numbers", fill, numeric), ("categories", one_hot, categories)])
-
-
-def _terms(
-    encoder: Any,
-    numeric: list[Any],
-    levels: dict[Any, tuple[str, ...]],
-    centred: Array,
-    varies: NDArray[np.bool_],
-) -> list[Term]:
+def _terms(encoding: TableEncoding, centred: Array, varies: NDArray[np.bool_]) -> list[Term]:
     """The terms that vary, in the order of the encoded columns."""
-    found: list[tuple[tuple[str, ...], int]] = []
-    place = 0
-    if numeric:
-        marked = encoder.named_transformers_["numbers"].indicator_.features_
-        names = [str(name) for name in numeric] + [f"{numeric[k]} missing" for k in marked]
-        found += [((name,), place + k) for k, name in enumerate(names)]
-        place += len(names)
-    if levels:
-        for name, seen in zip(
-            levels, encoder.named_transformers_["categories"].categories_, strict=True
-        ):
-            found.append((tuple(f"{name}={value}" for value in seen), place))
-            place += len(seen)
     terms, constant = [], []
-    for labels, at in found:
+    for labels, at in encoding.places:
         contrast = contrasts(len(labels))
         part = centred[:, at : at + len(labels)] @ contrast
         scale = float(np.sqrt((part**2).mean())) if part.size else 0.0

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_bmr.estimators.columns import TableError
+from pyro_bmr.data.table_encoding import TableError
 
 _CHAINS = 4
 

@@ -10,8 +10,8 @@ import numpy as np
 from sklearn.base import RegressorMixin
 from sklearn.utils.validation import check_array, check_consistent_length, column_or_1d
 
+from pyro_bmr.data.table_encoding import TableError, refused
 from pyro_bmr.errors import holds, warn
-from pyro_bmr.estimators.columns import TableError, refused
 from pyro_bmr.estimators.families import Family, NegativeBinomial, Poisson
 from pyro_bmr.estimators.subset_evidence import Array
 from pyro_bmr.estimators.table_model import TableModel

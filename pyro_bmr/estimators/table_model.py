@@ -13,8 +13,9 @@ import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from pyro_bmr.data.table_encoding import TableError, refused
 from pyro_bmr.errors import holds
-from pyro_bmr.estimators.columns import Columns, TableError, fit_columns, refused
+from pyro_bmr.estimators.columns import Columns, fit_columns
 from pyro_bmr.estimators.engines import (
     Options,
     gaussian,

@@ -18,6 +18,7 @@ from sklearn.datasets import load_diabetes, load_digits
 
 import pyro_bmr as bmr
 from pyro_bmr.data import named as library
+from pyro_bmr.data.data_set import split_of
 from pyro_bmr.data.named import sources
 from pyro_bmr.data.readers import read_idx
 
@@ -381,6 +382,46 @@ def test_csv_classes(tmp_path):
     assert torch.cat([data.y_train, data.y_test]).bincount().tolist() == [14, 13, 13]
 
 
+def test_csv_with_texts_and_gaps(tmp_path):
+    """One column for each text; gaps have the median of the training rows and a mark."""
+    rng = np.random.default_rng(3)
+    n = 40
+    made = table(n).drop(columns="grade")
+    made["city"] = rng.choice(["Ulm", "Bonn", "Kiel"], n)
+    made["kind"] = np.where(rng.random(n) < 0.3, None, "flat")
+    made.loc[rng.random(n) < 0.25, "age"] = np.nan
+    made["bought"] = np.where(made["price"] > made["price"].median(), "yes", "no")
+    made.drop(columns="price").to_csv(tmp_path / "houses.csv", index=False)
+    data = bmr.load(tmp_path / "houses.csv", "bought")
+    train, test = split_of(n)
+    assert sorted([*train, *test]) == list(range(n)) and len(test) == 8
+    assert data.classes == 2
+    assert data.y_test.tolist() == (made["bought"].iloc[test] == "yes").astype(int).tolist()
+    median = made["age"].iloc[train].median()
+    columns = [
+        made["height"],
+        made["age"].fillna(median),
+        made["age"].isna(),
+        *(made["city"] == name for name in ("Bonn", "Kiel", "Ulm")),
+        *(made["kind"].fillna("missing") == name for name in ("flat", "missing")),
+    ]
+    raw = np.stack([column.to_numpy(dtype=np.float64) for column in columns], 1)
+    expected = (raw - raw[train].mean(0)) / raw[train].std(0)
+    assert np.allclose(data.x_train.numpy(), expected[train], atol=1e-5)
+    assert np.allclose(data.x_test.numpy(), expected[test], atol=1e-5)
+
+
+def test_a_text_of_the_test_rows_alone_is_said(tmp_path):
+    made = table(40).drop(columns="grade")
+    made["city"] = "Ulm"
+    made.loc[made.index % 2 == 0, "city"] = "Bonn"
+    made.loc[split_of(40)[1][0], "city"] = "Kiel"
+    made.to_csv(tmp_path / "houses.csv", index=False)
+    with pytest.warns(bmr.PyroBMRWarning, match="'city': 1 categories .* 'Kiel'"):
+        data = bmr.load(tmp_path / "houses.csv", "price")
+    assert data.x_test.shape == (8, 4)
+
+
 def test_csv_of_few_rows(tmp_path):
     table(6).to_csv(tmp_path / "few.csv", index=False)
     data = bmr.load(tmp_path / "few.csv", "price")
@@ -609,13 +650,18 @@ def test_files_that_are_no_npz(tmp_path, write):
 BAD_CSV = {
     "without target": ("a,b\n" + "1,2\n" * 9, None, "--target; its columns are: a, b$"),
     "wrong target": ("a,b\n" + "1,2\n" * 9, "c", "--target; its columns are: a, b; got 'c'"),
-    "text column": (
-        "a,city,b\n" + "1,Bonn,2.5\n2,Ulm,1.5\n" * 5,
+    "names alone": (
+        "name,b\n" + "".join(f"n{k},{k}.5\n" for k in range(9)),
         "b",
-        "columns city are not numbers; encode or drop",
+        "no column is left to predict from",
     ),
-    "text target": ("a,b\n" + "1,x\n2,y\n" * 5, "b", "columns b are not numbers"),
-    "hole": ("a,b\n" + "1,2.5\n2,1.5\n" * 5 + ",3.5\n", "b", "x is NaN.*drop or impute"),
+    "infinite": ("a,b\n" + "1,2.5\n2,1.5\n" * 5 + "inf,3.5\n", "b", "'a': expected finite numbers"),
+    "target of texts": (
+        "a,b\n" + "".join(f"{k},n{k}\n" for k in range(9)),
+        "b",
+        "'b': expected numbers or classes, got 9 different texts in 9 rows",
+    ),
+    "target missing": ("a,b\n" + "1,2.5\n2,1.5\n" * 5 + "3,\n", "b", "'b': .*got none in row 12"),
     "too few rows": ("a,b\n1,2.5\n2,3.5\n", "b", "at least 5 rows .*got 2 rows and 2 columns"),
     "header only": ("a,b\n", "b", "at least 5 rows .*got 0 rows"),
     "no feature": ("b\n" + "1.5\n2.5\n" * 5, "b", "one feature .*1 columns"),
@@ -624,6 +670,7 @@ BAD_CSV = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:columns left out")
 @pytest.mark.parametrize(("text", "target", "message"), BAD_CSV.values(), ids=BAD_CSV)
 def test_bad_csv(tmp_path, text, target, message):
     (tmp_path / "mine.csv").write_text(text)
