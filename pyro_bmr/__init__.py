@@ -29,6 +29,7 @@ from pyro_bmr.guides import (
 )
 from pyro_bmr.likelihoods import Bernoulli, Categorical, NegativeBinomial, Normal, Ordinal, Poisson
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
+from pyro_bmr.post_training import Pruned, prune
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.prediction import metrics
@@ -66,6 +67,7 @@ __all__ = [
     "Point",
     "Poisson",
     "Posterior",
+    "Pruned",
     "PyroBMRError",
     "PyroBMRWarning",
     "Reduction",
@@ -88,6 +90,7 @@ __all__ = [
     "metrics",
     "natural_gradient",
     "predict",
+    "prune",
     "reduce",
     "refit",
     "save",

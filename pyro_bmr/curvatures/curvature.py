@@ -6,7 +6,6 @@ Owns `curvature`. `Posterior.from_curvature` makes a posterior of it. Next: `pos
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -15,15 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_bmr.checks import check_arguments, is_whole
-from pyro_bmr.curvatures.factors import Curvature, LayerCurvature
-from pyro_bmr.curvatures.network_batches import batches, evaluation, output_of
-from pyro_bmr.curvatures.recorder import Recorder
-from pyro_bmr.curvatures.row_squares import row_squares
-from pyro_bmr.curvatures.scores import FISHERS, Loss, output_gradients
-from pyro_bmr.data.inputs import Inputs, called, rows_in
+from pyro_bmr.curvatures.factors import Curvature
+from pyro_bmr.curvatures.network_batches import batches, evaluation
+from pyro_bmr.curvatures.passes import Pass
+from pyro_bmr.curvatures.scores import FISHERS, Loss
+from pyro_bmr.data.inputs import rows_in
 from pyro_bmr.errors import ModelError
 from pyro_bmr.isolation import isolated, seed_generators
-from pyro_bmr.likelihoods.likelihood import Likelihood, read_inputs
+from pyro_bmr.likelihoods.likelihood import Likelihood
 from pyro_bmr.memory import check_memory
 from pyro_bmr.networks.lifting import check_network
 
@@ -89,11 +87,11 @@ def curvature(
         >>> Posterior.from_curvature(weights, found, Gaussian(0.1), rows=found.rows)
     """
     _check(net, likelihood, structure, fisher, draws, batch_size, values)
-    wanted = _wanted(net, only)
+    wanted = wanted_parameters(net, only)
     if structure == "kronecker":
-        _check_factors(wanted)
+        check_factors(wanted)
     given = {name: torch.as_tensor(value) for name, value in (values or {}).items()}
-    run = _Pass(net, Loss(likelihood, given), fisher, draws, wanted, structure == "kronecker")
+    run = Pass(net, Loss(likelihood, given), fisher, draws, wanted, structure == "kronecker")
     seed_generators(seed)
     rows = 0
     with evaluation(net), tqdm(disable=not progress, unit="row", desc="curvature") as bar:
@@ -104,85 +102,8 @@ def curvature(
     return run.result(rows, rows if size is None else size)
 
 
-@dataclass
-class _Pass:
-    """One pass over the data: what it has summed so far."""
-
-    net: nn.Module
-    loss: Loss
-    fisher: str
-    draws: int
-    wanted: Mapping[str, nn.Parameter]
-    kronecker: bool
-
-    def __post_init__(self) -> None:
-        anchor = next(iter(self.wanted.values())).detach().new_zeros((), requires_grad=True)
-        names = {id(parameter): name for name, parameter in self.wanted.items()}
-        self.recorder = Recorder(names if self.kronecker else {}, anchor)
-        self.squares: dict[str, Tensor] = {}
-
-    def add(self, x: Inputs, y: Tensor | None) -> None:
-        """Adds a batch."""
-        inputs, read = read_inputs(self.loss.likelihood, x)
-        with self.recorder.watching():
-            output = output_of(called(self.net, inputs))
-        others = {name: p for name, p in self.wanted.items() if name not in self._in_layers()}
-        for g in output_gradients(self.loss, self.fisher, self.draws, output, y, read):
-            if self.recorder.factors and output.requires_grad:
-                torch.autograd.grad(
-                    output, self.recorder.anchor, g, retain_graph=True, allow_unused=True
-                )
-                self.recorder.counting = False
-            if others:
-                for name, square in row_squares(self.net, others, inputs, g, output_of).items():
-                    self.squares[name] = self.squares.get(name, 0) + square
-
-    def _in_layers(self) -> set[str]:
-        """The parameters that have Kronecker factors."""
-        others, factors = self.recorder.others, self.recorder.factors
-        weights = {name for name in factors if name not in others}
-        biases = {factors[name].bias for name in weights}
-        return weights | {name for name in biases if name is not None and name not in others}
-
-    def result(self, seen: int, rows: int) -> Curvature:
-        """The curvature of `rows` rows from those that were `seen`.
-
-        Raises:
-            ModelError: a number of it is not finite.
-        """
-        inside, scale = self._in_layers(), rows / seen
-        layers = {
-            name: LayerCurvature(
-                name,
-                f.bias if f.bias in inside else None,
-                f.outputs * scale,
-                _without_bias(f.inputs, f.bias is not None and f.bias not in inside)
-                / max(f.count, 1),
-                tuple(self.wanted[name].shape),
-                f.turned,
-                f.uses,
-            )
-            for name, f in self.recorder.factors.items()
-            if name in inside
-        }
-        diagonals = {name: square * scale for name, square in self.squares.items()}
-        why = {name: self.recorder.others.get(name, "diagonal asked for") for name in diagonals}
-        if self.kronecker:
-            why |= {
-                name: "not seen in the forward pass"
-                for name in diagonals
-                if name not in self.recorder.others
-            }
-        found = Curvature(layers, diagonals, why, rows)
-        _check_finite(found)
-        return found
-
-
-def _without_bias(inputs: Tensor, left_out: bool) -> Tensor:
-    return inputs[:-1, :-1] if left_out else inputs
-
-
-def _wanted(net: nn.Module, only: Collection[str] | None) -> dict[str, nn.Parameter]:
+def wanted_parameters(net: nn.Module, only: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """Name → parameter, of those that the patterns name."""
     parameters = {name: p for name, p in net.named_parameters() if p.is_floating_point()}
     if not parameters:
         raise ModelError(f"net: expected a module with parameters, got {type(net).__name__}")
@@ -203,7 +124,7 @@ def _wanted(net: nn.Module, only: Collection[str] | None) -> dict[str, nn.Parame
     }
 
 
-def _check_factors(wanted: Mapping[str, nn.Parameter]) -> None:
+def check_factors(wanted: Mapping[str, nn.Parameter]) -> None:
     """Raises ModelError if the factors of all matrices need more memory than there is."""
     sides = [
         side
@@ -240,6 +161,11 @@ def _check(
     check("curvature", fisher in FISHERS, " or ".join(map(repr, FISHERS)), fisher=fisher)
     check("curvature", is_whole(draws, 1), "a whole number > 0", draws=draws)
     check("curvature", is_whole(batch_size, 1), "a whole number > 0", batch_size=batch_size)
+    check_likelihood(likelihood, values)
+
+
+def check_likelihood(likelihood: Any, values: Mapping[str, Any] | None) -> None:
+    """Raises ModelError if a site of the likelihood has no value."""
     inferred = getattr(likelihood, "inferred", ())
     if missing := [name for name in inferred if name not in (values or {})]:
         raise ModelError(
@@ -247,19 +173,3 @@ def _check(
             f" trained network has no value for it; give values={{'{missing[0]}': ...}}, or a"
             " number in the likelihood, such as Normal(noise=0.3)"
         )
-
-
-def _check_finite(found: Curvature) -> None:
-    for name, layer in found.layers.items():
-        if not bool(layer.outputs.isfinite().all() & layer.inputs.isfinite().all()):
-            raise _infinite(name)
-    for name, diagonal in found.diagonals.items():
-        if not bool(diagonal.isfinite().all()):
-            raise _infinite(name)
-
-
-def _infinite(name: str) -> ModelError:
-    return ModelError(
-        f"'{name}': its curvature is not finite; the data or the outputs of the network have NaN or"
-        " infinite values"
-    )

@@ -1,7 +1,7 @@
 """The batches with which a trained network is run, its mode in the run, and the tensor in what it
 returns.
 
-Owns `batches`, `evaluation` and `output_of`. Next: `curvature.py`.
+Owns `batches`, `evaluation` and `output_of`. Next: `passes.py`.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Recorder:
     The multiplications give `factors`. `others`: parameter → the function that used it in another
     way, or why it has no factors. The forward pass must run inside `watching`; a backward pass from
     its result to `anchor` adds to the factors. `counting`: whether it adds to those of the inputs
-    too, as the first of each forward pass does.
+    too, as the first of each forward pass does. `listening`: whether it adds to any.
     """
 
     parameters: Mapping[int, str]
@@ -51,11 +51,12 @@ class Recorder:
     factors: dict[str, Factors] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
     counting: bool = True
+    listening: bool = True
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """A context for one forward pass."""
-        self.counting = True
+        self.counting = self.listening = True
         for factor in self.factors.values():
             factor.uses = 0
         with _Mode(self):
@@ -138,7 +139,12 @@ class Recorder:
         factor.uses += 1
         signal = found.signal.detach()
         seen = result + self.anchor.to(result.dtype)  # no leaf, so that a later call may change it
-        seen.register_hook(lambda g: _add(factor, found, signal, g.detach(), first, self.counting))
+
+        def hook(g: Tensor) -> None:
+            if self.listening:
+                _add(factor, found, signal, g.detach(), first, self.counting)
+
+        seen.register_hook(hook)
         return seen
 
 

@@ -1,0 +1,55 @@
+r"""How far a pruned network is from the dense one, by their outputs: no labels are needed.
+
+Owns `Divergence`. For classes it is KL(dense ‖ pruned). For real targets with the noise σ it is the
+mean of ½ (f − f_dense)²/σ². For any other likelihood it is the difference of the expected
+−log p(y | f) under targets that are drawn from the dense network. Next: `steps.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_bmr.curvatures.scores import Loss
+from pyro_bmr.isolation import seed_generators
+from pyro_bmr.likelihoods import Categorical, Normal
+
+_SEED = 0
+_DRAWS = 8  # of the targets of a likelihood without a mean that says all
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Of outputs from those of the dense network, summed over the rows of a batch, nats."""
+
+    loss: Loss
+
+    def of(
+        self, output: Tensor, dense: Tensor, y: Tensor | None, read: Mapping[str, Tensor]
+    ) -> Tensor:
+        """A number, 0 where both outputs are equal; it can be differentiated by `output`."""
+        likelihood = self.loss.likelihood
+        if type(likelihood) is Categorical and likelihood.weight is None:
+            return _of_classes(likelihood, output, dense, y)
+        if type(likelihood) is Normal and isinstance(likelihood.noise, (int, float)):
+            return 0.5 * ((output - dense) / likelihood.noise).square().sum()
+        with torch.random.fork_rng():
+            seed_generators(_SEED)  # the same targets in each call
+            targets = [self.loss.drawn(dense, y, read) for _ in range(_DRAWS)]
+        rises = [
+            self.loss.nll(output, target, read) - self.loss.nll(dense, target, read)
+            for target in targets
+        ]
+        return torch.stack(rises).mean()
+
+
+def _of_classes(likelihood: Categorical, output: Tensor, dense: Tensor, y: Tensor | None) -> Tensor:
+    axis = 1 if likelihood.class_axis == 1 else -1
+    log_p = dense.log_softmax(axis)
+    each = (log_p.exp() * (log_p - output.log_softmax(axis))).sum(axis)
+    if y is not None and likelihood.ignore_index is not None and y.shape == each.shape:
+        each = each.where(y != likelihood.ignore_index, 0)
+    return each.sum()

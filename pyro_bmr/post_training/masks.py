@@ -1,0 +1,99 @@
+"""Which weights of all layers are kept at a given fraction: those with the least ΔF, with one
+threshold over all layers.
+
+Owns `pruned_at`. Next: `steps.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_bmr.post_training.layer import Layer
+from pyro_bmr.reduction.decisions import lowest
+from pyro_bmr.reduction.groups import NofM
+
+Labels = Mapping[str, Tensor]
+
+
+def pruned_at(
+    layers: Mapping[str, Layer],
+    kept: float,
+    floor: float,
+    labels: Labels | None = None,
+    pattern: NofM | None = None,
+) -> dict[str, Tensor]:
+    """Weight → True where it is pruned, in the shape of the parameter.
+
+    Args:
+        kept: the fraction of all weights that is kept.
+        floor: each layer keeps at least this part of that fraction, and one entry.
+        labels: the group of each entry, −1 for those in none, which are kept. Groups are ranked by
+            the sum of the ΔF of their entries, per entry.
+        pattern: instead of all, the n of every m neighbours with the least ΔF; `kept` of the
+            entries that are pruned by it are left for later rounds.
+    """
+    scores = {
+        name: layer.delta_f().masked_fill(_held(layer), torch.inf) for name, layer in layers.items()
+    }
+    if pattern is not None:
+        return _patterned(scores, kept, pattern)
+    if labels is not None:
+        return _grouped(scores, kept, labels)
+    chosen = _of_all(scores, kept)
+    for name, score in scores.items():
+        least = max(round(floor * kept * score.numel()), 1)
+        if int(chosen[name].sum()) < least:
+            chosen[name] = lowest(score.flatten(), least).view(score.shape)
+    return {name: ~mask for name, mask in chosen.items()}
+
+
+def _held(layer: Layer) -> Tensor:
+    return layer.as_parameter(layer.held[:, : layer.columns])
+
+
+def _of_all(scores: Mapping[str, Tensor], kept: float) -> dict[str, Tensor]:
+    pooled = torch.cat([score.flatten() for score in scores.values()])
+    chosen = lowest(pooled, round(kept * len(pooled))) & (pooled < torch.inf)
+    parts = chosen.split([score.numel() for score in scores.values()])
+    return {
+        name: part.view(score.shape)
+        for (name, score), part in zip(scores.items(), parts, strict=True)
+    }
+
+
+def _grouped(scores: Mapping[str, Tensor], kept: float, labels: Labels) -> dict[str, Tensor]:
+    """Whole groups, the largest ΔF per entry first, until no more than `kept` are left."""
+    count = 1 + max(int(label.max()) for label in labels.values())
+    total, size, gone = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+    for name, score in scores.items():
+        inside, held = labels[name] >= 0, score == torch.inf
+        place = labels[name][inside]
+        total.index_add_(0, place, score.masked_fill(held, 0)[inside].double().cpu())
+        size.index_add_(0, place, torch.ones(len(place), dtype=torch.float64))
+        gone.index_add_(0, place, held[inside].double().cpu())
+    rank = (total / (size - gone).clamp(min=1)).masked_fill(gone == size, torch.inf)
+    order = rank.argsort(descending=True)
+    free = sum(score.numel() for score in scores.values())
+    after = free - size[order].cumsum(0)  # weights that are kept once this group is pruned too
+    pruned = torch.zeros(count, dtype=torch.bool)
+    pruned[order[: int((after >= kept * free).sum())]] = True
+    pruned |= rank == torch.inf
+    return {name: (labels[name] >= 0) & pruned[labels[name].clamp_min(0)] for name in scores}
+
+
+def _patterned(scores: Mapping[str, Tensor], kept: float, pattern: NofM) -> dict[str, Tensor]:
+    """The entries that the pattern prunes, those with the largest ΔF first."""
+    out = {}
+    undivided = pattern.undivided({name: tuple(score.shape) for name, score in scores.items()})
+    for name, score in scores.items():
+        if name in undivided:
+            out[name] = torch.zeros_like(score, dtype=torch.bool)
+            continue
+        pruned = ~pattern.mask(score.masked_fill(score == torch.inf, 1e30))
+        by_score = score.masked_fill(~pruned, -torch.inf).flatten()
+        count = min(round((1 - kept) * score.numel()), int(pruned.sum()))
+        out[name] = ~lowest(by_score, score.numel() - count).view(score.shape) & pruned
+    return out

@@ -1,0 +1,241 @@
+r"""The rounds in which a trained network is pruned.
+
+Owns `Settings` and `Rounds`. Next: `prune.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bmr.curvatures.factors import Curvature
+from pyro_bmr.errors import ModelError
+from pyro_bmr.likelihoods.likelihood import read_inputs
+from pyro_bmr.post_training.calibration import Calibration
+from pyro_bmr.post_training.layer import Layer, layers_of
+from pyro_bmr.post_training.masks import pruned_at
+from pyro_bmr.post_training.pruned import Pruned, reduction_of
+from pyro_bmr.post_training.rounds_file import about_call, read_round, write_round
+from pyro_bmr.post_training.steps import Measure, Measured, Values, corrected, measured, write
+from pyro_bmr.reduction.groups import NofM, group_labels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `prune` that its rounds need. `sizes`: the fraction of each round."""
+
+    sizes: tuple[float, ...]
+    pattern: NofM | None
+    per: str | Mapping[str, Tensor]
+    heads: int | Mapping[str, int] | None
+    only: tuple[str, ...]
+    corrections: int
+    last_corrections: int
+    temperature: float
+    scale: float | None
+    floor: float
+    most_rise: float | None
+    seed: int
+
+
+@dataclass
+class Rounds:
+    """A network as it is pruned, in place.
+
+    `held`: weight → the entries of its layer's matrix that are zero. `gains`, `rises`: weight → its
+    ΔF, nats, and what the loss was predicted to rise by for it, nats per row.
+    """
+
+    measure: Measure
+    net: nn.Module
+    settings: Settings
+    held_out: Calibration | None
+    held: dict[str, Tensor] = field(default_factory=dict)
+    gains: dict[str, float] = field(default_factory=dict)
+    rises: dict[str, float] = field(default_factory=dict)
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    wanted: dict[str, nn.Parameter] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    labels: Mapping[str, Tensor] | None = None
+
+    def run(self, folder: Path | None) -> Pruned:
+        """All rounds, or those until the loss has risen too much."""
+        layers = self._begin()
+        first, stopped = layers, None
+        about = about_call(dict(self.net.named_parameters()), vars(self.settings))
+        if folder is not None and self._resume(folder, about):
+            layers = self._layers(self._measured(slopes=False).curvature)
+        base = self._held_out_loss(self.measure.dense)
+        for number, size in enumerate(self.settings.sizes):
+            if number < len(self.rounds):
+                continue
+            before = self._state(), layers
+            layers = self._corrected(self._holding(layers, size), size)
+            self._note(size, base)
+            if stopped := self._too_much():
+                self._restore(before[0])
+                layers = before[1]
+                break
+            if folder is not None:
+                write_round(folder, about, *self._state())
+        gains = dict(self.gains)
+        rows = self.measure.rows.size
+        reduction = reduction_of(first, layers, gains, self.settings.temperature, rows)
+        return Pruned(self.net, reduction, tuple(self.rounds), dict(self.rises), stopped)
+
+    def _begin(self) -> dict[str, Layer]:
+        """The layers of the dense network; which they are, and what the groups are."""
+        named = {n: p for n, p in self.net.named_parameters() if p.is_floating_point()}
+        self.wanted = named
+        found = self._measured(slopes=False).curvature
+        patterns = self.settings.only or ("*",)
+        names = [
+            name
+            for name, layer in found.layers.items()
+            if layer.inputs.ndim == 2 and any(fnmatchcase(name, each) for each in patterns)
+        ]
+        if not names:
+            raise ModelError(
+                f"prune: expected layers with Kronecker factors, got none; {', '.join(named)} are"
+                " used in other ways, or left out by only="
+            )
+        biases = [found.layers[name].bias for name in names]
+        self.wanted = {name: named[name] for name in (*names, *biases) if name is not None}
+        for name in names:
+            spread = float(named[name].detach().double().square().mean().sqrt())
+            self.scales[name] = self.settings.scale or max(spread, 1e-12)
+            self.gains[name] = self.rises[name] = 0.0
+        self.labels = self._labels({name: tuple(named[name].shape) for name in names})
+        return self._layers(found)
+
+    def _labels(self, shapes: dict[str, tuple[int, ...]]) -> Mapping[str, Tensor] | None:
+        per = self.settings.per
+        if isinstance(per, str) and per == "weight":
+            return None
+        labels = dict(group_labels(shapes, per, self.settings.heads))
+        if per in ("unit", "channel"):  # those of the last layer are the outputs
+            last = list(shapes)[-1]
+            labels[last] = torch.full(shapes[last], -1)
+        return labels
+
+    def _measured(self, slopes: bool) -> Measured:
+        return measured(self.measure, self.net, self.wanted, slopes)
+
+    def _layers(self, found: Curvature) -> dict[str, Layer]:
+        parameters = dict(self.net.named_parameters())
+        temperature = self.settings.temperature
+        return layers_of(found, parameters, self.scales, self.held, temperature)
+
+    def _holding(self, layers: Mapping[str, Layer], size: float) -> dict[str, Layer]:
+        """The layers with more entries held at zero, and the network with their means."""
+        settings = self.settings
+        pruned = pruned_at(layers, size, settings.floor, self.labels, settings.pattern)
+        out = {}
+        for name, layer in layers.items():
+            after, gain, energy = layer.holding(pruned[name])
+            out[name], self.held[name] = after, after.held
+            self.gains[name] += gain
+            self.rises[name] += settings.temperature * energy / self.measure.rows.size
+            write(self.net, values_of(after))
+        return out
+
+    def _corrected(self, layers: dict[str, Layer], size: float) -> dict[str, Layer]:
+        """The layers after the Gauss–Newton steps of a round."""
+        settings = self.settings
+        is_last = size == settings.sizes[-1]
+        step: Values | None = None
+        for _ in range(settings.last_corrections if is_last else settings.corrections):
+            found = self._measured(slopes=True)
+            layers = self._layers(found.curvature)
+            step = corrected(self.measure, self.net, layers, found, settings.temperature, step)
+            layers = self._layers(found.curvature)
+        if step is None and not is_last:
+            layers = self._layers(self._measured(slopes=False).curvature)
+        return layers
+
+    def _note(self, size: float, base: float | None) -> None:
+        """Adds the row of a round."""
+        row = {
+            "kept": 1 - self._pruned_fraction(),
+            "delta_f": sum(self.gains.values()),
+            "predicted_rise": sum(self.rises.values()),
+            "divergence": self.measure.divergence(self.net) / self.measure.rows.size,
+        }
+        if base is not None:
+            loss = self._held_out_loss(self.net)
+            assert loss is not None
+            row["held_out_rise"] = loss - base
+        self.rounds.append(row)
+        self.measure.bar.set_postfix(kept=f"{size:.3g}", divergence=f"{row['divergence']:.3g}")
+
+    def _pruned_fraction(self) -> float:
+        parameters = dict(self.net.named_parameters())
+        gone = sum(
+            int(held[:, : parameters[name].numel() // len(held)].count_nonzero())
+            for name, held in self.held.items()
+        )
+        return gone / sum(parameters[name].numel() for name in self.held)
+
+    def _too_much(self) -> str | None:
+        """Why the last round is not kept, if it is not."""
+        limit, row = self.settings.most_rise, self.rounds[-1]
+        name = "held_out_rise" if "held_out_rise" in row else "divergence"
+        if limit is None or row[name] <= limit:
+            return None
+        rise = name.replace("_", " ")
+        return (
+            f"at {row['kept']:.1%} kept the {rise} is {row[name]:.3g} nats per row, more than"
+            f" {limit:g}"
+        )
+
+    def _held_out_loss(self, net: nn.Module) -> float | None:
+        """Nats per held-out row."""
+        if self.held_out is None:
+            return None
+        total = 0.0
+        with torch.no_grad():
+            for x, y in self.held_out.batches:
+                assert y is not None
+                read = read_inputs(self.measure.loss.likelihood, x)[1]
+                total += float(self.measure.loss.nll(self.measure.run(net, None, x), y, read))
+        return total / self.held_out.rows
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"value {name}": p.detach().clone() for name, p in self.wanted.items()}
+        tensors |= {f"held {name}": held.clone() for name, held in self.held.items()}
+        numbers = {"gains": self.gains, "rises": self.rises, "rounds": self.rounds}
+        return tensors, copy.deepcopy(numbers)
+
+    def _restore(self, state: tuple[Mapping[str, Tensor], Mapping[str, Any]]) -> None:
+        tensors, numbers = state
+        for name, parameter in self.wanted.items():
+            parameter.data.copy_(tensors[f"value {name}"])
+        self.held = {
+            name: tensors[f"held {name}"] for name in self.gains if f"held {name}" in tensors
+        }
+        self.gains, self.rises = dict(numbers["gains"]), dict(numbers["rises"])
+        self.rounds = list(numbers["rounds"])
+
+    def _resume(self, folder: Path, about: str) -> bool:
+        """Whether there was a state to continue from."""
+        found = read_round(folder, about)
+        if found is None:
+            return False
+        device = next(iter(self.wanted.values())).device
+        self._restore(({name: t.to(device) for name, t in found[0].items()}, found[1]))
+        return True
+
+
+def values_of(layer: Layer) -> Values:
+    """Parameter → its value in a layer."""
+    values = {layer.name: layer.as_parameter(layer.mean[:, : layer.columns])}
+    if layer.bias is not None:
+        values[layer.bias] = layer.mean[:, -1]
+    return values

@@ -1,0 +1,117 @@
+"""The posterior of one layer, held against dense algebra."""
+
+import torch
+from torch import nn
+
+import pyro_bmr as bmr
+from pyro_bmr.formulas import Dense, prune_subset
+from pyro_bmr.formulas.diagonal import Diagonal
+from pyro_bmr.post_training.layer import layers_of
+
+TEMPERATURE, SCALE = 0.3, 0.7
+
+
+def one_layer(turned=False):
+    torch.manual_seed(4)
+    if turned:
+
+        class Turned(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(5, 4))
+
+            def forward(self, x):
+                return x @ self.weight
+
+        net = Turned().double()
+    else:
+        net = nn.Linear(5, 4).double()
+    x = torch.randn(30, 5, dtype=torch.float64) + 0.5
+    found = bmr.curvature(net, x, bmr.Categorical(), fisher="gauss-newton", progress=False)
+    parameters = dict(net.named_parameters())
+    layer = layers_of(found, parameters, {"weight": SCALE}, {}, TEMPERATURE)["weight"]
+    return net, found.layers["weight"], layer
+
+
+def dense_of(layer):
+    return Dense(layer.mean.flatten(), torch.kron(layer.row_cov, layer.col_cov))
+
+
+def test_the_precision_is_the_curvature_over_t_and_the_prior():
+    net, curved, layer = one_layer()
+    g, a = curved.outputs / TEMPERATURE, curved.inputs
+    ratio = ((g.trace() / 4) / (a.trace() / 6)).sqrt()
+    rows = g + ratio / SCALE * torch.eye(4).double()
+    columns = a + torch.eye(6).double() / (ratio * SCALE)
+    torch.testing.assert_close(torch.linalg.inv(layer.row_cov), rows)
+    torch.testing.assert_close(torch.linalg.inv(layer.col_cov), columns)
+    # their product has H/T, and the whole prior precision
+    product = torch.kron(rows, columns)
+    cross = product - torch.kron(g, a) - torch.eye(24).double() / SCALE**2
+    mixed = torch.kron(g, torch.eye(6).double()) / (ratio * SCALE)
+    mixed = mixed + torch.kron(torch.eye(4).double(), a) * ratio / SCALE
+    torch.testing.assert_close(cross, mixed)
+    expected = torch.cat([net.weight, net.bias[:, None]], 1).detach()
+    torch.testing.assert_close(layer.mean, expected)
+
+
+def test_holding_is_the_dense_conditional_mean_and_the_gain_a_lower_bound():
+    _, _, layer = one_layer()
+    pruned = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+    after, gain, energy = layer.holding(pruned)
+    flat = torch.cat([pruned, torch.zeros(4, 1, dtype=torch.bool)], 1).flatten()
+    prior = Diagonal(torch.zeros(24).double(), torch.full((24,), SCALE**2).double())
+    dense_gain, rest = prune_subset(dense_of(layer), prior, flat)
+    torch.testing.assert_close(after.mean.flatten()[~flat], rest.mean, rtol=1e-9, atol=1e-9)
+    assert bool((after.mean.flatten()[flat] == 0).all()) and torch.equal(after.held.flatten(), flat)
+    cov = dense_of(layer).cov[flat][:, flat]
+    mean = layer.mean.flatten()[flat]
+    torch.testing.assert_close(
+        torch.tensor(energy),
+        (0.5 * mean @ torch.linalg.solve(cov, mean)).float(),
+        rtol=1e-5,
+        atol=0,
+    )
+    assert gain <= float(dense_gain) < gain + 0.2 * abs(gain) + 5
+
+
+def test_more_can_be_held_later():
+    _, _, layer = one_layer()
+    first = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.3
+    second = first | (torch.rand(4, 5, generator=torch.Generator().manual_seed(2)) < 0.4)
+    at_once = layer.holding(second)[0]
+    in_turn, gain, _ = layer.holding(first)[0].holding(second)
+    torch.testing.assert_close(in_turn.mean, at_once.mean, rtol=1e-9, atol=1e-9)
+    assert in_turn.holding(second)[1:] == (0.0, 0.0) and gain != 0
+
+
+def test_delta_f_of_entries_is_that_of_their_marginals():
+    _, _, layer = one_layer()
+    one = layer.delta_f()[2, 3]
+    var = layer.row_cov[2, 2] * layer.col_cov[3, 3]
+    q = torch.distributions.Normal(layer.mean[2, 3], var.sqrt()).log_prob(torch.zeros(()))
+    p = torch.distributions.Normal(0.0, SCALE).log_prob(torch.zeros(()).double())
+    torch.testing.assert_close(one, q - p)
+
+
+def test_a_turned_weight_has_its_entries_where_the_parameter_has_them():
+    net, _, layer = one_layer(turned=True)
+    assert layer.turned and layer.mean.shape == (4, 5) and layer.delta_f().shape == (5, 4)
+    torch.testing.assert_close(layer.as_parameter(layer.mean), net.weight.detach())
+    pruned = torch.zeros(5, 4, dtype=torch.bool)
+    pruned[1, 3] = True
+    after = layer.holding(pruned)[0]
+    assert after.as_parameter(after.mean)[1, 3] == 0 and int(after.held.sum()) == 1
+
+
+def test_a_step_minimises_the_quadratic_model_of_the_kept_weights():
+    _, _, layer = one_layer()
+    pruned = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+    layer = layer.holding(pruned)[0]
+    gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    step = layer.moved(gradient, TEMPERATURE)
+    precision = torch.linalg.inv(dense_of(layer).cov)
+    kept = ~layer.held.flatten()
+    expected = -torch.linalg.solve(precision[kept][:, kept], gradient.flatten()[kept] / TEMPERATURE)
+    torch.testing.assert_close(step.flatten()[kept], expected, rtol=1e-8, atol=1e-8)
+    assert bool((step.flatten()[~kept] == 0).all())

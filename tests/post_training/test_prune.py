@@ -1,0 +1,250 @@
+"""Networks pruned after their training: against a linear model with a known answer, and in what
+the call promises.
+"""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_bmr as bmr
+from pyro_bmr.errors import ModelError
+from pyro_bmr.post_training.masks import pruned_at
+from pyro_bmr.reduction import NofM
+
+QUIET = {"progress": False, "batch_size": 64}
+
+
+def linear_model(rows=200, noise=0.5):
+    """A linear regression, its least-squares weights in a network, and its data."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    x = torch.randn(rows, 6, generator=generator, dtype=torch.float64) @ mix
+    truth = torch.tensor([1.5, 0, 0, -2.0, 0, 0.7]).double()
+    y = x @ truth + noise * torch.randn(rows, generator=generator, dtype=torch.float64)
+    net = nn.Linear(6, 1, bias=False).double()
+    net.weight.data = torch.linalg.lstsq(x, y[:, None]).solution.mT
+    return net, x, y
+
+
+def digits(seed=0, hidden=40, steps=150):
+    torch.manual_seed(seed)
+    data = bmr.load("digits")
+    x, y = data.x_train.flatten(1), data.y_train
+    net = nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+    adam = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(steps):
+        adam.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        adam.step()
+    return net, x, y, data
+
+
+@pytest.fixture(scope="module")
+def trained():
+    with torch.random.fork_rng():
+        return digits()
+
+
+def test_a_linear_model_has_the_least_squares_of_its_subset():
+    net, x, _ = linear_model()
+    pruned = bmr.prune(
+        net, x, bmr.Normal(noise=0.5), 0.5, path=[], scale=1e4, temperature=1.0,
+        fisher="gauss-newton", corrections=0, last_corrections=0, **QUIET,
+    )  # fmt: skip
+    mask = pruned.masks["weight"][0]
+    assert int(mask.sum()) == 3 and pruned.net.weight[0][~mask].eq(0).all()
+    # the labels of the dense network, fitted by the kept columns alone
+    fitted = x @ net.weight[0].detach()
+    subset = torch.linalg.lstsq(x[:, mask], fitted[:, None]).solution[:, 0]
+    torch.testing.assert_close(pruned.net.weight[0][mask].detach(), subset, rtol=1e-4, atol=1e-4)
+    left = fitted - x[:, mask] @ subset
+    expected = 0.5 * left.square().mean() / 0.5**2
+    row = pruned.rounds[-1]
+    assert row["predicted_rise"] == pytest.approx(float(expected), rel=1e-4)
+    assert row["divergence"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_steps_find_the_least_squares_from_elsewhere():
+    """One step solves a linear model, whatever the posterior's curvature was scaled by."""
+    net, x, _ = linear_model()
+    pruned = bmr.prune(
+        net, x, bmr.Normal(noise=0.5), 0.5, path=[], scale=0.05, temperature=1e-3,
+        corrections=0, last_corrections=3, **QUIET,
+    )  # fmt: skip
+    mask = pruned.masks["weight"][0]
+    fitted = x @ net.weight[0].detach()
+    subset = torch.linalg.lstsq(x[:, mask], fitted[:, None]).solution[:, 0]
+    torch.testing.assert_close(pruned.net.weight[0][mask].detach(), subset, rtol=1e-2, atol=1e-2)
+
+
+def test_a_pruned_classifier_is_better_than_by_magnitude(trained):
+    net, x, y, data = trained
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    random = torch.get_rng_state()
+    pruned = bmr.prune(net, (x, y), bmr.Categorical(), 0.1, **QUIET)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    weights = torch.cat([net[0].weight.flatten(), net[2].weight.flatten()]).abs()
+    limit = weights.kthvalue(len(weights) - round(0.1 * len(weights))).values
+    by_size = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 10))
+    by_size.load_state_dict(net.state_dict())
+    for layer in (by_size[0], by_size[2]):
+        layer.weight.data *= layer.weight.abs() > limit
+    accuracy = [
+        float((one(data.x_test.flatten(1)).argmax(1) == data.y_test).double().mean())
+        for one in (net, pruned.net, by_size)
+    ]
+    assert accuracy[1] > accuracy[0] - 0.05 and accuracy[1] > accuracy[2] + 0.1
+    assert pruned.kept == pytest.approx(0.1, abs=1e-3)
+    for name, mask in pruned.masks.items():
+        value = pruned.net.get_parameter(name)
+        assert bool((value[~mask] == 0).all()) and bool((value[mask] != 0).all())
+    exported = bmr.export(net, pruned.reduction.posterior)
+    for one, other in zip(exported.parameters(), pruned.net.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert list(pruned.table()["layer"]) == ["0.weight", "2.weight"]
+    assert pruned.table()["kept"].min() >= 0.1 * 0.1
+    kept = pruned.history()["kept"]
+    assert kept.is_monotonic_decreasing and len(kept) == 8
+
+
+def test_corrections_bring_the_outputs_nearer_to_the_dense_network(trained):
+    net, x, y, _ = trained
+    divergence = [
+        bmr.prune(
+            net, (x, y), bmr.Categorical(), 0.15, corrections=few, last_corrections=many, **QUIET
+        ).rounds[-1]["divergence"]
+        for few, many in ((0, 0), (1, 3))
+    ]
+    assert divergence[1] < 0.5 * divergence[0]
+
+
+def test_without_labels_and_from_a_loader(trained):
+    net, x, y, _ = trained
+    options = {**QUIET, "corrections": 0, "last_corrections": 1, "seed": 3}
+    plain = bmr.prune(net, x, bmr.Categorical(), 0.4, **options)
+    labelled = bmr.prune(net, (x, y), bmr.Categorical(), 0.4, **options)
+    loader = DataLoader(TensorDataset(x, y), 64)
+    loaded = bmr.prune(net, loader, bmr.Categorical(), 0.4, **options)
+    for name, mask in plain.masks.items():
+        assert torch.equal(mask, labelled.masks[name]) and torch.equal(mask, loaded.masks[name])
+
+
+def test_units_are_pruned_whole_and_shrink(trained):
+    net, x, _, _ = trained
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.6, per="unit", **QUIET)
+    mask = pruned.masks["0.weight"]
+    assert bool((mask.all(1) | ~mask.any(1)).all()) and bool(pruned.masks["2.weight"].all())
+    small = bmr.shrink(pruned.net, pruned.masks, x[:4])
+    assert small(x[:4]).shape == (4, 10)
+    torch.testing.assert_close(small(x[:4]), pruned.net(x[:4]), rtol=1e-4, atol=1e-4)
+    assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(
+        p.numel() for p in net.parameters()
+    )
+
+
+def test_patterns_are_kept(trained):
+    net, x, _, _ = trained
+    pruned = bmr.prune(net, x, bmr.Categorical(), NofM(2, 4), corrections=0, **QUIET)
+    for mask in pruned.masks.values():
+        assert bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all())
+    assert pruned.kept == 0.5
+
+
+def test_it_stops_where_the_loss_rises_too_much(trained):
+    net, x, _, data = trained
+    held_out = (data.x_test.flatten(1), data.y_test)
+    options = {**QUIET, "corrections": 0, "last_corrections": 0}
+    free = bmr.prune(net, x, bmr.Categorical(), 0.05, validation=held_out, **options)
+    rises = [row["held_out_rise"] for row in free.rounds]
+    limit = 0.5 * (rises[-1] + max(rises[:-1]))
+    pruned = bmr.prune(
+        net, x, bmr.Categorical(), 0.05, validation=held_out, most_rise=limit, **options
+    )
+    assert "held out rise" in pruned.stopped and len(pruned.rounds) == len(free.rounds) - 1
+    assert pruned.kept == pytest.approx(free.rounds[-2]["kept"])
+    loss = nn.functional.cross_entropy
+    with torch.no_grad():
+        rise = float(
+            loss(pruned.net(held_out[0]), held_out[1]) - loss(net(held_out[0]), held_out[1])
+        )
+    assert rise == pytest.approx(rises[-2], rel=1e-3)
+
+
+def test_a_stopped_call_continues_to_the_same_network(trained, tmp_path, monkeypatch):
+    net, x, _, _ = trained
+    options = {**QUIET, "corrections": 1, "last_corrections": 1}
+    whole = bmr.prune(net, x, bmr.Categorical(), 0.2, **options)
+    from pyro_bmr.post_training import rounds
+
+    calls = []
+
+    def broken(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    write = rounds.write_round
+    monkeypatch.setattr(rounds, "write_round", broken)
+    with pytest.raises(KeyboardInterrupt):
+        bmr.prune(net, x, bmr.Categorical(), 0.2, checkpoint=tmp_path, **options)
+    monkeypatch.setattr(rounds, "write_round", write)
+    resumed = bmr.prune(net, x, bmr.Categorical(), 0.2, checkpoint=tmp_path, **options)
+    assert len(resumed.rounds) == len(whole.rounds)
+    for key in whole.rounds[0]:
+        assert resumed.rounds[0][key] == pytest.approx(whole.rounds[0][key])
+    with pytest.raises(ModelError, match="other arguments"):
+        bmr.prune(net, x, bmr.Categorical(), 0.1, checkpoint=tmp_path, **options)
+    save_file({"a": torch.zeros(1)}, tmp_path / "round.safetensors")
+    with pytest.raises(ModelError, match="damaged.*delete it"):
+        bmr.prune(net, x, bmr.Categorical(), 0.2, checkpoint=tmp_path, **options)
+
+
+def test_draws_of_the_posterior_have_the_zeros(trained):
+    net, x, _, _ = trained
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.3, **QUIET)
+    draw = pruned.reduction.posterior.draw(torch.Generator().manual_seed(0))
+    for name, mask in pruned.masks.items():
+        assert bool((draw[name][~mask] == 0).all()) and bool((draw[name][mask] != 0).all())
+    assert pruned.reduction.before["0.weight"].mask is None
+    assert pruned.reduction.delta_f == pytest.approx(pruned.rounds[-1]["delta_f"])
+
+
+def test_the_floor_of_a_layer():
+    class Fake:
+        bias, columns = None, 10
+
+        def __init__(self, scores):
+            self.scores = scores
+            self.held = torch.zeros_like(scores, dtype=torch.bool)
+
+        def delta_f(self):
+            return self.scores
+
+        def as_parameter(self, matrix):
+            return matrix
+
+    low, high = torch.arange(100.0).view(10, 10), torch.arange(100.0).view(10, 10) + 1000
+    masks = pruned_at({"a": Fake(low), "b": Fake(high)}, 0.2, 0.5)
+    assert int((~masks["a"]).sum()) == 40 and int((~masks["b"]).sum()) == 10
+    assert not masks["b"].flatten()[:10].any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kept": 0}, "kept=0: expected a fraction"),
+        ({"kept": 0.5, "temperature": 0}, "temperature"),
+        ({"kept": 0.5, "only": ["conv.*"]}, "matches no parameter"),
+        ({"kept": 0.5, "corrections": -1}, "corrections"),
+        ({"kept": NofM(2, 4), "per": "unit"}, "leave per out"),
+        ({"kept": 0.5, "only": ["*.bias"]}, "expected layers with Kronecker factors"),
+    ],
+)
+def test_what_is_refused(trained, arguments, message):
+    net, x, _, _ = trained
+    with pytest.raises(ModelError, match=message):
+        bmr.prune(net, x, bmr.Categorical(), **arguments, progress=False)
