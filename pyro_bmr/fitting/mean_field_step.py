@@ -78,18 +78,21 @@ class MeanFieldStep(FlatVectors):
         self.pulls: list[Pull] = []
         self.kl = 0.0
         self.placed = PlacedWeights(network.net) if network is not None else None
-        self.written = self._write()
+        self._write()
 
-    def _write(self) -> dict[str, WrittenWeight]:
-        """The parameters whose prior has a form, and whose scales are not pruned."""
+    def _write(self) -> None:
+        """Makes the parameters whose prior has a form, and whose scales are not pruned."""
         draws = {name: self.draw[part] for name, part in self.parts.items()}
         whole = {s.name for s in self.guide.latents if len(draws[s.name]) == s.shape.numel()}
         kept = self.kept or {}
-        return {
+        self.written = {
             name: WrittenWeight(form, name, draws, self.leaves[name], kept.get(name))
             for name, form in (self.network.forms if self.network else {}).items()
             if whole.issuperset(site.name for site in form.scale_sites)
         }
+        self.weights = {name: w.leaf for name, w in self.written.items()}
+        # all but the weights that are their sites, with a divergence in closed form
+        self.active = [w for w in self.written.values() if not w.passive]
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -128,7 +131,9 @@ class MeanFieldStep(FlatVectors):
         if self.kept is not None:
             for name, kept in self.kept.items():
                 self.dense[name].view(-1).scatter_(0, kept, self.draw[self.parts[name]])
-        weights = {n: w.weigh() for n, w in self.written.items()} if self.declared else {}
+        weights = self.weights if self.declared else {}
+        for w in self.active if weights else ():
+            w.weigh()
         network = self.network
         with torch.enable_grad():
             if (
@@ -146,11 +151,11 @@ class MeanFieldStep(FlatVectors):
         if kl_is_due(self.loc.numel(), number) or priors is not self.priors:
             vectors = self.loc, self.log_scale, self.std, noise
             self.kl = sum(closed_kl(p, self.parts[name], *vectors) for name, p in priors.items())
-            self.kl -= sum(self.written[name].log_p() for name in weights)
+            self.kl -= sum(w.log_p() for w in self.active) if weights else 0.0
         self._follow(priors)
         found: dict[str, Tensor] = {}
-        for name in weights:
-            found |= self.written[name].gradients(share * self.kl_weight)
+        for w in self.active if weights else ():
+            found |= w.gradients(share * self.kl_weight)
         g, kl = self.gradients(found), open_kl + self.kl
         return Draw(float(likelihood.detach()), kl, g, g, self.pulls, noise, sign)
 
@@ -216,10 +221,14 @@ class MeanFieldStep(FlatVectors):
         for chunk, g, odd, pull in zip(
             self.chunks, draw.gradients, draw.odd, draw.pulls, strict=True
         ):
-            inner = torch.mul(chunk.std, self.kl_weight * pull.precision, out=chunk.scratch)
-            chunk.std.mul_(inner.addcmul_(odd, draw.noise[chunk.part], value=draw.sign)).sub_(
-                self.kl_weight * pull.weight
-            )
+            noise, share = draw.noise[chunk.part], -self.kl_weight * pull.weight
+            constant = chunk.std.new_tensor(share) if isinstance(share, float) else share
+            if isinstance(pull.precision, float) and pull.precision == 0:
+                inner, sign = torch.mul(odd, noise, out=chunk.scratch), draw.sign
+            else:
+                inner = torch.mul(chunk.std, self.kl_weight * pull.precision, out=chunk.scratch)
+                inner, sign = inner.addcmul_(odd, noise, value=draw.sign), 1.0
+            torch.addcmul(constant, chunk.std, inner, value=sign, out=chunk.std)
             pull.add_to(g, chunk.loc, self.kl_weight, chunk.draw)
         self.stale = [True] * len(self.chunks)
         self.loc.grad, self.log_scale.grad = self.draw, self.std
@@ -230,7 +239,7 @@ class MeanFieldStep(FlatVectors):
         """
         if self.take_out(masks, optimizer):
             self.noise = Noise(self.std, self.seed)
-            self.written = self._write()
+            self._write()
             self.forget()
 
     def not_finite(self, draw: Draw) -> set[str]:

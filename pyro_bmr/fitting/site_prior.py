@@ -46,6 +46,8 @@ class Pull(NamedTuple):
     def add_to(self, g: Tensor, loc: Tensor, factor: float, out: Tensor) -> Tensor:
         """g + factor · p (μ − η), the gradient of a mean with the pull of its prior."""
         if isinstance(self.precision, float) and isinstance(self.loc, float):
+            if not self.precision:
+                return out.copy_(g)
             torch.add(g, loc, alpha=factor * self.precision, out=out)
             return out.sub_(factor * self.precision * self.loc) if self.loc else out
         return torch.add(g, (loc - self.loc) * self.precision, alpha=factor, out=out)

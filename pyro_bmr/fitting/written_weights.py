@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from pyro_bmr.data.inputs import Inputs
 from pyro_bmr.networks.placed_weights import PlacedWeights
@@ -79,6 +80,15 @@ class WrittenWeight:
         # the scale is found from log(uψ), or with a slab from −2 log(uψ), as the slab has it
         self.times = 1.0 if form.slab is None else -2.0
         self.start = self.weight.new_tensor(self.times * math.log(form.unit * form.inner))
+        # the densities, with the draws of the site and of the one that it depends on; the sites on
+        # which others depend come last
+        densities = {name: form.density, **{s.name: s.density for s in form.scale_sites}}
+        self.densities = [
+            (site, d, self.draws.get(site, self.flat), self.draws.get(d.parent or ""))
+            for site, d in densities.items()
+            if d is not None
+        ]
+        self.passive = not form.factors and form.density is None
 
     @property
     def sites(self) -> list[str]:
@@ -121,27 +131,21 @@ class WrittenWeight:
         self.leaf.grad = None
         found = self._of_scales(g) if self.form.factors else {}
         g = g.mul_(self.scale) if self.form.factors else g
-        g = g.reshape(-1) if self.kept is None else g.reshape(-1).index_select(0, self.kept)
-        parents: dict[str, Tensor] = {}
-        for s in (*self.form.scale_sites, None):
-            density = self.form.density if s is None else s.density
-            if density is None:
-                continue
-            u = self.flat if s is None else self.draws[s.name]
-            into = g if s is None else found.setdefault(s.name, torch.zeros_like(u))
-            parent = None if density.parent is None else self.draws[density.parent]
-            up = density.pull(u, parent, into, -factor)
+        g = g.reshape(-1)
+        found[self.name] = g if self.kept is None else g.index_select(0, self.kept)
+        for site, density, u, parent in self.densities:
+            if site not in found:
+                found[site] = torch.zeros_like(u)
+            up = density.pull(u, parent, found[site], -factor)
             if up is not None and density.parent is not None:
-                parents[density.parent] = -factor * up
-            if s is not None and self.point:
-                _drop_jacobian(s, u, into, factor)
-        for site, up in parents.items():
-            found[site].add_(up)
-        return {self.name: g, **{site: each.reshape(-1) for site, each in found.items()}}
+                found[density.parent] = up.mul_(-factor)
+        if self.point:
+            self._drop_jacobians(found, factor)
+        return {site: each.reshape(-1) for site, each in found.items()}
 
     def _of_scales(self, g: Tensor) -> dict[str, Tensor]:
         """Site → the gradient of L, of the factors and the slab; `g` is ∂L/∂w."""
-        form, found = self.form, {}
+        slab, found = self.form.slab, dict[str, Tensor]()
         # h, in the shape of γ
         h = (
             torch.dot(g.reshape(-1), self.weight.reshape(-1))
@@ -151,20 +155,24 @@ class WrittenWeight:
         for s in self.indicators:
             each = self._summed(h, s)
             found[s.name] = each - each * self.draws[s.name].sigmoid()
-        if form.slab is not None:
+        if isinstance(slab, ScaleSite):
             bound = (h * self.bare).mul_(self.bare).mul_(self._slab())  # (1 − κ) h
-            if isinstance(form.slab, ScaleSite):
-                found[form.slab.name] = bound.sum() * form.slab.power
+            found[slab.name] = bound.sum() * slab.power
             h = h.sub_(bound)
+        elif slab is not None:
+            h = h.addcmul_(h * self.bare, self.bare, value=-float(self._slab()))
         for s in self.powers:
-            found[s.name] = self._summed(h, s) * s.power
+            each = self._summed(h, s)
+            found[s.name] = each if s.power == 1 and s is self.powers[-1] else each * s.power
         return found
 
     def _summed(self, h: Tensor, s: ScaleSite) -> Tensor:
         """The entries of `h` summed over those that share a scale of `s`."""
         shape = self.draws[s.name].shape
-        each = h.sum() if not shape else h.sum_to_size(self.shapes[s.name])
-        if s.block > 1 and shape:
+        if not shape:
+            return h.sum() if self.shape else h
+        each = h.sum_to_size(self.shapes[s.name])
+        if s.block > 1:
             axis = 0 if s.tier == "unit" else 1
             each = each.unflatten(axis, (-1, s.block)).sum(axis + 1)
         return each
@@ -172,17 +180,21 @@ class WrittenWeight:
     def log_p(self) -> float:
         """log p of the sites whose density is written out, nats."""
         total = 0.0
-        for s in (*self.form.scale_sites, None):
-            density = self.form.density if s is None else s.density
-            if density is None:
-                continue
-            u = self.flat if s is None else self.draws[s.name]
-            parent = None if density.parent is None else self.draws[density.parent]
+        for _, density, u, parent in self.densities:
             total += float(density.log_p(u, parent))
-            if s is not None and self.point:
-                log = -(u.sigmoid() * (-u).sigmoid()).log() if s.unit_interval else -u
+        if self.point:
+            for s in self.form.scale_sites:
+                u = self.draws[s.name]
+                log = -logsigmoid(u) - logsigmoid(-u) if s.unit_interval else -u
                 total += float(log.sum())
         return total
+
+    def _drop_jacobians(self, found: dict[str, Tensor], factor: float) -> None:
+        """Leaves the Jacobians out of the densities whose gradients are in `found`."""
+        for s in self.form.scale_sites:
+            found[s.name].add_(factor)
+            if s.unit_interval:
+                found[s.name].sub_(self.draws[s.name].sigmoid(), alpha=2 * factor)
 
 
 def _over_weights(shape: tuple[int, ...], s: ScaleSite) -> tuple[int, ...]:
@@ -190,10 +202,3 @@ def _over_weights(shape: tuple[int, ...], s: ScaleSite) -> tuple[int, ...]:
     rows = tier_shape(shape, s.tier, s.block)
     axis = {"unit": 0, "input": 1}.get(s.tier)
     return tuple(n * s.block if k == axis else n for k, n in enumerate(rows))
-
-
-def _drop_jacobian(s: ScaleSite, u: Tensor, g: Tensor, factor: float) -> None:
-    """Leaves the Jacobian out of the density whose gradient is in `g`."""
-    g.add_(factor)
-    if s.unit_interval:
-        g.sub_(u.sigmoid(), alpha=2 * factor)
