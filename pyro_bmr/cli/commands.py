@@ -1,5 +1,5 @@
-"""The command line: `pyro-bmr compare`, `study`, `fit`, `reduce`, `export`, `select` and `data`.
-Errors that users can cause are one line and exit status 2.
+"""The command line: `pyro-bmr compare`, `study`, `fit`, `reduce`, `export`, `prune`, `select`
+and `data`. Errors that users can cause are one line and exit status 2.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pyro_bmr.cli.grids import compare, run_study
 from pyro_bmr.cli.networks import export_run, fit_run, reduce_run
 from pyro_bmr.cli.options import parser
 from pyro_bmr.cli.selection import select
+from pyro_bmr.cli.trained import prune_network
 from pyro_bmr.data.named import sources
 from pyro_bmr.errors import PyroBMRError, PyroBMRWarning
 
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             "fit": fit_run,
             "reduce": reduce_run,
             "export": export_run,
+            "prune": prune_network,
             "select": select,
             "data": _data,
         }

@@ -258,6 +258,39 @@ def _export() -> Options:
     }
 
 
+def _prune() -> Options:
+    return {
+        **_problem(),
+        "--weights": {
+            "required": True,
+            "metavar": "FILE.safetensors",
+            "help": "the trained weights, a state_dict of the model",
+        },
+        "--kept": {
+            "required": True,
+            "metavar": "FRACTION",
+            "help": "of the weights; or a pattern, such as 2:4",
+        },
+        **_GROUPS,
+        "--rows": _whole(10_000, "N", "training rows that are used"),
+        "--corrections": _whole(1, "N", "Gauss–Newton steps after each round"),
+        "--most-rise": _number(
+            None, "NATS", "stop where the outputs are further than this from the dense network's"
+        ),
+        "--noise": _number(
+            None, "STD", "of real targets; by default the error on the training rows"
+        ),
+        "--seed": _whole(0, None, "of everything random"),
+        "--format": _words(["safetensors"], "FORMAT", ", ".join(FORMATS)),
+        "--shrink": _flag("remove units, channels and heads without a kept weight"),
+        "--seconds": _number(0.3, None, "length of each measurement of a latency"),
+        **_THREADS,
+        "--resume": _flag("save each round in DIR/rounds, and go on from there after a stop"),
+        "--out": _text("results/pruned", "DIR", "folder of the files"),
+        **_QUIET,
+    }
+
+
 def _select() -> Options:
     families = (
         "normal, poisson, negative-binomial, bernoulli, categorical; by default normal for a target"
@@ -304,6 +337,11 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[], Options]]] = {
         "write a run as plain torch, smaller if asked, in several formats",
         "The files load without pyro_bmr.",
         _export,
+    ),
+    "prune": (
+        "prune a network that is trained already, without training it",
+        "No labels are needed; see docs/tutorial_pruning.md.",
+        _prune,
     ),
     "select": (
         "say which columns of a table predict its target, and how sure that is",

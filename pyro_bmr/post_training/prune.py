@@ -5,7 +5,7 @@ Owns `prune`. Next: `prediction/`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def prune(
     validation: Any = None,
     batch_size: int = 256,
     seed: int = 0,
+    after_round: Callable[[float, nn.Module], None] | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Pruned:
@@ -98,6 +99,8 @@ def prune(
         most_rise: nats per row. If a round raises the loss on `validation` rows by more, or without
             them the divergence from the dense network, the result is that of the round before.
         validation: rows (x, y) that are not among the data.
+        after_round: called with the fraction and the network after each round, such as to score
+            it. The network is the one that is pruned further: copy what is to be kept.
         checkpoint: a folder. The state after each round is saved there, and a call with the same
             arguments continues from it.
 
@@ -129,7 +132,7 @@ def prune(
     with evaluation(dense), tqdm(disable=not progress, unit="row", desc="prune") as bar:
         measure = Measure(dense, found, loss, fisher, draws, bar)
         folder = None if checkpoint is None else Path(checkpoint)
-        return Rounds(measure, working, settings, held_out).run(folder)
+        return Rounds(measure, working, settings, held_out, after_round).run(folder)
 
 
 def _sizes(kept: Any, path: Collection[float] | None) -> tuple[float, ...]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.formulas import HeldMatrixNormal, MatrixNormal
+from pyro_bmr.formulas import HeldMatrixNormal, MatrixNormal, held_var
 from pyro_bmr.formulas.diagonal import Diagonal
+from pyro_bmr.formulas.held_evidence import log_det_bounds
 from pyro_bmr.post_training.layer import Layer
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.site import Site
@@ -112,7 +113,7 @@ def _sites(layer: Layer) -> dict[str, Site]:
     joint: MatrixNormal | HeldMatrixNormal = MatrixNormal(*parts)
     mask = None
     if bool(held.any()):
-        joint = HeldMatrixNormal.of(*parts).holding(held)
+        joint = _given_zeros(*parts, held)
         mask = (~held).reshape(layer.shape)
     shape = layer.shape
     moments = joint.mean.reshape(shape), joint.marginal_var.reshape(shape)
@@ -123,6 +124,24 @@ def _sites(layer: Layer) -> dict[str, Site]:
         var = of_bias.marginal_var.flatten()
         sites[layer.bias] = _site(last.flatten(), var, prior, None, of_bias)
     return sites
+
+
+def _given_zeros(mean: Tensor, row_cov: Tensor, col_cov: Tensor, held: Tensor) -> HeldMatrixNormal:
+    """MN(mean, row_cov, col_cov) given the zeros, where the mean is zero there already."""
+    zero = mean.new_zeros((), dtype=torch.float64)
+    bounds = log_det_bounds(row_cov, col_cov, held, work=0)
+    return HeldMatrixNormal(
+        mean,
+        held_var(row_cov, col_cov, held)[0],
+        row_cov,
+        col_cov,
+        mean,
+        held,
+        torch.zeros_like(mean),
+        zero,
+        zero.new_tensor(bounds),
+        zero,
+    )
 
 
 def _site(

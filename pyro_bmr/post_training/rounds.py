@@ -6,7 +6,7 @@ Owns `Settings` and `Rounds`. Next: `prune.py`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -57,6 +57,7 @@ class Rounds:
     net: nn.Module
     settings: Settings
     held_out: Calibration | None
+    after_round: Callable[[float, nn.Module], None] | None = None
     held: dict[str, Tensor] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
     rises: dict[str, float] = field(default_factory=dict)
@@ -83,6 +84,8 @@ class Rounds:
                 self._restore(before[0])
                 layers = before[1]
                 break
+            if self.after_round is not None:
+                self.after_round(size, self.net)
             if folder is not None:
                 write_round(folder, about, *self._state())
         gains = dict(self.gains)

@@ -14,7 +14,7 @@ the exact Gauss–Newton matrix, from products with δ. No labels are used. Next
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from pyro_bmr.post_training.layer import Layer
 
 _SMALL = 1e-3  # of the weights: a finite difference along a step
 _HALVINGS = 6
+_MOST_BYTES = 1 << 28  # of outputs that are kept
 Values = dict[str, Tensor]
 
 
@@ -49,7 +50,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measure:
-    """How networks are measured: on which rows, against which dense network, by which loss."""
+    """How networks are measured: on which rows, against which dense network, by which loss. The
+    outputs of the dense network are kept in memory if they are small.
+    """
 
     dense: nn.Module
     rows: Calibration
@@ -57,6 +60,7 @@ class Measure:
     fisher: str
     draws: int
     bar: Any
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def scale(self) -> float:
@@ -69,12 +73,22 @@ class Measure:
         args, named = arguments(inputs)
         return output_of(functional_call(net, dict(values or {}), args, named))
 
+    @torch.no_grad()
+    def target(self, number: int, x: Any) -> Tensor:
+        """What the dense network returns for the batch of that number."""
+        if number in self.kept:
+            return self.kept[number]
+        output = self.run(self.dense, None, x)
+        if output.numel() * output.element_size() * len(self.rows.batches) < _MOST_BYTES:
+            self.kept[number] = output
+        return output
+
     def divergence(self, net: nn.Module, values: Mapping[str, Tensor] | None = None) -> float:
         """Nats, summed over all N rows."""
         total = 0.0
         with torch.no_grad():
-            for x, y in self.rows.batches:
-                found, dense = self.run(net, values, x), self.run(self.dense, None, x)
+            for number, (x, y) in enumerate(self.rows.batches):
+                found, dense = self.run(net, values, x), self.target(number, x)
                 read = read_inputs(self.loss.likelihood, x)[1]
                 total += float(Divergence(self.loss).of(found, dense, y, read))
         return total * self.scale
@@ -88,11 +102,10 @@ def measured(
     total, divergence = {name: torch.zeros_like(p) for name, p in wanted.items()}, 0.0
     for p in wanted.values():
         p.requires_grad_(slopes)
-    for x, y in measure.rows.batches:
+    for number, (x, y) in enumerate(measure.rows.batches):
         output = one.add(x, y)
         if slopes:
-            with torch.no_grad():
-                dense = measure.run(measure.dense, None, x)
+            dense = measure.target(number, x)
             read = read_inputs(measure.loss.likelihood, x)[1]
             apart = Divergence(measure.loss).of(output, dense, y, read)
             found = torch.autograd.grad(apart, list(wanted.values()), allow_unused=True)
@@ -199,9 +212,10 @@ def _output_products(measure: Measure, net: nn.Module, steps: Iterable[Values]) 
         lengths.append(length)
         moved.append({name: parameters[name] + length * part for name, part in one.items()})
     model = torch.zeros(len(moved), len(moved)).double()
-    for x, y in measure.rows.batches:
+    for number, (x, y) in enumerate(measure.rows.batches):
+        dense = measure.target(number, x)
         with torch.no_grad():
-            output, dense = measure.run(net, None, x), measure.run(measure.dense, None, x)
+            output = measure.run(net, None, x)
             changes = [
                 (measure.run(net, values, x) - output) / length
                 for values, length in zip(moved, lengths, strict=True)

@@ -83,7 +83,15 @@ def test_a_pruned_classifier_is_better_than_by_magnitude(trained):
     net, x, y, data = trained
     before = {name: value.clone() for name, value in net.state_dict().items()}
     random = torch.get_rng_state()
-    pruned = bmr.prune(net, (x, y), bmr.Categorical(), 0.1, **QUIET)
+    seen = []
+
+    def note(kept, one):
+        zeros = sum(int((m.weight == 0).sum()) for m in (one[0], one[2]))
+        seen.append((kept, 1 - zeros / 2960))
+
+    pruned = bmr.prune(net, (x, y), bmr.Categorical(), 0.1, after_round=note, **QUIET)
+    assert [kept for kept, _ in seen] == [0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1]
+    assert all(found == pytest.approx(kept, abs=1e-3) for kept, found in seen)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     weights = torch.cat([net[0].weight.flatten(), net[2].weight.flatten()]).abs()
