@@ -1,6 +1,7 @@
 """The cost of one training step, ours and others', over that of plain training with fused Adam.
 
     python benchmarks/step.py --json docs/results/step.json
+    python benchmarks/step.py --by-fit
 
 All contenders stand in one process on one thread and take turns of five steps, round after round,
 of which the first is not counted. Times are those of the processor in this process, which waiting
@@ -9,6 +10,9 @@ medians of ten blocks of rounds. What is not installed is left out by name. The 
 embedded digits, enlarged to 28×28 pixels, so that networks learn and their activations are those of
 training. All contenders see the same batches in the same order; ours does all that `fit` does in a
 step but fetch the batch.
+
+With `--by-fit` a step is what the public call takes: (a fit of 4 epochs − a fit of 1) / 3, of `fit`
+and of a plain loop over the same rows, in turns.
 """
 
 from __future__ import annotations
@@ -18,11 +22,11 @@ import copy
 import itertools
 import json
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyro
 import torch
@@ -36,6 +40,7 @@ from pyro_bmr.fitting.rows import rows_of
 from pyro_bmr.fitting.run import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.parts.by_fit import by_fit
 from benchmarks.parts.peers import (
     ROWS,
     Step,
@@ -46,10 +51,7 @@ from benchmarks.parts.peers import (
     stock_pyro,
     torchbnn_step,
 )
-
-TURN = 4
-PLAIN, LAYER = bmr.Gaussian(), bmr.Gaussian("layer")
-UNITS = bmr.Horseshoe(tiers=("layer", "unit"))
+from benchmarks.parts.turns import enlarged_digits, measure, show
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -118,11 +120,11 @@ def ours(
     y: Tensor,
     make: object = None,
     masks_of: float | None = None,
-    prior: bmr.priors.Prior = PLAIN,
+    prior: bmr.priors.Prior | None = None,
     guide: object = bmr.MeanField,
 ) -> Step:
     """The step of `fit`; with `masks_of`, after that fraction of each weight tensor was pruned."""
-    program = bmr.BayesianNetwork(copy.deepcopy(net), prior, bmr.Categorical())
+    program = bmr.BayesianNetwork(copy.deepcopy(net), prior or bmr.Gaussian(), bmr.Categorical())
     run = running(program, (x, y), make or bmr.adam(), guide, len(x))
     run.full_data.size = run.step.rows = ROWS
     run.step.kl_weight = 1 / ROWS
@@ -143,23 +145,24 @@ def ours(
     return step
 
 
+NATURAL = {"make": bmr.natural_gradient()}
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, natural gradient": NATURAL,
+    "ours, 95 % pruned": {"masks_of": 0.95},
+    "ours, natural gradient, 95 % pruned": {**NATURAL, "masks_of": 0.95},
+    "ours, layer scales": {"prior": bmr.Gaussian("layer")},
+    "ours, layer scales, natural gradient": {**NATURAL, "prior": bmr.Gaussian("layer")},
+    "ours, horseshoe": {"prior": bmr.Horseshoe()},
+    "ours, horseshoe of units": {"prior": bmr.Horseshoe(tiers=("layer", "unit"))},
+    "ours, spike and slab": {"prior": bmr.SpikeAndSlab()},
+    "ours, MAP": {"guide": bmr.Point},
+    "ours, MAP, layer scales": {"guide": bmr.Point, "prior": bmr.Gaussian("layer")},
+}
+"""Contender → what differs from `ours`."""
 CONTENDERS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Step]] = {
     "plain training, fused Adam": deterministic,
-    "ours": ours,
-    "ours, natural gradient": lambda *a: ours(*a, make=bmr.natural_gradient()),
-    "ours, 95 % pruned": lambda *a: ours(*a, masks_of=0.95),
-    "ours, natural gradient, 95 % pruned": lambda *a: ours(
-        *a, make=bmr.natural_gradient(), masks_of=0.95
-    ),
-    "ours, layer scales": lambda *a: ours(*a, prior=LAYER),
-    "ours, layer scales, natural gradient": lambda *a: ours(
-        *a, make=bmr.natural_gradient(), prior=LAYER
-    ),
-    "ours, horseshoe": lambda *a: ours(*a, prior=bmr.Horseshoe()),
-    "ours, horseshoe of units": lambda *a: ours(*a, prior=UNITS),
-    "ours, spike and slab": lambda *a: ours(*a, prior=bmr.SpikeAndSlab()),
-    "ours, MAP": lambda *a: ours(*a, guide=bmr.Point),
-    "ours, MAP, layer scales": lambda *a: ours(*a, prior=LAYER, guide=bmr.Point),
+    **{name: partial(ours, **options) for name, options in OURS.items()},
     "Pyro, AutoNormal, Trace_ELBO": lambda *a: stock_pyro(*a, elbo=Trace_ELBO),
     "Pyro, AutoNormal, TraceMeanField_ELBO": lambda *a: stock_pyro(*a, elbo=TraceMeanField_ELBO),
     "ivon-opt": ivon_step,
@@ -171,53 +174,6 @@ CONTENDERS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Step]] = {
     "blitz": blitz_step,
     "numpyro, jitted": numpyro_step,
 }
-
-
-def enlarged_digits() -> tuple[Tensor, Tensor]:
-    digits = bmr.load("digits")
-    return (
-        nn.functional.interpolate(
-            digits.x_train.view(-1, 1, 8, 8), (28, 28), mode="bilinear"
-        ).contiguous(),
-        digits.y_train,
-    )
-
-
-def measure(
-    steps: dict[str, Step], x: Tensor, y: Tensor, rounds: int, blocks: int = 10
-) -> dict[str, dict[str, float]]:
-    """Contender → milliseconds a step, contenders taking turns. Each round writes other rows into x
-    and y, which the contenders read.
-    """
-    images, labels = enlarged_digits()
-    processor: dict[str, list[float]] = {name: [] for name in steps}
-    clock: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        rows = torch.arange(number * len(x), (number + 1) * len(x)) % len(images)
-        x.copy_(images[rows]), y.copy_(labels[rows])
-        for name, step in steps.items():
-            step()  # brings its vectors back into the caches, as in a training loop
-            began, began_clock = time.process_time(), time.perf_counter()
-            for _ in range(TURN):
-                step()
-            clock[name].append(1e3 * (time.perf_counter() - began_clock) / TURN)
-            processor[name].append(1e3 * (time.process_time() - began) / TURN)
-    for times in (*processor.values(), *clock.values()):
-        del times[0]
-    size = max(rounds // blocks, 1)
-
-    def best_block(times: list[float]) -> float:
-        return min(statistics.median(times[k : k + size]) for k in range(0, len(times), size))
-
-    return {
-        name: {
-            "processor_median": statistics.median(processor[name]),
-            "processor_best_block": best_block(processor[name]),
-            "clock_median": statistics.median(clock[name]),
-            "clock_best_block": best_block(clock[name]),
-        }
-        for name in steps
-    }
 
 
 def measure_case(
@@ -239,25 +195,6 @@ def measure_case(
     return measure(steps, x, y, rounds)
 
 
-def show(case: str, rows: dict[str, dict[str, float]]) -> None:
-    """Prints a table in Markdown."""
-    base = rows["plain training, fused Adam"]
-    print(
-        f"\n| {case} | ms, processor | over plain | best block | over plain | clock, over plain |"
-        "\n|---|---|---|---|---|---|"
-    )
-    for name, row in rows.items():
-        median, block, clock = (
-            row[key] / base[key]
-            for key in ("processor_median", "processor_best_block", "clock_median")
-        )
-        print(
-            f"| {name} | {row['processor_median']:.2f} | {median:.2f} |"
-            f" {row['processor_best_block']:.2f} | {block:.2f} | {clock:.2f} |",
-            flush=True,
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -276,8 +213,21 @@ def main() -> None:
         type=Path,
         help="where results are kept; cases that are not measured now stay as they are there",
     )
+    parser.add_argument("--by-fit", action="store_true", help="measure whole fits, as above")
     settings = parser.parse_args()
     torch.set_num_threads(1)
+    if settings.by_fit:
+        words = settings.contenders.split(",")
+        chosen = {
+            name: options
+            for name, options in OURS.items()
+            if "masks_of" not in options and any(word in name for word in words)
+        }
+        for case in (list(CASES)[int(k)] for k in settings.cases.split(",")):
+            build, batch = CASES[case]
+            torch.manual_seed(0)
+            show(case, by_fit(build(), enlarged_digits(), batch, chosen, min(settings.rounds, 5)))
+        return
     results: dict[str, dict[str, dict[str, float]]] = {}
     if settings.json and settings.json.exists():
         results = json.loads(settings.json.read_text())["milliseconds"]

@@ -167,10 +167,14 @@ class BayesianNetwork(nn.Module):
         return len(self.forms) == len(self.priors)
 
     def log_likelihood(
-        self, weights: Mapping[str, Tensor], x: Inputs, y: Tensor, placed: PlacedWeights
+        self,
+        weights: Mapping[str, Tensor],
+        x: Inputs,
+        y: Tensor,
+        placed: PlacedWeights | None = None,
     ) -> Tensor:
         """Σ log p(y | x, weights) over the rows of a batch, nats: the observed site of `forward`,
-        without the Pyro statements around it. `placed`: made of `net` as it is.
+        without the Pyro statements around it. `placed`: made of `net`, to save the time.
         """
         x, read = read_inputs(self.likelihood, x)
         output = self._output(weights, x, placed)
