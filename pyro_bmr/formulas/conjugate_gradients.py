@@ -49,7 +49,8 @@ class System(NamedTuple):
         """In units of standard deviations, and these."""
         row_std, col_std = rows.diagonal().sqrt()[:, None], cols.diagonal().sqrt()
         inside = held.to(rows.dtype)
-        across, along = rows / row_std / row_std.mT, cols / col_std[:, None] / col_std
+        across = (rows / row_std).div_(row_std.mT)
+        along = (cols / col_std[:, None]).div_(col_std)
         target = free / row_std / col_std * inside
         inverses = None
         if int(held.count_nonzero()) >= _NEARLY_ALL * held.numel():

@@ -32,7 +32,7 @@ def covariance_factor(cov: Tensor, role: str, order: Tensor | None = None) -> Te
     if symmetric is None or not cov.is_floating_point():
         raise ReductionError(_fault(cov, role, 0))
     if order is not None:
-        symmetric = symmetric[order][:, order]
+        symmetric = symmetric[order[:, None], order]
     factor, info = torch.linalg.cholesky_ex(symmetric)
     pivots = factor.diagonal().square()
     clear = pivots >= _PIVOT * torch.finfo(torch.float64).eps * symmetric.diagonal()
@@ -41,13 +41,17 @@ def covariance_factor(cov: Tensor, role: str, order: Tensor | None = None) -> Te
     return factor
 
 
-def symmetrised(matrix: Tensor, allowed: Callable[[slice, slice], Tensor]) -> Tensor | None:
+def symmetrised(
+    matrix: Tensor, allowed: Callable[[slice, slice], Tensor], out: Tensor | None = None
+) -> Tensor | None:
     """The average of a matrix and its transpose in float64; None unless they differ by no more
-    than `allowed` of these rows and columns, which NaN and infinities never do.
+    than `allowed` of these rows and columns, which NaN and infinities never do. `out`: where to put
+    it, which may be the matrix itself.
 
     By tiles, since a transpose that leaves the cache takes longer than a product.
     """
-    out = torch.empty_like(matrix, dtype=torch.float64, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(matrix, dtype=torch.float64, memory_format=torch.contiguous_format)
     places = [slice(k, k + _TILE) for k in range(0, len(matrix), _TILE)]
     for number, a in enumerate(places):
         for b in places[number:]:

@@ -167,11 +167,13 @@ def _by_gradients(
     """
     i, j = (held.any(axis).nonzero()[:, 0] for axis in (1, 0))
     whole = (len(i), len(j)) == tuple(held.shape)
-    x = free.new_zeros(len(i), len(j)) if start is None else start[i][:, j]
-    used = 0
+    x = torch.zeros_like(free) if start is None else start
+    inside, used = held, 0
+    if not whole:  # else no copies
+        x, free, inside = (t[i][:, j] for t in (x, free, held))
+        rows, cols = rows[i][:, i], cols[j][:, j]
     for dtype in dict.fromkeys((free.dtype, torch.float64)):
-        factors = rows[i][:, i].to(dtype), cols[j][:, j].to(dtype)
-        system, deviations = System.of(*factors, free[i][:, j].to(dtype), held[i][:, j])
+        system, deviations = System.of(rows.to(dtype), cols.to(dtype), free.to(dtype), inside)
         limit = tolerance * float(system.target.norm())
         done = system.solved(x.to(dtype) * deviations, limit, most - used)
         x, used = done.x / deviations, used + done.iterations
@@ -179,7 +181,7 @@ def _by_gradients(
             break
     values = x
     if not whole:
-        values = x.new_zeros(free.shape)
+        values = x.new_zeros(held.shape)
         values[i[:, None], j] = x
     rounding = done.rounding * tolerance / limit if limit else 0.0
     return _Solution(values, done.product * deviations if whole else None, used, rounding)

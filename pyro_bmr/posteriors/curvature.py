@@ -29,9 +29,9 @@ def laplace_moments(
     P⁻¹) with P = H + Π.
 
     With `penalised` the mean is ŵ itself. Arguments as for `Posterior.from_curvature`; the
-    curvature in float64, as is all inside. Where the prior says far more than the data the mean is
-    the small difference of ŵ and its shift, and an inverse loses as many digits as the eigenvalues
-    are apart.
+    curvature in float64, as is all inside, and written over. Where the prior says far more than the
+    data the mean is the small difference of ŵ and its shift, and an inverse loses as many digits as
+    the eigenvalues are apart.
     """
     dtype, value, prior = (
         value.dtype,
@@ -110,10 +110,14 @@ def _kronecker(
 
 
 def _symmetric(name: str, matrix: Tensor) -> Tensor:
-    """The matrix without the rounding that makes it asymmetric."""
-    allowed = _ASYMMETRY * matrix.abs().max() if matrix.numel() else matrix.new_zeros(())
+    """The matrix without the rounding that makes it asymmetric; in place, where it is in
+    float64.
+    """
+    allowed = _ASYMMETRY * _largest(matrix)
     # NaN is refused too
-    symmetric = symmetrised(matrix, lambda a, b: allowed)
+    symmetric = symmetrised(
+        matrix, lambda a, b: allowed, matrix if matrix.dtype == torch.float64 else None
+    )
     if symmetric is None:
         raise ModelError(
             f"site '{name}': its curvature, or a factor of it, is not symmetric, or not finite;"
@@ -122,15 +126,21 @@ def _symmetric(name: str, matrix: Tensor) -> Tensor:
     return symmetric
 
 
+def _largest(matrix: Tensor) -> Tensor:
+    """The largest absolute value."""
+    ends = matrix.aminmax() if matrix.numel() else None
+    return matrix.new_zeros(()) if ends is None else torch.maximum(-ends.min, ends.max)
+
+
 def _semidefinite(name: str, factor: Tensor) -> Tensor:
     """The factor without asymmetry, and no eigenvalue below −10⁻⁴ of the largest entry."""
     matrix = _symmetric(name, factor)
-    largest = float(matrix.abs().max()) if len(matrix) else 0.0
+    largest = float(_largest(matrix))
     if largest:
         # a Cholesky factor of the matrix and so much more has no such eigenvalue; its rounding in
         # float32 is a hundredth of that
-        shifted = (matrix / largest).float()
-        shifted.diagonal().add_(_ASYMMETRY)
+        shifted = matrix.float() if 1e-30 < largest < 1e30 else (matrix / largest).float()
+        shifted.diagonal().add_(_ASYMMETRY * float(_largest(shifted)))
         if int(torch.linalg.cholesky_ex(shifted).info):
             raise ModelError(
                 f"site '{name}': expected Kronecker factors without negative eigenvalues; give"

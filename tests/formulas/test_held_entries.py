@@ -142,6 +142,18 @@ def test_whole_rows_or_columns_and_all_are_exact_without_a_dense_factor():
             )
 
 
+def test_the_variances_of_many_that_are_left_where_few_are_held():
+    mean, rows, cols, _, held = problem(8, 40, 30, 0.03)
+    cov = dense(mean, rows, cols, held)[1]
+    assert 0 < held.sum() < 60 and (~held).sum() > held_entries.DENSE_UP_TO
+    var, exact = held_var(*tensors(rows, cols, held))
+    np.testing.assert_allclose(var, cov.diagonal().reshape(held.shape), atol=1e-12)
+    assert exact
+    with patch.multiple(evidence, _VAR_WORK=1):
+        first, exact = held_var(*tensors(rows, cols, held))
+    assert not exact and float((first - var).max()) > 1e-3
+
+
 def test_rows_and_columns_without_variance_are_left_out():
     mean, rows, cols, _, held = problem(8, 6, 5, 0.4)
     _, cov, _, log_det = dense(mean, rows, cols, held)

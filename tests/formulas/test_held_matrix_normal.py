@@ -102,6 +102,26 @@ def test_gains_of_steps_are_bounds_where_no_factor_is_exact(shares):
     assert held_gain(two, two, prior) == (0.0, 0.0)
 
 
+def test_one_more_entry_is_bounded_by_its_variance_at_first():
+    """However wide the bounds of those that were held."""
+    q, prior, first = problem(5, 12, 9, 0.6)
+    place = tuple((~first).nonzero()[3].tolist())
+    second = first.clone()
+    second[place] = True
+    dense, flat = as_dense(q, prior)
+    gains = [float(prune_subset(dense, flat, s.flatten())[0]) for s in (first, second)]
+    patches = no_dense()
+    with patches[0], patches[1], patches[2]:
+        one = HeldMatrixNormal.of(q.mean, q.row_cov, q.col_cov).holding(first)
+        two = one.holding(second)
+        low, high = held_gain(one, two, prior)
+    energy = float(two.energy - one.energy)
+    eta, var = (float(t[place]) for t in (prior.mean, prior.var))
+    at_first = 0.5 * (math.log(var / float(q.marginal_var[place])) + eta**2 / var - energy)
+    assert low == pytest.approx(at_first, abs=1e-9)
+    assert low < gains[1] - gains[0] < high
+
+
 WAYS = {"the kept": (1024, 1), "Σ_SS": (20, 3), "conjugate gradients": (-1, 2)}
 
 
@@ -213,6 +233,7 @@ def test_masked_entries_are_left_out_and_not_held():
     patches = no_dense(-1)
     with patches[0], patches[1], patches[2]:
         maps = torch.stack([zero.draw(zero.roots(), lambda *s, e=e: e) for e in unit], -1)
+    assert not maps[~kept].any()
     flat = maps.view(20, 20)[kept.flatten()]
     torch.testing.assert_close(flat @ flat.mT, left.cov)
 
