@@ -6,6 +6,7 @@ Next: `tables.py`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -77,9 +78,22 @@ def arguments(x: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     return tuple(x), {}
 
 
+def call_arguments(net: Callable[..., Any], x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which `net` is called: those of `arguments`, or one dict, if x is a dict
+    and the forward has one argument for it that is not among its keys.
+    """
+    given, named = arguments(x)
+    if named:
+        parameters = inspect.signature(getattr(net, "forward", net)).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if not open_ended and not parameters.keys() & named.keys():
+            return (named,), {}
+    return given, named
+
+
 def called(net: Callable[..., Any], x: Inputs) -> Any:
     """What a network returns for x."""
-    given, named = arguments(x)
+    given, named = call_arguments(net, x)
     return net(*given, **named)
 
 

@@ -21,8 +21,8 @@ from pyro_bmr.errors import ModelError, PyroBMRError
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.exporting.loaders_source import loaders_source
 from pyro_bmr.exporting.network_source import network_source
+from pyro_bmr.exporting.traced_forward import trace
 from pyro_bmr.networks.plain_module import module_copy
-from pyro_bmr.shrinking.graphs import trace
 from pyro_bmr.shrinking.refusals import MASKED, first_line
 from pyro_bmr.shrinking.verification import (
     FLOOR,

@@ -1,15 +1,15 @@
 """From masks to a smaller network with the same function.
 
 Pruned units, channels and heads are removed, and constants are folded into biases. Owns `shrink`,
-`shrink_plan` and `ShrinkPlan`. How the network is read is in `graphs.py`, which channels are kept
-in `channels.py`. Next: `exporting/finite.py`.
+`shrink_plan` and `ShrinkPlan`. How the network is read is in `exported_graph.py`, which channels
+are kept in `analysis.py`. Next: `exporting/finite.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,48 +17,67 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyro_bmr.data.given import example_of
+from pyro_bmr.data.inputs import described as shapes_of
+from pyro_bmr.data.inputs import has_rows, rows_in
 from pyro_bmr.errors import ShrinkError, described
-from pyro_bmr.shrinking.channels import Channels, has_tensor
-from pyro_bmr.shrinking.graphs import other_arguments, trace, values_of
+from pyro_bmr.shrinking.analysis import Analysis
+from pyro_bmr.shrinking.cut_graph import CutGraph
+from pyro_bmr.shrinking.differences import first_difference
+from pyro_bmr.shrinking.exported_graph import ExportedGraph, exported, two_rows
+from pyro_bmr.shrinking.layer_calls import with_layers
 from pyro_bmr.shrinking.layer_table import layer_table
 from pyro_bmr.shrinking.masked_network import masked
-from pyro_bmr.shrinking.rebuilding import Rebuilt
-from pyro_bmr.shrinking.refusals import foreign_errors
-from pyro_bmr.shrinking.sizes import batch_axis, size_in_rows
+from pyro_bmr.shrinking.own_class import own_class
+from pyro_bmr.shrinking.reasons import reasons_of
+from pyro_bmr.shrinking.refusals import MASKED, foreign_errors
 from pyro_bmr.shrinking.unread_inputs import unread_inputs
-from pyro_bmr.shrinking.verification import Answers, answers, check_same_function, inputs_like
+from pyro_bmr.shrinking.untied import tied_again, untied
+from pyro_bmr.shrinking.verification import (
+    Answers,
+    answers,
+    check_same_function,
+    disagreement,
+    inputs_like,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_ATTEMPTS = 30  # how many operations may be kept whole because they cannot be cut
 
 
 @dataclass(frozen=True)
 class ShrinkPlan:
     """What would be removed from a network, before anything is: print it, then `apply()`.
 
-    `layers`: one row for each layer with weights: layer, type, before and after (outputs × inputs ×
-    kernel), parameters and FLOPs per row of the input, each before and after. FLOPs count a
+    `layers`: one row for each layer with weights: layer, type, before and after (the shape of its
+    weight), parameters and FLOPs per row of the input, each before and after. FLOPs count a
     multiplication and an addition as two, and only layers that weight their inputs. `kept`: layer →
     why channels of it are kept that could otherwise be pruned. `unread_inputs`: flat indices,
-    within one row of the input, that the smaller network does not read. `parameters`: of the whole
-    network, before and after.
+    within one row of the input, that the smaller network does not read; those of several inputs
+    follow one another. `parameters` and `flops`: of the whole network, before and after.
+    `own_class`: whether the smaller network is of the class of the original; else it is the graph
+    of its operations as an `fx.GraphModule`, for the reason `why_a_graph`.
     """
 
     layers: pd.DataFrame
     kept: Mapping[str, str]
     unread_inputs: Tensor
     parameters: tuple[int, int]
-    _channels: Channels
-    _batch_axes: Mapping[fx.Node, int]
-    _sizes: Mapping[fx.Node, Any]
-    _name: str
-    _sequential: bool
+    flops: tuple[int, int]
+    own_class: bool
+    why_a_graph: str
+    _small: nn.Module
 
     def __str__(self) -> str:
-        before, after = self.parameters
+        (before, after), (flops, fewer) = self.parameters, self.flops
+        form = type(self._small).__name__ if self.own_class else "a graph of operations"
+        why = f" ({self.why_a_graph})" if self.why_a_graph else ""
         lines = [
             self.layers.to_string(index=False),
             f"parameters {before:,} → {after:,} ({1 - after / max(before, 1):.1%} removed)",
+            f"FLOPs {flops:,} → {fewer:,} ({1 - fewer / max(flops, 1):.1%} removed)",
+            f"result: {form}{why}",
         ]
         lines += [f"kept: {name}: {why}" for name, why in self.kept.items()]
         if len(self.unread_inputs):
@@ -69,22 +88,10 @@ class ShrinkPlan:
     def apply(self) -> nn.Module:
         """The smaller network, in evaluation mode.
 
-        It is an `nn.Sequential` if the original was one and it is still a chain of layers, else an
-        `fx.GraphModule`.
-
-        Raises:
-            ShrinkError: a value that has become constant has no axis of rows of its own.
+        It is of the class of the original, with smaller tensors, if that computes the same
+        (`own_class`); else an `fx.GraphModule`, whose tensors have the names of the original's.
         """
-        built = Rebuilt(self._channels, self._batch_axes, self._sizes)
-        _share_tied_parameters(self._channels.graph, built.parts)
-        layers = [str(n.target) for n in built.graph.nodes if n.op == "call_module"]
-        chain = all(
-            n.op in ("placeholder", "call_module", "output") and "." not in str(n.target)
-            for n in built.graph.nodes
-        )
-        if self._sequential and chain and len(set(layers)) == len(layers):
-            return nn.Sequential(OrderedDict((name, built.parts[name]) for name in layers)).eval()
-        return fx.GraphModule(built.parts, built.graph, self._name).eval()
+        return copy.deepcopy(self._small)
 
 
 def shrink(net: nn.Module, masks: Mapping[str, Tensor], example: Any) -> nn.Module:
@@ -96,7 +103,7 @@ def shrink(net: nn.Module, masks: Mapping[str, Tensor], example: Any) -> nn.Modu
         >>> small = bmr.shrink(bmr.export(fit.program, reduction.posterior), reduction.masks,
         ...     data.x_test[:1])
     """
-    return shrink_plan(net, masks, example).apply()
+    return shrink_plan(net, masks, example)._small
 
 
 @torch.no_grad()
@@ -111,102 +118,118 @@ def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Any) -> Sh
     it is returned: see `verification.py`.
 
     Args:
-        net: any module of supported patterns (the error for any other lists them); it is not
-            changed.
+        net: any module that torch.export can read; it is not changed.
         masks: parameter name → bool tensor, True where the weight is kept; ``reduction.masks``, or
             your own. Zeros that are already in `net` count as pruned, so ``{}`` is enough for an
             exported network.
-        example: rows of the input, at least one, or data that have them, such as a loader. Its
-            shape and type matter, and its range, from which the inputs for the comparison are
-            drawn.
+        example: rows of the input, at least one, or data that have them, such as a loader; of
+            several inputs a tuple or a dict. Its shape and type matter, and its range, from which
+            the inputs for the comparison are drawn.
 
     Raises:
-        ShrinkError: a mask fits no parameter, the example does not fit the network, a pattern is
-            not supported, or the outputs would differ.
+        ShrinkError: a mask fits no parameter, the example does not fit the network, torch.export
+            cannot read it, or the outputs would differ.
     """
     example = example_of(example, net)
     copied = masked(net, masks)
-    before = sum(p.numel() for p in copied.parameters())
     _check_example(example)
-    with foreign_errors(f"the forward of {type(copied).__name__}"):
-        other_arguments(copied)
-    inputs = [_repeated(example, 2), *inputs_like(example, copied)]
+    inputs = [two_rows(example), *inputs_like(example, copied)]
     want = _answers_to_keep(copied, inputs)
-    plan = _plan_without_figures(copied, example)
     with foreign_errors(f"the graph of {type(copied).__name__}"):
-        small = plan.apply()
-        check_same_function(want, small, inputs)
-        table = layer_table(plan._channels)
-    after = sum(p.numel() for p in small.parameters())
-    return dataclasses.replace(plan, layers=table, parameters=(before, after))
+        separate, groups = untied(copied)
+        graph = exported(separate, inputs[0])
+        analysis, cut, small = _cut(graph, copied, want, inputs)
+        table, flops = layer_table(analysis, cut, separate)
+        unread = unread_inputs(analysis)
+        own, why = own_class(copied, analysis, cut, groups)
+        if own is not None and not disagreement(want, answers(own, inputs, want.double)):
+            result, why = own, ""
+        else:
+            small = _graph_of_layers(separate, analysis, cut, small, want, inputs)
+            result = tied_again(small, groups)
+            why = why or "its forward computes with the sizes of its layers"
+            _check_rows(graph, want, result, inputs)
+        kept = reasons_of(analysis)
+    counts = tuple(sum(p.numel() for p in n.parameters()) for n in (copied, result))
+    return ShrinkPlan(
+        table, kept, unread, (counts[0], counts[1]), flops, result is own, why, result
+    )
 
 
-def _check_example(example: Any) -> None:
-    if not isinstance(example, Tensor) or example.ndim < 1 or len(example) < 1:
+def _cut(
+    graph: ExportedGraph, net: nn.Module, want: Answers, inputs: list[Any]
+) -> tuple[Analysis, CutGraph, nn.Module]:
+    """The analysis, and the smaller graph that gives the answers of the masked network.
+
+    An operation that turns out not to be cut right is kept whole.
+
+    Raises:
+        ShrinkError: the graph does not give the answers even if everything is kept.
+    """
+    whole: dict[fx.Node, str] = {}
+    name = type(net).__name__
+    if not graph.open_rows:
+        fits = [rows_in(x) == 2 for x in inputs]
+        inputs = [x for x, fit in zip(inputs, fits, strict=True) if fit]
+        outputs = [y for y, fit in zip(want.outputs, fits, strict=True) if fit]
+        want = dataclasses.replace(want, outputs=outputs)
+    for _ in range(_ATTEMPTS):
+        analysis = Analysis(graph, whole)
+        cut = CutGraph(analysis)
+        if cut.failed is not None:
+            node = cut.failed[0]
+        else:
+            small = cut.module(name)
+            if not disagreement(want, answers(small, inputs, want.double)):
+                return analysis, cut, small
+            found = first_difference(net, analysis, cut, inputs, want.double)
+            if found is None or found in whole:
+                check_same_function(want, small, inputs)
+            assert found is not None
+            node = found
+        if node in whole:
+            break
+        whole[node] = f"'{node.name}' cannot be cut"
+    raise ShrinkError(
+        f"{name}: operations cannot be cut ({', '.join(n.name for n in whole)}); {MASKED}"
+    )
+
+
+def _graph_of_layers(
+    net: nn.Module, analysis: Analysis, cut: CutGraph, plain: nn.Module, want: Answers,
+    inputs: list[Any],
+) -> nn.Module:  # fmt: skip
+    """The smaller graph, with layers of torch where it can call them."""
+    layers = with_layers(net, analysis, cut)
+    if not layers:
+        return plain
+    small = cut.module(type(net).__name__, layers)
+    return plain if disagreement(want, answers(small, inputs, want.double)) else small
+
+
+def _check_rows(graph: ExportedGraph, want: Answers, small: nn.Module, inputs: list[Any]) -> None:
+    """Raises a ShrinkError if the graph is right for two rows only."""
+    if not graph.open_rows and disagreement(want, answers(small, inputs, want.double)):
         raise ShrinkError(
-            "example: expected rows of the network's input, as one tensor with at least one row,"
-            f" got {described(example)}; pass some rows of its data"
+            "the number of rows becomes a constant while torch.export reads the forward; write"
+            f" `x.shape[0]` in the place of `len(x)` and of numbers of rows; or {MASKED}"
         )
 
 
-def _answers_to_keep(net: nn.Module, inputs: Sequence[Tensor]) -> Answers:
+def _check_example(example: Any) -> None:
+    if not has_rows(example) or rows_in(example) < 1:
+        raise ShrinkError(
+            "example: expected rows of the network's input, as one tensor with at least one row, or"
+            f" a tuple or a dict of them, got {described(example)}; pass some rows of its data"
+        )
+
+
+def _answers_to_keep(net: nn.Module, inputs: list[Any]) -> Answers:
     """The answers of the masked network, which the smaller one has to give."""
     want = answers(net, inputs)
     if want.outputs[0] is None:
         raise ShrinkError(
-            "the network does not run on two rows of the example, of shape"
-            f" {tuple(inputs[0].shape)} ({want.error}); pass rows of its input"
+            "the network does not run on two rows of the example, of"
+            f" {shapes_of(inputs[0])} ({want.error}); pass rows of its input"
         )
     return want
-
-
-def _repeated(example: Tensor, rows: int) -> Tensor:
-    """The first row of the example, this many times."""
-    return example[:1].repeat(rows, *[1] * (example.ndim - 1))
-
-
-def _plan_without_figures(net: nn.Module, example: Tensor) -> ShrinkPlan:
-    """The plan for a network with zeros in it, before the table and the number of parameters."""
-    import pandas as pd
-
-    sequential, name = type(net) is nn.Sequential, type(net).__name__
-    graph = trace(net)
-    with foreign_errors(f"the graph of {name}"):
-        channels = Channels(graph, _repeated(example, 2))
-        # A size that grows with the number of rows is seen by a run on three rows.
-        three = values_of(graph, _repeated(example, 3))
-        values = channels.values.items()
-        batch_axes = {
-            n: batch_axis(v.shape, three[n].shape) for n, v in values if isinstance(v, Tensor)
-        }
-        sizes = {
-            n: size_in_rows(v, three[n])
-            for n, v in values
-            if n.op in ("call_function", "call_method") and not has_tensor(v)
-        }
-        unread = unread_inputs(channels)
-        named = [n for n in graph.graph.nodes if str(n.target) in channels.reasons]
-        used = {str(n.target) for n in named if channels.depends(n)}
-    kept = {layer: why for layer, why in channels.reasons.items() if layer in used}
-    return ShrinkPlan(
-        pd.DataFrame(), kept, unread, (0, 0), channels, batch_axes, sizes, name, sequential
-    )
-
-
-def _share_tied_parameters(net: nn.Module, parts: Any) -> None:
-    """Shares the parameters of `parts` that were one in `net` and were cut in the same way.
-
-    An example is an embedding whose weights are also those of the last layer.
-    """
-    firsts: dict[int, list[nn.Parameter]] = {}
-    modules = dict(parts.items())
-    for name, parameter in net.named_parameters(remove_duplicate=False):
-        path, _, own = name.rpartition(".")
-        here = getattr(modules.get(path), own, None)
-        if isinstance(here, nn.Parameter):
-            same = firsts.setdefault(id(parameter), [])
-            first = next((p for p in same if p.shape == here.shape and torch.equal(p, here)), None)
-            if first is None:
-                same.append(here)
-            else:
-                setattr(modules[path], own, first)

@@ -1,6 +1,6 @@
 """What cannot be shrunk: the errors that say so, and what to use instead.
 
-Owns `MASKED`, `SUPPORTED`, `unsupported`, `foreign_errors` and `first_line`. Next: `attention.py`.
+Owns `MASKED`, `foreign_errors` and `first_line`. Next: `untied.py`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,6 @@ from pyro_bmr.errors import PyroBMRError, ShrinkError
 MASKED = (
     "use the masked network instead (zeros in tensors of the old shape, as `export` returns it)"
 )
-SUPPORTED = (
-    "Linear, Conv1d, Conv2d, BatchNorm, LayerNorm, GroupNorm, RMSNorm, elementwise activations,"
-    " dropout, pooling, padding, flatten and other reshapes, transpose, sums and products, mean,"
-    " concatenation, indexing, softmax, scaled dot-product attention, MultiheadAttention,"
-    " TransformerEncoder(Layer), Embedding, LSTM, GRU"
-)
-
-
-def unsupported(what: str) -> ShrinkError:
-    """The error for an operation that is not among the supported ones."""
-    return ShrinkError(f"{what} is not a supported pattern; supported are {SUPPORTED}; {MASKED}")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Whether two networks are the same function, by their outputs on the example and on random inputs.
 
-Owns `Answers`, `answers`, `inputs_like`, `leaves`, `difference`, `disagreement` and
+Owns `Answers`, `answers`, `in_double`, `inputs_like`, `leaves`, `difference`, `disagreement` and
 `check_same_function`. Next: `masked_network.py`.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_bmr.data.inputs import Inputs, called, device_of, of_each
+from pyro_bmr.data.inputs import Inputs, called, device_of, of_each, parts_of
 from pyro_bmr.errors import ShrinkError
 from pyro_bmr.shrinking.refusals import MASKED, first_line
 
@@ -82,7 +82,7 @@ def answers(net: nn.Module, inputs: Sequence[Inputs], double: bool | None = None
         first = answers(net, inputs, True)
         return first if first.outputs[0] is not None else answers(net, inputs, False)
     eps = _coarsest((*net.parameters(), *net.buffers()))
-    run = copy.deepcopy(net).double() if double and eps > torch.finfo(torch.float64).eps else net
+    run = _doubled(net) if double and eps > torch.finfo(torch.float64).eps else net
     steps, outputs, reason = _Steps(), list[list[Tensor] | None](), ""
     cards = [d for d in map(device_of, inputs[:1]) if d.type == "cuda"]
 
@@ -103,13 +103,51 @@ def answers(net: nn.Module, inputs: Sequence[Inputs], double: bool | None = None
     return Answers(outputs, reason, double, steps.eps, eps)
 
 
+def _doubled(net: nn.Module) -> nn.Module:
+    """A copy of `net` in float64; in a graph of operations, types that are written down too."""
+    run = copy.deepcopy(net).double()
+    for module in run.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.args, node.kwargs = in_double(node.args), in_double(node.kwargs)
+            module.recompile()
+    return run
+
+
+def in_double(arguments: Any) -> Any:
+    """Arguments of an operation with float64 in the place of a coarser type."""
+
+    def double(part: Any) -> Any:
+        coarse = isinstance(part, torch.dtype) and part.is_floating_point
+        return torch.float64 if coarse else part
+
+    return fx.node.map_aggregate(arguments, double)
+
+
 @torch.no_grad()
-def inputs_like(example: Tensor, net: nn.Module) -> list[Tensor]:
+def inputs_like(example: Inputs, net: nn.Module) -> list[Any]:
     """Rows of `example`, and random rows of the same shape.
 
     Real numbers are drawn at the scale of the example, a third and three times that; whole numbers
-    from their range.
+    from their range. Of several inputs each is drawn by itself.
     """
+    if isinstance(example, Tensor):
+        return _rows_like(example, net)
+    drawn = {name: _rows_like(part, net) for name, part in parts_of(example, "").items()}
+    count = max(map(len, drawn.values()))
+    # an input of which fewer are drawn is given again
+    numbers = [
+        iter([_two(rows[min(k, len(rows) - 1)]) if k else rows[0] for rows in drawn.values()])
+        for k in range(count)
+    ]
+    return [of_each(lambda part, some=some: next(some), example) for some in numbers]  # type: ignore[misc]
+
+
+def _two(rows: Tensor) -> Tensor:
+    return rows if len(rows) == 2 else rows[:1].repeat(2, *[1] * (rows.ndim - 1))
+
+
+def _rows_like(example: Tensor, net: nn.Module) -> list[Tensor]:
     rows, generator = example[:3], torch.Generator().manual_seed(0)
     shape = (2, *rows.shape[1:])
     if rows.is_floating_point() and rows.numel():
@@ -187,7 +225,7 @@ def disagreement(want: Answers, got: Answers) -> str:
     return ""
 
 
-def check_same_function(want: Answers, small: nn.Module, inputs: Sequence[Tensor]) -> None:
+def check_same_function(want: Answers, small: nn.Module, inputs: Sequence[Inputs]) -> None:
     """Compares the answers of `small` on `inputs` with `want`.
 
     Raises:

@@ -63,7 +63,7 @@ def a_mean_written_out(net, h, x):
     return net.c(h - h.sum(1, keepdim=True) / h.shape[1])
 
 
-@forward(163)
+@forward(83)
 def groups_of_a_width(net, h, x):
     return net.c(h.reshape(h.shape[0], h.shape[1] // 2, 2).reshape(h.shape))
 
@@ -73,7 +73,7 @@ def a_gain_used_twice(net, h, x):
     return net.c(h * net.g) + net.c(torch.tanh(net.a(-x)) * net.g)
 
 
-@forward(163)
+@forward(83)
 def not_contiguous(net, h, x):
     return net.c(h.view(-1, 4, 4).transpose(1, 2).contiguous().view(x.size(0), 16))
 

@@ -125,8 +125,8 @@ def test_heads_are_pruned_as_a_whole():
     # the values of the second and the third of four heads
     masks["attention.in_proj_weight"][24 + 3 : 24 + 9] = False
     attention = bmr.shrink(net, masks, torch.zeros(1, 1, 8, 8).double()).attention
-    shapes = [attention.get_submodule(name).weight.shape for name in ("q", "k", "v", "out")]
-    assert shapes == [(6, 12)] * 3 + [(12, 6)]
+    assert attention.in_proj_weight.shape == (18, 12) and attention.in_proj_bias.shape == (18,)
+    assert attention.out_proj.weight.shape == (12, 6)
 
 
 class Lookup(nn.Module):

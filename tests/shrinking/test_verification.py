@@ -28,52 +28,92 @@ def changed_in_place(net, h, x):
     return net.c(h) + net.c(y)
 
 
+def written_into(net, h, x):
+    y = net.b(h)
+    y[:, 3] = h[:, 2] * y[:, 4]
+    return net.c(y)
+
+
 def other_at_other_rows(net, h, x):
     return net.c(h).softmax(0)
 
 
-ANOTHER = {
-    "random numbers of a forward": (
-        noisy,
-        "a",
-        (
-            r"not the same function as the masked one: on the example its outputs differ by"
-            r" \d.*masked network"
-        ),
-    ),
-    "an earlier value is changed": (changed_in_place, "a", r"not the same function"),
-    "rows that know of each other": (
-        other_at_other_rows,
-        "abc",
-        r"not the same function as the masked one: on random inputs",
-    ),
+def scaled_by_the_rows(net, h, x):
+    return net.c(h / x.shape[0]) + net.c(torch.ones_like(h)).sum(0)
+
+
+# a forward of three layers 6 → 16 → 16 → 3, and the layers without weights
+UNUSUAL = {
+    "random numbers of a forward": (noisy, "a"),
+    "an earlier value is changed": (changed_in_place, "a"),
+    "a part of a value is changed": (written_into, "ab"),
+    "rows that know of each other": (other_at_other_rows, "abc"),
+    "the number of rows": (scaled_by_the_rows, "a"),
 }
 
 
-@pytest.mark.parametrize(("function", "layers", "message"), ANOTHER.values(), ids=ANOTHER)
-def test_another_function_is_refused_with_a_figure(function, layers, message):
+@pytest.mark.parametrize(("function", "layers"), UNUSUAL.values(), ids=UNUSUAL)
+def test_forwards_that_are_not_of_layers_alone(function, layers):
     net = made(lambda: Three(function), 0)
-    masks = (
-        every_other(net, "a")
-        if layers == "a"
-        else {
-            f"{k}.weight": torch.zeros(net.get_parameter(f"{k}.weight").shape) > 0 for k in layers
-        }
+    masks = {
+        f"{k}.weight": torch.arange(len(net.get_parameter(f"{k}.weight")))
+        .view(-1, 1)
+        .expand(net.get_parameter(f"{k}.weight").shape)
+        % 2
+        > (1 if layers == "abc" else 0)
+        for k in layers
+    }
+    small = bmr.shrink(net, masks, torch.randn(5, 6).double())
+    rows = torch.randn(4, 6).double()
+    for x in (rows, rows[:3]):
+        torch.manual_seed(5)
+        want = masked(net, masks)(x)
+        torch.manual_seed(5)
+        torch.testing.assert_close(small(x), want, rtol=0, atol=1e-12)
+
+
+def rows_by_len(net, h, x):
+    return net.c(h.view(len(x), -1))
+
+
+def test_a_number_of_rows_that_is_fixed_while_the_forward_is_read():
+    net = made(lambda: Three(rows_by_len), 0)
+    assert type(check(net, every_other(net, "a", "b"), torch.randn(5, 6).double())) is Three
+    net = made(lambda: Three(lambda net, h, x: net.c(h.view(len(x), 16) / h.shape[1])), 0)
+    with pytest.raises(bmr.errors.ShrinkError, match=r"the number of rows.*`x.shape\[0\]`"):
+        bmr.shrink(net, every_other(net, "a"), torch.randn(5, 6).double())
+
+
+class Counting(nn.Module):
+    """A forward that is another function at each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.calls = nn.Linear(6, 3), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.a(x) * self.calls
+
+
+def test_another_function_is_refused_with_a_figure():
+    message = (
+        r"not the same function as the masked one: on .* its outputs differ by \d"
+        r".*masked network"
     )
     for read in (bmr.shrink, bmr.shrinking.shrink_plan):
         with pytest.raises(bmr.errors.ShrinkError, match=message):
-            read(net, masks, torch.randn(5, 6).double())
+            read(Counting(), {}, torch.randn(5, 6))
 
 
-def test_a_hook_that_changes_outputs_is_refused_and_one_that_looks_is_not():
+def test_hooks_are_part_of_the_function():
     net = made(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), 0)
     seen = []
     hook = net[0].register_forward_hook(lambda module, args, output: seen.append(output.shape))
     check(net, every_other(net, "0"), torch.randn(5, 6).double(), 4 * 7 + 15)
     hook.remove()
     net[0].register_forward_hook(lambda module, args, output: 2 * output)
-    with pytest.raises(bmr.errors.ShrinkError, match=r"not the same function.*by a hook"):
-        bmr.shrink(net, {}, torch.randn(5, 6).double())
+    check(net, every_other(net, "0"), torch.randn(5, 6).double(), 4 * 7 + 15)
 
 
 def test_modes_frozen_weights_and_random_numbers_are_left_as_they_were():

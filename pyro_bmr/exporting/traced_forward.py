@@ -1,7 +1,6 @@
 """A network as a graph of torch operations. Control flow that depends on the data is refused.
 
-Owns `trace`, `other_arguments` and `values_of`. The analysis of the graph is in `channels.py`, the
-smaller graph in `rebuilding.py`. Next: `states.py`.
+Owns `trace`, for the class that `network_source.py` writes. Next: `loaders_source.py`.
 """
 
 from __future__ import annotations
@@ -9,11 +8,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from pyro_bmr.errors import ShrinkError
-from pyro_bmr.shrinking.attention import with_traceable_attention
+from pyro_bmr.exporting.traceable_attention import with_traceable_attention
 from pyro_bmr.shrinking.refusals import MASKED, first_line
 
 
@@ -46,7 +44,7 @@ def trace(net: nn.Module) -> fx.GraphModule:
     return graph
 
 
-def other_arguments(net: nn.Module) -> tuple[str, bool]:
+def _other_arguments(net: nn.Module) -> tuple[str, bool]:
     """The name of the input argument of `net`, and whether there are others, all with defaults.
 
     Raises:
@@ -71,7 +69,7 @@ def _reduce_to_one_input(root: nn.Module) -> str | None:
 
     A flag at its default does not depend on the data.
     """
-    name, others = other_arguments(root)
+    name, others = _other_arguments(root)
     if not others:
         return None
     original = type(root)
@@ -81,17 +79,3 @@ def _reduce_to_one_input(root: nn.Module) -> str | None:
 
     root.__class__ = type(original.__name__, (original,), {"forward": forward})
     return name
-
-
-def values_of(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, Any]:
-    """Node → its value when the network runs on `x`."""
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            seen[n] = super().run_node(n)
-            return seen[n]
-
-    seen: dict[fx.Node, Any] = {}
-    with torch.no_grad():
-        Recorder(graph).run(x)
-    return seen

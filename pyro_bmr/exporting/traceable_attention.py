@@ -1,6 +1,7 @@
 """Attention and encoder layers in steps that can be traced, with the weights of torch's layers.
 
-Owns `with_traceable_attention` and `linear`. Attention with a mask is refused. Next: `graphs.py`.
+Owns `with_traceable_attention` and `linear`. Attention with a mask is refused. Next:
+`traced_forward.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,86 @@
+"""The rules of the operations: what they say is constant is constant, and the page lists them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx
+
+from pyro_bmr.data.inputs import call_arguments
+from pyro_bmr.shrinking import contractions, masked, movement, rules
+from pyro_bmr.shrinking.analysis import Analysis
+from pyro_bmr.shrinking.exported_graph import exported, two_rows
+from pyro_bmr.shrinking.states import State
+from pyro_bmr.shrinking.untied import untied
+from pyro_bmr.shrinking.verification import inputs_like
+from tests.shrinking.kinds import KINDS
+from tests.shrinking.test_kinds import built, unit_masks
+
+PAGE = Path(__file__).parents[2] / "docs" / "smaller_networks.md"
+
+
+def values_at(graph, net, x):
+    """The value of each operation of the whole graph on x."""
+    given, named = call_arguments(net, x)
+    arguments = dict(zip(graph.arguments, (*given, *named.values()), strict=True))
+    seen = {node: tensor.detach() for node, (_, tensor) in graph.tensors.items()}
+    for node, (argument, keys) in graph.inputs.items():
+        seen[node] = arguments[argument]
+        for key in keys:
+            seen[node] = seen[node][key]
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: seen[n])
+            seen[node] = node.target(*args, **kwargs)
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_known_of_a_tensor_does_not_depend_on_the_input(name):
+    net, example = built(name, 5, True)
+    # the biases are kept: constants other than 0
+    masks = {k: m for k, m in unit_masks(net, 0.6, 5).items() if m.ndim > 1}
+    net, _ = untied(masked(net, masks))
+    graph = exported(net, two_rows(example))
+    analysis = Analysis(graph, {})
+    known = 0
+    with torch.no_grad():
+        for x in [two_rows(example), *inputs_like(example, net)[1:]]:
+            values = values_at(graph, net, x)
+            for node, state in analysis.states.items():
+                if node in analysis.depends and isinstance(state, State):
+                    here = ~state.unknown
+                    got, said = values[node][here] * 1.0, state.value[here] * 1.0
+                    torch.testing.assert_close(got, said, rtol=0, atol=1e-12, msg=node.name)
+                    known += int(here.sum())
+    assert known > 0
+
+
+def test_the_page_lists_the_operations():
+    text = PAGE.read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([a-z ]+) \| ([^|`]+) \|$", text, re.M))
+    rows.pop("operations", None)
+    assert rows == rules.OPERATIONS
+
+
+def test_the_operations_of_the_page_have_rules():
+    for group in ("products and sums", "norms", "moved"):
+        for name in rules.OPERATIONS[group].split(", "):
+            assert (
+                name in rules._READS
+                or name in rules._SPECIAL
+                or name in movement.MOVES
+                or rules._CONVOLUTIONS.fullmatch(name)
+                or name in ("layer_norm", "rms_norm", "group_norm", "instance_norm")
+            ), name
+            assert hasattr(torch.ops.aten, name)
+
+
+def test_a_read_needs_what_kept_outputs_read():
+    table = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 1], [0, 0, 0]]).bool().numpy()
+    foldable = torch.tensor([False, False, True, False]).numpy()
+    read = contractions.Read(None, "", torch.arange(4).numpy(), [(table, None)], foldable)
+    kept = torch.tensor([True, False, True]).numpy()
+    assert read.needed(lambda ids: kept).tolist() == [True, False, False, False]
