@@ -95,7 +95,7 @@ def curvature(
     seed_generators(seed)
     rows = 0
     with evaluation(net), tqdm(disable=not progress, unit="row", desc="curvature") as bar:
-        for x, y in batches(net, data, fisher == "empirical", batch_size):
+        for x, y in batches(net, data, fisher == "empirical", batch_size, size):
             run.add(x, y)
             rows += rows_in(x)
             bar.update(rows_in(x))

@@ -37,15 +37,17 @@ def output_of(returned: Any) -> Tensor:
 
 
 def batches(
-    net: nn.Module, data: Any, targets: bool, rows: int
+    net: nn.Module, data: Any, targets: bool, rows: int, size: int | None = None
 ) -> Iterator[tuple[Inputs, Tensor | None]]:
-    """x and y of some rows at a time, on the device and in the dtype of the network."""
+    """x and y of some rows at a time, on the device and in the dtype of the network. `size`: N, for
+    a list of batches.
+    """
     like = next(p for p in net.parameters() if p.is_floating_point())
 
     def placed(part: Tensor) -> Tensor:
         return part.to(like.device, like.dtype if part.is_floating_point() else part.dtype)
 
-    source = _source(data, targets)
+    source = _source(data, targets, size if isinstance(data, list) else None)
     for x, y in chunks(source, _CHUNK, BatchChecks(missing=True), targets):
         if isinstance(x, (Tensor, Mapping, tuple)) and not rows_in(x):
             raise DataError("data: expected at least one row, got none")
@@ -57,14 +59,14 @@ def batches(
             yield of_each(placed, part), None if own is None else placed(own)
 
 
-def _source(data: Any, targets: bool) -> Source:
+def _source(data: Any, targets: bool, size: int | None) -> Source:
     """Rows with targets where the data have them."""
     try:
-        source = source_of(data, targets=True)
+        source = source_of(data, targets=True, size=size)
     except DataError:
         if targets:
             raise
-        source = source_of(data, targets=False)
+        source = source_of(data, targets=False, size=size)
     if isinstance(source, Held) and source.y is None and targets:
         raise DataError(
             "data: fisher='empirical' needs targets, got inputs alone; give pairs (x, y), or take"

@@ -43,7 +43,7 @@ def calibration_rows(
     set the first.
     """
     known = size
-    found = None if isinstance(data, (list, tuple)) and len(data) != 2 else _held(data, targets)
+    found = None if isinstance(data, list) else _held(data, targets)
     if found is not None:
         count = rows_in(found.x)
         known = count if size is None else size
@@ -55,7 +55,7 @@ def calibration_rows(
             else:
                 data = rows_at((found.x, found.y), chosen)
     kept, seen = [], 0
-    for x, y in batches(net, data, targets, batch_size):
+    for x, y in batches(net, data, targets, batch_size, size):
         if seen < rows:
             kept.append((x, y))
         seen += rows_in(x)

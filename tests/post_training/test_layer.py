@@ -78,11 +78,13 @@ def test_holding_is_the_dense_conditional_mean_and_the_gain_a_lower_bound():
 def test_more_can_be_held_later():
     _, _, layer = one_layer()
     first = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.3
-    second = first | (torch.rand(4, 5, generator=torch.Generator().manual_seed(2)) < 0.4)
-    at_once = layer.holding(second)[0]
-    in_turn, gain, _ = layer.holding(first)[0].holding(second)
+    more = torch.rand(4, 5, generator=torch.Generator().manual_seed(2)) < 0.4
+    assert bool((first & ~more).any())
+    at_once = layer.holding(first | more)[0]
+    in_turn, gain, _ = layer.holding(first)[0].holding(more)
     torch.testing.assert_close(in_turn.mean, at_once.mean, rtol=1e-9, atol=1e-9)
-    assert in_turn.holding(second)[1:] == (0.0, 0.0) and gain != 0
+    assert torch.equal(in_turn.held, at_once.held)
+    assert in_turn.holding(more)[1:] == (0.0, 0.0) and gain != 0
 
 
 def test_delta_f_of_entries_is_that_of_their_marginals():

@@ -1,0 +1,140 @@
+"""The divergence from the dense network, and the quadratic model of a step, by dense algebra."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import pyro_bmr as bmr
+from pyro_bmr.curvatures.scores import Loss
+from pyro_bmr.post_training.calibration import Calibration, calibration_rows
+from pyro_bmr.post_training.divergence import Divergence
+from pyro_bmr.post_training.steps import Measure, _amounts, _output_products, measured
+
+
+def double(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_divergence_of_classes_is_the_kullback_leibler_divergence():
+    one, other = double(6, 4), double(6, 4, seed=1)
+    found = Divergence(Loss(bmr.Categorical(), {})).of(one, other, None, {})
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=other), torch.distributions.Categorical(logits=one)
+    )
+    torch.testing.assert_close(found, kl.sum())
+    positions, y = double(2, 3, 4), torch.tensor([[0, 1, -100], [2, -100, -100]])
+    loss = Loss(bmr.Categorical(ignore_index=-100, class_axis=-1), {})
+    part = Divergence(loss).of(positions, double(2, 3, 4, seed=1), y, {})
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=double(2, 3, 4, seed=1)),
+        torch.distributions.Categorical(logits=positions),
+    )
+    torch.testing.assert_close(part, kl[y != -100].sum())
+
+
+def test_divergence_of_real_targets_and_of_drawn_ones():
+    one, other = double(6), double(6, seed=1)
+    found = Divergence(Loss(bmr.Normal(noise=0.3), {})).of(one, other, None, {})
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(other, 0.3), normal(one, 0.3)).sum()
+    torch.testing.assert_close(found, expected)
+    many = torch.ones(4000).double()
+    drawn = Divergence(Loss(bmr.Bernoulli(), {})).of(0.8 * many, -0.4 * many, None, {}) / 4000
+    bernoulli = torch.distributions.Bernoulli
+    two = [bernoulli(logits=torch.tensor(v).double()) for v in (-0.4, 0.8)]
+    assert float(drawn) == pytest.approx(float(torch.distributions.kl_divergence(*two)), rel=0.03)
+
+
+def tiny():
+    torch.manual_seed(6)
+    nets = [nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double() for _ in range(2)]
+    x = double(8, 3)
+    rows = Calibration(((x[:5], None), (x[5:], None)), 8, 24)
+    bar = SimpleNamespace(update=lambda n: None)
+    measure = Measure(nets[0], rows, Loss(bmr.Categorical(), {}), "gauss-newton", 1, bar)
+    return measure, nets[1], x
+
+
+def moves(net, seed):
+    return {
+        name: double(*p.shape, seed=seed + k) for k, (name, p) in enumerate(net.named_parameters())
+    }
+
+
+def test_products_of_steps_are_those_of_the_gauss_newton_matrix():
+    measure, net, x = tiny()
+    names = [name for name, _ in net.named_parameters()]
+    steps = [moves(net, 10), moves(net, 50)]
+    probs = net(x).softmax(1).detach()
+    jacobian = torch.autograd.functional.jacobian(
+        lambda *values: functional_call(net, dict(zip(names, values, strict=True)), (x,)),
+        tuple(p.detach() for p in net.parameters()),
+    )
+    changes = [
+        sum(
+            (part.flatten(2) @ one[name].flatten())
+            for name, part in zip(names, jacobian, strict=True)
+        )
+        for one in steps
+    ]
+    hessian = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None]
+    expected = torch.tensor(
+        [[float((a[:, None] @ hessian @ b[:, :, None]).sum()) for b in changes] for a in changes]
+    ).double()
+    torch.testing.assert_close(_output_products(measure, net, steps), expected, rtol=1e-2, atol=0)
+
+
+def test_the_amounts_minimise_the_model():
+    measure, net, _ = tiny()
+    steps = [moves(net, 10), moves(net, 50)]
+    gradient = moves(net, 90)
+    layers = {
+        name: SimpleNamespace(name=name, scale=0.5 + k)
+        for k, name in enumerate(dict(net.named_parameters()))
+    }
+    found = torch.tensor(_amounts(measure, net, layers, gradient, steps, 0.2)).double()
+    slope = torch.tensor(
+        [float(sum((gradient[n] * s[n]).sum() for n in s)) for s in steps]
+    ).double()
+    model = 3 * _output_products(measure, net, steps)
+    for k, one in enumerate(steps):
+        for j, other in enumerate(steps):
+            model[k, j] += sum(
+                0.2 * float((one[n] * other[n]).sum()) / layers[n].scale ** 2 for n in one
+            )
+    torch.testing.assert_close(model @ found, -slope, rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_divergence_over_all_rows():
+    measure, net, x = tiny()
+    wanted = dict(net.named_parameters())
+    found = measured(measure, net, wanted, slopes=True)
+    net.requires_grad_(True)
+    dense = measure.dense(x).detach()
+    kl = nn.functional.kl_div(
+        net(x).log_softmax(1), dense.log_softmax(1), reduction="sum", log_target=True
+    )
+    for name, slope in zip(wanted, torch.autograd.grad(3 * kl, net.parameters()), strict=True):
+        torch.testing.assert_close(found.gradient[name], slope)
+    assert found.divergence == pytest.approx(3 * kl.item())
+    assert measure.divergence(net) == pytest.approx(3 * kl.item())
+    plain = bmr.curvature(net, x, bmr.Categorical(), fisher="gauss-newton", size=24, progress=False)
+    for name, layer in plain.layers.items():
+        torch.testing.assert_close(found.curvature.layers[name].outputs, layer.outputs)
+        torch.testing.assert_close(found.curvature.layers[name].inputs, layer.inputs)
+
+
+def test_calibration_rows_are_a_random_part_of_tensors_and_the_first_of_a_stream():
+    net, x, y = nn.Linear(2, 2), torch.arange(40.0).view(20, 2), torch.arange(20)
+    found = calibration_rows(net, (x, y), 8, True, 3, seed=0, size=None)
+    other = calibration_rows(net, (x, y), 8, True, 3, seed=1, size=None)
+    rows = [torch.cat([y for _, y in one.batches]) for one in (found, other)]
+    assert found.rows == 8 and found.size == 20 and not torch.equal(*rows)
+    assert all(torch.equal(a[:, 0], 2.0 * b) for a, b in found.batches)
+    batches = [(x[:5], y[:5]), (x[5:10], y[5:10]), (x[10:], y[10:])]
+    stream = calibration_rows(net, batches, 8, True, 5, seed=0, size=20)
+    assert torch.equal(torch.cat([y for _, y in stream.batches]), y[:10]) and stream.size == 20
+    assert calibration_rows(net, x, 30, False, 4, seed=0, size=100).size == 100
