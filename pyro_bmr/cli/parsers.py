@@ -1,6 +1,6 @@
 """How the command line prints its errors and its help.
 
-Owns `Parser`, `Help` and `without_command`. Next: `options.py`.
+Owns `Parser`, `Help` and `without_command`. Next: `shared_options.py`.
 """
 
 from __future__ import annotations
