@@ -1,12 +1,13 @@
 """Sites whose posterior has correlations: their kept part as a structure of the formula files, and
 the site after entries of it are pruned.
 
-Owns `correlated`, `pruned_site`, `spike_gain`, `gain_of_both` and `rescaled_site`. Next:
-`cautions.py`.
+Owns `correlated`, `pruned_site`, `spike_gain`, `spike_gains`, `gain_of_both` and `rescaled_site`.
+Next: `cautions.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -128,8 +129,21 @@ def spike_gain(site: Site, mask: Tensor, spike: Tensor) -> float:
     """ΔF of setting the kept entries of `site` outside of `mask` to zero, nats: joint where it has
     correlations (the lower bound), else the sum over the entries of their ΔF, `spike`.
     """
-    gain = None if site.joint is None else pruned_site(site, mask)[1]
-    return total(spike[site.kept & ~mask]) if gain is None else gain.lower
+    return next(spike_gains(site, [mask], spike))
+
+
+def spike_gains(site: Site, masks: Iterable[Tensor], spike: Tensor) -> Iterator[float]:
+    """The same for each of several masks, of which each is a part of the one before."""
+    last = site
+    for mask in masks:
+        gain = None
+        if site.joint is not None:
+            after, gain = pruned_site(last, mask)
+            if last is not site:
+                gain = _joint_gain(site, after)
+            if isinstance(after.joint, HeldMatrixNormal):  # goes on from its multipliers
+                last = after
+        yield total(spike[site.kept & ~mask]) if gain is None else gain.lower
 
 
 def rescaled_site(site: Site, reduced_prior: Diagonal) -> tuple[Site, float] | None:

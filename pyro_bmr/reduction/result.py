@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.reduction.cautions import cautions
-from pyro_bmr.reduction.correlations import gain_of_both, spike_gain
+from pyro_bmr.reduction.correlations import gain_of_both, spike_gains
 from pyro_bmr.reduction.multiplied import multiplied
 from pyro_bmr.reduction.reduced_site import SiteReduction
 from pyro_bmr.reduction.reduction_file import read_reduction, write_reduction
@@ -133,16 +133,20 @@ class Reduction:
         size = sum(rank.numel() for rank in ranks.values())
         before = size - pooled.numel()
         order = pooled.sort(descending=True).values
-        rows = []
-        for count in sorted({round(k * len(order) / (points - 1)) for k in range(points)}):
-            limit = order[count - 1] if count else torch.tensor(torch.inf)
-            gain, pruned = 0.0, 0
-            for name, rank in ranks.items():
-                site = self.before[name]
-                mask = site.kept & ~(rank >= limit)
-                gain += spike_gain(site, mask, self.sites[name].spike_delta_f)
-                pruned += int((site.kept & ~mask).sum())
-            rows.append((before + pruned, 1 - (before + pruned) / size, gain))
+        limits = [
+            order[count - 1] if count else torch.tensor(torch.inf)
+            for count in sorted({round(k * len(order) / (points - 1)) for k in range(points)})
+        ]
+        gains, pruned = [0.0] * len(limits), [before] * len(limits)
+        for name, rank in ranks.items():
+            site = self.before[name]
+            masks = [site.kept & ~(rank >= limit) for limit in limits]
+            own = spike_gains(site, masks, self.sites[name].spike_delta_f)
+            gains = [a + b for a, b in zip(gains, own, strict=True)]
+            pruned = [
+                n + site.kept_count - int(m.sum()) for n, m in zip(pruned, masks, strict=True)
+            ]
+        rows = [(n, 1 - n / size, gain) for n, gain in zip(pruned, gains, strict=True)]
         return pd.DataFrame(rows, columns=["pruned", "kept", "delta_f"]).drop_duplicates(
             "pruned", ignore_index=True
         )

@@ -323,3 +323,52 @@ def test_a_prior_of_another_width_leaves_marginals_and_says_so():
         words.startswith("site 'a.weight': under another prior than that of the fit")
         for words in second.warnings
     )
+
+
+def test_weights_that_can_replace_each_other_are_told():
+    """Two almost equal inputs: either can go, as each says by itself, but not both."""
+    inputs = torch.tensor([[5.0, 4.99, 0.1], [4.99, 5.0, 0.05], [0.1, 0.05, 3.0]]).double()
+    outputs = torch.tensor([[20.0, 3.0], [3.0, 10.0]]).double()
+    mean = torch.tensor([[0.3, 0.29, 1.5], [0.02, 0.01, -1.4]]).double()
+    before = bmr.Posterior.from_curvature(
+        {"w": mean}, {"w": (outputs, inputs)}, bmr.Gaussian(1.0), rows=1000
+    )
+    with pytest.warns(bmr.PyroBMRWarning, match="they can replace each other") as told:
+        reduction = bmr.reduce(before, to=SPIKE)
+    mask, result = reduction.masks["w"], reduction.sites["w"]
+    assert mask.tolist() == [[False, False, True]] * 2
+    gain, _ = exact(before["w"], mask)
+    assert gain < 0 and reduction.delta_f == pytest.approx(gain, abs=1e-9)
+    alone = result.spike_delta_f[~mask]
+    assert bool((alone > 0).all())
+    words = f"ΔF is {float(alone.sum()):+.4g} nats as a sum over the 4 weights"
+    assert words in str(told[0].message)
+    assert f"no more than {gain:+.4g} together" in str(told[0].message)
+    # to a size of the user's own nothing is said
+    assert quiet_reduction(before, SPIKE, kept=1 / 6).warnings == ()
+
+
+@pytest.mark.parametrize("structure", ["dense", "low rank"])
+@pytest.mark.parametrize("how", [{"kept": {"w": 0.4}}, {"per": bmr.reduction.NofM(1, 2)}], ids=str)
+def test_the_rest_of_dense_and_low_rank_sites_moves_too(structure, how):
+    rng = np.random.default_rng(7)
+    mean = torch.tensor(rng.normal(size=(3, 4)))
+    factor, var = torch.tensor(rng.normal(size=(12, 2))), torch.tensor(rng.uniform(0.1, 0.5, 12))
+    cov = var.diag() + factor @ factor.mT
+    joint = (
+        Dense(mean.flatten(), cov)
+        if structure == "dense"
+        else bmr.formulas.LowRank(mean.flatten(), var, factor)
+    )
+    prior = Diagonal(torch.tensor(0.1).double(), torch.tensor(2.0).double())
+    site = Site(mean, cov.diagonal().view(3, 4), prior, joint=joint)
+    result = bmr.reduce(bmr.Posterior({"w": site}, rows=1000), to=SPIKE, **how).sites["w"]
+    mask = result.site.kept
+    flat = Diagonal(prior.mean.expand(12), prior.var.expand(12))
+    gain, rest = prune_subset(Dense(mean.flatten(), cov), flat, ~mask.flatten())
+    assert 0 < mask.double().mean() < 1 and result.delta_f == pytest.approx(float(gain), abs=1e-9)
+    torch.testing.assert_close(result.site.mean[mask], rest.mean, atol=1e-10, rtol=0)
+    torch.testing.assert_close(result.site.var[mask], rest.cov.diagonal(), atol=1e-10, rtol=0)
+    after = result.site.joint
+    full = after.cov if structure == "dense" else after.var.diag() + after.factor @ after.factor.mT
+    torch.testing.assert_close(full[mask.flatten()][:, mask.flatten()], rest.cov)
