@@ -62,9 +62,19 @@ class PointStep(AutogradStep):
             name: WrittenWeight(form, name, draws, self.leaves[name], point=True)
             for name, form in network.forms.items()
         }
+        self.weights = {name: weight.leaf for name, weight in self.written.items()}
+        self.active = [weight for weight in self.written.values() if not weight.passive]
         sites = {site for weight in self.written.values() for site in weight.sites}
         self.others = [latent for latent in guide.latents if latent.name not in sites]
         self.priors = self._read(example)
+        self.decays = {
+            name: prior.precision
+            for name, prior in self.priors.items()
+            if self.written[name].passive
+            and isinstance(prior.precision, float)
+            and isinstance(prior.loc, float)
+            and prior.loc == 0
+        }
 
     @torch.no_grad()
     def _read(self, example: tuple[Any, ...]) -> dict[str, SitePrior]:
@@ -87,8 +97,9 @@ class PointStep(AutogradStep):
         if self.masks:
             return self._run_masked(batch, number)
         with torch.no_grad():
-            weights = {name: w.weigh() for name, w in self.written.items()}
-        likelihood, open_kl = self._run_network(batch, weights)
+            for weight in self.active:
+                weight.weigh()
+        likelihood, open_kl = self._run_network(batch, self.weights)
         if kl_is_due(self.point.numel(), number) or not self.penalty:
             self.penalty = self._penalty()
         self._write(self.temperature / self.rows)
@@ -129,7 +140,7 @@ class PointStep(AutogradStep):
     @torch.no_grad()
     def _penalty(self) -> float:
         """−log p of the sites that are written out, at the point."""
-        total = -sum(weight.log_p() for weight in self.written.values())
+        total = -sum(weight.log_p() for weight in self.active)
         for name, prior in self.priors.items():
             point = self.leaves[name].view(-1)
             ratio = squared_distance(prior, point)
@@ -140,7 +151,12 @@ class PointStep(AutogradStep):
     def _write(self, factor: float) -> None:
         """Puts the gradient of the loss into the `.grad` of the sites; `factor` is T/N."""
         for name, weight in self.written.items():
-            found, prior = weight.gradients(factor), self.priors.get(name)
+            prior = self.priors.get(name)
+            g, decay = weight.leaf.grad, self.decays.get(name)
+            if decay is not None and g is not None:  # the site is the weight, its prior N(0, s²)
+                g.add_(weight.leaf, alpha=factor * decay)
+                continue
+            found = weight.gradients(factor)
             if prior is not None:
                 pull = Pull(prior.loc, prior.precision, prior.weight)
                 pull.add_to(found[name], self.leaves[name].view(-1), factor, found[name])
