@@ -11,7 +11,7 @@ from pyro_bmr.errors import PyroBMRError, PyroBMRWarning
 from pyro_bmr.experiments.compare import compare
 from pyro_bmr.experiments.settings import Settings
 from pyro_bmr.experiments.study import study
-from pyro_bmr.exporting import deploy, export, save
+from pyro_bmr.exporting import deploy, export, load_network, save
 from pyro_bmr.fitting.checkpoints import Checkpoints
 from pyro_bmr.fitting.convergence import UntilConverged
 from pyro_bmr.fitting.fit import Fit, fit
@@ -87,6 +87,7 @@ __all__ = [
     "export",
     "fit",
     "load",
+    "load_network",
     "metrics",
     "natural_gradient",
     "predict",

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_bmr.data.inputs import Inputs, arguments, device_of, of_each, rows_in
+from pyro_bmr.data.inputs import Inputs, call_arguments, device_of, of_each, rows_in
 from pyro_bmr.errors import ModelError
 from pyro_bmr.shrinking.refusals import first_line
 
@@ -46,7 +46,7 @@ def flops(net: nn.Module, example: Inputs) -> int:
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             row = of_each(lambda part: part[:1].clone(), example)
-            torch.func.functional_call(net, constants, *arguments(row))
+            torch.func.functional_call(net, constants, *call_arguments(net, row))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())
@@ -59,7 +59,7 @@ def latency(run: Callable[..., Any], example: Inputs, batch: int, seconds: float
     It is measured for about `seconds`, and over at least five calls.
     """
     index, device = torch.arange(batch) % rows_in(example), device_of(example)
-    given, named = arguments(of_each(lambda part: part[index], example))
+    given, named = call_arguments(run, of_each(lambda part: part[index], example))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -2,7 +2,7 @@
 
 It holds files in several formats, a Python file that rebuilds the network with torch alone, and a
 report of what it costs. Owns `deploy`. The formats are in `formats.py`, the Python file in
-`network_source.py`, the costs in `costs.py`. Next: `baselines/training.py`.
+`network_source.py`, the costs in `costs.py`. Next: `deployed_folder.py`.
 """
 
 from __future__ import annotations

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from pyro_bmr.data.inputs import Inputs, arguments, device_of, parts_of
+from pyro_bmr.data.inputs import Inputs, call_arguments, device_of
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting.weights_file import save_tensors
+from pyro_bmr.shrinking.exported_graph import shapes_by_name
 
 # Fraction of zeros: below it compressed rows are slower than dense ones on a CPU.
 SPARSE_FROM = 0.97
@@ -60,28 +62,26 @@ def _program(net: nn.Module, example: Inputs, path: Path) -> None:
     made = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
-        given, named = arguments(example)
-        program = torch.export.export(net, given, named, dynamic_shapes=_free_axes(example))
+        given, named, shapes = _open_arguments(net, example)
+        program = torch.export.export(net, given, named, dynamic_shapes=shapes)
         torch.export.save(program, made)
     path.write_bytes(made.getbuffer())
 
 
-def _free_axes(example: Inputs) -> Any:
-    """The axes whose length may change: the rows; with several inputs, such as texts and their
-    masks, every axis whose length the network does not fix.
+def _open_arguments(net: nn.Module, example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """The arguments of the forward, and the axes whose length may change: the rows; with several
+    inputs, such as texts and their masks, every axis whose length the network does not fix.
     """
-    auto = torch.export.Dim.AUTO
-    if isinstance(example, Tensor):
-        return ({0: auto},)
-    axes = [dict.fromkeys(range(part.ndim), auto) for part in parts_of(example).values()]
-    return dict(zip(example, axes, strict=True)) if isinstance(example, dict) else tuple(axes)
+    given, named = call_arguments(net, example)
+    auto, single = torch.export.Dim.AUTO, isinstance(example, Tensor)
+    shapes = tree_map(
+        lambda part: dict.fromkeys(range(1 if single else part.ndim), auto),
+        (*given, *named.values()),
+    )
+    return given, named, shapes_by_name(net, given, named, shapes)
 
 
 def _onnx(net: nn.Module, example: Inputs, path: Path) -> None:
-    if not isinstance(example, Tensor):
-        raise ModelError(
-            "format 'onnx': expected a network of one input, got one of several; use 'program'"
-        )
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -93,11 +93,14 @@ def _onnx(net: nn.Module, example: Inputs, path: Path) -> None:
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shapes = ({0: torch.export.Dim.DYNAMIC},)
+        given, named, shapes = _open_arguments(net, example)
+        if given and isinstance(given[-1], dict):  # torch would take it for keyword arguments
+            given, named = given[:-1], {list(shapes)[-1]: given[-1]}
         torch.onnx.export(
             net,
-            (example,),
+            given,
             path,
+            kwargs=named,
             dynamo=True,
             verbose=False,
             dynamic_shapes=shapes,

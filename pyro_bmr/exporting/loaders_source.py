@@ -71,7 +71,7 @@ def load_program(file="model.pt2"):
 def load_onnx(file="model.onnx"):
     """The network run by onnxruntime, which has to be installed: tensors in, tensors out.
 
-    Several outputs are a tuple in their order.
+    Inputs are given in order, by name or in a dict. Several outputs are a tuple in their order.
     """
     import onnxruntime
 
@@ -80,10 +80,15 @@ def load_onnx(file="model.onnx"):
     options.intra_op_num_threads = torch.get_num_threads()
     cpu = ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(str(HERE / file), options, providers=cpu)
-    name = session.get_inputs()[0].name
+    names = [part.name for part in session.get_inputs()]
 
-    def run(x):
-        outputs = [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})]
+    def run(*given, **named):
+        parts = [t for x in given for t in (x.values() if isinstance(x, dict) else [x])]
+        parts += [t for name, t in named.items() if name not in names]
+        known = {name: t for name, t in named.items() if name in names}
+        known |= dict(zip([name for name in names if name not in known], parts))
+        numbers = {name: known[name].numpy() for name in names}
+        outputs = [torch.from_numpy(y) for y in session.run(None, numbers)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return run

@@ -35,7 +35,7 @@ class CutGraph:
         self.tensors: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
         self.plain = True
-        self.failed: tuple[fx.Node, str] | None = None
+        self.failed: fx.Node | None = None
         self._sizes = Sizes(analysis, self.graph, self.new)
         self._reads: dict[fx.Node, list[Read]] = {}
         self._symbols: dict[str, tuple[fx.Node, int]] = {}
@@ -47,8 +47,8 @@ class CutGraph:
             if node.op in ("call_function", "output"):
                 try:
                     self._add(node)
-                except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
-                    self.failed = (node, str(error))
+                except (ValueError, IndexError, TypeError, ZeroDivisionError):
+                    self.failed = node
                     return
         random = {
             new for old, new in self.new.items() if old.op == "call_function" and is_random(old)

@@ -1,8 +1,8 @@
 """A network as the graph of torch.export: operations of ATen, with the parameters among its inputs.
 
-Owns `ExportedGraph` and `exported`. The number of rows stays open. Attention, convolutions and
-norms stay whole operations; those that change a tensor in place are made functional. Next:
-`channel_ids.py`.
+Owns `ExportedGraph`, `exported` and `shapes_by_name`. The number of rows stays open. Attention,
+convolutions and norms stay whole operations; those that change a tensor in place are made
+functional. Next: `channel_ids.py`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _program(net: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> E
                     net,
                     given,
                     named,
-                    dynamic_shapes=_by_name(net, given, named, dynamic),
+                    dynamic_shapes=shapes_by_name(net, given, named, dynamic),
                     strict=False,
                 )
         # A user's forward may raise anything when its sizes are symbols.
@@ -105,10 +105,12 @@ def _open_axes(t: Tensor, which: str) -> dict[int, Any]:
     return {k: Dim.AUTO for k in range(min(t.ndim, count)) if t.shape[k] > 1}
 
 
-def _by_name(
+def shapes_by_name(
     net: nn.Module, given: tuple[Any, ...], named: dict[str, Any], dynamic: Any
 ) -> dict[str, Any] | tuple[Any, ...] | None:
-    """The dynamic shapes by the names of the arguments, as torch.export wants them."""
+    """The dynamic shapes, one for each argument in order, by the names of the arguments, as
+    torch.export wants them.
+    """
     if dynamic is None:
         return None
     parameters = inspect.signature(net.forward).parameters

@@ -31,7 +31,7 @@ from pyro_bmr.shrinking.own_class import own_class
 from pyro_bmr.shrinking.reasons import reasons_of
 from pyro_bmr.shrinking.refusals import MASKED, foreign_errors
 from pyro_bmr.shrinking.unread_inputs import unread_inputs
-from pyro_bmr.shrinking.untied import tied_again, untied
+from pyro_bmr.shrinking.untied import Groups, tied_again, untied
 from pyro_bmr.shrinking.verification import (
     Answers,
     answers,
@@ -138,28 +138,30 @@ def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Any) -> Sh
     with foreign_errors(f"the graph of {type(copied).__name__}"):
         separate, groups = untied(copied)
         graph = exported(separate, inputs[0])
-        analysis, cut, small = _cut(graph, copied, want, inputs)
-        table, flops = layer_table(analysis, cut, separate)
-        unread = unread_inputs(analysis)
-        own, why = own_class(copied, analysis, cut, groups)
-        if own is not None and not disagreement(want, answers(own, inputs, want.double)):
-            result, why = own, ""
-        else:
-            small = _graph_of_layers(separate, analysis, cut, small, want, inputs)
-            result = tied_again(small, groups)
-            why = why or "its forward computes with the sizes of its layers"
-            _check_rows(graph, want, result, inputs)
-        kept = reasons_of(analysis)
-    counts = tuple(sum(p.numel() for p in n.parameters()) for n in (copied, result))
-    return ShrinkPlan(
-        table, kept, unread, (counts[0], counts[1]), flops, result is own, why, result
-    )
+        found = _found(graph, separate, copied, groups, want, inputs)
+        table, flops = layer_table(found.analysis, found.cut, separate)
+        unread = unread_inputs(found.analysis)
+        kept = reasons_of(found.analysis)
+    counts = tuple(sum(p.numel() for p in n.parameters()) for n in (copied, found.small))
+    own, parameters = not found.why_a_graph, (counts[0], counts[1])
+    return ShrinkPlan(table, kept, unread, parameters, flops, own, found.why_a_graph, found.small)
 
 
-def _cut(
-    graph: ExportedGraph, net: nn.Module, want: Answers, inputs: list[Any]
-) -> tuple[Analysis, CutGraph, nn.Module]:
-    """The analysis, and the smaller graph that gives the answers of the masked network.
+@dataclass(frozen=True)
+class _Found:
+    """The smaller network, and how it was found."""
+
+    analysis: Analysis
+    cut: CutGraph
+    small: nn.Module
+    why_a_graph: str
+
+
+def _found(
+    graph: ExportedGraph, separate: nn.Module, net: nn.Module, groups: Groups, want: Answers,
+    inputs: list[Any],
+) -> _Found:  # fmt: skip
+    """The smaller network that gives the answers of the masked one: of its own class, or a graph.
 
     An operation that turns out not to be cut right is kept whole.
 
@@ -167,49 +169,64 @@ def _cut(
         ShrinkError: the graph does not give the answers even if everything is kept.
     """
     whole: dict[fx.Node, str] = {}
-    name = type(net).__name__
-    if not graph.open_rows:
-        fits = [rows_in(x) == 2 for x in inputs]
-        inputs = [x for x, fit in zip(inputs, fits, strict=True) if fit]
-        outputs = [y for y, fit in zip(want.outputs, fits, strict=True) if fit]
-        want = dataclasses.replace(want, outputs=outputs)
     for _ in range(_ATTEMPTS):
         analysis = Analysis(graph, whole)
         cut = CutGraph(analysis)
-        if cut.failed is not None:
-            node = cut.failed[0]
-        else:
-            small = cut.module(name)
-            if not disagreement(want, answers(small, inputs, want.double)):
-                return analysis, cut, small
-            found = first_difference(net, analysis, cut, inputs, want.double)
-            if found is None or found in whole:
-                check_same_function(want, small, inputs)
-            assert found is not None
-            node = found
-        if node in whole:
+        node = cut.failed
+        if node is None:
+            own, why = own_class(net, analysis, cut, groups)
+            if own is not None and not _differs(own, want, inputs):
+                return _Found(analysis, cut, own, "")
+            small = _graph(separate, analysis, *_two_rows_only(graph, want, inputs))
+            if small is not None:
+                small = tied_again(small, groups)
+                _check_rows(graph, want, small, inputs)
+                why = why or "its forward computes with the sizes of its layers"
+                return _Found(analysis, cut, small, why)
+            node = first_difference(separate, analysis, cut, inputs, want.double)
+        if node is None or node in whole:
+            check_same_function(want, cut.module(type(net).__name__), inputs)
             break
         whole[node] = f"'{node.name}' cannot be cut"
     raise ShrinkError(
-        f"{name}: operations cannot be cut ({', '.join(n.name for n in whole)}); {MASKED}"
+        f"{type(net).__name__}: operations cannot be cut ({', '.join(n.name for n in whole)});"
+        f" {MASKED}"
     )
 
 
-def _graph_of_layers(
-    net: nn.Module, analysis: Analysis, cut: CutGraph, plain: nn.Module, want: Answers,
-    inputs: list[Any],
-) -> nn.Module:  # fmt: skip
-    """The smaller graph, with layers of torch where it can call them."""
+def _graph(
+    net: nn.Module, analysis: Analysis, want: Answers, inputs: list[Any]
+) -> nn.Module | None:
+    """The smaller graph, with layers of torch where it can call them; None if it is not right."""
+    cut, name = CutGraph(analysis), type(net).__name__
     layers = with_layers(net, analysis, cut)
-    if not layers:
-        return plain
-    small = cut.module(type(net).__name__, layers)
-    return plain if disagreement(want, answers(small, inputs, want.double)) else small
+    small = cut.module(name, layers)
+    if not _differs(small, want, inputs):
+        return small
+    small = CutGraph(analysis).module(name)
+    return small if layers and not _differs(small, want, inputs) else None
+
+
+def _differs(net: nn.Module, want: Answers, inputs: list[Any]) -> str:
+    return disagreement(want, answers(net, inputs, want.double))
+
+
+def _two_rows_only(
+    graph: ExportedGraph, want: Answers, inputs: list[Any]
+) -> tuple[Answers, list[Any]]:
+    """The inputs that a graph can run on, with their answers: those of two rows, if the number of
+    rows has become a constant.
+    """
+    if graph.open_rows:
+        return want, inputs
+    fits = [k for k, x in enumerate(inputs) if rows_in(x) == 2]
+    outputs = [want.outputs[k] for k in fits]
+    return dataclasses.replace(want, outputs=outputs), [inputs[k] for k in fits]
 
 
 def _check_rows(graph: ExportedGraph, want: Answers, small: nn.Module, inputs: list[Any]) -> None:
     """Raises a ShrinkError if the graph is right for two rows only."""
-    if not graph.open_rows and disagreement(want, answers(small, inputs, want.double)):
+    if not graph.open_rows and _differs(small, want, inputs):
         raise ShrinkError(
             "the number of rows becomes a constant while torch.export reads the forward; write"
             f" `x.shape[0]` in the place of `len(x)` and of numbers of rows; or {MASKED}"

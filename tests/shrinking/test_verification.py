@@ -1,5 +1,6 @@
 """Whether two networks are the same function: which outputs are compared, what is refused."""
 
+import itertools
 import math
 
 import pytest
@@ -84,16 +85,18 @@ def test_a_number_of_rows_that_is_fixed_while_the_forward_is_read():
         bmr.shrink(net, every_other(net, "a"), torch.randn(5, 6).double())
 
 
+CALLS = itertools.count(1)
+
+
 class Counting(nn.Module):
     """A forward that is another function at each call."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.calls = nn.Linear(6, 3), 0
+        self.a = nn.Linear(6, 3)
 
     def forward(self, x):
-        self.calls += 1
-        return self.a(x) * self.calls
+        return self.a(x) * next(CALLS)
 
 
 def test_another_function_is_refused_with_a_figure():
