@@ -105,6 +105,7 @@ def _fault(cov: Tensor, role: str, minor: int) -> str:
         return (
             f"the {role} is not positive definite (leading minor {minor} of {len(cov)}); give a"
             " symmetric positive definite covariance"
+            + (", and one near to singular in torch.float64" if cov.dtype != torch.float64 else "")
         )
     return (
         f"the {role} is not positive definite to the precision of float64: an entry is a linear"

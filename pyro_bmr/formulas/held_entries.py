@@ -24,7 +24,7 @@ from pyro_bmr.formulas.conjugate_gradients import NOT_POSITIVE, System, precisio
 from pyro_bmr.formulas.covariance import check_mean
 
 DENSE_UP_TO = 1024  # entries whose covariance is formed: 8 MB, and exact
-_MOST = 2000  # iterations
+_MOST = 5000  # iterations
 
 
 class HeldAtZero(NamedTuple):
@@ -175,9 +175,11 @@ def _by_gradients(
     for dtype in dict.fromkeys((free.dtype, torch.float64)):
         system, deviations = System.of(rows.to(dtype), cols.to(dtype), free.to(dtype), inside)
         limit = tolerance * float(system.target.norm())
-        done = system.solved(x.to(dtype) * deviations, limit, most - used)
+        # what float32 cannot say is left to float64
+        most_here = most if dtype == torch.float64 else -(-most // 2)
+        done = system.solved(x.to(dtype) * deviations, limit, most_here - used)
         x, used = done.x / deviations, used + done.iterations
-        if done.error <= limit or used >= most:
+        if done.error <= limit:
             break
     values = x
     if not whole:

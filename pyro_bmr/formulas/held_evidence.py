@@ -34,7 +34,7 @@ from torch import Tensor
 from pyro_bmr.formulas.covariance import covariance_factor, half_log_and_energy
 from pyro_bmr.formulas.held_entries import DENSE_UP_TO, entries_factor
 
-_WORK = 1e10  # operations on the factors of rows, and of columns
+_WORK = 2e9  # operations on the factors of rows, and of columns
 _VAR_WORK = 1e10  # operations on exact variances
 _MOST_HELD = 0.6
 

@@ -344,7 +344,18 @@ def test_weights_that_can_replace_each_other_are_told():
     words = f"ΔF is {float(alone.sum()):+.4g} nats as a sum over the 4 weights"
     assert words in str(told[0].message)
     assert f"no more than {gain:+.4g} together" in str(told[0].message)
-    # to a size of the user's own nothing is said
+    # where only weights go that do not replace each other, nothing is said
+    better = mean.clone()
+    better[0, :2] = 0.4
+    fewer = bmr.reduce(
+        bmr.Posterior.from_curvature(
+            {"w": better}, {"w": (outputs, inputs)}, bmr.Gaussian(1.0), rows=1000
+        ),
+        to=SPIKE,
+    )
+    assert fewer.masks["w"].tolist() == [[True, True, True], [False, False, True]]
+    assert fewer.delta_f > 0
+    # nor to a size of the user's own
     assert quiet_reduction(before, SPIKE, kept=1 / 6).warnings == ()
 
 
