@@ -83,16 +83,13 @@ def methods(
     yield "magnitude, one threshold", each(lambda k: one_shot.magnitude(net, found, k, False))
     yield "Wanda", each(lambda k: one_shot.wanda(net, found, k))
     yield "SparseGPT, uniform", each(lambda k: one_shot.sparsegpt(net, found, k))
-    for name, fisher, occam in (
-        ("The LLM Surgeon's rule", "empirical", False),
-        ("… with the true Fisher", "true", False),
-        ("… ranked by ΔF", "true", True),
+    for name, fisher in (
+        ("The LLM Surgeon's rule", "empirical"),
+        ("… with the true Fisher", "true"),
     )[: None if settings.differences else 1]:
         yield (
             name,
-            lambda fisher=fisher, occam=occam: list(
-                one_shot.surgeon(net, data, ROUNDS, SIZES, fisher, occam).items()
-            ),
+            lambda fisher=fisher: list(one_shot.surgeon(net, data, ROUNDS, SIZES, fisher).items()),
         )
     yield STEPLESS, lambda: ours(net, data, settings, steps=False)
     yield OURS, lambda: ours(net, data, settings, steps=True)

@@ -113,12 +113,9 @@ def sparsegpt_layer(weight: Tensor, inputs: Tensor, kept: float, damping: float 
     return w
 
 
-def surgeon_round(
-    net: nn.Module, found: Curvature, held: Masks, kept: float, occam: Mapping[str, float] | None
-) -> nn.Module:
+def surgeon_round(net: nn.Module, found: Curvature, held: Masks, kept: float) -> nn.Module:
     """One shot of The LLM Surgeon: the least ½ w²/[F⁻¹] of all layers go, and the others of their
-    layer move, with F the damped Kronecker curvature. `held` is brought up to date. `occam`: prior
-    scales, to rank by ΔF instead.
+    layer move, with F the damped Kronecker curvature. `held` is brought up to date.
     """
     out, scores, parts = copy.deepcopy(net), {}, {}
     for name in weights_of(found):
@@ -130,8 +127,6 @@ def surgeon_round(
         var = rows.diagonal()[:, None] * columns.diagonal()
         width = w.shape[1] - (layer.bias is not None)
         cost = 0.5 * w.square() / var
-        if occam is not None:
-            cost = cost - 0.5 * torch.log(occam[name] ** 2 / var)
         before = held.setdefault(name, torch.zeros_like(w, dtype=torch.bool))
         scores[name] = cost[:, :width].masked_fill(before[:, :width], -torch.inf)
         parts[name] = w, rows, columns, width
@@ -159,15 +154,13 @@ def surgeon(
     path: Sequence[float],
     scored: Sequence[float],
     fisher: str = "empirical",
-    occam: bool = False,
 ) -> dict[float, nn.Module]:
     """Fraction → network, of those in `scored`; the curvature is taken again before each shot."""
     held: Masks = {}
     found: dict[float, nn.Module] = {}
-    scales = {name: float(p.detach().square().mean().sqrt()) for name, p in net.named_parameters()}
     for kept in path:
         curved = factors(net, data, fisher)
-        net = surgeon_round(net, curved, held, kept, scales if occam else None)
+        net = surgeon_round(net, curved, held, kept)
         if kept in scored:
             found[kept] = net
     return found
