@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pyro_bmr.checks import check_arguments
-from pyro_bmr.data.inputs import Inputs, arguments
+from pyro_bmr.data.inputs import Inputs, call_arguments
 from pyro_bmr.likelihoods.likelihood import Likelihood, read_inputs
 from pyro_bmr.networks.lifting import check_network, check_patterns, lifted_parameters
 from pyro_bmr.networks.placed_weights import PlacedWeights
@@ -191,7 +191,7 @@ class BayesianNetwork(nn.Module):
         for name, mask in self._left_masks.items():  # point estimates that are pruned
             parameter = self.net.get_parameter(name)
             given[name] = parameter * mask.to(parameter.device)
-        output = (placed or PlacedWeights(self.net)).call(given, *arguments(x))
+        output = (placed or PlacedWeights(self.net)).call(given, *call_arguments(self.net, x))
         if isinstance(output, Mapping) and hasattr(output, "logits"):
             output = output.logits
         if isinstance(output, Tensor):

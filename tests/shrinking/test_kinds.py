@@ -56,7 +56,15 @@ def check_kind(name, pruned, double):
     return plan
 
 
-@pytest.mark.parametrize("name", KINDS)
+def some_slow(names):
+    """Every third name; the others are marked as slow."""
+    return [
+        name if k % 3 == 0 else pytest.param(name, marks=pytest.mark.slow)
+        for k, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize("name", some_slow(KINDS))
 def test_half_of_the_units(name):
     plan = check_kind(name, 0.5, True)
     before, after = plan.parameters
@@ -70,3 +78,28 @@ def test_half_of_the_units(name):
 def test_any_share_of_the_units(name, double, pruned):
     before, after = check_kind(name, pruned, double).parameters
     assert after <= before and (pruned < 1 or after <= 0.02 * before)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_bmr.PyroBMRWarning")
+def test_a_network_of_one_dict_from_the_fit_to_the_smaller_network():
+    torch.manual_seed(0)
+    example = {"x": torch.randn(20, 6), "z": torch.randn(20, 4)}
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(6, 10), torch.nn.Linear(4, 10)
+            self.out = torch.nn.Linear(20, 3)
+
+        def forward(self, batch):
+            h = torch.cat([self.a(batch["x"]), self.b(batch["z"])], -1)
+            return self.out(torch.relu(h))
+
+    program = bmr.BayesianNetwork(Net(), bmr.Gaussian(), bmr.Categorical())
+    labels = torch.randint(3, (20,))
+    fit = bmr.fit(program, (example, labels), epochs=2, progress=False)
+    reduction = bmr.reduce(fit.posterior, to=bmr.Gaussian(scale=0), per="unit", kept=0.5)
+    dense = bmr.export(fit.program, reduction.posterior)
+    small = bmr.shrink(dense, reduction.masks, example)
+    torch.testing.assert_close(small(example), dense(example), rtol=0, atol=1e-5)
+    assert sum(p.numel() for p in small.parameters()) < 183

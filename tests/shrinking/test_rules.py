@@ -15,7 +15,7 @@ from pyro_bmr.shrinking.states import State
 from pyro_bmr.shrinking.untied import untied
 from pyro_bmr.shrinking.verification import inputs_like
 from tests.shrinking.kinds import KINDS
-from tests.shrinking.test_kinds import built, unit_masks
+from tests.shrinking.test_kinds import built, some_slow, unit_masks
 
 PAGE = Path(__file__).parents[2] / "docs" / "smaller_networks.md"
 
@@ -37,7 +37,7 @@ def values_at(graph, net, x):
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", some_slow(list(KINDS)[1:]))
 def test_what_is_known_of_a_tensor_does_not_depend_on_the_input(name):
     net, example = built(name, 5, True)
     # the biases are kept: constants other than 0
