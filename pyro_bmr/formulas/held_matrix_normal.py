@@ -32,7 +32,7 @@ class HeldMatrixNormal:
     `mean`, `var`: of the kept entries given the zeros, (n, m), 0 elsewhere. The mean is M − RΛC.
     The variances are exact where `held_var` is, up to 1,024 entries that are held or left; else
     they are R_ii C_jj, those before anything was held, which are no smaller. `multipliers`: Λ.
-    `energy`, `log_det`: M_Sᵀ Σ_SS⁻¹ M_S, and two bounds of log |Σ_SS|, in float64. `residual`: 0,
+    `energy`, `log_det`: M_Sᵀ Σ_SS⁻¹ M_S, and two bounds of log det Σ_SS, in float64. `residual`: 0,
     or what is left of the equations for Λ where they have not converged (`HeldAtZero.residual`).
 
     M, R and C remain as they were, so that more entries can be held from here as exactly as from
