@@ -49,7 +49,7 @@ def files(tmp_path, monkeypatch):
             **{key: value for key, value in (good | changes).items() if value is not None},
         )
     pd.DataFrame(x, columns=["a", "b", "c"]).to_csv(tmp_path / "good.csv", index=False)
-    (tmp_path / "text.csv").write_text("a,b\n" + "1,x\n2,y\n" * 10)
+    (tmp_path / "text.csv").write_text("a,b\n" + "1,x\n2,y\n" * 10 + "inf,x\n")
     (tmp_path / "ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "file").write_text("")
@@ -261,7 +261,10 @@ ERRORS = {
     "pickles": (["--data", "objects.npz"], r"objects\.npz.*pickle"),
     "csv without target": (["--data", "good.csv"], "--target; its columns are: a, b, c"),
     "csv with wrong target": (["--data", "good.csv", "--target", "d"], "got 'd'"),
-    "csv with text": (["--data", "text.csv", "--target", "a"], "columns b are not numbers"),
+    "csv with infinity": (
+        ["--data", "text.csv", "--target", "b"],
+        "column 'a': expected finite numbers",
+    ),
     "ragged csv": (["--data", "ragged.csv", "--target", "a"], r"ragged\.csv.*not a readable"),
     "empty csv": (["--data", "empty.csv", "--target", "a"], r"empty\.csv.*not a readable"),
     "no batches": (["--batch-size", "0"], "batch_size: expected a whole number >= 1, got 0"),

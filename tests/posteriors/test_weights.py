@@ -32,10 +32,10 @@ def layer(mask=None):
 def test_the_moments_of_a_weight_are_those_of_a_product():
     """w = s w̄/√3 with s = e^{−u/2} log-normal: E[s] = e^{−m/2 + v/8}, E[s²] = e^{−m + v/2}."""
     first, second = math.exp(-0.4 + 0.25 / 8), math.exp(-0.8 + 0.25 / 2)
-    got = layer().weight("w", draws=40_000)
-    torch.testing.assert_close(got.mean, MEAN * first / math.sqrt(3), rtol=5e-3, atol=0)
+    got = layer().weight("w", draws=4_000)
+    torch.testing.assert_close(got.mean, MEAN * first / math.sqrt(3), rtol=2e-2, atol=0)
     expected = (second * (MEAN.square() + VAR) - first**2 * MEAN.square()) / 3
-    torch.testing.assert_close(got.var, expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close(got.var, expected, rtol=4e-2, atol=0)
     assert torch.equal(layer().weight("b").mean, MEAN[0])
     mask = MEAN > 0
     pruned = layer(mask).weight("w")
