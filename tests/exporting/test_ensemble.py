@@ -27,15 +27,15 @@ def test_an_ensemble_of_shrunk_draws(x, tmp_path):
     }
     masks["1.weight"][:20] = masks["1.bias"][:20] = False
     posterior = fit.posterior.masked(masks)
-    draws = bmr.exporting.ensemble(fit.program, posterior, draws=64, seed=1, example=x[:1])
+    draws = bmr.exporting.ensemble(fit.program, posterior, draws=12, seed=1, example=x[:1])
     small = bmr.shrink(bmr.export(fit.program, posterior), {}, x[:1])
     assert {name: tuple(t.shape) for name, t in draws.items()} == {
-        name: (64, *t.shape) for name, t in small.state_dict().items()
+        name: (12, *t.shape) for name, t in small.state_dict().items()
     }
     bmr.deploy(small, tmp_path, x, ensemble=draws, seconds=0)
     with torch.no_grad():
         mine = torch.stack([net(x).softmax(1) for net in loaders(tmp_path).load_ensemble()]).mean(0)
-        want = bmr.predict(fit.program, posterior, x, draws=64, seed=1).probs
+        want = bmr.predict(fit.program, posterior, x, draws=12, seed=1).probs
         torch.testing.assert_close(mine, want, rtol=0, atol=1e-5)  # the same draws
         assert float((mine - small(x).softmax(1)).abs().max()) > 1e-3
     with pytest.raises(

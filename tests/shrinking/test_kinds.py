@@ -57,9 +57,9 @@ def check_kind(name, pruned, double):
 
 
 def some_slow(names):
-    """Every third name; the others are marked as slow."""
+    """Every sixth name; the others are marked as slow."""
     return [
-        name if k % 3 == 0 else pytest.param(name, marks=pytest.mark.slow)
+        name if k % 6 == 0 else pytest.param(name, marks=pytest.mark.slow)
         for k, name in enumerate(names)
     ]
 
@@ -77,7 +77,8 @@ def test_half_of_the_units(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_any_share_of_the_units(name, double, pruned):
     before, after = check_kind(name, pruned, double).parameters
-    assert after <= before and (pruned < 1 or after <= 0.02 * before)
+    # without units the outputs are constants, one number each
+    assert after <= before and (pruned < 1 or after <= max(0.02 * before, 8))
 
 
 @pytest.mark.filterwarnings("ignore::pyro_bmr.PyroBMRWarning")

@@ -9,16 +9,14 @@ from torch import nn
 import pyro_bmr as bmr
 from tests.shrinking.networks import NETS, largest_difference, made, random_masks
 
+SLOW = ("vit", "vit, norm after", "branches", "gru")  # five to ten seconds each
 # the fraction that is pruned, and of what
 PRUNED = [(0.4, "rows"), (0.5, "columns"), (0.9, "weights"), (0.99, "weights"), (1.0, "weights")]
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("vit, norm after", "gru") else name
-        for name in NETS
-    ],
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NETS],
 )
 def test_the_function_is_that_of_the_masked_network(name, digits):
     removed = []
