@@ -1,6 +1,7 @@
 """The options of the command line, as data: which command has which, with their help.
 
-Owns `parser`. What the commands do is in `grids.py` and `networks.py`.
+Owns `parser`. What the commands do is in `grids.py`, `networks.py` and `trained.py`; options that
+several of them have are in `shared_options.py`.
 """
 
 from __future__ import annotations

@@ -63,12 +63,12 @@ def weight_moments(
         _weight(name, site, {**values, name: zeros})[0].any()
     )
     first, second = (torch.zeros_like(site.mean, dtype=torch.float64) for _ in range(2))
-    for _ in range(count):
+    for k in range(count):
+        values = draw() if k else values
         at = {**values, name: ones} if is_multiple else values
         drawn = _weight(name, site, at)[0].double()
         first += drawn
         second += drawn.square()
-        values = draw()
     first, second = first / count, second / count
     spread = (second - first.square()).clamp_min(0)
     if not is_multiple:

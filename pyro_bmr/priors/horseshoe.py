@@ -251,8 +251,7 @@ class Horseshoe:
         are each well informed. In a network thousands of weights are little informed and matter
         together; the rule would prune almost all of them.
 
-        Args:
-            sites: the posterior, from which the moments of the scales are taken.
+        `sites`: the posterior, from which the moments of the scales are taken.
         """
         kept = var > 0  # pruned entries have variance 0
         sigma2 = var.clamp(max=1.0)
