@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -136,8 +136,3 @@ def layer_of(node: fx.Node) -> str:
     paths = [entry[0] for entry in stack.values()]
     path = re.sub(r"@\d+$", "", str(paths[-1])) if paths else ""
     return re.sub(r"^L__self__\.?", "", path)
-
-
-def with_axes(state: State, axes: Axes) -> State:
-    """`state` with other channels."""
-    return replace(state, axes=axes)
