@@ -25,7 +25,7 @@ class Recurrent(nn.Module):
 
 
 def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "32") -> bmr.BayesianNetwork:
-    shape = tuple(data.x_train.shape[1:])
+    shape = data.input_shape
     if len(shape) not in (1, 3) or (len(shape) == 3 and shape[0] != 1):
         raise bmr.errors.DataError(
             f"gru: expected images of one channel or curves, got rows of shape {shape}"

@@ -33,7 +33,7 @@ def network(
 def build(
     data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "6-16-120-84"
 ) -> bmr.BayesianNetwork:
-    shape = tuple(data.x_train.shape[1:])
+    shape = data.input_shape
     words = sizes.removesuffix("-relu").split("-")
     numbers = tuple(int(word) if word.isdecimal() else 0 for word in words)
     if len(shape) != 3 or shape[1] > 32 or shape[2] > 32:

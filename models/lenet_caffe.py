@@ -37,7 +37,7 @@ def network(
 
 
 def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "20-50-500") -> bmr.BayesianNetwork:
-    shape = tuple(data.x_train.shape[1:])
+    shape = data.input_shape
     numbers = tuple(int(word) if word.isdecimal() else 0 for word in sizes.split("-"))
     if len(shape) != 3 or min(shape[1:]) < 16:
         raise bmr.errors.DataError(

@@ -19,8 +19,9 @@ def build(data: bmr.Data, prior: bmr.priors.Prior) -> Callable[..., Tensor]:
     b and the noise have weak priors for standardised data.
     """
     if data.task != "regression":
+        what = "classes" if data.task == "classification" else repr(data.likelihood())
         raise bmr.errors.DataError(
-            f"linear_regression: expected real targets, got the classes of {data.name}"
+            f"linear_regression: expected real targets, got the {what} of {data.name}"
         )
     features = data.x_train[0].numel()
 

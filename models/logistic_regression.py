@@ -15,9 +15,10 @@ import pyro_bmr as bmr
 
 def build(data: bmr.Data, prior: bmr.priors.Prior) -> Callable[..., Tensor]:
     """A program of y ~ Categorical(softmax(W x + b)): W under `prior`, b under a weak prior."""
-    if data.classes is None:
+    if data.task != "classification" or data.classes is None:
+        what = "real targets" if data.task == "regression" else repr(data.likelihood())
         raise bmr.errors.DataError(
-            f"logistic_regression: expected classes, got the real targets of {data.name}"
+            f"logistic_regression: expected classes, got the {what} of {data.name}"
         )
     features, classes = data.x_train[0].numel(), data.classes
 

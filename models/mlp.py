@@ -4,6 +4,8 @@
 Run it by itself: python models/mlp.py
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -33,7 +35,7 @@ def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "300-100") -> bm
         raise bmr.errors.ModelError(
             f"mlp: expected the sizes of hidden layers, as in mlp:300-100, got mlp:{sizes}"
         )
-    net = network(data.x_train[0].numel(), hidden, data.outputs)
+    net = network(math.prod(data.input_shape), hidden, data.outputs)
     return bmr.BayesianNetwork(net, prior, data.likelihood())
 
 

@@ -72,7 +72,7 @@ class Mixer(nn.Module):
 
 
 def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
-    shape = tuple(data.x_train.shape[1:])
+    shape = data.input_shape
     if len(shape) != 3:
         raise bmr.errors.DataError(
             f"mlp_mixer: expected images (channels, height, width), got rows of shape {shape}"

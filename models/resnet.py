@@ -59,7 +59,7 @@ class ResNet(nn.Module):
 
 
 def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "16-32") -> bmr.BayesianNetwork:
-    shape = tuple(data.x_train.shape[1:])
+    shape = data.input_shape
     if len(shape) != 3:
         raise bmr.errors.DataError(
             f"resnet: expected images (channels, height, width), got rows of shape {shape}"

@@ -63,7 +63,7 @@ class ViT(nn.Module):
 
 
 def build(data: bmr.Data, prior: bmr.priors.Prior, sizes: str = "small") -> bmr.BayesianNetwork:
-    shape = tuple(data.x_train.shape[1:])
+    shape = data.input_shape
     if len(shape) != 3:
         raise bmr.errors.DataError(
             f"vit: expected images (channels, height, width), got rows of shape {shape}"

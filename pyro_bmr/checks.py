@@ -74,6 +74,13 @@ def mend(value: Any) -> str:
         return "give its tensors as a pair: (data['x'], data['y'])"
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return "make it one with torch.from_numpy(array)"
+    if _are_texts(value):
+        return (
+            "make numbers of the texts; of classes:"
+            " classes, codes = numpy.unique(values, return_inverse=True)"
+        )
+    if isinstance(value, np.ndarray) and value.dtype.kind == "O":
+        return "make numbers of its objects: array.astype(float)"
     if (
         isinstance(value, (list, tuple))
         and value
@@ -81,6 +88,20 @@ def mend(value: Any) -> str:
     ):
         return "make it one with torch.tensor(values)"
     return ""
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether these are texts: an array of them, or a list or an array of objects that begins with
+    one.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "US":
+        return True
+    first = value.flat[:1] if isinstance(value, np.ndarray) else value
+    return (
+        isinstance(first, (list, tuple, np.ndarray))
+        and len(first) > 0
+        and isinstance(first[0], str)
+    )
 
 
 def check_tensor(value: Any, name: str) -> None:

@@ -215,9 +215,11 @@ def read_json(path: Path, fault: str, error: type[PyroBMRError], mend: str) -> d
 
 
 @contextlib.contextmanager
-def locked(folder: Path, error: type[PyroBMRError] = PyroBMRError) -> Iterator[None]:
+def locked(
+    folder: Path, error: type[PyroBMRError] = PyroBMRError, *, wait: bool = False
+) -> Iterator[None]:
     """A context in which `folder` is locked for all other processes and threads. The lock ends with
-    the process, whatever ends it.
+    the process, whatever ends it. `wait`: until another process is done, in place of the error.
 
     Raises:
         PyroBMRError: `folder` cannot be written. `error`: it is locked already; the message names
@@ -226,7 +228,7 @@ def locked(folder: Path, error: type[PyroBMRError] = PyroBMRError) -> Iterator[N
     import filelock
 
     make_folder(folder)
-    lock, owner = filelock.FileLock(folder / ".lock", timeout=0), folder / ".owner"
+    lock, owner = filelock.FileLock(folder / ".lock", timeout=-1 if wait else 0), folder / ".owner"
     with writing(folder / ".lock"):
         try:
             lock.acquire()

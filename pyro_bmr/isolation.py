@@ -24,8 +24,12 @@ import torch
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor
 
+# seeds of ranks lie an odd number apart, modulo the largest seed
+_SEEDS, _BETWEEN_RANKS = 1 << 40, 0x9E3779B97
+
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,29 @@ def seed_generators(seed: int) -> None:
         torch.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
+
+
+def seed_of(seed: int, rank: int) -> int:
+    """The seed of what the process `rank` of a group draws for itself."""
+    return seed if rank == 0 else (seed + rank * _BETWEEN_RANKS) % _SEEDS
+
+
+def drawing_alike(items: Iterator[T], seed: int) -> Iterator[T]:
+    """`items`, whose draws from torch's default generator start at `seed` and go on by themselves:
+    a loader shuffles alike in every process, whatever each of them draws in between.
+    """
+    alike = torch.Generator().manual_seed(seed).get_state()
+    while True:
+        own = torch.get_rng_state()
+        torch.set_rng_state(alike)
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        finally:
+            alike = torch.get_rng_state()
+            torch.set_rng_state(own)
+        yield item
 
 
 def generator_of(device: torch.device) -> torch.Generator:

@@ -1,12 +1,13 @@
 """The memory that an allocation would take and that its device has left, so that one which cannot
 succeed is refused before any work.
 
-Owns `free_bytes`, `training_bytes` and `check_memory`. Next: `isolation.py`.
+Owns `free_bytes`, `training_bytes`, `check_memory`, and `return_freed`. Next: `isolation.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from pathlib import Path
 
@@ -57,3 +58,11 @@ def check_memory(what: str, needed: float, device: torch.device, mend: str) -> N
             f"{what} takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on '{device}';"
             f" {mend}"
         )
+
+
+def return_freed() -> None:
+    """Returns freed memory of the CPU to the system where the C library is glibc, which keeps most
+    of it otherwise, in pieces that fit nothing else.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -20,16 +20,25 @@ def cheap_seeds():
 
 
 @pytest.fixture(autouse=True)
-def isolated():
-    """Each test starts and ends with an empty param store and leaves torch's random state as it
-    was; one thread, as tests run side by side.
+def isolated(request):
+    """Each test starts and ends with an empty param store and leaves torch's random state, and the
+    generator that its file shares, as it was: its numbers do not depend on the tests before it. One
+    thread, as tests run side by side.
     """
     import pyro
     import torch
 
     torch.set_num_threads(1)
     pyro.clear_param_store()
+    shared = getattr(request.module, "RNG", None)
+    state = None if shared is None else shared.bit_generator.state
+    generator = getattr(request.module, "GENERATOR", None)
+    torch_state = None if generator is None else generator.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(20)
         yield
+    if shared is not None:
+        shared.bit_generator.state = state
+    if generator is not None:
+        generator.set_state(torch_state)
     pyro.clear_param_store()

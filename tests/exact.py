@@ -4,6 +4,9 @@ brute-force integrals. Uses scipy, not the library.
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,3 +50,19 @@ def linear_gaussian(seed: int = 3, n: int = 40, d: int = 5, noise: float = 0.7) 
     x = rng.normal(size=(n, d)) @ np.linalg.cholesky(random_spd(rng, d)).T
     w = rng.normal(size=d) * (rng.random(d) > 0.4)
     return LinearGaussian(x, x @ w + noise * rng.normal(size=n), noise)
+
+
+def windowed(gain: Sequence[float], decisions: int) -> list[float]:
+    """The `gain`s, moved so that those are positive which Occam's window prunes: of all subsets of
+    the negative ones, the largest that costs at most log(decisions) together.
+    """
+    losses = {k: -g for k, g in enumerate(gain) if -math.inf < g <= 0}
+    for size in range(len(losses), 0, -1):
+        cost, pruned = min(
+            (sum(losses[k] for k in some), some) for some in itertools.combinations(losses, size)
+        )
+        if cost <= math.log(decisions):
+            last = max(losses[k] for k in pruned)
+            rest = [losses[k] for k in losses if k not in pruned]
+            return [g + (last + min(rest, default=last + 1)) / 2 for g in gain]
+    return list(gain)

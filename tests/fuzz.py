@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -324,17 +325,18 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
     def results() -> Reader:
         data = bmr.load("diabetes")
         settings = bmr.Settings(epochs=1)
-        bmr.compare(
-            "linear_regression",
-            data,
-            priors={"g": bmr.Gaussian(0.5)},
-            routes=["map"],
-            baselines=(),
-            seeds=1,
-            settings=settings,
-            out=folder / "compared",
-            progress=False,
-        )
+        with mock.patch("pyro_bmr.experiments.report.draw", lambda *_: []):  # no pictures
+            bmr.compare(
+                "linear_regression",
+                data,
+                priors={"g": bmr.Gaussian(0.5)},
+                routes=["map"],
+                baselines=(),
+                seeds=1,
+                settings=settings,
+                out=folder / "compared",
+                progress=False,
+            )
         (path,) = (folder / "compared").rglob("row.json")
         return Reader([path.read_bytes()], mutated_text, path, lambda: finished_row(path.parent))
 

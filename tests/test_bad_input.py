@@ -167,7 +167,7 @@ BAD_FITS = {
     "x of text": (
         lambda: fit(classifier(), (X.numpy().astype(str), Y)),
         bmr.errors.DataError,
-        r"x: expected a tensor, got ndarray; give the numbers of its rows",
+        "x: expected a tensor, got ndarray; make numbers of the texts",
     ),
     "x of lists": (
         lambda: fit(classifier(), (X.tolist(), Y)),
@@ -397,7 +397,7 @@ def test_bad_fits_are_refused(case):
     ],
 )
 def test_reductions_that_cannot_be_made_are_refused_before_the_first_step(change, monkeypatch):
-    monkeypatch.setattr("pyro_bmr.fitting.fit.take_step", None)
+    monkeypatch.setattr("pyro_bmr.fitting.loop.take_step", None)
     with pytest.raises(bmr.errors.ReductionError):
         fit(classifier(), (X, Y), epochs=10, reduce=bmr.Every(**change))
 

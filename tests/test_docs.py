@@ -64,6 +64,7 @@ LONG = {
         "index.md",
         "studies.md",
     ),
+    *("param_store_script.md", "guarantees.md", "tables.md", "skeletons.md"),
     *("smaller_networks.md", "tutorial_pruning.md", "tutorial_regression.md"),
 }
 

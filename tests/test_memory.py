@@ -1,4 +1,6 @@
-"""What would not fit into memory is refused before any work, with both figures and another way."""
+"""What would not fit into memory is refused before any work, with both figures and another way;
+what is freed goes back; sums without copies.
+"""
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch import nn
 
 import pyro_bmr as bmr
 from pyro_bmr import memory
+from pyro_bmr.formulas.gaussian import total
 
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
 Y = X[:, 0]
@@ -86,3 +89,18 @@ def test_it_is_refused_at_the_byte(monkeypatch, needed, asked, words):
 
 FIT = bmr.fit(network(), (X, Y), epochs=1, progress=False)
 FITTED = FIT.program, FIT.posterior
+
+
+def test_a_sum_over_flags_needs_no_copy_and_is_the_sum_of_what_they_have():
+    values = torch.linspace(-1, 2, 200_001, dtype=torch.float32)
+    flags = torch.arange(200_001) % 3 == 1
+    values[~flags] = torch.nan
+    assert total(values, flags) == pytest.approx(values[flags].double().sum().item(), rel=1e-12)
+    assert total(values[flags]) == pytest.approx(values[flags].double().sum().item(), rel=1e-12)
+
+
+def test_freed_memory_goes_back():
+    """To a system whose C library can; nothing else changes."""
+    held = torch.ones(1 << 20)
+    memory.return_freed()
+    assert bool((held == 1).all())

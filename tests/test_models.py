@@ -11,6 +11,8 @@ import pyro_bmr as bmr
 from pyro_bmr.experiments.models import load_model, model_names
 
 DIGITS = bmr.load("digits")
+LINEAR = {"linear_regression", "logistic_regression", "lenet_caffe"}
+SLOW = {"gru", "lenet", "mlp_mixer", "transformer"}  # "vit" has the layers of the last two
 
 
 @pytest.mark.filterwarnings(
@@ -19,9 +21,12 @@ DIGITS = bmr.load("digits")
 @pytest.mark.parametrize(
     "name",
     [
-        *sorted(set(model_names()) - {"linear_regression", "logistic_regression", "lenet_caffe"}),
+        *(
+            pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+            for name in sorted(set(model_names()) - LINEAR)
+        ),
         "lenet:6-16-120-84-relu",
-        "resnet:16-32-group",
+        pytest.param("resnet:16-32-group", marks=pytest.mark.slow),
     ],
 )
 def test_lifted_fitted_reduced_exported_and_shrunk(name):

@@ -19,22 +19,30 @@ IMPORTED_WHERE_USED = (
 
 @pytest.fixture(scope="module")
 def imported():
-    """What `import pyro_bmr` adds to the modules that torch and Pyro import themselves."""
+    """What `import pyro_bmr` adds to the modules that torch and Pyro import themselves, and what
+    loading the digits adds to those.
+    """
     code = (
         "import sys, torch, pyro; known = set(sys.modules); import pyro_bmr;"
-        " print(*sorted(set(sys.modules) - known))"
+        " print(*sorted(set(sys.modules) - known));"
+        " pyro_bmr.load('digits'); print(*sorted(set(sys.modules) - known))"
     )
-    return set(
-        subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
-        ).stdout.split()
-    )
+    lines = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
+    ).stdout.splitlines()
+    return [set(line.split()) for line in lines]
 
 
 @pytest.mark.parametrize("package", IMPORTED_WHERE_USED)
 def test_an_import_of_the_library_does_not_import(package, imported):
-    assert "pyro_bmr" in imported
-    assert not {name for name in imported if name.split(".")[0] == package}
+    first, _ = imported
+    assert "pyro_bmr" in first
+    assert not {name for name in first if name.split(".")[0] == package}
+
+
+def test_the_digits_are_read_without_scikit_learn(imported):
+    first, loaded = imported
+    assert loaded >= first and not {name for name in loaded if name.split(".")[0] == "sklearn"}
 
 
 def test_every_folder_with_code_is_a_package_that_is_installed():

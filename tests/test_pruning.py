@@ -40,7 +40,9 @@ def test_value_density_and_kl_of_masked_entries_are_exactly_zero():
     assert kl.item() == pytest.approx(by_hand.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize(
+    "elbo", [pytest.param(Trace_ELBO, marks=pytest.mark.slow), TraceMeanField_ELBO]
+)
 def test_plain_svi_under_a_mask(elbo):
     """MeanField in Pyro's own loop: pruned coefficients get no gradient, the others their
     posterior.

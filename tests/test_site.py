@@ -53,4 +53,5 @@ def test_an_example_of_the_gallery_runs(script, tmp_path, monkeypatch):
 
 
 def test_every_example_is_seen():
-    assert [path.stem for path in GALLERY] == ["pruned_digits", "pyro_program", "regression_table"]
+    names = ["numpyro_model", "pruned_digits", "pymc_model", "pyro_program", "regression_table"]
+    assert [path.stem for path in GALLERY] == names

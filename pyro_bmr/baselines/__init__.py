@@ -26,6 +26,6 @@ BASELINES: dict[str, tuple[Any, type[Any]]] = {
 options).
 """
 OF_REAL_TARGETS = ("plain", "magnitude", "rewinding")
-"""The baselines that take real targets as well as classes."""
+"""The baselines that take real targets, and others that have a density, as well as classes."""
 
 __all__ = ["BASELINES", "OF_REAL_TARGETS", "EverySignalToNoise", "Trained", "options_of"]

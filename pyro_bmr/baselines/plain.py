@@ -40,7 +40,9 @@ class Calibrated(Budget):
     from such a run: then nothing is held out.
 
     The noise of real targets is the root mean square of the residuals of the training rows, and
-    `scale` is the factor on it; `calibrate` takes that of the held-out rows.
+    `scale` is the factor on it; `calibrate` takes that of the held-out rows. Labels of yes or no
+    have a temperature of their logits; counts and a noise that the network gives have a `scale` of
+    1.
     """
 
     validation: float = 1 / 6
@@ -104,13 +106,14 @@ def trained_network(
     or the noise that its options ask for.
     """
     net.eval()
-    real = rows.y.is_floating_point()
+    real = rows.y.is_floating_point() and rows.likelihood is None
     noise = residual(outputs_of(net, rows.x), rows.y) if real else 1.0
     scale = options.scale
     if options.calibrate and rows.x_held is not None and rows.y_held is not None:
-        scale = held_out_scale(outputs_of(net, rows.x_held), rows.y_held, noise)
+        held = outputs_of(net, rows.x_held)
+        scale = held_out_scale(held, rows.y_held, noise, rows.likelihood)
     return Trained(
-        predictive(partial(outputs_of, net), rows.y, scale, noise),
+        predictive(partial(outputs_of, net), rows.y, scale, noise, rows.likelihood),
         dict(net.state_dict()),
         net,
         history,

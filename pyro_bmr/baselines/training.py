@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_bmr.baselines.options import Budget
-from pyro_bmr.baselines.targets import fitted_nll, plain_loss
+from pyro_bmr.baselines.targets import fitted_nll, plain_likelihood, plain_loss
 from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import FitError
 from pyro_bmr.fitting.fit import Fit
@@ -45,6 +45,7 @@ class Trained:
     of the training. `elbo`, `delta_f`: nats, NaN where there is none. `extra`: further figures of
     the method, each a column of the table. `fit`, `declared`, `reduction`: the fit of a posterior,
     its prior, and the reduction after it, where there is one. `cautions`: what may mislead in it.
+    `trials`: temperature → held-out NLL, nats per row, where trials chose the temperature.
     """
 
     predict: Callable[[Tensor], Prediction]
@@ -60,6 +61,7 @@ class Trained:
     declared: Prior | None = None
     reduction: Reduction | None = None
     cautions: tuple[str, ...] = ()
+    trials: dict[float, float] = field(default_factory=dict)
 
 
 class Rows(NamedTuple):
@@ -69,6 +71,7 @@ class Rows(NamedTuple):
     y: Tensor
     x_held: Tensor | None = None
     y_held: Tensor | None = None
+    likelihood: Any = None  # by whose density a network is trained (`plain_likelihood`)
 
 
 def held_out(data: Data, fraction: float | None) -> Rows:
@@ -76,10 +79,11 @@ def held_out(data: Data, fraction: float | None) -> Rows:
     seed. None holds nothing out. Validation rows that the data came with are taken instead, and all
     training rows are trained on.
     """
+    likelihood = plain_likelihood(data)
     if fraction is None:
-        return Rows(data.x_train, data.y_train)
+        return Rows(data.x_train, data.y_train, likelihood=likelihood)
     split = validation_data(data, fraction)
-    return Rows(split.x_train, split.y_train, split.x_test, split.y_test)
+    return Rows(split.x_train, split.y_train, split.x_test, split.y_test, likelihood)
 
 
 def train(
@@ -179,21 +183,24 @@ class _Training:
         row = {
             "epoch": epoch,
             "step": self.step,
-            "expected_log_likelihood": -fitted_nll(summed / (self.steps - done), rows.y)
+            "expected_log_likelihood": -fitted_nll(
+                summed / (self.steps - done), rows.y, rows.likelihood
+            )
             * len(rows.x),
             "kept": kept(self.net),
             "learning_rate": self.optimiser.param_groups[0]["lr"],
         }
         if rows.x_held is not None and rows.y_held is not None:
-            held = plain_loss(outputs_of(self.net, rows.x_held), rows.y_held)
-            row["validation_nll"] = fitted_nll(float(held), rows.y_held)
+            outputs = outputs_of(self.net, rows.x_held)
+            held = float(plain_loss(outputs, rows.y_held, rows.likelihood))
+            row["validation_nll"] = fitted_nll(held, rows.y_held, rows.likelihood)
         return row
 
     def _step(self, x: Tensor, y: Tensor) -> float:
         """Takes a step, and returns `plain_loss` before it, nats per row."""
         self.optimiser.zero_grad()
         outputs = self.net(x)
-        usual = plain_loss(outputs, y)
+        usual = plain_loss(outputs, y, self.rows.likelihood)
         nats = usual if self.loss is None else self.loss(outputs, y, self.step / self.total)
         nats.backward()
         self.optimiser.step()

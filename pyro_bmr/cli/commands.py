@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from pyro_bmr.cli.command_line import parser
+from pyro_bmr.cli.fits import fit_run
 from pyro_bmr.cli.grids import compare, run_study
-from pyro_bmr.cli.networks import export_run, fit_run, reduce_run
-from pyro_bmr.cli.options import parser
+from pyro_bmr.cli.networks import export_run, reduce_run
 from pyro_bmr.cli.selection import select
 from pyro_bmr.cli.trained import prune_network
 from pyro_bmr.data.named import sources

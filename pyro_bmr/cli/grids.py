@@ -19,6 +19,7 @@ from pyro_bmr.experiments import plots
 from pyro_bmr.experiments.compare import comparison, run_comparison, summary
 from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.declaration import declare
+from pyro_bmr.experiments.models import default_model
 from pyro_bmr.experiments.report import printed, summary_of
 from pyro_bmr.experiments.settings import Settings
 from pyro_bmr.experiments.study import cells_left, check_jobs, study
@@ -32,10 +33,10 @@ def compare(arguments: argparse.Namespace) -> int:
     settings = Settings(
         **{field.name: getattr(arguments, field.name) for field in fields(Settings)}
     )
-    data = load(arguments.data, arguments.target)
+    data = load(arguments.data, arguments.target, arguments.likelihood)
     set_threads(arguments.threads)
     check_jobs(arguments.jobs)
-    model = arguments.model or ("mlp" if data.task == "classification" else "linear_regression")
+    model = arguments.model or default_model(data)
     source = f"{arguments.data}:{arguments.target}" if arguments.target else arguments.data
     declared = comparison(
         model,
@@ -46,12 +47,13 @@ def compare(arguments: argparse.Namespace) -> int:
         settings,
         source,
         arguments.baselines,
+        arguments.likelihood,
     )
     done = run_comparison(
         declared, arguments.out, jobs=arguments.jobs, progress=shows_progress(arguments)
     )
     print(printed(summary(done.table)), end="\n\n")
-    print("\n".join(conclusions(done.table, done.failed)))
+    print("\n".join([*conclusions(done.table, done.failed), *declared.remarks]))
     print(
         f"\nresults.csv, report.html, report.md, pictures and {len(done.table)} exported networks"
         f" are in {arguments.out}"

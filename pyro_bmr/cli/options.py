@@ -1,17 +1,13 @@
 """The options of the command line, as data: which command has which, with their help.
 
-Owns `parser`. What the commands do is in `grids.py`, `networks.py` and `trained.py`; options that
-several of them have are in `shared_options.py`.
+Owns the options of each command; those that several of them have are in `shared_options.py`. Next:
+`command_line.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
 
-from pyro_bmr.cli.parsers import Help, Parser, without_command
 from pyro_bmr.cli.shared_options import (
     DRAWS,
     PER,
@@ -27,52 +23,24 @@ from pyro_bmr.cli.shared_options import (
     jobs,
     number,
     problem,
+    temperature,
     text,
     whole,
     words,
 )
 from pyro_bmr.experiments.baseline_cells import IN_COMPARISONS
-from pyro_bmr.experiments.settings import GUIDES, OPTIMIZERS, ROUTES
+from pyro_bmr.experiments.settings import AUTO, GUIDES, OPTIMIZERS, ROUTES
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.guides.row_noise import PER_ROW, PER_STEP
-
-Command = Callable[[argparse.Namespace], int]
-
-
-def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
-    """The parser of the command line, which sets `run` to the function of the command that was
-    given.
-    """
-    description = (
-        "Sparse Bayesian networks by Bayesian model reduction: compare priors in one table, or fit,"
-        " reduce and export one network step by step."
-    )
-    whole = Parser(
-        prog="pyro-bmr",
-        description=description,
-        epilog="pyro-bmr COMMAND --help has the options of each command.",
-    )
-    whole.add_argument("--version", action="version", version=f"%(prog)s {version('pyro_bmr')}")
-    whole.set_defaults(run=without_command(whole))
-    added_to = whole.add_subparsers(metavar="COMMAND")
-    for name, (about, more, options) in _COMMANDS.items():
-        added = added_to.add_parser(
-            name,
-            help=about,
-            description=f"{about[0].upper()}{about[1:]}. {more}",
-            formatter_class=Help,
-        )
-        added.set_defaults(run=commands[name])
-        for name_or_flag, rules in options().items():
-            added.add_argument(name_or_flag, **rules)
-    return whole
 
 
 def _fit_options() -> Options:
     rates = ", ".join(f"{rate:g} for {name}" for name, (_, rate) in OPTIMIZERS.items())
     estimators = ", ".join((*PER_STEP, *PER_ROW))
     return {
-        "--epochs": whole(None, "N", "passes over the training rows; by default 3,000 steps"),
+        "--epochs": whole(
+            None, "N", "passes over the training rows; by default 20, but 3,000 to 16,000 steps"
+        ),
         "--batch-size": whole(USUAL.batch_size, "ROWS", "rows of a step"),
         "--optimizer": text(
             None, "NAME", f"{', '.join(OPTIMIZERS)}; by default the second for mean field"
@@ -80,12 +48,14 @@ def _fit_options() -> Options:
         "--learning-rate": number(None, "RATE", f"by default {rates}; it falls to 0 over the fit"),
         "--guide": text(USUAL.guide, "NAME", f"of all but map: {', '.join(GUIDES)}"),
         "--estimator": text(USUAL.estimator, "NAME", f"of mean field's gradient: {estimators}"),
-        "--temperature": number(
-            None,
-            "T",
-            "1 is Bayes; less counts the data more often. By default 1 for real targets; for"
-            " classes 1 (map), 0.1 (fitted) and 0.3 (reduced)",
-        ),
+        "--temperature": {
+            "type": temperature,
+            "default": AUTO,
+            "metavar": "T",
+            "help": "1 is Bayes; less counts the data more often. auto: 1 for real targets and map;"
+            " for classes, what shorter fits score best with on held-out rows, which also give a"
+            " temperature of the predictions",
+        },
     }
 
 
@@ -97,7 +67,8 @@ def _reductions(kept: str, every: str) -> Options:
     }
 
 
-def _compare() -> Options:
+def compare_options() -> Options:
+    """Those of `pyro-bmr compare`."""
     return {
         **problem(),
         "--priors": words(["gaussian:layer", "horseshoe", "spike-and-slab"], "PRIOR", PRIOR_NAMES),
@@ -134,7 +105,8 @@ def _compare() -> Options:
     }
 
 
-def _study() -> Options:
+def study_options() -> Options:
+    """Those of `pyro-bmr study`."""
     return {
         "file": {"metavar": "FILE", "help": "the declaration, a TOML file"},
         "--out": text(
@@ -151,7 +123,8 @@ def _study() -> Options:
     }
 
 
-def _fit() -> Options:
+def fit_options() -> Options:
+    """Those of `pyro-bmr fit`."""
     return {
         **problem(),
         "--prior": text("gaussian:layer", None, PRIOR_NAMES),
@@ -170,12 +143,17 @@ def _fit() -> Options:
             "save the fit in RUN/checkpoints as it runs, and go on from there if it was stopped"
             " before"
         ),
+        "--checkpoint-seconds": number(60.0, "SECONDS", "between two saves of --resume"),
+        "--shard": flag(
+            "share the posterior out over the processes that torchrun has started; Gaussian priors"
+        ),
         "--out": text("results/run", "RUN", "folder of the run"),
         **QUIET,
     }
 
 
-def _reduce() -> Options:
+def reduce_options() -> Options:
+    """Those of `pyro-bmr reduce`."""
     folder = "folder of a run of pyro-bmr fit, or of a cell; the reduction is saved in it"
     return {
         "run_folder": {"metavar": "RUN", "help": folder},
@@ -187,11 +165,15 @@ def _reduce() -> Options:
         "--kept": number(
             None, "FRACTION", "instead of the threshold, the fraction of weights that is kept"
         ),
+        "--window": flag(
+            "go on to the smallest model that is nearly as probable, for columns of a regression"
+        ),
         **DRAWS,
     }
 
 
-def _export() -> Options:
+def export_options() -> Options:
+    """Those of `pyro-bmr export`."""
     folder = "folder of a run or of a cell; its last reduction is exported if it has one"
     return {
         "run_folder": {"metavar": "RUN", "help": folder},
@@ -205,7 +187,8 @@ def _export() -> Options:
     }
 
 
-def _prune() -> Options:
+def prune_options() -> Options:
+    """Those of `pyro-bmr prune`."""
     return {
         **problem(),
         "--weights": {
@@ -238,10 +221,11 @@ def _prune() -> Options:
     }
 
 
-def _select() -> Options:
+def select_options() -> Options:
+    """Those of `pyro-bmr select`."""
     families = (
-        "normal, poisson, negative-binomial, bernoulli, categorical; by default normal for a target"
-        " of numbers"
+        "normal, student-t, poisson, negative-binomial, bernoulli, categorical, ordinal; by default"
+        " normal for a target of numbers"
     )
     return {
         "file": {
@@ -250,6 +234,8 @@ def _select() -> Options:
         },
         "--target": {"required": True, "metavar": "COLUMN", "help": "the column to predict"},
         "--family": text(None, "NAME", f"{families}, and classes for one of texts"),
+        "--exposure": text(None, "COLUMN", "the exposure of each row, for counts"),
+        "--order": text(None, "LOW,…,HIGH", "the classes of --family ordinal that are no numbers"),
         "--prior": text("spike-and-slab", None, "spike-and-slab, horseshoe, gaussian"),
         "--steps": whole(None, "N", "of each run of the search; by default 1,000 or 200"),
         "--draws": whole(2000, "N", "posterior draws"),
@@ -257,48 +243,3 @@ def _select() -> Options:
         "--seed": whole(0, None, "of everything random"),
         "--out": text("results/select", "DIR", "folder of the results"),
     }
-
-
-_COMMANDS: dict[str, tuple[str, str, Callable[[], Options]]] = {
-    "compare": (
-        "fit and score each prior by each route with each seed, in one table",
-        "Finished cells are not run again.",
-        _compare,
-    ),
-    "study": (
-        "run a declared grid of models, data, methods and seeds, and report it",
-        "Finished cells are not run again; see docs/studies.md.",
-        _study,
-    ),
-    "fit": (
-        "fit one network and save it as a run",
-        "pyro-bmr reduce and pyro-bmr export take the run from there.",
-        _fit,
-    ),
-    "reduce": (
-        "say which weights of a run the evidence does without, and prune them",
-        "No new fit; the run keeps the posterior of the fit.",
-        _reduce,
-    ),
-    "export": (
-        "write a run as plain torch, smaller if asked, in several formats",
-        "The files load without pyro_bmr.",
-        _export,
-    ),
-    "prune": (
-        "prune a network that is trained already, without training it",
-        "No labels are needed; see docs/tutorial_pruning.md.",
-        _prune,
-    ),
-    "select": (
-        "say which columns of a table predict its target, and how sure that is",
-        "Texts and missing values are encoded; see docs/tables.md.",
-        _select,
-    ),
-    "data": (
-        "list the data sets: which are installed, how to install the others",
-        "Files of your own need no installing: see --data.",
-        dict,
-    ),
-}
-"""Name → what it does, a line more of its help, its options."""

@@ -23,7 +23,10 @@ from pyro_bmr.files import make_folder, reading, write_atomically
 if TYPE_CHECKING:
     import pandas as pd
 
-FAMILIES = ("normal", "poisson", "negative-binomial", "bernoulli", "categorical")
+_NUMBERS = ("normal", "student-t", "poisson", "negative-binomial")
+_CLASSES = ("bernoulli", "categorical", "ordinal")
+FAMILIES = (*_NUMBERS, *_CLASSES)
+_COUNTS = ("poisson", "negative-binomial")
 _FEW = 10  # different whole numbers: classes if the family says so, numbers otherwise
 
 
@@ -33,9 +36,17 @@ def select(arguments: argparse.Namespace) -> int:
     table, y = _read(Path(arguments.file), arguments.target)
     family = arguments.family or _family_of(y)
     model = _estimator(family, arguments)
-    if family in ("bernoulli", "categorical"):
+    if arguments.folds > len(y):
+        raise DataError(
+            f"--folds: expected at most {len(y)}, the rows with a target, got {arguments.folds}"
+        )
+    if arguments.exposure not in (None, *table.columns):
+        raise _no_column("--exposure", arguments.exposure, table)
+    if family in _CLASSES:
         _check_classes(family, y, arguments.target)
-        y = y.astype(str)
+        y = _ordered(y, arguments) if family == "ordinal" else y.astype(str)
+    else:
+        _check_numbers(family, y, arguments.target)
     make_folder(Path(arguments.out))
     model.fit(table, y)
     summary = model.summary()
@@ -55,15 +66,21 @@ def _read(path: Path, target: str) -> tuple[pd.DataFrame, Any]:
     with reading(f"'{path}' is not a readable .csv file", DataError, "give it a header and rows"):
         table = pd.read_csv(path)
     if target not in table.columns:
-        raise DataError(
-            f"--target: expected one of the columns {', '.join(map(str, table.columns))}, got"
-            f" '{target}'"
-        )
+        raise _no_column("--target", target, table)
     missing = table[target].isna()
     if missing.any():
         warn(f"{int(missing.sum())} rows without {target} are left out")
         table = table[~missing].reset_index(drop=True)
+    if not len(table):
+        raise DataError(f"'{path}': expected rows with a value of {target}, got none")
     return table.drop(columns=target), table[target]
+
+
+def _no_column(option: str, name: str, table: pd.DataFrame) -> DataError:
+    columns = ", ".join(map(str, table.columns))
+    if len(table.columns) == 1 and ";" in columns:
+        columns += " (of a file with ';' between its columns; give it ',')"
+    return DataError(f"{option}: expected one of the columns {columns}, got '{name}'")
 
 
 def _family_of(y: Any) -> str:
@@ -83,20 +100,61 @@ def _check_classes(family: str, y: Any, target: str) -> None:
         )
 
 
+def _check_numbers(family: str, y: Any, target: str) -> None:
+    if y.dtype.kind not in "iuf":
+        raise DataError(
+            f"--family {family}: expected numbers in {target}, got others, such as"
+            f" {y.iloc[0]!r}; mend them, or choose a family of classes"
+        )
+
+
+def _ordered(y: Any, arguments: argparse.Namespace) -> Any:
+    """The classes in the order given, or that of numbers."""
+    import pandas as pd
+
+    if arguments.order is None:
+        if y.dtype.kind in "iuf":
+            return y
+        names = ",".join(sorted(map(str, y.unique())))
+        raise DataError(
+            f"--family ordinal: expected --order with the classes of {arguments.target} from the"
+            f" lowest on, since they are no numbers; such as --order {names} in their true order"
+        )
+    order = [name.strip() for name in arguments.order.split(",")]
+    found = y.astype(str)
+    if len(set(order)) < len(order) or not set(found) <= set(order):
+        raise DataError(
+            f"--order: expected each class of {arguments.target} once, {', '.join(found.unique())},"
+            f" got {arguments.order}"
+        )
+    return found.astype(pd.CategoricalDtype(order, ordered=True))
+
+
 def _estimator(family: str, arguments: argparse.Namespace) -> Any:
+    from pyro_bmr import likelihoods
     from pyro_bmr.estimators import SparseClassifier, SparseRegressor
 
     if family not in FAMILIES:
         raise DataError(f"--family: expected one of {', '.join(FAMILIES)}, got '{family}'")
+    for option, families in (("exposure", _COUNTS), ("order", ("ordinal",))):
+        if getattr(arguments, option) is not None and family not in families:
+            raise DataError(
+                f"--{option}: expected --family {' or '.join(families)}, got {family}; leave it out"
+            )
     options: dict[str, Any] = {
         "prior": arguments.prior,
         "steps": arguments.steps,
         "draws": arguments.draws,
         "random_state": arguments.seed,
     }
-    if family in ("bernoulli", "categorical"):
-        return SparseClassifier(**options)
-    return SparseRegressor(family=family, **options)
+    if family in _CLASSES:
+        # the others follow from the number of classes
+        kind = "ordinal" if family == "ordinal" else "categorical"
+        return SparseClassifier(family=kind, **options)
+    if arguments.exposure is None:
+        return SparseRegressor(family=family, **options)
+    counts = likelihoods.Poisson if family == "poisson" else likelihoods.NegativeBinomial
+    return SparseRegressor(family=counts(exposure=arguments.exposure), **options)
 
 
 def _texts(summary: pd.DataFrame) -> pd.DataFrame:
@@ -179,6 +237,9 @@ def _write(
         f"pyro-bmr select {shlex.quote(arguments.file)} --target {shlex.quote(arguments.target)}"
         f" --family {family} --prior {arguments.prior} --seed {arguments.seed}"
     )
+    for option in ("exposure", "order"):
+        if getattr(arguments, option) is not None:
+            command += f" --{option} {shlex.quote(getattr(arguments, option))}"
     lines = [f"# {title}", "", state, "", *(f"- {line}" for line in said), "", markdown(texts)]
     lines += ["", f"![{caption}](pictures/fit.png)", "", f"Made with `{command}`.", ""]
     numbers = summary.reset_index()

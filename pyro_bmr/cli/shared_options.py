@@ -10,7 +10,8 @@ from typing import Any
 
 from pyro_bmr.data.named import sources
 from pyro_bmr.experiments.models import model_names
-from pyro_bmr.experiments.settings import Settings
+from pyro_bmr.experiments.settings import AUTO, Settings
+from pyro_bmr.likelihoods.names import LIKELIHOODS
 from pyro_bmr.priors.names import PRIORS
 from pyro_bmr.reduction.groups import GROUPS
 
@@ -42,6 +43,11 @@ def number(default: float | None, metavar: str | None, help: str) -> dict[str, A
 def whole(default: int | None, metavar: str | None, help: str) -> dict[str, Any]:
     """An option that takes a whole number."""
     return {"type": int, "default": default, "metavar": metavar, "help": help}
+
+
+def temperature(given: str) -> float | str:
+    """The value of an option that is a number, or the word auto."""
+    return given if given == AUTO else float(given)
 
 
 def flag(help: str) -> dict[str, Any]:
@@ -79,11 +85,20 @@ def problem() -> Options:
     """The model and the data."""
     own = (
         "sizes after a colon, as in mlp:500-500; or FILE.py with build(data, prior). By default"
-        " mlp, or linear_regression for real targets"
+        " mlp, or linear_regression for real targets with one noise"
     )
     data = f"{', '.join(sources())}, FILE.npz, FILE.csv, or a folder of IDX files"
     return {
         "--model": text(None, None, f"{', '.join(model_names())}; {own}"),
         "--data": text("digits", None, data),
-        "--target": text(None, "COLUMN", "the column of FILE.csv to predict"),
+        "--target": text(
+            None, "COLUMN", "the column of FILE.csv to predict; several with commas between them"
+        ),
+        "--likelihood": text(
+            None,
+            "NAME",
+            f"of the targets: {', '.join(LIKELIHOODS)}; options after a colon, as in"
+            " poisson:exposure=COLUMN,weights=COLUMN or normal:missing=ignore. By default classes"
+            " for texts and whole numbers, else normal",
+        ),
     }

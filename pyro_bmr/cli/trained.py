@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pyro_bmr.cli.grids import set_threads, shows_progress
+from pyro_bmr.cli.scoring import network_scores
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.data.named import load
 from pyro_bmr.errors import ModelError
-from pyro_bmr.experiments.models import load_model
+from pyro_bmr.experiments.models import default_model, load_model
 from pyro_bmr.exporting import deploy
 from pyro_bmr.files import reading
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.post_training import Pruned, prune
-from pyro_bmr.prediction import metrics
 from pyro_bmr.priors import Gaussian
 from pyro_bmr.reduction.groups import NofM
 from pyro_bmr.shrinking import shrink
@@ -31,8 +30,8 @@ from pyro_bmr.shrinking import shrink
 def prune_network(arguments: argparse.Namespace) -> int:
     """Prunes a trained network, writes it, and prints its layers and what is lost."""
     set_threads(arguments.threads)
-    data = load(arguments.data, arguments.target)
-    model = arguments.model or ("mlp" if data.task == "classification" else "linear_regression")
+    data = load(arguments.data, arguments.target, arguments.likelihood)
+    model = arguments.model or default_model(data)
     program = load_model(model)(data, Gaussian())
     if not isinstance(program, BayesianNetwork):
         raise ModelError(
@@ -61,10 +60,10 @@ def prune_network(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace, net: nn.Module, pruned: Pruned, data: Data) -> None:
-    example, small = data.x_test[:128], pruned.net
+    example, small = data.seen(data.x_test[:128]), pruned.net
     if arguments.shrink:
         small = shrink(pruned.net, pruned.masks, example)
-    before, after = (_score(one, data) for one in (net, small))
+    before, after = (network_scores(one, data) for one in (net, small))
     report = {
         "kept": pruned.kept,
         "delta_f": pruned.reduction.delta_f,
@@ -87,11 +86,10 @@ def _write(arguments: argparse.Namespace, net: nn.Module, pruned: Pruned, data: 
         print(f"stopped: {pruned.stopped}")
     print()
     print(table.to_string(index=False))
-    (name, first), (_, last) = next(iter(before.items())), next(iter(after.items()))
-    print(
-        f"\n{name} on the test rows: {first:.4g} before, {last:.4g} after, {pruned.kept:.1%} of the"
-        f" weights kept; the files are in {arguments.out}"
-    )
+    said = ""
+    for name in list(before)[:1]:
+        said = f"{name} on the test rows: {before[name]:.4g} before, {after[name]:.4g} after, "
+    print(f"\n{said}{pruned.kept:.1%} of the weights kept; the files are in {arguments.out}")
 
 
 def _with_weights(net: nn.Module, path: Path) -> nn.Module:
@@ -120,20 +118,10 @@ def _values(
     inferred = getattr(program.likelihood, "inferred", ())
     if inferred != ("noise",):
         return None
-    if noise is None:
-        noise = metrics.rmse(_outputs(net, data.x_train), data.y_train)
-    return {"noise": torch.tensor(float(noise))}
-
-
-@torch.no_grad()
-def _outputs(net: nn.Module, x: Tensor) -> Tensor:
-    outputs: Tensor = torch.cat([net(rows) for rows in x.split(1000)])
-    return outputs[:, 0] if outputs.ndim == 2 and outputs.shape[1] == 1 else outputs
-
-
-def _score(net: nn.Module, data: Data) -> dict[str, Any]:
-    """On the test rows: accuracy, or rmse in the units of the target."""
-    outputs = _outputs(net, data.x_test)
-    if data.task == "classification":
-        return {"accuracy": metrics.accuracy(outputs.softmax(1), data.y_test)}
-    return {"rmse": metrics.rmse(outputs, data.y_test) * data.target_scale}
+    each = getattr(program.likelihood, "noise", None) == "per output"
+    if noise is not None:
+        return {"noise": torch.full(data.y_train.shape[1:] if each else (), float(noise))}
+    with torch.no_grad():
+        outputs = torch.cat([net(rows) for rows in data.seen(data.x_train).split(1000)])
+    errors = (outputs.reshape(data.y_train.shape) - data.y_train).square()
+    return {"noise": (errors.nanmean(0) if each else errors.nanmean()).sqrt()}

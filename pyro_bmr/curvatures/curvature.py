@@ -10,17 +10,18 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_bmr.checks import check_arguments, is_whole
 from pyro_bmr.curvatures.factors import Curvature
-from pyro_bmr.curvatures.network_batches import batches, evaluation
+from pyro_bmr.curvatures.network_batches import batches, evaluation, own_rows
 from pyro_bmr.curvatures.passes import Pass
 from pyro_bmr.curvatures.scores import FISHERS, Loss
 from pyro_bmr.data.inputs import rows_in
 from pyro_bmr.errors import ModelError
-from pyro_bmr.isolation import isolated, seed_generators
+from pyro_bmr.isolation import isolated, seed_generators, seed_of
 from pyro_bmr.likelihoods.likelihood import Likelihood
 from pyro_bmr.memory import check_memory
 from pyro_bmr.networks.lifting import check_network
@@ -60,6 +61,9 @@ def curvature(
     Parameters that are used in another way, such as those of norm layers, recurrent layers and
     parametrizations, have the exact diagonal, and `Curvature.table` says why.
 
+    In a process group of torch.distributed, every process calls it with the same arguments, runs
+    its part of the rows, and gets the curvature of all of them.
+
     Args:
         net: any module; it runs in evaluation mode and is not changed.
         data: what `fit` takes. With ``fisher="true"`` inputs alone are enough.
@@ -92,13 +96,19 @@ def curvature(
         check_factors(wanted)
     given = {name: torch.as_tensor(value) for name, value in (values or {}).items()}
     run = Pass(net, Loss(likelihood, given), fisher, draws, wanted, structure == "kronecker")
-    seed_generators(seed)
-    rows = 0
-    with evaluation(net), tqdm(disable=not progress, unit="row", desc="curvature") as bar:
-        for x, y in batches(net, data, fisher == "empirical", batch_size, size):
-            run.add(x, y)
-            rows += rows_in(x)
-            bar.update(rows_in(x))
+    grouped = dist.is_available() and dist.is_initialized()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    seed_generators(seed_of(seed, rank))
+    rows, shown = 0, progress and rank == 0
+    with evaluation(net), tqdm(disable=not shown, unit="row", desc="curvature") as bar:
+        every = batches(net, data, fisher == "empirical", batch_size, size)
+        for count, x, y in own_rows(every, rank, processes, seed):
+            rows += count
+            bar.update(count)
+            if rows_in(x):
+                run.add(x, y)
+    if processes > 1:
+        run.sum_over_processes()
     return run.result(rows, rows if size is None else size)
 
 

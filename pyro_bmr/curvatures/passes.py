@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyro_bmr.curvatures.factors import Curvature, LayerCurvature
@@ -18,7 +19,7 @@ from pyro_bmr.curvatures.row_squares import row_squares
 from pyro_bmr.curvatures.scores import Loss, output_gradients
 from pyro_bmr.data.inputs import Inputs, called
 from pyro_bmr.errors import ModelError
-from pyro_bmr.likelihoods.likelihood import read_inputs
+from pyro_bmr.likelihoods.likelihood import check_read, read_inputs
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Pass:
 
     def add(self, x: Inputs, y: Tensor | None) -> Tensor:
         """Adds a batch; the output of the network, with its graph."""
+        check_read(self.loss.likelihood, x, "the data")
         inputs, read = read_inputs(self.loss.likelihood, x)
         with self.recorder.watching():
             output = output_of(called(self.net, inputs))
@@ -67,6 +69,31 @@ class Pass:
         weights = {name for name in factors if name not in others}
         biases = {factors[name].bias for name in weights}
         return weights | {name for name in biases if name is not None and name not in others}
+
+    def sum_over_processes(self) -> None:
+        """Gives all processes of the group the sums over theirs; a call of all of them.
+
+        Raises:
+            ModelError: their networks use other parameters, or one has had no rows.
+        """
+        factors = self.recorder.factors
+        found = {**{name: f.uses for name, f in factors.items()}, **self.recorder.others}
+        every: list[object] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, (sorted(found.items(), key=str), sorted(self.squares)))
+        if any(other != every[0] for other in every):
+            raise ModelError(
+                "curvature: the network uses other parameters in one process than in another, or a"
+                " process has no rows; give all of them the same network and data"
+            )
+        for name in sorted(factors):
+            factor = factors[name]
+            count = torch.tensor([float(factor.count)], dtype=torch.float64)
+            count = count.to(factor.inputs.device)
+            for total in (factor.inputs, factor.outputs, count):
+                dist.all_reduce(total)
+            factor.count = int(count)
+        for name in sorted(self.squares):
+            dist.all_reduce(self.squares[name])
 
     def result(self, seen: int, rows: int) -> Curvature:
         """The curvature of `rows` rows from those that were `seen`.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyro_bmr.data.inputs import Inputs, arguments, of_each, pieces
+from pyro_bmr.data.inputs import Inputs, call_arguments, of_each, pieces
 
 _BYTES = 1 << 27  # of the gradients that are held at once
 Run = Callable[[Any], Tensor]
@@ -40,7 +40,7 @@ def row_squares(
     values = {name: p.detach() for name, p in parameters.items()}
 
     def product(theta: dict[str, Tensor], row: Inputs, g: Tensor) -> Tensor:
-        args, named = arguments(of_each(lambda part: part[None], row))
+        args, named = call_arguments(net, of_each(lambda part: part[None], row))
         return (output_of(functional_call(net, theta, args, named)) * g[None]).sum()
 
     total = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in values.items()}

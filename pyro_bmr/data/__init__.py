@@ -2,7 +2,8 @@
 held-out split.
 """
 
-from pyro_bmr.data.data_set import Data, split, standardised
+from pyro_bmr.data.data_set import Data
 from pyro_bmr.data.named import Source, load, sources
+from pyro_bmr.data.standardised import split, standardised
 
 __all__ = ["Data", "Source", "load", "sources", "split", "standardised"]

@@ -15,6 +15,7 @@ from pyro_bmr.checks import check_tensor
 from pyro_bmr.data.inputs import Inputs, of_each, parts_of, rows_in
 from pyro_bmr.data.tables import tensors_of
 from pyro_bmr.errors import DataError, PyroBMRError
+from pyro_bmr.likelihoods.likelihood import check_read
 
 LABELS = ("labels", "label")  # the keys of the targets in a dict, as Hugging Face has them
 Batch = tuple[Inputs, Tensor]
@@ -73,10 +74,11 @@ class BatchChecks:
 
     `check_target(y)` raises a DataError for a y outside the support, and `try_on(batch)` one for a
     batch on which the program does not run; a fit sets both once its program has run. With
-    `missing`, targets may be NaN.
+    `missing`, targets may be NaN. `likelihood`: of the program, for what it reads from x.
     """
 
-    def __init__(self, missing: bool = False) -> None:
+    def __init__(self, missing: bool = False, likelihood: Any = None) -> None:
+        self.likelihood = likelihood
         self.missing, self.kinds = missing, dict[str, tuple[Any, ...]]()
         self.shapes = set[Any]()
         self.check_target: Callable[[Tensor], None] = lambda y: None
@@ -151,6 +153,7 @@ class BatchChecks:
                         f"{where}, {row_of(row)}: {name} is NaN or infinite; drop or impute such"
                         " rows"
                     )
+        check_read(self.likelihood, x, where)
         try:
             self.check_target(y)
         except DataError as error:

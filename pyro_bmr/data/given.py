@@ -1,6 +1,6 @@
 """What users give as data: tensors, arrays, tables, data sets, loaders, iterables of batches.
 
-Owns `source_of` and `example_of`. Next: `data_set.py`.
+Owns `source_of`, `example_of` and `columns_in`. Next: `data_set.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyro_bmr.data.inputs import of_each, parts_of
 from pyro_bmr.data.loaders import of_loader
 from pyro_bmr.data.mapped_rows import mapped_rows
 from pyro_bmr.data.row_sources import Held, Indexed, Source, Stream, chunks
-from pyro_bmr.data.tables import tensors_of
+from pyro_bmr.data.tables import check_index, columns_of, tensors_of
 from pyro_bmr.errors import DataError, described
 
 _EXAMPLE = 16  # rows on which a network is tried
@@ -68,6 +68,12 @@ def example_of(value: Any, net: nn.Module) -> Any:
         lambda part: part[:_EXAMPLE].to(dtype if part.is_floating_point() else part.dtype), x
     )
     return x[0] if isinstance(x, tuple) and len(x) == 1 else x
+
+
+def columns_in(data: Any) -> tuple[str, ...] | None:
+    """The names of the columns of x, if `data` are a pair whose x is a table, or a table."""
+    x = data[0] if isinstance(data, (tuple, list)) and len(data) == 2 else data
+    return columns_of(x)
 
 
 def _found(data: Any, targets: bool, size: int | None) -> Source | None:
@@ -146,6 +152,7 @@ def _of_columns(x: Any, y: Any) -> Source:
     """
     if any(isinstance(column, np.memmap) for column in (*parts_of(x).values(), y)):
         return mapped_rows(x, y)
+    check_index(x, y)
     return Held(tensors_of(x, "x"), tensors_of(y, "y"))
 
 

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from pyro_bmr.data.data_set import Data, split, standardised
-from pyro_bmr.data.readers import IDX_FILES, idx_path, read_csv, read_idx_folder, read_npz
+from pyro_bmr.data.csv_file import read_csv
+from pyro_bmr.data.data_set import Data
+from pyro_bmr.data.readers import IDX_FILES, idx_path, read_idx_folder, read_npz
+from pyro_bmr.data.standardised import split, standardised
+from pyro_bmr.data.targets import kind_of
 from pyro_bmr.errors import DataError
+from pyro_bmr.likelihoods.likelihood import Likelihood
+from pyro_bmr.likelihoods.names import as_likelihood
 
 _HOME = Path(os.environ.get("PYRO_BMR_DATA", Path.home() / ".local" / "share" / "pyro_bmr"))
 _SHA256 = {
@@ -46,17 +52,32 @@ class Source:
     installed: Callable[[], bool]
 
 
-def load(name: str | Path, target: str | None = None) -> Data:
+def load(
+    name: str | Path,
+    target: str | Sequence[str] | None = None,
+    likelihood: str | Likelihood | None = None,
+) -> Data:
     """The data set called `name` (see `sources`), or the data in a file or folder.
 
     - ``FILE.npz``: arrays x_train, y_train, x_test, y_test, and x_val, y_val if there are; integer
       y is classification, float y regression. Images keep their shape.
-    - ``FILE.csv``: a header, numbers, and `target`, the column to predict; a fifth of the rows,
-      drawn once and for all, is the test split.
+    - ``FILE.csv``: a header, numbers, and `target`, the column to predict, or several; a fifth of
+      the rows, drawn once and for all, is the test split.
     - a folder with the four IDX files of MNIST's format, gzipped or not.
 
+    Args:
+        likelihood: of the targets, or its name with options (`likelihood_from_name`). What it reads
+            from x, such as an exposure, is the name of a column of FILE.csv, or the number of one
+            in FILE.npz. By default whole numbers and texts are classes, others real targets.
+
     Raises:
-        DataError: it does not exist, is not installed, or is not what its name says.
+        DataError: it does not exist, is not installed, is not what its name says, or has targets
+            that the likelihood does not take.
+        ModelError: there is no such likelihood.
+
+    Example:
+        >>> load("visits.csv", "visits", Poisson(exposure="years"))
+        >>> load("visits.csv", "visits", "negative-binomial:exposure=years,weights=w")
     """
     if not isinstance(name, (str, Path)):
         raise DataError(
@@ -64,22 +85,36 @@ def load(name: str | Path, target: str | None = None) -> Data:
         )
     path = Path(name)
     if str(name) in sources():
-        return sources()[str(name)].load()
+        return _under(sources()[str(name)].load(), likelihood)
     if not path.exists():
         raise DataError(
             f"no data set or file '{name}'; the data sets are: {', '.join(sources())}; files are"
             " .npz, .csv or a folder of IDX files"
         )
     if path.is_dir():
-        return read_idx_folder(path, path.name, {})
+        return _under(read_idx_folder(path, path.name, {}), likelihood)
     if path.suffix == ".npz":
-        return read_npz(path)
+        return read_npz(path, likelihood)
     if path.suffix == ".csv":
-        return read_csv(path, target)
+        return read_csv(path, target, likelihood)
     raise DataError(
         f"'{path}': expected a file .npz, .csv or a folder of IDX files, got"
         f" '{path.suffix or 'no suffix'}'"
     )
+
+
+def _under(data: Data, likelihood: str | Likelihood | None) -> Data:
+    """A data set of images or numbers under another likelihood of its kind."""
+    given = as_likelihood(likelihood, data.classes)
+    if given is None or given == data.likelihood():
+        return data
+    kinds = ("reals", "own") if data.classes is None else ("classes", "grades", "own")
+    if kind_of(given) not in kinds or getattr(given, "reads", {}):
+        raise DataError(
+            f"{data.name}: expected a likelihood of its {kinds[0]}, got {given!r}; write the arrays"
+            " into a .npz file to have them read under another"
+        )
+    return replace(data, family=given)
 
 
 def sources() -> dict[str, Source]:
@@ -111,6 +146,12 @@ def sources() -> dict[str, Source]:
 
 
 def _digits() -> Data:
+    package = find_spec("sklearn")
+    folder = Path(str(package.origin)).parent if package is not None else Path()
+    path = folder / "datasets" / "data" / "digits.csv.gz"
+    if path.is_file():  # to import scikit-learn takes ten times as long as to read its file
+        table = np.loadtxt(path, delimiter=",")
+        return split("digits", table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64))
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -125,8 +166,6 @@ def _diabetes() -> Data:
 
 
 def _has_mnist_1d() -> bool:
-    from importlib.util import find_spec
-
     return find_spec("mnist1d") is not None
 
 

@@ -1,4 +1,4 @@
-"""Readers of data files: .npz, .csv, and folders of IDX files in MNIST's format.
+"""Readers of arrays: .npz files, and folders of IDX files in MNIST's format.
 
 Next: `named.py`.
 """
@@ -11,17 +11,15 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_bmr.data.data_set import Data, split, split_of, standardised
-from pyro_bmr.data.table_encoding import fit_encoding
+from pyro_bmr.data.data_set import Data
+from pyro_bmr.data.standardised import standardised
 from pyro_bmr.errors import DataError
 from pyro_bmr.files import reading
-
-if TYPE_CHECKING:
-    import pandas as pd
+from pyro_bmr.likelihoods.likelihood import Likelihood
+from pyro_bmr.likelihoods.names import as_likelihood
 
 IDX_FILES = {
     "x_train": "train-images-idx3-ubyte",
@@ -31,7 +29,7 @@ IDX_FILES = {
 }
 
 
-def read_npz(path: Path) -> Data:
+def read_npz(path: Path, likelihood: str | Likelihood | None = None) -> Data:
     """`Data` from the arrays x_train, y_train, x_test, y_test, and x_val, y_val if there are."""
     with reading(
         f"'{path}' is not a readable .npz file without pickles",
@@ -47,83 +45,13 @@ def read_npz(path: Path) -> Data:
                     f"it has no {' and no '.join(missing)}; found:"
                     f" {', '.join(file.files) or 'nothing'}"
                 )
-            keys = [
-                *IDX_FILES,
-                *(("x_val", "y_val") if "x_val" in file.files and "y_val" in file.files else ()),
-            ]
-            arrays = [file[key] for key in keys]
-        if not all(isinstance(array, np.ndarray) for array in arrays):
+            more = [key for key in ("x_val", "y_val") if key in file.files]
+            arrays = {key: file[key] for key in (*IDX_FILES, *(more if len(more) == 2 else ()))}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
             raise ValueError("its members are no arrays")
-    return standardised(path.stem, *arrays)
-
-
-def read_csv(path: Path, target: str | None) -> Data:
-    """`Data` from a table with a header; `target` is the column to predict.
-
-    Texts become one column for each value, and gaps are filled in, as the training rows have it
-    (`fit_encoding`). The classes of a target of texts are numbered in their sorted order.
-    """
-    import pandas as pd
-
-    with reading(
-        f"'{path}' is not a readable .csv file",
-        DataError,
-        "give it a header and rows of numbers",
-    ):
-        table = pd.read_csv(path)
-    columns = ", ".join(_line(c) for c in table.columns)
-    if target is None or target not in table.columns:
-        raise DataError(
-            f"'{path}': name the column to predict with --target; its columns are: {columns}"
-            + ("" if target is None else f"; got '{target}'")
-        )
-    if len(table) < 5 or table.shape[1] < 2:
-        raise DataError(
-            f"'{path}': expected at least 5 rows and one feature beside the target, got"
-            f" {table.shape[0]} rows and {table.shape[1]} columns"
-        )
-    x, y = table.drop(columns=target), _target(path, table[target])
-    _refuse_infinite(path, x)
-    if all(kind in "iufb" for kind in map(_kind, x.dtypes.values)) and not x.isna().any(axis=None):
-        return split(path.stem, x.to_numpy(dtype=np.float64), y)
-    train, test = split_of(len(table))
-    encoding = fit_encoding(x.iloc[train])
-    if not encoding.places:
-        raise DataError(f"'{path}': no column is left to predict from; give numbers or categories")
-    parts = [part for rows in (train, test) for part in (encoding.encoded(x.iloc[rows]), y[rows])]
-    return standardised(path.stem, *parts)
-
-
-def _target(path: Path, column: pd.Series) -> np.ndarray:
-    """The target as numbers: of texts the number of each among the sorted ones."""
-    if column.isna().any():
-        row = int(column.isna().to_numpy().nonzero()[0][0])
-        raise DataError(
-            f"'{path}': target '{_line(column.name)}': expected a value in every row, got none in"
-            f" row {row + 2} of the file; leave such rows out"
-        )
-    if _kind(column.dtype) in "iufb":
-        return column.to_numpy()
-    classes = sorted({str(value) for value in column})
-    if len(classes) > max(2, len(column) // 2):
-        raise DataError(
-            f"'{path}': target '{_line(column.name)}': expected numbers or classes, got"
-            f" {len(classes)} different texts in {len(column)} rows"
-        )
-    return np.searchsorted(np.array(classes), [str(value) for value in column])
-
-
-def _refuse_infinite(path: Path, table: pd.DataFrame) -> None:
-    for name, column in table.items():
-        if _kind(column.dtype) == "f" and np.isinf(column.to_numpy()).any():
-            raise DataError(
-                f"'{path}': column '{_line(name)}': expected finite numbers, got infinity; leave"
-                " such rows out, or empty the cell to have it filled in"
-            )
-
-
-def _kind(dtype: Any) -> str:
-    return str(getattr(dtype, "kind", "O"))
+    y = arrays["y_train"]
+    grades = int(np.nanmax(y, initial=1)) + 1 if y.dtype.kind in "iuf" else None
+    return standardised(path.stem, **arrays, likelihood=as_likelihood(likelihood, grades))
 
 
 def idx_path(folder: Path, stem: str) -> Path | None:
@@ -187,7 +115,3 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
         raise DataError(
             f"'{path}': an array of {' × '.join(map(str, shape))} cannot be held; install it again"
         ) from None
-
-
-def _line(text: object) -> str:
-    return " ".join(str(text).split())

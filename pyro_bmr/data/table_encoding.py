@@ -1,12 +1,16 @@
 """A table with texts, categories and missing values as a matrix of numbers.
 
-Owns `TableEncoding`, fitted by `fit_encoding`, and `TableError`. Next: `readers.py`.
+Owns `TableEncoding`, fitted by `fit_encoding`, and `TableError`. Next: `csv_file.py`.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,7 +96,8 @@ def fit_encoding(table: pd.DataFrame) -> TableEncoding:
     Texts that differ in most rows, and columns without a value, are left out with a warning.
 
     Raises:
-        TableError: a column has values that are neither numbers nor texts.
+        TableError: a column has values that are neither numbers nor texts, or whole numbers that
+            float64 cannot tell apart.
     """
     numeric, levels = _kinds(table)
     encoder = _encoder(list(numeric), list(levels))
@@ -109,6 +114,7 @@ def _kinds(table: pd.DataFrame) -> tuple[list[Any], dict[Any, tuple[str, ...]]]:
         column = table[name]
         kind = getattr(column.dtype, "kind", "O")
         is_number = kind in "iufb" and not hasattr(column.dtype, "categories")
+        is_number = is_number or (kind == "O" and _are_numbers(column.dropna()))
         if not is_number and kind not in "OSUTb":
             raise TableError(
                 f"column {name!r}: expected numbers, texts or categories, got {column.dtype};"
@@ -118,11 +124,15 @@ def _kinds(table: pd.DataFrame) -> tuple[list[Any], dict[Any, tuple[str, ...]]]:
         if is_number and column.isna().all():
             dropped.append(f"{name!r} (nothing but missing values)")
         elif is_number:
+            check_told_apart(name, present)
             numeric.append(name)
         else:
             seen = sorted({str(value) for value in present})
             if len(seen) > max(2, _DISTINCT * len(present)) and len(present):
-                dropped.append(f"{name!r} ({len(seen)} different texts in {len(present)} rows)")
+                like = ", numbers with commas: take those out" if _have_commas(seen) else ""
+                dropped.append(
+                    f"{name!r} ({len(seen)} different texts in {len(present)} rows{like})"
+                )
                 continue
             levels[name] = (*seen, *([_MISSING] if column.isna().any() else []))
     if dropped:
@@ -130,14 +140,75 @@ def _kinds(table: pd.DataFrame) -> tuple[list[Any], dict[Any, tuple[str, ...]]]:
     return numeric, levels
 
 
+def check_told_apart(name: Any, present: pd.Series) -> None:
+    """Raises a TableError if whole numbers that differ are the same as float64."""
+    if getattr(present.dtype, "kind", "O") in "fb" or not len(present):
+        return
+    as_floats = present.map(_as_float)
+    if as_floats.abs().max() >= 2.0**53 and as_floats.nunique() < present.nunique():
+        raise TableError(
+            f"column {name!r}: expected numbers that differ as float64 too, got whole numbers"
+            f" from 2**53 on, of whose {present.nunique()} values {as_floats.nunique()} are left;"
+            " subtract the smallest, or make it text if it names things"
+        )
+
+
+def _as_float(number: Any) -> float:
+    """The float64 of a number, infinite beyond the largest."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.copysign(math.inf, number > 0 or -1)
+
+
+def _are_numbers(present: pd.Series) -> bool:
+    """Whether objects are real numbers, such as `Decimal`; truth values are none."""
+    kinds = set(map(type, present))
+    return bool(kinds) and all(
+        issubclass(kind, Real | Decimal) and not issubclass(kind, bool | np.bool_) for kind in kinds
+    )
+
+
+def _have_commas(texts: Sequence[str]) -> bool:
+    """Whether texts are numbers with commas between the thousands."""
+    return all(re.fullmatch(r"[-+]?\d{1,3}(,\d{3})*(\.\d+)?", text) for text in texts)
+
+
+def _as_numbers(name: Any, column: pd.Series) -> NDArray[np.float64]:
+    """A column that was numbers in training.
+
+    Raises:
+        TableError: a value is none now, or infinite.
+    """
+    import pandas as pd
+
+    if getattr(column.dtype, "kind", "O") == "O":
+        if _are_numbers(column.dropna()):
+            column = column.map(_as_float, na_action="ignore")
+        found = pd.to_numeric(column, errors="coerce")
+        wrong = (found.isna() & column.notna()).to_numpy()
+        if wrong.any():
+            row = int(wrong.nonzero()[0][0])
+            raise TableError(
+                f"column {name!r}: expected numbers, as in training, got {column.iloc[row]!r} in"
+                f" row {row}"
+            )
+        column = found
+    numbers = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    if (infinite := np.isinf(numbers)).any():
+        raise TableError(
+            f"column {name!r}: expected finite numbers, got infinity in row"
+            f" {int(infinite.nonzero()[0][0])}; leave such rows out, or empty the cell to have it"
+            " filled in"
+        )
+    return numbers
+
+
 def _plain(table: pd.DataFrame, numeric: Sequence[Any], levels: Any) -> pd.DataFrame:
     """The table with float64 for numbers and str for categories."""
     import pandas as pd
 
-    columns: dict[Any, Any] = {
-        name: pd.to_numeric(table[name]).to_numpy(dtype=np.float64, na_value=np.nan)
-        for name in numeric
-    }
+    columns: dict[Any, Any] = {name: _as_numbers(name, table[name]) for name in numeric}
     for name in levels:
         column = table[name]
         absent = column.isna().to_numpy()

@@ -1,6 +1,6 @@
 """Tensors from the arrays of NumPy and the tables of pandas.
 
-Owns `tensors_of`, for inputs and targets. Next: `batch.py`.
+Owns `tensors_of`, for inputs and targets, `check_index` and `columns_of`. Next: `batch.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import DataError
+from pyro_bmr.errors import DataError, warn
 
 
 def tensors_of(value: Any, name: str) -> Any:
     """`value` with tensors in the place of arrays and tables, also in tuples, lists and mappings,
-    which become tuples and dicts. Anything else is as it was.
+    which become tuples and dicts. Anything else is as it was. Tensors are cut off from the graph
+    that they were made in.
 
     An array keeps its numbers and their type, and where it can its memory. The columns of a
     DataFrame become the columns of one float64 tensor; a Series of whole numbers or truth values
@@ -28,7 +29,7 @@ def tensors_of(value: Any, name: str) -> Any:
         DataError: columns of a table are not numbers; the message names them.
     """
     if isinstance(value, Tensor):
-        return value
+        return value.detach() if value.requires_grad else value
     if isinstance(value, np.ndarray):
         return of_array(value) if value.dtype.kind in "biuf" else value
     if _is_table(value):
@@ -92,8 +93,38 @@ def _not_numbers(text: list[tuple[Any, Any]]) -> str:
     return f"column{'' if one else 's'} {named}{more} {'is' if one else 'are'} not numbers"
 
 
+def check_index(x: Any, y: Any) -> None:
+    """Raises DataError if the rows of two tables have the same labels in another order, and warns
+    if they have other labels: rows are matched by their place.
+    """
+    if not _is_table(y) or not _is_table(x) or x.index.equals(y.index) or len(x) != len(y):
+        return
+    if set(x.index) == set(y.index):
+        raise DataError(
+            "x and y: expected the same rows in the same order, got tables whose indexes differ in"
+            " their order; give y.loc[x.index]"
+        )
+    warn(
+        "x and y are tables with different indexes; their rows are matched by their place, the"
+        " first of one with the first of the other. Give y.reset_index(drop=True) and"
+        " x.reset_index(drop=True) if that is right"
+    )
+
+
+def columns_of(x: Any) -> tuple[str, ...] | None:
+    """The names of the columns of a table; None for anything else."""
+    return tuple(map(str, x.columns)) if _is_table(x) and hasattr(x, "columns") else None
+
+
 def _encoded(text: list[tuple[Any, Any]], single: bool) -> str:
     """How to make numbers of such columns."""
+    if all(getattr(dtype, "kind", "") in "mM" for _, dtype in text):
+        return "turn dates into numbers, (column - column.min()).dt.days, or drop them"
+    if all(dtype is np.dtype(object) for _, dtype in text) and not single:
+        kinds = {str(column): "float" for column, _ in text}
+        return (
+            f"if they hold numbers, convert them, frame.astype({kinds}); else encode or drop them"
+        )
     if single:
         return "number the classes: codes, classes = pandas.factorize(column)"
     names = [str(column) for column, _ in text]

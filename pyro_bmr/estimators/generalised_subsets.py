@@ -65,10 +65,24 @@ class GeneralisedLinear:
 
     def expansion(self, eta: Array) -> Regression:
         r"""The linear model whose log likelihood is the second-order expansion at η, (rows,
-        predictors), up to a constant.
+        predictors), up to a constant; the intercepts are projected out.
+        """
+        wide, turned, target = self.expanded_rows(eta)
+        intercepts = np.linalg.qr(turned)[0]
+        return Regression(
+            wide - intercepts @ (intercepts.T @ wide),
+            target - intercepts @ (intercepts.T @ target),
+            self.groups,
+            self.slabs,
+            self.log_slab_prior,
+            None,
+        )
+
+    def expanded_rows(self, eta: Array) -> tuple[Array, Array, Array]:
+        r"""Columns, intercepts and targets of that linear model, whose noise has variance 1.
 
         With minus the second derivative W = LLᵀ and the gradient g of each row, it has the rows Lᵀx
-        and the targets Lᵀη + L⁻¹g, and noise of variance 1. The intercepts are projected out.
+        and the targets Lᵀη + L⁻¹g.
         """
         gradient, curvature = self.family.derivatives(eta, self.y)
         rows, k = eta.shape
@@ -79,16 +93,7 @@ class GeneralisedLinear:
         turned = root.transpose(0, 2, 1)
         # row (n, m), coefficient (j, k): L_n[k, m] x_nj
         wide = (self.x[:, None, :, None] * turned[:, :, None, :]).reshape(rows * k, -1)
-        intercepts = np.linalg.qr(turned.reshape(rows * k, k))[0]
-        y = target.reshape(-1)
-        return Regression(
-            wide - intercepts @ (intercepts.T @ wide),
-            y - intercepts @ (intercepts.T @ y),
-            self.groups,
-            self.slabs,
-            self.log_slab_prior,
-            None,
-        )
+        return wide, turned.reshape(rows * k, k), target.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ class GeneralisedSubset:
         return penalty
 
     def _height(self, x: Array, value: Array) -> Array:
-        likelihood = self.of.family.log_likelihood(x @ value, self.of.y)
+        likelihood = self.of.family.log_density(x @ value, self.of.y).sum(-1)
         return likelihood - 0.5 * (self._penalty * value**2).sum((1, 2))
 
     def _slope(self, x: Array, value: Array) -> tuple[Array, Array]:

@@ -29,7 +29,7 @@ def data_tree(model: Any, X: Any, y: Any) -> Any:
         raise TableError("to_arviz: expected X and y together, got one of them")
     posterior = {"coefficients": model.coef_draws_, "intercept": model.intercept_draws_}
     classes = getattr(model, "classes_", None)
-    if classes is None and model.family == "normal":
+    if classes is None and model.family_ is None:
         posterior["noise_sd"] = np.sqrt(model.noise_draws_)
     several = model.coef_draws_.ndim == 3
     groups: dict[str, Any] = {"posterior": posterior}

@@ -68,17 +68,17 @@ def _inclusion(axes: Axes, model: Any, order: Any) -> None:
 
 
 def _predictions(axes: Axes, model: Any, X: Any, y: Any) -> None:
-    mean, spread = model.predict(X, return_std=True)
-    axes.errorbar(
-        mean, y, xerr=1.645 * spread, fmt="o", markersize=3, color=_KEPT, ecolor="0.85", zorder=2
-    )
+    mean, (low, high) = model.predict(X), model.predict_interval(X).T
+    reach = np.maximum([mean - low, high - mean], 0.0)  # the mean of counts may be outside
+    axes.errorbar(mean, y, xerr=reach, fmt="o", markersize=3, color=_KEPT, ecolor="0.85", zorder=2)
     ends = [min(mean.min(), np.min(y)), max(mean.max(), np.max(y))]
     axes.plot(ends, ends, color="0.3", linewidth=0.8, zorder=3)
     axes.set(xlabel="predicted, with 90 % interval", ylabel="observed", title="predictions")
 
 
 def _probabilities(axes: Axes, model: Any, X: Any, y: Any) -> None:
-    labels = np.searchsorted(model.classes_, np.asarray(y))
+    known = {name: k for k, name in enumerate(model.classes_.tolist())}
+    labels = np.array([known[name] for name in np.asarray(y).tolist()])
     found = model.predict_proba(X)[np.arange(len(labels)), labels]
     shaken = labels + np.random.default_rng(0).uniform(-0.2, 0.2, len(labels))
     axes.scatter(shaken, found, s=8, color=_KEPT, alpha=0.5)

@@ -4,20 +4,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from sklearn.base import RegressorMixin
-from sklearn.utils.validation import check_array, check_consistent_length, column_or_1d
+from sklearn.utils.validation import (
+    check_array,
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+)
 
 from pyro_bmr.data.table_encoding import TableError, refused
 from pyro_bmr.errors import holds, warn
-from pyro_bmr.estimators.families import Family, NegativeBinomial, Poisson
+from pyro_bmr.estimators.declared_family import (
+    COUNTS,
+    NUMBERS,
+    declared,
+    exposure_of,
+    number_family,
+)
+from pyro_bmr.estimators.families import NumberFamily
+from pyro_bmr.estimators.real_families import Normal, StudentT
 from pyro_bmr.estimators.subset_evidence import Array
-from pyro_bmr.estimators.table_model import TableModel
+from pyro_bmr.estimators.table_model import TableModel, as_table_error, split_exposure
 
-FAMILIES = ("normal", "poisson", "negative-binomial")
-_LARGEST = 30.0  # η
 _ROWS = 1024  # predicted at once
 _DISPERSED = 1.5  # times the variance of Poisson counts
 
@@ -30,17 +42,30 @@ class SparseRegressor(RegressorMixin, TableModel):
     penalty. Constant columns are left out with a warning.
 
     Args:
-        family: "normal", noise inferred; "poisson", counts with a log link; "negative-binomial",
-            counts that vary more, whose concentration is the most likely one (`concentration_`).
+        family: a name, or a likelihood of the library with its arguments.
+
+            - "normal", noise inferred, or ``bmr.Normal(noise=2.0)``.
+            - "student-t", for targets with outliers: scale and degrees of freedom are the most
+              probable ones (`family_`), or given, ``bmr.likelihoods.StudentT(df=4)``.
+            - "poisson", counts with a log link, ``bmr.Poisson(exposure="years")``: the column with
+              the exposure of each row, such as the time under observation, has no coefficient.
+            - "negative-binomial", counts that vary more, whose concentration is the most probable
+              one (`concentration_`); ``bmr.NegativeBinomial(exposure="years")``.
         prior: "spike-and-slab": averages over subsets of the columns, each weighed by its evidence,
             exact for "normal" and by Laplace's method otherwise. "gaussian": all columns, and what
-            `greedy_search` leaves of them. "horseshoe": Gibbs sampling, for "normal".
-        steps: of each of two runs of the search, or of the sampler; by default 1,000 (200 for a
-            family that is not normal, 2,000 for the horseshoe).
+            `greedy_search` leaves of them. "horseshoe": all columns, most of them shrunk.
+        engine: None takes the first of those that the prior has. "spike-and-slab": "search" over
+            subsets, or "mean-field" (the default beyond 20,000 columns, and beyond 5,000 of a
+            family that is not normal). "gaussian": "search", or "nuts", Pyro's, which takes
+            minutes. "horseshoe": "gibbs".
+        steps: of each of two runs of the search, of the sampler, or of the warm-up of NUTS; by
+            default 1,000 for the search (200 for a family that is not normal), 2,000 for Gibbs
+            sampling (4,000), 500 for NUTS.
         draws: of the posterior, that are kept.
         random_state: a seed, or None for another result each time.
 
-    Attributes are those of `TableModel`, and `noise_draws_`, draws of the noise variance.
+    Attributes are those of `TableModel`; `noise_draws_`, draws of the noise variance of "normal";
+    and `family_`, the family with its parameters, of a target divided by `target_scale_`.
 
     Raises:
         TableError: a column, the target or an option cannot be used.
@@ -54,14 +79,16 @@ class SparseRegressor(RegressorMixin, TableModel):
     def __init__(
         self,
         *,
-        family: str = "normal",
+        family: Any = "normal",
         prior: str = "spike-and-slab",
+        engine: str | None = None,
         steps: int | None = None,
         draws: int = 2000,
         random_state: Any = 0,
     ) -> None:
         self.family = family
         self.prior = prior
+        self.engine = engine
         self.steps = steps
         self.draws = draws
         self.random_state = random_state
@@ -70,43 +97,42 @@ class SparseRegressor(RegressorMixin, TableModel):
         """Fits; `X` is a DataFrame or an array (rows, columns), `y` (rows,) has no missing
         values.
         """
-        if self.family not in FAMILIES:
-            raise refused("family", f"one of {', '.join(FAMILIES)}", self.family)
+        name, likelihood = declared(self.family, NUMBERS)
         if y is None:
             raise TableError(
                 "y: expected a target; requires y to be passed, but the target y is None"
             )
-        y = column_or_1d(
-            check_array(y, ensure_2d=False, dtype=np.float64, input_name="y"), warn=True
-        )
+        with as_table_error("y"):
+            y = column_or_1d(
+                check_array(y, ensure_2d=False, dtype=np.float64, input_name="y"), warn=True
+            )
         table = self._table(X, reset=True)
-        check_consistent_length(X, y)
-        counts = self.family != "normal"
-        if counts and not bool(((y >= 0) & (y == np.floor(y))).all()):
-            rule = f"counts 0, 1, 2, … for family={self.family!r}"
-            raise TableError(f"y: expected {rule}, got other numbers; take family='normal'")
-        center, scale = (0.0, 1.0) if counts else (y.mean(), y.std() or 1.0)
-        families: dict[str, Family | None] = {
-            "normal": None, "poisson": Poisson(), "negative-binomial": NegativeBinomial(1.0)
-        }  # fmt: skip
-        found = self._fit_table(table, (y - center) / scale, families[self.family])
+        with as_table_error("y"):
+            check_consistent_length(X, y)
+        center, scale = _units(name, y)
+        family = number_family(name, likelihood, y, scale)
+        table, log_exposure = split_exposure(table, self._exposure())
+        if name in COUNTS:
+            family = replace(family, log_exposure=log_exposure)  # type: ignore[type-var]
+        found, self.family_ = self._fit_table(table, (y - center) / scale, family)
+        self._target, self.target_scale_ = name, scale
         mean, coefficients, mean_draws, coefficient_draws = self._store(found, 1)
         self.coef_, self.coef_draws_ = scale * coefficients[0], scale * coefficient_draws[:, 0]
         self.intercept_ = float(center + scale * mean[0])
         self.intercept_draws_ = center + scale * mean_draws[:, 0]
         self.noise_draws_ = scale**2 * self.noise_draws_
-        if self.family == "poisson":
-            self._warn_of_dispersion(table, y)
+        if name == "poisson":
+            self._warn_of_dispersion(X, y)
         return self
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """The posterior mean of the target, (rows,); with `return_std` also the standard deviation
-        of a new observation.
+        of a new observation, infinite for Student's distribution with up to 2 degrees of freedom.
         """
-        encoded = self._encoded(X)
-        if self.family == "normal" and not return_std:
-            return encoded @ self.coef_ + self.intercept_
-        parts = [self._moments(part) for part in _some_rows(encoded)]
+        check_is_fitted(self)
+        if self._target not in COUNTS and not return_std:
+            return self._encoded(X) @ self.coef_ + self.intercept_
+        parts = [self._moments(*part) for part in self._some_rows(X)]
         mean, std = (np.concatenate([part[k] for part in parts]) for k in range(2))
         return (mean, std) if return_std else mean
 
@@ -118,51 +144,63 @@ class SparseRegressor(RegressorMixin, TableModel):
             raise refused("level", "a number between 0 and 1", level)
         rng = np.random.default_rng(self.random_state)
         ends = [(1 - level) / 2, (1 + level) / 2]
-        new = (self._new(self._draws_of_eta(part), rng) for part in _some_rows(self._encoded(X)))
+        new = (family.draw(self._eta(part), rng) for part, family in self._some_rows(X))
         return np.concatenate([np.quantile(part, ends, axis=0).T for part in new])
-
-    def _moments(self, encoded: Array) -> tuple[Array, Array]:
-        """Mean and standard deviation of a new observation of each row."""
-        eta = self._draws_of_eta(encoded)
-        if self.family == "normal":
-            mean, noise = encoded @ self.coef_ + self.intercept_, self.noise_draws_.mean()
-            return mean, np.sqrt(eta.var(0) + noise)
-        rate = np.exp(np.minimum(eta, _LARGEST))
-        noise = (rate + rate**2 / self.concentration_).mean(0)
-        return rate.mean(0), np.sqrt(rate.var(0) + noise)
-
-    def _new(self, eta: Array, rng: np.random.Generator) -> Array:
-        """An observation for each draw and row."""
-        if self.family == "normal":
-            return eta + np.sqrt(self.noise_draws_)[:, None] * rng.standard_normal(eta.shape)
-        rate = np.exp(np.minimum(eta, _LARGEST))
-        if np.isfinite(r := self.concentration_):
-            rate = rng.gamma(r, rate / r)
-        return rng.poisson(rate).astype(np.float64)
-
-    def _pointwise(self, X: Any, y: Any) -> tuple[Array, Array, Array]:
-        """Log likelihood and a new observation, (draws, rows), for each draw and row; y."""
-        eta, y = self._draws_of_eta(self._encoded(X)), np.asarray(y, dtype=np.float64)
-        check_consistent_length(X, y)
-        if self.family == "normal":
-            var = self.noise_draws_[:, None]
-            each = -0.5 * ((y - eta) ** 2 / var + np.log(2 * np.pi * var))
-        else:
-            r = self.concentration_
-            family: Family = NegativeBinomial(r) if np.isfinite(r) else Poisson()
-            each = family.log_likelihood(eta[..., None, None], y[:, None])
-        return each, self._new(eta, np.random.default_rng(self.random_state)), y
 
     @property
     def concentration_(self) -> float:
         """r of the negative binomial's variance μ + μ²/r; infinite for Poisson counts."""
-        return float(getattr(self._family, "concentration", np.inf))
+        return float(getattr(self.family_, "concentration", np.inf))
 
-    def _warn_of_dispersion(self, table: Any, y: Array) -> None:
+    def _exposure(self) -> int | str | None:
+        return exposure_of(declared(self.family, NUMBERS)[1])
+
+    def _eta(self, encoded: Array) -> Array:
+        """(draws, rows, 1)."""
+        return (self.coef_draws_ @ encoded.T + self.intercept_draws_[:, None])[..., None]
+
+    def _predictive(self, log_exposure: Array | float) -> NumberFamily:
+        """Of rows with these exposures, in the units of the target."""
+        scale, family = self.target_scale_, self.family_
+        if self._target == "normal":
+            known = self.noise_draws_[:, None] if family is None else family.var * scale**2
+            return Normal(known)
+        if isinstance(family, StudentT):
+            return replace(family, scale=family.scale * scale)
+        found: NumberFamily = replace(family, log_exposure=log_exposure)
+        return found
+
+    def _some_rows(self, X: Any) -> list[tuple[Array, NumberFamily]]:
+        """The rows some at a time: there is a number for each draw and row."""
+        encoded, log_exposure = self._encoded_rows(X)
+        parts = max(1, -(-len(encoded) // _ROWS))
+        exposures = np.array_split(np.broadcast_to(log_exposure, len(encoded)), parts)
+        return [
+            (part, self._predictive(exposure))
+            for part, exposure in zip(np.array_split(encoded, parts), exposures, strict=True)
+        ]
+
+    def _moments(self, encoded: Array, family: NumberFamily) -> tuple[Array, Array]:
+        """Mean and standard deviation of a new observation of each row."""
+        eta = self._eta(encoded)
+        mean, var = family.mean(eta), family.variance(eta).mean(0)
+        center = mean.mean(0) if self._target in COUNTS else encoded @ self.coef_ + self.intercept_
+        return center, np.sqrt(mean.var(0) + var)
+
+    def _pointwise(self, X: Any, y: Any) -> tuple[Array, Array, Array]:
+        """Log likelihood and a new observation, (draws, rows), for each draw and row; y."""
+        encoded, log_exposure = self._encoded_rows(X)
+        eta, y = self._eta(encoded), np.asarray(y, dtype=np.float64)
+        check_consistent_length(X, y)
+        family = self._predictive(log_exposure)
+        new = family.draw(eta, np.random.default_rng(self.random_state))
+        return family.log_density(eta, y), new, y
+
+    def _warn_of_dispersion(self, X: Any, y: Array) -> None:
         """Warns if the counts vary more than Poisson counts: their intervals would be too narrow,
         and noise would be taken for effects.
         """
-        rate = self.predict(table)
+        rate = self.predict(X)
         ratio = float(((y - rate) ** 2 / np.maximum(rate, 1e-9)).sum()) / len(y)
         if ratio > _DISPERSED + 4 * np.sqrt(2 / len(y)):
             warn(
@@ -170,10 +208,13 @@ class SparseRegressor(RegressorMixin, TableModel):
                 " take family='negative-binomial'"
             )
 
-    def _draws_of_eta(self, encoded: Array) -> Array:
-        return self.coef_draws_ @ encoded.T + self.intercept_draws_[:, None]
 
-
-def _some_rows(encoded: Array) -> list[Array]:
-    """The rows some at a time: there is a number for each draw and row."""
-    return np.array_split(encoded, max(1, -(-len(encoded) // _ROWS)))
+def _units(name: str, y: Array) -> tuple[float, float]:
+    """What is subtracted from the target, and what it is divided by."""
+    if name == "normal":
+        return float(y.mean()), float(y.std()) or 1.0
+    if name == "student-t":
+        middle = float(np.median(y))
+        spread = 1.4826 * float(np.median(np.abs(y - middle)))
+        return middle, spread or float(y.std()) or 1.0
+    return 0.0, 1.0

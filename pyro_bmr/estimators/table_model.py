@@ -7,35 +7,26 @@ Owns `TableModel`, the base of `SparseRegressor` and `SparseClassifier`, which s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from pyro_bmr.data.table_encoding import TableError, refused
+from pyro_bmr.data.table_encoding import TableError, check_told_apart, refused
 from pyro_bmr.errors import holds
 from pyro_bmr.estimators.columns import Columns, fit_columns
-from pyro_bmr.estimators.engines import (
-    Options,
-    gaussian,
-    generalised_model,
-    linear_model,
-    spike_and_slab,
-)
+from pyro_bmr.estimators.engine_choice import engine_of, fitted
+from pyro_bmr.estimators.engines import generalised_model, linear_model
 from pyro_bmr.estimators.families import Family
-from pyro_bmr.estimators.horseshoe_chain import horseshoe
 from pyro_bmr.estimators.model_average import Average
 from pyro_bmr.estimators.subset_evidence import Array, Regression
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-PRIORS = ("spike-and-slab", "horseshoe", "gaussian")
-_STEPS = {"spike-and-slab": (1000, 200), "horseshoe": (2000, 0), "gaussian": (1, 1)}
-"""By default: of a linear model, of a generalised one."""
-_WIDEST = 2000  # columns of a full Gaussian posterior
 
 
 class TableModel(BaseEstimator):
@@ -52,9 +43,11 @@ class TableModel(BaseEstimator):
     - `inclusion_`: (coefficients,) probabilities that each is not zero.
     - `kept_`: (coefficients,) bool, the reported model.
     - `delta_f_`: (coefficients,) nats.
+    - `engine_`: which engine fitted it; `repr` says it too, and `summary().attrs["engine"]`.
     """
 
     prior: str
+    engine: str | None
     steps: int | None
     draws: int
     random_state: Any
@@ -63,6 +56,11 @@ class TableModel(BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.allow_nan = True
         return tags
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        """The arguments that are not the default, and, after a fit, its engine."""
+        said = super().__repr__(N_CHAR_MAX)
+        return f"{said}, fitted by {self.engine_}" if hasattr(self, "engine_") else said
 
     def summary(self, level: float = 0.9) -> pd.DataFrame:
         """A row for each coefficient, in the units of its column: posterior mean, standard
@@ -95,7 +93,9 @@ class TableModel(BaseEstimator):
         else:
             spread = draws.std(0)
         columns = {"mean": mean, "sd": spread, f"{low:.0%}": ends[0], f"{high:.0%}": ends[1]}
-        return pd.DataFrame({**columns, "inclusion": inclusion, "delta_f": change}, index=index)
+        found = pd.DataFrame({**columns, "inclusion": inclusion, "delta_f": change}, index=index)
+        found.attrs = {"prior": self.prior, "engine": self.engine_}
+        return found
 
     def plot(self, X: Any = None, y: Any = None) -> Figure:
         """A figure: intervals of the coefficients, their probabilities of inclusion, and, with rows
@@ -122,7 +122,14 @@ class TableModel(BaseEstimator):
         if isinstance(X, pd.DataFrame):
             if reset and (twice := X.columns[X.columns.duplicated()].tolist()):
                 raise TableError(f"X: expected columns of different names, got {twice[0]!r} twice")
-            validate_data(self, X, reset=reset, skip_check_array=True)
+            if X.columns.nlevels > 1:
+                raise TableError(
+                    f"X: expected names of one level, got {X.columns.nlevels}; join them into one"
+                )
+            with as_table_error("X"):
+                validate_data(self, X, reset=reset, skip_check_array=True)
+            if not len(X):
+                raise TableError("X: expected at least one row, got 0")
             if reset and len(X) < 2:
                 raise TableError(f"X: expected at least 2 rows, got n_samples = {len(X)}")
             if reset and not X.shape[1]:
@@ -131,48 +138,38 @@ class TableModel(BaseEstimator):
         rules: dict[str, Any] = {"dtype": np.float64, "ensure_all_finite": "allow-nan"}
         if reset:
             rules["ensure_min_samples"] = 2
-        array = validate_data(self, X, reset=reset, **rules)
+        with as_table_error("X"):
+            array = validate_data(self, X, reset=reset, **rules)
         names = getattr(self, "feature_names_in_", None)
         if names is None:
             names = [f"x{k}" for k in range(array.shape[1])]
+        given = np.asarray(X)
+        if reset and given.dtype.kind in "iu":
+            for name, column in zip(names, given.T, strict=True):
+                check_told_apart(name, pd.Series(column))
         return pd.DataFrame(array, columns=names)
 
-    def _fit_table(self, table: pd.DataFrame, y: Array, family: Family | None) -> Average:
-        """Finds `columns_`, and the posterior in the columns of the regression."""
-        self._check_options(family)
+    def _fit_table(
+        self, table: pd.DataFrame, y: Array, family: Family | None
+    ) -> tuple[Average, Any]:
+        """Finds `columns_`, and the posterior in the columns of the regression; also the family
+        with its parameters.
+        """
+        _check_whole("draws", self.draws, 2)
+        if self.steps is not None:
+            _check_whole("steps", self.steps, 4)
+        engine_of(self.prior, self.engine, 0, family is None)
         self.columns_: Columns = fit_columns(table)
         x, groups = self.columns_.matrix(table), self.columns_.groups
+        self.engine_ = engine_of(self.prior, self.engine, x.shape[1], family is None)
         rng = np.random.default_rng(self.random_state)
         of = (
             linear_model(x, y, groups)
             if family is None
             else generalised_model(family, x, y, groups)
         )
-        self._family = family if isinstance(of, Regression) else of.family
-        usual = _STEPS[self.prior][family is not None]
-        options = Options(usual if self.steps is None else self.steps, self.draws)
-        if self.prior == "horseshoe" and isinstance(of, Regression) and groups:
-            return horseshoe(of, options, rng)
-        if self.prior != "gaussian":
-            return spike_and_slab(of, options, rng)
-        if sum(map(len, of.groups)) > _WIDEST:
-            raise TableError(
-                f"prior='gaussian': expected at most {_WIDEST} columns, got"
-                f" {sum(map(len, of.groups))}; take prior='spike-and-slab'"
-            )
-        return gaussian(of, options, rng)
-
-    def _check_options(self, family: Family | None) -> None:
-        if self.prior not in PRIORS:
-            raise refused("prior", f"one of {', '.join(PRIORS)}", self.prior)
-        if self.prior == "horseshoe" and family is not None:
-            raise refused(
-                "prior", "'spike-and-slab' or 'gaussian' for a family that is not normal",
-                self.prior,
-            )  # fmt: skip
-        _check_whole("draws", self.draws, 2)
-        if self.steps is not None:
-            _check_whole("steps", self.steps, 4)
+        found, of = fitted(of, self.prior, self.engine_, self.steps, self.draws, rng)
+        return found, None if isinstance(of, Regression) else of.family
 
     def _store(self, found: Average, intercepts: int) -> tuple[Array, Array, Array, Array]:
         """Keeps what the table's coefficients share; gives intercept and coefficients, mean and
@@ -194,8 +191,55 @@ class TableModel(BaseEstimator):
 
     def _encoded(self, X: Any) -> Array:
         """The columns of the table that coefficients belong to, (rows, coefficients)."""
+        return self._encoded_rows(X)[0]
+
+    def _encoded_rows(self, X: Any) -> tuple[Array, Array | float]:
+        """The same, and the log exposure of each row, or 0."""
         check_is_fitted(self)
-        return self.columns_.encoded(self._table(X, reset=False))
+        table, log_exposure = split_exposure(self._table(X, reset=False), self._exposure())
+        return self.columns_.encoded(table), log_exposure
+
+    def _exposure(self) -> int | str | None:
+        """The column with the exposure of each row, if the family has one."""
+        return None
+
+
+@contextmanager
+def as_table_error(argument: str) -> Iterator[None]:
+    """Names the argument of an error of scikit-learn's checks, whose words its tests expect."""
+    try:
+        yield
+    except TableError:
+        raise
+    except ValueError as error:
+        raised = TableError(f"{argument}: {error}")
+        raise raised from None
+
+
+def split_exposure(
+    table: pd.DataFrame, exposure: int | str | None
+) -> tuple[pd.DataFrame, Array | float]:
+    """The table without the column `exposure`, and the logarithm of that column; a number that is
+    no name of a column is its place.
+    """
+    import pandas as pd
+
+    if exposure is None:
+        return table, 0.0
+    name: Any = exposure
+    if exposure not in table.columns:
+        places = range(-table.shape[1], table.shape[1])
+        if not isinstance(exposure, int) or exposure not in places:
+            names = ", ".join(map(str, table.columns[:10]))
+            raise refused("exposure", f"a column of the table, {names}, or its place", exposure)
+        name = table.columns[exposure]
+    values = np.asarray(pd.to_numeric(table[name], errors="coerce"), dtype=np.float64)
+    if not bool((np.isfinite(values) & (values > 0)).all()):
+        raise TableError(
+            f"X: expected a finite exposure > 0 in each row of the column {name!r}, got others;"
+            " leave those rows out"
+        )
+    return table.drop(columns=name), np.log(values)
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:

@@ -11,18 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pyro_bmr.baselines.targets import plain_likelihood
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.experiments.grid import Cell
 from pyro_bmr.experiments.methods import network_of
-from pyro_bmr.experiments.settings import Settings, optimizer_named
+from pyro_bmr.experiments.settings import Settings, optimizer_named, usual_steps
 from pyro_bmr.priors import Gaussian, Prior
 
 IN_COMPARISONS = {"plain": "the plain network", "magnitude": "magnitude pruning"}
 """Name of a baseline → what it is called in a sentence."""
 PRIOR = "none"
 """What a baseline has in the column of the priors."""
-_STEPS, _EPOCHS = 3000, 20  # at least, of a training whose epochs are not given
 
 
 def baseline_cells(
@@ -72,12 +72,12 @@ def baseline_cells(
 
 def _check(program: Any, data: Data, names: Sequence[str], sizes: Mapping[int, str]) -> None:
     """Raises ModelError unless the baselines can be trained."""
-    network_of(program, f"baselines {', '.join(names)}")
-    if data.y_train.ndim > 1:
-        raise ModelError(
-            f"baselines {', '.join(names)}: expected one target per row, got"
-            f" {tuple(data.y_train.shape[1:])}; give baselines=()"
-        )
+    baselines = f"baselines {', '.join(names)}"
+    network_of(program, baselines, data)
+    try:
+        plain_likelihood(data)
+    except ModelError as error:
+        raise ModelError(f"{baselines}: {error}; give baselines=()") from None
     if "magnitude" in names and not sizes:
         raise ModelError(
             "baselines: magnitude has the size of a reduced row; expected the route reduced, or"
@@ -96,12 +96,13 @@ def _sizes(priors: Mapping[str, Prior], fits: Sequence[Cell]) -> dict[int, str]:
 
 def _options(name: str, data: Data, settings: Settings) -> dict[str, Any]:
     """What a baseline is given. −log N(w; 0, 1) over N rows is the weight decay 1/N a row."""
-    rows = len(data.x_train)
+    rows, batch_size = len(data.x_train), settings.batch_size
     own = settings.optimizer == "adam"
-    steps = math.ceil(rows * 5 / 6 / settings.batch_size)
+    seen = rows - round(rows / 6)
+    epochs = usual_steps(rows, batch_size) / math.ceil(seen / batch_size)
     options: dict[str, Any] = {
-        "epochs": settings.epochs or max(_EPOCHS, math.ceil(_STEPS / steps)),
-        "batch_size": settings.batch_size,
+        "epochs": settings.epochs or math.ceil(epochs),
+        "batch_size": batch_size,
         "learning_rate": settings.learning_rate if own else optimizer_named("adam")[1],
         "weight_decay": 1 / rows,
         "calibrate": True,

@@ -122,7 +122,7 @@ def compare(
     else:
         table, failed = _in_memory(declared, jobs, progress), ()
     if progress:
-        print("\n".join(conclusions(table, failed)))
+        print("\n".join([*conclusions(table, failed), *declared.remarks]))
     return table
 
 
@@ -170,9 +170,10 @@ def comparison(
     settings: Settings,
     source: str | None = None,
     baselines: Sequence[str] | None = None,
+    likelihood: str | None = None,
 ) -> Study:
     """The declaration of a comparison. `source`: what `data` were loaded by, if it was a name or a
-    file.
+    file, and under which `likelihood`, if it was given by name.
 
     Raises:
         PyroBMRError: as `compare`.
@@ -190,6 +191,7 @@ def comparison(
         model=name,
         data=source or data.name.removesuffix(" (validation)"),
         validation=settings.validation,
+        likelihood=likelihood or ("" if data.family is None else repr(data.family)),
         fingerprint=fingerprint(name, data),
         about={"model": name, "data": data.name},
         build=model if callable(model) else None,
@@ -205,6 +207,7 @@ def comparison(
     words = {
         "model": name,
         "data": source or data.name,
+        **({"likelihood": first.likelihood} if first.likelihood else {}),
         "priors": {prior: repr(given) for prior, given in priors.items()},
         "routes": list(routes),
         "baselines": list(dict.fromkeys(cell.method for cell in plain)),
@@ -216,14 +219,14 @@ def comparison(
 
 def _study(title: str, cells: Sequence[Cell], words: Mapping[str, Any], why: str) -> Study:
     settings = ", ".join(f"{name} {value}" for name, value in words["settings"].items())
-    without = f" No baselines: {why}." if why else ""
     return Study(
         title,
         tuple(cells),
         json.dumps(words, indent=1),
         COMPARISON,
         shown=_SHOWN,
-        note=f"Settings: {settings}.{without}",
+        note=f"Settings: {settings}.",
+        remarks=(f"No baselines: {why}.",) if why else (),
     )
 
 

@@ -180,13 +180,8 @@ def _at_base_rates(lines: Sequence[Line]) -> str:
         for name in scores
         if not math.isnan(marked[0].mean(f"base_{name}"))
     )
-    what = (
-        "the class frequencies of the training rows"
-        if "accuracy" in scores
-        else "the mean and spread of the training targets"
-    )
     names = _listed([line.name for line in marked], len(marked))
-    return f"Marked with *: {names}, no better than {what} ({bases})."
+    return f"Marked with *: {names}, no better than a prediction that ignores the inputs ({bases})."
 
 
 def _missing(failed: Sequence[str]) -> str:

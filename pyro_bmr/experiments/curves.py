@@ -49,11 +49,10 @@ def legend(figure: Figure, axes: Axes) -> None:
 
 def panels(columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     """A row of axes."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, grid = plt.subplots(
-        1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    grid = figure.subplots(1, columns, squeeze=False)
     for axes in grid[0]:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

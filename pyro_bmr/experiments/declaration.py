@@ -28,7 +28,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_KEYS = ("name", "seeds", "data", "models", "validation", "shift", "settings", "method")
+_KEYS = (
+    *("name", "seeds", "data", "likelihood", "models", "validation", "shift", "settings"),
+    "method",
+)
 _METHOD_KEYS = ("name", "method", "models", "data", "for")
 Grid = dict[str, list[Scalar]]
 """Option → its values, a cell for each."""
@@ -97,11 +100,12 @@ class _Reader:
         self.shift = given.truth("shift", values.get("shift", False))
         self.shared = given.table("settings", values.get("settings", {}))
         self.methods = given.methods(values["method"])
+        self.likelihoods = given.of_each("likelihood", values.get("likelihood", {}), self.data)
         self.marks = self._fingerprints()
 
     def rows(self, data: str) -> Data:
         """The data set of that name, its rows held out if there are any."""
-        return data_named(data, self.validation)
+        return data_named(data, self.validation, self.likelihoods.get(data))
 
     def cells(self, entry: Mapping[str, Any]) -> Iterator[Cell]:
         """The cells of a [[method]], in the order of its models, data and options."""
@@ -168,6 +172,7 @@ class _Reader:
                 options,
                 {name: options[name] for name in varying},
                 validation=self.validation,
+                likelihood=self.likelihoods.get(data, ""),
                 shift=self.shift,
             )
             columns = {f"option_{name}": value for name, value in options.items()}

@@ -33,10 +33,11 @@ from pyro_bmr.experiments.methods import Trained, method_named
 from pyro_bmr.experiments.models import load_model
 from pyro_bmr.experiments.options import data_named
 from pyro_bmr.experiments.runs import FORMAT, prior_name, save_run
+from pyro_bmr.experiments.scores import class_probabilities
 from pyro_bmr.exporting import save
-from pyro_bmr.files import finite, make_folder, read_json, reading, write_atomically, write_json
+from pyro_bmr.files import finite, locked, read_json, reading, write_atomically, write_json
 from pyro_bmr.prediction import metrics
-from pyro_bmr.prediction.predict import ClassPrediction, Prediction
+from pyro_bmr.prediction.predict import Prediction
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,12 +50,17 @@ def run_cell(cell: Cell, cells: Path, number: int = 1) -> tuple[str, ...] | None
     """Trains and scores a cell with `number` threads of torch and keeps it in `cells`.
 
     An error of the cell is kept there too, so that the other cells go on. Returns the cautions
-    about its reduction, None if it failed.
+    about its reduction, None if it failed. A cell that another process trains at this time, such as
+    one that a cluster has given to two workers, is waited for and not trained again.
     """
     folder = cells / cell.slug
-    if finished_row(folder) is not None:  # by another process with the same folder
+    if finished_row(folder) is not None:
         return ()
-    make_folder(folder)
+    with locked(folder, wait=True):
+        return () if finished_row(folder) is not None else _run(cell, folder, number)
+
+
+def _run(cell: Cell, folder: Path, number: int) -> tuple[str, ...] | None:
     write_json(folder / "settings.json", _settings(cell))
     error: Exception | None = None
     with threads(number), logged(folder / "log.txt"):
@@ -89,7 +95,7 @@ def row_of(cell: Cell, number: int, progress: bool) -> tuple[Row, tuple[str, ...
 
 def _train(cell: Cell, progress: bool) -> tuple[Trained, Data]:
     """What the method of a cell leaves behind, and the data with the rows that are scored."""
-    data = cell.rows or data_named(cell.data, cell.validation)
+    data = cell.rows or data_named(cell.data, cell.validation, cell.likelihood or None)
     build = cell.build or load_model(cell.model)
     return method_named(cell.method)(build, data, cell.seed, cell.options, progress), data
 
@@ -104,16 +110,14 @@ def _keep(cell: Cell, trained: Trained, data: Data, prediction: Prediction, fold
     """Writes all that tables, pictures and commands want of a trained network, and returns the size
     of its weights in kilobytes.
     """
-    calibration = (
-        metrics.calibration(prediction.probs, data.y_test).tolist()
-        if isinstance(prediction, ClassPrediction)
-        else None
-    )
+    labels = class_probabilities(prediction, data)
+    calibration = None if labels is None else metrics.calibration(*labels).tolist()
     report = {
         "calibration": calibration,
         "input_shape": list(data.x_train.shape[1:]),
         "warnings": trained.cautions,
         "convergence": getattr(trained.fit, "convergence", None),
+        "trials": {f"{temperature:g}": nll for temperature, nll in trained.trials.items()},
     }
     save(trained.weights, folder, report)
     write_atomically(
@@ -121,7 +125,8 @@ def _keep(cell: Cell, trained: Trained, data: Data, prediction: Prediction, fold
     )
     if trained.fit is not None:
         prior = prior_name(trained.declared)
-        about = {"prior": prior, "temperature": trained.fit.temperature}
+        scale = trained.extra.get("scale", 1.0)
+        about = {"prior": prior, "temperature": trained.fit.temperature, "scale": scale}
         run = save_run(trained.fit, folder, {**_settings(cell), **about})
         if trained.reduction is not None:
             run.reduced(trained.reduction, {"target": cell.options.get("kept")})

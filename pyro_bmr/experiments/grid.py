@@ -28,6 +28,8 @@ class Cell:
     """One fit. `about`: column → what it is, in a table; `label`: its line there, in words;
     `varying`: the options in the name of its folder, in words.
 
+    `likelihood`: of the data, by name or in words, empty for that of their task.
+
     `build`, `rows`: the model and the data where they are objects, validation rows in the place of
     the test rows if they are held out.
 
@@ -45,6 +47,7 @@ class Cell:
     varying: Mapping[str, Scalar] = field(default_factory=dict)
     seed: int = 0
     validation: float | None = None
+    likelihood: str = ""
     shift: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
     build: Build | None = None
@@ -57,7 +60,9 @@ class Cell:
         """All that decides the numbers, and so not what a line is called in a table."""
         keys = ("model", "data", "fingerprint", "method", "seed", "validation", "shift")
         options = {name: _in_words(value) for name, value in self.options.items()}
-        return {**{key: getattr(self, key) for key in keys}, "options": options}
+        likelihood = {"likelihood": self.likelihood} if self.likelihood else {}
+        own = {key: getattr(self, key) for key in keys}
+        return {**own, **likelihood, "options": options}
 
     @property
     def slug(self) -> str:
@@ -78,7 +83,8 @@ class Cell:
 class Study:
     """Cells that are reported together. `text`: the declaration as it was written; `file`: the name
     of the file that holds it; `command`: what makes it again; `shown`: the columns of its tables of
-    means, None for all; `note`: a line above the first of them.
+    means, None for all; `note`: a line above the first of them;
+    `remarks`: sentences below each.
     """
 
     name: str
@@ -88,6 +94,7 @@ class Study:
     command: str = ""
     shown: tuple[str, ...] | None = None
     note: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 def plain_name(text: str) -> str:

@@ -1,7 +1,7 @@
 """The measures of a trained network, which are the figures of one row of a table.
 
-Owns `MEASURES`, to which further figures are added, `measured`, and some of them: `scores`,
-`base_rates`, `sizes` and `step_ratio`. Next: `grid.py`.
+Owns `MEASURES`, to which further figures are added, `measured`, and some of them: `sizes` and
+`step_ratio`. Next: `grid.py`.
 """
 
 from __future__ import annotations
@@ -12,41 +12,21 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from pyro_bmr.baselines.targets import plain_likelihood, plain_loss
 from pyro_bmr.data.data_set import Data
-from pyro_bmr.errors import ShrinkError
+from pyro_bmr.errors import ModelError, ShrinkError
+from pyro_bmr.experiments.base_rates import base_rates
 from pyro_bmr.experiments.methods import Trained
+from pyro_bmr.experiments.scores import class_probabilities, row_log_prob, scores
 from pyro_bmr.experiments.shift import shifted_scores
-from pyro_bmr.exporting.costs import latency
 from pyro_bmr.prediction import metrics
-from pyro_bmr.prediction.predict import ClassPrediction, Prediction
+from pyro_bmr.prediction.predict import Prediction
 from pyro_bmr.shrinking import shrink_plan
+from pyro_bmr.shrinking.latency import latency
 
 Measure = Callable[[Trained, Data, Prediction], dict[str, float]]
 """(trained, data, prediction on the test rows) → column → figure; NaN where it has no meaning."""
-
-
-def scores(prediction: Prediction, data: Data) -> dict[str, float]:
-    """Measure → its value on the test rows, in the target's units."""
-    nll = -float(prediction.log_prob(data.y_test).double().mean())
-    if isinstance(prediction, ClassPrediction):
-        p, y = prediction.probs, data.y_test
-        return {
-            "accuracy": metrics.accuracy(p, y),
-            "nll": nll,
-            "brier": metrics.brier(p, y),
-            "ece": metrics.ece(p, y),
-        }
-    y, scale = data.y_test, data.target_scale
-    return {
-        "rmse": metrics.rmse(prediction.mean, y) * scale,
-        "nll": nll + math.log(scale),
-        "brier": math.nan,
-        "ece": math.nan,
-        "crps": float(prediction.crps(y).double().mean()) * scale,
-        "coverage": metrics.coverage(*prediction.interval(0.9), y),
-    }
 
 
 def sizes(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
@@ -58,42 +38,20 @@ def sizes(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, floa
 
 
 def _scores(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
-    by_mass = (
-        metrics.ece(prediction.probs, data.y_test, 20, "mass")
-        if isinstance(prediction, ClassPrediction)
-        else math.nan
-    )
+    labels = class_probabilities(prediction, data)
+    by_mass = math.nan if labels is None else metrics.ece(*labels, 20, "mass")
     return {
         **scores(prediction, data),
         "ece_mass": by_mass,
-        "nll_error": _error(prediction.log_prob(data.y_test)),
+        "nll_error": _error(row_log_prob(prediction, data)),
         **base_rates(data),
     }
 
 
 def _error(log_probs: Tensor) -> float:
     """The standard error of the mean over the scored rows, nats; NaN for one row."""
-    values = log_probs.double().flatten()
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
-def base_rates(data: Data) -> dict[str, float]:
-    """The scores of a prediction that ignores x: the class frequencies of the training rows, or a
-    Normal of the mean and standard deviation of their targets, in the target's units. A class that
-    no training row has costs infinitely many nats.
-    """
-    train, test = data.y_train, data.y_test
-    if data.classes is not None:
-        rates = torch.bincount(train.long(), minlength=data.classes).double() / len(train)
-        right = (test == rates.argmax()).double().mean()
-        return {"base_accuracy": float(right), "base_nll": -float(rates[test].log().mean())}
-    mean, std = train.double().mean(), train.double().std(correction=0)
-    errors = (test.double() - mean).square().mean()
-    nll = 0.5 * (errors / std.square() + (2 * math.pi * std.square()).log())
-    return {
-        "base_rmse": float(errors.sqrt()) * data.target_scale,
-        "base_nll": float(nll) + math.log(data.target_scale),
-    }
+    rows = len(log_probs)
+    return float(log_probs.std() / math.sqrt(rows)) if rows > 1 else math.nan
 
 
 def _sizes(trained: Trained, data: Data, prediction: Prediction) -> dict[str, float]:
@@ -116,8 +74,10 @@ def _structured_size(trained: Trained, data: Data) -> float:
     """
     if trained.network is None:
         return math.nan
+    if all(bool((values != 0).all()) for values in trained.network.parameters()):
+        return 1.0  # without a zero nothing can be removed
     try:
-        before, after = shrink_plan(trained.network, {}, data.x_test[:1]).parameters
+        before, after = shrink_plan(trained.network, {}, data.seen(data.x_test[:1])).parameters
     except ShrinkError:
         return math.nan
     return after / before
@@ -136,9 +96,13 @@ def step_ratio(trained: Trained, data: Data) -> float:
     """Seconds of the training a step over those of a step of plain training: the same network and
     as many rows, fused Adam, measured right after the training on the machine as it is then, for as
     long as the training took, a second at most. Reductions and all else that the training did
-    between its steps are in it. NaN for what is no network.
+    between its steps are in it. NaN for what is no network, and where plain training has no loss.
     """
     if trained.network is None or trained.history.empty:
+        return math.nan
+    try:
+        likelihood = plain_likelihood(data)
+    except ModelError:
         return math.nan
     net = copy.deepcopy(trained.network).train().requires_grad_(True)
     optimiser = torch.optim.Adam(net.parameters(), fused=True)
@@ -148,12 +112,7 @@ def step_ratio(trained: Trained, data: Data) -> float:
     def step(x: Tensor) -> None:
         optimiser.zero_grad()
         outputs = net(x)
-        loss = (
-            F.mse_loss(outputs.reshape(y.shape), y)
-            if data.classes is None
-            else F.cross_entropy(outputs, y.long())
-        )
-        loss.backward()
+        plain_loss(outputs, y, likelihood).backward()
         optimiser.step()
 
     with torch.random.fork_rng():

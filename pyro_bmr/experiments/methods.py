@@ -24,8 +24,9 @@ from pyro_bmr.errors import ModelError, OptionError, described
 from pyro_bmr.experiments.models import Build
 from pyro_bmr.experiments.recipe import Fitted, fit_by_route
 from pyro_bmr.experiments.settings import ROUTES, Settings
+from pyro_bmr.experiments.temperature_trials import at_scale
 from pyro_bmr.exporting import export, point_weights
-from pyro_bmr.likelihoods import Categorical, Normal
+from pyro_bmr.likelihoods.weighted import unweighted
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.prediction.predict import predict
 from pyro_bmr.priors import Gaussian
@@ -67,7 +68,9 @@ def _of_route(name: str, route: str, every: Callable[..., Every] = Every) -> Met
 def _trained(fitted: Fitted, settings: Settings, draws: int) -> Trained:
     fit, posterior = fitted.fit, fitted.posterior
     return Trained(
-        lambda x: predict(fit.program, posterior, x, draws=draws, seed=fit.seed),
+        lambda x: at_scale(
+            predict(fit.program, posterior, x, draws=draws, seed=fit.seed), fitted.scale
+        ),
         point_weights(fit.program, posterior),
         export(fit.program, posterior) if isinstance(fit.program, BayesianNetwork) else None,
         fit.history,
@@ -75,12 +78,21 @@ def _trained(fitted: Fitted, settings: Settings, draws: int) -> Trained:
         fit.seconds,
         float(fit.history["elbo"].iloc[-1]),
         fitted.delta_f,
-        {} if fitted.widen == 1 else {"widen": fitted.widen},
+        _chosen(fitted),
         fit=fit,
         declared=fitted.declared,
         reduction=fitted.reduction,
         cautions=fitted.cautions,
+        trials={} if fitted.trials is None else dict(fitted.trials.nll),
     )
+
+
+def _chosen(fitted: Fitted) -> dict[str, float]:
+    """What was found on held-out rows."""
+    widen = {} if fitted.widen == 1 else {"widen": fitted.widen}
+    if fitted.trials is None:
+        return widen
+    return {**widen, "temperature": fitted.fit.temperature, "scale": fitted.scale}
 
 
 def _of_baseline(name: str) -> Method:
@@ -90,15 +102,16 @@ def _of_baseline(name: str) -> Method:
         build: Build, data: Data, seed: int, options: Mapping[str, Any], progress: bool
     ) -> Trained:
         chosen = options_of(kind, name, options)
-        if data.classes is None and name not in OF_REAL_TARGETS:
+        if data.task != "classification" and name not in OF_REAL_TARGETS:
+            what = "real targets" if data.task == "regression" else repr(data.likelihood())
             raise ModelError(
-                f"{name}: expected data with classes, got '{data.name}' with real targets; take"
+                f"{name}: expected data with classes, got '{data.name}' with {what}; take"
                 f" {', '.join(OF_REAL_TARGETS)}, map, fitted or reduced"
             )
 
         def make(seed: int) -> nn.Module:
             torch.manual_seed(seed)
-            return network_of(build(data, Gaussian()), name)
+            return network_of(build(data, Gaussian()), name, data)
 
         with torch.random.fork_rng():
             return train(make, data, seed, chosen, progress)
@@ -106,25 +119,28 @@ def _of_baseline(name: str) -> Method:
     return run
 
 
-def network_of(program: Any, name: str) -> nn.Module:
-    """The plain network of a program, which a baseline trains: that of a `BayesianNetwork` whose
-    likelihood is that of the task, or the attribute `plain` of a program written by hand.
+def network_of(program: Any, name: str, data: Data) -> nn.Module:
+    """The plain network of a program, which a baseline trains: that of a `BayesianNetwork`, or the
+    attribute `plain` of a program written by hand.
 
     Raises:
         ModelError: there is none; `name` is the baseline that asks for it.
     """
     bayesian = isinstance(program, BayesianNetwork)
     net = program.net if bayesian else getattr(program, "plain", None)
-    likelihood = program.likelihood if bayesian else None
     if not isinstance(net, nn.Module):
         raise ModelError(
             f"{name}: expected a model whose build returns a BayesianNetwork, got"
             f" {type(program).__name__}; take map, fitted or reduced"
         )
-    if likelihood is not None and type(likelihood) not in (Categorical, Normal):
+    own, expected = (
+        type(unweighted(likelihood)).__name__
+        for likelihood in (program.likelihood if bayesian else None, data.likelihood())
+    )
+    if bayesian and own != expected:
         raise ModelError(
-            f"{name}: expected the likelihood Categorical or Normal, got"
-            f" {type(likelihood).__name__}; take map, fitted or reduced"
+            f"{name}: expected the likelihood {expected} of the data, got {own}; take map, fitted"
+            " or reduced"
         )
     return net
 

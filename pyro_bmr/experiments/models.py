@@ -1,7 +1,7 @@
 """The models of a comparison by name: those that come with the library, and files of the user's
 own.
 
-Owns `load_model` and `model_names`. Next: `plots.py`.
+Owns `load_model`, `model_names` and `default_model`. Next: `plots.py`.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ def load_model(name: str | Path) -> Build:
     if argument and len(inspect.signature(build).parameters) < 3:
         raise ModelError(f"'{name}': the model '{stem}' takes no argument after a colon")
     return (lambda data, prior: build(data, prior, argument)) if argument else build
+
+
+def default_model(data: Data) -> str:
+    """The model where none is named: a linear regression of real targets, else a perceptron."""
+    return "linear_regression" if data.task == "regression" else "mlp"
 
 
 def model_names() -> list[str]:

@@ -59,9 +59,9 @@ def known_options(
     return dict(options)
 
 
-def data_named(name: str, validation: float | None) -> Data:
-    """`load(name)`, or FILE.csv:COLUMN, and with `validation` what `validation_data` makes of it;
-    from memory while the files have not changed.
+def data_named(name: str, validation: float | None, likelihood: str | None = None) -> Data:
+    """`load(name)`, or FILE.csv:COLUMN, under a likelihood by its name, and with `validation` what
+    `validation_data` makes of it; from memory while the files have not changed.
 
     Raises:
         PyroBMRError: as `load` and `validation_data`.
@@ -72,6 +72,7 @@ def data_named(name: str, validation: float | None) -> Data:
     return _loaded(
         str(path),
         column if csv else None,
+        likelihood,
         validation,
         tuple((str(file.absolute()), file.stat().st_mtime_ns) for file in files),
     )
@@ -79,7 +80,11 @@ def data_named(name: str, validation: float | None) -> Data:
 
 @lru_cache(maxsize=2)
 def _loaded(
-    name: str, column: str | None, validation: float | None, files: tuple[tuple[str, int], ...]
+    name: str,
+    column: str | None,
+    likelihood: str | None,
+    validation: float | None,
+    files: tuple[tuple[str, int], ...],
 ) -> Data:
-    data = load(name, column)
+    data = load(name, column, likelihood)
     return data if validation is None else validation_data(data, validation)

@@ -20,36 +20,40 @@ DPI = 130
 
 def delta_f_histogram(delta_f: Mapping[str, Tensor]) -> Figure:
     """One panel per site: the evidence for setting each kept weight to zero, in nats; right of 0
-    it is pruned. Values below −20 are counted at −20.
+    it is pruned. Values below −20 are counted at −20. Sites without a kept weight have no panel.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, panels = plt.subplots(1, len(delta_f), figsize=(2.6 * len(delta_f), 2.6), squeeze=False)
-    for axes, (name, values) in zip(panels[0], delta_f.items(), strict=True):
-        # double: 50 bins fit between any two float32 numbers
-        finite = values[values.isfinite()].double().cpu().numpy()
-        axes.hist(np.clip(finite, -20, None), bins=50, color="C0")
+    some = {name: values for name, values in delta_f.items() if bool(values.isfinite().any())}
+    delta_f = some or delta_f
+    figure = Figure(figsize=(2.6 * len(delta_f), 2.6), layout="constrained")
+    panels = figure.subplots(1, len(delta_f), squeeze=False)[0]
+    for axes, (name, values) in zip(panels, delta_f.items(), strict=True):
+        finite = np.clip(values[values.isfinite()].double().cpu().numpy(), -20, None)
+        axes.hist(finite, bins=50, range=(-20.0, max(finite.max(initial=0.0), 1.0)), color="C0")
         axes.axvline(0, color="0.3", linewidth=1)
         axes.set(title=name, xlabel="ΔF of w = 0 (nats)", yscale="log" if finite.size else "linear")
         axes.title.set_fontsize(9)
-    figure.tight_layout()
+        if finite.size:
+            axes.set_ylim(bottom=0.7)  # one weight is to be seen
     return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG, whole or not at all, and closes the figure.
+    """Writes a PNG, whole or not at all, and closes the figure if pyplot holds it.
 
     Raises:
         PyroBMRError: it cannot be written.
     """
-    import matplotlib.pyplot as plt
-
+    # a layout has made room for all that is drawn; to measure it again takes as long as to draw it
+    box = None if figure.get_layout_engine() is not None else "tight"
     try:
-        write_atomically(
-            path, lambda p: figure.savefig(p, dpi=DPI, bbox_inches="tight", format="png")
-        )
+        write_atomically(path, lambda p: figure.savefig(p, dpi=DPI, bbox_inches=box, format="png"))
     finally:
-        plt.close(figure)
+        if figure.canvas.manager is not None:
+            import matplotlib.pyplot as plt
+
+            plt.close(figure)
 
 
 def headless() -> None:

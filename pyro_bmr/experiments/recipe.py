@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,13 +16,15 @@ from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import ModelError
 from pyro_bmr.experiments.models import Build
 from pyro_bmr.experiments.settings import (
+    AUTO,
     Settings,
     guide_named,
     length_of,
     optimizer_named,
     temperature_of,
 )
-from pyro_bmr.fitting.convergence import NOT_CONVERGED
+from pyro_bmr.experiments.temperature_trials import Trials, temperature_trials
+from pyro_bmr.fitting.convergence import NOT_CONVERGED, UntilConverged
 from pyro_bmr.fitting.fit import Fit, fit
 from pyro_bmr.fitting.optimizers import adam
 from pyro_bmr.guides import Point
@@ -42,7 +44,9 @@ class Fitted:
 
     `declared`: the prior of the fit. `reduction`: the one after the fit, of which `cautions` say
     what may mislead. `posterior`: what predictions are drawn from, with `widen` times the variances
-    that were fitted. `delta_f`: of all reductions, nats.
+    that were fitted, and `scale` is the temperature of the class probabilities then. `delta_f`: of
+    all reductions, nats. `trials`: what chose both temperatures, None where that of the fit was
+    given. Variances that are widened, or found so, have a scale of 1.
     """
 
     fit: Fit
@@ -51,7 +55,22 @@ class Fitted:
     cautions: tuple[str, ...]
     posterior: Posterior
     widen: float
+    scale: float
     delta_f: float
+    trials: Trials | None
+
+
+class _Attempt(NamedTuple):
+    """A fit, the reduction after it, and ΔF of all reductions."""
+
+    fit: Fit
+    reduction: Reduction | None
+    delta_f: float
+
+    @property
+    def predicted_from(self) -> tuple[Callable[..., Any], Posterior]:
+        reduced = self.fit.posterior if self.reduction is None else self.reduction.posterior
+        return self.fit.program, reduced
 
 
 def fit_by_route(
@@ -74,15 +93,25 @@ def fit_by_route(
             "widen, calibrate: expected a route with variances, got map; leave them out for it"
         )
     rows = validation_data(data, 1 / 6) if settings.calibrate else data
-    target: Prior = Gaussian(scale=0.0) if isinstance(prior, Gaussian) else prior
-    other = route == "reduced" and not isinstance(prior, Gaussian)
-    declared = Gaussian("layer") if other else prior
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        program = build(rows, declared)
-    schedule = _schedule(settings, target, every) if route == "reduced" else None
-    result = _fitted(program, rows, route, seed, settings, schedule, progress)
-    reduction, delta_f = _reduction_after(result, prior, target, route, settings)
+    declared = _declared(prior, route)
+
+    def attempt(rows: Data, settings: Settings, length: UntilConverged | None = None) -> _Attempt:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            program = build(rows, declared)
+        schedule = _schedule(settings, _target(prior), every) if route == "reduced" else None
+        result = _fitted(program, rows, route, seed, settings, length, schedule, progress)
+        reduction, delta_f = _reduction_after(result, prior, _target(prior), route, settings)
+        return _Attempt(result, reduction, delta_f)
+
+    trials = None
+    temperature = temperature_of(settings.temperature, route, rows)
+    if temperature == AUTO:
+        trials = temperature_trials(
+            lambda *given: attempt(*given[:3]).predicted_from, rows, settings, seed, progress
+        )
+        temperature = trials.temperature
+    result, reduction, delta_f = attempt(rows, replace(settings, temperature=temperature))
     posterior, cautions = result.posterior, tuple[str, ...]()
     if reduction is not None:
         posterior = reduction.posterior
@@ -93,7 +122,20 @@ def fit_by_route(
         widen = best_widening(result.program, posterior, held, draws=settings.draws, seed=seed)
     if widen != 1:
         posterior = posterior.widened(widen)
-    return Fitted(result, declared, reduction, cautions, posterior, widen, delta_f)
+    own = trials is not None and widen == 1 and not settings.calibrate
+    scale = trials.scale if trials is not None and own else 1.0
+    return Fitted(result, declared, reduction, cautions, posterior, widen, scale, delta_f, trials)
+
+
+def _declared(prior: Prior, route: str) -> Prior:
+    """The prior of the fit."""
+    other = route == "reduced" and not isinstance(prior, Gaussian)
+    return Gaussian("layer") if other else prior
+
+
+def _target(prior: Prior) -> Prior:
+    """What a reduction is to."""
+    return Gaussian(scale=0.0) if isinstance(prior, Gaussian) else prior
 
 
 def _schedule(settings: Settings, target: Prior, every: Callable[..., Every]) -> Every:
@@ -108,6 +150,7 @@ def _fitted(
     route: str,
     seed: int,
     settings: Settings,
+    length: UntilConverged | None,
     schedule: Every | None,
     progress: bool,
 ) -> Fit:
@@ -121,11 +164,11 @@ def _fitted(
             program,
             rows,
             guide=Point if route == "map" else guide,
-            epochs=length_of(settings.epochs),
+            epochs=length or length_of(settings.epochs, len(rows.x_train), settings.batch_size),
             batch_size=settings.batch_size,
             optimizer=make(),
             seed=seed,
-            temperature=temperature_of(settings.temperature, route, rows),
+            temperature=float(settings.temperature),
             reduce=schedule,
             progress=progress,
         )

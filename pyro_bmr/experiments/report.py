@@ -175,7 +175,8 @@ def write_report(declared: Study, folder: Path, table: pd.DataFrame) -> None:
     said = {}
     for (model, data), rows in table.groupby(["model", "data"], sort=False):
         place = str(model), str(data)
-        said[place] = conclusions(rows, failed_lines(declared, failures, place))
+        sentences = conclusions(rows, failed_lines(declared, failures, place))
+        said[place] = [*sentences, *declared.remarks]
     texts = as_text(mean, spread, marks_of(table))
     made_with = list(dict.fromkeys(_versions(folder / "cells" / name) for name in table["cell"]))
     notes = {"Note": declared.note, "Declaration": declared.text, "Command": declared.command}

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -41,7 +41,7 @@ from pyro_bmr.files import (
     write_atomically,
     write_json,
 )
-from pyro_bmr.fitting.fit import Fit
+from pyro_bmr.fitting.arguments import Program
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior
 from pyro_bmr.priors.names import PRIORS, prior_from_name
@@ -73,9 +73,10 @@ class Run:
         """
         name, mark = str(self.settings["data"]), self.settings.get("fingerprint")
         if mark is None:
-            return load(name, self.settings["target"])
+            return load(name, self.settings["target"], self.settings.get("likelihood"))
         try:
-            data = data_named(name, self.settings["validation"])
+            likelihood = self.settings.get("likelihood")
+            data = data_named(name, self.settings["validation"], likelihood)
         except PyroBMRError:
             self._refuse_memory("data")
             raise
@@ -128,7 +129,7 @@ class Run:
                 f"'{self.folder}': expected one network, got an ensemble; its weights are in"
                 " model.safetensors"
             )
-        net = network_of(self._built(data, Gaussian()), str(self.settings["method"]))
+        net = network_of(self._built(data, Gaussian()), str(self.settings["method"]), data)
         self._fill(net, "model.safetensors")
         return net
 
@@ -191,7 +192,17 @@ def check_run_folder(folder: str | Path) -> None:
     make_folder(folder)
 
 
-def save_run(fit: Fit, folder: str | Path, settings: Mapping[str, Any]) -> Run:
+class Fitted(Protocol):
+    """What of a fit its run has."""
+
+    @property
+    def posterior(self) -> Posterior: ...
+
+    @property
+    def program(self) -> Program: ...
+
+
+def save_run(fit: Fitted, folder: str | Path, settings: Mapping[str, Any]) -> Run:
     """Writes a fit to `folder`; `settings` as in `Run`. It takes the place of an earlier fit there,
     whose reduction is removed; one of the two is whole.
     """

@@ -1,10 +1,11 @@
 """What every cell of a comparison shares, and its defaults: length, optimiser, guide, temperature.
 
-Owns `Settings`, and routes, guides and optimisers by name. Next: `recipe.py`.
+Owns `Settings`, and routes, guides and optimisers by name. Next: `temperature_trials.py`.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,33 +42,34 @@ directions a site.
 
 
 # Measured on held-out rows of many data sets (docs/results/defaults.md). Steps of a fit:
-_STEPS = 3_000
-# Classes, by route. A network that keeps all of its weights also keeps the noise of those that it
-# does not need, which a cold fit makes small. Real targets have 1: a cold fit of theirs learns a
-# noise that is too small.
-_TEMPERATURES = {"map": 1.0, "fitted": 0.1, "reduced": 0.3}
+_STEPS, _PASSES = 3_000, 20  # the larger of both
+_MOST = UntilConverged.steps
+AUTO = "auto"
+"""The temperature that trials choose."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What every cell of a comparison shares.
 
-    `epochs`: None for 3,000 steps. `optimizer`: one of `OPTIMIZERS`; ``"natural-gradient"`` is for
-    mean field, the route map takes adam at its own rate then; None for it where it can be had, else
-    adam. `learning_rate`: None for that of the optimiser. `temperature`: None for 1 with real
-    targets; with classes for 1 (map), 0.1 (fitted) and 0.3 (reduced). `kept`: target fraction for
-    the reduced route and for fitted shrinkage priors (1: as fitted), None for the evidence to
-    decide. `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as
-    in `Every`. `draws`: of the predictive. `guide`: one of `GUIDES`, of which ``"mean-field"``
-    alone is for natural-gradient; `estimator`: as in `MeanField`, and for it. `widen`: the
-    predictive draws from `posterior.widened(widen)`; `calibrate` finds that factor on a sixth of
-    the training rows, or the validation rows that the data came with, which the fit does without.
+    `epochs`: None for 20, but no fewer than 3,000 steps and no more than 16,000. `optimizer`: one
+    of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the route map takes adam at its own
+    rate then; None for it where it can be had, else adam. `learning_rate`: None for that of the
+    optimiser. `temperature`: ``"auto"`` for 1 with real targets and by the route map; for the
+    others, with classes, for what held-out rows choose, and a temperature of the class
+    probabilities with it (`temperature_trials`). `kept`: target fraction for the reduced route and
+    for fitted shrinkage priors (1: as fitted), None for the evidence to decide. `reduce_every`:
+    epochs, by default a tenth of the fit; `start`, `stop`: as in `Every`. `draws`: of the
+    predictive. `guide`: one of `GUIDES`, of which ``"mean-field"`` alone is for natural-gradient;
+    `estimator`: as in `MeanField`, and for it. `widen`: the predictive draws from
+    `posterior.widened(widen)`; `calibrate` finds that factor on a sixth of the training rows, or
+    the validation rows that the data came with, which the fit does without.
     """
 
     epochs: int | None = None
     batch_size: int = 128
     learning_rate: float | None = None
-    temperature: float | None = None
+    temperature: float | str = AUTO
     kept: float | None = None
     reduce_every: float | None = None
     start: float = 0.1
@@ -99,8 +101,8 @@ class Settings:
             "batch_size": (is_whole(self.batch_size, 1), "a whole number >= 1"),
             "learning_rate": (is_positive(self.learning_rate), "a finite number > 0"),
             "temperature": (
-                self.temperature is None or is_positive(self.temperature),
-                "a finite number > 0",
+                self.temperature == AUTO or is_positive(self.temperature),
+                f"a finite number > 0, or '{AUTO}'",
             ),
             "kept": (self.kept is None or is_between(self.kept, 0, 1), "0 <= kept <= 1"),
             "reduce_every": (
@@ -123,16 +125,29 @@ class Settings:
         }
 
 
-def length_of(epochs: int | None) -> int | UntilConverged:
-    """The length of a fit of so many epochs; None for 3,000 steps."""
-    return UntilConverged(steps=_STEPS, first=_STEPS) if epochs is None else epochs
+def length_of(
+    epochs: int | None, rows: int, batch_size: int, part: float = 1
+) -> int | UntilConverged:
+    """The length of a fit to so many rows, or of a trial that is that `part` of it. None for 20
+    passes over the rows, but no fewer than 3,000 steps and no more than 16,000.
+    """
+    if epochs is not None:
+        return max(1, round(part * epochs))
+    steps = round(part * usual_steps(rows, batch_size))
+    return UntilConverged(steps=steps, first=steps)
 
 
-def temperature_of(given: float | None, route: str, data: Data) -> float:
-    """The temperature of a fit by `route`, by default that of `Settings`."""
-    if given is not None:
-        return given
-    return _TEMPERATURES[route] if data.task == "classification" else 1.0
+def usual_steps(rows: int, batch_size: int) -> int:
+    """The steps of a fit without a number of epochs."""
+    return min(max(_STEPS, _PASSES * math.ceil(rows / batch_size)), _MOST)
+
+
+def temperature_of(given: float | str, route: str, data: Data) -> float | str:
+    """The temperature of a fit by `route`: `AUTO` where trials choose it. Real targets have 1: a
+    cold fit of theirs learns a noise that is too small.
+    """
+    chosen = given == AUTO and (route == "map" or data.task != "classification")
+    return 1.0 if chosen else given
 
 
 def optimizer_named(

@@ -91,6 +91,14 @@ class Values:
         assert isinstance(value, Mapping)
         return value
 
+    def of_each(self, key: str, value: object, names: Collection[str]) -> dict[str, str]:
+        """Name → its text: one text for all of the `names`, or a table with those that differ."""
+        if isinstance(value, str):
+            return dict.fromkeys(names, self.text(key, value))
+        found = self.table(key, value)
+        self.known(f"{key}.", found, names)
+        return {name: self.text(f"{key}.{name}", text) for name, text in found.items()}
+
     def methods(self, value: object) -> list[dict[str, Any]]:
         """The [[method]] tables, each with a name of its own."""
         good = isinstance(value, list) and value and all(isinstance(m, Mapping) for m in value)

@@ -67,7 +67,8 @@ def _fractions(cells: Iterable[str], folder: Path) -> dict[str, list[float]]:
 
 def first_weights(folders: Mapping[str, Path]) -> Figure | None:
     """The units of the first layer with the largest norm, a row per method; blank is zero."""
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     images = {
         method: found
@@ -76,26 +77,26 @@ def first_weights(folders: Mapping[str, Path]) -> Figure | None:
     }
     if not images:
         return None
-    figure, grid = plt.subplots(
-        len(images),
-        UNITS,
-        figsize=(0.75 * UNITS + 2.2, 0.85 * len(images)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for row, (method, units) in zip(grid, images.items(), strict=True):
+    colours = colormaps["RdBu_r"].with_extremes(bad="0.8")
+    figure = Figure(figsize=(0.75 * UNITS + 2.2, 0.85 * len(images)))
+    rows = figure.subplots(len(images), squeeze=False, gridspec_kw={"hspace": 0.1})[:, 0]
+    for axes, (method, units) in zip(rows, images.items(), strict=True):
         limit = max(float(np.abs(units).max()), 1e-12)
-        for k, axes in enumerate(row):
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set(color="0.8", linewidth=0.5)
-            if k < len(units):
-                axes.imshow(
-                    units[k], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
-                )
-            else:
-                axes.set_visible(False)
-        row[0].set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
+        image = _framed(units)
+        axes.imshow(image, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
+        axes.set(xticks=[], yticks=[], xlim=(-0.5, image.shape[1] / len(units) * UNITS - 0.5))
+        axes.spines[:].set_visible(False)
+        axes.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
     return figure
+
+
+def _framed(units: np.ndarray) -> np.ndarray:
+    """The images side by side, each in a frame of NaN; small ones in larger pixels, so that the
+    frame stays thin.
+    """
+    times = max(1, 28 // max(units.shape[1:]))
+    large = units.repeat(times, 1).repeat(times, 2)
+    return np.hstack(list(np.pad(large, [(0, 0), (1, 1), (1, 1)], constant_values=np.nan)))
 
 
 def _first_layer(folder: Path) -> np.ndarray | None:

@@ -1,13 +1,13 @@
 """What a network costs: parameters, FLOPs, and the measured latency of anything that can be called.
 
-Owns `parameters`, `flops`, `latency` and `cost_row`. Next: `loaders_source.py`.
+Owns `parameters`, `flops`, `Timed` and `with_latencies`. Next: `loaders_source.py`.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_bmr.data.inputs import Inputs, call_arguments, device_of, of_each, rows_in
+from pyro_bmr.data.inputs import Inputs, call_arguments, of_each
 from pyro_bmr.errors import ModelError
+from pyro_bmr.shrinking.latency import milliseconds
 from pyro_bmr.shrinking.refusals import first_line
 
-BATCHES = (1, 128)
+_TURNS = 3
 
 
 def parameters(net: nn.Module) -> dict[str, int]:
@@ -52,61 +53,62 @@ def flops(net: nn.Module, example: Inputs) -> int:
     return int(counter.get_total_flops())
 
 
-@torch.no_grad()
-def latency(run: Callable[..., Any], example: Inputs, batch: int, seconds: float = 0.3) -> float:
-    """The median time of one call on `batch` rows, in milliseconds, on one thread.
-
-    It is measured for about `seconds`, and over at least five calls.
+@dataclass(frozen=True)
+class Timed:
+    """What is timed: a call of `run` on rows of `example`. `costs` (name → value): what is known of
+    it so far, with its `format`.
     """
-    index, device = torch.arange(batch) % rows_in(example), device_of(example)
-    given, named = call_arguments(run, of_each(lambda part: part[index], example))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run(*given, **named)
-        times: list[float] = []
-        while len(times) < 5 or sum(times) < seconds:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            run(*given, **named)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return 1e3 * statistics.median(times)
+
+    costs: dict[str, Any]
+    run: Callable[..., Any]
+    example: Inputs
 
 
-def cost_row(
-    key: str,
-    file: str,
-    size: int,
-    net: nn.Module,
-    run: Callable[..., Any],
-    example: Inputs,
-    seconds: float,
-) -> dict[str, Any]:
-    """The costs of one format: of its `file` of `size` bytes, of `net`, and of a call of `run`.
-
-    Raises:
-        ModelError: `run` does not take batches of other sizes than the example's.
-    """
+def counted(net: nn.Module, example: Inputs) -> dict[str, int]:
+    """The parameters of `net`, those that are not zero, and its FLOPs for one row of `example`."""
     dtypes = (p.dtype for p in net.parameters() if p.is_floating_point())
     dtype = next(dtypes, None)
     like = of_each(lambda part: part.to(dtype) if part.is_floating_point() else part, example)
+    return {**parameters(net), "FLOPs": flops(net, like)}
+
+
+def with_latencies(
+    contenders: Sequence[Timed], seconds: float, batches: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The costs of each, with the time of a call on batches of these sizes: the median, and the
+    time that nine of ten calls stay under.
+
+    They take turns, so that all meet the same state of the machine; `seconds`: for each and batch.
+
+    Raises:
+        ModelError: one does not take batches of other sizes than the example's.
+    """
+    rows = [dict(one.costs) for one in contenders]
+    for batch in batches:
+        calls: list[list[float]] = [[] for _ in contenders]
+        for _ in range(_TURNS):
+            for times, one in zip(calls, contenders, strict=True):
+                times += _calls(one, batch, batches, seconds / _TURNS, times)
+        for row, times in zip(rows, calls, strict=True):
+            row[f"ms at batch {batch}"] = statistics.median(times)
+            row[f"p90 ms at batch {batch}"] = statistics.quantiles(times, n=10, method="inclusive")[
+                -1
+            ]
+    return rows
+
+
+def _calls(
+    one: Timed, batch: int, batches: Sequence[int], seconds: float, before: list[float]
+) -> list[float]:
+    """The times of a turn, two at least after one that is not counted. A call that took longer
+    than `seconds` in the turn `before` is made once: it meets caches that matter little to it.
+    """
+    slow = bool(before) and before[-1] > 1e3 * seconds
+    least, warm_up = (1, False) if slow else (2, True)
     try:
-        times = {f"ms at batch {batch}": latency(run, example, batch, seconds) for batch in BATCHES}
+        return milliseconds(one.run, one.example, batch, seconds, least, warm_up)
     except Exception as error:  # a forward may allow only its own number of rows
         raise ModelError(
-            f"format '{key}' does not run on batches of {BATCHES} rows ({type(error).__name__}:"
-            f" {first_line(error)})"
+            f"format '{one.costs['format']}' does not run on batches of {tuple(batches)} rows"
+            f" ({type(error).__name__}: {first_line(error)})"
         ) from None
-    return {
-        "format": key,
-        "file": file,
-        "bytes": size,
-        **parameters(net),
-        "FLOPs": flops(net, like),
-        **times,
-    }

@@ -9,36 +9,30 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_bmr.data.given import example_of
-from pyro_bmr.data.inputs import Inputs, has_rows, of_each, parts_of, rows_in
 from pyro_bmr.data.inputs import described as shapes_of
+from pyro_bmr.data.inputs import has_rows, of_each, parts_of, rows_in
 from pyro_bmr.errors import ModelError, PyroBMRWarning, described
-from pyro_bmr.exporting.costs import cost_row
+from pyro_bmr.exporting.cost_table import Trial, dense_networks, read_format
+from pyro_bmr.exporting.costs import Timed, with_latencies
 from pyro_bmr.exporting.finite import check_network
 from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.exporting.weights_file import save_tensors
-from pyro_bmr.exporting.written_files import (
-    halved,
-    loaded_module,
-    read_back,
-    write_format,
-    write_network_file,
-)
+from pyro_bmr.exporting.written_files import loaded_module, write_format, write_network_file
 from pyro_bmr.files import digest, replacing, write_json
 from pyro_bmr.networks.plain_module import module_copy, plain_copy
 from pyro_bmr.reduction.collapse import collapse_of
-from pyro_bmr.shrinking.verification import Answers, answers
+from pyro_bmr.shrinking.latency import one_thread, processor
+from pyro_bmr.shrinking.verification import answers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +49,7 @@ def deploy(
     ensemble: Mapping[str, Tensor] | None = None,
     report: Mapping[str, Any] | None = None,
     seconds: float = 0.3,
+    batches: Sequence[int] = (1, 128),
 ) -> pd.DataFrame:
     """Writes `net` to `folder` in each format, with `network.py` and `report.json`.
 
@@ -71,17 +66,22 @@ def deploy(
             network of several inputs has no class in `network.py`.
         example: rows of the input, or data that have them, such as a loader; of several inputs a
             tuple or a dict.
-        formats: of `FORMATS`: state_dict, safetensors, half, program (torch.export), onnx, prune
-            (masks of torch.nn.utils.prune), csr, 2:4. safetensors is always written.
-        before: the dense network, for the first row of the table.
+        formats: of `FORMATS`: state_dict, safetensors, half, program (torch.export), onnx, int8 and
+            int8-static (8-bit numbers in ONNX; the range of the activations is that of each call,
+            or of `example`), prune (masks of torch.nn.utils.prune), csr, 2:4. safetensors is always
+            written.
+        before: the dense network, for the first row of the table, and with onnx for the second.
         ensemble: name → stacked draws, from `ensemble`; written as ensemble.safetensors.
         report: written unchanged to report.json: ΔF, kept, prior, data, seed. A warning of empty
             layers is added to its `warnings` (`Reduction.warnings`).
-        seconds: for each measurement of a latency.
+        seconds: for each measurement of a latency; the networks take turns.
+        batches: the numbers of rows at which it is measured.
 
     Returns:
         DataFrame: One row per format: format, file, bytes, parameters, nonzero, FLOPs (per row of
-            the input), and the median latency in milliseconds on one thread at batch 1 and 128.
+            the input), the latency in milliseconds on one thread at each of `batches` (the median,
+            and the time that nine of ten calls stay under), and the largest difference of its
+            outputs from the network's, over the largest output. The report names the machine.
 
     Raises:
         ModelError: a format is not in the list, is not available here, or does not give the outputs
@@ -91,10 +91,11 @@ def deploy(
     import pandas as pd
 
     keys = _checked_formats(formats)
-    trial, folder = _trial(net, example, seconds), Path(folder)
-    with replacing(folder, "report.json", "network.py", gone=_written_before(folder)) as stage:
-        rows = [] if before is None else [_dense_row(plain_copy(before), trial, stage)]
-        costs, reason = _filled(stage, trial, keys, rows, ensemble, report or {})
+    trial, folder = _trial(net, example, seconds, tuple(batches)), Path(folder)
+    gone = _written_before(folder)
+    with replacing(folder, "report.json", "network.py", gone=gone) as stage, one_thread():
+        dense = [] if before is None else dense_networks(plain_copy(before), trial, stage, keys)
+        costs, reason = _filled(stage, trial, keys, dense, ensemble, report or {})
     if reason:
         warnings.warn(
             f"deploy: {trial.name} cannot be written as Python of torch alone ({reason});"
@@ -106,23 +107,7 @@ def deploy(
     return pd.DataFrame(costs)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """What is deployed, `net` in plain form, and what it is tried on.
-
-    `name`: of its class. `rows`: inputs, and `outputs`: what `net` gives on them, with which the
-    files that are read back are compared. `example` and `seconds`: for latencies.
-    """
-
-    net: nn.Module
-    name: str
-    rows: list[Inputs]
-    outputs: Answers
-    example: Inputs
-    seconds: float
-
-
-def _trial(net: nn.Module, example: Any, seconds: float) -> _Trial:
+def _trial(net: nn.Module, example: Any, seconds: float, batches: tuple[int, ...]) -> Trial:
     example = example_of(example, net)
     if not has_rows(example) or rows_in(example) < 1:
         raise ModelError(
@@ -140,32 +125,37 @@ def _trial(net: nn.Module, example: Any, seconds: float) -> _Trial:
             f"deploy: {name} gives no tensor on rows of the example, of"
             f" {shapes_of(rows[0])} ({outputs.error})"
         )
-    return _Trial(plain, name, rows, outputs, example, seconds)
+    return Trial(plain, name, rows, outputs, example, seconds, batches)
 
 
 def _filled(
     stage: Path,
-    trial: _Trial,
+    trial: Trial,
     keys: list[str],
-    costs: list[dict[str, Any]],
+    dense: list[Timed],
     ensemble: Mapping[str, Tensor] | None,
     report: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], str]:
-    """The costs of all formats, after those given, and why there is no class in `network.py`.
+    """The costs of `dense` and of all formats, and why there is no class in `network.py`.
 
     The files are written to `stage`, read back and compared with the network.
     """
     title, path = f"{trial.name}, pruned", stage / "network.py"
     written, reason = write_network_file(trial.net, title, trial.rows, path)
     for key in keys:
-        write_format(key, written, of_each(torch.clone, trial.rows[0]), stage / FORMATS[key].file)
+        rows = trial.example if FORMATS[key].rounded else trial.rows[0]
+        write_format(key, written, of_each(torch.clone, rows), stage / FORMATS[key].file)
     if ensemble is not None:
         save_tensors(ensemble, stage / "ensemble.safetensors")
     files = _file_table(stage)
     loaders = loaded_module(path)
     if reason:
         vars(loaders)["Network"] = lambda: module_copy(trial.net)
-    costs = [*costs, *(_format_row(key, written, loaders, trial, files) for key in keys)]
+    read = [read_format(key, written, loaders, trial, files) for key in keys]
+    timed = [*dense, *(one for one, _ in read)]
+    costs = with_latencies(timed, trial.seconds, trial.batches)
+    for row, (_, differs) in zip(costs[len(dense) :], read, strict=True):
+        row["difference"] = differs
     if ensemble is not None:
         loaders.load_ensemble()
     tensors = written.state_dict()
@@ -202,35 +192,8 @@ def _file_table(stage: Path) -> dict[str, dict[str, Any]]:
     return {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in paths}
 
 
-def _dense_row(before: nn.Module, trial: _Trial, stage: Path) -> dict[str, Any]:
-    """The costs of the dense network; its file is removed again."""
-    path = stage / "before.safetensors"
-    write_format("safetensors", before, of_each(torch.clone, trial.rows[0]), path)
-    try:
-        size = path.stat().st_size
-        return cost_row("before", "", size, before, before, trial.example, trial.seconds)
-    finally:
-        path.unlink()
-
-
-def _format_row(
-    key: str,
-    written: nn.Module,
-    loaders: ModuleType,
-    trial: _Trial,
-    files: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """The costs of one format, after its file was read back and checked."""
-    form, example = FORMATS[key], trial.example
-    run = read_back(key, loaders, trial.rows, trial.outputs) if form.loader else written
-    if key == "half":
-        example = of_each(halved, example)
-    size = files[form.file]["bytes"]
-    return cost_row(key, form.file, size, trial.net, run, example, trial.seconds)
-
-
 def _report(
-    trial: _Trial,
+    trial: Trial,
     reason: str,
     report: Mapping[str, Any],
     costs: list[dict[str, Any]],
@@ -249,6 +212,7 @@ def _report(
         "network": trial.name,
         "input": kinds[""] if isinstance(trial.example, Tensor) else kinds,
         **({"not_in_python": reason} if reason else {}),
+        "machine": {"processor": processor(), "threads": 1, "torch": torch.__version__},
         **report,
         "warnings": list(dict.fromkeys(said)),
         "costs": costs,

@@ -6,24 +6,31 @@ The loaders are in the `network.py` that is written beside the files. Owns `FORM
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from pyro_bmr.data.inputs import Inputs, call_arguments, device_of
+from pyro_bmr.data.inputs import Inputs, call_arguments, device_of, pieces
 from pyro_bmr.errors import ModelError
 from pyro_bmr.exporting.weights_file import save_tensors
-from pyro_bmr.shrinking.exported_graph import shapes_by_name
+from pyro_bmr.shrinking.exported_graph import exportable, shapes_by_name
+from pyro_bmr.shrinking.graph_names import without_clashes
 
 # Fraction of zeros: below it compressed rows are slower than dense ones on a CPU.
 SPARSE_FROM = 0.97
+# of the ranges of activations
+_CALIBRATIONS, _ROWS_AT_A_TIME = 16, 64
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,15 @@ class Format:
     """One format. `file`: its name. `loader`: the function of `network.py` that reads it.
 
     `write`: (network, example of two rows or more, path) → None. `tolerance`: of the outputs that
-    the loader gives, relative to the largest.
+    the loader gives, relative to the largest. `rounded`: whether numbers are rounded to 8 bits, so
+    that what that costs depends on the network; it gets the whole example.
     """
 
     file: str
     loader: str
     write: Callable[[nn.Module, Inputs, Path], None]
     tolerance: float = 1e-4
+    rounded: bool = False
 
 
 def _state_dict(net: nn.Module, example: Inputs, path: Path) -> None:
@@ -60,10 +69,10 @@ def _half(net: nn.Module, example: Inputs, path: Path) -> None:
 
 def _program(net: nn.Module, example: Inputs, path: Path) -> None:
     made = io.BytesIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), exportable(net):
         warnings.simplefilter("ignore")  # torch's own deprecations
         given, named, shapes = _open_arguments(net, example)
-        program = torch.export.export(net, given, named, dynamic_shapes=shapes)
+        program = torch.export.export(without_clashes(net), given, named, dynamic_shapes=shapes)
         torch.export.save(program, made)
     path.write_bytes(made.getbuffer())
 
@@ -91,13 +100,12 @@ def _onnx(net: nn.Module, example: Inputs, path: Path) -> None:
             f"format 'onnx': expected the package {error.name}, which is not installed; install it"
             " with: pip install 'pyro_bmr[onnx]'"
         ) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet_logging(), exportable(net):
         given, named, shapes = _open_arguments(net, example)
         if given and isinstance(given[-1], dict):  # torch would take it for keyword arguments
             given, named = given[:-1], {list(shapes)[-1]: given[-1]}
         torch.onnx.export(
-            net,
+            without_clashes(net),
             given,
             path,
             kwargs=named,
@@ -106,6 +114,76 @@ def _onnx(net: nn.Module, example: Inputs, path: Path) -> None:
             dynamic_shapes=shapes,
             external_data=False,
         )
+
+
+# `reduce_range`: weights have 7 bits, since processors without the newer instructions (VNNI) add
+# products of 8 bits up in 16, which overflow.
+def _int8(net: nn.Module, example: Inputs, path: Path) -> None:
+    """Weights in 8 bits; the scale of the activations is that of each call."""
+
+    def write(source: Path) -> None:
+        from onnxruntime.quantization import quantize_dynamic
+
+        quantize_dynamic(source, path, per_channel=True, reduce_range=True)
+
+    _quantised(net, example, path, write)
+
+
+def _int8_static(net: nn.Module, example: Inputs, path: Path) -> None:
+    """Weights and activations in 8 bits, with the range of the activations on the example."""
+
+    def write(source: Path) -> None:
+        from onnxruntime.quantization import quantize_static
+
+        rows = _Rows(source, net, example)
+        quantize_static(source, path, rows, per_channel=True, reduce_range=True)
+
+    _quantised(net, example, path, write)
+
+
+def _quantised(net: nn.Module, example: Inputs, path: Path, write: Callable[[Path], None]) -> None:
+    """Writes the network with 8-bit numbers, from its ONNX file, by `write`."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, prepared = path.with_name("model.onnx"), Path(folder) / "prepared.onnx"
+        if not source.exists():  # the format "onnx" is not wanted
+            source = Path(folder) / "model.onnx"
+            _onnx(net, example, source)
+        with _quiet_logging():
+            from onnxruntime.quantization import shape_inference
+
+            shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            write(prepared)
+
+
+@contextlib.contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """A context without what torch.onnx and onnxruntime log and print of their steps."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class _Rows:
+    """The example in pieces, as onnxruntime reads them to find the range of activations."""
+
+    def __init__(self, source: Path, net: nn.Module, example: Inputs) -> None:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+        names = [part.name for part in session.get_inputs()]
+        some = islice(pieces(example, _ROWS_AT_A_TIME), _CALIBRATIONS)
+        given = [tree_leaves(call_arguments(net, part)) for part in some]
+        self._batches = iter(
+            [{n: t.numpy() for n, t in zip(names, one, strict=True)} for one in given]
+        )
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._batches, None)
 
 
 def _prune(net: nn.Module, example: Inputs, path: Path) -> None:
@@ -182,6 +260,10 @@ FORMATS: Mapping[str, Format] = {
     "half": Format("model-half.safetensors", "load", _half, tolerance=2e-2),
     "program": Format("model.pt2", "load_program", _program),
     "onnx": Format("model.onnx", "load_onnx", _onnx),
+    "int8": Format("model-int8.onnx", "load_onnx", _int8, tolerance=0.5, rounded=True),
+    "int8-static": Format(
+        "model-int8-static.onnx", "load_onnx", _int8_static, tolerance=0.5, rounded=True
+    ),
     "prune": Format("prune.safetensors", "load_prune", _prune),
     "csr": Format("csr.safetensors", "load_csr", _csr),
     "2:4": Format("semi-structured.safetensors", "", _semi_structured),

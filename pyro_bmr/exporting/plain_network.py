@@ -21,7 +21,7 @@ from pyro_bmr.networks.plain_module import module_copy, plain_module
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.weights import declared_weights
 from pyro_bmr.reduction.collapse import collapse
-from pyro_bmr.shrinking.plan import shrink
+from pyro_bmr.shrinking.plan import shrink_each
 from pyro_bmr.tracing import Values
 
 
@@ -115,7 +115,8 @@ def ensemble(
     device = next(iter(posterior.sites.values())).mean.device
     generator = torch.Generator(device=device).manual_seed(seed)
     nets = [_network(program, posterior.draw(generator), "ensemble") for _ in range(draws)]
-    states = [(net if example is None else shrink(net, {}, example)).state_dict() for net in nets]
+    nets = nets if example is None else shrink_each(nets, example)
+    states = [net.state_dict() for net in nets]
     shapes = [{name: t.shape for name, t in state.items()} for state in states]
     if any(other != shapes[0] for other in shapes):
         raise ModelError(

@@ -111,8 +111,9 @@ def halved(part: Tensor) -> Tensor:
 
 def read_back(
     key: str, loaders: ModuleType, rows: Sequence[Inputs], outputs: Answers
-) -> Callable[..., Any]:
-    """The network that the loader of the format `key` returns, after a check of its outputs.
+) -> tuple[Callable[..., Any], float]:
+    """The network that the loader of the format `key` returns, after a check of its outputs, and
+    their largest difference from the network's, relative to the largest output.
 
     Raises:
         ModelError: it does not run on `rows`, or does not give `outputs`.
@@ -131,11 +132,13 @@ def read_back(
             f"format '{key}': read back, it does not run ({type(error).__name__}:"
             f" {first_line(error)}); leave it out of `formats`"
         ) from None
+    most = 0.0
     for (_, want), got in zip(tried, outputs_read, strict=True):
         wrong, size = difference(want, got)
+        most = max(most, wrong / max(size, FLOOR))
         if not wrong <= form.tolerance * max(size, FLOOR):
             raise ModelError(
                 f"format '{key}': read back, its outputs differ from the network's by {wrong:.2g},"
                 f" where the largest is {size:.2g}"
             )
-    return run
+    return run, most

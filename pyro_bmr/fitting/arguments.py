@@ -78,28 +78,12 @@ class Arguments:
         self._check("skip_faulty", self.skip_faulty >= 0, "a number of steps >= 0")
         in_range = holds(lambda x: 0 < x < math.inf, self.temperature)
         self._check("temperature", in_range, "a finite number > 0 (1 is Bayes)")
-        self._check_temperature()
         for name, kind in (("reduce", Every), ("start", Posterior)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise FitError(
                     f"{name}: expected {kind.__name__}(...) or None, got {described(value)}"
                 )
-
-    def _check_temperature(self) -> None:
-        """Refuses a tempered fit that infers the likelihood's own parameters.
-
-        With σ² inferred, N(y; f, σ²)^{1/T} is a fit of f with the noise Tσ², whose residuals then
-        set σ: the fit follows the rows more and more closely, and the noise follows the fit.
-        """
-        inferred = getattr(getattr(self.program, "likelihood", None), "inferred", ())
-        if self.temperature != 1 and inferred:
-            names = ", ".join(f"'{name}'" for name in inferred)
-            raise FitError(
-                f"temperature={self.temperature:g}: expected 1 with a likelihood that infers"
-                f" {names}, since a tempered fit makes it too small or too large; give it as a"
-                " number, as in Normal(noise=0.3), or leave temperature out"
-            )
 
     def _whole_number(self, name: str) -> None:
         value = getattr(self, name)

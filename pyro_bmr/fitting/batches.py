@@ -20,6 +20,7 @@ from pyro_bmr.errors import DataError, FitError
 from pyro_bmr.fitting.arguments import Program
 from pyro_bmr.fitting.checkpoint_file import digest
 from pyro_bmr.isolation import plain, seed_generators
+from pyro_bmr.likelihoods.likelihood import check_read
 
 _EXAMPLE = 8  # rows that a checkpoint keeps
 _CHUNK = 10_000  # held-out rows that are scored at once
@@ -31,7 +32,9 @@ class Batches:
 
     def __init__(self, program: Program, seed: int) -> None:
         self.program, self.seed = program, seed
-        self.checks = BatchChecks(getattr(program, "missing_targets", False))
+        self.checks = BatchChecks(
+            getattr(program, "missing_targets", False), getattr(program, "likelihood", None)
+        )
         self.device = device_of(program)
         parts = program.modules() if isinstance(program, nn.Module) else ()
         self.has_batch_norm = any(isinstance(part, _BatchNorm) for part in parts)
@@ -71,9 +74,12 @@ class HeldOut:
 
     def __init__(self, source: Source, program: Program, split: bool = False) -> None:
         self.source, self.program, self.split = source, program, split
-        self.checks = BatchChecks(getattr(program, "missing_targets", False))
+        self.checks = BatchChecks(
+            getattr(program, "missing_targets", False), getattr(program, "likelihood", None)
+        )
         if isinstance(source, Held):
             check_held(source.x, source.y, "the validation rows", self.checks.missing)
+            check_read(self.checks.likelihood, source.x, "the validation rows")
             self.source = Held(*placed(program, (source.x, source.y)))
         if isinstance(source, Stream) and not source.again:
             raise DataError(

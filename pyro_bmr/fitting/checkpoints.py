@@ -94,7 +94,7 @@ class CheckpointWriter:
         state = None
         for path in sorted(self.folder.glob(_FILES), reverse=True):
             try:
-                its_settings, its_state = read(path)
+                its_settings, its_state = self._read(path)
             except OtherFormat:
                 raise
             except FitError as error:
@@ -105,6 +105,10 @@ class CheckpointWriter:
                 refuse_others(self.folder, its_settings, self.settings)
                 state = its_state
         return state
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings and the state in a file."""
+        return read(path)
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:

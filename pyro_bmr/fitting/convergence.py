@@ -17,10 +17,6 @@ from pyro_bmr.errors import FitError, holds
 NOT_CONVERGED = "the fit has not converged"  # how the warning begins
 # A bound is judged by the means of this many stretches of blocks, or not at all.
 _FEWEST = 4
-# A rise of more standard errors than this is no noise.
-_ERRORS = 3
-# Errors of this many allowed rises hide a rise that matters.
-_NOISE = 2
 # Blocks of steps that are kept of one cycle. When there are as many, neighbours are joined.
 MOST_BLOCKS = 512
 
@@ -33,9 +29,9 @@ class UntilConverged:
     The fit runs in cycles of `first` steps, twice as many, four times as many, and so on. In each
     the learning rate falls on the schedule of the fit and then begins again, as in Loshchilov &
     Hutter 2017 (arXiv 1608.03983). Each is a whole fit, with the reductions at their places in it.
-    The fit is done when its bound no longer rises: by more than three standard errors of the
-    rise, or by more than `tolerance` nats for each of the N/T rows that the data count for. That
-    error must be less than twice those nats, since noise hides a rise. In the first cycle the
+    The fit is done when its bound no longer rises: by no more than one standard error of the rise
+    above `tolerance` nats for each of the N/T rows that the data count for. That error must itself
+    be less than those nats, since noise hides a rise. In the first cycle the
     rise is that from the third eighth of the steps to the fourth: later the falling rate makes a
     bound rise that has converged, and hides that another has not. After further cycles it is the
     rise from the end of one to the end of the next, where the rate is low. The gains that
@@ -85,9 +81,10 @@ class Rise:
 
     @property
     def is_over(self) -> bool:
-        """Whether the bound no longer rises by more than its noise, which is small."""
-        visible = self.error < _NOISE * self.allowed
-        return visible and self.nats <= max(_ERRORS * self.error, self.allowed)
+        """Whether the bound no longer rises by more than its noise, which is small. If it does not
+        rise at all, this is false of one in fifty where the error is the largest, of fewer else.
+        """
+        return self.error < self.allowed and self.nats <= self.allowed + self.error
 
     def __str__(self) -> str:
         return (

@@ -30,13 +30,12 @@ def take_step(run: Run, batch: Batch, share: float, number: int) -> tuple[float,
     """
     step, processes = run.step, run.processes
     seed_generator(run.rows.device, run.seed * 1_000_003 + number)
-    run.full_data.rows = len(batch[1])
     # holds weights of lower precision as they were in the step before, if the fit runs under
     # torch.autocast
     torch.clear_autocast_cache()
     for parameter in step.trained:
         parameter.grad = None
-    draw = step.run(batch, number)
+    draw = run.draw(batch, share, number)
     found = (*draw.gradients, *(p.grad for p in step.trained if p.grad is not None))
     total = sum(_total(g) for g in found)
     faulty, where = not math.isfinite(draw.expected_log_likelihood + draw.kl + total), ""

@@ -1,8 +1,8 @@
 """`fit`: the one training loop. Any Pyro program, any guide, any torch optimiser; reductions during
 the fit if asked.
 
-Owns `fit` and its result `Fit`. `run.py` has what the loop changes, `descent.py` one step of it,
-and `progress.py` where it stands. Next: `refit.py`.
+Owns `fit` and its result `Fit`. `loop.py` has the loop, `run.py` what it changes, `descent.py` one
+step of it, and `progress.py` where it stands. Next: `refit.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,33 +18,28 @@ import pyro
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm import tqdm
 
-from pyro_bmr.errors import FitError, warn
+from pyro_bmr.data.given import columns_in
+from pyro_bmr.errors import warn
 from pyro_bmr.fitting.arguments import Arguments, Program
 from pyro_bmr.fitting.checkpoints import Checkpoints, CheckpointWriter
 from pyro_bmr.fitting.convergence import UntilConverged
-from pyro_bmr.fitting.descent import take_step
+from pyro_bmr.fitting.loop import bar_of, run_steps
 from pyro_bmr.fitting.natural_gradient import NaturalGradient
 from pyro_bmr.fitting.optimizers import adam, cosine
-from pyro_bmr.fitting.progress import Progress
-from pyro_bmr.fitting.rows import Batch, rows_of
+from pyro_bmr.fitting.rows import rows_of
 from pyro_bmr.fitting.run import Run
 from pyro_bmr.fitting.snapshot import resumed, snapshot
 from pyro_bmr.fitting.timetable import Timetable
 from pyro_bmr.guides import MeanField
-from pyro_bmr.isolation import give_way, isolated
+from pyro_bmr.isolation import isolated
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.networks.plain_module import module_copy
 from pyro_bmr.posteriors.posterior import Posterior
-from pyro_bmr.prediction.calibration import mean_nll
 from pyro_bmr.pruning import Every
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# the terms that the progress bar shows, and their columns in the history
-_SHOWN = {"ell": "expected_log_likelihood", "kl": "kl", "kept": "kept"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,12 +124,15 @@ def fit(
             done, within 16,000 steps; `UntilConverged` says how, and takes another budget. A fit
             that has not converged warns, with a number of epochs too; see `Fit.converged`.
         optimizer: parameters → torch optimiser, or `natural_gradient()`. Default: Adam at 3e-3,
-            fused.
+            fused, which takes every guide. The natural gradient is for `MeanField` and needs fewer
+            steps (docs/convergence.md).
         scheduler: (optimiser, number of steps) → schedule, stepped after each step; None for a
             constant rate. Default: `cosine`. It is made anew for each cycle (`UntilConverged`).
         seed: of everything random. The order of the data is a function of (seed, epoch), and the
             draws are functions of (seed, step).
-        temperature: T above; 1 is Bayes, less is "cold": the data count N/T times.
+        temperature: T above; 1 is Bayes, less is "cold": the data count N/T times. By default 1, at
+            which the ELBO bounds the log evidence. Classes are often predicted better at 0.1 or
+            0.3; `compare` and ``pyro-bmr fit`` choose between these on held-out rows.
         reduce: reductions during the fit. There is none in the first 300 steps (or 0.3 of a shorter
             fit), in which empirical scales keep their start values as well.
         validation: the rows to hold out, scored after each epoch: as `data`, or a fraction of the
@@ -176,30 +174,13 @@ def fit(
     writer = CheckpointWriter(checkpoint, writes=is_first)
     clock = time.perf_counter()
     with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
-        run = Run(_copy(program), rows, given)
+        run = Run(_copy(program, columns_in(data)), rows, given)
         masks_before = dict(run.masks)
         timetable = Timetable.of(run, given)
         state = resumed(run, given, timetable, writer)
         clock -= state.seconds
-        with writer.interrupts(), _bar(timetable, state, progress and is_first) as bar:
-            for epoch in count(state.epoch(timetable.per_epoch)):
-                done = state.begin(epoch, timetable.per_epoch)
-                for batch, share in rows.batches(epoch, done):
-                    if state.over:
-                        break
-                    _step(run, batch, share, state, writer)
-                    if timetable.pauses(state):
-                        _pause(run, timetable, reduce, state)
-                    if state.step == state.end:
-                        _turn(run, timetable, state, time.perf_counter() - clock)
-                    _save(run, state, writer, clock)
-                    bar.update()
-                    give_way()
-                row = _row(run, epoch, state)
-                state.history.append(row)
-                bar.set_postfix({key: f"{row[name]:.4g}" for key, name in _SHOWN.items()})
-                if state.over:
-                    break
+        with writer.interrupts(), bar_of(timetable, state, progress and is_first) as bar:
+            run_steps(run, timetable, state, writer, bar, clock, partial(snapshot, run))
         posterior = run.finish()
     if is_first:
         said = reduce.cautions(masks_before, posterior) if reduce else ()
@@ -211,79 +192,10 @@ def fit(
     return Fit(posterior, *found, *times, seed, temperature, state.converged, state.convergence)
 
 
-def _copy(program: Program) -> Program:
+def _copy(program: Program, columns: tuple[str, ...] | None) -> Program:
     """The program that is trained: a copy if it is a module."""
     if isinstance(program, BayesianNetwork):
-        return program.copy()
+        copied = program.copy()
+        copied.columns = columns
+        return copied
     return module_copy(program) if isinstance(program, nn.Module) else program
-
-
-def _bar(timetable: Timetable, state: Progress, shown: bool) -> tqdm:
-    return tqdm(
-        total=timetable.most, initial=state.step, disable=not shown, unit="step", leave=False
-    )
-
-
-def _step(run: Run, batch: Batch, share: float, state: Progress, writer: CheckpointWriter) -> None:
-    """One step, of the schedule as well. An error in it names the last good checkpoint."""
-    state.step += 1
-    run.interrupted = writer.interrupted
-    try:
-        terms = take_step(run, batch, share, state.step)
-    except FitError as error:
-        raise FitError(f"{error}{writer.last_good()}") from None
-    if run.scheduler:
-        run.scheduler.step()
-    state.add(terms, run.temperature)
-
-
-def _pause(run: Run, timetable: Timetable, reduce: Every | None, state: Progress) -> None:
-    """What happens between some steps: empirical scales, a reduction if one is due, and a check
-    that all processes agree.
-    """
-    began = time.perf_counter()
-    if state.step >= timetable.warm_up:
-        run.update_scales()
-    if reduce and timetable.due(state, state.step):
-        state.delta_f += run.prune(reduce, state.done)
-    run.agree(state.step)
-    state.reduction_seconds += time.perf_counter() - began
-
-
-def _turn(run: Run, timetable: Timetable, state: Progress, seconds: float) -> None:
-    """The end of a cycle: the next one begins, or the fit is over. All processes go by the clock of
-    the first.
-    """
-    seconds = run.processes.decided_by_first(lambda: ({}, seconds), run.rows.device)[1]
-    if timetable.turn(state, seconds):
-        run.begin_cycle(state.length)
-
-
-def _save(run: Run, state: Progress, writer: CheckpointWriter, clock: float) -> None:
-    """Writes a checkpoint if one is due, and stops the fit after Ctrl-C in any process."""
-    stopping = run.interrupted if run.processes.size > 1 else writer.interrupted
-    last = state.over or stopping
-    if writer.due(state.step, last) and run.is_finite():
-        state.seconds = time.perf_counter() - clock
-        writer.save(state.step, {"run": snapshot(run), "progress": vars(state)})
-    if stopping:
-        writer.stop(state.step)
-
-
-def _row(run: Run, epoch: int, state: Progress) -> dict[str, float]:
-    """The row of an epoch in the history."""
-    likelihood, kl = state.means()
-    row = {
-        "epoch": epoch,
-        "step": state.step,
-        "skipped": run.faults.skipped,
-        "expected_log_likelihood": likelihood,
-        "kl": kl,
-        "elbo": likelihood / run.temperature - kl,
-        "kept": run.kept(),
-        "delta_f": state.delta_f,
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
-    }
-    if run.rows.held_out is not None:
-        row["validation_nll"] = mean_nll(run.program, run.posterior(), run.rows.held_out.batches())
-    return row

@@ -49,6 +49,31 @@ class FlatVectors:
         self.chunks = chunks_of(self.parts, self.loc, self.log_scale, self.std, self.draw)
         self.stale = [True] * len(self.chunks)
 
+    def release(self) -> None:
+        """Frees the memory of the vectors that a step fills, until it fills them again. What views
+        them stays as it is.
+        """
+        self.loc.grad = self.log_scale.grad = None
+        self.stale = [True] * len(self.chunks)
+        for vector in (self.std, self.draw):
+            vector.untyped_storage().resize_(0)
+
+    def fill(self, noise: Tensor, sign: float) -> None:
+        """Sets the draw to μ + σ · `sign` · `noise`."""
+        if self.std.untyped_storage().nbytes() == 0:
+            for vector in (self.std, self.draw):
+                vector.untyped_storage().resize_(vector.numel() * vector.element_size())
+        for k, chunk in enumerate(self.chunks):
+            if self.stale[k]:
+                torch.exp(chunk.log_scale, out=chunk.std)
+                self.stale[k] = False
+            torch.addcmul(chunk.loc, chunk.std, noise[chunk.part], value=sign, out=chunk.draw)
+
+    def scatter(self) -> None:
+        """Puts the draw of the kept entries into the leaves, if they have others."""
+        for name, kept in (self.kept or {}).items():
+            self.dense[name].view(-1).scatter_(0, kept, self.draw[self.parts[name]])
+
     def gradients(self, found: Mapping[str, Tensor]) -> list[Tensor]:
         """The gradient g of each chunk: what is `found` of a site, else taken out of its leaf."""
         by_site = {
@@ -70,6 +95,14 @@ class FlatVectors:
             return self.draw.new_zeros(part.stop - part.start)
         flat, leaf.grad = leaf.grad.reshape(-1), None
         return flat if self.kept is None else flat.index_select(0, self.kept[name])
+
+    def mask_of(self, name: str) -> Tensor:
+        """Which entries of a site are kept, in its shape."""
+        mask = torch.ones_like(self.leaves[name], dtype=torch.bool, requires_grad=False)
+        if self.kept is not None:
+            mask = torch.zeros_like(mask)
+            mask.view(-1)[self.kept[name]] = True
+        return mask
 
     @torch.no_grad()
     def take_out(self, masks: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> bool:

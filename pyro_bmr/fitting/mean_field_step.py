@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_bmr.errors import ModelError
 from pyro_bmr.fitting.chunks import pull_of
 from pyro_bmr.fitting.flat_vectors import FlatVectors
+from pyro_bmr.fitting.live_network import LiveNetworks
+from pyro_bmr.fitting.network import Network
+from pyro_bmr.fitting.network_weights import NetworkWeights, live_weights, whole_weights
 from pyro_bmr.fitting.noise import Noise
 from pyro_bmr.fitting.site_prior import (
     Pull,
@@ -26,11 +28,10 @@ from pyro_bmr.fitting.site_prior import (
     closed_kl,
     kl_is_due,
     read_prior,
+    site_in,
 )
 from pyro_bmr.fitting.step import Draw
-from pyro_bmr.fitting.written_weights import Network, WrittenWeight
 from pyro_bmr.guides import MeanField
-from pyro_bmr.networks.placed_weights import PlacedWeights
 from pyro_bmr.tracing import Values, likelihood_of
 
 
@@ -72,31 +73,31 @@ class MeanFieldStep(FlatVectors):
         super().__init__(guide)
         self.program, self.rows, self.kl_weight = program, rows, temperature / rows
         self.seed, self.network, self.trained = seed, network, list(trained)
-        self.noise = Noise(self.std, seed)
+        self.noise = self._new_noise()
         self.declared: dict[str, SitePrior] = {}
         self.priors: dict[str, SitePrior] = {}
         self.pulls: list[Pull] = []
         self.kl = 0.0
-        self.placed = PlacedWeights(network.net) if network is not None else None
-        self._write()
+        self.live_networks = None if network is None else LiveNetworks(network)
+        self._read_weights()
 
-    def _write(self) -> None:
-        """Makes the parameters whose prior has a form, and whose scales are not pruned."""
-        draws = {name: self.draw[part] for name, part in self.parts.items()}
-        whole = {s.name for s in self.guide.latents if len(draws[s.name]) == s.shape.numel()}
-        kept = self.kept or {}
-        self.written = {
-            name: WrittenWeight(form, name, draws, self.leaves[name], kept.get(name))
-            for name, form in (self.network.forms if self.network else {}).items()
-            if whole.issuperset(site.name for site in form.scale_sites)
-        }
-        self.weights = {name: w.leaf for name, w in self.written.items()}
-        # all but the weights that are their sites, with a divergence in closed form
-        self.active = [w for w in self.written.values() if not w.passive]
+    def _new_noise(self) -> Noise:
+        """The noise of vectors of this size."""
+        return Noise(self.std, self.seed)
+
+    def _read_weights(self) -> None:
+        """Finds the parameters that are written out; those of the live network wait for a batch."""
+        self.whole = whole_weights(self.network, self)
+        self.live: NetworkWeights | None = None
+        self.live_is_due = self.kept is not None
 
     @property
     def parameters(self) -> list[Tensor]:
         return [self.loc, self.log_scale, *self.trained]
+
+    def release(self) -> None:
+        super().release()
+        self.noise.release()
 
     def forget(self) -> None:
         """Has every site declared again in the next run."""
@@ -123,41 +124,46 @@ class MeanFieldStep(FlatVectors):
         self, batch: tuple[Any, ...], number: int, noise: Tensor, sign: float, share: float
     ) -> Draw:
         """One draw, whose gradients are multiplied by `share`."""
-        for k, chunk in enumerate(self.chunks):
-            if self.stale[k]:
-                torch.exp(chunk.log_scale, out=chunk.std)
-                self.stale[k] = False
-            torch.addcmul(chunk.loc, chunk.std, noise[chunk.part], value=sign, out=chunk.draw)
-        if self.kept is not None:
-            for name, kept in self.kept.items():
-                self.dense[name].view(-1).scatter_(0, kept, self.draw[self.parts[name]])
-        weights = self.weights if self.declared else {}
-        for w in self.active if weights else ():
-            w.weigh()
-        network = self.network
+        self.fill(noise, sign)
+        weights, network = self._weights(batch), self.network
         with torch.enable_grad():
-            if (
-                network is not None
-                and self.placed is not None
-                and len(self.declared) == len(self.parts)
-                and network.has_log_likelihood
-            ):
-                of_batch = network.log_likelihood(weights, batch[0], batch[1], self.placed)
+            if weights is not None and network is not None and self._needs_network_alone:
+                tensors, placed = weights.tensors, weights.placed
+                of_batch = network.log_likelihood(tensors, batch[0], batch[1], placed)
                 (of_batch * (-share / len(batch[1]))).backward()
+                weights.settle()
                 likelihood = of_batch.detach() * (self.rows / len(batch[1]))
                 priors, open_kl = self.declared, 0.0
             else:
-                likelihood, priors, open_kl = self._run_program(batch, share, weights)
+                likelihood, priors, open_kl = self._run_program(
+                    batch, share, weights.given if weights is not None else {}
+                )
         if kl_is_due(self.loc.numel(), number) or priors is not self.priors:
             vectors = self.loc, self.log_scale, self.std, noise
             self.kl = sum(closed_kl(p, self.parts[name], *vectors) for name, p in priors.items())
-            self.kl -= sum(w.log_p() for w in self.active) if weights else 0.0
+            self.kl -= weights.log_p() if weights is not None else 0.0
         self._follow(priors)
-        found: dict[str, Tensor] = {}
-        for w in self.active if weights else ():
-            found |= w.gradients(share * self.kl_weight)
+        found = {} if weights is None else weights.gradients(share * self.kl_weight)
         g, kl = self.gradients(found), open_kl + self.kl
         return Draw(float(likelihood.detach()), kl, g, g, self.pulls, noise, sign)
+
+    @property
+    def _needs_network_alone(self) -> bool:
+        """Whether all sites are known without a run of the program."""
+        known = self.network is not None and len(self.declared) == len(self.parts)
+        return known and self.network.has_log_likelihood  # type: ignore[union-attr]
+
+    def _weights(self, batch: tuple[Any, ...]) -> NetworkWeights | None:
+        """The parameters that are written out, at the draw; None until the sites are declared."""
+        weights = (self.live or self.whole) if self.declared else None
+        if self.live_is_due and self.live_networks is not None and self._needs_network_alone:
+            self.live = live_weights(self.live_networks, self, batch[0])
+            self.live_is_due, weights = False, self.live or self.whole
+        if weights is None or weights is self.whole:
+            self.scatter()
+        if weights is not None:
+            weights.weigh(self)
+        return weights
 
     def _follow(self, priors: dict[str, SitePrior]) -> None:
         """Has the means pulled by `priors`."""
@@ -190,7 +196,7 @@ class MeanFieldStep(FlatVectors):
                 priors[name] = self.declared[name]
                 continue
             kept = None if self.kept is None else self.kept[name]
-            read = read_prior(latent, _site(run, name), values[name], self.leaves[name], kept)
+            read = read_prior(latent, site_in(run, name), values[name], self.leaves[name], kept)
             priors[name] = read.prior
             if read.sampled_kl is not None:
                 loss = loss + self.kl_weight * read.sampled_kl
@@ -200,7 +206,7 @@ class MeanFieldStep(FlatVectors):
         if loss.requires_grad:  # not if the data say nothing of the sites
             (share * loss).backward()  # type: ignore[no-untyped-call]
         if not self.declared and not moving:
-            sites = {site for w in self.written.values() for site in w.sites}
+            sites = self.whole.sites
             known = {name: prior for name, prior in priors.items() if name in sites}
             self.declared = known if all(prior.weight == 1 for prior in known.values()) else {}
         return likelihood, priors, open_kl
@@ -238,8 +244,8 @@ class MeanFieldStep(FlatVectors):
         state of `optimizer`.
         """
         if self.take_out(masks, optimizer):
-            self.noise = Noise(self.std, self.seed)
-            self._write()
+            self.noise = self._new_noise()
+            self._read_weights()
             self.forget()
 
     def not_finite(self, draw: Draw) -> set[str]:
@@ -285,14 +291,3 @@ class MeanFieldStep(FlatVectors):
         }
         if state["settled"]:
             self._follow(self.declared)
-
-
-def _site(run: Values, name: str) -> Any:
-    """A site in a run of the program."""
-    msg = run.latent.get(name)
-    if msg is None:
-        raise ModelError(
-            f"site '{name}': the program has it for some batches or draws only; give it a place in"
-            " every run"
-        )
-    return msg

@@ -25,13 +25,20 @@ class Noise:
     def __init__(self, like: Tensor, seed: int) -> None:
         self.size, self.seed, self.number = like.numel(), seed, -1
         self.generator, self.choice = torch.Generator(device=like.device), torch.Generator()
-        self.batch = torch.empty(self.size + _OFFSETS, dtype=like.dtype, device=like.device)
+        self.batch = torch.empty(0, dtype=like.dtype, device=like.device)
         self.windows: list[tuple[int, float]] = []
+
+    def release(self) -> None:
+        """Frees the memory of the batch until it is drawn again."""
+        self.number = -1
+        self.batch = self.batch.new_empty(0)
 
     def at(self, step: int) -> tuple[Tensor, float]:
         """The numbers and the sign of `step`."""
         number, turn = divmod(step, _STEPS_PER_BATCH)
         if number != self.number:
+            if len(self.batch) == 0:
+                self.batch = self.batch.new_empty(self.size + _OFFSETS)
             self.number = number
             self.choice.manual_seed(2 * (self.seed * 1_000_003 + number))
             self.generator.manual_seed(2 * (self.seed * 1_000_003 + number) + 1)

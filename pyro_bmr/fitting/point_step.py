@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_bmr.fitting.autograd_step import AutogradStep, value_and_gradient
+from pyro_bmr.fitting.network import Network
 from pyro_bmr.fitting.site_prior import Pull, SitePrior, kl_is_due, read_prior, squared_distance
 from pyro_bmr.fitting.step import Draw
-from pyro_bmr.fitting.written_weights import Network, WrittenWeight
+from pyro_bmr.fitting.written_weights import WrittenWeight
 from pyro_bmr.guides import Point
 from pyro_bmr.networks.placed_weights import PlacedWeights
 from pyro_bmr.tracing import Values, likelihood_of

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from pyro_bmr.errors import FitError, PyroBMRError
 from pyro_bmr.fitting.checkpoint_file import digest
+from pyro_bmr.isolation import seed_of
 
 _WAIT = timedelta(minutes=10)  # for another process, which may be at a reduction
-# seeds of ranks lie an odd number apart, modulo the largest seed
-_SEEDS, _BETWEEN_RANKS = 1 << 40, 0x9E3779B97
 
 
 class Processes:
@@ -38,7 +39,7 @@ class Processes:
 
     def seed(self, seed: int) -> int:
         """The seed of what each process draws for itself; the first takes the seed of the fit."""
-        return seed if self.rank == 0 else (seed + self.rank * _BETWEEN_RANKS) % _SEEDS
+        return seed_of(seed, self.rank)
 
     def check_rows(self, rows: int, batch_size: int) -> None:
         """Raises FitError if some process would have no row of a batch."""
@@ -173,18 +174,35 @@ class Processes:
 
 
 @contextmanager
-def process_group() -> Iterator[int]:
+def process_group(alone: bool = False) -> Iterator[int]:
     """The process group that the environment says (torchrun sets it), if there is one; gives the
-    number of this process in it.
+    number of this process in it. `alone`: one process makes a group too.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo", timeout=_WAIT, **_meeting())
+    elif alone:
+        alone_store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=alone_store, rank=0, world_size=1)
+    else:
         yield 0
         return
-    dist.init_process_group("gloo", timeout=_WAIT)
     try:
         yield dist.get_rank()
     finally:
         dist.destroy_process_group()
+
+
+def _meeting() -> dict[str, Any]:
+    """Where the processes find each other, if torchrun has started them again on one node. There
+    the store of torchrun still has the addresses of those that were killed
+    (findings/elastic_restart_addresses.sh), so each start has names of its own in it. The nodes of
+    several do not count their starts alike.
+    """
+    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if start == 0 or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, rank, size = next(rendezvous("env://", timeout=_WAIT))  # type: ignore[no-untyped-call]
+    return {"store": PrefixStore(f"start {start}", store), "rank": rank, "world_size": size}
 
 
 def _listed(ranks: Sequence[int]) -> str:

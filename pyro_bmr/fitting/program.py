@@ -1,7 +1,7 @@
 """What a fit finds out about its program before the first step: that it runs, which sites have
 entries per row, and whether its rows may be mixed.
 
-Owns `latents_of` and its checks. Next: `guide.py`.
+Owns `latents_of` and its checks. Next: `tempered_noise.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pyro_bmr.errors import DataError, FitError, PyroBMRError, holds, warn
 from pyro_bmr.fitting.arguments import Program
 from pyro_bmr.fitting.program_run import ProgramRun, equal, run_of, run_on, running, shape_in
 from pyro_bmr.fitting.rows import Batch, LoaderRows, Rows
+from pyro_bmr.guides.latent_sites import base_distribution
+from pyro_bmr.likelihoods.ignored import Ignoring
 from pyro_bmr.tracing import Values
 
 _EXAMPLE = 8  # rows on which a program is tried
@@ -35,6 +37,8 @@ def latents_of(program: Program, rows: Rows | LoaderRows) -> tuple[int, dict[str
     """
     batch, batches = rows.sizes[0], len(rows.sizes) > 1
     example, found = _tried(program, rows.first, rows.targets(), batch)
+    if rows.in_memory:
+        _check_informed(program, example, rows.targets())
     if not rows.in_memory:
         rows.checks.check_target = _target_check(program, example)
         rows.checks.try_on = lambda batch: check_latents(program, batch, found)
@@ -120,6 +124,28 @@ def _target_check(program: Program, example: Batch) -> Callable[[Tensor], None]:
                 _check_observed(name, fn, example[1], y)
 
     return check
+
+
+def _check_informed(program: Program, example: Batch, y: Tensor) -> None:
+    """Raises DataError if no target is observed, and warns if a learned noise has nothing to tell
+    it from zero.
+    """
+    with running(example), Values({}) as run:
+        program(*example)
+    for name, msg in run.observed.items():
+        fn = base_distribution(msg["fn"])
+        is_y = _is_target(msg["value"], example[1])
+        if is_y and isinstance(fn, Ignoring) and bool(fn.marked(y).all()):
+            raise DataError(
+                f"y: expected at least one target of site '{name}' that is observed, got"
+                f" {y.numel()} that are missing"
+            )
+    noise = "noise" in getattr(getattr(program, "likelihood", None), "inferred", ())
+    if noise and len(y) > 1 and bool((y == y[:1]).all()):
+        warn(
+            f"y is the same in all {len(y)} rows: there is nothing to predict, and the learned"
+            " noise goes to 0. Leave a constant target out, or give the likelihood a noise"
+        )
 
 
 def check_latents(program: Program, batch: Batch, found: ProgramRun) -> None:

@@ -23,6 +23,7 @@ from pyro_bmr.fitting.arguments import BATCH_SIZE, Arguments
 from pyro_bmr.fitting.batches import Batches, HeldOut, check_held, placed
 from pyro_bmr.fitting.loader_rows import LoaderRows
 from pyro_bmr.fitting.processes import Processes
+from pyro_bmr.likelihoods.likelihood import check_read
 from pyro_bmr.prediction.predict import check_callable_without_y
 
 __all__ = ["Batch", "LoaderRows", "Rows", "batch_sizes", "rows_of"]
@@ -161,6 +162,7 @@ def rows_of(
             _check_order(given, source.order.batch_size, source.order.shuffle)
             order = source.order
         check_held(source.x, source.y, "the data", missing)
+        check_read(reader.checks.likelihood, source.x, "the data")
         source = Held(*placed(given.program, (source.x, source.y)))
     elif source.size < 1:
         raise DataError(f"data: {source.about}: expected at least one row, got none")

@@ -19,24 +19,30 @@ from pyro_bmr.fitting.autograd_step import AutogradStep
 from pyro_bmr.fitting.faults import Faults
 from pyro_bmr.fitting.guide import make_guide
 from pyro_bmr.fitting.mean_field_step import MeanFieldStep
+from pyro_bmr.fitting.network import Network
 from pyro_bmr.fitting.optimizers import optimizer_of
 from pyro_bmr.fitting.point_step import PointStep
 from pyro_bmr.fitting.program import latents_of
 from pyro_bmr.fitting.rows import Batch, LoaderRows, Rows
 from pyro_bmr.fitting.start import begin_at
-from pyro_bmr.fitting.step import Step
-from pyro_bmr.fitting.written_weights import Network
+from pyro_bmr.fitting.step import Draw, Step
+from pyro_bmr.fitting.tempered_noise import check_noise
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.guides.row_noise import PER_ROW
 from pyro_bmr.isolation import seed_generator
 from pyro_bmr.likelihoods.whole_data import WholeData
-from pyro_bmr.memory import check_memory
+from pyro_bmr.memory import check_memory, return_freed
 from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.networks.modes import note_modes, set_training
-from pyro_bmr.posteriors.from_guides import masks_in_force, sites_of_guide
+from pyro_bmr.posteriors.from_guides import (
+    masks_in_force,
+    mean_field_sites,
+    sites_of_guide,
+)
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.products import with_products
+from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
 from pyro_bmr.priors.gaussian import Gaussian
 from pyro_bmr.pruning import Every
@@ -67,6 +73,7 @@ class Run:
             note_modes(program)
         set_training(program, False)
         self.example_rows, latents = latents_of(program, rows)
+        check_noise(program, self.example, latents, given.temperature)
         self.empirical = EmpiricalScales()
         self.full_data = WholeData(rows.size, len(self.example[1]))
         self.scaled = self.empirical(self.full_data(program))
@@ -130,6 +137,11 @@ class Run:
         """
         return self.rows.first(self.example_rows)
 
+    def draw(self, batch: Batch, share: float, number: int) -> Draw:
+        """What step `number` finds at one draw, in the fraction `share` of the rows of a batch."""
+        self.full_data.rows = len(batch[1])
+        return self.step.run(batch, number)
+
     def posterior(self) -> Posterior:
         """The posterior as it stands; the program is in evaluation mode while it is read."""
         self.step.write_back()
@@ -167,12 +179,15 @@ class Run:
         """Reduces when the fraction `done` of the fit is over, puts the masks in force, and returns
         the predicted gain in evidence of what is pruned now, nats.
         """
+        self.step.release()
+        return_freed()
         masks, gain = self.processes.decided_by_first(
             lambda: _decided(schedule.reduce(self.posterior(), done)), self.rows.device
         )
         self.masks = {**self.masks, **masks}
         self.faults.forget()
         self.step.prune(self.masks, self.optimizer)
+        return_freed()
         return gain
 
     @torch.no_grad()
@@ -182,10 +197,16 @@ class Run:
             return
         self.step.write_back()
         self.step.forget()
-        sites = sites_of_guide(self.guide, self.program, self.example, {}, self.masks)
-        for name, prior in self.empirical_priors.items():
-            site, mask = sites[name], self.masks.get(name)
-            self.empirical.update(name, prior, site.mean, site.var, mask)
+        for name, site in self._sites():
+            if name in self.empirical_priors:
+                mask = self.masks.get(name)
+                self.empirical.update(name, self.empirical_priors[name], site.mean, site.var, mask)
+
+    def _sites(self) -> Iterable[tuple[str, Site]]:
+        """The sites as the guide has them, one after the other where that saves memory."""
+        if isinstance(self.guide, MeanField):
+            return mean_field_sites(self.guide, self.masks)
+        return sites_of_guide(self.guide, self.program, self.example, {}, self.masks).items()
 
     def agree(self, number: int) -> None:
         """Gives all processes the buffers of the first, such as running means, and checks that they

@@ -1,7 +1,7 @@
 """The prior of a site as the fast step sees it: a Gaussian on the unconstrained scale where it is
 one, its KL in closed form, and its pull on the means.
 
-Owns `SitePrior`, `Pull`, `read_prior` and `closed_kl`. Next: `chunks.py`.
+Owns `SitePrior`, `Pull`, `read_prior`, `site_in` and `closed_kl`. Next: `chunks.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.latent_sites import Latent, base_distribution, gaussian_on_the_line
-from pyro_bmr.tracing import collapsed, does_not_split
+from pyro_bmr.tracing import Values, collapsed, does_not_split
 
 # a guide with more numbers evaluates its KL, a slow quantity that is only reported, in every eighth
 # step
@@ -163,3 +163,14 @@ def _log_density(
 def _kept_values(values: Tensor, shape: torch.Size, kept: Tensor | None) -> Tensor:
     flat = values.expand(shape).reshape(-1)
     return flat if kept is None else flat[kept]
+
+
+def site_in(run: Values, name: str) -> Any:
+    """A site in a run of the program."""
+    msg = run.latent.get(name)
+    if msg is None:
+        raise ModelError(
+            f"site '{name}': the program has it for some batches or draws only; give it a place in"
+            " every run"
+        )
+    return msg

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,9 +48,20 @@ def snapshot(run: Run) -> dict[str, Any]:
     }
 
 
-def resumed(run: Run, given: Arguments, timetable: Timetable, writer: CheckpointWriter) -> Progress:
+def resumed(
+    run: Run,
+    given: Arguments,
+    timetable: Timetable,
+    writer: CheckpointWriter,
+    restore: Callable[[Run, Mapping[str, Any]], None] | None = None,
+    of_parts: Mapping[str, Any] | None = None,
+) -> Progress:
     """Where the fit stands: at its start, or at the newest checkpoint of the same fit, restored
     into `run`. All processes must have the same arguments, and find the same checkpoint.
+
+    Args:
+        restore: takes the state of a checkpoint into a run of another kind.
+        of_parts: as `fit_settings` has it.
 
     Raises:
         FitError: they do not, or the checkpoint is of another fit.
@@ -61,7 +72,7 @@ def resumed(run: Run, given: Arguments, timetable: Timetable, writer: Checkpoint
     run.begin_cycle(progress.length)
     if writer.rule is None and processes.size == 1:
         return progress
-    settings = fit_settings(run, given)
+    settings = fit_settings(run, given, of_parts)
     to_agree = {key: value for key, value in settings.items() if key != "environment"}
     processes.check_arguments(to_agree, differences, device)
     saved = writer.latest(settings)
@@ -69,7 +80,7 @@ def resumed(run: Run, given: Arguments, timetable: Timetable, writer: Checkpoint
         with writer.restoring():
             progress = Progress(**saved["progress"])
             run.begin_cycle(progress.length)
-            _restore(run, saved["run"])
+            (restore or _restore)(run, saved)
     processes.check_equal(
         {"step": torch.tensor([progress.step])},
         device,
@@ -79,14 +90,14 @@ def resumed(run: Run, given: Arguments, timetable: Timetable, writer: Checkpoint
 
 
 @torch.no_grad()
-def _restore(run: Run, state: Mapping[str, Any]) -> None:
-    """Continues from `state`.
+def _restore(run: Run, saved: Mapping[str, Any]) -> None:
+    """Continues from a checkpoint.
 
     Raises:
         FitError: the program does not give the log likelihood that it gave when the state was
             saved.
     """
-    device = run.rows.device
+    device, state = run.rows.device, saved["run"]
     run.masks, run.empirical.scales = (
         {name: t.to(device) for name, t in state[key].items()} for key in ("masks", "scales")
     )
@@ -108,9 +119,12 @@ def _restore(run: Run, state: Mapping[str, Any]) -> None:
     generator_of(device).set_state(state["generator"])
 
 
-def fit_settings(run: Run, given: Arguments) -> dict[str, Any]:
+def fit_settings(
+    run: Run, given: Arguments, of_parts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """All that must be the same when a fit continues, and in ``environment`` what must be for the
-    result to be the same to the bit.
+    result to be the same to the bit. `of_parts`: what is said of the sites and of the guide, if a
+    process has parts of them.
 
     Raises:
         FitError: an optimiser or a schedule that keeps state where it cannot be saved.
@@ -121,10 +135,10 @@ def fit_settings(run: Run, given: Arguments) -> dict[str, Any]:
         for group in run.optimizer.param_groups
     ]
     schedule = run.scheduler.state_dict() if run.scheduler is not None else {}
+    sites = of_parts or {"sites": _site_settings(run), "guide": description(run.guide)}
     found = {
         "program": description(run.program),
-        "sites": _site_settings(run),
-        "guide": description(run.guide),
+        **sites,
         "data": {
             name: in_short(name, value) if isinstance(value, torch.Tensor) else value
             for name, value in run.rows.described().items()

@@ -57,6 +57,9 @@ class Step(Protocol):
     def write_back(self) -> None:
         """Brings the guide up to date."""
 
+    def release(self) -> None:
+        """Frees memory that the next run takes again."""
+
     def forget(self) -> None:
         """Has the program declare its priors again, as after a change of the empirical scales."""
 

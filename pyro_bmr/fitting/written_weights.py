@@ -1,36 +1,21 @@
 """The weights of a network from the draws of its sites, and the way back from the gradient of the
 weights to that of the draws, written out for the priors that have a form.
 
-Owns the protocol `Network` and `WrittenWeight`, one parameter. Next: `step.py`.
+Owns `WrittenWeight`, one parameter. Next: `network_weights.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_bmr.data.inputs import Inputs
-from pyro_bmr.networks.placed_weights import PlacedWeights
+from pyro_bmr.fitting.live_network import Cut
 from pyro_bmr.priors.tiers import spread, tier_shape
 from pyro_bmr.priors.weight_form import ScaleSite, WeightForm
-
-
-class Network(Protocol):
-    """A program that can be run given its weights; see `BayesianNetwork`, which is one."""
-
-    net: nn.Module
-    forms: Mapping[str, WeightForm]
-    all_written: bool
-    has_log_likelihood: bool
-
-    def log_likelihood(
-        self, weights: Mapping[str, Tensor], x: Inputs, y: Tensor, placed: PlacedWeights
-    ) -> Tensor: ...
 
 
 class WrittenWeight:
@@ -49,9 +34,11 @@ class WrittenWeight:
         name: of the parameter, and of the site w̄.
         draws: site → its draw on the unconstrained line, flat, of kept entries; views.
         leaf: the draw of w̄ in the shape of the parameter, 0 where it is pruned.
-        kept: the indices of the kept entries of w̄; None for all.
+        kept: the indices of the kept entries of w̄ in the leaf, or its size for an entry that it
+            does not have; None for all.
         point: whether the density is that of the constrained values, without Jacobians. The draw
             of w̄ then stays; else w may take its place.
+        cut: the entries that the leaf has, if it is that of a smaller network.
     """
 
     def __init__(
@@ -62,9 +49,14 @@ class WrittenWeight:
         leaf: Tensor,
         kept: Tensor | None = None,
         point: bool = False,
+        cut: Cut | None = None,
     ) -> None:
-        shape = tuple(leaf.shape)
-        self.form, self.name, self.kept, self.point = form, name, kept, point
+        shape = tuple(leaf.shape) if cut is None else cut.shape
+        self.form, self.name, self.kept, self.point, self.cut = form, name, kept, point, cut
+        self.beyond: Tensor | None = None
+        if cut is not None and kept is not None and bool((kept == leaf.numel()).any()):
+            self.beyond = kept == leaf.numel()
+            self.near = kept.masked_fill(self.beyond, 0)
         self.standardised, self.flat = leaf.detach(), draws[name]
         self.draws = {
             s.name: draws[s.name].view(tier_shape(shape, s.tier, s.block)) for s in form.scale_sites
@@ -99,6 +91,8 @@ class WrittenWeight:
         """The parameter at the draws, as a leaf of autograd."""
         if self.form.factors:
             self.scale = self._scale()
+            if self.cut is not None:
+                self.scale = self.cut.taken(self.scale)
             torch.mul(self.standardised, self.scale, out=self.weight)
         return self.leaf
 
@@ -131,8 +125,7 @@ class WrittenWeight:
         self.leaf.grad = None
         found = self._of_scales(g) if self.form.factors else {}
         g = g.mul_(self.scale) if self.form.factors else g
-        g = g.reshape(-1)
-        found[self.name] = g if self.kept is None else g.index_select(0, self.kept)
+        found[self.name] = self._taken_out(g.reshape(-1))
         for site, density, u, parent in self.densities:
             if site not in found:
                 found[site] = torch.zeros_like(u)
@@ -143,15 +136,27 @@ class WrittenWeight:
             self._drop_jacobians(found, factor)
         return {site: each.reshape(-1) for site, each in found.items()}
 
+    def _taken_out(self, g: Tensor) -> Tensor:
+        """The gradient of the kept entries; 0 for those that the leaf does not have."""
+        if self.kept is None:
+            return g
+        if self.beyond is None:
+            return g.index_select(0, self.kept)
+        if not len(g):
+            return torch.zeros_like(self.flat)
+        return g.index_select(0, self.near).masked_fill_(self.beyond, 0)
+
     def _of_scales(self, g: Tensor) -> dict[str, Tensor]:
         """Site → the gradient of L, of the factors and the slab; `g` is ∂L/∂w."""
         slab, found = self.form.slab, dict[str, Tensor]()
         # h, in the shape of γ
-        h = (
-            torch.dot(g.reshape(-1), self.weight.reshape(-1))
-            if not self.shape
-            else (g * self.weight).sum_to_size(self.shape)
-        )
+        if not self.shape:
+            h = torch.dot(g.reshape(-1), self.weight.reshape(-1))
+        elif self.cut is None:
+            h = (g * self.weight).sum_to_size(self.shape)
+        else:
+            h = (g * self.weight).sum_to_size(self.cut.summed_shape(self.shape))
+            h = self.cut.grown(h, self.shape)
         for s in self.indicators:
             each = self._summed(h, s)
             found[s.name] = each - each * self.draws[s.name].sigmoid()

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas.covariance import covariance_factor
+from pyro_bmr.formulas.factor_inverse import inverse_of_factor
 
 _ROUNDING = 16  # roundings of a product; a residual below them has no digits left
+_FEW = 8  # iterations whose sum R X C has no more rounding than a product
+_ROWS = 256  # at once
 _NEARLY_ALL = 0.9  # of the entries are held: Σ⁻¹ is near to the inverse of Σ_SS
 
 NOT_POSITIVE = (
@@ -26,7 +29,9 @@ NOT_POSITIVE = (
 
 
 class Solved(NamedTuple):
-    """X, R X C, the iterations, ‖T − (RXC)_S‖, and what rounding leaves of that."""
+    """X, R X C, the iterations, ‖T − (RXC)_S‖, and what rounding leaves of that. R X C is the sum
+    over a few iterations, or a product.
+    """
 
     x: Tensor
     product: Tensor
@@ -43,6 +48,7 @@ class System(NamedTuple):
     held: Tensor  # S as numbers
     target: Tensor
     inverses: tuple[Tensor, Tensor] | None  # R⁻¹ and C⁻¹, if they precondition
+    size: float  # ‖R‖ ‖C‖ in the norms of the largest row
 
     @classmethod
     def of(cls, rows: Tensor, cols: Tensor, free: Tensor, held: Tensor) -> tuple[System, Tensor]:
@@ -58,7 +64,8 @@ class System(NamedTuple):
                 precision(across, "rows").to(rows.dtype),
                 precision(along, "columns").to(rows.dtype),
             )
-        return cls(across, along, inside, target, inverses), row_std * col_std
+        size = _row_norm(across) * _row_norm(along)
+        return cls(across, along, inside, target, inverses, size), row_std * col_std
 
     def preconditioned(self, left: Tensor) -> Tensor:
         if self.inverses is None:
@@ -77,36 +84,45 @@ class System(NamedTuple):
             # the recursion's residual is not the residual: begin again while that helps
             if error <= max(limit, rounding) or used >= most or not error < 0.5 * last:
                 return Solved(x, product, used, error, rounding)
-            used += self._descend(x, left, limit, most - used)
-            product, last = self.rows @ x @ self.cols, error
+            count = self._descend(x, product, left, limit, most - used)
+            used += count
+            if count > _FEW:
+                product = self.rows @ x @ self.cols
+            last = error
             left = self.target - product * self.held
 
-    def _descend(self, x: Tensor, left: Tensor, limit: float, most: int) -> int:
-        """Conjugate gradients from X, in place, with its residual; how many iterations."""
+    def _descend(self, x: Tensor, product: Tensor, left: Tensor, limit: float, most: int) -> int:
+        """Conjugate gradients from X, in place, with R X C and the residual; how many
+        iterations.
+        """
         direction = self.preconditioned(left).clone()
-        product = _inner(left, direction)
+        slope = _inner(left, direction)
         for count in range(most):
             if float(left.norm()) <= limit:
                 return count
-            image = (self.rows @ direction @ self.cols).mul_(self.held)
-            curvature = _inner(direction, image)
-            if not (curvature > 0 and product > 0):
+            image = self.rows @ direction @ self.cols
+            curvature = _inner(direction, image)  # the direction is 0 outside of S
+            if not (curvature > 0 and slope > 0):
                 # at the last digits, or not positive definite
                 if float(left.norm()) < 1e3 * self._rounding(x):
                     return count
                 raise ReductionError(NOT_POSITIVE)
-            step = product / curvature
+            step = slope / curvature
             x.add_(direction, alpha=step)
-            left.sub_(image, alpha=step)
+            product.add_(image, alpha=step)
+            left.addcmul_(image, self.held, value=-step)
             better = self.preconditioned(left)
-            before, product = product, _inner(left, better)
-            direction.mul_(product / before).add_(better)
+            before, slope = slope, _inner(left, better)
+            direction.mul_(slope / before).add_(better)
         return most
 
     def _rounding(self, x: Tensor) -> float:
         """‖R‖ ‖X‖ ‖C‖ in roundings."""
-        norms = [float(torch.linalg.matrix_norm(t, float("inf"))) for t in (self.rows, self.cols)]
-        return _ROUNDING * torch.finfo(x.dtype).eps * norms[0] * norms[1] * float(x.norm())
+        return _ROUNDING * torch.finfo(x.dtype).eps * self.size * float(x.norm())
+
+
+def _row_norm(matrix: Tensor) -> float:
+    return max(float(rows.abs().sum(1).max()) for rows in matrix.split(_ROWS))
 
 
 def _inner(a: Tensor, b: Tensor) -> float:
@@ -115,4 +131,4 @@ def _inner(a: Tensor, b: Tensor) -> float:
 
 def precision(cov: Tensor, side: str) -> Tensor:
     """The inverse of the covariance of the rows or columns, in float64."""
-    return torch.cholesky_inverse(covariance_factor(cov, f"{side} of the posterior"))
+    return inverse_of_factor(covariance_factor(cov, f"{side} of the posterior"))

@@ -1,7 +1,7 @@
 """What a covariance and a mean must be, and their energy under a diagonal prior.
 
-Owns `covariance_factor`, `symmetrised`, `symmetric_covariance`, `check_mean` and
-`half_log_and_energy`. Imports torch only. Next: `conditioning.py`.
+Owns `covariance_factor`, `factor_in_place`, `symmetrised`, `symmetric_covariance`, `check_mean` and
+`half_log_and_energy`. Imports torch only. Next: `factor_inverse.py`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,28 @@ def covariance_factor(cov: Tensor, role: str, order: Tensor | None = None) -> Te
         ReductionError: the matrix has NaN or infinities, is not symmetric, not positive definite,
             or so near to singular that float64 cannot tell.
     """
-    scale = _scale(cov)
-    symmetric = symmetrised(cov, lambda a, b: scale[a, None] * scale[b])
+    ordered = cov if order is None else cov.index_select(0, order).index_select(1, order)
+    scale = _scale(ordered)
+    symmetric = symmetrised(ordered, lambda a, b: scale[a, None] * scale[b])
     if symmetric is None or not cov.is_floating_point():
         raise ReductionError(_fault(cov, role, 0))
-    if order is not None:
-        symmetric = symmetric[order[:, None], order]
-    factor, info = torch.linalg.cholesky_ex(symmetric)
+    variances = symmetric.diagonal().clone()
+    factor, minor = factor_in_place(symmetric)
     pivots = factor.diagonal().square()
-    clear = pivots >= _PIVOT * torch.finfo(torch.float64).eps * symmetric.diagonal()
-    if int(info) or not bool(clear.all()):
-        raise ReductionError(_fault(cov, role, int(info)))
+    clear = pivots >= _PIVOT * torch.finfo(torch.float64).eps * variances
+    if minor or not bool(clear.all()):
+        raise ReductionError(_fault(cov, role, minor))
     return factor
+
+
+def factor_in_place(symmetric: Tensor) -> tuple[Tensor, int]:
+    """The Cholesky factor of a symmetric matrix, in its memory; and the order of the leading minor
+    that is not positive, 0 if all are.
+    """
+    columns = symmetric.contiguous().mT  # LAPACK's order, else torch copies
+    info = torch.empty((), dtype=torch.int32, device=columns.device)
+    torch.linalg.cholesky_ex(columns, out=(columns, info))
+    return columns, int(info)
 
 
 def symmetrised(

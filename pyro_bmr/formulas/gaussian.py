@@ -222,11 +222,15 @@ def _whole(parts: Sequence[Tensor], like: Diagonal) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).view(like.mean.shape)
 
 
-def total(each: Tensor) -> float:
-    """Σ of the values in float64, in pieces that stay in a core's cache."""
-    return math.fsum(
-        float(piece.sum(dtype=torch.float64)) for piece in each.reshape(-1).split(_PIECE)
-    )
+def total(each: Tensor, where: Tensor | None = None) -> float:
+    """Σ of the values in float64, or of those that `where` has, in pieces that stay in a core's
+    cache.
+    """
+    parts: Iterable[Tensor] = each.reshape(-1).split(_PIECE)
+    if where is not None:
+        flags = where.reshape(-1).split(_PIECE)
+        parts = (part[here] for part, here in zip(parts, flags, strict=True))
+    return math.fsum(float(part.sum(dtype=torch.float64)) for part in parts)
 
 
 def _pieces(whole: Tensor) -> Iterable[Tensor]:

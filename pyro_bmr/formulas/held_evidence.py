@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.formulas.covariance import covariance_factor, half_log_and_energy
+from pyro_bmr.formulas.factor_inverse import inverse_of_factor
 from pyro_bmr.formulas.held_entries import DENSE_UP_TO, entries_factor
 
 _WORK = 2e9  # operations on the factors of rows, and of columns
@@ -95,8 +96,8 @@ def log_det_bounds(row_cov: Tensor, col_cov: Tensor, held: Tensor, work: float =
         return _exact(2 * _log_diagonal(entries_factor(row_cov, col_cov, held)))
     # Σ over the rows and columns that hold an entry
     rows, cols = (
-        _Side.of(row_cov[i][:, i], inside, "rows"),
-        _Side.of(col_cov[j][:, j], inside.mT, "columns"),
+        _Side.of(_among(row_cov, i), inside, "rows"),
+        _Side.of(_among(col_cov, j), inside.mT, "columns"),
     )
     whole = inside.shape[1] * rows.log_det + inside.shape[0] * cols.log_det
     left = inside.numel() - count
@@ -133,7 +134,7 @@ def held_var(row_cov: Tensor, col_cov: Tensor, held: Tensor) -> tuple[Tensor, bo
     """
     i, j = ((t.diagonal() > 0).nonzero()[:, 0] for t in (row_cov, col_cov))
     first = (row_cov.diagonal()[:, None] * col_cov.diagonal()).masked_fill(held, 0)
-    if first[i][:, j].numel() < first.numel():  # rows or columns that are gone
+    if len(i) * len(j) < first.numel():  # rows or columns that are gone
         part, exact = held_var(row_cov[i][:, i], col_cov[j][:, j], held[i][:, j])
         first[i[:, None], j] = part
         return first, exact
@@ -143,9 +144,9 @@ def held_var(row_cov: Tensor, col_cov: Tensor, held: Tensor) -> tuple[Tensor, bo
         return first, True
     if left <= DENSE_UP_TO:
         parts = (covariance_factor(t, "posterior") for t in (row_cov, col_cov))
-        inverses = [torch.cholesky_inverse(t) for t in parts]
+        inverses = [inverse_of_factor(t) for t in parts]
         root = entries_factor(inverses[0], inverses[1], ~held)
-        rest = torch.cholesky_inverse(root).diagonal()
+        rest = inverse_of_factor(root).diagonal()
         return first.masked_scatter(~held, rest.to(first)), True
     if count > DENSE_UP_TO or float(count) ** 2 * left > _VAR_WORK:
         return first, False
@@ -187,7 +188,7 @@ class _Side:
 
     @cached_property
     def precision(self) -> Tensor:
-        return torch.cholesky_inverse(self.chol)[self.back][:, self.back]
+        return inverse_of_factor(self.chol.clone())[self.back][:, self.back]
 
     @property
     def log_var(self) -> Tensor:
@@ -196,6 +197,10 @@ class _Side:
     @property
     def log_precision(self) -> Tensor:
         return self.precision.diagonal().log()
+
+
+def _among(cov: Tensor, places: Tensor) -> Tensor:
+    return cov if len(places) == len(cov) else cov[places][:, places]
 
 
 def _exact(value: float) -> Bounds:

@@ -7,7 +7,7 @@ Owns `MeanField`. The step that uses its flat parameters directly is in `mean_fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -15,7 +15,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.guides.latent_sites import in_plates, latent_sites, site_table, start_scale
+from pyro_bmr.guides.latent_sites import (
+    Latent,
+    in_plates,
+    latent_sites,
+    site_table,
+    start_scale,
+)
 from pyro_bmr.guides.row_noise import PER_STEP, check_estimator
 from pyro_bmr.guides.site_normal import Independent
 
@@ -57,8 +63,24 @@ class MeanField(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        self._begin(latent_sites(program, *args, **kwargs), init_scale, estimator)
+
+    @classmethod
+    def of_latents(
+        cls, latents: Sequence[Latent], init_scale: float = 0.3, estimator: str = "weight"
+    ) -> MeanField:
+        """The guide of these sites, such as the parts of sites that one process has; the other
+        arguments are those of the class.
+        """
+        guide = cls.__new__(cls)
+        nn.Module.__init__(guide)
+        guide._begin(latents, init_scale, estimator)
+        return guide
+
+    def _begin(self, latents: Sequence[Latent], init_scale: float, estimator: str) -> None:
+        """Makes the flat vectors, at the start values of the sites."""
         self.estimator = check_estimator(estimator, *PER_STEP)
-        self.latents = latent_sites(program, *args, **kwargs)
+        self.latents = list(latents)
         self.sizes = [latent.start.numel() for latent in self.latents]
         self.loc = nn.Parameter(torch.cat([latent.start.flatten() for latent in self.latents]))
         scales = [start_scale(latent, init_scale) for latent in self.latents]

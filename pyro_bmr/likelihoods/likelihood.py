@@ -8,7 +8,7 @@ no KL term has to be scaled. Next: `ignored.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import pyro
@@ -141,3 +141,26 @@ def read_inputs(likelihood: Any, x: Any) -> tuple[Any, dict[str, Tensor]]:
     gone = {int(where) % size for where in reads.values()}
     left = [k for k in range(size) if k not in gone]
     return (x[:, left] if isinstance(x, Tensor) else tuple(x[k] for k in left)), read
+
+
+def check_read(likelihood: Any, x: Any, where: str = "x") -> None:
+    """Raises DataError unless what a likelihood reads from x is in range: an exposure > 0, weights
+    of rows >= 0.
+    """
+    for name, column in read_inputs(likelihood, x)[1].items():
+        if name not in _RANGES or not isinstance(column, Tensor) or column.ndim != 1:
+            continue
+        rule, fits = _RANGES[name]
+        good = fits(column)
+        if not bool(good.all()):
+            row = int((~good).nonzero()[0])
+            raise DataError(
+                f"{where}: {name}: expected numbers {rule}, got {float(column[row]):g} in row"
+                f" {row}; leave such rows out"
+            )
+
+
+_RANGES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "exposure": ("> 0", lambda column: column > 0),
+    "weights": (">= 0", lambda column: column >= 0),
+}

@@ -5,7 +5,6 @@ Owns `NegativeBinomial`. Next: `categorical.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -13,19 +12,14 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.likelihoods.counts import Counts, log_rate
 from pyro_bmr.likelihoods.ignored import with_missing
-from pyro_bmr.likelihoods.likelihood import (
-    Missing,
-    check_missing,
-    check_positive,
-    observed_rows,
-)
+from pyro_bmr.likelihoods.likelihood import Missing, check_missing, check_positive
 from pyro_bmr.likelihoods.noise import positive_site
-from pyro_bmr.likelihoods.poisson import log_rate
 
 
 @dataclass(frozen=True)
-class NegativeBinomial:
+class NegativeBinomial(Counts):
     r"""y has a negative binomial distribution with mean m = exposure · exp(output) and variance
     m + m²/c, where c is the concentration; for large c it is `Poisson(m)`. Shapes are those of
     `Poisson`.
@@ -56,16 +50,6 @@ class NegativeBinomial:
     def inferred(self) -> tuple[str, ...]:
         """The latent sites of the likelihood."""
         return ("concentration",) if self.concentration == "learned" else ()
-
-    @property
-    def reads(self) -> Mapping[str, int | str]:
-        """What the likelihood takes out of x."""
-        return {} if self.exposure is None else {"exposure": self.exposure}
-
-    def observe(
-        self, output: Tensor, y: Tensor | None, *, exposure: Tensor | None = None
-    ) -> Tensor:
-        return observed_rows(self._rows(output, y, exposure), y, self.size, output.device)
 
     def log_prob(self, output: Tensor, y: Tensor, *, exposure: Tensor | None = None) -> Tensor:
         """Σ log p(y | output) over the rows of a batch, nats, if the concentration is a number."""

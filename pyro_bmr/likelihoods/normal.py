@@ -41,8 +41,8 @@ class Normal:
         noise: "learned", one noise scale for all entries, the site `noise`; "per output", one for
             each entry of a row; a number, the noise scale in the units of y; or "network", the
             second half of the network's last axis, as log noise (Nix & Weigend 1994). A fit at a
-            temperature below 1 needs one of the last two, since the learned noise of a network
-            that interpolates goes to 0.
+            temperature other than 1 needs a number, since the noise of a network that interpolates
+            goes to 0.
         missing: "ignore" leaves targets that are NaN out of the likelihood. By default they are an
             error.
 

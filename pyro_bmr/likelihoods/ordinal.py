@@ -6,7 +6,7 @@ Owns `Ordinal`. Next: `bernoulli.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import pyro
@@ -17,6 +17,7 @@ from torch.distributions.transforms import SigmoidTransform
 from torch.nn.functional import logsigmoid, pad
 
 from pyro_bmr.checks import check_arguments, is_whole
+from pyro_bmr.likelihoods.ignored import Ignoring
 from pyro_bmr.likelihoods.likelihood import entries, observed_rows
 from pyro_bmr.likelihoods.noise import positive_site
 
@@ -40,14 +41,24 @@ class Ordinal:
     Args:
         classes: how many, at least 3; two are `Bernoulli`.
         size: N, for a hand-written loop over batches.
+        ignore_index: a label that is not observed, such as −100 for a missing grade. By default
+            there is none.
+
+    Raises:
+        ModelError: an argument is out of range.
+        DataError: the output has another shape.
     """
 
     classes: int
     size: int | None = None
+    _: KW_ONLY
+    ignore_index: int | None = None
 
     def __post_init__(self) -> None:
         ok = is_whole(self.classes, 3)
         check_arguments("Ordinal", ok, "a whole number >= 3", classes=self.classes)
+        ok = self.ignore_index is None or is_whole(self.ignore_index)
+        check_arguments("Ordinal", ok, "a whole number or None", ignore_index=self.ignore_index)
 
     @property
     def inferred(self) -> tuple[str, ...]:
@@ -56,7 +67,10 @@ class Ordinal:
 
     def observe(self, output: Tensor, y: Tensor | None) -> Tensor:
         output = entries("Ordinal", output, y)
-        fn = dist.Categorical(logits=log_probs(output, self._cuts(output)), validate_args=False)
+        logits = log_probs(output, self._cuts(output))
+        fn: Any = dist.Categorical(logits=logits, validate_args=False)
+        if self.ignore_index is not None:
+            fn = Ignoring(fn, self.ignore_index)
         return observed_rows(fn.to_event(output.ndim - 1), y, self.size, output.device)
 
     def _cuts(self, like: Tensor) -> Tensor:

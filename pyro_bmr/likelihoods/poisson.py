@@ -5,20 +5,19 @@ Owns `Poisson`. Next: `negative_binomial.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_bmr.checks import check_shape
+from pyro_bmr.likelihoods.counts import Counts, log_rate
 from pyro_bmr.likelihoods.ignored import with_missing
-from pyro_bmr.likelihoods.likelihood import Missing, check_missing, entries, observed_rows
+from pyro_bmr.likelihoods.likelihood import Missing, check_missing
 
 
 @dataclass(frozen=True)
-class Poisson:
+class Poisson(Counts):
     """y ~ Poisson(exposure · exp(output)): `output` is a log rate for each entry of y, a count.
 
     `output` has the shape (rows,) or (rows, 1) and `y` (rows,), or both have one shape (rows, ...).
@@ -43,16 +42,6 @@ class Poisson:
     def __post_init__(self) -> None:
         check_missing("Poisson", self.missing)
 
-    @property
-    def reads(self) -> Mapping[str, int | str]:
-        """What the likelihood takes out of x."""
-        return {} if self.exposure is None else {"exposure": self.exposure}
-
-    def observe(
-        self, output: Tensor, y: Tensor | None, *, exposure: Tensor | None = None
-    ) -> Tensor:
-        return observed_rows(self._rows(output, y, exposure), y, self.size, output.device)
-
     def log_prob(self, output: Tensor, y: Tensor, *, exposure: Tensor | None = None) -> Tensor:
         """Σ log p(y | output) over the rows of a batch, nats."""
         return self._rows(output, y, exposure).log_prob(y).sum()  # type: ignore[no-any-return]
@@ -62,15 +51,3 @@ class Poisson:
         rate = log_rate("Poisson", output, y, exposure).exp()
         fn = dist.Poisson(rate, validate_args=False)
         return with_missing(fn, self.missing).to_event(rate.ndim - 1)
-
-
-def log_rate(name: str, output: Tensor, y: Tensor | None, exposure: Tensor | None) -> Tensor:
-    """The logarithm of the mean of each entry of y: the output, and the logarithm of the exposure
-    of its row.
-    """
-    output = entries(name, output, y)
-    if exposure is None:
-        return output
-    check_shape(exposure, "exposure", output.shape[:1], "one number > 0 for each row")
-    log_exposure = exposure.to(output.dtype).log()
-    return output + log_exposure.view(-1, *[1] * (output.ndim - 1))

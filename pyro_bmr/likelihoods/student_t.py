@@ -1,6 +1,6 @@
 """The likelihood of real targets with outliers.
 
-Owns `StudentT`. Next: `poisson.py`.
+Owns `StudentT`. Next: `counts.py`.
 """
 
 from __future__ import annotations

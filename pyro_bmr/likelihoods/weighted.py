@@ -1,12 +1,12 @@
 """Rows that count more or less than once.
 
-Owns `Weighted`. Next: `whole_data.py`.
+Owns `Weighted`, and `unweighted` and `reading_from`, which look into one. Next: `names.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ class Weighted:
         return getattr(self.likelihood, "missing", "refuse")
 
     @property
+    def ignore_index(self) -> int | None:
+        """The label that is not observed, as of the likelihood."""
+        return getattr(self.likelihood, "ignore_index", None)
+
+    @property
     def reads(self) -> Mapping[str, int | str]:
         """What the likelihood takes out of x."""
         return {**getattr(self.likelihood, "reads", {}), "weights": self.weights}
@@ -61,6 +66,25 @@ class Weighted:
         check_shape(weights, "weights", output.shape[:1], "one number >= 0 for each row")
         with _RowWeights(weights.to(output.dtype)):
             return self.likelihood.observe(output, y, **read)
+
+
+def unweighted(likelihood: Any) -> Any:
+    """The likelihood of the rows, without their weights."""
+    return likelihood.likelihood if isinstance(likelihood, Weighted) else likelihood
+
+
+def reading_from(likelihood: Any, places: Mapping[str, int]) -> Any:
+    """The likelihood, with column numbers in the place of the names of columns that it reads."""
+    inner = unweighted(likelihood)
+    moved = {
+        name: places[where]
+        for name, where in getattr(inner, "reads", {}).items()
+        if where in places
+    }
+    inner = replace(inner, **moved) if moved else inner
+    if not isinstance(likelihood, Weighted):
+        return inner
+    return Weighted(inner, places.get(str(likelihood.weights), likelihood.weights))
 
 
 class _RowWeights(Messenger):

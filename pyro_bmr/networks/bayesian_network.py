@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from pyro_bmr.checks import check_arguments
 from pyro_bmr.data.inputs import Inputs, call_arguments
+from pyro_bmr.errors import ModelError
 from pyro_bmr.likelihoods.likelihood import Likelihood, read_inputs
 from pyro_bmr.networks.lifting import check_network, check_patterns, lifted_parameters
 from pyro_bmr.networks.placed_weights import PlacedWeights
@@ -54,13 +56,15 @@ class BayesianNetwork(nn.Module):
     Attributes:
         priors: parameter name → prior, for the lifted ones, in the order of the program's sites.
         left: parameter name → why it was left.
+        columns: the names of the columns of the table that it was fitted to, if it was one.
         masks: site → bool tensor of the entries that are kept, for the tensors that
             `torch.nn.utils.prune` has pruned.
+        left_masks: the same of the parameters that were left.
 
     Raises:
         ModelError: a pattern matches no parameter, nothing is lifted, or a value is not a prior;
             the network is scripted, exported or quantised, has a parameter without dense values
-            (lazy, meta, sparse) or lifted ones of different dtypes; or a prior is given by name to
+            (lazy, sparse) or lifted ones of different dtypes; or a prior is given by name to
             a tensor whose zero is 0/0.
 
     Example:
@@ -82,10 +86,11 @@ class BayesianNetwork(nn.Module):
         check_network(net)
         self.net, masks = plain_module(net)
         self.likelihood = likelihood
+        self.columns: tuple[str, ...] | None = None
         patterns: Mapping[str, Prior | None] = prior if isinstance(prior, Mapping) else {"*": prior}
         check_patterns(self.net, patterns, may_leave=isinstance(prior, Mapping))
         self.priors, self.left = lifted_parameters(self.net, patterns)
-        self._left_masks = {name: mask for name, mask in masks.items() if name not in self.priors}
+        self.left_masks = {name: mask for name, mask in masks.items() if name not in self.priors}
         self.masks = {name: mask for name, mask in masks.items() if name in self.priors}
 
     def copy(self) -> BayesianNetwork:
@@ -131,8 +136,14 @@ class BayesianNetwork(nn.Module):
             if name in given:
                 weights[name] = given[name]
             else:
+                start = parameters[name].detach()
+                if start.is_meta:
+                    raise ModelError(
+                        f"parameter '{name}': expected a dense parameter with values, got one that"
+                        " is on the device 'meta', from which only sharded_fit can start"
+                    )
                 weight, mask = (
-                    prior.sample(name, tuple(parameters[name].shape), parameters[name].detach()),
+                    prior.sample(name, tuple(start.shape), start),
                     self.masks.get(name),
                 )
                 weights[name] = weight if mask is None else weight * mask.to(weight.device)
@@ -147,6 +158,10 @@ class BayesianNetwork(nn.Module):
         """
         x, read = read_inputs(self.likelihood, x)
         return self.likelihood.observe(self._output(self.weights(weights), x), y, **read)
+
+    def inputs_of(self, x: Inputs) -> Inputs:
+        """The part of x that the network is called with; the likelihood may read another."""
+        return read_inputs(self.likelihood, x)[0]
 
     @property
     def missing_targets(self) -> bool:
@@ -174,7 +189,8 @@ class BayesianNetwork(nn.Module):
         placed: PlacedWeights | None = None,
     ) -> Tensor:
         """Σ log p(y | x, weights) over the rows of a batch, nats: the observed site of `forward`,
-        without the Pyro statements around it. `placed`: made of `net`, to save the time.
+        without the Pyro statements around it. Parameters without `weights` are the network's own.
+        `placed`: made of `net`, to save the time.
         """
         x, read = read_inputs(self.likelihood, x)
         output = self._output(weights, x, placed)
@@ -187,8 +203,9 @@ class BayesianNetwork(nn.Module):
         tuples, lists and dicts: `torch.autocast` may lower the precision of layers, not of
         densities. Of the named outputs of a Hugging Face model it is the `logits`.
         """
-        dtype, given = next(iter(weights.values())).dtype, dict(weights)
-        for name, mask in self._left_masks.items():  # point estimates that are pruned
+        dtype = next(chain(weights.values(), self.net.parameters())).dtype
+        given = dict(weights)
+        for name, mask in self.left_masks.items():  # point estimates that are pruned
             parameter = self.net.get_parameter(name)
             given[name] = parameter * mask.to(parameter.device)
         output = (placed or PlacedWeights(self.net)).call(given, *call_arguments(self.net, x))

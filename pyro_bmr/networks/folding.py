@@ -102,8 +102,9 @@ def fold_constrained(path: str, module: nn.Module) -> Iterator[Folded]:
 
 
 def _remove(module: nn.Module, name: str) -> None:
-    """Removes the parametrizations of a tensor in a copy of a module. `remove_parametrizations`
-    takes a property off the class, so the copy first gets a class of its own.
+    """Removes the parametrizations of a tensor in a copy of a module; the tensor stays a parameter.
+    `remove_parametrizations` takes a property off the class, so the copy first gets a class of its
+    own.
     """
     kind = type(module)
     module.__class__ = type(
@@ -111,7 +112,11 @@ def _remove(module: nn.Module, name: str) -> None:
         kind.__bases__,
         {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")},
     )
+    trained = bool(parametrized(module)[name]._parameters)
     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    if trained and name in module._buffers:  # as torch leaves it where no gradients are recorded
+        value = cast(Tensor, module._buffers.pop(name))
+        module.register_parameter(name, nn.Parameter(value.detach()))
 
 
 def uses_of(net: nn.Module) -> dict[int, int]:

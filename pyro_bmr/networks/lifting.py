@@ -95,8 +95,8 @@ def check_patterns(net: nn.Module, patterns: Mapping[str, Any], may_leave: bool)
 
 
 def check_network(net: nn.Module) -> None:
-    """Raises ModelError unless all parameters of `net` have values, and other values can be used in
-    their place.
+    """Raises ModelError unless all parameters of `net` are dense and have a shape, and other values
+    can be used in their place.
     """
     for path, module in net.named_modules():
         _check_module(net, path, module)
@@ -105,15 +105,10 @@ def check_network(net: nn.Module) -> None:
             raise ModelError(
                 f"parameter '{name}' has no shape yet; run the network once on a row of data"
             )
-        if parameter.is_meta or parameter.layout != torch.strided:
-            kind = (
-                "on the device 'meta', without values"
-                if parameter.is_meta
-                else f"of layout {parameter.layout}"
-            )
+        if parameter.layout != torch.strided:
             raise ModelError(
-                f"parameter '{name}': expected a dense parameter with values, got one that is"
-                f" {kind}"
+                f"parameter '{name}': expected a dense parameter with values, got one that is of"
+                f" layout {parameter.layout}"
             )
 
 

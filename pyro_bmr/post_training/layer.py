@@ -12,7 +12,8 @@ a column for the bias. Next: `masks.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +22,14 @@ from torch import Tensor
 from pyro_bmr.curvatures.factors import Curvature, LayerCurvature
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas import held_at_zero
+from pyro_bmr.formulas.covariance import factor_in_place
+from pyro_bmr.formulas.factor_inverse import inverse_of_factor
+from pyro_bmr.formulas.structure import covariance_root
 
 _TOLERANCE = 1e-2  # of the multipliers; the error of the mean is of second order in the loss
+_RESIDUAL = 1e-4  # of an inverse in float32
+_PROBES = 8
+_ROWS = 512  # at once
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,28 @@ class Layer:
         after = replace(self, mean=found.mean, held=held)
         return after, occam - 0.5 * energy, 0.5 * energy
 
+    def values(self) -> dict[str, Tensor]:
+        """Parameter → its value."""
+        values = {self.name: self.as_parameter(self.mean[:, : self.columns])}
+        if self.bias is not None:
+            values[self.bias] = self.mean[:, -1]
+        return values
+
+    def draws(self, count: int, widening: float, generator: torch.Generator) -> Iterator[Layer]:
+        """The layer with each draw of its posterior given the zeros, with `widening` times the
+        covariance, in the place of its mean: M + Z − R Λ(Z) C for a draw Z of MN(0, R, C)
+        (Matheron's rule).
+        """
+        rows, columns = covariance_root(self.row_cov), covariance_root(self.col_cov)
+        rows = rows * widening**0.5
+        for _ in range(count):
+            noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
+            error = rows @ noise.to(rows.device) @ columns.mT
+            given = held_at_zero(
+                error, self.row_cov, self.col_cov, self.held, tolerance=_TOLERANCE
+            ).mean
+            yield replace(self, mean=self.mean + given)
+
     def moved(self, gradient: Tensor, temperature: float) -> Tensor:
         """The step −R D C/T for the gradient D, given that the held entries do not move."""
         step = -(self.row_cov @ gradient @ self.col_cov) / temperature
@@ -145,18 +174,43 @@ def _layer(
 
 def _covariances(curved: LayerCurvature, scale: float, temperature: float) -> tuple[Tensor, Tensor]:
     """R and C."""
-    g, a = curved.outputs.double() / temperature, curved.inputs.double()
-    ratio = float(((g.trace() / len(g)) / (a.trace() / len(a))).sqrt())
-    damping = ratio / scale, 1 / (ratio * scale)
-    dtype = curved.outputs.dtype
-    found = []
-    for factor, ridge in zip((g, a), damping, strict=True):
-        damped = factor + ridge * torch.eye(len(factor)).to(factor)
-        chol, info = torch.linalg.cholesky_ex(damped)
-        if int(info):
-            raise ReductionError(
-                f"'{curved.weight}': its curvature with the prior is not positive definite in"
-                " float64; raise temperature=, or give a smaller prior scale="
-            )
-        found.append(torch.cholesky_inverse(chol).to(dtype))
-    return found[0], found[1]
+    g, a = curved.outputs, curved.inputs
+    ratio = math.sqrt((_mean_eigenvalue(g) / temperature) / _mean_eigenvalue(a))
+    # (G/T + εI)⁻¹ = T(G + TεI)⁻¹
+    rows = _damped_inverse(curved.weight, g, temperature * ratio / scale)
+    return rows.mul_(temperature), _damped_inverse(curved.weight, a, 1 / (ratio * scale))
+
+
+def _mean_eigenvalue(factor: Tensor) -> float:
+    return float(factor.diagonal().double().mean())
+
+
+def _damped_inverse(name: str, factor: Tensor, ridge: float) -> Tensor:
+    """(factor + ridge I)⁻¹ in the dtype of the factor; computed in float32 where that has digits
+    enough, else in float64.
+    """
+    wide = torch.float64
+    for dtype in (wide,) if factor.dtype == wide else (torch.float32, wide):
+        damped = factor.to(dtype, copy=True)
+        damped.diagonal().add_(ridge)
+        chol, minor = factor_in_place(damped)
+        if not minor and (dtype == wide or _solves(chol, factor, ridge)):
+            return inverse_of_factor(chol).to(factor.dtype)
+        del damped, chol
+    raise ReductionError(
+        f"'{name}': its curvature with the prior is not positive definite in float64; raise"
+        " temperature=, or give a smaller prior scale="
+    )
+
+
+def _solves(chol: Tensor, factor: Tensor, ridge: float) -> bool:
+    """Whether L Lᵀ x = v is solved for some v to a residual of 10⁻⁴, in units in which the matrix
+    has ones on its diagonal: an entry C_ij is then as near in units of the root of C_ii C_jj.
+    """
+    generator = torch.Generator().manual_seed(0)
+    units = (factor.diagonal() + ridge).sqrt()[:, None]
+    drawn = torch.randn(len(factor), _PROBES, generator=generator).to(chol)
+    x = torch.cholesky_solve(drawn * units, chol).double()
+    product = torch.cat([rows.double() @ x for rows in factor.split(_ROWS)])
+    left = (product + ridge * x) / units - drawn
+    return float(left.norm()) <= _RESIDUAL * float(drawn.norm())

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_bmr.post_training.layer import Layer
 from pyro_bmr.reduction.decisions import lowest
 from pyro_bmr.reduction.groups import NofM
+from pyro_bmr.reduction.label_sums import at_labels, label_counts, label_sums, varying
 
 Labels = Mapping[str, Tensor]
 
@@ -66,14 +67,13 @@ def _of_all(scores: Mapping[str, Tensor], kept: float) -> dict[str, Tensor]:
 
 def _grouped(scores: Mapping[str, Tensor], kept: float, labels: Labels) -> dict[str, Tensor]:
     """Whole groups, the largest ΔF per entry first, until no more than `kept` are left."""
-    count = 1 + max(int(label.max()) for label in labels.values())
+    count = 1 + max(int(varying(label).max()) for label in labels.values())
     total, size, gone = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
     for name, score in scores.items():
-        inside, held = labels[name] >= 0, score == torch.inf
-        place = labels[name][inside]
-        total.index_add_(0, place, score.masked_fill(held, 0)[inside].double().cpu())
-        size.index_add_(0, place, torch.ones(len(place), dtype=torch.float64))
-        gone.index_add_(0, place, held[inside].double().cpu())
+        held = (score == torch.inf).cpu()
+        total += label_sums(labels[name], score.cpu(), count, ~held)
+        size += label_counts(labels[name], count)
+        gone += label_counts(labels[name], count, held)
     rank = (total / (size - gone).clamp(min=1)).masked_fill(gone == size, torch.inf)
     order = rank.argsort(descending=True)
     free = sum(score.numel() for score in scores.values())
@@ -81,7 +81,7 @@ def _grouped(scores: Mapping[str, Tensor], kept: float, labels: Labels) -> dict[
     pruned = torch.zeros(count, dtype=torch.bool)
     pruned[order[: int((after >= kept * free).sum())]] = True
     pruned |= rank == torch.inf
-    return {name: (labels[name] >= 0) & pruned[labels[name].clamp_min(0)] for name in scores}
+    return {name: at_labels(labels[name], pruned, False) for name in scores}
 
 
 def _patterned(scores: Mapping[str, Tensor], kept: float, pattern: NofM) -> dict[str, Tensor]:

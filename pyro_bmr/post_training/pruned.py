@@ -5,17 +5,22 @@ Owns `Pruned` and the posteriors before and after. Next: `prune.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from pyro_bmr.checks import check_arguments, is_whole
+from pyro_bmr.errors import holds
 from pyro_bmr.formulas import HeldMatrixNormal, MatrixNormal, held_var
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.held_evidence import log_det_bounds
 from pyro_bmr.post_training.layer import Layer
+from pyro_bmr.post_training.steps import write
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors import Gaussian
@@ -33,14 +38,16 @@ class Pruned:
     `net`: a plain network with exact zeros; the original is not changed. `reduction`: the posterior
     `before` and after, with masks; `shrink` and `deploy` take these. `rounds`: one row per round:
     kept, delta_f (nats), predicted_rise, divergence and held_out_rise (nats per row). `rises`:
-    weight → the part of the predicted rise that is its layer's. `stopped`: why the last rounds were
-    left out, or None.
+    weight → the part of the predicted rise that is its layer's. `layers`: weight → the posterior of
+    its layer, with its bias. `stopped`: why the last rounds were left out, or
+    None.
     """
 
     net: nn.Module
     reduction: Reduction
     rounds: tuple[Mapping[str, float], ...]
     rises: Mapping[str, float]
+    layers: Mapping[str, Layer]
     stopped: str | None = None
 
     @property
@@ -53,6 +60,37 @@ class Pruned:
         """The fraction of the weights that is kept; biases do not count."""
         masks = list(self.masks.values())
         return sum(int(m.count_nonzero()) for m in masks) / sum(m.numel() for m in masks)
+
+    def draws(self, count: int, *, widening: float = 1.0, seed: int = 0) -> Iterator[nn.Module]:
+        r"""Networks with weights drawn from the posterior given the zeros, the weight and the bias
+        of a layer together; what has no factors stays at its point.
+
+        `prediction.predict_networks` averages their predictions.
+
+        Args:
+            widening: the factor on the covariance, from held-out rows. 1/T is not the posterior at
+                T = 1: directions that only the prior determines are then 1/T too wide, which ruins
+                some networks (docs/results/pretrained.md).
+
+        Raises:
+            ModelError: `count` or `widening` is not > 0.
+
+        Example:
+            >>> predict_networks(pruned.draws(16), Categorical(), x_test).probs
+        """
+        check_arguments("draws", is_whole(count, 1), "a whole number > 0", count=count)
+        positive = holds(lambda c: 0 < c < math.inf, widening)
+        check_arguments("draws", positive, "a finite number > 0", widening=widening)
+        return self._drawn(count, widening, seed)
+
+    def _drawn(self, count: int, widening: float, seed: int) -> Iterator[nn.Module]:
+        generator = torch.Generator().manual_seed(seed)
+        streams = [layer.draws(count, widening, generator) for layer in self.layers.values()]
+        for drawn in zip(*streams, strict=True):
+            net = copy.deepcopy(self.net)
+            for layer in drawn:
+                write(net, layer.values())
+            yield net
 
     def table(self) -> pd.DataFrame:
         """One row per layer: layer, size, kept (fraction), delta_f (nats) and predicted_rise (nats

@@ -91,7 +91,8 @@ class Rounds:
         gains = dict(self.gains)
         rows = self.measure.rows.size
         reduction = reduction_of(first, layers, gains, self.settings.temperature, rows)
-        return Pruned(self.net, reduction, tuple(self.rounds), dict(self.rises), stopped)
+        rises, rounds = dict(self.rises), tuple(self.rounds)
+        return Pruned(self.net, reduction, rounds, rises, layers, stopped)
 
     def _begin(self) -> dict[str, Layer]:
         """The layers of the dense network; which they are, and what the groups are."""
@@ -125,7 +126,7 @@ class Rounds:
         labels = dict(group_labels(shapes, per, self.settings.heads))
         if per in ("unit", "channel"):  # those of the last layer are the outputs
             last = list(shapes)[-1]
-            labels[last] = torch.full(shapes[last], -1)
+            labels[last] = torch.tensor(-1).expand(shapes[last])
         return labels
 
     def _measured(self, slopes: bool) -> Measured:
@@ -146,7 +147,7 @@ class Rounds:
             out[name], self.held[name] = after, after.held
             self.gains[name] += gain
             self.rises[name] += settings.temperature * energy / self.measure.rows.size
-            write(self.net, values_of(after))
+            write(self.net, after.values())
         return out
 
     def _corrected(self, layers: dict[str, Layer], size: float) -> dict[str, Layer]:
@@ -234,11 +235,3 @@ class Rounds:
         device = next(iter(self.wanted.values())).device
         self._restore(({name: t.to(device) for name, t in found[0].items()}, found[1]))
         return True
-
-
-def values_of(layer: Layer) -> Values:
-    """Parameter → its value in a layer."""
-    values = {layer.name: layer.as_parameter(layer.mean[:, : layer.columns])}
-    if layer.bias is not None:
-        values[layer.bias] = layer.mean[:, -1]
-    return values

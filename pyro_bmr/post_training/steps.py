@@ -25,7 +25,7 @@ from pyro_bmr.curvatures.factors import Curvature
 from pyro_bmr.curvatures.network_batches import output_of
 from pyro_bmr.curvatures.passes import Pass
 from pyro_bmr.curvatures.scores import Loss
-from pyro_bmr.data.inputs import arguments, rows_in
+from pyro_bmr.data.inputs import call_arguments, rows_in
 from pyro_bmr.likelihoods.likelihood import read_inputs
 from pyro_bmr.post_training.calibration import Calibration
 from pyro_bmr.post_training.divergence import Divergence
@@ -70,7 +70,7 @@ class Measure:
     def run(self, net: nn.Module, values: Mapping[str, Tensor] | None, x: Any) -> Tensor:
         """The output of the network with `values` in the place of its parameters."""
         inputs, _ = read_inputs(self.loss.likelihood, x)
-        args, named = arguments(inputs)
+        args, named = call_arguments(net, inputs)
         return output_of(functional_call(net, dict(values or {}), args, named))
 
     @torch.no_grad()

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
-from pyro_bmr.formulas.covariance import symmetrised
+from pyro_bmr.formulas.covariance import factor_in_place, symmetrised
 from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.diagonal import Diagonal
+from pyro_bmr.formulas.factor_inverse import inverse_of_factor
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
 
 _ASYMMETRY = 1e-4  # of the largest entry: more is no rounding
@@ -89,19 +90,21 @@ def _kronecker(
             f"site '{name}': expected Kronecker factors of shapes {expected} and a prior of one"
             f" variance, got {got} and {prior.var.numel()} variances"
         )
-    rows, columns = (_semidefinite(name, factor) for factor in factors)
+    rows, columns = (_symmetric(name, factor) for factor in factors)
     ratio = ((rows.trace() / len(rows)) / (columns.trace() / len(columns))).sqrt()
     if not bool(ratio.isfinite() & (ratio > 0)):
+        for factor in (rows, columns):
+            _check_semidefinite(name, factor)
         raise ModelError(
             f"site '{name}': expected Kronecker factors of positive trace, got traces of"
             f" {float(rows.trace()):.3g} and {float(columns.trace()):.3g}; for a site without"
             " curvature give zeros in its own shape"
         )
     root = prior.var.rsqrt().flatten()[0]
-    damped = ((rows, ratio * root), (columns, root / ratio))
-    for factor, damping in damped:
-        factor.diagonal().add_(damping)
-    row_cov, col_cov = (_inverse(name, factor) for factor, _ in damped)
+    row_cov, col_cov = (
+        _damped_inverse(name, factor, float(damping))
+        for factor, damping in ((rows, ratio * root), (columns, root / ratio))
+    )
     mean = matrix
     if bool(pull.any()):
         mean = matrix - row_cov @ pull.view(matrix.shape) @ col_cov
@@ -132,28 +135,35 @@ def _largest(matrix: Tensor) -> Tensor:
     return matrix.new_zeros(()) if ends is None else torch.maximum(-ends.min, ends.max)
 
 
-def _semidefinite(name: str, factor: Tensor) -> Tensor:
-    """The factor without asymmetry, and no eigenvalue below −10⁻⁴ of the largest entry."""
-    matrix = _symmetric(name, factor)
+def _check_semidefinite(name: str, matrix: Tensor) -> None:
+    """ModelError for an eigenvalue below −10⁻⁴ of the largest entry."""
     largest = float(_largest(matrix))
     if largest:
         # a Cholesky factor of the matrix and so much more has no such eigenvalue; its rounding in
         # float32 is a hundredth of that
         shifted = matrix.float() if 1e-30 < largest < 1e30 else (matrix / largest).float()
         shifted.diagonal().add_(_ASYMMETRY * float(_largest(shifted)))
-        if int(torch.linalg.cholesky_ex(shifted).info):
+        if factor_in_place(shifted)[1]:
             raise ModelError(
                 f"site '{name}': expected Kronecker factors without negative eigenvalues; give"
                 " those of the Gauss–Newton or Fisher matrix"
             )
-    return matrix
+
+
+def _damped_inverse(name: str, factor: Tensor, damping: float) -> Tensor:
+    """(factor + damping I)⁻¹, in the memory of the factor."""
+    # less damping than a factor may lack: its Cholesky factor is the check
+    if damping > _ASYMMETRY * float(_largest(factor)):
+        _check_semidefinite(name, factor)
+    factor.diagonal().add_(damping)
+    return _inverse(name, factor)
 
 
 def _inverse(name: str, matrix: Tensor) -> Tensor:
-    chol, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0:
+    chol, minor = factor_in_place(matrix)
+    if minor:
         raise ModelError(
             f"site '{name}': its curvature with the prior is not positive definite; give a"
             " symmetric Gauss–Newton or Fisher matrix"
         )
-    return torch.cholesky_inverse(chol)
+    return inverse_of_factor(chol)

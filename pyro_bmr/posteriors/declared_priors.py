@@ -33,7 +33,8 @@ def with_priors(
     """The sites with `masks` in force and the priors of one run of the program at their point."""
     check_masks(masks, {name: site.mean.shape for name, site in read.items()})
     bare = {
-        name: site.masked(masks[name]) if name in masks else site for name, site in read.items()
+        name: site.masked(masks[name]) if name in masks and site.mask is None else site
+        for name, site in read.items()
     }
     values = {name: site.value(site.mean).detach().requires_grad_() for name, site in bare.items()}
     with Values(values) as run:

@@ -90,7 +90,8 @@ def sites_of_guide(
         check_masks(masks, {latent.name: latent.shape for latent in guide.latents})
         return _site_wise(guide, masks)
     if isinstance(guide, MeanField):
-        return _mean_field(guide)
+        check_masks(masks, {latent.name: latent.shape for latent in guide.latents})
+        return dict(mean_field_sites(guide, masks))
     _check_store(guide)
     nodes = declared_sites(program, args, kwargs)
 
@@ -171,12 +172,18 @@ def check_masks(masks: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> N
 
 
 @torch.no_grad()
-def _mean_field(guide: MeanField) -> dict[str, Site]:
-    locs, log_scales = guide.views(guide.loc), guide.views(guide.log_scale)
-    return {
-        s.name: Site(locs[s.name].clone(), log_scales[s.name].exp().square_(), support=_support(s))
-        for s in guide.latents
-    }
+def mean_field_sites(guide: MeanField, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, Site]]:
+    """The sites of the guide one after the other, with `masks` in force: each in memory of its own,
+    no larger than itself.
+    """
+    locs, log_scales = guide.views(guide.loc.detach()), guide.views(guide.log_scale.detach())
+    for latent in guide.latents:
+        name, mask = latent.name, masks.get(latent.name)
+        mean, var = locs[name].clone(), log_scales[name].exp().square_()
+        if mask is not None:
+            for moment in (mean, var):
+                moment.masked_fill_(~mask, 0)
+        yield name, Site(mean, var, support=_support(latent), mask=mask)
 
 
 def _support(latent: Latent) -> str:

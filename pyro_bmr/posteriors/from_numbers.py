@@ -97,9 +97,10 @@ def sites_of_curvature(
                 " Gaussian(1.0), ...}"
             )
         parts = [
-            part.to(value.device, torch.float64) / (temperature if k == 0 else 1)
-            for k, part in enumerate(_curvature_parts(name, curvature[name]))
+            part.to(value.device, torch.float64, copy=True)
+            for part in _curvature_parts(name, curvature[name])
         ]
+        parts[0].div_(temperature)
         location, var, joint = laplace_moments(
             name, value, parts[0] if len(parts) == 1 else (parts[0], parts[1]), moments_, penalised
         )

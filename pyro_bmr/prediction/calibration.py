@@ -1,7 +1,8 @@
 """Calibration by one number from held-out rows: a temperature of logits, or a factor on posterior
 variances.
 
-Owns `best_temperature`, `best_widening` and `mean_nll`. Next: `metrics.py`.
+Owns `best_temperature` and `temperature_scaled`, `best_widening` and `mean_nll`. Next:
+`metrics.py`.
 """
 
 from __future__ import annotations
@@ -9,20 +10,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_bmr.checks import check_labels
+from pyro_bmr.checks import check_arguments, check_labels
 from pyro_bmr.data.batch import BatchChecks
 from pyro_bmr.data.given import source_of
 from pyro_bmr.data.inputs import Inputs
 from pyro_bmr.data.row_sources import Stream, chunks
-from pyro_bmr.errors import DataError, PyroBMRWarning, described
+from pyro_bmr.errors import DataError, ModelError, PyroBMRWarning, described, holds
 from pyro_bmr.formulas.line_search import line_maximum
 from pyro_bmr.isolation import isolated
 from pyro_bmr.posteriors.posterior import Posterior
+from pyro_bmr.prediction.class_prediction import ClassPrediction, entropy
 from pyro_bmr.prediction.predict import predict
 
 _COLDEST, _HOTTEST = 0.05, 20.0
@@ -79,6 +82,39 @@ def _check_finite_loss(logits: Tensor, y: Tensor) -> None:
             "logits: expected values below +inf, and the label's finite; first in row"
             f" {int(bad.nonzero()[0])} they are not, so no temperature has a finite loss"
         )
+
+
+def temperature_scaled(prediction: ClassPrediction, temperature: float) -> ClassPrediction:
+    r"""The prediction with its averaged class probabilities at another temperature τ.
+
+    .. math:: p_c' = \frac{p_c^{1/\tau}}{\sum_k p_k^{1/\tau}}, \qquad
+        p_c = \tfrac1S \sum_s p(c \mid x, w_s)
+
+    Above 1 they are less certain; the most probable class is the same. `aleatoric` and `epistemic`
+    keep their shares of the entropy. Guo et al. 2017, arXiv 1706.04599; after averaging rather than
+    before: Rahaman & Thiery 2021, arXiv 2007.08792.
+
+    Raises:
+        ModelError: `temperature` is no finite number above 0, or `prediction` is not of classes.
+
+    Example:
+        >>> held = bmr.predict(fit.program, fit.posterior, x_held)
+        >>> best = bmr.prediction.best_temperature(held.probs.log(), y_held)
+        >>> bmr.prediction.temperature_scaled(bmr.predict(fit.program, fit.posterior, x), best)
+    """
+    if not isinstance(prediction, ClassPrediction):
+        raise ModelError(
+            "temperature_scaled: expected a ClassPrediction, got"
+            f" {type(prediction).__name__}; predictions of other targets are widened"
+            " (best_widening)"
+        )
+    positive = not isinstance(temperature, bool) and holds(lambda t: 0 < t < math.inf, temperature)
+    check_arguments("temperature_scaled", positive, "a finite number > 0", temperature=temperature)
+    probs = (prediction.probs.log() / temperature).softmax(-1)
+    total = entropy(probs)
+    before = prediction.aleatoric + prediction.epistemic
+    share = (prediction.epistemic / before).nan_to_num(0.0)  # none of an entropy of 0
+    return replace(prediction, probs=probs, aleatoric=(1 - share) * total, epistemic=share * total)
 
 
 @isolated(autocast=True)

@@ -41,11 +41,18 @@ class ObservedSite:
         for batch in pieces(self.x, self.batch_size):
             yield of_each(Tensor.clone, batch) if self.writes else batch
 
-    def reached(self, values: Mapping[str, Tensor], batch: Inputs) -> Any:
-        """The distribution of the observed site for a batch of rows, given the latent values."""
+    def reached(
+        self,
+        values: Mapping[str, Tensor],
+        batch: Inputs,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """The distribution of the observed site for a batch of rows, given the latent values; of a
+        `BayesianNetwork`, also with `weights` that are known.
+        """
         try:
             with _Until(self.name), Values(values):
-                self.program(batch)
+                self.program(batch, **({"weights": weights} if weights else {}))
         except _Until.Reached as reached:
             return reached.args[0]
         raise ModelError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyro_bmr.checks import check_tensor
@@ -107,14 +108,24 @@ def _losses(prediction: Prediction, y: Tensor) -> Tensor:
     check_tensor(y, "y")
     log_p = prediction.log_prob(y)  # with its checks
     if isinstance(prediction, ClassPrediction):
-        each = (prediction.probs.argmax(-1) != y.to(prediction.probs.device)).double()
+        labels = y.to(prediction.probs.device)
+        each = (prediction.probs.argmax(-1) != labels).double()
+        if prediction.ignore_index is not None:
+            each = each.masked_fill(labels == prediction.ignore_index, torch.nan)
     elif isinstance(prediction, RealPrediction):
         each = (prediction.mean.double() - y.to(prediction.locs.device).double()).square()
     else:
         each = -log_p.double()
+    each = each.reshape(len(each), -1)
+    may_miss = getattr(prediction, "missing", False)
+    if isinstance(prediction, ClassPrediction):
+        may_miss = prediction.ignore_index is not None
+    if may_miss:  # rows without a target do not count
+        each = each[~each.isnan().all(1)]
+    each = each.nanmean(1) if may_miss else each.mean(1)
     if len(each) == 0 or bool(each.isnan().any()):
         raise DataError(
             f"paired_loss: expected at least one row, and no NaN, got {len(each)} rows and"
             f" {int(each.isnan().sum())} NaN"
         )
-    return each.reshape(len(each), -1).mean(1)
+    return each

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from pyro_bmr.checks import check_arguments, check_rows, is_whole
 from pyro_bmr.data.batch import BatchChecks
-from pyro_bmr.data.given import source_of
+from pyro_bmr.data.given import columns_in, source_of
 from pyro_bmr.data.inputs import Inputs, of_each, parts_of, pieces, rows_in
 from pyro_bmr.data.loaders import in_order
 from pyro_bmr.data.row_sources import chunks
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import DataError, ModelError
 from pyro_bmr.isolation import isolated, plain, seed_generators
+from pyro_bmr.likelihoods.likelihood import check_read
 from pyro_bmr.memory import check_memory
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.site import rows_digest
@@ -43,6 +44,7 @@ from pyro_bmr.prediction.predictive import (
     prediction_of,
     rows_joined,
 )
+from pyro_bmr.prediction.shared_products import parameters_of_draws, shares_products
 
 _KEPT = 1 << 28  # bytes of all draws that a prediction keeps
 
@@ -84,13 +86,15 @@ def predict(
             once, and never in memory as a whole (docs/bring_your_data.md).
         draws: how many draws of the latent sites, the same ones for all rows. 0 is one run at the
             point of the posterior (means, medians of scales).
-        batch_size: rows times draws at once, which bounds the memory. If there are fewer rows, a
-            Categorical or Normal site is computed for several draws at once, by `torch.func.vmap`
-            if the program allows it.
+        batch_size: rows times draws at once, which bounds the memory. A Categorical or Normal site
+            is computed for several draws at once: of a `BayesianNetwork` at many rows, the products
+            of the inputs with the weights of four draws are one product; else, if there are fewer
+            rows, by `torch.func.vmap` if the program allows it.
         site: the name of the observed site, if the program has several.
 
     Raises:
-        DataError: `x` has no rows, is not finite, or comes from a loader that mixes its rows.
+        DataError: `x` has no rows, is not finite, comes from a loader that mixes its rows, or is a
+            table with other columns than that of the fit.
         ModelError: an argument is out of range, or the prediction is more than the memory that is
             free.
         ModelError: the program has no such observed site, or several and no `site` is given, its
@@ -98,6 +102,7 @@ def predict(
             rows.
     """
     _check_predict(posterior, draws=draws, batch_size=batch_size, seed=seed)
+    _check_columns(program, x)
     read = chunks(in_order(source_of(x, targets=False)), batch_size, BatchChecks(), targets=False)
     question = _Question(program, posterior, draws, seed, batch_size, site)
     parts, sizes = list[Prediction](), list[int]()
@@ -112,6 +117,7 @@ def _of_rows(question: _Question, x: Any, where: str) -> Prediction:
     """The prediction at rows in memory."""
     for name, part in parts_of(x).items() if isinstance(x, (tuple, dict)) else (("x", x),):
         check_rows(part, part, where if name == "x" else f"{where}, {name}")
+    check_read(getattr(question.program, "likelihood", None), x, where)
     check_callable_without_y(question.program, x)
     like = next(iter(question.posterior.sites.values())).mean
     x = of_each(
@@ -141,6 +147,24 @@ def _check_predict(
         raise ModelError(
             f"predict: expected a Posterior, such as fit.posterior, got {type(posterior).__name__}"
         )
+
+
+def _check_columns(program: Any, x: Any) -> None:
+    """Raises DataError if x is a table, and its columns are not those of the table of the fit."""
+    fitted, given = getattr(program, "columns", None), columns_in(x)
+    if fitted is None or given is None or fitted == given:
+        return
+    missing, new = ([n for n in a if n not in b] for a, b in ((fitted, given), (given, fitted)))
+    said = "; ".join(
+        f"{word} {', '.join(map(repr, names[:5]))}{' …' * (len(names) > 5)}"
+        for word, names in (("without", missing), ("with", new))
+        if names
+    )
+    raise DataError(
+        f"x: expected the columns of the table that was fitted, in their order, got a table"
+        f" {said or 'with them in another order'}; give x[[{', '.join(map(repr, fitted[:5]))}"
+        f"{', …' * (len(fitted) > 5)}]]"
+    )
 
 
 def _check_sites_of_rows(posterior: Posterior, x: Inputs) -> None:
@@ -235,6 +259,9 @@ def _parameters(
     draws first: one draw at a time, or several if the program can be vectorised.
     """
     yield tuple(t[None] for t in alone)
+    if shares_products(site):
+        yield from parameters_of_draws(site, values, alone)
+        return
     at_once = max(min(site.batch_size // max(rows_in(site.x), 1), draws), 1)
     while group := list(islice(values, at_once)):
         stacked = site.together(group, alone) if len(group) > 1 else None

@@ -62,9 +62,15 @@ class RealPrediction(Moments):
         return found if isinstance(q, Sequence) else found[0]
 
     def crps(self, y: Tensor) -> Tensor:
-        """The continuous ranked probability score of each entry, (n, ...), units of y; exact."""
+        """The continuous ranked probability score of each entry, (n, ...), units of y; exact. NaN
+        where y is missing.
+        """
         check_targets(y, self.locs.shape[1:], self.missing)
-        return crps_of_normals(self.locs, self.scales, y.to(self.locs))
+        y = y.to(self.locs)
+        unknown = y.isnan()
+        return crps_of_normals(self.locs, self.scales, y.where(~unknown, 0)).masked_fill(
+            unknown, torch.nan
+        )
 
     def samples(self, count: int, seed: int = 0, *, stretch: int = 0) -> Tensor:
         """Draws of y, (count, n, ...); all rows of one draw have the same draw of the weights.

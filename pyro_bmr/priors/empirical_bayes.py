@@ -55,10 +55,13 @@ class EmpiricalScales(Messenger):
         """
         prior_mean = self.means.get(name, prior.mean)
         assert not isinstance(prior_mean, str), "the program has run"
-        second_moment = (mean - prior_mean).square() + var
-        kept = torch.ones_like(mean) if mask is None else mask.to(mean.dtype)
+        second_moment = (mean - prior_mean).square_().add_(var)
+        kept = mean.new_ones(()).expand_as(mean)
+        if mask is not None:
+            kept = mask.to(mean.dtype)
+            second_moment.mul_(kept)
         total, count = (
-            tier_parts(t, prior.per, prior.block).sum(-1) for t in (second_moment * kept, kept)
+            tier_parts(t, prior.per, prior.block).sum(-1) for t in (second_moment, kept)
         )
         updated = (total / count.clamp_min(1)).sqrt()
         self.scales[name] = updated.where(

@@ -66,7 +66,9 @@ class Gaussian:
             - ``"empirical"`` (default): s starts at 1, which is wide for a weight, and after some
               hundred steps of the fit is set, after each epoch, to the value that maximises the
               evidence bound, s² ← mean of (μ − mean)² + σ² over the kept weights that share it
-              (the M-step of empirical Bayes).
+              (the M-step of empirical Bayes). With the mean ``"init"`` s starts at 0.3 times the
+              root mean square of the start values, as the standard deviations of `MeanField` do: a
+              wide prior would let the noise destroy what the network has learned.
             - ``"layer"``: s = c/√fan_in, inferred, with c⁻² ~ Gamma(`concentration`, `rate`) at the
               site `<name>_precision`. The site of the weights is the standardised w̄ ~ N(0, 1) and
               the weight is s·w̄, so that the site's prior does not depend on s and w̄ = 0 means w =
@@ -200,8 +202,18 @@ class Gaussian:
                 " the target of a reduction"
             )
         tier_shape(shape, self.per, self.block)  # refuses a block that does not fit
-        scale = like.new_tensor(1.0 if isinstance(self.scale, str) else self.scale)
+        scale = self._start_scale(init, like)
         return sample_normal(name, shape, self._mean(name, shape, init, like), scale, init, self)
+
+    def _start_scale(self, init: Tensor | None, like: Tensor) -> Tensor:
+        """The scale that is given, or at which an empirical one starts."""
+        if not isinstance(self.scale, str):
+            return like.new_tensor(self.scale)
+        if init is None or not isinstance(self.mean, str):
+            return like.new_ones(())
+        # the M-step of a guide whose means are at the start values
+        start = _START * init.detach().square().mean().sqrt()
+        return start.where(start > 0, 1.0)
 
     def form(self, name: str, shape: tuple[int, ...]) -> WeightForm:
         """The weight and the densities of its sites, written out."""
@@ -227,6 +239,7 @@ class Gaussian:
             ) from None
 
 
+_START = 0.3  # of the root mean square of the weights, as `MeanField`
 SCALES = "from 1e-150 to 1e150"  # whose squares are floats
 
 

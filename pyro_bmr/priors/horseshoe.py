@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_bmr.checks import check_arguments
 from pyro_bmr.errors import described, holds
+from pyro_bmr.formulas.occams_window import window_shift
 from pyro_bmr.priors.gaussian import SCALES, fan_in, has_square, sample_normal
 from pyro_bmr.priors.half_cauchy import (
     Parametrization,
@@ -237,39 +238,38 @@ class Horseshoe:
         r"""Log odds of pruning each weight, the prior's own decision after a fit; a weight is
         pruned if they are positive.
 
-        They are the nats that the free energy gains without the weight. Given the scales, w̄ ~
-        N(0, 1), and setting w̄ = 0 gains Gᵢ = −½ log σ² − ½ μ²/σ² for a posterior N(μ, σ²): the
-        point spike's ΔF. The weight's own scale then returns to its prior:
+        Given the scales, w̄ ~ N(0, 1), and without the weight the free energy gains Gᵢ = −½ log σ²
+        − ½ μ²/σ² for a posterior N(μ, σ²): the point spike's ΔF. The weight's own scale then
+        returns to its prior, and weights of little evidence go with `window_shift` δ:
 
-        .. math:: \text{drop}_i = G_i + \mathrm{KL}(q(\lambda_i) \,\|\, C^+(0, 1)) + 0.02
+        .. math:: \text{drop}_i = G_i + \mathrm{KL}(q(\lambda_i) \,\|\, C^+(0, 1)) + 0.02 + \delta
 
-        The last is the noise of weights about which the data say nothing. Without the tier
-        ``"weight"`` a unit or input is pruned as a whole, by the sum over its weights and the
-        divergence of its scale.
-
-        The usual rule κ > ½ (Carvalho, Polson & Scott 2010), here with κ = σ², suits weights that
-        are each well informed. In a network thousands of weights are little informed and matter
-        together; the rule would prune almost all of them.
-
-        `sites`: the posterior, from which the moments of the scales are taken.
+        0.02 is the noise of weights about which the data say nothing. Without the tier ``"weight"``
+        a unit or input is pruned as a whole, by the sum over its weights and its scale's
+        divergence. κ > ½, here with κ = σ², would prune almost all of a network, whose weights are
+        little informed each. `sites`: the posterior, for the moments of the scales.
         """
         kept = var > 0  # pruned entries have variance 0
         sigma2 = var.clamp(max=1.0)
         gain = _NOISE - 0.5 * sigma2.log() - 0.5 * mean.square() / sigma2
         groups: list[Tier] = [tier for tier in self.tiers if tier in ("unit", "input")]
+        if "weight" not in self.tiers and groups:
+            by_group = [self._group_gain(name, gain, kept, tier, sites) for tier in groups]
+            return torch.stack(by_group).amax(0).where(kept, torch.inf)
         if "weight" in self.tiers:
             gain = gain + half_cauchy_divergence(f"{name}_{SITES['weight']}", sites, gain)
-        elif groups:
-            each = gain.where(kept, 0)
-            by_group = [self._group_gain(name, each, tier, sites) for tier in groups]
-            gain = torch.stack(by_group).amax(0)
-        return gain.where(kept, torch.inf)
+        gain = gain.where(kept, torch.inf)
+        return gain + window_shift(gain, gain.numel())
 
-    def _group_gain(self, name: str, each: Tensor, tier: Tier, sites: Mapping[str, Any]) -> Tensor:
+    def _group_gain(
+        self, name: str, each: Tensor, kept: Tensor, tier: Tier, sites: Mapping[str, Any]
+    ) -> Tensor:
         """What the gains `each` of a unit or input sum to, with that of its scale."""
         scale = half_cauchy_divergence(f"{name}_{SITES[tier]}", sites, each)
-        total = tier_parts(each, tier, self.block).sum(-1)
-        return spread(total + scale, tier, self.block).expand(each.shape)
+        total = scale + tier_parts(each.where(kept, 0), tier, self.block).sum(-1)
+        left = tier_parts(kept.expand(each.shape), tier, self.block).any(-1)
+        total = total + window_shift(total.where(left, torch.inf), total.numel())
+        return spread(total, tier, self.block).expand(each.shape)
 
     def mixture(
         self, scale: float | None = None, together: int = 1

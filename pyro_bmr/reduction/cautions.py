@@ -38,7 +38,7 @@ def _of_correlations(name: str, before: Site, result: SiteReduction) -> Iterator
         yield f"site '{name}': {words}"
     pruned = before.kept & ~result.site.kept
     if joint is not None and result.terms == 1 and bool(pruned.any()):
-        alone = total(result.spike_delta_f[pruned])
+        alone = total(result.spike_delta_f, pruned)
         together = result.delta_f if result.upper is None else result.upper
         # each by itself says that it can go
         if together < 0 and bool((result.drop_log_odds[pruned] > 0).all()):

@@ -143,7 +143,7 @@ def spike_gains(site: Site, masks: Iterable[Tensor], spike: Tensor) -> Iterator[
                 gain = _joint_gain(site, after)
             if isinstance(after.joint, HeldMatrixNormal):  # goes on from its multipliers
                 last = after
-        yield total(spike[site.kept & ~mask]) if gain is None else gain.lower
+        yield total(spike, site.kept & ~mask) if gain is None else gain.lower
 
 
 def rescaled_site(site: Site, reduced_prior: Diagonal) -> tuple[Site, float] | None:

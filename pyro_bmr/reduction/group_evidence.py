@@ -19,6 +19,7 @@ from pyro_bmr.formulas.structure import Correlated
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Prior, SpikeAndSlab
 from pyro_bmr.reduction.correlations import correlated
+from pyro_bmr.reduction.label_sums import label_counts, label_sums, moved, varying
 from pyro_bmr.reduction.reduced_site import SiteReduction
 from pyro_bmr.reduction.rules import is_point_spike
 from pyro_bmr.reduction.slabs import inclusion, spike_odds
@@ -51,21 +52,20 @@ class Groups(NamedTuple):
         targets: Mapping[str, Prior | None],
         labels: Mapping[str, Tensor],
     ) -> Groups:
-        own = {name: labels[name].to(r.drop_log_odds.device) for name, r in results.items()}
-        count = max(int(label.max()) if label.numel() else -1 for label in own.values()) + 1
+        own = {name: moved(labels[name], r.drop_log_odds.device) for name, r in results.items()}
+        count = max(int(varying(o).max()) if o.numel() else -1 for o in own.values()) + 1
         like = next(iter(results.values())).drop_log_odds
         size, spike = (
             torch.zeros(count, dtype=torch.float64, device=like.device) for _ in range(2)
         )
         home = torch.full((count,), len(results), device=like.device)
         for k, (name, result) in enumerate(results.items()):
-            inside = (own[name] >= 0) & result.site.kept
-            index = own[name][inside]
-            size.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
-            home.index_fill_(0, index[home[index] > k], k)
+            entries = label_counts(own[name], count, result.site.mask)
+            size += entries
+            home = home.where(entries == 0, home.clamp(max=k))
             block = None if has_width(targets[name]) else correlated(posterior[name], own[name])
             if block is None:
-                spike.index_add_(0, index, result.spike_delta_f[inside].double())
+                spike += label_sums(own[name], result.spike_delta_f, count, result.site.mask)
             else:
                 _add_joint(spike, block)
         numel = {name: r.drop_log_odds.numel() for name, r in results.items()}
@@ -95,7 +95,7 @@ class Groups(NamedTuple):
                 total[here], gain, zeta = inclusion(prior, odds[here])
                 results[name] = replace(result, delta_f=gain + base[name], scale=zeta)
             else:
-                self._add(total, name, result, result.drop_log_odds)
+                total += self._sums(name, result, result.drop_log_odds)
         return total
 
     def _odds(
@@ -111,18 +111,18 @@ class Groups(NamedTuple):
                 each, base[name] = spike_odds(posterior, name, prior)
                 spike, present = result.spike_delta_f, result.site.kept
                 more = torch.zeros_like(spike).masked_scatter(present, each - spike[present])
-                self._add(total, name, result, more)
+                total += self._sums(name, result, more)
         return total, base
 
-    def _add(self, total: Tensor, name: str, result: SiteReduction, each: Tensor) -> None:
-        """Adds the kept entries of a site to the number of each group."""
-        inside = (self.labels[name] >= 0) & result.site.kept
-        total.index_add_(0, self.labels[name][inside], each[inside].double())
+    def _sums(self, name: str, result: SiteReduction, each: Tensor) -> Tensor:
+        """The sum over the kept entries of a site in each group."""
+        return label_sums(self.labels[name], each, len(self.size), result.site.mask)
 
     def beyond(self, kept: float | Mapping[str, float], by_evidence: Tensor) -> Tensor:
         """The groups to prune so that no less than `kept` of all entries is kept: those with the
-        largest ΔF per kept entry. Sites that no pattern of a mapping names leave the decision on
-        their groups to the evidence.
+        largest ΔF per kept entry. A target of a site counts all entries of its groups, in whatever
+        site. Sites that no pattern of a mapping names leave the decision on their groups to the
+        evidence.
         """
         density = self.spike / self.size.clamp(min=1)
         check_ranks(density)
@@ -140,10 +140,13 @@ class Groups(NamedTuple):
         order = density.masked_fill(~here | (self.size == 0), -torch.inf).argsort(
             descending=True, stable=True
         )
-        present = float(self.size[here].sum()) + sum(
-            int((self.labels[name] < 0).sum()) for name in sites
-        )
-        spare = present - kept * sum(self.entries[name] for name in sites)
+        counts = {name: label_counts(self.labels[name], len(here)) for name in self.sites}
+        in_none = sum(self.entries[name] - float(counts[name].sum()) for name in sites)
+        # with the entries that the groups of these sites have elsewhere, such as biases
+        own = torch.stack([counts[name] > 0 for name in sites]).any(0)
+        own &= here | (self.home == len(self.sites))
+        whole = in_none + sum(float(count[own].sum()) for count in counts.values())
+        spare = float(self.size[here].sum()) + in_none - kept * whole
         pruned = torch.zeros_like(here)
         pruned[order] = (self.size * here)[order].cumsum(0) <= spare + 0.5
         return pruned & here

@@ -2,7 +2,7 @@
 tensor in the shape of its site.
 
 Owns `group_labels`, which makes them of a word such as "unit", and the patterns `Block` and `NofM`.
-Imports torch only. Next: `entries.py`.
+Imports torch only. Next: `label_sums.py`.
 """
 
 from __future__ import annotations

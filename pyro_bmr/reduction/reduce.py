@@ -15,21 +15,17 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError, described, holds, warn
-from pyro_bmr.formulas.gaussian import total
 from pyro_bmr.isolation import isolated
 from pyro_bmr.posteriors.posterior import Posterior
-from pyro_bmr.posteriors.site import Site
-from pyro_bmr.priors import Gaussian, Prior, SpikeAndSlab
+from pyro_bmr.priors import Prior
 from pyro_bmr.reduction.cautions import cautions
-from pyro_bmr.reduction.correlations import pruned_site, rescaled_site
 from pyro_bmr.reduction.decisions import SearchMethod, decide, pattern_masks
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
+from pyro_bmr.reduction.label_sums import varying
 from pyro_bmr.reduction.multiplied import multiplied
-from pyro_bmr.reduction.reduced_site import SiteReduction, site_reduction
 from pyro_bmr.reduction.result import Reduction
-from pyro_bmr.reduction.rules import is_point_spike
 from pyro_bmr.reduction.search import greedy_search
-from pyro_bmr.reduction.slabs import with_slab
+from pyro_bmr.reduction.site_results import pruned_result, site_results
 
 
 @isolated()
@@ -42,6 +38,7 @@ def reduce(
     kept: float | Mapping[str, float] | None = None,
     heads: int | Mapping[str, int] | None = None,
     search: SearchMethod | None = greedy_search,
+    window: bool = False,
 ) -> Reduction:
     r"""What the evidence, the posterior and the set of kept weights would be under the prior
     `to`; no new fit.
@@ -70,8 +67,8 @@ def reduce(
               its evidence.
             - ``SpikeAndSlab()``: a weight is pruned when ΔF − ζ is above `threshold`, with ζ the
               inclusion log odds of the site; a group has one indicator.
-            - ``Horseshoe()``: new moments; a weight is pruned when logit κ is above `threshold`,
-              that is, when κ > ½; a group when the sum of its logits is.
+            - ``Horseshoe()``: new moments; a weight is pruned when logit κ is above `threshold`, or
+              in Occam's window (`formulas/occams_window.py`); a group when its sum of logits is.
             - None: the decision of the priors under which the posterior was fitted (a horseshoe's,
               by the evidence given its scales; inclusion < ½; a Gaussian keeps all); ΔF is 0.
 
@@ -93,6 +90,11 @@ def reduce(
         search: how sites with correlations are searched when they are reduced to the point spike:
             `greedy_search`, `exhaustive_search`, a `partial` of them, or None for one decision per
             weight or group without regard to the others. With a `kept` per site there is no search.
+        window: whether to go on from the best model to the smallest that is nearly as probable
+            (`reduction/window.py`): the weights, or groups, with the least evidence are pruned
+            while together they cost at most log n nats, n their number. So n weights that are zero
+            are not kept by chance. `Horseshoe()` always does so, site by site. With a `kept`, for
+            sites that are searched, and for `to` None there is no window.
 
     Raises:
         ReductionError: no site can be reduced, a pattern matches none, the posterior is a point
@@ -104,7 +106,14 @@ def reduce(
         >>> reduce(posterior, to={"fc1.*": Gaussian(scale=0)}, per="unit", kept=0.5)
     """
     reduction = quiet_reduction(
-        posterior, to, per, threshold=threshold, kept=kept, heads=heads, search=search
+        posterior,
+        to,
+        per,
+        threshold=threshold,
+        kept=kept,
+        heads=heads,
+        search=search,
+        window=window,
     )
     for message in reduction.warnings:
         warn(message)
@@ -120,6 +129,7 @@ def quiet_reduction(
     kept: float | Mapping[str, float] | None = None,
     heads: int | Mapping[str, int] | None = None,
     search: SearchMethod | None = greedy_search,
+    window: bool = False,
 ) -> Reduction:
     """As `reduce`, which has the arguments, without warning: for one of the many reductions of a
     fit. The warnings of `reduce` are in `Reduction.warnings`. `export` in
@@ -137,19 +147,22 @@ def quiet_reduction(
     if not holds(lambda t: not math.isnan(t), threshold):
         raise ReductionError(f"threshold: expected a number of nats, got {described(threshold)}")
     _check_arguments(per, kept, heads)
+    window = window and kept is None
     targets = _targets(posterior, to)
     labels = _labels(posterior, targets, per, kept, heads)
-    results = _site_results(posterior, targets, labels)
+    results = site_results(posterior, targets, labels)
     said: list[str] = []
     if isinstance(per, NofM):
         masks = pattern_masks(results, per)
         left_out = per.left_out({name: tuple(mask.shape) for name, mask in masks.items()})
         said += [left_out] if left_out else []
     else:
-        masks, results = decide(posterior, results, targets, labels, threshold, kept, search)
+        masks, results = decide(
+            posterior, results, targets, labels, threshold, kept, search, window
+        )
     for name, result in results.items():
         own = None if labels is None else labels[name]
-        results[name] = _pruned(result, masks[name], targets[name], own)
+        results[name] = pruned_result(result, masks[name], targets[name], own)
     after = replace(
         posterior, sites={**posterior.sites, **{name: r.site for name, r in results.items()}}
     )
@@ -160,59 +173,6 @@ def quiet_reduction(
         labels,
         (*said, *multiplied(posterior, results, labels), *cautions(posterior, results)),
     )
-
-
-def _site_results(
-    posterior: Posterior, targets: dict[str, Prior | None], labels: Mapping[str, Tensor] | None
-) -> dict[str, SiteReduction]:
-    """What each site says by itself; `targets` get the width of an empirical slab of groups."""
-    results: dict[str, SiteReduction] = {}
-    for name, prior in list(targets.items()):
-        try:
-            if isinstance(prior, SpikeAndSlab) and labels is not None:
-                targets[name] = prior = with_slab(
-                    posterior, name, prior, labels[name].to(posterior[name].mean.device)
-                )
-            results[name] = _rescaled(
-                posterior[name], prior, site_reduction(posterior, name, prior)
-            )
-        except ReductionError as error:
-            raise ReductionError(f"site '{name}': {error}") from None
-    return results
-
-
-def _pruned(
-    result: SiteReduction, mask: Tensor, to: Prior | None, labels: Tensor | None
-) -> SiteReduction:
-    """The result with only the entries of `mask` kept, its ΔF, and how many terms that sums."""
-    site, gain = pruned_site(result.site, mask)
-    gained, terms, upper = result.delta_f, result.terms, None
-    if is_point_spike(to):
-        each = result.spike_delta_f[result.site.kept & ~mask]
-        gained, terms = total(each), len(each)
-        if gain is not None:
-            gained, terms = gain.lower, int(len(each) > 0)
-            upper = gain.upper if gain.upper > gain.lower else None
-    # one indicator for each group
-    elif isinstance(to, SpikeAndSlab) and labels is not None:
-        terms = len(labels.to(result.site.mean.device)[result.site.kept].unique())
-    return replace(result, delta_f=gained, site=site, terms=terms, upper=upper)
-
-
-def _rescaled(site: Site, to: Prior | None, result: SiteReduction) -> SiteReduction:
-    """With correlations, under a Gaussian of another scale: the exact answer in the place of that
-    of the marginals. Other continuous priors leave marginals.
-    """
-    if site.joint is None or result.site.prior is site.prior:
-        return replace(result, terms=0 if to is None else result.site.kept_count)
-    exact = (
-        rescaled_site(site, result.site.prior)
-        if isinstance(to, Gaussian) and result.site.prior is not None
-        else None
-    )
-    if exact is None:
-        return replace(result, site=replace(result.site, joint=None), terms=site.kept_count)
-    return replace(result, site=exact[0], delta_f=exact[1], terms=1)
 
 
 def _labels(
@@ -240,10 +200,10 @@ def _labels(
         and matrices
         and {matrices[-1]} < set(matrices) & set(targets)
     ):
-        outputs = labels[matrices[-1]].flatten()
-        labels = {
-            name: torch.where(torch.isin(own, outputs), -1, own) for name, own in labels.items()
-        }
+        outputs = varying(labels[matrices[-1]])
+        for name, own in labels.items():
+            few = varying(own)
+            labels[name] = few.where(~torch.isin(few, outputs), -1).expand(own.shape)
     return labels
 
 

@@ -20,6 +20,7 @@ from pyro_bmr.errors import ReductionError
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.reduction.cautions import cautions
 from pyro_bmr.reduction.correlations import gain_of_both, spike_gains
+from pyro_bmr.reduction.label_sums import at_labels, label_counts, label_sums, moved, varying
 from pyro_bmr.reduction.multiplied import multiplied
 from pyro_bmr.reduction.reduced_site import SiteReduction
 from pyro_bmr.reduction.reduction_file import read_reduction, write_reduction
@@ -266,22 +267,15 @@ class Reduction:
         spikes = {name: result.spike_delta_f for name, result in self.sites.items()}
         if self.groups is None:
             return spikes
-        groups = {name: self.groups[name].to(spike.device) for name, spike in spikes.items()}
-        count = max(int(group.max()) for group in groups.values()) + 1
+        groups = {name: moved(self.groups[name], spike.device) for name, spike in spikes.items()}
+        count = max(int(varying(group).max()) for group in groups.values()) + 1
         like = next(iter(spikes.values()))
-        total, size = (
-            torch.zeros(count, dtype=torch.float64, device=like.device) for _ in range(2)
-        )
+        total, size = torch.zeros(2, count, dtype=torch.float64, device=like.device)
         for name, spike in spikes.items():
-            inside = (groups[name] >= 0) & self.before[name].kept
-            total.index_add_(0, groups[name][inside], spike[inside].double())
-            size.index_add_(
-                0, groups[name][inside], torch.ones_like(spike[inside], dtype=torch.float64)
-            )
+            total += label_sums(groups[name], spike, count, self.before[name].mask)
+            size += label_counts(groups[name], count, self.before[name].mask)
         mean = total / size.clamp(min=1)
-        return {
-            name: torch.where(group >= 0, mean[group], -torch.inf) for name, group in groups.items()
-        }
+        return {name: at_labels(group, mean, -torch.inf) for name, group in groups.items()}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -21,6 +21,7 @@ from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.gaussian import delta_f, reduced_posterior, total
 from pyro_bmr.formulas.laplace import laplace_reduction
 from pyro_bmr.formulas.message import Message, message
+from pyro_bmr.formulas.occams_window import window_shift
 from pyro_bmr.formulas.quadrature import density_reduction
 from pyro_bmr.formulas.relevance import best_var
 from pyro_bmr.formulas.scale_mixture import (
@@ -152,7 +153,8 @@ def _(to: Horseshoe, entries: KeptEntries) -> Reduced:
             " reduction_program"
         )
     shared = entries.rows if "weight" not in to.tiers else None
-    return _scale_mixture(to, entries, shared, by_row=to.tiers == ("unit", "weight"))
+    by_row = to.tiers == ("unit", "weight")
+    return _scale_mixture(to, entries, shared, by_row=by_row, window=True)
 
 
 @reduced.register
@@ -188,13 +190,18 @@ def _message_from_zero(to: Any, entries: KeptEntries) -> Message:
 
 
 def _scale_mixture(
-    to: ScaleMixture, entries: KeptEntries, shared: Tensor | None = None, by_row: bool = False
+    to: ScaleMixture,
+    entries: KeptEntries,
+    shared: Tensor | None = None,
+    by_row: bool = False,
+    window: bool = False,
 ) -> Reduced:
     """A weight is pruned when κ > ½. The global scale has the best evidence where the prior has a
     `log_hyper`, else it is the prior's own.
 
     `shared`: the group of each weight that has one local scale; groups that were asked for come
-    before it. `by_row`: a global scale for each row.
+    before it. `by_row`: a global scale for each row. `window`: what has no clear evidence for it is
+    pruned as well (`_with_window`).
     """
     q, p = entries.q, entries.p
     data = _message_from_zero(to, entries)
@@ -214,8 +221,31 @@ def _scale_mixture(
     else:
         result = scale_mixture_reduction(data, p.var, *mixture(scale))
     moments = Diagonal(result.mean, result.var)
+    drop = result.log_odds
+    if window:
+        drop = _with_window(drop, result.delta_f, entries, groups)
     # not Gaussian any more: reduce again from the fit
-    return Reduced(total(result.delta_f), result.log_odds, moments, None, scale, scales)
+    return Reduced(total(result.delta_f), drop, moments, None, scale, scales)
+
+
+def _with_window(
+    log_odds: Tensor, delta_f: Tensor, entries: KeptEntries, groups: Tensor | None
+) -> Tensor:
+    """The log odds of κ > ½, and positive ones of what κ keeps without clear evidence for it.
+
+    If the global scale is wide beside the error of an estimate, κ keeps even an estimate of 0. The
+    evidence against a weight is the ΔF of the point zero minus that of the mixture.
+    """
+    spike, by_decision = entries.spike, log_odds
+    if groups is not None:
+        spike = delta_f.new_zeros(len(delta_f)).index_add_(0, groups, spike.to(delta_f))
+        by_decision = log_odds.new_empty(len(delta_f)).index_copy_(0, groups, log_odds)
+    evidence = (spike - delta_f).masked_fill(by_decision > 0, torch.inf)
+    site = entries.site
+    share = site.mean.numel() / max(site.kept_count, 1)  # those pruned before are decisions too
+    shifted = evidence + window_shift(evidence, round(len(evidence) * share))
+    drop = torch.where((by_decision <= 0) & (shifted > 0), shifted, by_decision)
+    return drop if groups is None else drop[groups]
 
 
 def _grouped_mixture(to: ScaleMixture, data: Message, groups: Tensor) -> Mixture:

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from pyro_bmr.shrinking.channel_ids import ChannelIds, Ids
+from pyro_bmr.shrinking.constant_maps import with_map
 from pyro_bmr.shrinking.contractions import Read
 from pyro_bmr.shrinking.elementwise import nothing_known
 from pyro_bmr.shrinking.exported_graph import ExportedGraph
@@ -39,11 +40,20 @@ class Analysis:
     `states`: node → its `State`, or a number. `reads`: every sum over channels. `reasons`: layer →
     why channels of it are kept together. `depends`: the nodes that are computed from the input.
 
-    `whole`: nodes whose channels are all kept, with the reason.
+    `whole`: nodes whose channels are all kept, with the reason. `trained`: parameter → bool tensor
+    of the entries that are kept, while a fit moves them: they may have any value, and so may all
+    other parameters, and the buffers that it names. `maps`: whether constants that a padded
+    convolution reads go into a tensor over the pixels.
     """
 
-    def __init__(self, graph: ExportedGraph, whole: Mapping[fx.Node, str]) -> None:
-        self.graph, self._whole = graph, whole
+    def __init__(
+        self,
+        graph: ExportedGraph,
+        whole: Mapping[fx.Node, str],
+        trained: Mapping[str, Tensor] | None = None,
+        maps: bool = False,
+    ) -> None:
+        self.graph, self._whole, self._trained, self._maps = graph, whole, trained, maps
         self._ids = ChannelIds()
         self.states: dict[fx.Node, Any] = {}
         self.reads: list[Read] = []
@@ -102,8 +112,9 @@ class Analysis:
     def _state(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             if node in self.graph.tensors:
-                self.static.add(node)
-                return self._tensor_state(self.graph.tensors[node][1])
+                if self.graph.tensors[node][0] not in (self._trained or {}):
+                    self.static.add(node)
+                return self._parameter_state(*self.graph.tensors[node])
             self.depends.add(node)
             return nothing_known(concrete(node.meta["val"]))
         if node.op == "output":
@@ -145,7 +156,10 @@ class Analysis:
             return tree_map(self._tensor_state, call.values())
         if not call.states:
             return self._created(call)
+        before = len(self.reads)
         found = state_after(self._ids, call, self.reads, self.reasons)
+        if self._maps and "conv" in call.name and len(self.reads) > before:
+            self.reads[-1] = with_map(call, self.reads[-1])
         return tree_map(lambda part: _uniform_over_rows(part, call.dynamic), found)
 
     def _is_static(self, node: fx.Node, call: Call, traced: Any) -> bool:
@@ -169,6 +183,14 @@ class Analysis:
             for n, dynamic in zip(value.shape, call.dynamic, strict=True)
         )
         return State(value, torch.zeros_like(value, dtype=torch.bool), axes)
+
+    def _parameter_state(self, name: str, value: Tensor) -> State:
+        state: State = self._tensor_state(value)
+        moved = isinstance(value, torch.nn.Parameter) or name in (self._trained or {})
+        if self._trained is None or not moved:
+            return state
+        kept = self._trained.get(name, torch.ones_like(state.unknown)).to(state.unknown.device)
+        return state_of(torch.zeros_like(state.value), kept, state.axes)
 
     def _tensor_state(self, value: Any) -> Any:
         """The state of a parameter or constant; each axis longer than 1 has channels of its own."""

@@ -104,7 +104,7 @@ def _read(
     named = named or next(iter(call.node.all_input_nodes[1:2]), None)
     return Read(
         call.node, call.layer, inputs, [(array(nonzero.T), outputs)], array(foldable), level,
-        str(named), effect, array(broken) if padded else None,
+        str(named), effect if matrix is not None else None, array(broken) if padded else None,
     )  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def reduced_sum(ids: ChannelIds, call: Call, reads: Reads) -> State:
     unknown = x.unknown
     for k in sorted(gone):
         unknown = unknown.any(k, keepdim=True)
-    if call.name == "sum" and any(_is_dynamic(call, k) for k in gone):
+    if call.name == "sum" and any(is_open_axis(call, k) for k in gone):
         unknown = unknown | (value != 0).reshape(unknown.shape)
     return state_of(value, unknown.reshape(value.shape), rest)
 
@@ -235,7 +235,8 @@ def _any_but(flags: Tensor, kept: tuple[int, ...]) -> Tensor:
     return found.T if len(kept) == 2 and kept[0] > kept[1] else found
 
 
-def _is_dynamic(call: Call, axis: int) -> bool:
+def is_open_axis(call: Call, axis: int) -> bool:
+    """Whether the size of this axis of the first argument follows the sizes of the data."""
     first = call.node.args[0]
     sizes = dynamic_axes(first.meta.get("val")) if isinstance(first, fx.Node) else ()
     return axis < len(sizes) and sizes[axis]

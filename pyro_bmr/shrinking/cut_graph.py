@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_unflatten
 from pyro_bmr.shrinking.analysis import Analysis, cut, is_random
 from pyro_bmr.shrinking.arguments import ATEN, Sizes, adapted
 from pyro_bmr.shrinking.contractions import Read
+from pyro_bmr.shrinking.graph_names import beside, names_of_graphs
 from pyro_bmr.shrinking.states import State, dynamic_axes, is_open, operation
 
 
@@ -61,12 +62,16 @@ class CutGraph:
 
         `layers`: path → a layer that the graph calls.
         """
-        root = nn.Module()
-        for path, layer in (layers or {}).items():
-            _owner(root, path).add_module(path.rpartition(".")[2], layer)
-        for node in self.graph.nodes:
+        root, taken = nn.Module(), names_of_graphs()
+        named = [node for node in self.graph.nodes if node.op in ("get_attr", "call_module")]
+        present = {str(node.target).partition(".")[0] for node in named}
+        for node in named:
+            old = str(node.target)
+            node.target = beside(old, taken, present)
             if node.op == "get_attr":
-                _put(root, str(node.target), self.tensors[str(node.target)])
+                _put(root, node.target, self.tensors.setdefault(node.target, self.tensors[old]))
+            elif layers:
+                _owner(root, node.target).add_module(node.target.split(".")[-1], layers[old])
         return fx.GraphModule(root, self.graph, name).eval()
 
     def _inputs(self) -> None:

@@ -64,7 +64,8 @@ def prelu(ids: ChannelIds, call: Call) -> State:
     axis = min(1, x.value.ndim - 1)
     if len(slopes.axes[0]) > 1:
         ids.tie(x.axes[axis], slopes.axes[0])
-    return state_of(call.values(), x.unknown, x.axes)
+    moved = slopes.unknown.view(-1, *[1] * (x.value.ndim - 1 - axis)) & (x.value != 0)
+    return state_of(call.values(), x.unknown | moved, x.axes)
 
 
 def batch_norm(ids: ChannelIds, call: Call) -> Any:
@@ -76,14 +77,24 @@ def batch_norm(ids: ChannelIds, call: Call) -> Any:
         ids.tie(x.axes[1], other.axes[0])
     unknown, value = x.unknown, call.values()
     several = isinstance(value, (tuple, list))
-    gain = call.argument("weight")
-    if isinstance(gain, State):
-        shape = (1, -1, *[1] * (x.value.ndim - 2))
-        unknown = unknown & gain.nonzero().view(shape)
+    gain, shape = call.argument("weight"), (1, -1, *[1] * (x.value.ndim - 2))
+    for statistic in (call.argument("running_mean"), call.argument("running_var")):
+        unknown = unknown | statistic.unknown.view(shape)
+    unknown = normed(unknown, gain, call.argument("bias"), shape)
     state = state_of(value[0] if several else value, unknown, x.axes)
     if not several:
         return state
     return (state, *(nothing_known(part) for part in value[1:]))
+
+
+def normed(unknown: Tensor, gain: Any, offset: Any, shape: tuple[int, ...]) -> Tensor:
+    """What is unknown after a norm of something that is `unknown` in places. A gain that is known
+    to be 0 leaves the offset, and what a fit moves is not known. `shape`: of gain and offset beside
+    the result.
+    """
+    if isinstance(gain, State):
+        unknown = (unknown & gain.nonzero().view(shape)) | gain.unknown.view(shape)
+    return unknown | offset.unknown.view(shape) if isinstance(offset, State) else unknown
 
 
 def nothing_known(value: Any) -> Any:

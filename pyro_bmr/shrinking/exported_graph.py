@@ -1,8 +1,8 @@
 """A network as the graph of torch.export: operations of ATen, with the parameters among its inputs.
 
-Owns `ExportedGraph`, `exported` and `shapes_by_name`. The number of rows stays open. Attention,
-convolutions and norms stay whole operations; those that change a tensor in place are made
-functional. Next: `channel_ids.py`.
+Owns `ExportedGraph`, `exported`, `exportable` and `shapes_by_name`. The number of rows stays
+open. Attention, convolutions and norms stay whole operations; those that change a tensor in place
+are made functional. Next: `channel_ids.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -55,6 +55,13 @@ class ExportedGraph:
     outputs: TreeSpec
     open_rows: bool
 
+    def of(self, net: nn.Module) -> ExportedGraph:
+        """The graph of `net`, a copy of the exported network with other numbers in its tensors."""
+        named = (net.named_parameters, net.named_buffers)
+        held = dict(pair for pairs in named for pair in pairs(remove_duplicate=False))
+        tensors = {n: (name, held.get(name, old)) for n, (name, old) in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
 
 def exported(net: nn.Module, two: Inputs) -> ExportedGraph:
     """The graph of `net` on two rows.
@@ -76,7 +83,7 @@ def _program(net: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> E
         shapes = tree_map(lambda t, which=which: _open_axes(t, which), (given, named))
         dynamic = (*shapes[0], *shapes[1].values()) if which else None
         try:
-            with _quiet():
+            with _quiet(), exportable(net):
                 program = torch.export.export(
                     net,
                     given,
@@ -145,15 +152,37 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.disabled = True
     try:
-        # an attention mask is applied as it is given; its numbers cannot be looked at
-        given = mock.patch.object(transformer, "_detect_is_causal_mask", _is_causal)
-        with warnings.catch_warnings(), torch.no_grad(), given:
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for logger, was in zip(loggers, silent, strict=True):
             logger.disabled = was
+
+
+@contextlib.contextmanager
+def exportable(net: nn.Module) -> Iterator[None]:
+    """A context in which torch.export reads more networks.
+
+    A Hugging Face model does not return its keys and values for later calls, in a class of its own
+    that torch.export does not know. An einsum of three tensors and more is computed in their order:
+    a better order is chosen by the sizes, which would fix the number of rows. A layer of torch
+    applies an attention mask as it is given: its numbers cannot be looked at.
+    """
+    configs = [getattr(module, "config", None) for module in net.modules()]
+    cached = [c for c in configs if getattr(c, "use_cache", False) is True]
+    ordered = torch.backends.opt_einsum.enabled
+    torch.backends.opt_einsum.enabled = False
+    for config in cached:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        with mock.patch.object(transformer, "_detect_is_causal_mask", _is_causal):
+            yield
+    finally:
+        torch.backends.opt_einsum.enabled = ordered
+        for config in cached:
+            config.use_cache = True  # type: ignore[union-attr]
 
 
 def _decomposed(program: ExportedProgram, net: nn.Module) -> ExportedProgram:
@@ -227,5 +256,5 @@ def _argument_names(net: nn.Module, given: tuple[Any, ...], named: dict[str, Any
 
 
 def two_rows(example: Inputs) -> Inputs:
-    """The first row of each input, twice."""
-    return of_each(lambda t: t[:1].repeat(2, *[1] * (t.ndim - 1)), example)
+    """The first two rows of each input; the first one twice if there is one only."""
+    return of_each(lambda t: t[:2] if len(t) > 1 else t[:1].repeat(2, *[1] * (t.ndim - 1)), example)

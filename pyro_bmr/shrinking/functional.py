@@ -1,6 +1,6 @@
 """Operations in place, made functional; blocks without gradients, put in line.
 
-Owns `make_functional` and `inline_blocks`. Next: `exported_graph.py`.
+Owns `make_functional` and `inline_blocks`. Next: `graph_names.py`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Owns a function for each kind. Next: `rules.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,10 +14,14 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.shrinking.channel_ids import FIXED, ChannelIds
-from pyro_bmr.shrinking.contractions import Read, Reads
-from pyro_bmr.shrinking.elementwise import nothing_known
+from pyro_bmr.shrinking.contractions import Read, Reads, is_open_axis
+from pyro_bmr.shrinking.elementwise import normed, nothing_known
 from pyro_bmr.shrinking.states import Call, State, fixed, state_of
 
+# of one constant, however often, these give the same number
+_OF_ANY_LENGTH = re.compile("amax|amin|max|min|std|var|std_mean|var_mean")
+# of zeros, however many, these give zeros
+_ZEROS_TO_ZEROS = re.compile(r"_?fft_\w+|cumsum|nansum|norm|linalg_vector_norm")
 TOGETHER = "each of its outputs reads all of its channels; they are kept together"
 
 
@@ -25,12 +30,12 @@ def coupled(ids: ChannelIds, call: Call, dims: Iterable[int], reasons: dict[str,
     x = call.states[0]
     gone = {d % x.value.ndim for d in dims} if x.value.ndim else set()
     value = call.values()
-    unknown = x.unknown
+    unknown, nonzero = x.unknown, x.nonzero()
     for k in sorted(gone):
         tie_whole(ids, x, k, call, reasons)
-        unknown = unknown.any(k, keepdim=True)
-        if k < len(call.dynamic) and call.dynamic[k]:
-            unknown = torch.ones_like(unknown)
+        unknown, nonzero = unknown.any(k, keepdim=True), nonzero.any(k, keepdim=True)
+        if is_open_axis(call, k) and not _OF_ANY_LENGTH.fullmatch(call.name):
+            unknown = nonzero if _ZEROS_TO_ZEROS.fullmatch(call.name) else torch.ones_like(unknown)
     if isinstance(value, (tuple, list)):
         return tuple(_after(x, part, unknown, gone) for part in value)
     state = _after(x, value, unknown, gone)
@@ -73,8 +78,8 @@ def tie_whole(ids: ChannelIds, x: State, axis: int, call: Call, reasons: dict[st
 def layer_norm(ids: ChannelIds, call: Call, reasons: dict[str, str]) -> Any:
     """The state after a LayerNorm or an RMSNorm, whose channels are kept together."""
     x = call.states[0]
-    count = len(call.argument("normalized_shape"))
-    dims = range(x.value.ndim - count, x.value.ndim)
+    shape = tuple(call.argument("normalized_shape"))
+    dims = range(x.value.ndim - len(shape), x.value.ndim)
     unknown = x.unknown
     for k in dims:
         tie_whole(ids, x, k, call, reasons)
@@ -82,10 +87,8 @@ def layer_norm(ids: ChannelIds, call: Call, reasons: dict[str, str]) -> Any:
     for other in call.states[1:]:
         for k, axis in zip(dims, other.axes, strict=True):
             ids.tie(x.axes[k], axis)
-    gain = call.argument("weight")
-    unknown = unknown.expand(x.shape)
-    if isinstance(gain, State):
-        unknown = unknown & gain.nonzero()
+    gain, offset = call.argument("weight"), call.argument("bias")
+    unknown = normed(unknown.expand(x.shape), gain, offset, shape)
     value = call.values()
     if isinstance(value, (tuple, list)):
         first = state_of(value[0], unknown, x.axes)
@@ -117,9 +120,8 @@ def group_norm(ids: ChannelIds, call: Call, reasons: dict[str, str]) -> Any:
     unknown = flat.repeat_interleave(rows.shape[1], 1).view(*flat.shape[:1], -1, *[1] * (
         x.value.ndim - 2
     )).expand(x.shape)  # fmt: skip
-    gain = call.argument("weight")
-    if isinstance(gain, State):
-        unknown = unknown & gain.nonzero().view(-1, *[1] * (x.value.ndim - 2))
+    shape = (-1, *[1] * (x.value.ndim - 2))
+    unknown = normed(unknown, call.argument("weight"), call.argument("bias"), shape)
     value = call.values()
     if isinstance(value, (tuple, list)):
         return None

@@ -1,24 +1,23 @@
 """From masks to a smaller network with the same function.
 
 Pruned units, channels and heads are removed, and constants are folded into biases. Owns `shrink`,
-`shrink_plan` and `ShrinkPlan`. How the network is read is in `exported_graph.py`, which channels
+`shrink_plan` and `shrink_each`. How the network is read is in `exported_graph.py`, which channels
 are kept in `analysis.py`. Next: `exporting/finite.py`.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from pyro_bmr.data.given import example_of
 from pyro_bmr.data.inputs import described as shapes_of
-from pyro_bmr.data.inputs import has_rows, rows_in
+from pyro_bmr.data.inputs import has_rows, of_each, rows_in
 from pyro_bmr.errors import ShrinkError, described
 from pyro_bmr.shrinking.analysis import Analysis
 from pyro_bmr.shrinking.cut_graph import CutGraph
@@ -28,8 +27,10 @@ from pyro_bmr.shrinking.layer_calls import with_layers
 from pyro_bmr.shrinking.layer_table import layer_table
 from pyro_bmr.shrinking.masked_network import masked
 from pyro_bmr.shrinking.own_class import own_class
+from pyro_bmr.shrinking.pretrained_config import fitting_config
 from pyro_bmr.shrinking.reasons import reasons_of
 from pyro_bmr.shrinking.refusals import MASKED, foreign_errors
+from pyro_bmr.shrinking.shrink_plan import ShrinkPlan
 from pyro_bmr.shrinking.unread_inputs import unread_inputs
 from pyro_bmr.shrinking.untied import Groups, tied_again, untied
 from pyro_bmr.shrinking.verification import (
@@ -40,61 +41,12 @@ from pyro_bmr.shrinking.verification import (
     inputs_like,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 _ATTEMPTS = 30  # how many operations may be kept whole because they cannot be cut
 
 
-@dataclass(frozen=True)
-class ShrinkPlan:
-    """What would be removed from a network, before anything is: print it, then `apply()`.
-
-    `layers`: one row for each layer with weights: layer, type, before and after (the shape of its
-    weight), parameters and FLOPs per row of the input, each before and after. FLOPs count a
-    multiplication and an addition as two, and only layers that weight their inputs. `kept`: layer →
-    why channels of it are kept that could otherwise be pruned. `unread_inputs`: flat indices,
-    within one row of the input, that the smaller network does not read; those of several inputs
-    follow one another. `parameters` and `flops`: of the whole network, before and after.
-    `own_class`: whether the smaller network is of the class of the original; else it is the graph
-    of its operations as an `fx.GraphModule`, for the reason `why_a_graph`.
-    """
-
-    layers: pd.DataFrame
-    kept: Mapping[str, str]
-    unread_inputs: Tensor
-    parameters: tuple[int, int]
-    flops: tuple[int, int]
-    own_class: bool
-    why_a_graph: str
-    _small: nn.Module
-
-    def __str__(self) -> str:
-        (before, after), (flops, fewer) = self.parameters, self.flops
-        form = type(self._small).__name__ if self.own_class else "a graph of operations"
-        why = f" ({self.why_a_graph})" if self.why_a_graph else ""
-        lines = [
-            self.layers.to_string(index=False),
-            f"parameters {before:,} → {after:,} ({1 - after / max(before, 1):.1%} removed)",
-            f"FLOPs {flops:,} → {fewer:,} ({1 - fewer / max(flops, 1):.1%} removed)",
-            f"result: {form}{why}",
-        ]
-        lines += [f"kept: {name}: {why}" for name, why in self.kept.items()]
-        if len(self.unread_inputs):
-            lines.append(f"inputs no longer read: {len(self.unread_inputs)}")
-        return "\n".join(lines)
-
-    @torch.no_grad()
-    def apply(self) -> nn.Module:
-        """The smaller network, in evaluation mode.
-
-        It is of the class of the original, with smaller tensors, if that computes the same
-        (`own_class`); else an `fx.GraphModule`, whose tensors have the names of the original's.
-        """
-        return copy.deepcopy(self._small)
-
-
-def shrink(net: nn.Module, masks: Mapping[str, Tensor], example: Any) -> nn.Module:
+def shrink(
+    net: nn.Module, masks: Mapping[str, Tensor], example: Any, *, fold_padded: bool = False
+) -> nn.Module:
     """The smaller network with the function of the masked one.
 
     It is `shrink_plan(net, masks, example).apply()`; `shrink_plan` describes the arguments.
@@ -103,19 +55,21 @@ def shrink(net: nn.Module, masks: Mapping[str, Tensor], example: Any) -> nn.Modu
         >>> small = bmr.shrink(bmr.export(fit.program, reduction.posterior), reduction.masks,
         ...     data.x_test[:1])
     """
-    return shrink_plan(net, masks, example)._small
+    return shrink_plan(net, masks, example, fold_padded=fold_padded)._small
 
 
 @torch.no_grad()
-def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Any) -> ShrinkPlan:
+def shrink_plan(
+    net: nn.Module, masks: Mapping[str, Tensor], example: Any, *, fold_padded: bool = False
+) -> ShrinkPlan:
     r"""What `shrink` would remove from `net`, layer by layer; nothing is changed.
 
     A unit is removed if no kept unit reads it with a weight other than zero. It is also removed if
     it is constant, because all its incoming weights are zero or come from constants; then
     b' ← b' + W'[:, i] act(b_i) in the layer that reads it. Both rules run to a fixed point. A
     convolution that pads with zeros does not read the same constant at the edges, so such a channel
-    is kept unless its constant is zero. The smaller network is compared with the masked one before
-    it is returned: see `verification.py`.
+    is kept unless its constant is zero, or `fold_padded` is given. The smaller network is compared
+    with the masked one before it is returned: see `verification.py`.
 
     Args:
         net: any module that torch.export can read; it is not changed.
@@ -125,6 +79,10 @@ def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Any) -> Sh
         example: rows of the input, at least one, or data that have them, such as a loader; of
             several inputs a tuple or a dict. Its shape and type matter, and its range, from which
             the inputs for the comparison are drawn.
+        fold_padded: whether constant channels that a padded or transposed convolution reads may be
+            removed as well. What they add differs at the edges of an image, so it becomes a tensor
+            with a number for each pixel, where that is smaller than the weights it saves. The
+            result is then a graph for images of the size of the example.
 
     Raises:
         ShrinkError: a mask fits no parameter, the example does not fit the network, torch.export
@@ -132,19 +90,43 @@ def shrink_plan(net: nn.Module, masks: Mapping[str, Tensor], example: Any) -> Sh
     """
     example = example_of(example, net)
     copied = masked(net, masks)
-    _check_example(example)
-    inputs = [two_rows(example), *inputs_like(example, copied)]
-    want = _answers_to_keep(copied, inputs)
+    inputs, want = _compared(copied, example)
     with foreign_errors(f"the graph of {type(copied).__name__}"):
         separate, groups = untied(copied)
         graph = exported(separate, inputs[0])
-        found = _found(graph, separate, copied, groups, want, inputs)
+        found = _found(graph, separate, copied, groups, want, inputs, fold_padded)
         table, flops = layer_table(found.analysis, found.cut, separate)
         unread = unread_inputs(found.analysis)
         kept = reasons_of(found.analysis)
     counts = tuple(sum(p.numel() for p in n.parameters()) for n in (copied, found.small))
     own, parameters = not found.why_a_graph, (counts[0], counts[1])
-    return ShrinkPlan(table, kept, unread, parameters, flops, own, found.why_a_graph, found.small)
+    why, small = found.why_a_graph, found.small
+    config = _configured(small, copied, want, inputs) if own else {}
+    return ShrinkPlan(table, kept, unread, parameters, flops, own, why, config, small, copied)
+
+
+@torch.no_grad()
+def shrink_each(nets: Iterable[nn.Module], example: Any) -> list[nn.Module]:
+    """The smaller network of each of `nets`, as `shrink` with ``{}`` for masks gives it.
+
+    They are copies of one network with other numbers in their parameters and buffers, such as draws
+    of a posterior: the graph is read from the first, and each result is compared with its own
+    network.
+
+    Raises:
+        ShrinkError: as `shrink_plan`.
+    """
+    graph: ExportedGraph | None = None
+    smaller: list[nn.Module] = []
+    for net in nets:
+        example = example_of(example, net)
+        copied = masked(net, {})
+        inputs, want = _compared(copied, example)
+        with foreign_errors(f"the graph of {type(copied).__name__}"):
+            separate, groups = untied(copied)
+            graph = exported(separate, inputs[0]) if graph is None else graph.of(separate)
+            smaller.append(_found(graph, separate, copied, groups, want, inputs).small)
+    return smaller
 
 
 @dataclass(frozen=True)
@@ -159,7 +141,7 @@ class _Found:
 
 def _found(
     graph: ExportedGraph, separate: nn.Module, net: nn.Module, groups: Groups, want: Answers,
-    inputs: list[Any],
+    inputs: list[Any], maps: bool = False,
 ) -> _Found:  # fmt: skip
     """The smaller network that gives the answers of the masked one: of its own class, or a graph.
 
@@ -170,7 +152,7 @@ def _found(
     """
     whole: dict[fx.Node, str] = {}
     for _ in range(_ATTEMPTS):
-        analysis = Analysis(graph, whole)
+        analysis = Analysis(graph, whole, maps=maps)
         cut = CutGraph(analysis)
         node = cut.failed
         if node is None:
@@ -192,6 +174,17 @@ def _found(
         f"{type(net).__name__}: operations cannot be cut ({', '.join(n.name for n in whole)});"
         f" {MASKED}"
     )
+
+
+def _configured(
+    small: nn.Module, net: nn.Module, want: Answers, inputs: list[Any]
+) -> dict[str, int] | None:
+    """Changes the configuration of a Hugging Face model, if there is one that makes it."""
+    with torch.random.fork_rng():
+        entries = fitting_config(small, net, lambda model: not _differs(model, want, inputs))
+    for key, value in (entries or {}).items():
+        setattr(small.config, key, value)
+    return entries
 
 
 def _graph(
@@ -231,6 +224,16 @@ def _check_rows(graph: ExportedGraph, want: Answers, small: nn.Module, inputs: l
             "the number of rows becomes a constant while torch.export reads the forward; write"
             f" `x.shape[0]` in the place of `len(x)` and of numbers of rows; or {MASKED}"
         )
+
+
+def _compared(net: nn.Module, example: Any) -> tuple[list[Any], Answers]:
+    """The inputs on which the smaller network is compared with the masked one, and the answers of
+    that: two rows of the example, one row, and rows like them.
+    """
+    _check_example(example)
+    one = of_each(lambda t: t[2:3] if len(t) > 2 else t[:1], example)
+    inputs = [two_rows(example), one, *inputs_like(example, net)[1:]]
+    return inputs, _answers_to_keep(net, inputs)
 
 
 def _check_example(example: Any) -> None:

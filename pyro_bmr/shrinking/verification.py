@@ -126,10 +126,10 @@ def in_double(arguments: Any) -> Any:
 
 @torch.no_grad()
 def inputs_like(example: Inputs, net: nn.Module) -> list[Any]:
-    """Rows of `example`, and random rows of the same shape.
+    """Rows of `example`, and random rows of the same shape, two at a time.
 
-    Real numbers are drawn at the scale of the example, a third and three times that; whole numbers
-    from their range. Of several inputs each is drawn by itself.
+    Real numbers are drawn at the scale of the example, then a row at three times and a row at a
+    third of it; whole numbers from their range. Of several inputs each is drawn by itself.
     """
     if isinstance(example, Tensor):
         return _rows_like(example, net)
@@ -154,9 +154,9 @@ def _rows_like(example: Tensor, net: nn.Module) -> list[Tensor]:
         scale = rows.std(correction=0)
         scale = scale if bool(scale.isfinite()) and float(scale) > 0 else torch.ones_like(scale)
         center = rows.mean().nan_to_num(0, 0, 0)
-        factors = (1, 3, 1 / 3)
-        draws = [torch.randn(shape, generator=generator).to(rows) * (f * scale) for f in factors]
-        return [rows, *(draw + center for draw in draws)]
+        factors = torch.tensor([[1, 1], [3, 1 / 3]]).view(2, 2, *[1] * (rows.ndim - 1))
+        draws = torch.randn((2, *shape), generator=generator) * factors
+        return [rows, *(draws.to(rows) * scale + center)]
     if rows.dtype == torch.bool:
         return [rows, torch.rand(shape, generator=generator).to(rows.device) < 0.5]
     if rows.is_complex() or not rows.numel():

@@ -172,7 +172,9 @@ def test_baselines_of_classes_alone_and_programs_without_a_network_are_refused()
 
     with pytest.raises(bmr.errors.ModelError, match="plain: .*BayesianNetwork, got function"):
         method_named("plain")(build, data, 0, {}, False)
-    with pytest.raises(bmr.errors.ModelError, match="plain: .*Categorical or Normal, got Counts"):
+    with pytest.raises(
+        bmr.errors.ModelError, match="plain: .*likelihood Normal of the data, got Counts"
+    ):
         method_named("plain")(counts, data, 0, {}, False)
 
 

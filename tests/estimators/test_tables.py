@@ -1,12 +1,16 @@
 """Tables with texts, missing values and bad input; the estimators end to end."""
 
 import warnings
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.exceptions import NotFittedError
 
 import pyro_bmr as bmr
+from pyro_bmr.data.table_encoding import TableError
 from pyro_bmr.estimators.columns import fit_columns
 
 
@@ -99,10 +103,39 @@ def test_columns_that_differ_at_prediction(change, said):
         (lambda f, y: small(family="gamma").fit(f, y), "family: expected one of normal"),
         (lambda f, y: small(prior="lasso").fit(f, y), "prior: expected one of spike-and-slab"),
         (
-            lambda f, y: small(prior="horseshoe", family="poisson").fit(f, y.round()),
-            "prior: expected",
+            lambda f, y: small(engine="nuts").fit(f, y),
+            "engine: expected None or one of search, mean",
+        ),
+        (lambda f, y: small(family=bmr.StudentT(4.0)).fit(f, y), "bmr.likelihoods.StudentT"),
+        (lambda f, y: small(family=bmr.Poisson(missing="ignore")).fit(f, y), "exposure alone"),
+        (lambda f, y: small(family=bmr.Normal(noise="network")).fit(f, y), "the same for all rows"),
+        (lambda f, y: small(family=bmr.Poisson(exposure="t")).fit(f, y.round()), "exposure: expec"),
+        (
+            lambda f, y: small(family=bmr.Poisson(exposure="noise")).fit(f, y.round()),
+            "a finite exposure > 0 in each row of the column 'noise'",
+        ),
+        (
+            lambda f, y: small(bmr.SparseClassifier, family="bernoulli").fit(f, f["site"]),
+            "expected 2 classes",
+        ),
+        (
+            lambda f, y: small(bmr.SparseClassifier, family=bmr.Ordinal(4)).fit(f, f["site"]),
+            "expected 4 classes",
         ),
         (lambda f, y: bmr.SparseRegressor(draws=0).fit(f, y), "draws: expected a whole number"),
+        (
+            lambda f, y: small().fit(f, (1e6 + y).map("{:,.1f}".format)),
+            "y: could not convert string",
+        ),
+        (lambda f, y: small().fit(f, np.stack([y, y], 1)), "y: y should be a 1d array"),
+        (lambda f, y: small().fit(f.assign(noise=np.inf), y), "'noise': expected finite .* row 0"),
+        (lambda f, y: small().fit(pd.concat({"all": f}, axis=1), y), "X: expected names of one"),
+        (lambda f, y: small(family="poisson").fit(f, 0 * y), "y: expected a count above 0"),
+        (lambda f, y: small().fit(f, y).predict(f.iloc[:0]), "X: expected at least one row"),
+        (
+            lambda f, y: small().fit(f, y).predict(f.assign(noise=["1", "a"] * 40)),
+            "'noise': expected numbers, as in training, got 'a' in row 1",
+        ),
         (lambda f, y: small().fit(f.assign(day=pd.Timestamp("2020-01-01")), y), "'day'"),
         (lambda f, y: small().fit(f, y).predict_interval(f, 1.5), "level: expected"),
     ],
@@ -110,7 +143,18 @@ def test_columns_that_differ_at_prediction(change, said):
 def test_what_cannot_be_fitted(fit, said):
     with pytest.raises(ValueError, match=said) as raised:
         fit(*table())
-    assert not isinstance(raised.value, AssertionError)
+    assert isinstance(raised.value, bmr.errors.PyroBMRError)
+
+
+def test_objects_that_are_numbers_and_texts_that_look_like_them():
+    """Decimals and numbers with gaps among objects are numbers; the last are a hint."""
+    frame, y = table()
+    gaps = frame["noise"].astype(object).where(frame.index != 3, None)
+    exact = [Decimal(str(value)) for value in frame["noise"]]
+    found = small().fit(frame.assign(gaps=gaps, exact=exact), y)
+    assert {"gaps", "gaps missing", "exact"} <= set(found.coefficient_names_)
+    with pytest.warns(bmr.errors.PyroBMRWarning, match="numbers with commas: take those out"):
+        small().fit(frame.assign(paid=[f"{1000 + k:,}" for k in range(80)]), y)
 
 
 @pytest.mark.parametrize("prior", ["spike-and-slab", "horseshoe", "gaussian"])
@@ -203,6 +247,80 @@ def test_counts_that_vary_more():
     assert list(np.array(model.coefficient_names_)[model.kept_]) == ["age"]
 
 
+@pytest.mark.parametrize("ask", ["predict", "predict_interval", "summary"])
+def test_before_the_fit(ask):
+    frame, _ = table()
+    with pytest.raises(NotFittedError):
+        getattr(small(), ask)(*([] if ask == "summary" else [frame]))
+
+
+def test_exposure_has_no_coefficient():
+    frame, _ = table(150, 8)
+    rng = np.random.default_rng(9)
+    frame = frame.assign(years=rng.uniform(0.2, 8, 150))
+    y = rng.poisson(frame["years"] * np.exp(0.5 + 0.08 * (frame["age"] - 50)))
+    for family in (bmr.Poisson(exposure="years"), bmr.NegativeBinomial(exposure=-1)):
+        model = small(family=family).fit(frame, y)
+        names = np.array(model.coefficient_names_)
+        assert "years" not in names and list(names[model.kept_]) == ["age"]
+        assert model.coef_[0] == pytest.approx(0.08, abs=0.01)
+        twice = frame.assign(years=2 * frame["years"])
+        np.testing.assert_allclose(model.predict(twice), 2 * model.predict(frame))
+        low, high = model.predict_interval(frame).T
+        assert 0.87 < ((low <= y) & (y <= high)).mean() < 1
+    array = frame[["age", "noise", "years"]].to_numpy()
+    model = small(family=bmr.Poisson(exposure=2)).fit(array, y)
+    assert model.coefficient_names_ == ["x0", "x1"] and model.n_features_in_ == 3
+
+
+@pytest.mark.slow  # Student-t is in the fast tests of the engines
+def test_outliers_count_little():
+    frame, y = table(120, 10)
+    y[::15] += 40.0
+    model = small(family="student-t").fit(frame, y)
+    assert model.summary().loc["age", "mean"] == pytest.approx(0.4, abs=0.03)
+    assert model.family_.df < 3 and 0.4 < model.family_.scale * model.target_scale_ < 1.5
+    again = small(family="student-t").fit(frame, 1e4 * y - 7)
+    np.testing.assert_allclose(again.coef_ / 1e4, model.coef_, rtol=1e-6, atol=1e-12)
+    given = small(family=bmr.likelihoods.StudentT(4.0, noise=0.7)).fit(frame, y)
+    assert given.family_.df == 4.0
+    assert given.family_.scale * given.target_scale_ == pytest.approx(0.7)
+    mean, sd = given.predict(frame, return_std=True)
+    assert (sd**2 > 0.49 * 2).all() and abs(mean.mean() - np.median(y)) < 1
+
+
+def test_a_known_noise():
+    frame, y = table()
+    model = small(family=bmr.Normal(noise=3.0)).fit(frame, y)
+    _, sd = model.predict(frame, return_std=True)
+    assert 3.0 < sd.min() < sd.max() < 3.7
+    x = (frame["age"] - frame["age"].mean()).to_numpy()
+    exact = 3.0 / np.sqrt((x**2).sum())
+    assert model.coef_draws_[:, 0].std() == pytest.approx(exact, rel=0.15)
+
+
+def test_classes_in_an_order():
+    frame, _ = table(300, 11)
+    noise = np.random.default_rng(12).logistic(size=300)
+    eta = 0.2 * (frame["age"] - 50) + noise
+    names = ["low", "middle", "high", "top"]
+    y = pd.Series(pd.Categorical.from_codes(np.digitize(eta, [-1, 0.5, 2.5]), names, ordered=True))
+    model = small(bmr.SparseClassifier, family="ordinal").fit(frame, y)
+    assert list(model.classes_) == names
+    row = model.summary().loc["age"]
+    assert row["mean"] == pytest.approx(0.2, abs=0.05) and row["inclusion"] > 0.99
+    np.testing.assert_allclose(model.family_.gaps, [1.5, 2.0], rtol=0.3)
+    probability = model.predict_proba(frame)
+    np.testing.assert_allclose(
+        probability.mean(0), y.value_counts(normalize=True)[names], atol=0.02
+    )
+    older = model.predict_proba(frame.assign(age=frame["age"] + 5))
+    assert (older[:, 3] > probability[:, 3]).all() and (older[:, 0] < probability[:, 0]).all()
+    assert model.score(frame, y) > 0.4
+    plain = small(bmr.SparseClassifier, family="ordinal").fit(frame, np.digitize(eta, [-1, 0.5]))
+    assert list(plain.classes_) == [0, 1, 2]
+
+
 @pytest.mark.slow
 def test_pictures():
     frame, y = table()
@@ -214,17 +332,26 @@ def test_pictures():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "estimator",
-    [bmr.SparseRegressor, bmr.SparseClassifier],
+    ("estimator", "options"),
+    [
+        (estimator, options)
+        for estimator in (bmr.SparseRegressor, bmr.SparseClassifier)
+        for options in (
+            {},
+            {"prior": "gaussian"},
+            {"engine": "mean-field"},
+            {"prior": "horseshoe"},
+            {"family": "student-t" if estimator is bmr.SparseRegressor else "ordinal"},
+        )
+    ],
 )
-@pytest.mark.parametrize("prior", ["spike-and-slab", "gaussian"])
-def test_scikit_learn_accepts_the_estimator(estimator, prior):
+def test_scikit_learn_accepts_the_estimator(estimator, options):
     from sklearn.utils.estimator_checks import check_estimator
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = check_estimator(
-            estimator(prior=prior, steps=20, draws=50), on_skip=None, on_fail=None
+            estimator(steps=20, draws=50, **options), on_skip=None, on_fail=None
         )
     failed = [(r["check_name"], r["exception"]) for r in results if r["status"] == "failed"]
     assert not failed and len(results) > 40
@@ -254,3 +381,34 @@ def test_coverage_of_intervals():
         width.append(high - low)
     inside = np.array(inside)
     assert 0.85 < inside[:, :4].mean() < 0.95 and inside.mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "as_column", [lambda a: a, lambda a: a.astype(object)], ids=["int", "object"]
+)
+def test_whole_numbers_that_floats_cannot_tell_apart_are_refused(as_column):
+    """They were a constant column, or steps of 2."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"b": rng.normal(size=40)})
+    y = 2 * frame["b"] + 0.1 * rng.normal(size=40)
+    frame["id"] = as_column(2**53 + rng.integers(0, 2, 40))
+    with pytest.raises(TableError, match=r"column 'id': .* 2 values 1 are left; subtract"):
+        bmr.SparseRegressor().fit(frame, y)
+    whole = np.stack([rng.integers(0, 9, 40), 2**53 + rng.integers(0, 2, 40)], 1)
+    with pytest.raises(TableError, match=r"column 'x1': .* 2 values 1 are left; subtract"):
+        bmr.SparseRegressor().fit(whole, y)
+    frame["id"] = as_column(2**60 + 2**10 * rng.integers(0, 9, 40))  # exact as floats
+    assert "id" in bmr.SparseRegressor().fit(frame, y).summary().index
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), Fraction(10**400, 3)])
+def test_numbers_beyond_the_largest_float_are_infinite(number):
+    """float() of them raises an OverflowError."""
+    rng = np.random.default_rng(1)
+    frame = pd.DataFrame({"b": rng.normal(size=40)})
+    large = frame.assign(a=pd.Series([number, *range(39)], dtype=object))
+    with pytest.raises(TableError, match="column 'a': expected finite numbers, got infinity"):
+        bmr.SparseRegressor().fit(large, frame["b"])
+    known = bmr.SparseRegressor().fit(frame.assign(a=range(40)), frame["b"])
+    with pytest.raises(TableError, match="column 'a': expected finite numbers, got infinity"):
+        known.predict(large[["b", "a"]])

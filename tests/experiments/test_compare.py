@@ -753,13 +753,32 @@ def test_the_temperature_of_each_route_by_default(digits, diabetes):
         study = comparison(model, data, None, ROUTES, 1, Settings(), baselines=())
         return {cell.method: cell.options["temperature"] for cell in study.cells}
 
-    assert declared("mlp:4", digits) == {"map": 1.0, "fitted": 0.1, "reduced": 0.3}
+    assert declared("mlp:4", digits) == {"map": 1.0, "fitted": "auto", "reduced": "auto"}
     assert set(declared("linear_regression", diabetes).values()) == {1.0}
 
 
-def test_the_temperature_is_used_and_written_down(diabetes):
-    cold = one(diabetes, settings=replace(QUICK, temperature=0.25)).iloc[0]
-    assert cold["temperature"] == 0.25 and cold["nll"] != one(diabetes)["nll"].iloc[0]
+def test_a_baseline_has_as_many_steps_as_the_fits(digits):
+    def epochs(**options):
+        study = comparison("mlp:4", digits, None, ROUTES, 1, Settings(**options))
+        return {c.options["epochs"] for c in study.cells if c.method in ("plain", "magnitude")}
+
+    # of 160 rows a baseline sees 133, in 34 steps an epoch: 3,000 steps
+    assert len(digits.x_train) == 160
+    assert epochs(batch_size=4) == {89} and epochs(batch_size=4, epochs=7) == {7}
+    rows = digits.x_train.repeat(10, 1, 1, 1), digits.y_train.repeat(10)
+    many = replace(digits, x_train=rows[0], y_train=rows[1])
+    study = comparison("mlp:4", many, None, ["reduced"], 1, Settings(batch_size=4))
+    # 20 passes over 1,600 rows are 8,000 steps, of 334 an epoch
+    assert {c.options["epochs"] for c in study.cells if c.method == "magnitude"} == {24}
+
+
+def test_the_temperature_is_used_and_written_down(digits, diabetes):
+    classes = {"model": "mlp:4", "settings": replace(QUICK, temperature=0.25)}
+    cold, warm = one(digits, **classes).iloc[0], one(digits, model="mlp:4").iloc[0]
+    assert cold["temperature"] == 0.25 and cold["nll"] != warm["nll"]
+    # the noise of real targets is inferred, and would be false
+    with pytest.raises(bmr.errors.FitError, match=r"temperature=0\.25: expected 1"):
+        one(diabetes, settings=classes["settings"])
 
 
 def test_the_natural_gradient(diabetes, tmp_path, blank):
@@ -898,7 +917,7 @@ def test_the_histogram_of_a_site_with_nothing_left(tmp_path):
         {"gone": torch.full((4,), torch.nan), "there": torch.tensor([-30.0, 1.0, torch.nan, 2.0])}
     )
     heights = [sum(patch.get_height() for patch in axes.patches) for axes in figure.axes]
-    assert heights == [0, 3] and [axes.get_title() for axes in figure.axes] == ["gone", "there"]
+    assert heights == [3] and [axes.get_title() for axes in figure.axes] == ["there"]
     plots.save_figure(figure, tmp_path / "delta_f.png")
     assert (tmp_path / "delta_f.png").stat().st_size > 1000
 

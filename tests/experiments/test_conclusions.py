@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import pyro_bmr as bmr
+from pyro_bmr.experiments.base_rates import base_rates
 from pyro_bmr.experiments.compare import summary
 from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.lines import lines_of
-from pyro_bmr.experiments.measures import base_rates
 
 USUAL = {
     "model": "m",
@@ -153,8 +153,8 @@ def test_rows_at_chance_are_marked_and_named():
         row("h fitted", nll=1.5 + 1e-9),
     ]
     assert conclusions(table(*rows))[-1] == (
-        "Marked with *: g fitted, h map and h fitted, no better than the class frequencies of the"
-        " training rows (accuracy 0.250, NLL 1.500)."
+        "Marked with *: g fitted, h map and h fitted, no better than a prediction that ignores the"
+        " inputs (accuracy 0.250, NLL 1.500)."
     )
     texts = summary(table(*rows))
     assert texts["accuracy"].tolist() == ["0.900", "0.250 *", "0.200 *", "0.900"]
@@ -162,7 +162,7 @@ def test_rows_at_chance_are_marked_and_named():
     real = table(row("g map", rmse=3.0), row("h map"), **REALS)
     assert summary(real)["rmse"].tolist() == ["3.000 *", "2.000"]
     assert conclusions(real)[-1] == (
-        "Marked with *: g map, no better than the mean and spread of the training targets (RMSE"
+        "Marked with *: g map, no better than a prediction that ignores the inputs (RMSE"
         " 3.000, NLL 1.500)."
     )
 

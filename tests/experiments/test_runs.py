@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
 from pyro_bmr.experiments import report as reports
+from pyro_bmr.experiments import temperature_trials
 from pyro_bmr.experiments.runs import load_run, save_run
 
 MODEL = """
@@ -61,6 +62,17 @@ def run(files, tmp_path):
     for path in (files / "run").iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     return copy
+
+
+def test_a_reduction_with_a_window(run, files):
+    fitted = bmr.Posterior.load(run / "posterior.safetensors")
+    for option, window in (("", False), ("--window", True)):
+        assert command("reduce", run, f"--draws 0 {option}") == 0
+        saved = bmr.Posterior.load(run / "reduced.safetensors")
+        expected = bmr.reduce(fitted, to=bmr.Gaussian(scale=0), window=window)
+        assert all(torch.equal(saved.masks[name], mask) for name, mask in expected.masks.items())
+        assert json.loads((run / "reduction.json").read_text())["window"] is window
+    assert expected.kept < bmr.reduce(fitted, to=bmr.Gaussian(scale=0)).kept
 
 
 def test_fit_reduce_export(run, files, capsys):
@@ -162,6 +174,62 @@ def test_groups_and_natural_gradient_during_the_fit(files, tmp_path, capsys):
         )
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and re.search(message, err), err
+
+
+def assert_scaled(folder, settings):
+    """The scores of a run are those of the probabilities at its scale, by hand."""
+    run = load_run(folder)
+    data = run.data()
+    probs = bmr.predict(run.program(data), run.posterior, data.x_test, draws=4).probs.double()
+    powers = probs ** (1 / settings["scale"])
+    right = powers[torch.arange(len(data.y_test)), data.y_test] / powers.sum(1)
+    assert settings["nll"] == pytest.approx(-float(right.log().mean()), rel=1e-4)
+    assert settings["scale"] == 1.7
+
+
+def test_an_export_says_the_temperature_that_it_does_not_apply(run, capsys):
+    settings = json.loads((run / "settings.json").read_text())
+    said = "class probabilities at the temperature"
+    for scale in (1.0, None, 1.75):
+        (run / "settings.json").write_text(json.dumps({**settings, "scale": scale}))
+        assert command("export", run, "--seconds 0 --out", run.parent / "out") == 0
+        out = capsys.readouterr().out
+        assert (f"{said} 1.75 (scale)" in out) if scale == 1.75 else (said not in out)
+
+
+def test_a_reduction_is_scored_at_the_scale_of_its_run(run, capsys):
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps({**settings, "scale": 2.5}))
+    assert command("reduce", run, "--threshold inf --draws 4") == 0
+    found = load_run(run)
+    data = found.data()
+    probs = bmr.predict(found.program(data), found.posterior, data.x_test, draws=4, seed=3).probs
+    powers = probs.double() ** (1 / 2.5)
+    right = powers[torch.arange(len(data.y_test)), data.y_test] / powers.sum(1)
+    printed = float(re.search(r"nll ([\d.]+)", capsys.readouterr().out).group(1))
+    assert printed == pytest.approx(-float(right.log().mean()), rel=1e-3)
+
+
+def test_a_temperature_by_trials_which_resume(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(temperature_trials, "held_out_scale", lambda *_: 1.7)
+    run = tmp_path / "run"
+    words = ("--epochs 6 --batch-size 15 --draws 4 --resume --out", run, *own(files))
+    assert command("fit", *words) == 0
+    settings = json.loads((run / "settings.json").read_text())
+    trials = settings["trials"]
+    assert set(trials) == {"0.1", "0.3"}
+    assert settings["temperature"] == float(min(trials, key=trials.get))
+    assert_scaled(run, settings)
+    for temperature in trials:
+        assert list((run / "trials").glob(f"{temperature}*/step-*.safetensors"))
+    before = {p: p.stat().st_mtime_ns for p in (run / "trials").rglob("*") if p.is_file()}
+    assert command("fit", *words) == 0
+    assert json.loads((run / "settings.json").read_text())["trials"] == trials
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert command("fit", *words, "--temperature 0.1 --out", tmp_path / "given") == 0
+    given = json.loads((tmp_path / "given" / "settings.json").read_text())
+    assert given["temperature"] == 0.1 and given["trials"] == {} and given["scale"] == 1
+    assert not (tmp_path / "given" / "trials").exists()
 
 
 def test_a_guide_by_name(files, tmp_path, capsys):

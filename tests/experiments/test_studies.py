@@ -13,13 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 
 import joblib
-import matplotlib
+import matplotlib.pyplot
 import numpy as np
 import pandas as pd
 import pytest
@@ -183,7 +184,7 @@ def test_shared_settings_go_to_the_methods_that_know_them(here, monkeypatch):
         (
             "seeds = 2",
             "seed = 2",
-            r"study\.toml: seed: no such key; the keys are name, seeds, data, models",
+            r"study\.toml: seed: no such key; the keys are name, seeds, data, likelihood",
         ),
         ("seeds = 2", "seeds = 0", r"study\.toml: seeds: .* got 0"),
         ("seeds = 2", "seeds = [1, 1]", r"study\.toml: seeds: .* got \[1, 1\]"),
@@ -659,6 +660,7 @@ def test_a_report_of_real_targets(here):
     assert json.loads(Path("out/study.json").read_text()) == declaration
 
 
+@pytest.mark.slow  # two interpreters start; the rest of this file runs in one
 def test_the_same_numbers_in_two_processes(here, blank):
     write(BOTH)
     # processes of another study, which stand elsewhere
@@ -670,6 +672,23 @@ def test_the_same_numbers_in_two_processes(here, blank):
     pd.testing.assert_frame_equal(
         *(table.drop(columns=["seconds", "step_ratio"]) for table in tables), check_exact=True
     )
+
+
+def test_size_is_what_is_left_without_dead_units():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+
+    def size():
+        trained = methods.Trained(
+            None, dict(net.named_parameters()), net, pd.DataFrame(), 5, seconds=1.0
+        )
+        return measures._sizes(trained, bmr.Data("made up", x, y, x, y, 3), None)["size"]
+
+    assert size() == 1
+    with torch.no_grad():
+        net[2].weight[:, 1] = 0
+    assert size() == (5 * 4 + 5 + 3 * 5 + 3) / (6 * 4 + 6 + 3 * 6 + 3)
 
 
 @pytest.mark.parametrize("classes", [3, None])
@@ -711,6 +730,35 @@ def test_scores_under_shift_if_asked(here, blank):
     nll = [table[f"shift_nll_{severity}"][0] for severity in range(1, 6)]
     assert table["nll"][0] < nll[0] < nll[2] < nll[4] and math.isnan(table["ood_auroc"][0])
     assert not any(name.startswith("shift") for name in quiet(write(PLAIN), "plain", seeds=1).table)
+
+
+def test_a_cell_that_is_being_trained_is_waited_for(here, monkeypatch):
+    begun, go_on, runs = threading.Event(), threading.Event(), []
+    plain = methods.METHODS["plain"]
+
+    def slow(*given):
+        runs.append(given)
+        begun.set()
+        assert go_on.wait(60)
+        return plain(*given)
+
+    cell, said = declare(write(PLAIN)).cells[0], []
+    monkeypatch.setitem(methods.METHODS, "plain", slow)
+
+    def run():
+        said.append(cell_folder.run_cell(cell, Path("cells")))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    threads[1].join(0.3)
+    assert threads[1].is_alive() and len(runs) == 1
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert said == [(), ()] and len(runs) == 1
+    assert not list(Path("cells").rglob(".lock"))
 
 
 @pytest.mark.slow
@@ -773,6 +821,74 @@ def test_on_a_dask_cluster(here, blank):
         table.drop(columns=["seconds", "step_ratio"]),
         quiet("study.toml", "alone").table.drop(columns=["seconds", "step_ratio"]),
         check_exact=True,
+    )
+
+
+COUNTED = """
+import os
+import time
+
+import torch
+
+import pyro_bmr as bmr
+
+
+def build(data, prior):
+    with open("started.txt", "a") as file:
+        print(os.getpid(), file=file)
+    time.sleep(0.3)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    return bmr.BayesianNetwork(net, prior, data.likelihood())
+"""
+
+
+def kill_one(folder, killed):
+    """Kills the process that has begun the newest cell, once another cell is finished."""
+    before = 0
+    for _ in range(3000):
+        started = Path("started.txt").read_text().split() if Path("started.txt").exists() else []
+        begun_just_now = 0 < before < len(started)  # its process sleeps for 0.3 s now
+        if begun_just_now and len(started) > 3 and list(folder.glob("cells/*/row.json")):
+            os.kill(int(started[-1]), signal.SIGKILL)
+            killed.append(started[-1])
+            return
+        before = len(started)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("distributed") is None,
+    reason="distributed is not installed: pip install 'pyro_bmr[cluster]'",
+)
+@pytest.mark.filterwarnings("default")
+def test_a_killed_worker_of_a_cluster_loses_nothing(here, blank):
+    """Only the cell that the worker had begun is trained again."""
+    from distributed import Client, LocalCluster
+
+    Path("counted.py").write_text(COUNTED)
+    write(PLAIN.replace('"mlp:3"', '"counted.py"').replace("seeds = 2", "seeds = 8"))
+    killed: list[str] = []
+    killer = threading.Thread(target=kill_one, args=(Path("on-cluster"), killed))
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster),
+        joblib.parallel_config(backend="dask", wait_for_workers_timeout=60),
+    ):
+        killer.start()
+        table = quiet("study.toml", "on-cluster").table
+        killer.join()
+    started = Path("started.txt").read_text().split()
+    Path("started.txt").unlink()
+    alone = quiet("study.toml", "alone").table
+    undisturbed = Path("started.txt").read_text().split()
+    # The cluster may start a new worker in its place, after the other has trained the rest.
+    assert len(killed) == 1 and killed[0] != str(os.getpid())
+    assert len(set(started) - {killed[0], str(os.getpid())}) in (1, 2), "those that went on"
+    assert len(started) == len(undisturbed) + 1
+    times = ["seconds", "step_ratio"]
+    pd.testing.assert_frame_equal(
+        table.drop(columns=times), alone.drop(columns=times), check_exact=True
     )
 
 

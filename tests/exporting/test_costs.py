@@ -33,3 +33,36 @@ def test_flops_of_attention():
     by_hand = 2 * (4 * 5 * 8 * 8 + 2 * 5 * 5 * 8 + 2 * 5 * 8 * 12)
     assert flops(layer, x) == flops(bmr.shrink(layer, {}, x), x) == by_hand
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_networks_are_timed_in_turns(monkeypatch):
+    # of each network in each turn: a machine that gets slower meets both alike
+    times = {"a": iter([[1.0, 9.0], [2.0, 8.0], [30.0, 70.0]]), "b": iter([[5.0], [6.0], [90.0]])}
+    asked = []
+
+    def milliseconds(run, example, batch, seconds, least, warm_up):
+        asked.append((run, batch, seconds, least, warm_up))
+        return next(times[run])
+
+    monkeypatch.setattr(costs, "milliseconds", milliseconds)
+    contenders = [costs.Timed({"format": name}, name, None) for name in "ab"]
+    rows = costs.with_latencies(contenders, 0.6, (4,))
+    assert asked == [(name, 4, pytest.approx(0.2), 2, True) for _ in range(3) for name in "ab"]
+    assert [row["format"] for row in rows] == ["a", "b"]
+    assert [row["ms at batch 4"] for row in rows] == [8.5, 6.0]
+    # the places 0.9 × 5 and 0.9 × 2 in order: between 30 and 70, and between 6 and 90
+    assert [row["p90 ms at batch 4"] for row in rows] == pytest.approx([50.0, 73.2])
+    assert contenders[0].costs == {"format": "a"}
+
+
+def test_a_call_that_is_longer_than_a_turn_is_made_once_in_later_ones(monkeypatch):
+    times, asked = iter([[250.0, 201.0], [199.0], [220.0, 230.0]]), []
+
+    def milliseconds(run, example, batch, seconds, least, warm_up):
+        asked.append((least, warm_up))
+        return next(times)
+
+    monkeypatch.setattr(costs, "milliseconds", milliseconds)
+    rows = costs.with_latencies([costs.Timed({"format": "a"}, "a", None)], 0.6, (4,))
+    assert asked == [(2, True), (1, False), (2, True)]  # 201 is above 200, 199 is not
+    assert rows[0]["ms at batch 4"] == 220.0

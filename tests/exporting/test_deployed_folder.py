@@ -20,7 +20,13 @@ def agree(net, other, x, atol=1e-6):
 @pytest.mark.filterwarnings("ignore:deploy.*cannot be written as Python")
 @pytest.mark.parametrize(
     "name",
-    ["maxout_and_highway", "feature_wise_modulation", "one_dict", "named_inputs", "decoder"],
+    [
+        "maxout_and_highway",
+        "feature_wise_modulation",
+        "one_dict",
+        "named_inputs",
+        pytest.param("decoder", marks=pytest.mark.slow),  # "named_inputs" goes the same way
+    ],
 )
 def test_a_deployed_network_is_loaded_by_one_call(name, tmp_path):
     net, x = built(name, 2, False)
@@ -32,7 +38,16 @@ def test_a_deployed_network_is_loaded_by_one_call(name, tmp_path):
     agree(small, loaded, tree_map(lambda t: torch.cat([t, t[:3]]), x))
 
 
-@pytest.mark.parametrize("name", ["feature_wise_modulation", "one_dict", "named_inputs"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one_dict",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("feature_wise_modulation", "named_inputs")
+        ),
+    ],
+)
 def test_onnx_of_several_inputs(name, tmp_path):
     pytest.importorskip("onnx")
     net, x = built(name, 2, False)

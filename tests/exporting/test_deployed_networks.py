@@ -3,6 +3,7 @@ flags and sizes, and networks that cannot be written as Python of torch alone.
 """
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import pyro_bmr as bmr
 from pyro_bmr.exporting.written_files import loaded_module
 from pyro_bmr.shrinking.verification import leaves
 from tests.exporting.networks import NETS, Flag, InPlace, Measured
+from tests.shrinking.kinds import KINDS
 
 
 @pytest.fixture
@@ -196,3 +198,14 @@ def test_a_network_of_several_inputs_is_deployed(formats, tmp_path):
         torch.testing.assert_close(load()(**other), net(**other))
     kinds = json.loads((tmp_path / "report.json").read_text())["input"]
     assert kinds["['input_ids']"] == {"shape": [6], "dtype": "int64"}
+
+
+def test_a_decoder_with_a_mask_becomes_a_program(tmp_path):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an odd number of heads
+        net, x = KINDS["encoder_and_decoder"]()
+    with pytest.warns(bmr.PyroBMRWarning, match="cannot be written as Python"):
+        bmr.deploy(net, tmp_path, x, formats=["program"], seconds=0, batches=(1,))
+    rows = torch.randn(3, *x.shape[1:])
+    agree(net, loaded_module(tmp_path / "network.py").load_program(), rows)

@@ -6,6 +6,8 @@ from torch import nn
 
 import pyro_bmr as bmr
 from pyro_bmr.models import mlp
+from pyro_bmr.shrinking import plan
+from pyro_bmr.shrinking.exported_graph import exported
 from tests.exporting.networks import loaders
 
 
@@ -14,7 +16,9 @@ def x():
     return bmr.load("digits").x_train[:40]
 
 
-def test_an_ensemble_of_shrunk_draws(x, tmp_path):
+def test_an_ensemble_of_shrunk_draws(x, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(plan, "exported", lambda *args: read.append(args) or exported(*args))
     torch.manual_seed(0)
     program = bmr.BayesianNetwork(mlp.network(64, (30,), 10), bmr.Gaussian(0.5), bmr.Categorical())
     data = bmr.load("digits")
@@ -28,6 +32,7 @@ def test_an_ensemble_of_shrunk_draws(x, tmp_path):
     masks["1.weight"][:20] = masks["1.bias"][:20] = False
     posterior = fit.posterior.masked(masks)
     draws = bmr.exporting.ensemble(fit.program, posterior, draws=12, seed=1, example=x[:1])
+    assert len(read) == 1  # the draws have one graph
     small = bmr.shrink(bmr.export(fit.program, posterior), {}, x[:1])
     assert {name: tuple(t.shape) for name, t in draws.items()} == {
         name: (12, *t.shape) for name, t in small.state_dict().items()

@@ -23,7 +23,7 @@ import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
 from pyro_bmr.fitting import checkpoint_file as checkpoint_files
 from pyro_bmr.fitting import checkpoints
-from pyro_bmr.fitting import fit as fitting
+from pyro_bmr.fitting import loop as fitting
 from tests.fitting.test_fit import blobs, classifier, linear, regression
 
 fit = partial(bmr.fit, epochs=4, batch_size=32, progress=False)
@@ -165,7 +165,11 @@ CASES = {
 }
 
 
-LONG = ("large, natural gradient", "natural gradient with norms", "layer scale, validation")
+# a second or more each; the others go the same ways
+LONG = (
+    "large", "large, natural gradient", "natural gradient with norms", "layer scale, validation",
+    "spike and slab", "auto low rank", "sgd, one cycle",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

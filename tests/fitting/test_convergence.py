@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 
 import pyro_bmr as bmr
 from pyro_bmr.errors import FitError
@@ -84,6 +85,7 @@ def test_reductions_take_their_places_in_the_first_cycle():
     assert kept[179] == pytest.approx(1 / 3) == kept.iloc[-1]
 
 
+@pytest.mark.slow  # test_checkpoints.py stops shorter fits
 def test_it_continues_to_the_bit(tmp_path):
     program, data, *_ = regression(60)
     call = partial(fit, program, data, epochs=SHORT)
@@ -125,8 +127,8 @@ def test_the_rise_of_one_cycle_is_that_before_its_middle():
     rise = rise_at_full_rate(blocks, allowed=0.5)
     assert rise is not None  # blocks 32 … 47 and 48 … 63: up to 40, and at it
     assert rise.nats == pytest.approx(40 - (sum(range(32, 41)) + 7 * 40) / 16)
-    assert not rise.is_over and not Rise(0.6, 0.19, 0.5).is_over and Rise(0.6, 0.21, 0.5).is_over
-    assert not Rise(0.6, 1.1, 0.5).is_over  # noise hides it
+    assert not rise.is_over and not Rise(0.6, 0.09, 0.5).is_over and Rise(0.6, 0.11, 0.5).is_over
+    assert not Rise(0.6, 0.51, 0.5).is_over  # noise hides it
     assert rise_at_full_rate(blocks[:31], 0.5) is None
 
 
@@ -153,30 +155,55 @@ def test_a_budget_out_of_range(wrong, message):
         bmr.UntilConverged(**wrong)
 
 
-def test_a_short_fit_at_a_small_rate_is_not_taken_for_a_flat_one():
+@pytest.mark.parametrize(
+    "prior, guide, rate, steps",
+    [
+        (bmr.Horseshoe(), bmr.MeanField, 3e-3, 80),
+        (bmr.Gaussian("layer"), bmr.MeanField, 3e-3, 240),
+        (bmr.Gaussian("layer"), partial(bmr.LowRankPlusDiagonal, rank=3), 1e-2, 240),
+    ],
+    ids=["horseshoe", "layer", "low-rank"],
+)
+def test_a_short_fit_at_a_small_rate_is_not_taken_for_a_flat_one(prior, guide, rate, steps):
+    """Each ends 100 nats or more below what is reached; their rise is within three errors of it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 20, generator=generator)
+    noise = torch.randn(200, generator=generator)
+    y = x[:, :3] @ torch.tensor([1.0, -1.0, 0.5]) + 0.5 * noise
     torch.manual_seed(0)
-    x = torch.randn(200, 20)
-    y = x[:, :3] @ torch.tensor([1.0, -1.0, 0.5]) + 0.5 * torch.randn(200)
-    model = bmr.BayesianNetwork(torch.nn.Linear(20, 1), bmr.Horseshoe(), bmr.Normal())
-    found = bmr.fit(model, (x, y), epochs=40, progress=False)
-    # 80 steps by Adam at 3e-3: the noise is larger than the rise
-    assert found.history["step"].iloc[-1] == 80 and not found.converged
+    model = bmr.BayesianNetwork(torch.nn.Linear(20, 1), prior, bmr.Normal())
+    found = bmr.fit(
+        model, (x, y), guide=guide, epochs=steps // 2, optimizer=bmr.adam(rate), progress=False
+    )
+    assert found.history["step"].iloc[-1] == steps and not found.converged
+
+
+KINDS = {
+    "mean-field": (bmr.MeanField, None, bmr.natural_gradient(), 800),
+    "low-rank": (partial(bmr.LowRankPlusDiagonal, rank=2), bmr.adam(1e-2), bmr.adam(6e-2), 1_500),
+    "full-rank": (bmr.FullRank, bmr.adam(1e-2), bmr.adam(6e-2), 1_500),
+    "auto-normal": (AutoNormal, bmr.adam(1e-2), bmr.adam(6e-2), 800),
+}
+"""Name → guide, the optimiser of the short fits, that of the long ones, and their steps."""
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the fit has not converged")
 def test_short_fits_are_told_from_long_ones():
-    """Twenty fits of each kind, of networks and of regressions by hand."""
+    """Twenty fits of each kind, on all rows in a step."""
     short, long = 0, 0
-    for seed in range(10):
-        program, data, *_ = regression(150, columns=5, seed=seed)
-        rows = data[0].float(), data[1].float()
-        torch.manual_seed(seed)
-        model = bmr.BayesianNetwork(torch.nn.Linear(5, 1), bmr.Gaussian(), bmr.Normal())
-        for call, few, many in (
-            (partial(bmr.fit, model, rows), 40, 1_000),
-            (partial(bmr.fit, program, data), 30, 2_000),
-        ):
-            short += not call(epochs=few, seed=seed, progress=False).converged
-            rate = bmr.adam(2e-2)
-            long += call(epochs=many, optimizer=rate, seed=seed, progress=False).converged
+    for seed in range(5):
+        program, data, mean, sd = regression(150, columns=5, seed=seed)
+        data = data[0].float(), data[1].float()
+        for guide, slow, quick, steps in KINDS.values():
+            call = partial(
+                bmr.fit, program, data, guide=guide, seed=seed, batch_size=150, progress=False
+            )
+            few = call(epochs=100 + 20 * seed, optimizer=slow)
+            many = call(epochs=steps, optimizer=quick)
+            rise = many.history["elbo"][-20:].mean() - few.history["elbo"][-20:].mean()
+            assert rise > 10 * bmr.UntilConverged.tolerance * 150
+            assert ((many.posterior["w"].mean - mean).abs() < 0.5 * sd).all()
+            short += not few.converged
+            long += many.converged
     assert short >= 19 and long >= 19, (short, long)

@@ -376,22 +376,6 @@ def test_schedules_that_never_act_are_refused(change):
         quick(linear, regression(), **change)
 
 
-@pytest.mark.parametrize(
-    ("likelihood", "site"),
-    [
-        (bmr.Normal(), "'noise'"),
-        (bmr.likelihoods.StudentT(), "'noise', 'df'"),
-        (bmr.likelihoods.Weighted(bmr.NegativeBinomial(), weights=0), "'concentration'"),
-    ],
-)
-def test_a_tempered_fit_infers_no_noise(likelihood, site):
-    torch.manual_seed(0)
-    x = torch.rand(30, 2)
-    model = bmr.BayesianNetwork(nn.Linear(2, 1), bmr.Gaussian(0.5), likelihood)
-    with pytest.raises(bmr.errors.FitError, match=f"temperature=0.3: expected 1 .*infers {site}"):
-        quick(model, (x, x[:, 0].round()), temperature=0.3)
-
-
 def test_a_tempered_fit_with_a_given_noise_has_the_noise_of_the_tempered_model():
     """N(y; f, σ²)^{1/T} is N(y; f, Tσ²) up to a factor: the exact posterior of a linear model."""
     torch.manual_seed(0)

@@ -4,13 +4,14 @@ same call, against one that was never stopped.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import random
 import signal
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import pyro_bmr as bmr
 from pyro_bmr.data.named import sources
 from pyro_bmr.fitting import checkpoint_file as checkpoint_files
 from pyro_bmr.fitting import checkpoints
-from pyro_bmr.fitting import fit as fitting
+from pyro_bmr.fitting import loop as fitting
 from pyro_bmr.fitting.run import Run
 from tests.fitting.test_checkpoints import same
 from tests.fitting.test_fit import blobs
@@ -48,9 +49,13 @@ SIZES = {
 }
 
 
+@functools.cache
+def rows(name: str) -> Any:
+    return blobs(900) if name == "blobs" else bmr.load(name)
+
+
 def fit(folder: Path | None, name: str) -> bmr.Fit:
     size = SIZES[name]
-    data = blobs(900) if name == "blobs" else bmr.load(name)
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Flatten(),
@@ -66,7 +71,7 @@ def fit(folder: Path | None, name: str) -> bmr.Fit:
     )
     return bmr.fit(
         program,
-        data,
+        rows(name),
         epochs=size.epochs,
         batch_size=128,
         temperature=0.1,
@@ -106,7 +111,7 @@ def kill(folder: Path, name: str, phase: str, after: int, delay: float) -> int:
     and returns that step.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fitting.test_killed_fits"])
+    context.set_forkserver_preload(["tests.fitting.fits_to_kill"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=child, args=(sender, folder, name), daemon=True)
     process.start()

@@ -336,6 +336,80 @@ BAD = {
 }
 
 
+EXPOSED = torch.cat([torch.where(torch.arange(100) == 65, 0.0, 1.0)[:, None], X[:, :3]], 1)
+ROWS = pd.DataFrame(X.numpy(), columns=list("abcd"))
+UNKNOWN = torch.full((100,), torch.nan)
+
+
+def lines(likelihood, inputs=4):
+    torch.manual_seed(0)
+    return bmr.BayesianNetwork(nn.Linear(inputs, 1), bmr.Gaussian(), likelihood)
+
+
+BAD |= {
+    "an exposure of 0 in batch 7": (
+        lambda: fit(
+            lines(bmr.Poisson(exposure=0), 3), loaded(Own(EXPOSED, Y.abs()), batch_size=10)
+        ),
+        "batch 7 of epoch 1: exposure: expected numbers > 0, got 0 in row 5",
+    ),
+    "an exposure of 0": (
+        lambda: fit(lines(bmr.Poisson(exposure=0), 3), (EXPOSED, Y)),
+        "the data: exposure: expected numbers > 0, got 0 in row 65",
+    ),
+    "a weight below 0": (
+        lambda: fit(lines(bmr.likelihoods.Weighted(bmr.Normal(), 0), 3), (EXPOSED - 1, X[:, 0])),
+        "the data: weights: expected numbers >= 0, got -1 in row 65",
+    ),
+    "no target that is observed": (
+        lambda: fit(lines(bmr.Normal(missing="ignore")), (X, UNKNOWN)),
+        "at least one target of site 'y' that is observed, got 100 that are missing",
+    ),
+    "no label that is observed": (
+        lambda: fit(
+            bmr.BayesianNetwork(
+                nn.Linear(4, 3), bmr.Gaussian(), bmr.Categorical(ignore_index=-100)
+            ),
+            (X, torch.full((100,), -100)),
+        ),
+        "at least one target of site 'y' that is observed",
+    ),
+    "rows in another order": (
+        lambda: fit(lines(bmr.Normal()), (ROWS, pd.Series(X[:, 0].numpy(), ROWS.index[::-1]))),
+        r"the same rows in the same order.*give y.loc\[x.index\]",
+    ),
+    "dates": (
+        lambda: fit(classifier(), (ROWS.assign(a=pd.date_range("2020", periods=100)), Y)),
+        r"column 'a' \(datetime.*turn dates into numbers",
+    ),
+    "a column of objects": (
+        lambda: fit(classifier(), (ROWS.assign(a=ROWS["a"].astype(object)), Y)),
+        r"frame.astype\(\{'a': 'float'\}\)",
+    ),
+    "labels in words": (
+        lambda: fit(classifier(), (X, np.array(["u", "v"] * 50))),
+        "make numbers of the texts; of classes: classes, codes = numpy.unique",
+    ),
+    "labels in a list": (lambda: fit(classifier(), (X, ["u", "v"] * 50)), "numpy.unique"),
+    "NaN in an entry of a dict": (
+        lambda: fit(classifier(), {"input": NAN, "labels": Y}),
+        r"x\['input'\]: x is NaN or infinite, first in row 70",
+    ),
+    "an empty batch": (
+        lambda: fit(classifier(), [(X[:50], Y[:50]), (X[:0], Y[:0])], size=50),
+        r"batch 2 of epoch 1: expected the same number of rows everywhere, at least one",
+    ),
+    "batches of another dtype": (
+        lambda: fit(classifier(), [(X[:50], Y[:50]), (X[50:].double(), Y[50:])], size=100),
+        "torch.float32 as in the first batch, got shape .* and torch.float64",
+    ),
+    "texts in a batch of dicts": (
+        lambda: fit(classifier(), [{"input": X, "text": ["a"] * 100, "labels": Y}], size=100),
+        r"batch 1 of epoch 1: x\['text'\]: expected a tensor, got list",
+    ),
+}
+
+
 class Ragged(Own):
     def __getitem__(self, number):
         return self.x[number][: 1 + number % 4], self.y[number]
@@ -346,6 +420,53 @@ def test_bad_data_are_refused(case):
     call, words = BAD[case]
     with pytest.raises((bmr.errors.DataError, bmr.errors.FitError), match=words):
         call()
+
+
+def test_data_with_a_graph_are_cut_off_from_it():
+    x = X.clone().requires_grad_()
+    first, again = (fit(lines(bmr.Normal()), (part, x[:, 0])) for part in (x, x * 1.0))
+    assert same(first, again) and x.grad is None
+
+
+def test_a_target_that_is_constant_is_told():
+    with pytest.warns(bmr.errors.PyroBMRWarning, match="y is the same in all 100 rows"):
+        fit(lines(bmr.Normal()), (X, torch.full((100,), 3.0)))
+    fit(lines(bmr.Normal(noise=1.0)), (X, torch.full((100,), 3.0)))
+
+
+def test_tables_with_other_labels_are_matched_by_their_place_with_a_warning():
+    y = pd.Series(X[:, 0].numpy(), ROWS.index + 1000)
+    with pytest.warns(bmr.errors.PyroBMRWarning, match="tables with different indexes"):
+        by_place = fit(lines(bmr.Normal()), (ROWS, y))
+    plain = fit(lines(bmr.Normal()), (X, X[:, 0]))
+    for name, site in plain.posterior.sites.items():
+        torch.testing.assert_close(by_place.posterior[name].mean, site.mean)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda table: table[["b", "a", "c", "d"]], "a table with them in another order"),
+        (lambda table: table.drop(columns="b"), "a table without 'b'"),
+        (lambda table: table.rename(columns={"b": "z"}), "a table without 'b'; with 'z'"),
+        (lambda table: table.assign(e=1.0), "a table with 'e'"),
+    ],
+)
+def test_the_columns_at_prediction_are_those_of_the_fit(change, said):
+    done = fit(lines(bmr.Normal()), (ROWS, X[:, 0]))
+    means = [bmr.predict(done.program, done.posterior, x).mean for x in (ROWS, X)]
+    torch.testing.assert_close(*means)
+    with pytest.raises(bmr.errors.DataError, match=f"{said}; give x"):
+        bmr.predict(done.program, done.posterior, change(ROWS))
+
+
+def test_what_a_likelihood_reads_is_checked_at_prediction():
+    good = torch.cat([torch.ones(100, 1), X[:, :3]], 1)
+    done = fit(lines(bmr.Poisson(exposure=0), 3), (good, Y))
+    with pytest.raises(bmr.errors.DataError, match="to predict: exposure: expected numbers > 0"):
+        bmr.predict(done.program, done.posterior, EXPOSED)
+    with pytest.raises(bmr.errors.DataError, match="the data: exposure: expected numbers > 0"):
+        bmr.curvature(nn.Linear(3, 1), (EXPOSED, Y.float()), bmr.Poisson(exposure=0))
 
 
 def test_a_loader_of_other_rows_than_its_data_set_has_is_told():

@@ -194,3 +194,25 @@ def test_pruning_keeps_the_state_of_the_survivors():
         guide.loc[~living], loc[~living]
     )
     assert not torch.equal(guide.loc[living], loc[living])
+
+
+@pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
+def test_released_memory_is_taken_again_and_nothing_else_changes(pruned):
+    program = network(bmr.Gaussian(0.6))
+    guide = moved(bmr.MeanField(program, X, Y))
+    steps = [MeanFieldStep(program, guide, ROWS, TEMPERATURE, seed=4) for _ in range(2)]
+    for step in steps:
+        if pruned:
+            step.prune(masks_for(guide))
+        step.write_gradients(step.run((X, Y), 4))
+        step.run((X, Y), 5)  # as under the natural gradient, σ stands for the next step
+    steps[1].release()
+    assert steps[1].std.untyped_storage().nbytes() == steps[1].draw.untyped_storage().nbytes() == 0
+    assert len(steps[1].noise.batch) == 0 and steps[1].loc.grad is None
+    ends = []
+    for step in steps:
+        draw = step.run((X, Y), 6)
+        step.write_gradients(draw)
+        ends.append((draw.expected_log_likelihood, draw.kl, step.loc.grad, step.log_scale.grad))
+    assert ends[0][:2] == ends[1][:2]
+    assert torch.equal(ends[0][2], ends[1][2]) and torch.equal(ends[0][3], ends[1][3])

@@ -25,7 +25,7 @@ def regression(x, y=None):
         return pyro.sample("y", dist.Normal(x @ w, 0.7), obs=y)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.2])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.2])
 def test_the_fixed_point_is_the_exact_mean_and_the_diagonal_of_the_exact_precision(temperature):
     exact = LinearGaussian(PROBLEM.x, PROBLEM.y, 0.7 * math.sqrt(temperature))
     mean, cov = exact.posterior(np.full(5, 0.3), 1.7**2 * np.eye(5))
@@ -96,6 +96,7 @@ def test_one_step_is_that_of_the_papers():
         )
 
 
+@pytest.mark.slow  # the one above takes it at every step
 def test_a_curvature_taken_every_fourth_step_has_the_same_fixed_point():
     """Many weights under a likelihood that knows each by itself: the exact precision, in the mean
     over the weights.

@@ -14,7 +14,7 @@ import torch
 from tests.fitting import two_processes
 
 SCRIPT = Path(two_processes.__file__)
-ROOT = SCRIPT.parents[1]
+ROOT = SCRIPT.parents[2]
 
 
 def in_two(*arguments):
@@ -73,6 +73,21 @@ def test_each_takes_its_part_of_the_batches_of_a_loader(together):
         torch.testing.assert_close(value, alone[name], atol=2e-5, rtol=1e-4)
     for both in together:
         assert "process 1 reads other rows than process 0" in both["other rows"]
+
+
+def test_the_curvature_is_that_of_all_rows(together):
+    alone = two_processes.curved()
+    assert len(alone) == 2 * 2 + 2
+    for both in together:
+        for name, value in alone.items():
+            torch.testing.assert_close(both["curved"][name], value, atol=1e-5, rtol=1e-4)
+            shuffled = both["curved by a loader"][name]
+            torch.testing.assert_close(shuffled, value, atol=1e-5, rtol=1e-4)
+        assert "process 1 reads other rows than process 0" in both["curved by others"]
+    drawn, other = (both["drawn"] for both in together)
+    assert all(torch.equal(drawn[name], other[name]) for name in alone)
+    assert not torch.allclose(drawn["3.weight outputs"], alone["3.weight outputs"])
+    assert all("a process has no rows" in both["few"] for both in together)
 
 
 def test_checkpoints_of_the_first_are_no_difference(together):

@@ -46,12 +46,15 @@ def point(seed=0):
     )
 
 
+def collated(rows):
+    """Batches that only the loader can make."""
+    return default_collate(rows)
+
+
 def loaded(generator=None):
     """Batches of a loader, of which each process takes its part."""
     data = TensorDataset(X[:100], Y[:100])
-    loader = DataLoader(
-        data, 25, shuffle=True, generator=generator, collate_fn=lambda rows: default_collate(rows)
-    )
+    loader = DataLoader(data, 25, shuffle=True, generator=generator, collate_fn=collated)
     return bmr.fit(
         model(), loader, guide=bmr.Point, epochs=3, optimizer=bmr.adam(1e-2), progress=False
     )
@@ -150,10 +153,28 @@ def saved_while_running(folder):
     )
 
 
+def curved(kind="empirical", rows=101, shuffled=False, generator=None):
+    """The curvature of a network with a norm layer, in batches that do not divide by two; diagonals
+    as well. `shuffled`: from a loader in an order of its own, which `generator` draws.
+    """
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2))
+    data, options = (X[:rows], Y[:rows]), {"fisher": kind, "batch_size": 25, "progress": False}
+    if shuffled:
+        data = DataLoader(
+            TensorDataset(*data), 25, shuffle=True, generator=generator, collate_fn=collated
+        )
+    found = bmr.curvature(net, data, bmr.Categorical(), size=303, **options)
+    layers = {
+        f"{n} {k}": getattr(f, k) for n, f in found.layers.items() for k in ("inputs", "outputs")
+    }
+    return {**layers, **found.diagonals}
+
+
 def message(run, *arguments):
     try:
         run(*arguments)
-    except bmr.errors.FitError as error:
+    except bmr.errors.PyroBMRError as error:
         return str(error)
     return "no error"
 
@@ -178,11 +199,18 @@ def main(case, folder):
             message(point, rank),
             message(lambda: bmr.fit(model(), (X, Y), batch_size=1, progress=False)),
         ]
+        few = message(curved, "true", 1)
         seed = message(lambda: bmr.fit(model(), (X, Y), seed=rank, epochs=1, progress=False))
         found = {
             "natural": tensors(natural_fit),
             "point": tensors(point_fit),
             "loaded": tensors(loaded_fit),
+            "curved": curved(),
+            "curved by a loader": curved(shuffled=True),
+            "curved by others": message(
+                curved, "true", 101, True, torch.Generator().manual_seed(rank)
+            ),
+            "drawn": curved("true"),
             "other rows": message(loaded, torch.Generator().manual_seed(rank)),
             "history": [f.history.to_dict("list") for f in (natural_fit, point_fit)],
         }
@@ -191,6 +219,7 @@ def main(case, folder):
             {
                 **found,
                 "errors": [*errors, seed],
+                "few": few,
                 "skipped": faulty_skipped(),
                 "saved": saved,
                 "seed": Processes().seed(7),

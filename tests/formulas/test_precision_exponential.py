@@ -57,7 +57,13 @@ def test_exponential_families(name, dtype):
     assert exists.sum() > 1500
 
 
-@pytest.mark.parametrize("name", exponential.FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [  # of this family each answer takes a second
+        pytest.param(name, marks=pytest.mark.slow) if name == "VonMises" else name
+        for name in exponential.FAMILIES
+    ],
+)
 def test_the_stored_answers_are_what_the_program_gives(name):
     """A few of each, by mpmath again."""
     for dtype in exponential.DTYPES:

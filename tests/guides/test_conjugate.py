@@ -95,6 +95,7 @@ def test_the_elbo_at_the_exact_posterior_is_the_log_evidence():
     assert abs(likelihood.mean() - kl.mean() - model.log_evidence(*prior(4))) < 4 * error
 
 
+@pytest.mark.slow  # of the natural gradient it is in the fast suite
 def test_mean_field_on_correlated_regressors_finds_its_known_optimum():
     """The optimum of a factorised q against N(μ, P⁻¹) has mean μ and variances 1/P_ii, which are
     too small.
@@ -128,6 +129,7 @@ def test_mini_batches_and_the_plate_scale_the_likelihood_to_all_rows():
     np.testing.assert_allclose(site.var.sqrt(), np.sqrt(np.diag(cov)), rtol=0.15)
 
 
+@pytest.mark.slow  # a tempered fit is in test_fit.py
 def test_temperature_counts_the_data_n_over_t_times():
     model = orthogonal_problem()
     cold = LinearGaussian(model.x, model.y, NOISE * 0.25**0.5)

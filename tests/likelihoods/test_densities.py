@@ -216,6 +216,13 @@ def test_ordinal_classes_are_slices_of_a_logistic():
     ]
     got = site_log_prob(bmr.Ordinal(5), F1[:, None], y, {"lowest_class": 0.23, "gaps": gaps})
     assert float(got) == pytest.approx(sum(expected), rel=1e-10)
+    ignoring = bmr.Ordinal(5, ignore_index=-7)
+    values = {"lowest_class": 0.23, "gaps": gaps}
+    some = y.clone()
+    some[[1, 4]] = -7
+    got = site_log_prob(ignoring, F1[:, None], some, values)
+    assert float(got) == pytest.approx(sum(expected) - expected[1] - expected[4], rel=1e-10)
+    assert likelihoods.Weighted(ignoring, weights=0).ignore_index == -7
     far = log_probs(torch.tensor([60.0]).double(), cuts)  # both cdfs are 0 or 1 in double precision
     assert float(far[0, 0]) == pytest.approx(float(cuts[0]) - 60, rel=1e-12)
     assert float(far.logsumexp(-1)) == pytest.approx(0.0, abs=1e-12)
@@ -263,6 +270,7 @@ def test_the_likelihood_takes_its_columns_out_of_x():
         (lambda: bmr.Categorical(weight=[1.0, 0.0]), "> 0 for each class"),
         (lambda: bmr.Categorical(class_axis=2), "class_axis=2"),
         (lambda: bmr.Ordinal(2), "a whole number >= 3"),
+        (lambda: bmr.Ordinal(3, ignore_index=0.5), "ignore_index=0.5"),
         (lambda: likelihoods.Weighted(bmr.Normal, 0).observe(F1, F1, weights=F3), "weights"),
     ],
 )

@@ -217,20 +217,25 @@ def mixed():
             r"'0\.weight' has no shape yet; run the network once",
         ),
         (
-            lambda: nn.Linear(4, 3, device="meta"),
-            "'weight': expected a dense parameter.*got one that is on the device 'meta'",
-        ),
-        (
             sparse,
             "'weight': expected a dense parameter.*got one that is of layout torch.sparse_coo",
         ),
         (mixed, r"one dtype, got torch.float32, torch.float64.*net\.float\(\)"),
     ],
-    ids=["traced", "scripted", "exported", "quantised", "lazy", "meta", "sparse", "mixed"],
+    ids=["traced", "scripted", "exported", "quantised", "lazy", "sparse", "mixed"],
 )
 def test_a_network_without_weights_of_its_own_is_refused_by_name(make, message):
     with pytest.raises(bmr.errors.ModelError, match=message):
         lift(make())
+
+
+def test_a_network_without_values_is_taken_and_does_not_run():
+    program = lift(nn.Linear(4, 3, device="meta"))
+    assert list(program.priors) == ["weight", "bias"]
+    with pytest.raises(bmr.errors.ModelError, match="'weight': expected a dense .* 'meta'"):
+        program(X, Y)
+    with pytest.raises(bmr.errors.FitError, match="on the device 'meta'"):
+        bmr.fit(program, (X, Y), epochs=1, progress=False)
 
 
 def test_a_graph_module_and_a_frozen_half_are_taken():

@@ -262,6 +262,37 @@ def test_weight_norm_is_reduced_without_a_nan(old, tmp_path):
         lift(net)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_normed_weight_is_a_parameter_where_no_gradients_are_recorded(old, trained):
+    net = mlp()
+    (nn.utils.weight_norm if old else parametrizations.weight_norm)(net[0])
+    net.requires_grad_(trained)
+    with torch.no_grad():
+        plain = plain_module(net).net
+    assert {n: p.requires_grad for n, p in plain.named_parameters()} == dict.fromkeys(
+        NAMES, trained
+    )
+    masks = {"0.weight": torch.arange(6)[:, None].expand(6, 4) > 1}
+    small = bmr.shrink(net, masks, X[:2])
+    assert small[0].weight.shape == (4, 4)
+    with torch.no_grad():
+        hidden = torch.tanh(X @ (net[0].weight * masks["0.weight"]).T + net[0].bias)
+        torch.testing.assert_close(small(X), net[2](hidden))
+
+
+def test_a_constrained_buffer_stays_a_buffer():
+    net = mlp()
+    net.register_buffer("weight", torch.randn(3, 3))
+    parametrize.register_parametrization(net, "weight", Symmetric())
+    want = net.weight.clone()
+    with torch.no_grad():
+        plain = plain_copy(net)
+    assert [n for n, _ in plain.named_parameters()] == NAMES
+    torch.testing.assert_close(dict(plain.named_buffers())["weight"], want)
+
+
 class Symmetric(nn.Module):
     def forward(self, x):
         return x.triu() + x.triu(1).mT

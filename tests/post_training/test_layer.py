@@ -1,9 +1,11 @@
 """The posterior of one layer, held against dense algebra."""
 
+import pytest
 import torch
 from torch import nn
 
 import pyro_bmr as bmr
+from pyro_bmr.curvatures import Curvature, LayerCurvature
 from pyro_bmr.formulas import Dense, prune_subset
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.post_training.layer import layers_of
@@ -117,3 +119,36 @@ def test_a_step_minimises_the_quadratic_model_of_the_kept_weights():
     expected = -torch.linalg.solve(precision[kept][:, kept], gradient.flatten()[kept] / TEMPERATURE)
     torch.testing.assert_close(step.flatten()[kept], expected, rtol=1e-8, atol=1e-8)
     assert bool((step.flatten()[~kept] == 0).all())
+
+
+def with_eigenvalues(values, seed):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(noise)[0]
+    return basis * values @ basis.mT
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0, 5.0, 6.0, 7.0])
+def test_factors_in_float32_are_inverted_with_the_digits_that_they_have(spread):
+    """Eigenvalues over 10^spread: beyond float32 the inverse is taken in float64."""
+    n, m = 60, 90
+    outputs, inputs = (
+        with_eigenvalues(torch.logspace(0, -spread, size).double(), size).float() for size in (n, m)
+    )
+    # a small ridge, as of a wide prior
+    scale, temperature = 1e8, 0.3
+    weight = torch.randn(n, m, generator=torch.Generator().manual_seed(0))
+    curved = LayerCurvature("w", None, outputs, inputs, (n, m))
+    found = Curvature({"w": curved}, {}, {}, 100)
+    layer = layers_of(found, {"w": weight}, {"w": scale}, {}, temperature)["w"]
+    assert layer.row_cov.dtype == layer.col_cov.dtype == torch.float32
+    g, a = outputs.double() / temperature, inputs.double()
+    ratio = ((g.trace() / n) / (a.trace() / m)).sqrt()
+    exact = (
+        torch.linalg.inv(g + ratio / scale * torch.eye(n)),
+        torch.linalg.inv(a + torch.eye(m) / (ratio * scale)),
+    )
+    for cov, true in zip((layer.row_cov, layer.col_cov), exact, strict=True):
+        std = true.diagonal().sqrt()
+        error = (cov.double() - true) / std[:, None] / std
+        assert float(error.abs().max()) < 1e-3

@@ -122,7 +122,14 @@ def test_corrections_bring_the_outputs_nearer_to_the_dense_network(trained):
     net, x, y, _ = trained
     divergence = [
         bmr.prune(
-            net, (x, y), bmr.Categorical(), 0.15, corrections=few, last_corrections=many, **QUIET
+            net,
+            (x, y),
+            bmr.Categorical(),
+            0.15,
+            path=[0.5, 0.3],
+            corrections=few,
+            last_corrections=many,
+            **QUIET,
         ).rounds[-1]["divergence"]
         for few, many in ((0, 0), (1, 3))
     ]
@@ -131,7 +138,7 @@ def test_corrections_bring_the_outputs_nearer_to_the_dense_network(trained):
 
 def test_without_labels_and_from_a_loader(trained):
     net, x, y, _ = trained
-    options = {**QUIET, "corrections": 0, "last_corrections": 1, "seed": 3}
+    options = {**QUIET, "path": [0.7], "corrections": 0, "last_corrections": 1, "seed": 3}
     plain = bmr.prune(net, x, bmr.Categorical(), 0.4, **options)
     labelled = bmr.prune(net, (x, y), bmr.Categorical(), 0.4, **options)
     loader = DataLoader(TensorDataset(x, y), 64)
@@ -142,7 +149,7 @@ def test_without_labels_and_from_a_loader(trained):
 
 def test_units_are_pruned_whole_and_shrink(trained):
     net, x, _, _ = trained
-    pruned = bmr.prune(net, x, bmr.Categorical(), 0.6, per="unit", **QUIET)
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.6, path=[0.8], per="unit", **QUIET)
     mask = pruned.masks["0.weight"]
     assert bool((mask.all(1) | ~mask.any(1)).all()) and bool(pruned.masks["2.weight"].all())
     small = bmr.shrink(pruned.net, pruned.masks, x[:4])
@@ -183,7 +190,7 @@ def test_it_stops_where_the_loss_rises_too_much(trained):
 
 def test_a_stopped_call_continues_to_the_same_network(trained, tmp_path, monkeypatch):
     net, x, _, _ = trained
-    options = {**QUIET, "corrections": 1, "last_corrections": 1}
+    options = {**QUIET, "path": [0.8, 0.6, 0.4, 0.3], "corrections": 1, "last_corrections": 1}
     whole = bmr.prune(net, x, bmr.Categorical(), 0.2, **options)
     from pyro_bmr.post_training import rounds
 
@@ -213,7 +220,7 @@ def test_a_stopped_call_continues_to_the_same_network(trained, tmp_path, monkeyp
 
 def test_draws_of_the_posterior_have_the_zeros(trained):
     net, x, _, _ = trained
-    pruned = bmr.prune(net, x, bmr.Categorical(), 0.3, **QUIET)
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.3, path=[0.6], **QUIET)
     draw = pruned.reduction.posterior.draw(torch.Generator().manual_seed(0))
     for name, mask in pruned.masks.items():
         assert bool((draw[name][~mask] == 0).all()) and bool((draw[name][mask] != 0).all())

@@ -12,6 +12,7 @@ import pyro_bmr as bmr
 from pyro_bmr.experiments.methods import method_named
 from pyro_bmr.experiments.models import load_model
 from pyro_bmr.posteriors.site import Site
+from pyro_bmr.prediction.predictive import prediction_of
 
 NOISE = 0.3
 PRIOR = bmr.Gaussian(1.0)
@@ -32,6 +33,39 @@ def test_the_temperature_is_the_best_of_a_grid():
     assert bmr.prediction.best_temperature(logits, y) == pytest.approx(
         float(grid[losses.argmin()]), abs=4e-3
     )
+
+
+def test_the_temperature_of_averaged_probabilities():
+    """Powers of the mean of two draws by hand, and the parts of the entropy."""
+    draws = torch.tensor(
+        [
+            [[0.6, 0.3, 0.1], [0.2, 0.8, 0.0], [1.0, 0.0, 0.0]],
+            [[0.1, 0.7, 0.2], [0.4, 0.6, 0.0], [1.0, 0.0, 0.0]],
+        ],
+        dtype=torch.float64,
+    )
+    before = prediction_of([(draws,)], 2)
+    for temperature in (0.4, 2.5):
+        after = bmr.prediction.temperature_scaled(before, temperature)
+        powers = [
+            [p ** (1 / temperature) for p in row]
+            for row in ([0.35, 0.5, 0.15], [0.3, 0.7, 0.0], [1.0, 0.0, 0.0])
+        ]
+        expected = torch.tensor([[p / sum(row) for p in row] for row in powers]).double()
+        torch.testing.assert_close(after.probs, expected, atol=1e-7, rtol=1e-6)
+        total = -sum(p * math.log(p) for p in expected[0].tolist())
+        assert float(after.aleatoric[0] + after.epistemic[0]) == pytest.approx(total, rel=1e-6)
+        shares = before.epistemic / before.aleatoric
+        torch.testing.assert_close((after.epistemic / after.aleatoric)[:2], shares[:2])
+        assert float(shares[0]) > 0.05 and float(after.aleatoric[2] + after.epistemic[2]) == 0
+    same = bmr.prediction.temperature_scaled(before, 1.0)
+    torch.testing.assert_close(same.probs, before.probs)
+    for wrong in (0.0, -1.0, math.inf, math.nan, True, "2"):
+        with pytest.raises(bmr.errors.ModelError, match="temperature=.*expected a finite number"):
+            bmr.prediction.temperature_scaled(before, wrong)
+    real = bmr.prediction.RealPrediction(torch.zeros(2, 3), torch.ones(2, 3))
+    with pytest.raises(bmr.errors.ModelError, match="a ClassPrediction, got RealPrediction"):
+        bmr.prediction.temperature_scaled(real, 2.0)
 
 
 def test_the_widening_is_the_best_of_a_grid_by_the_exact_predictive():

@@ -273,6 +273,10 @@ def test_targets_that_are_missing_are_not_scored():
     each = each.masked_fill(y.isnan(), 0.0).sum(-1)
     torch.testing.assert_close(prediction.log_prob(y), each.logsumexp(0) - math.log(2))
     assert prediction.log_prob(y)[1] == 0
+    crps = prediction.crps(y)
+    torch.testing.assert_close(crps.isnan(), y.isnan())
+    whole = RealPrediction(locs, scales).crps(y.nan_to_num(0.5))
+    torch.testing.assert_close(crps[~y.isnan()], whole[~y.isnan()])
     general = MixturePrediction(
         [
             [likelihoods.Ignoring(dist.Normal(loc, scale)).to_event(1)]

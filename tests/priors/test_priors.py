@@ -400,3 +400,18 @@ def test_the_m_step_is_the_best_scale():
 def test_what_priors_refuse(make, words):
     with pytest.raises(bmr.errors.ModelError, match=words):
         make()
+
+
+def test_an_empirical_scale_around_the_start_values_starts_at_their_size():
+    torch.manual_seed(3)
+    start = 0.2 * torch.randn(5, 3, dtype=torch.float64) + 0.1
+
+    def scale(prior, init):
+        trace = pyro.poutine.trace(lambda: prior.sample("w", (5, 3), init)).get_trace()
+        return float(trace.nodes["w"]["fn"].base_dist.stddev.unique())
+
+    variance = start.var(correction=0) + start.mean() ** 2
+    assert scale(bmr.Gaussian(mean="init"), start) == pytest.approx(0.3 * float(variance) ** 0.5)
+    assert scale(bmr.Gaussian(mean="init"), torch.zeros_like(start)) == 1
+    assert scale(bmr.Gaussian(0.7, mean="init"), start) == pytest.approx(0.7)
+    assert scale(bmr.Gaussian(), start) == scale(bmr.Gaussian(mean=0.5), start) == 1

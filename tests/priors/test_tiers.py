@@ -17,6 +17,7 @@ import pyro_bmr as bmr
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors.empirical_bayes import EmpiricalScales
 from pyro_bmr.priors.tiers import spread, tier_parts, tier_shape
+from tests.exact import windowed
 
 KERNEL = (6, 4, 3, 2)
 GROUPS = [("layer", 1), ("unit", 1), ("unit", 3), ("input", 1), ("input", 2), ("weight", 1)]
@@ -152,9 +153,9 @@ def posterior_of(prior, **sites):
 
 def test_a_horseshoe_decides_by_the_evidence_given_its_scales():
     """Per weight the point spike's ΔF under N(0, 1) and 0.02 nats; without scales per weight the
-    sum over the kept entries of a unit or input.
+    sum over the kept entries of a unit or input. Those that cost little go as well.
     """
-    mean = torch.tensor([[0.1, 0.5, -0.2], [0.3, 1.9, 0.1], [0.0, 0.6, -0.9], [0.0, 0.8, 0.0]])
+    mean = torch.tensor([[0.1, 2.5, -0.2], [0.3, 2.9, 0.1], [0.0, 0.6, -2.9], [0.0, 2.8, 0.0]])
     var = torch.tensor([[0.9, 0.8, 0.7], [0.9, 0.2, 1.1], [0.0, 0.6, 0.6], [0.0, 0.1, 0.0]])
     mask = var > 0
     site = bmr.formulas.Diagonal(mean[mask], var[mask].clamp(max=1))
@@ -170,19 +171,20 @@ def test_a_horseshoe_decides_by_the_evidence_given_its_scales():
         )
 
     by_weight = drop(bmr.Horseshoe(tiers=("unit", "weight")), mean, var, mask)
-    torch.testing.assert_close(by_weight, gain)
+    torch.testing.assert_close(by_weight.flatten(), torch.tensor(windowed(gain.flatten(), 12)))
+    assert (gain <= 0)[2].tolist() == [False, True, True]
     assert (by_weight <= 0).tolist() == [
         [False, True, False],
         [False, True, False],
-        [False, True, True],
+        [False, False, True],
         [False, True, False],
     ]
     by_unit = drop(bmr.Horseshoe(tiers=("layer", "unit")), mean, var, mask)
-    torch.testing.assert_close(
-        by_unit[mask], gain.where(mask, 0).sum(1, keepdim=True).expand(4, 3)[mask]
-    )
+    units = torch.tensor(windowed(gain.where(mask, 0).sum(1), 4))
+    torch.testing.assert_close(by_unit[mask], units[:, None].expand(4, 3)[mask])
     both = drop(bmr.Horseshoe(tiers=("unit", "input")), mean[:2], var[:2])
-    torch.testing.assert_close(both, torch.maximum(gain[:2].sum(1, keepdim=True), gain[:2].sum(0)))
+    units, inputs = (torch.tensor(windowed(gain[:2].sum(k), n)) for k, n in ((1, 2), (0, 3)))
+    torch.testing.assert_close(both, torch.maximum(units[:, None], inputs))
     in_pairs = drop(bmr.Horseshoe(tiers=("input",), block=2), mean[:2, :2], var[:2, :2])
     torch.testing.assert_close(in_pairs, gain[:2, :2].sum().expand(2, 2))
 
@@ -251,7 +253,10 @@ def test_large_sites_start_near_the_median_without_the_memory_of_a_thousand_draw
     )
 
 
-@pytest.mark.parametrize("mean, std", [(-3.2, 0.4), (0.3, 1.7), (4.1, 0.9)])
+@pytest.mark.parametrize(
+    "mean, std",
+    [(0.3, 1.7), *(pytest.param(*q, marks=pytest.mark.slow) for q in ((-3.2, 0.4), (4.1, 0.9)))],
+)
 def test_the_scale_of_a_pruned_weight_returns_to_its_prior(mean, std):
     """The log odds are ΔF given the scales and the divergence of λ, or of both its Gammas, which
     quadrature over the densities of scipy gives.
@@ -273,11 +278,11 @@ def test_the_scale_of_a_pruned_weight_returns_to_its_prior(mean, std):
             )
             for name, (m, s) in scales.items()
         }
-        w = Site(torch.full((2, 3), 0.7).double(), torch.full((2, 3), 0.3).double(), declared=prior)
+        w = Site(torch.full((2, 3), 2.7).double(), torch.full((2, 3), 0.3).double(), declared=prior)
         reduction = bmr.reduce(bmr.Posterior({"w": w, **sites}), to=None)
         return reduction.sites["w"].drop_log_odds
 
-    given = -0.5 * math.log(0.3) - 0.5 * 0.7**2 / 0.3 + 0.02
+    given = -0.5 * math.log(0.3) - 0.5 * 2.7**2 / 0.3 + 0.02
     own = divergence(stats.halfcauchy, mean, std)
     direct = odds(bmr.Horseshoe(), (2, 3), w_lambda=(mean, std), w_tau=(0.4, 0.2))
     torch.testing.assert_close(direct, torch.full((2, 3), given + own).double(), rtol=1e-4, atol=0)

@@ -133,6 +133,7 @@ def large(seed=5, dtype=torch.float64):
     )
 
 
+@pytest.mark.slow  # test_held_entries.py has smaller layers
 def test_the_bounds_of_a_larger_layer_hold_its_dense_evidence():
     before = large()
     first = bmr.reduce(before, to=SPIKE, kept=0.6)

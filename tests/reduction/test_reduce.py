@@ -12,6 +12,7 @@ from pyro_bmr.formulas.message import Message
 from pyro_bmr.formulas.scale_mixture import scale_mixture_reduction
 from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 from pyro_bmr.posteriors.site import Site
+from tests.exact import windowed
 
 RNG = np.random.default_rng(7)
 MEAN = torch.tensor(
@@ -83,6 +84,33 @@ def test_a_target_is_met_among_weights_that_the_data_say_nothing_of():
     assert bmr.reduce(silent, to=bmr.Gaussian(0), kept=0.85).masks["w"].flatten()[:16].all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kept", [0.0, 0.013, 0.4, 0.71, 0.9, 1.0])
+def test_a_target_size_over_sites_with_masks_and_equal_weights(kept, dtype):
+    """The least ΔF of all sites together; of equal ones the first in the order of the sites; never
+    one that is pruned already.
+    """
+    rng = np.random.default_rng(3)
+    sizes, sites, gains = {"a": 40, "b": 25, "c": 60}, {}, []
+    for name, n in sizes.items():
+        mean = torch.tensor(rng.integers(0, 4, n) / 4.0, dtype=dtype)
+        mask = torch.tensor(rng.random(n) < 0.8) if name != "b" else None
+        var = torch.full((n,), 0.25, dtype=dtype)
+        if mask is not None:
+            mean, var = mean.where(mask, 0), var.where(mask, 0)
+        sites[name] = Site(mean, var, PRIOR, mask=mask)
+        by_hand = 0.5 * np.log(1.7 / 0.25) - 0.5 * mean.double().numpy() ** 2 / 0.25
+        gains.append(by_hand if mask is None else np.where(mask, by_hand, np.inf))
+    pooled = np.concatenate(gains)
+    order = np.argsort(pooled, kind="stable")[: round(kept * len(pooled))]
+    want = np.zeros(len(pooled), dtype=bool)
+    want[order] = True
+    want &= np.isfinite(pooled)
+    masks = bmr.reduce(bmr.Posterior(sites, rows=1000), to=bmr.Gaussian(0), kept=kept).masks
+    got = torch.cat([masks[name] for name in sizes]).numpy()
+    assert (got == want).all()
+
+
 def test_pruned_weights_stay_pruned_and_count_nowhere():
     mask = torch.rand(4, 6) < 0.5
     result = bmr.reduce(posterior(mask), to=bmr.SpikeAndSlab(alpha=1.5, beta=2.5))
@@ -141,7 +169,10 @@ def test_horseshoe():
     direct = scale_mixture_reduction(
         Message(*data), torch.full((4, 6), 1.7, dtype=torch.float64), *bmr.Horseshoe().mixture(tau)
     )
-    assert torch.equal(result.masks["w"], direct.kappa <= 0.5)
+    kept = direct.kappa <= 0.5
+    gain = torch.tensor(spike_by_hand()) - direct.delta_f  # log p(y | w = 0) − log p(y)
+    left = torch.tensor(windowed(gain.where(kept, torch.inf).flatten().tolist(), 24)) <= 0
+    assert torch.equal(result.masks["w"], left.view(4, 6)) and 0 < left.sum() < kept.sum()
     assert result.delta_f == pytest.approx(direct.delta_f.sum().item(), abs=1e-9)
     alive = result.masks["w"]
     torch.testing.assert_close(result.posterior["w"].mean[alive], direct.mean[alive])

@@ -358,6 +358,30 @@ def test_a_horseshoe_on_units_drops_whole_units():
     )
 
 
+@pytest.mark.parametrize("large", [3, 40])
+@pytest.mark.parametrize("tiers", [("layer", "weight"), ("weight",)])
+def test_a_horseshoe_leaves_weights_of_noise_out(large, tiers):
+    """Of 80 weights few or half are ten errors from zero, the others estimates of zero, the largest
+    of them 2.7 errors away. If the scale is wide beside the errors, κ > ½ keeps all of them.
+    """
+    zero = torch.linspace(0.002, 0.998, 80 - large, dtype=torch.float64)
+    noise = 2**0.5 * torch.erfinv(2 * zero - 1) * 2.7 / 2.88
+    signal = torch.linspace(10, 60, large, dtype=torch.float64) * (-1) ** torch.arange(large)
+    error = torch.linspace(0.02, 0.03, 80, dtype=torch.float64)
+    mean, ones = torch.cat([signal, noise]) * error, torch.ones(80, dtype=torch.float64)
+    precision = error**-2 + 1.0  # under N(0, 1)
+    q = bmr.Posterior.from_moments(
+        {"w": mean * error**-2 / precision}, {"w": 1 / precision}, bmr.Gaussian(1.0)
+    )
+    found = bmr.reduce(q, to=bmr.Horseshoe(tiers=tiers))
+    assert found.masks["w"].nonzero()[:, 0].tolist() == list(range(large))
+    scale = found.sites["w"].scale
+    nodes = bmr.Horseshoe(tiers=tiers).mixture(scale)
+    data = bmr.formulas.Message(mean * error**-2, error**-2)
+    kappa = scale_mixture_reduction(data, ones, *nodes).kappa
+    assert (int((kappa <= 0.5).sum()) > large) == (large == 40 or tiers == ("weight",))
+
+
 def test_a_tau_for_each_unit():
     prior = bmr.Horseshoe(tiers=("unit", "weight"))
     mask = torch.ones(4, 6, dtype=torch.bool)

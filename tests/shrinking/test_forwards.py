@@ -1,11 +1,14 @@
 """Forwards that are shrunk: sizes in them, layers that are used twice, arguments with defaults."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
 import pyro_bmr as bmr
+from pyro_bmr.exporting.written_files import loaded_module
 from pyro_bmr.shrinking import masked
 from tests.shrinking.networks import Three, check, every_other, made
 
@@ -293,3 +296,72 @@ def test_outputs_of_any_structure():
     )
     small = check(net, every_other(net, "a"), torch.randn(5, 6).double())
     assert sorted(small(torch.zeros(1, 6).double())) == ["mean", "rest"]
+
+
+class Experts(nn.Module):
+    """Four experts, of which each row takes two."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.a = nn.Linear(6, 4), nn.Parameter(torch.randn(4, 6, 10))
+        self.b = nn.Parameter(torch.randn(4, 10, 3))
+
+    def forward(self, x):
+        best, which = self.gate(x).topk(2, -1)
+        share = torch.zeros_like(self.gate(x)).scatter(-1, which, best.softmax(-1))
+        h = torch.relu(torch.einsum("bi,eio->beo", x, self.a))
+        return x[:, :3] + torch.einsum("beo,eop,be->bp", h, self.b, share)
+
+
+def test_a_product_of_three_tensors_leaves_the_number_of_rows_open(tmp_path):
+    net = made(Experts, 0)
+    masks = {"a": torch.zeros(4, 6, 10, dtype=torch.bool)}  # the product is constant
+    before = torch.backends.opt_einsum.enabled
+    small = check(net, masks, torch.randn(5, 6).double())
+    assert torch.backends.opt_einsum.enabled == before
+    assert small(torch.randn(7, 6).double()).shape == (7, 3)
+    bmr.deploy(net, tmp_path, torch.randn(5, 6).double(), formats=["program"], seconds=0)
+    x = torch.randn(7, 6).double()
+    torch.testing.assert_close(loaded_module(tmp_path / "network.py").load_program()(x), net(x))
+
+
+class NamedAsInGraphs(nn.Module):
+    """A buffer, a parameter and layers with names that the module of a graph uses itself, and one
+    with what such a name becomes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.code, self.meta = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.recompile = nn.Linear(4, 3)
+        self.register_buffer("graph", torch.rand(3, 3))
+        self.register_buffer("graph_", torch.rand(3, 3))
+        self._graph = nn.Parameter(torch.rand(3))
+
+    def forward(self, x):
+        y = self.meta(self.code(x).relu()) + self.recompile(x)
+        return y @ self.graph @ self.graph_ * self._graph
+
+
+@pytest.mark.filterwarnings("ignore:deploy.*cannot be written as Python")
+@pytest.mark.parametrize("constant", [False, True])
+def test_parts_may_have_names_that_graphs_use(constant, tmp_path):
+    """With a layer that is a constant the result is a graph."""
+    torch.manual_seed(2)
+    net, x = NamedAsInGraphs(), torch.randn(5, 4)
+    rows = torch.zeros(6, 4, dtype=torch.bool)
+    rows[: 0 if constant else 3] = True
+    plan = bmr.shrinking.shrink_plan(net, {"code.weight": rows}, x)
+    small = plan.apply()
+    assert plan.own_class is not constant
+    want = net.meta((x @ (net.code.weight * rows).T + net.code.bias).relu()) + net.recompile(x)
+    want = (want @ net.graph @ net.graph_ * net._graph).detach()
+    torch.testing.assert_close(small(x).detach(), want, rtol=0, atol=1e-6)
+    formats = ["program", *(["onnx"] if find_spec("onnxruntime") else [])]  # an extra
+    bmr.deploy(small, tmp_path, x, formats=formats, seconds=0, batches=(1,))
+    loaded = loaded_module(tmp_path / "network.py")
+    for format in formats:
+        found = getattr(loaded, f"load_{format}")()(x)
+        torch.testing.assert_close(
+            found if isinstance(found, torch.Tensor) else found[0], want, rtol=0, atol=1e-6
+        )

@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import pyro_bmr as bmr
 from pyro_bmr.data.inputs import called
 from pyro_bmr.shrinking import masked
+from pyro_bmr.shrinking.plan import shrink_each
 from pyro_bmr.shrinking.verification import inputs_like
 from tests.shrinking.kinds import KINDS
 
@@ -42,9 +43,18 @@ def check_kind(name, pruned, double):
     net, example = built(name, 3, double)
     masks = unit_masks(net, pruned, 3)
     plan = bmr.shrinking.shrink_plan(net, masks, example)
-    small, full = plan.apply(), masked(net, masks)
-    assert sum(p.numel() for p in small.parameters()) == plan.parameters[1]
-    for x in inputs_like(example, net):
+    small = plan.apply()
+    assert parameters(small) == plan.parameters[1]
+    check_same_function(masked(net, masks), small, example, double)
+    return plan.parameters
+
+
+def parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def check_same_function(full, small, example, double):
+    for x in inputs_like(example, full):
         for rows in (x, tree_map(lambda t: torch.cat([t, t.flip(0)]), x)):
             with torch.no_grad():
                 want, got = tree_leaves(called(full, rows)), tree_leaves(called(small, rows))
@@ -53,32 +63,44 @@ def check_kind(name, pruned, double):
                 size = max(1.0, float(p.abs().max()))
                 error = float((p - q.detach()).abs().max())
                 assert error <= (1e-12 if double else 1e-5) * size
-    return plan
 
 
 def some_slow(names):
-    """Every sixth name; the others are marked as slow."""
+    """Every tenth name; the others are marked as slow."""
     return [
-        name if k % 6 == 0 else pytest.param(name, marks=pytest.mark.slow)
+        name if k % 10 == 0 else pytest.param(name, marks=pytest.mark.slow)
         for k, name in enumerate(names)
     ]
 
 
 @pytest.mark.parametrize("name", some_slow(KINDS))
 def test_half_of_the_units(name):
-    plan = check_kind(name, 0.5, True)
-    before, after = plan.parameters
+    before, after = check_kind(name, 0.5, True)
     assert after <= before * (1 if name in WHOLE else 0.9)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pruned", [0.5, 0.9, 0.99, 1.0])
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("name", KINDS)
-def test_any_share_of_the_units(name, double, pruned):
-    before, after = check_kind(name, pruned, double).parameters
+def check_share(before, after, pruned):
     # without units the outputs are constants, one number each
     assert after <= before and (pruned < 1 or after <= max(0.02 * before, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("name", KINDS)
+def test_any_share_of_the_units(name, double):
+    """The graph of a network is read once for all shares."""
+    net, example = built(name, 3, double)
+    shares = (0.5, 0.9, 0.99, 1.0)
+    nets = [masked(net, unit_masks(net, pruned, 3)) for pruned in shares]
+    for pruned, full, small in zip(shares, nets, shrink_each(nets, example), strict=True):
+        check_same_function(full, small, example, double)
+        check_share(parameters(full), parameters(small), pruned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_the_plan_without_a_unit(name):
+    check_share(*check_kind(name, 1.0, True), 1.0)
 
 
 @pytest.mark.filterwarnings("ignore::pyro_bmr.PyroBMRWarning")

@@ -75,3 +75,33 @@ def test_transformers(name):
     assert error <= 1e-5 * max(size, 1)
     before, after = plan.parameters
     assert after < 0.95 * before
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["bert", "llama", "distilbert"])
+def test_from_pretrained_reads_a_smaller_transformer(name, tmp_path):
+    """With as many units in each block, and one of two groups of heads where heads can be told."""
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    kind, config, sizes, inputs = TRANSFORMERS[name]
+    cached = {"use_cache": True} if "use_cache" in sizes else {}
+    torch.manual_seed(0)
+    configuration = getattr(transformers, config)(**{**sizes, **cached, "vocab_size": 50})
+    net = getattr(transformers, kind)(configuration).eval()
+    masks = {}
+    for path, parameter in net.named_parameters():
+        if parameter.shape[0] == 48:  # units, of both layers of a gate
+            units = torch.arange(48) % 3 > 0
+            masks[path] = units.view(-1, *[1] * (parameter.ndim - 1)).expand(parameter.shape)
+        if path.endswith("o_proj.weight"):
+            masks[path] = (torch.arange(32) < 16).expand(parameter.shape)
+    plan = bmr.shrinking.shrink_plan(net, masks, inputs)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1} if name == "llama" else {}
+    units = "hidden_dim" if name == "distilbert" else "intermediate_size"
+    assert plan.own_class and plan.config == {units: 32, **heads}
+    plan.apply().save_pretrained(tmp_path)
+    again = getattr(transformers, kind).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        want, got = (leaves(called(m, inputs)) for m in (masked(net, masks), again))
+    error, size = difference(want, got)
+    assert error <= 1e-5 * max(size, 1)

@@ -48,7 +48,7 @@ def test_inputs_that_are_not_read():
 @pytest.mark.parametrize(
     ("name", "layer", "why"),
     [
-        ("vit", "encoder.layers.0.norm1", "kept together"),
+        pytest.param("vit", "encoder.layers.0.norm1", "kept together", marks=pytest.mark.slow),
         ("lstm", "rnn", "units of an LSTM are kept"),
     ],
 )
@@ -139,3 +139,17 @@ def test_a_foreign_error_becomes_one_of_the_library(monkeypatch):
         bmr.errors.ShrinkError, match=r"does not run .* \[0\] \(2, 6\) torch.float64, \[1\]"
     ):
         bmr.shrink(net, {}, (x, x))
+
+
+def test_latency_before_and_after():
+    """The masked network does all products, the smaller one a hundredth of them."""
+    net = nn.Sequential(nn.Linear(400, 2000), nn.ReLU(), nn.Linear(2000, 400))
+    masks = {"0.weight": (torch.arange(2000)[:, None] < 10).expand(2000, 400)}
+    masks["0.bias"] = masks["0.weight"][:, 0]
+    x = torch.randn(7, 400)
+    table = bmr.shrinking.shrink_plan(net, masks, x).latency(x, batches=(1, 64), seconds=0.04)
+    assert table["batch"].tolist() == [1, 64]
+    assert torch.allclose(
+        torch.tensor(table["ratio"]), torch.tensor(table["ms after"] / table["ms before"])
+    )
+    assert (table["ms before"] > 0).all() and table["ratio"].iloc[1] < 1

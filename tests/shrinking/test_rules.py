@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
+import pyro_bmr as bmr
 from pyro_bmr.data.inputs import call_arguments
 from pyro_bmr.shrinking import contractions, masked, movement, rules
 from pyro_bmr.shrinking.analysis import Analysis
@@ -14,7 +15,7 @@ from pyro_bmr.shrinking.exported_graph import exported, two_rows
 from pyro_bmr.shrinking.states import State
 from pyro_bmr.shrinking.untied import untied
 from pyro_bmr.shrinking.verification import inputs_like
-from tests.shrinking.kinds import KINDS
+from tests.shrinking.kinds import KINDS, Forward
 from tests.shrinking.test_kinds import built, some_slow, unit_masks
 
 PAGE = Path(__file__).parents[2] / "docs" / "smaller_networks.md"
@@ -56,6 +57,39 @@ def test_what_is_known_of_a_tensor_does_not_depend_on_the_input(name):
                     torch.testing.assert_close(got, said, rtol=0, atol=1e-12, msg=node.name)
                     known += int(here.sum())
     assert known > 0
+
+
+OVER_TIME = {  # and whether a constant gives the same number at any length
+    "fft": (lambda h: torch.fft.irfft(torch.fft.rfft(h), n=h.shape[-1]).mean(-1), False),
+    "cumsum": (lambda h: h.cumsum(-1).mean(-1), False),
+    "norm": (lambda h: h.norm(dim=-1), False),
+    "logsumexp": (lambda h: h.logsumexp(-1), False),
+    "prod": (lambda h: h.prod(-1), False),
+    "amax": (lambda h: h.amax(-1), True),
+    "min": (lambda h: h.min(-1)[0], True),
+    "std": (lambda h: h.std(-1), True),
+}
+
+
+@pytest.mark.parametrize("name", OVER_TIME)
+@pytest.mark.parametrize("constant", [0.0, 0.7])
+def test_constants_over_an_open_length_are_those_of_any_length(name, constant):
+    over_time, same = OVER_TIME[name]
+    torch.manual_seed(2)
+    net = Forward(
+        lambda net, x: net.out(over_time(net.a(x).transpose(1, 2))),
+        a=nn.Linear(2, 8),
+        out=nn.Linear(8, 3),
+    ).double()
+    with torch.no_grad():
+        net.a.bias[:5] = constant
+    rows = (torch.arange(8) >= 5)[:, None].expand(8, 2)
+    x, longer = torch.randn(2, 6, 2).double(), torch.randn(2, 11, 2).double()
+    small = bmr.shrink(net, {"a.weight": rows}, x)
+    want = masked(net, {"a.weight": rows})(longer)
+    torch.testing.assert_close(small(longer), want, rtol=0, atol=1e-12)
+    zeros = constant == 0 and name not in ("logsumexp", "prod")
+    assert len(small.a.weight) == (3 if same or zeros else 8)
 
 
 def test_the_page_lists_the_operations():

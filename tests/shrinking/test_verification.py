@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import pyro_bmr as bmr
 from pyro_bmr.shrinking import masked
+from pyro_bmr.shrinking.plan import shrink_each
 from pyro_bmr.shrinking.verification import (
     answers,
     check_same_function,
@@ -107,6 +108,8 @@ def test_another_function_is_refused_with_a_figure():
     for read in (bmr.shrink, bmr.shrinking.shrink_plan):
         with pytest.raises(bmr.errors.ShrinkError, match=message):
             read(Counting(), {}, torch.randn(5, 6))
+    with pytest.raises(bmr.errors.ShrinkError, match=message):
+        shrink_each([Counting()], torch.randn(5, 6))
 
 
 def test_hooks_are_part_of_the_function():
@@ -134,6 +137,17 @@ def test_modes_frozen_weights_and_random_numbers_are_left_as_they_were():
     assert not any(m.training for m in small.modules())
     assert all(torch.equal(t, state[k]) for k, t in net.state_dict().items())
     assert [p.requires_grad for p in small.parameters()] == [False, False, True, True, True, True]
+
+
+def test_rows_like_the_example_have_its_scale_and_three_times_and_a_third_of_it():
+    """With a mean of 5 and a standard deviation of 0.2, over 4,000 entries a row."""
+    x = 5 + 0.2 * torch.randn(3, 4_000, dtype=torch.float64)
+    rows, one, scaled = inputs_like(x, nn.Identity())
+    assert torch.equal(rows, x)
+    for row, times in ((one[0], 1), (one[1], 1), (scaled[0], 3), (scaled[1], 1 / 3)):
+        assert float(row.mean()) == pytest.approx(5, abs=0.05)
+        assert float(row.std()) == pytest.approx(0.2 * times, rel=0.05)
+    assert one.unique().numel() + scaled.unique().numel() > 15_900
 
 
 @pytest.mark.parametrize("single", [True, False])

@@ -1,0 +1,136 @@
+"""The temperature of a fit to classes, and that of its class probabilities, by trials: shorter fits
+at a few temperatures, scored on held-out rows.
+
+Owns `Trials`, `temperature_trials` and `at_scale`. Next: `recipe.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from pyro_bmr.baselines.targets import held_out_scale
+from pyro_bmr.data.data_set import Data, validation_data
+from pyro_bmr.errors import PyroBMRWarning
+from pyro_bmr.experiments.scores import class_probabilities
+from pyro_bmr.experiments.settings import Settings, length_of
+from pyro_bmr.fitting.convergence import UntilConverged
+from pyro_bmr.posteriors.posterior import Posterior
+from pyro_bmr.prediction.calibration import temperature_scaled
+from pyro_bmr.prediction.predict import ClassPrediction, Prediction, predict
+
+# Measured on held-out rows of many data sets (docs/results/defaults.md).
+TEMPERATURES = (0.3, 0.1)
+_HELD_OUT = 1 / 6
+_PART = 1 / 3  # of the fit, that a trial is long
+_ENOUGH = 200  # held-out rows; of fewer, more folds are held out
+
+Attempt = Callable[
+    [Data, Settings, UntilConverged | None, int], tuple[Callable[..., Any], Posterior]
+]
+"""(rows, settings, length, fold) → the fitted program, and what it predicts from."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The chosen `temperature`, and `nll`: temperature → negative log likelihood of the held-out
+    rows after its trial, nats per row. `scale`: the temperature of the class probabilities that is
+    best for the held-out rows after the trial at the chosen one.
+    """
+
+    temperature: float
+    nll: Mapping[float, float]
+    scale: float
+
+
+def temperature_trials(
+    attempt: Attempt, data: Data, settings: Settings, seed: int, progress: bool
+) -> Trials:
+    r"""The temperature T of a fit of `settings` to `data`, the temperature τ of its predictions,
+    and the trials that both were chosen by.
+
+    .. math:: \hat T = \arg\min_T -\sum_{i \in \text{held out}}
+        \log p_T(y_i \mid x_i), \qquad
+        p_T(y \mid x) = \tfrac1S \sum_s p(y \mid x, w_s), \quad w_s \sim q_T
+
+        \hat\tau = \arg\min_{\tau \geq 1} -\sum_{i \in \text{held out}}
+        \log \frac{p_{\hat T}(y_i \mid x_i)^{1/\tau}}{\sum_c p_{\hat T}(c \mid x_i)^{1/\tau}}
+
+    q_T is fitted to the other rows, in a third of the epochs, or of the steps where the fit has no
+    number of epochs. The rows held out are a sixth of the training rows, the same ones for every
+    seed, or the validation rows that the data came with. A sixth of fewer than 200 rows is held out
+    again and again, other rows each time, until 200 rows or all were held out, and the sums are
+    over all of them: cross-validation (Stone 1974).
+
+    Cold posteriors, and their choice on held-out rows: Wenzel et al. 2020, arXiv 2002.02405. Why
+    clean labels want a colder fit than noisy ones: Aitchison 2021, arXiv 2008.05912. τ: Guo et al.
+    2017, arXiv 1706.04599. It only makes predictions less certain. A few rows show by a wrong label
+    that predictions are too certain, but not that they are too uncertain, and a τ that is too small
+    costs without a limit.
+    """
+    nll, scale = {}, {}
+    for temperature in TEMPERATURES:
+        tempered = replace(settings, temperature=temperature)
+        log_probs, y = _held_out(attempt, data, tempered, seed)
+        nll[temperature] = float(F.nll_loss(log_probs, y))
+        scale[temperature] = _best_scale(log_probs, y)
+        if progress:
+            tqdm.write(f"temperature {temperature:g}: {nll[temperature]:.3f} nats a held-out row")
+    best = min(TEMPERATURES, key=nll.__getitem__)
+    return Trials(best, nll, scale[best])
+
+
+def at_scale(prediction: Prediction, scale: float) -> Prediction:
+    """The prediction with class probabilities at the temperature `scale`; 1 leaves any as it is."""
+    if scale == 1:
+        return prediction
+    assert isinstance(prediction, ClassPrediction)  # there are no trials for others
+    return temperature_scaled(prediction, scale)
+
+
+def _held_out(attempt: Attempt, data: Data, settings: Settings, seed: int) -> tuple[Tensor, Tensor]:
+    """The log probabilities of the classes of the held-out rows of all folds, and their labels."""
+    parts = []
+    for fold in range(folds_of(data)):
+        rows = validation_data(data, _HELD_OUT, fold)
+        program, posterior = attempt(rows, *_shortened(settings, rows), fold)
+        prediction = predict(program, posterior, rows.x_test, draws=settings.draws, seed=seed)
+        labels = class_probabilities(prediction, rows)
+        assert labels is not None
+        parts.append(labels)
+    probs, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log().double(), y
+
+
+def folds_of(data: Data) -> int:
+    """How many times rows are held out, for a trial each."""
+    rows = len(data.x_train)
+    held = round(_HELD_OUT * rows)
+    if data.x_val is not None or not 0 < held < rows:
+        return 1
+    return min(math.ceil(_ENOUGH / held), rows // held)
+
+
+def _best_scale(log_probs: Tensor, y: Tensor) -> float:
+    """τ, 1 at least."""
+    with warnings.catch_warnings():  # at an end of the search the trials say more than the warning
+        warnings.filterwarnings("ignore", "the best temperature", PyroBMRWarning)
+        return max(held_out_scale(log_probs, y, 1.0), 1.0)
+
+
+def _shortened(settings: Settings, rows: Data) -> tuple[Settings, UntilConverged | None]:
+    """The settings and the length of a trial."""
+    epochs, every = settings.epochs, settings.reduce_every
+    length = length_of(epochs, len(rows.x_train), settings.batch_size, _PART)
+    if isinstance(length, UntilConverged):
+        return replace(settings, reduce_every=every and every * _PART), length
+    part = length / epochs if epochs else _PART
+    return replace(settings, epochs=length, reduce_every=every and every * part), None

@@ -1,0 +1,138 @@
+"""Several draws of a network at many rows, with the products of the inputs and the weights of all
+draws as one product.
+
+A layer that reads the inputs themselves multiplies the same rows by another matrix in each draw.
+One product with the matrices side by side has the same sums, and is faster. Owns `SharedProducts`
+and `parameters_of_draws`. Next: `predict.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from pyro_bmr.data.inputs import Inputs, parts_of, pieces, rows_in
+from pyro_bmr.networks.bayesian_network import BayesianNetwork
+from pyro_bmr.prediction.observed_site import ObservedSite, another_distribution
+from pyro_bmr.prediction.predictive import Parameters
+from pyro_bmr.tracing import Values
+
+_DRAWS = 4  # with more, the products are no faster
+_KEPT = 1 << 26  # bytes of the weights and the answers of the draws that are computed together
+_LEAST_ROWS = 256  # in a block; with fewer, the calls themselves take the time
+_LEAST_WORK = 10_000_000  # rows times weights; with less, `torch.func.vmap` is faster
+# the axis of the result that belongs to the rows of the weight
+_PRODUCTS: dict[Any, int] = {F.linear: -1, torch.conv1d: 1, torch.conv2d: 1, torch.conv3d: 1}
+_GROUPS = 6  # the place of this argument of a convolution
+
+
+class SharedProducts(TorchFunctionMode):
+    """Computes a product of the inputs with a parameter for all `draws` (parameter → tensor, each)
+    when the first of them asks. `current` is the number of the draw that runs.
+
+    An argument is known to be the inputs by its place in memory: it is a view of a tensor of the
+    block of rows (`of`), into which nothing was written since. Every other call is as it is
+    without this mode.
+
+    Args:
+        fixed: tensors that are the same in every draw, such as biases that are point estimates.
+    """
+
+    def __init__(self, draws: Sequence[Mapping[str, Tensor]], fixed: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.draws, self.current = draws, 0
+        self.names = {id(tensor): name for draw in draws for name, tensor in draw.items()}
+        self.fixed = {id(tensor) for tensor in fixed}
+        self.joined: dict[str, Tensor] = {}
+        self.versions: dict[int, int] = {}
+        self.found: dict[Any, Sequence[Tensor]] = {}
+
+    def of(self, block: Inputs) -> SharedProducts:
+        """Begins with the rows of `block`, which must stay in memory until the next."""
+        self.found = {}
+        self.versions = {
+            part.untyped_storage().data_ptr(): part._version for part in parts_of(block).values()
+        }
+        return self
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func not in _PRODUCTS or kwargs or not self._is_shared(*args):
+            return func(*args, **(kwargs or {}))
+        x, weight, *others = args
+        place = x.data_ptr(), x.dtype, tuple(x.shape), x.stride()
+        key = func, place, self.names[id(weight)], str(others[1:])
+        if key not in self.found:
+            weights, bias = self._of_all(weight), self._of_all(others[0] if others else None)
+            products = func(x, weights, bias, *others[1:])
+            self.found[key] = products.chunk(len(self.draws), _PRODUCTS[func])
+        return self.found[key][self.current].contiguous()
+
+    def _is_shared(self, *args: Any) -> bool:
+        """Whether these are the inputs, a parameter of the draw, and no or a known bias."""
+        if len(args) < 2 or id(args[1]) not in self.names or args[0].is_inference():
+            return False
+        x, bias, groups = args[0], args[2] if len(args) > 2 else None, args[_GROUPS:] or (1,)
+        if groups[0] != 1 or not (bias is None or id(bias) in self.names.keys() | self.fixed):
+            return False
+        return bool(self.versions.get(x.untyped_storage().data_ptr()) == x._version)
+
+    def _of_all(self, parameter: Tensor | None) -> Tensor | None:
+        """The rows of a parameter in every draw, one draw after the other."""
+        if parameter is None:
+            return None
+        name = self.names.get(id(parameter))
+        if name is None:
+            return torch.cat([parameter] * len(self.draws))
+        if name not in self.joined:
+            self.joined[name] = torch.cat([draw[name] for draw in self.draws])
+        return self.joined[name]
+
+
+def parameters_of_draws(
+    site: ObservedSite, values: Iterator[dict[str, Tensor]], alone: Parameters
+) -> Iterator[Parameters]:
+    """The parameters of the observed site of a `BayesianNetwork` at each of the draws `values`,
+    with the rows first; `alone`: those of one draw.
+    """
+    program = site.program
+    assert isinstance(program, BayesianNetwork)
+    parameters = dict(program.net.named_parameters())
+    size = 2 * sum(t.numel() * t.element_size() for t in (*alone, *parameters.values()))
+    count = max(min(_DRAWS, _KEPT // max(size, 1)), 1)
+    while group := list(islice(values, count)):
+        weights = [_weights(program, draw) for draw in group]
+        shared = SharedProducts(weights, list(parameters.values()))
+        found: list[list[Parameters]] = [[] for _ in group]
+        for block in pieces(site.x, max(site.batch_size // count, 1)):
+            with shared.of(block):
+                for k, draw in enumerate(group):
+                    shared.current = k
+                    part = site.parameters([site.reached(draw, block, weights[k])])
+                    if part is None:
+                        raise another_distribution(site.name)
+                    found[k].append(part)
+        for parts in found:
+            yield tuple(torch.cat(tensors)[None] for tensors in zip(*parts, strict=True))
+
+
+def shares_products(site: ObservedSite) -> bool:
+    """Whether `parameters_of_draws` can be asked, and pays."""
+    program, rows = site.program, rows_in(site.x)
+    if not isinstance(program, BayesianNetwork) or site.writes:
+        return False
+    work = rows * sum(p.numel() for p in program.net.parameters())
+    return min(rows, site.batch_size // _DRAWS) >= _LEAST_ROWS and work >= _LEAST_WORK
+
+
+def _weights(program: BayesianNetwork, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter → its weight at the values of the latent sites."""
+    with Values(values):
+        return program.weights()

@@ -1,0 +1,219 @@
+"""The temperatures that trials choose, of the fit and of its class probabilities: the same fits and
+scores by hand, where they are written, and when there is no trial.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import pyro_bmr as bmr
+from pyro_bmr.data.data_set import Data, validation_data
+from pyro_bmr.experiments import recipe
+from pyro_bmr.experiments import temperature_trials as temperature_trials_file
+from pyro_bmr.experiments.compare import compare
+from pyro_bmr.experiments.methods import method_named
+from pyro_bmr.experiments.models import load_model
+from pyro_bmr.experiments.settings import Settings, length_of
+from pyro_bmr.experiments.temperature_trials import TEMPERATURES, folds_of, temperature_trials
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*the reduction after the fit", "ignore:.* is a sum over"
+)
+BUILD = load_model("mlp:20")
+SETTINGS = Settings(epochs=60, batch_size=20, draws=8)
+
+
+def labelled(wrong: float) -> Data:
+    """Two classes, divided by a line, of 120 rows, a part of the labels drawn at random."""
+    draws = torch.Generator().manual_seed(5)
+    x = torch.randn(240, 6, generator=draws)
+    y = (x[:, 0] - x[:, 1] > 0).long()
+    other = torch.rand(240, generator=draws) < wrong
+    y = torch.where(other, torch.randint(2, (240,), generator=draws), y)
+    return Data("line", x[:120], y[:120], x[120:], y[120:], 2)
+
+
+def by_route(data, settings, route="fitted", prior=None):
+    prior = prior or bmr.Gaussian("layer")
+    return recipe.fit_by_route(BUILD, data, prior, route, 3, settings, False)
+
+
+def held_out(data, temperature, every, fold):
+    """The probabilities of the held-out rows after the trial of a fit of 60 epochs, by hand, and
+    their labels.
+    """
+    rows = validation_data(data, 1 / 6, fold)
+    assert len(rows.x_train) == 100 and len(rows.x_test) == 20
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        program = BUILD(rows, bmr.Gaussian("layer"))
+    fit = bmr.fit(
+        program,
+        (rows.x_train, rows.y_train),
+        epochs=20,
+        batch_size=20,
+        optimizer=bmr.natural_gradient(),
+        temperature=temperature,
+        seed=3,
+        reduce=every,
+        progress=False,
+    )
+    posterior = bmr.reduce(fit.posterior, to=bmr.Gaussian(scale=0)).posterior if every else None
+    drawn = bmr.predict(fit.program, posterior or fit.posterior, rows.x_test, draws=8, seed=3)
+    return drawn.probs.double(), rows.y_test
+
+
+def nll(probs, y, scale=1.0):
+    powers = probs ** (1 / scale)
+    return -float((powers[torch.arange(len(y)), y] / powers.sum(1)).log().mean())
+
+
+@pytest.mark.filterwarnings("ignore:the fit has not converged")
+@pytest.mark.parametrize("route", [pytest.param("fitted", marks=pytest.mark.slow), "reduced"])
+def test_a_trial_is_a_third_of_the_fit_on_five_sixths_of_the_rows(route, monkeypatch):
+    monkeypatch.setattr(temperature_trials_file, "_ENOUGH", 40)  # two folds of 20 rows
+    data = labelled(0.1)
+    settings = replace(SETTINGS, reduce_every=6.0)
+    found = by_route(data, settings, route)
+    every = bmr.Every(2.0, bmr.Gaussian(scale=0)) if route == "reduced" else None
+    held = {
+        t: tuple(map(torch.cat, zip(*(held_out(data, t, every, k) for k in (0, 1)), strict=True)))
+        for t in TEMPERATURES
+    }
+    expected = {t: nll(*held[t]) for t in TEMPERATURES}
+    assert found.trials.nll == pytest.approx(expected, rel=1e-5)
+    assert abs(expected[0.3] - expected[0.1]) > 0.01
+    best = min(expected, key=expected.get)
+    assert found.trials.temperature == found.fit.temperature == best
+    scales = torch.logspace(-1, 1, 1001).tolist()
+    scale = min(scales, key=lambda s: nll(*held[best], s))
+    assert route == "fitted" or scale > 1.2
+    assert found.scale == pytest.approx(max(scale, 1.0), rel=0.01)
+    given = by_route(data, replace(settings, temperature=best), route)
+    assert given.trials is None and given.scale == 1 and len(given.fit.history) == 60
+    for name, site in given.posterior.sites.items():
+        assert torch.equal(site.mean, found.posterior.sites[name].mean)
+
+
+@pytest.mark.filterwarnings("ignore:the fit has not converged")
+@pytest.mark.parametrize(
+    "batch_size, trial, every",
+    [
+        (128, 1000, None),  # 3,000 steps, of which 20 passes are 20
+        (2, 2667, 9.0),  # of 8,000 steps, 20 passes over 800 rows
+        (1, 5333, None),  # the budget, which 20 passes would overrun
+    ],
+)
+def test_a_trial_is_a_third_of_a_fit_whose_length_follows_the_rows(batch_size, trial, every):
+    data = labelled(0.0)
+    x, y = data.x_train.repeat(8, 1), data.y_train.repeat(8)
+    data = replace(data, x_train=x, y_train=y)  # 960 rows, of which each of two folds has 800
+    seen = []
+
+    def attempt(rows, settings, length, fold):
+        seen.append((settings.epochs, length.steps, length.first, settings.reduce_every))
+        program = BUILD(rows, bmr.Gaussian())
+        fit = bmr.fit(program, (rows.x_train[:20], rows.y_train[:20]), epochs=1, progress=False)
+        return fit.program, fit.posterior
+
+    settings = Settings(draws=2, batch_size=batch_size, reduce_every=every)
+    temperature_trials(attempt, data, settings, 0, False)
+    assert seen == [(None, trial, trial, every and every / 3)] * (2 * len(TEMPERATURES))
+
+
+@pytest.mark.filterwarnings("ignore:the fit has not converged")
+def test_the_fit_after_the_trials_has_the_whole_length(monkeypatch):
+    lengths = []
+    monkeypatch.setattr(temperature_trials_file, "_ENOUGH", 20)
+
+    def fit(program, rows, epochs, **given):
+        lengths.append((len(rows.x_train), epochs.steps, epochs.first))
+        return bmr.fit(program, rows, epochs=1, **given)
+
+    monkeypatch.setattr(recipe, "fit", fit)
+    by_route(labelled(0.0), Settings(draws=2, batch_size=128))
+    assert lengths == [(100, 1000, 1000), (100, 1000, 1000), (120, 3000, 3000)]
+    lengths.clear()
+    by_route(labelled(0.0), Settings(draws=2, batch_size=1, temperature=0.3))
+    assert lengths == [(120, 3000, 3000)]
+
+
+def test_the_length_of_a_fit():
+    # 60,000 rows in batches of 128 are 469 steps a pass; the budget is that of UntilConverged
+    for rows, batch_size, steps in [
+        (60_000, 128, 9_380),
+        (19_000, 128, 3_000),
+        (19_201, 128, 3_020),
+        (10_000_000, 128, 16_000),
+    ]:
+        assert length_of(None, rows, batch_size) == bmr.UntilConverged(steps=steps, first=steps)
+    assert length_of(7, 60_000, 128) == 7 and length_of(7, 60_000, 128, 1 / 3) == 2
+    assert length_of(1, 60_000, 128, 1 / 3) == 1
+
+
+def test_the_folds():
+    """Until 200 rows or all were held out, each once; and with validation rows one."""
+    for rows, folds in [(1_438, 1), (1_200, 1), (1_194, 2), (600, 2), (594, 3), (120, 6), (10, 5)]:
+        data = Data("rows", torch.randn(rows, 2), torch.arange(rows) % 2, *(torch.ones(2),) * 2, 2)
+        assert folds_of(data) == folds
+        held = [validation_data(data, 1 / 6, fold) for fold in range(folds)]
+        seen = torch.cat([part.x_test for part in held])
+        assert len(seen.unique(dim=0)) == len(seen) >= min(200, rows)
+        for part in held:
+            both = torch.cat([part.x_train, part.x_test])
+            assert torch.equal(both.unique(dim=0), data.x_train.unique(dim=0))
+    assert folds_of(replace(data, x_val=data.x_test, y_val=data.y_test)) == 1
+
+
+@pytest.mark.parametrize("route", ["map", "fitted", "reduced"])
+def test_no_trial_for_real_targets_nor_for_map(route):
+    data = bmr.load("diabetes") if route != "map" else labelled(0.0)
+    build = load_model("linear_regression") if route != "map" else BUILD
+    settings = replace(SETTINGS, epochs=2)
+    found = recipe.fit_by_route(build, data, bmr.Gaussian("layer"), route, 0, settings, False)
+    assert found.trials is None and found.fit.temperature == 1
+
+
+def test_predictions_have_the_scale_of_the_trials(monkeypatch):
+    """Also where it is 1: it would make them more certain, or the variances are widened."""
+    monkeypatch.setattr(temperature_trials_file, "held_out_scale", lambda *_: 1.7)
+    data, options = labelled(0.3), {"epochs": 6, "batch_size": 20, "draws": 8}
+
+    def trained(**more):
+        return method_named("fitted")(BUILD, data, 3, {**options, **more}, False)
+
+    auto = trained()
+    temperature = auto.fit.temperature
+    plain, wide = trained(temperature=temperature), trained(widen=2.0)
+    assert auto.extra["scale"] == 1.7 and "scale" not in plain.extra and wide.extra["scale"] == 1
+    powers = plain.predict(data.x_test).probs ** (1 / 1.7)
+    expected = powers / powers.sum(1, keepdim=True)
+    torch.testing.assert_close(auto.predict(data.x_test).probs, expected)
+    monkeypatch.setattr(temperature_trials_file, "held_out_scale", lambda *_: 0.6)
+    assert trained().extra["scale"] == 1
+
+
+def test_the_choice_is_in_the_table_and_in_the_folder(tmp_path):
+    table = compare(
+        "mlp:4",
+        labelled(0.2),
+        priors={"gaussian": bmr.Gaussian()},
+        routes=["map", "reduced"],
+        baselines=(),
+        seeds=1,
+        settings=replace(SETTINGS, epochs=3),
+        out=tmp_path,
+        progress=False,
+    ).set_index("route")
+    folder = tmp_path / "cells" / table.loc["reduced", "cell"]
+    settings = json.loads((folder / "settings.json").read_text())
+    trials = json.loads((folder / "report.json").read_text())["trials"]
+    assert set(trials) == {f"{t:g}" for t in TEMPERATURES} and min(trials.values()) > 0
+    chosen = float(min(trials, key=trials.get))
+    assert table.loc["reduced", "temperature"] == settings["temperature"] == chosen
+    assert table.loc["reduced", "scale"] == settings["scale"] != 1
+    assert settings["options"]["temperature"] == "auto" and table.loc["map", "temperature"] == 1
+    assert "temperature 0.3: " in (folder / "log.txt").read_text()
