@@ -8,27 +8,35 @@ of the problems. Its scores on test rows are only reported, on the other half. R
 score of the best candidate of a problem minus that of the candidate, in nats per row.
 
 `--round NAME` fits the candidates of one round only, `--page` writes the page from what there is.
+The round "defaults" has no candidates: its fits are those of `compare` by default
+(`parts/trials/default_fits.py`), on the problems of classes whose steps are cheap.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from parts.pages import fill
 from parts.trials.cell import PLAIN, Candidate, cell, on
+from parts.trials.cells_file import Line, add_cell, has_cell, read_cells
+from parts.trials.choices import CANDIDATES, choice_table
+from parts.trials.default_fits import KEYS, ROUTES, default_fit, default_table
 from parts.trials.problems import PROBLEMS, Problem
-from parts.trials.regret import regret_table, run_table, score_table
+from parts.trials.regret import regret_table
 
 import pyro_bmr as bmr
 from pyro_bmr.experiments.folder import versions
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "defaults.md"
+CELLS = PAGE.with_suffix(".csv")
+FITS = PAGE.with_name("default_fits.csv")
+DEFAULTS = "defaults"
 
 # rounds
 
@@ -47,6 +55,7 @@ def _varied(**fields: Any) -> list[Candidate]:
     return [replace(_BASE, **{name: value}, **dict(others)) for value in values]
 
 
+_round("trials", list(CANDIDATES), 1, "all")
 _BASE_GRID = [
     *_varied(temperature=(0.3, 1.0, 0.1)),
     *_varied(temperature=(0.3, 1.0, 0.1), prior="gaussian"),
@@ -153,78 +162,83 @@ def problems_of(side: str) -> list[Problem]:
 
 
 def run(
-    name: str, folder: Path, out: Path, only: str | None = None, seeds: int | None = None
+    name: str, folder: Path, file: Path, only: str | None = None, seeds: int | None = None
 ) -> None:
-    """Fits the cells of a round that have no file yet."""
+    """Fits the cells of a round that are not in the file yet."""
     candidates, usual, side = ROUNDS[name]
     for seed in range(seeds or usual):
-        for candidate in candidates:
-            for problem in problems_of(side):
-                if only is None or problem.name == only:
-                    run_cell(problem, candidate, seed, folder, out)
+        for problem in problems_of(side):
+            for candidate in candidates:
+                # real targets have one temperature: no trials
+                if only in (None, problem.name) and not (name == "trials" and problem.real):
+                    run_cell(problem, candidate, seed, folder, file)
 
 
-def run_cell(problem: Problem, candidate: Candidate, seed: int, folder: Path, out: Path) -> None:
+def run_cell(problem: Problem, candidate: Candidate, seed: int, folder: Path, file: Path) -> None:
     candidate = on(problem, candidate)
-    file = out / problem.name / candidate.name / f"{seed}.json"
-    if file.exists():
+    if has_cell(read_cells(file), problem.name, candidate, seed):
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             found = cell(problem, candidate, seed, folder)
         except bmr.errors.PyroBMRError as error:
-            found = {"error": str(error)}
-    about = {"problem": problem.name, "candidate": asdict(candidate), "seed": seed}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    written = file.with_suffix(".part")
-    written.write_text(json.dumps({**about, **versions(), **found}, indent=1))
-    written.rename(file)
-    best = found.get("scores", {}).get("1", {}).get("validation", found.get("error"))
+            print(problem.name, candidate.name, seed, error, flush=True)
+            return
+    add_cell(file, problem.name, candidate, seed, found, versions().get("commit", ""))
+    best = found["scores"]["1"]["validation"]
     print(time.strftime("%H:%M:%S"), problem.name, candidate.name, seed, best, flush=True)
 
 
-def candidates_of(out: Path) -> list[Candidate]:
+def run_defaults(folder: Path, only: str | None, seeds: int) -> None:
+    """Makes the fits by default that are not in their file yet."""
+    problems = [p for p in PROBLEMS.values() if not p.real and p.cost == 1]
+    for seed in range(seeds):
+        for problem in problems:
+            for route in ROUTES if only in (None, problem.name) else ():
+                fits = pd.read_csv(FITS) if FITS.exists() else pd.DataFrame(columns=KEYS)
+                if (fits[KEYS] == [problem.name, route, seed]).all(axis=1).any():
+                    continue
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    found = default_fit(problem, route, seed, folder)
+                line = pd.DataFrame([{**found, "commit": versions().get("commit", "")}])
+                line.to_csv(FITS, mode="a", header=not len(fits), index=False, float_format="%.6g")
+                print(time.strftime("%H:%M:%S"), *found.values(), flush=True)
+
+
+def candidates_of(cells: list[Line]) -> list[Candidate]:
     """The candidates that were run, those for real targets apart."""
-    found = {}
-    for file in sorted(out.glob("*/*/*.json")):
-        cell = json.loads(file.read_text(encoding="utf-8"))
-        if cell["problem"] in PROBLEMS and not PROBLEMS[cell["problem"]].real:
-            found[file.parent.name] = Candidate(**cell["candidate"])
-    return list(found.values())
+    return list(dict.fromkeys(c.candidate for c in cells if not PROBLEMS[c.problem].real))
 
 
-def write_page(out: Path) -> None:
+def write_page(file: Path) -> None:
     """Fills the tables of the page."""
-    candidates, over = candidates_of(out), PLAIN
-    shown = [
-        ("plain network", PLAIN),
-        *(
-            (f"{prior}, T = {t}", replace(_TEN, prior=prior, temperature=t))
-            for prior in ("gaussian:layer", "gaussian")
-            for t in (0.3, 0.1)
-        ),
-    ]
+    cells = read_cells(file)
+    fill(PAGE, choice_table(list(PROBLEMS.values()), cells), "trials")
     for side in ("choosing", "reporting"):
-        problems = problems_of(side)
-        fill(PAGE, regret_table(candidates, problems, out, over), f"regrets, {side}")
-        fill(PAGE, score_table(shown, problems, out), f"scores, {side}")
-    fill(PAGE, run_table(PROBLEMS["digits"], out), "digits")
+        lines = regret_table(candidates_of(cells), problems_of(side), cells, CANDIDATES[0])
+        fill(PAGE, lines, f"regrets, {side}")
+        fill(PAGE, default_table(side, pd.read_csv(FITS), cells), f"defaults, {side}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("results/defaults"))
-    parser.add_argument("--round", nargs="*", default=list(ROUNDS), choices=list(ROUNDS))
+    parser.add_argument("--data", type=Path, help="the folder of the tables of R")
+    parser.add_argument("--cells", type=Path, default=CELLS, help="their file")
+    rounds = [DEFAULTS, *ROUNDS]
+    parser.add_argument("--round", nargs="*", default=rounds, choices=rounds)
     parser.add_argument("--only", help="a problem")
     parser.add_argument("--seeds", type=int, help="in place of those of the round")
     parser.add_argument("--page", action="store_true", help="fit nothing, only write the page")
     arguments = parser.parse_args()
     for name in () if arguments.page else arguments.round:
-        run(name, arguments.data, arguments.out, arguments.only, arguments.seeds)
+        if name == DEFAULTS:
+            run_defaults(arguments.data, arguments.only, arguments.seeds or 2)
+        else:
+            run(name, arguments.data, arguments.cells, arguments.only, arguments.seeds)
     if arguments.page or not arguments.only:
-        write_page(arguments.out)
+        write_page(arguments.cells)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import pyro_bmr as bmr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.parts.pages import table
+from benchmarks.parts.peak_memory import peak_memory
 
 LAYERS = ["100x300", "300x784", "384x1536", "768x3072", "1024x4096"]
 
@@ -44,15 +44,17 @@ def measured(layer: str, kept: float) -> dict[str, float | str]:
     generator = torch.Generator().manual_seed(0)
     inputs, outputs = factor(m, m + 1000, generator), 4000 * factor(n, n + 1000, generator)
     weights = torch.randn(n, m, generator=generator) * m**-0.5
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def both() -> tuple[bmr.Reduction, float]:
+        posterior = bmr.Posterior.from_curvature(
+            {"w": weights}, {"w": (outputs, inputs)}, bmr.Gaussian(m**-0.5), temperature=0.05
+        )
+        curved = time.process_time()
+        return bmr.reduce(posterior, to=bmr.Gaussian(0.0), kept=kept), curved
+
     start = time.process_time()
-    posterior = bmr.Posterior.from_curvature(
-        {"w": weights}, {"w": (outputs, inputs)}, bmr.Gaussian(m**-0.5), temperature=0.05
-    )
-    curved = time.process_time()
-    reduction = bmr.reduce(posterior, to=bmr.Gaussian(0.0), kept=kept)
+    (reduction, curved), memory = peak_memory(both)
     end = time.process_time()
-    memory = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     result = reduction.sites["w"]
     upper = getattr(result, "upper", None)
     return {

@@ -1,6 +1,7 @@
 """Every likelihood from data to plain torch: fit, validation, reduction, prediction, score, export.
 
-    python benchmarks/likelihoods.py --real --out docs/results/likelihoods.json
+    python benchmarks/likelihoods.py --real --epochs 40 --out docs/results/likelihoods.json \
+        --page docs/results/likelihoods.md
 
 Each row of the first table simulates data of known parameters (1,500 rows to train, 750 to test),
 fits them with a fifth of the rows held out, reduces the weights to the point spike, predicts the
@@ -31,6 +32,7 @@ from pyro_bmr.prediction.class_prediction import ClassPrediction
 from pyro_bmr.tracing import Values, likelihood_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.parts.pages import fill, table
 from benchmarks.parts.real_targets import REAL, mixed
 
 TRAIN, TEST, INPUTS = 1500, 750, 6
@@ -308,9 +310,52 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(pd.DataFrame(rows).round(3).to_string(index=False))
 
 
+def simulated_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows of simulated data as a table of the page."""
+    columns = ["likelihood", "largest error of a weight", "parameters of the likelihood"]
+    columns += ["kept, not 0", "kept, 0", "log score", "of the truth", "another score"]
+    return table(
+        columns,
+        (
+            [
+                row["likelihood"],
+                f"{row['worst weight, sd']:.1f}",
+                row["parameters, true ones in brackets"] or "—",
+                row["kept, not 0"],
+                row["kept, 0"],
+                f"{row['log score']:.3f}",
+                f"{row['of the truth']:.3f}",
+                f"{row['score']} {row['value']:.3f}",
+            ]
+            for row in rows
+        ),
+    )
+
+
+def real_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows of real data as a table of the page."""
+    columns = ["data", "rows", "kept", "log score", "without inputs", "another score"]
+    return table(
+        [*columns, "without inputs"],
+        (
+            [
+                row["data"],
+                f"{row['rows']:,}",
+                row["kept"],
+                f"{row['log score']:.3f}",
+                f"{row['without inputs']:.3f}",
+                f"{row['score']} {row['value']:.3f}",
+                f"{row['value without inputs']:.3f}",
+            ]
+            for row in rows
+        ),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
+    parser.add_argument("--page", type=Path, help="a page whose tables are filled")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--only", nargs="*", help="the rows to make, by name; all by default")
     parser.add_argument("--real", action="store_true", help="also those of real data")
@@ -318,9 +363,12 @@ def main() -> None:
     wanted = options.only or [*CASES, *(REAL if options.real else ())]
     rows = [row(name, options.epochs) for name in wanted if name in CASES]
     real = [real_row(name, options.epochs) for name in wanted if name in REAL]
-    for table in (rows, real):
-        if table:
-            show(table)
+    for found in (rows, real):
+        if found:
+            show(found)
+    if options.page:
+        fill(options.page, simulated_lines(rows), "simulated")
+        fill(options.page, real_lines(real), "real")
     if options.out:
         text = json.dumps({"simulated": rows, "real": real}, indent=1, ensure_ascii=False)
         options.out.write_text(text + "\n", encoding="utf-8")

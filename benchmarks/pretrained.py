@@ -3,7 +3,8 @@ LLM Surgeon: `python benchmarks/pretrained.py --networks mlp lenet vit --seeds 3
 
 Fashion-MNIST. Networks are trained once and kept in --nets. All methods read the same calibration
 rows; none sees the test rows. --validation scores the 5,000 held-out training rows instead of the
-test rows. --cost times one layer of three sizes. --page fills docs/results/pretrained.md.
+test rows. --cost times one layer of three sizes. --posterior predicts from draws. --page
+fills docs/results/pretrained.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pyro_bmr as bmr
 from pyro_bmr.post_training import PATH
@@ -31,16 +32,19 @@ from benchmarks.parts.trained_networks import RECIPES, Rows, rows, trained
 SIZES = (0.5, 0.2, 0.1, 0.05)
 ROUNDS = tuple(step for step in PATH if step >= SIZES[-1])
 OURS, STEPLESS = "prune", "prune, no steps"
+DRAWS = 8  # of a pruned posterior
 Network = tuple[float, nn.Module]
 
 
 @torch.no_grad()
 def scores(net: nn.Module, scored: Rows) -> dict[str, float]:
-    logits = torch.cat([net(part) for part in scored.x.split(500)])
-    probs = logits.softmax(1)
+    return scores_of(torch.cat([net(part) for part in scored.x.split(500)]).softmax(1), scored)
+
+
+def scores_of(probs: Tensor, scored: Rows) -> dict[str, float]:
     return {
         "accuracy": bmr.metrics.accuracy(probs, scored.y),
-        "nll": float(nn.functional.cross_entropy(logits, scored.y)),
+        "nll": float(nn.functional.nll_loss(probs.log(), scored.y)),
         "ece": bmr.metrics.ece(probs, scored.y),
     }
 
@@ -120,6 +124,33 @@ def results(name: str, seed: int, settings: argparse.Namespace) -> list[dict[str
     return out
 
 
+def from_posterior(name: str, settings: argparse.Namespace) -> list[str]:
+    """A table: the pruned network, and the average over draws of its posterior, without steps."""
+    data, lines = rows(), []
+    scored = data["held" if settings.validation else "test"]
+    for seed in settings.seeds:
+        net = trained(name, seed, settings.nets, data["train"])
+        order = torch.randperm(len(data["train"].x), generator=torch.Generator().manual_seed(seed))
+        x = data["train"].x[order[: settings.rows]]
+        for kept in SIZES[-2:]:
+            pruned = bmr.prune(
+                net, x, bmr.Categorical(), kept, corrections=0, last_corrections=0, rows=len(x),
+                size=len(order), progress=False,
+            )  # fmt: skip
+            cells = [f"{name}, seed {seed}", f"{kept:.0%}", _cell(scores(pruned.net, scored))]
+            for widening in (1.0, 20.0):
+                drawn = pruned.draws(DRAWS, widening=widening)
+                found = bmr.prediction.predict_networks(drawn, bmr.Categorical(), scored.x)
+                cells.append(_cell(scores_of(found.probs, scored)))
+            print(" | ".join(cells), flush=True)
+            lines.append(cells)
+    return table(["network", "kept", "point", "posterior", "20 times as wide"], lines)
+
+
+def _cell(found: dict[str, float]) -> str:
+    return f"{found['accuracy']:.3f} ({found['nll']:.3f}, {found['ece']:.3f})"
+
+
 def _row(
     name: str, seed: int, method: str, kept: float, net: nn.Module, scored: Rows, seconds: float
 ) -> dict[str, object]:
@@ -158,6 +189,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--validation", action="store_true")
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument(
+        "--posterior", action="store_true", help="predictions from draws, of the first network"
+    )
     parser.add_argument("--nets", type=Path, default=Path("results/pretrained/nets"))
     parser.add_argument("--out", type=Path, default=Path("results/pretrained"))
     parser.add_argument("--page", type=Path, help="such as docs/results/pretrained.md")
@@ -173,6 +207,11 @@ def main() -> None:
         print("\n".join(lines))
         if settings.page:
             fill(settings.page, lines, "cost")
+        return
+    if settings.posterior:
+        lines = from_posterior(settings.networks[0], settings)
+        if settings.page:
+            fill(settings.page, lines, "posterior")
         return
     path = settings.out / ("validation.csv" if settings.validation else "results.csv")
     done = pd.read_csv(path) if path.exists() else pd.DataFrame()

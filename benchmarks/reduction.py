@@ -40,17 +40,21 @@ def posterior(n: int, seed: int = 0) -> bmr.Posterior:
     """A sparse layer: a tenth of the weights from N(0, 1.2²), the rest from N(0, 0.05²), each with
     a posterior of its own width; prior N(0, 1.5).
     """
-    generator = torch.Generator().manual_seed(seed)
     mean, var = torch.empty(n), torch.empty(n)
+    moments(mean, var, torch.Generator().manual_seed(seed))
+    return bmr.Posterior(
+        {"w": Site(mean, var, bmr.formulas.Diagonal(torch.zeros(()), torch.tensor(1.5)))}
+    )
+
+
+def moments(mean: torch.Tensor, var: torch.Tensor, generator: torch.Generator) -> None:
+    """Fills two vectors with the moments of such a layer."""
     for m, v in zip(mean.split(1 << 20), var.split(1 << 20), strict=True):
         m.copy_(
             torch.where(torch.rand(len(m), generator=generator) < 0.1, 1.2, 0.05)
             * torch.randn(len(m), generator=generator)
         )
         v.uniform_(0.001, 0.011, generator=generator)
-    return bmr.Posterior(
-        {"w": Site(mean, var, bmr.formulas.Diagonal(torch.zeros(()), torch.tensor(1.5)))}
-    )
 
 
 def measured(call: Callable[[], Any], repeats: int) -> dict[str, float]:

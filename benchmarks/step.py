@@ -122,8 +122,11 @@ def ours(
     masks_of: float | None = None,
     prior: bmr.priors.Prior | None = None,
     guide: object = bmr.MeanField,
+    units: float = 0,
 ) -> Step:
-    """The step of `fit`; with `masks_of`, after that fraction of each weight tensor was pruned."""
+    """The step of `fit`; with `masks_of`, after that fraction of each tensor was pruned, among it
+    the fraction `units` of the units of each hidden layer with all their weights.
+    """
     program = bmr.BayesianNetwork(copy.deepcopy(net), prior or bmr.Gaussian(), bmr.Categorical())
     run = running(program, (x, y), make or bmr.adam(), guide, len(x))
     run.full_data.size = run.step.rows = ROWS
@@ -131,8 +134,7 @@ def ours(
     schedule = bmr.fitting.cosine(run.optimizer, 10**6)
     run.optimizer.steps = 1000  # of the natural gradient: beyond its first steps, which differ
     if masks_of is not None:
-        masks = {s.name: torch.rand(s.shape) >= masks_of for s in run.guide.latents}
-        run.step.prune(masks, run.optimizer)
+        run.step.prune(pruned(run, masks_of, units), run.optimizer)
     number = 0
 
     def step() -> None:
@@ -145,12 +147,36 @@ def ours(
     return step
 
 
+def pruned(run: Run, share: float, units: float) -> dict[str, Tensor]:
+    """Masks of the weights that prune `share` of them, and whole units among them."""
+    still = (1 - share) / (1 - units)  # of the units that are not pruned
+    masks = {
+        s.name: torch.rand(s.shape) < still
+        for s in run.guide.latents
+        if s.name in run.program.forms
+    }
+    hidden = [name for name in masks if name.endswith("weight")][:-1]
+    for name in hidden if units else ():
+        dead = torch.rand(len(masks[name])) < units
+        masks[name][dead] = False
+        masks[name.replace("weight", "bias")][dead] = False
+    return masks
+
+
 NATURAL = {"make": bmr.natural_gradient()}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, natural gradient": NATURAL,
     "ours, 95 % pruned": {"masks_of": 0.95},
     "ours, natural gradient, 95 % pruned": {**NATURAL, "masks_of": 0.95},
+    "ours, 95 % pruned, units dead": {"masks_of": 0.95, "units": 0.8},
+    "ours, natural gradient, 95 % pruned, units dead": {**NATURAL, "masks_of": 0.95, "units": 0.8},
+    "ours, layer scales, natural gradient, 95 % pruned, units dead": {
+        **NATURAL,
+        "prior": bmr.Gaussian("layer"),
+        "masks_of": 0.95,
+        "units": 0.8,
+    },
     "ours, layer scales": {"prior": bmr.Gaussian("layer")},
     "ours, layer scales, natural gradient": {**NATURAL, "prior": bmr.Gaussian("layer")},
     "ours, horseshoe": {"prior": bmr.Horseshoe()},

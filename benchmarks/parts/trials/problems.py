@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr.data.data_set import standardised
+from pyro_bmr.data.standardised import standardised
 from pyro_bmr.experiments.models import Build, load_model
 
 Arrays = tuple[np.ndarray, np.ndarray]
