@@ -1,12 +1,12 @@
 """The table of a deployment: what the dense network and each written format cost.
 
-Owns `Trial`, `dense_networks` and `read_format`. Next: `deployment.py`.
+Owns `Trial`, `dense_networks`, `read_format` and `with_shared_calls`. Next: `deployment.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -91,3 +91,26 @@ def read_format(
     size = files[form.file]["bytes"]
     costs = {"format": key, "file": form.file, "bytes": size, **counted(trial.net, example)}
     return Timed(costs, run, of_each(halved, example) if key == "half" else example), differs
+
+
+def with_shared_calls(timed: Sequence[Timed]) -> list[Timed]:
+    """The same formats; one whose file holds the same network as another's is not timed again."""
+    runs = {one.costs["format"]: one.run for one in timed}
+    likes = [FORMATS[key].like for key in runs]
+    return [
+        replace(one, like=like) if like and _same_tensors(one.run, runs[like]) else one
+        for one, like in zip(timed, likes, strict=True)
+    ]
+
+
+def _same_tensors(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
+    """Whether two networks of one class have the same tensors, in the same order in memory."""
+    if not isinstance(a, nn.Module) or not isinstance(b, nn.Module):
+        return False
+    one, other = a.state_dict(), b.state_dict()
+    return one.keys() == other.keys() and all(
+        t.dtype == other[name].dtype
+        and t.stride() == other[name].stride()
+        and torch.equal(t, other[name])
+        for name, t in one.items()
+    )

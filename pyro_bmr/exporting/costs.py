@@ -56,12 +56,20 @@ def flops(net: nn.Module, example: Inputs) -> int:
 @dataclass(frozen=True)
 class Timed:
     """What is timed: a call of `run` on rows of `example`. `costs` (name → value): what is known of
-    it so far, with its `format`.
+    it so far, with its `format`. `like`: another format that is the same network computed in the
+    same way; then only that one is called.
     """
 
     costs: dict[str, Any]
     run: Callable[..., Any]
     example: Inputs
+    like: str = ""
+
+    @property
+    def timed_format(self) -> str:
+        """The format whose calls give its latency."""
+        name: str = self.costs["format"]
+        return self.like or name
 
 
 def counted(net: nn.Module, example: Inputs) -> dict[str, int]:
@@ -75,38 +83,35 @@ def counted(net: nn.Module, example: Inputs) -> dict[str, int]:
 def with_latencies(
     contenders: Sequence[Timed], seconds: float, batches: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The costs of each, with the time of a call on batches of these sizes: the median, and the
-    time that nine of ten calls stay under.
+    """The costs of each, with the time of a call on batches of these sizes: the median, the time
+    that nine of ten calls stay under, and the number of calls behind both.
 
     They take turns, so that all meet the same state of the machine; `seconds`: for each and batch.
+    At least three calls of each are counted.
 
     Raises:
         ModelError: one does not take batches of other sizes than the example's.
     """
-    rows = [dict(one.costs) for one in contenders]
+    rows = [{**one.costs, "latency of": one.timed_format} for one in contenders]
     for batch in batches:
-        calls: list[list[float]] = [[] for _ in contenders]
+        calls: dict[str, list[float]] = {one.timed_format: [] for one in contenders}
         for _ in range(_TURNS):
-            for times, one in zip(calls, contenders, strict=True):
-                times += _calls(one, batch, batches, seconds / _TURNS, times)
-        for row, times in zip(rows, calls, strict=True):
+            for one in contenders:
+                if not one.like:
+                    calls[one.timed_format] += _calls(one, batch, batches, seconds / _TURNS)
+        for row in rows:
+            times = calls[row["latency of"]]
             row[f"ms at batch {batch}"] = statistics.median(times)
             row[f"p90 ms at batch {batch}"] = statistics.quantiles(times, n=10, method="inclusive")[
                 -1
             ]
+            row[f"calls at batch {batch}"] = len(times)
     return rows
 
 
-def _calls(
-    one: Timed, batch: int, batches: Sequence[int], seconds: float, before: list[float]
-) -> list[float]:
-    """The times of a turn, two at least after one that is not counted. A call that took longer
-    than `seconds` in the turn `before` is made once: it meets caches that matter little to it.
-    """
-    slow = bool(before) and before[-1] > 1e3 * seconds
-    least, warm_up = (1, False) if slow else (2, True)
+def _calls(one: Timed, batch: int, batches: Sequence[int], seconds: float) -> list[float]:
     try:
-        return milliseconds(one.run, one.example, batch, seconds, least, warm_up)
+        return milliseconds(one.run, one.example, batch, seconds, least=1)
     except Exception as error:  # a forward may allow only its own number of rows
         raise ModelError(
             f"format '{one.costs['format']}' does not run on batches of {tuple(batches)} rows"

@@ -22,7 +22,7 @@ from pyro_bmr.data.given import example_of
 from pyro_bmr.data.inputs import described as shapes_of
 from pyro_bmr.data.inputs import has_rows, of_each, parts_of, rows_in
 from pyro_bmr.errors import ModelError, PyroBMRWarning, described
-from pyro_bmr.exporting.cost_table import Trial, dense_networks, read_format
+from pyro_bmr.exporting.cost_table import Trial, dense_networks, read_format, with_shared_calls
 from pyro_bmr.exporting.costs import Timed, with_latencies
 from pyro_bmr.exporting.finite import check_network
 from pyro_bmr.exporting.formats import FORMATS
@@ -74,14 +74,17 @@ def deploy(
         ensemble: name → stacked draws, from `ensemble`; written as ensemble.safetensors.
         report: written unchanged to report.json: ΔF, kept, prior, data, seed. A warning of empty
             layers is added to its `warnings` (`Reduction.warnings`).
-        seconds: for each measurement of a latency; the networks take turns.
+        seconds: for each measurement of a latency, and at least three calls; the networks take
+            turns.
         batches: the numbers of rows at which it is measured.
 
     Returns:
         DataFrame: One row per format: format, file, bytes, parameters, nonzero, FLOPs (per row of
             the input), the latency in milliseconds on one thread at each of `batches` (the median,
-            and the time that nine of ten calls stay under), and the largest difference of its
-            outputs from the network's, over the largest output. The report names the machine.
+            the time that nine of ten calls stay under, and the number of calls behind both), and
+            the largest difference of its outputs from the network's, over the largest output. A
+            file with the same network as another has the other's latency; `latency of` names it.
+            The report names the machine.
 
     Raises:
         ModelError: a format is not in the list, is not available here, or does not give the outputs
@@ -152,7 +155,7 @@ def _filled(
     if reason:
         vars(loaders)["Network"] = lambda: module_copy(trial.net)
     read = [read_format(key, written, loaders, trial, files) for key in keys]
-    timed = [*dense, *(one for one, _ in read)]
+    timed = [*dense, *with_shared_calls([one for one, _ in read])]
     costs = with_latencies(timed, trial.seconds, trial.batches)
     for row, (_, differs) in zip(costs[len(dense) :], read, strict=True):
         row["difference"] = differs

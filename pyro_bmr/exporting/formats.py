@@ -39,7 +39,8 @@ class Format:
 
     `write`: (network, example of two rows or more, path) → None. `tolerance`: of the outputs that
     the loader gives, relative to the largest. `rounded`: whether numbers are rounded to 8 bits, so
-    that what that costs depends on the network; it gets the whole example.
+    that what that costs depends on the network; it gets the whole example. `like`: the format
+    whose loader gives the same network, if the tensors are the same.
     """
 
     file: str
@@ -47,6 +48,7 @@ class Format:
     write: Callable[[nn.Module, Inputs, Path], None]
     tolerance: float = 1e-4
     rounded: bool = False
+    like: str = ""
 
 
 def _state_dict(net: nn.Module, example: Inputs, path: Path) -> None:
@@ -255,7 +257,7 @@ def _is_semi_structured(layer: nn.Module) -> bool:
 
 
 FORMATS: Mapping[str, Format] = {
-    "state_dict": Format("state_dict.pt", "load_state_dict", _state_dict),
+    "state_dict": Format("state_dict.pt", "load_state_dict", _state_dict, like="safetensors"),
     "safetensors": Format("model.safetensors", "load", _safetensors),
     "half": Format("model-half.safetensors", "load", _half, tolerance=2e-2),
     "program": Format("model.pt2", "load_program", _program),

@@ -36,19 +36,17 @@ def milliseconds(
     batch: int,
     seconds: float = 0.3,
     least: int = 5,
-    warm_up: bool = True,
 ) -> list[float]:
-    """The times of calls on `batch` rows on one thread, in milliseconds, with `warm_up` after a
-    first call that is not counted.
+    """The times of calls on `batch` rows on one thread, in milliseconds.
 
-    Calls are made for about `seconds`, and at least `least`.
+    Calls are made for about `seconds`, and at least `least` are counted. The first is not, unless
+    it alone takes longer than `seconds`: what it fills, such as caches, then matters little.
     """
     index, device = torch.arange(batch) % rows_in(example), device_of(example)
     given, named = call_arguments(run, of_each(lambda part: part[index], example))
     times: list[float] = []
     with one_thread():
-        if warm_up:
-            run(*given, **named)
+        warm = False
         while len(times) < least or sum(times) < 1e3 * seconds:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -56,7 +54,10 @@ def milliseconds(
             run(*given, **named)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times.append(1e3 * (time.perf_counter() - start))
+            taken = time.perf_counter() - start
+            if warm or taken > seconds:
+                times.append(1e3 * taken)
+            warm = True
     return times
 
 

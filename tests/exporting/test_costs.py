@@ -7,6 +7,7 @@ from torch import nn
 import pyro_bmr as bmr
 from pyro_bmr.exporting import costs
 from pyro_bmr.exporting.costs import flops
+from pyro_bmr.shrinking import latency
 from tests.exporting.networks import Queries
 
 
@@ -40,29 +41,39 @@ def test_networks_are_timed_in_turns(monkeypatch):
     times = {"a": iter([[1.0, 9.0], [2.0, 8.0], [30.0, 70.0]]), "b": iter([[5.0], [6.0], [90.0]])}
     asked = []
 
-    def milliseconds(run, example, batch, seconds, least, warm_up):
-        asked.append((run, batch, seconds, least, warm_up))
+    def milliseconds(run, example, batch, seconds, least):
+        asked.append((run, batch, seconds, least))
         return next(times[run])
 
     monkeypatch.setattr(costs, "milliseconds", milliseconds)
     contenders = [costs.Timed({"format": name}, name, None) for name in "ab"]
+    contenders.append(costs.Timed({"format": "c"}, "c", None, like="b"))
     rows = costs.with_latencies(contenders, 0.6, (4,))
-    assert asked == [(name, 4, pytest.approx(0.2), 2, True) for _ in range(3) for name in "ab"]
-    assert [row["format"] for row in rows] == ["a", "b"]
-    assert [row["ms at batch 4"] for row in rows] == [8.5, 6.0]
+    assert asked == [(name, 4, pytest.approx(0.2), 1) for _ in range(3) for name in "ab"]
+    assert [row["format"] for row in rows] == ["a", "b", "c"]
+    assert [row["latency of"] for row in rows] == ["a", "b", "b"]
+    assert [row["ms at batch 4"] for row in rows] == [8.5, 6.0, 6.0]
     # the places 0.9 × 5 and 0.9 × 2 in order: between 30 and 70, and between 6 and 90
-    assert [row["p90 ms at batch 4"] for row in rows] == pytest.approx([50.0, 73.2])
+    assert [row["p90 ms at batch 4"] for row in rows] == pytest.approx([50.0, 73.2, 73.2])
+    assert [row["calls at batch 4"] for row in rows] == [6, 3, 3]
     assert contenders[0].costs == {"format": "a"}
 
 
-def test_a_call_that_is_longer_than_a_turn_is_made_once_in_later_ones(monkeypatch):
-    times, asked = iter([[250.0, 201.0], [199.0], [220.0, 230.0]]), []
+@pytest.mark.parametrize(
+    ("taken", "least", "counted"),
+    [
+        ([0.05, 0.04, 0.07, 9.0], 1, [40, 70]),  # the first is not counted; 0.04 + 0.07 > 0.1
+        ([0.05, 0.04, 0.07, 0.01, 9.0], 3, [40, 70, 10]),
+        ([0.25, 9.0], 1, [250]),  # longer than all the time there is: counted, and no other
+        ([0.25, 0.3, 9.0], 2, [250, 300]),
+    ],
+)
+def test_which_calls_are_counted(taken, least, counted, monkeypatch):
+    clock, left = [0.0], iter(taken)
 
-    def milliseconds(run, example, batch, seconds, least, warm_up):
-        asked.append((least, warm_up))
-        return next(times)
+    def run(x):
+        clock[0] += next(left)
 
-    monkeypatch.setattr(costs, "milliseconds", milliseconds)
-    rows = costs.with_latencies([costs.Timed({"format": "a"}, "a", None)], 0.6, (4,))
-    assert asked == [(2, True), (1, False), (2, True)]  # 201 is above 200, 199 is not
-    assert rows[0]["ms at batch 4"] == 220.0
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+    times = latency.milliseconds(run, torch.zeros(1, 1), 1, 0.1, least)
+    assert times == pytest.approx(counted)

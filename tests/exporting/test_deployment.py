@@ -164,6 +164,23 @@ def test_the_report(x, tmp_path):
     assert "pyro" not in text.replace("pyro_bmr", "", 1)
 
 
+def test_files_of_the_same_network_share_a_latency(tmp_path):
+    net, x = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2)),
+        torch.rand(4, 3, 5, 5),
+    )
+    formats = ["state_dict", "half", "prune"]
+    table = bmr.deploy(net, tmp_path, x, formats=formats, seconds=0, batches=(2,))
+    assert table["latency of"].tolist() == ["safetensors", "safetensors", "half", "prune"]
+    columns = ["ms at batch 2", "p90 ms at batch 2"]
+    assert table.loc[0, columns].tolist() == table.loc[1, columns].tolist()
+    assert table["calls at batch 2"].tolist() == [3, 3, 3, 3]
+    # safetensors has no place for an order of the axes in memory; state_dict has
+    net[0].to(memory_format=torch.channels_last)
+    table = bmr.deploy(net, tmp_path, x, formats=formats, seconds=0, batches=(2,))
+    assert table["latency of"].tolist() == ["safetensors", "state_dict", "half", "prune"]
+
+
 def test_tied_tensors_are_stored_once_each(tmp_path):
     t = torch.arange(6.0).view(2, 3)
     save_tensors({"a": t, "b": t.T}, tmp_path / "t.safetensors")
