@@ -1,13 +1,15 @@
 """Time of a step of a sharded fit on a slow network, and what of its messages is hidden: a table of
 docs/several_processes.md. For root on Linux, with `ip` and `tc`.
 
-    python benchmarks/sharded_network.py --rate 1gbit
+    python benchmarks/sharded_network.py --rate 200mbit --rows 8192
 
 Each process has a network namespace of its own, joined by a bridge in another one; `tc` limits what
-each sends and receives. Eight layers of 1000 x 1000, 64 rows in all, the natural gradient, gloo,
-one thread a process. Fits with and without overlap take turns, three each of ten steps in one group
-of processes; the first step of each is left out, and the median is printed. Bytes are those that
-the interface of process 0 has sent, a step.
+each sends and receives. Eight layers of 1000 x 1000, the natural gradient, gloo, one thread a
+process; `--rows` of all processes together. Fits with and without layers gathered ahead take turns
+in one group of processes, each with its neighbour's order reversed; the first step of each is left
+out. Printed are medians, with quartiles, and how long a step waited for weights, by the ranges that
+torch marks in a profile. Bytes are those that the interface of process 0 has sent. One run at a
+time: what a killed one has left is removed at the start.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -28,12 +32,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import pyro_bmr as bmr
 from pyro_bmr.sharding import layers as sharded_layers
 from pyro_bmr.sharding import sharded_fit
 
-LAYERS, WIDTH, ROWS, STEPS, TURNS = 8, 1000, 1024, 8, 3
+LAYERS, WIDTH, STEPS, TURNS = 8, 1000, 4, 6
+WAITS = "FSDP::all_gather", "FSDP::all_gather_copy_out"  # which waits for the former if it is ahead
 _OVERLAP = sharded_layers._overlap
 HUB, PREFIX = "bmr-hub", "bmr-rank"
 
@@ -47,6 +53,7 @@ def ip(*words: object, where: str | None = None) -> None:
 def network(ranks: int, rate: str) -> Iterator[None]:
     """A namespace for each process, with an address on one bridge."""
     spaces = [f"{PREFIX}{rank}" for rank in range(ranks)]
+    remove_namespaces()
     try:
         for space in (HUB, *spaces):
             ip("ip", "netns", "add", space)
@@ -65,19 +72,27 @@ def network(ranks: int, rate: str) -> Iterator[None]:
                 ip("tc", "qdisc", "add", "dev", name, "root", "tbf", *bucket, where=where)
         yield
     finally:
-        for space in (HUB, *spaces):
-            subprocess.run(["ip", "netns", "del", space], check=False, stderr=subprocess.DEVNULL)
+        remove_namespaces()
+
+
+def remove_namespaces() -> None:
+    listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True)
+    for space in (line.split()[0] for line in listed.stdout.splitlines()):
+        if space == HUB or space.startswith(PREFIX):
+            ip("ip", "netns", "del", space)
 
 
 def sent() -> int:
     return int(Path("/sys/class/net/net0/statistics/tx_bytes").read_text())
 
 
-def steps(overlap: bool) -> tuple[list[float], int]:
-    """Seconds of each step but the first, and the bytes that process 0 has sent in them."""
+def steps(overlap: bool, rows: int) -> tuple[list[float], float, int]:
+    """Seconds of each step but the first, those that a step waited for weights, and the bytes that
+    this process has sent in a step.
+    """
     sharded_layers._overlap = _OVERLAP if overlap else lambda units: None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS * STEPS, WIDTH, generator=generator)
+    x = torch.randn(rows * STEPS, WIDTH, generator=generator)
     y = torch.randint(10, (len(x),), generator=generator)
     with torch.device("meta"):
         net = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
@@ -92,36 +107,54 @@ def steps(overlap: bool) -> tuple[list[float], int]:
         return torch.optim.lr_scheduler.LambdaLR(made, rate)
 
     step = bmr.natural_gradient()
-    rest = {"batch_size": ROWS, "optimizer": step, "scheduler": schedule, "progress": False}
-    sharded_fit(program, (x, y), epochs=1, **rest)
+    rest = {"batch_size": rows, "optimizer": step, "scheduler": schedule, "progress": False}
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        sharded_fit(program, (x, y), epochs=1, **rest)
+    ranges = [r for r in profiled.key_averages() if r.key.split(" ")[0] in WAITS]
+    waited = sum(r.cpu_time_total for r in ranges) / 1e6 / STEPS
     after = seen[-STEPS:]  # the first is made with the schedule, or is the end of step 1
     times = [b[0] - a[0] for a, b in pairwise(after)]
-    return times, (after[-1][1] - after[0][1]) // len(times)
+    return times, waited, (after[-1][1] - after[0][1]) // len(times)
 
 
-def one() -> None:
+def one(rows: int) -> None:
     """What each process does; the first one prints what it finds."""
     torch.set_num_threads(1)
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    steps(True)
+    warnings.filterwarnings("ignore", "the fit has not converged")
+    steps(True, rows)
     found: dict[str, list[float]] = {"with": [], "without": []}
+    waits: dict[str, list[float]] = {"with": [], "without": []}
     bytes_a_step = 0
-    for _ in range(TURNS):
-        for name in found:
-            times, bytes_a_step = steps(name == "with")
+    for turn in range(TURNS):
+        for name in sorted(found, reverse=turn % 2 == 1):
+            times, waited, bytes_a_step = steps(name == "with", rows)
             found[name] += times
+            waits[name].append(waited)
     if dist.get_rank() == 0:
-        medians = {name: statistics.median(times) for name, times in found.items()}
-        print(json.dumps({**medians, "bytes": bytes_a_step}), flush=True)
+        quartiles = {name: statistics.quantiles(times, n=4) for name, times in found.items()}
+        medians = {name: statistics.median(each) for name, each in waits.items()}
+        print(json.dumps({**quartiles, "waits": medians, "bytes": bytes_a_step}), flush=True)
     dist.destroy_process_group()
 
 
-def measured(ranks: int, rate: str) -> dict[str, float]:
-    with network(ranks, rate):
-        started = []
+@contextlib.contextmanager
+def ended(started: list[subprocess.Popen[str]]) -> Iterator[None]:
+    """Ends those processes, however this one leaves."""
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def measured(ranks: int, rate: str, rows: int) -> dict[str, Any]:
+    started: list[subprocess.Popen[str]] = []
+    with network(ranks, rate), ended(started):
         for rank in range(ranks):
             environment = {
                 **os.environ,
@@ -133,6 +166,7 @@ def measured(ranks: int, rate: str) -> dict[str, float]:
                 "OMP_NUM_THREADS": "1",
             }
             words = ["ip", "netns", "exec", f"{PREFIX}{rank}", sys.executable, __file__, "--rank"]
+            words += ["--rows", str(rows)]
             started.append(
                 subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
             )
@@ -140,23 +174,34 @@ def measured(ranks: int, rate: str) -> dict[str, float]:
     return dict(json.loads(found[0]))
 
 
+def in_seconds(quartiles: list[float]) -> str:
+    low, middle, high = quartiles
+    return f"{middle:.2f} s ({low:.2f} to {high:.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rate", default="1gbit")
+    parser.add_argument("--rate", default="200mbit")
+    parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank:
-        one()
+        one(given.rows)
         return
-    print("| processes | MB sent a step | ms a step | without overlap | hidden |")
-    print("|---|---|---|---|---|")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that namespaces are removed
+    print(
+        "| processes | MB sent a step | gathered ahead | not | hidden | waits | not ahead | load |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for ranks in given.ranks:
-        found = measured(ranks, given.rate)
-        quick, slow = 1e3 * found["with"], 1e3 * found["without"]
+        found = measured(ranks, given.rate, given.rows)
+        hidden, waits = found["without"][1] - found["with"][1], found["waits"]
+        part = hidden / found["without"][1]
         print(
-            f"| {ranks} | {found['bytes'] / 1e6:.1f} | {quick:.0f} | {slow:.0f}"
-            f" | {slow - quick:.0f} ms, {1 - quick / slow:.0%} |",
+            f"| {ranks} | {found['bytes'] / 1e6:.1f} | {in_seconds(found['with'])}"
+            f" | {in_seconds(found['without'])} | {hidden:.2f} s, {part:.0%}"
+            f" | {waits['with']:.2f} s | {waits['without']:.2f} s | {os.getloadavg()[1]:.1f} |",
             flush=True,
         )
 

@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,6 +17,7 @@ from pyro_bmr.checks import check_arguments, is_whole
 from pyro_bmr.curvatures.factors import Curvature
 from pyro_bmr.curvatures.network_batches import batches, evaluation, own_rows
 from pyro_bmr.curvatures.passes import Pass
+from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.curvatures.scores import FISHERS, Loss
 from pyro_bmr.data.inputs import rows_in
 from pyro_bmr.errors import ModelError
@@ -96,19 +96,17 @@ def curvature(
         check_factors(wanted)
     given = {name: torch.as_tensor(value) for name, value in (values or {}).items()}
     run = Pass(net, Loss(likelihood, given), fisher, draws, wanted, structure == "kronecker")
-    grouped = dist.is_available() and dist.is_initialized()
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    seed_generators(seed_of(seed, rank))
-    rows, shown = 0, progress and rank == 0
+    ranks = Ranks.of_group(next(iter(wanted.values())).device)
+    seed_generators(seed_of(seed, ranks.rank))
+    rows, shown = 0, progress and ranks.rank == 0
     with evaluation(net), tqdm(disable=not shown, unit="row", desc="curvature") as bar:
         every = batches(net, data, fisher == "empirical", batch_size, size)
-        for count, x, y in own_rows(every, rank, processes, seed):
+        for count, x, y in own_rows(every, ranks, seed, "curvature"):
             rows += count
             bar.update(count)
             if rows_in(x):
                 run.add(x, y)
-    if processes > 1:
-        run.sum_over_processes()
+    run.sum_over(ranks)
     return run.result(rows, rows if size is None else size)
 
 

@@ -6,18 +6,17 @@ Owns `batches`, `own_rows`, `evaluation` and `output_of`. Next: `passes.py`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from pyro_bmr.curvatures.ranks import Ranks, RowCheck
 from pyro_bmr.data.batch import BatchChecks
 from pyro_bmr.data.given import source_of
-from pyro_bmr.data.inputs import Inputs, of_each, parts_of, pieces, rows_in
+from pyro_bmr.data.inputs import Inputs, of_each, pieces, rows_in
 from pyro_bmr.data.row_sources import Held, Source, chunks
 from pyro_bmr.errors import DataError, described
 from pyro_bmr.isolation import drawing_alike
@@ -63,40 +62,23 @@ def batches(
 
 
 def own_rows(
-    every: Iterator[tuple[Inputs, Tensor | None]], rank: int, processes: int, seed: int
+    every: Iterator[tuple[Inputs, Tensor | None]], ranks: Ranks, seed: int, caller: str
 ) -> Iterator[tuple[int, Inputs, Tensor | None]]:
-    """How many rows each batch has, and x and y of those that the process `rank` takes, perhaps
-    none. A loader shuffles by `seed`, alike in all of the processes.
+    """How many rows each batch has, and x and y of those that this process takes, perhaps none. A
+    loader shuffles by `seed`, alike in all of the processes.
 
     Raises:
-        DataError: the first batch of a process has other rows than that of the first process.
+        DataError: a process has other rows in a batch than the first process; of the first batch at
+            once, of the others at the end.
     """
-
-    def part(tensor: Tensor) -> Tensor:
-        return tensor.tensor_split(processes)[rank]
-
-    alike = drawing_alike(every, seed) if processes > 1 else every
+    alike = drawing_alike(every, seed) if ranks.size > 1 else every
+    check = RowCheck(ranks)
     for number, (x, y) in enumerate(alike):
-        if number == 0 and processes > 1:
-            _check_same_rows(x, y)
-        yield rows_in(x), of_each(part, x), None if y is None else part(y)
-
-
-def _check_same_rows(x: Inputs, y: Tensor | None) -> None:
-    """Raises if one process of the group has other rows than the first, in all of them."""
-    digest = hashlib.sha256()
-    for name, part in {**parts_of(x), **({} if y is None else {"y": y})}.items():
-        plain = part.detach().cpu().contiguous()
-        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-    every: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(every, digest.hexdigest())
-    other = next((rank for rank, rows in enumerate(every) if rows != every[0]), None)
-    if other is not None:
-        raise DataError(
-            f"curvature: process {other} reads other rows than process 0; give the loader no"
-            " generator of its own, or a Dataset or tensors"
-        )
+        check.add(x, y)
+        if number == 0:
+            check.compare(caller)
+        yield rows_in(x), of_each(ranks.part, x), None if y is None else ranks.part(y)
+    check.compare(caller)
 
 
 def _source(data: Any, targets: bool, size: int | None) -> Source:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyro_bmr.curvatures.factors import Curvature, LayerCurvature
 from pyro_bmr.curvatures.network_batches import output_of
+from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.curvatures.recorder import Recorder
 from pyro_bmr.curvatures.row_squares import row_squares
 from pyro_bmr.curvatures.scores import Loss, output_gradients
@@ -70,30 +70,25 @@ class Pass:
         biases = {factors[name].bias for name in weights}
         return weights | {name for name in biases if name is not None and name not in others}
 
-    def sum_over_processes(self) -> None:
-        """Gives all processes of the group the sums over theirs; a call of all of them.
+    def sum_over(self, ranks: Ranks) -> None:
+        """Gives all processes the sums over theirs; a call of all of them.
 
         Raises:
             ModelError: their networks use other parameters, or one has had no rows.
         """
         factors = self.recorder.factors
         found = {**{name: f.uses for name, f in factors.items()}, **self.recorder.others}
-        every: list[object] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, (sorted(found.items(), key=str), sorted(self.squares)))
-        if any(other != every[0] for other in every):
-            raise ModelError(
-                "curvature: the network uses other parameters in one process than in another, or a"
-                " process has no rows; give all of them the same network and data"
-            )
+        ranks.check_same(
+            (sorted(found.items(), key=str), sorted(self.squares)),
+            "uses other parameters of the network than process 0, or a process has no rows; give"
+            " all of them the same network and data",
+        )
         for name in sorted(factors):
             factor = factors[name]
-            count = torch.tensor([float(factor.count)], dtype=torch.float64)
-            count = count.to(factor.inputs.device)
-            for total in (factor.inputs, factor.outputs, count):
-                dist.all_reduce(total)
-            factor.count = int(count)
+            factor.inputs, factor.outputs = ranks.sum(factor.inputs), ranks.sum(factor.outputs)
+            factor.count = int(ranks.total(factor.count))
         for name in sorted(self.squares):
-            dist.all_reduce(self.squares[name])
+            self.squares[name] = ranks.sum(self.squares[name])
 
     def result(self, seen: int, rows: int) -> Curvature:
         """The curvature of `rows` rows from those that were `seen`.

@@ -5,13 +5,15 @@ Owns `Calibration` and `calibration_rows`. Next: `layer.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_bmr.curvatures.network_batches import batches
+from pyro_bmr.curvatures.network_batches import batches, own_rows
+from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.data.batch import rows_at
 from pyro_bmr.data.given import source_of
 from pyro_bmr.data.inputs import Inputs, of_each, rows_in
@@ -22,7 +24,7 @@ from pyro_bmr.errors import DataError
 @dataclass(frozen=True)
 class Calibration:
     """Batches of `rows` rows in all, of data of `size` rows; y is None where there are no
-    targets.
+    targets. In a group of processes the batches are those of this one, and `rows` is that of all.
     """
 
     batches: tuple[tuple[Inputs, Tensor | None], ...]
@@ -38,9 +40,13 @@ def calibration_rows(
     batch_size: int,
     seed: int,
     size: int | None,
+    ranks: Ranks,
 ) -> Calibration:
     """At most `rows` rows of the data, read once: of tensors a random part, of a loader or a data
-    set the first.
+    set the first. A call of all processes.
+
+    Raises:
+        DataError: a process reads other rows than the first.
     """
     known = size
     found = None if isinstance(data, list) else _held(data, targets)
@@ -54,14 +60,22 @@ def calibration_rows(
                 data = of_each(lambda part: part[chosen], found.x)
             else:
                 data = rows_at((found.x, found.y), chosen)
-    kept, seen = [], 0
-    for x, y in batches(net, data, targets, batch_size, size):
-        if seen < rows:
+    seen = 0
+
+    def first() -> Iterator[tuple[Inputs, Tensor | None]]:
+        nonlocal seen
+        for x, y in batches(net, data, targets, batch_size, size):
+            if seen < rows:
+                yield x, y
+            seen += rows_in(x)
+            if seen >= rows and known is not None:
+                return
+
+    kept, taken = [], 0
+    for count, x, y in own_rows(first(), ranks, seed, "prune"):
+        taken += count
+        if rows_in(x):
             kept.append((x, y))
-        seen += rows_in(x)
-        if seen >= rows and (known is not None or found is not None):
-            break
-    taken = sum(rows_in(x) for x, _ in kept)
     return Calibration(tuple(kept), taken, seen if known is None else known)
 
 

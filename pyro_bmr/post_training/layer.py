@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.curvatures.factors import Curvature, LayerCurvature
+from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas import held_at_zero
 from pyro_bmr.formulas.covariance import factor_in_place
@@ -59,6 +60,11 @@ class Layer:
         """R_ii C_jj, (n, m), before anything is held."""
         return self.row_cov.diagonal()[:, None] * self.col_cov.diagonal()
 
+    @property
+    def cost(self) -> float:
+        """Of the work on it, relative to other layers."""
+        return float(len(self.row_cov)) ** 3 + float(len(self.col_cov)) ** 3
+
     def delta_f(self) -> Tensor:
         r"""ΔF_ij = ½ log(s²/(R_ii C_jj)) − ½ W_ij²/(R_ii C_jj) of each entry, in the shape of the
         parameter; nats.
@@ -76,6 +82,12 @@ class Layer:
         flat = parameter.flatten(1)
         return flat.mT if self.turned else flat
 
+    def with_held(self, pruned: Tensor) -> Tensor:
+        """`held` with the entries `pruned` of the weight as well."""
+        held = self.held.clone()
+        held[:, : self.columns] |= self.as_matrix(pruned)
+        return held
+
     def holding(self, pruned: Tensor) -> tuple[Layer, float, float]:
         r"""The layer with the entries `pruned` of its weight at zero and the others at their
         conditional mean; ΔF of that, a lower bound, nats; and ½ M_Sᵀ Σ_SS⁻¹ M_S, which is 1/T
@@ -83,8 +95,7 @@ class Layer:
 
         By Hadamard's inequality log |Σ_SS| ≤ Σ log R_ii C_jj.
         """
-        held = self.held.clone()
-        held[:, : self.columns] |= self.as_matrix(pruned)
+        held = self.with_held(pruned)
         new = held & ~self.held
         if not bool(new.any()):
             return self, 0.0, 0.0
@@ -129,14 +140,23 @@ def layers_of(
     scales: Mapping[str, float],
     held: Mapping[str, Tensor],
     temperature: float,
+    ranks: Ranks | None = None,
 ) -> dict[str, Layer]:
     """Weight → its layer, of all weights with a scale.
 
     Args:
         held: weight → the entries of its matrix that are zero, if any are yet.
+        ranks: the processes that share out the layers; each then has all of them.
     """
+
+    def covariances(name: str) -> tuple[Tensor, Tensor]:
+        return _covariances(found.layers[name], scales[name], temperature)
+
+    sides = {name: found.layers[name] for name in scales}
+    costs = {n: float(len(f.outputs)) ** 3 + float(len(f.inputs)) ** 3 for n, f in sides.items()}
+    every = (ranks or Ranks()).shared_out(costs, covariances)
     return {
-        name: _layer(found.layers[name], parameters, scale, held.get(name), temperature)
+        name: _layer(found.layers[name], parameters, scale, held.get(name), *every[name])
         for name, scale in scales.items()
     }
 
@@ -146,7 +166,8 @@ def _layer(
     parameters: Mapping[str, Tensor],
     scale: float,
     held: Tensor | None,
-    temperature: float,
+    rows: Tensor,
+    columns: Tensor,
 ) -> Layer:
     weight = parameters[curved.weight].detach()
     matrix = weight.flatten(1).mT if curved.turned else weight.flatten(1)
@@ -154,11 +175,6 @@ def _layer(
     mean = matrix.to(dtype)
     if curved.bias is not None:
         mean = torch.cat([mean, parameters[curved.bias].detach().to(dtype)[:, None]], 1)
-    rows, columns = (
-        _covariances(curved, scale, temperature)
-        if not curved.is_zero
-        else tuple(scale * torch.eye(k).to(mean) for k in mean.shape)
-    )
     return Layer(
         curved.weight,
         curved.bias,
@@ -175,6 +191,8 @@ def _layer(
 def _covariances(curved: LayerCurvature, scale: float, temperature: float) -> tuple[Tensor, Tensor]:
     """R and C."""
     g, a = curved.outputs, curved.inputs
+    if curved.is_zero:
+        return scale * torch.eye(len(g)).to(g), scale * torch.eye(len(a)).to(a)
     ratio = math.sqrt((_mean_eigenvalue(g) / temperature) / _mean_eigenvalue(a))
     # (G/T + εI)⁻¹ = T(G + TεI)⁻¹
     rows = _damped_inverse(curved.weight, g, temperature * ratio / scale)

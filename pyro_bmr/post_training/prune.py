@@ -16,9 +16,10 @@ from tqdm import tqdm
 from pyro_bmr.checks import check_arguments, is_whole
 from pyro_bmr.curvatures.curvature import check_factors, check_likelihood, wanted_parameters
 from pyro_bmr.curvatures.network_batches import evaluation
+from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.curvatures.scores import FISHERS, Loss
 from pyro_bmr.errors import ModelError, described, holds
-from pyro_bmr.isolation import isolated, seed_generators
+from pyro_bmr.isolation import isolated, seed_generators, seed_of
 from pyro_bmr.likelihoods.likelihood import Likelihood
 from pyro_bmr.networks.lifting import check_network
 from pyro_bmr.networks.plain_module import module_copy, plain_copy
@@ -79,6 +80,10 @@ def prune(
     Pruned are the weights of two or more dimensions that `curvature` finds factors for. Embeddings,
     norm layers and what else has a diagonal stay as they are.
 
+    In a process group of torch.distributed, every process calls it with the same arguments and
+    measures its part of the rows. The layers are shared out: one process works out the posterior,
+    the means and the steps of each, and gives them to the others.
+
     Args:
         net: any module; it is not changed.
         data, likelihood, fisher, draws, values, size: as for `curvature`.
@@ -123,14 +128,16 @@ def prune(
     dense = plain_copy(net).requires_grad_(False)
     working = module_copy(dense).eval()
     check_factors(dict(working.named_parameters()))
-    seed_generators(seed)
+    ranks = Ranks.of_group(next(iter(working.parameters())).device)
+    seed_generators(seed_of(seed, ranks.rank))
     own = fisher == "empirical"
-    found = calibration_rows(dense, data, rows, own, batch_size, seed, size)
+    found = calibration_rows(dense, data, rows, own, batch_size, seed, size, ranks)
     held_out = None
     if validation is not None:
-        held_out = calibration_rows(dense, validation, _ALL, True, batch_size, seed, None)
-    with evaluation(dense), tqdm(disable=not progress, unit="row", desc="prune") as bar:
-        measure = Measure(dense, found, loss, fisher, draws, bar)
+        held_out = calibration_rows(dense, validation, _ALL, True, batch_size, seed, None, ranks)
+    shown = progress and ranks.rank == 0
+    with evaluation(dense), tqdm(disable=not shown, unit="row", desc="prune") as bar:
+        measure = Measure(dense, found, loss, fisher, draws, bar, ranks)
         folder = None if checkpoint is None else Path(checkpoint)
         return Rounds(measure, working, settings, held_out, after_round).run(folder)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,15 @@ class Rounds:
 
     def run(self, folder: Path | None) -> Pruned:
         """All rounds, or those until the loss has risen too much."""
+        about, ranks = (
+            about_call(dict(self.net.named_parameters()), vars(self.settings)),
+            self.measure.ranks,
+        )
+        ranks.check_same(
+            about, "calls prune with another network or other arguments than process 0"
+        )
         layers = self._begin()
         first, stopped = layers, None
-        about = about_call(dict(self.net.named_parameters()), vars(self.settings))
         if folder is not None and self._resume(folder, about):
             layers = self._layers(self._measured(slopes=False).curvature)
         base = self._held_out_loss(self.measure.dense)
@@ -86,7 +92,7 @@ class Rounds:
                 break
             if self.after_round is not None:
                 self.after_round(size, self.net)
-            if folder is not None:
+            if folder is not None and ranks.rank == 0:
                 write_round(folder, about, *self._state())
         gains = dict(self.gains)
         rows = self.measure.rows.size
@@ -135,19 +141,27 @@ class Rounds:
     def _layers(self, found: Curvature) -> dict[str, Layer]:
         parameters = dict(self.net.named_parameters())
         temperature = self.settings.temperature
-        return layers_of(found, parameters, self.scales, self.held, temperature)
+        ranks = self.measure.ranks
+        return layers_of(found, parameters, self.scales, self.held, temperature, ranks)
 
     def _holding(self, layers: Mapping[str, Layer], size: float) -> dict[str, Layer]:
         """The layers with more entries held at zero, and the network with their means."""
         settings = self.settings
         pruned = pruned_at(layers, size, settings.floor, self.labels, settings.pattern)
-        out = {}
+
+        def held_of(name: str) -> list[Tensor]:
+            after, gain, energy = layers[name].holding(pruned[name])
+            return [after.mean, torch.tensor([gain, energy], dtype=torch.float64)]
+
+        costs = {name: layer.cost for name, layer in layers.items()}
+        found, out = self.measure.ranks.shared_out(costs, held_of), {}
         for name, layer in layers.items():
-            after, gain, energy = layer.holding(pruned[name])
-            out[name], self.held[name] = after, after.held
+            (mean, numbers), held = found[name], layer.with_held(pruned[name])
+            gain, energy = numbers.tolist()
+            out[name], self.held[name] = replace(layer, mean=mean, held=held), held
             self.gains[name] += gain
             self.rises[name] += settings.temperature * energy / self.measure.rows.size
-            write(self.net, after.values())
+            write(self.net, out[name].values())
         return out
 
     def _corrected(self, layers: dict[str, Layer], size: float) -> dict[str, Layer]:
@@ -209,7 +223,7 @@ class Rounds:
                 assert y is not None
                 read = read_inputs(self.measure.loss.likelihood, x)[1]
                 total += float(self.measure.loss.nll(self.measure.run(net, None, x), y, read))
-        return total / self.held_out.rows
+        return self.measure.ranks.total(total) / self.held_out.rows
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"value {name}": p.detach().clone() for name, p in self.wanted.items()}
@@ -230,6 +244,11 @@ class Rounds:
     def _resume(self, folder: Path, about: str) -> bool:
         """Whether there was a state to continue from."""
         found = read_round(folder, about)
+        self.measure.ranks.check_same(
+            found is None or len(found[1]["rounds"]),
+            f"sees another state in checkpoint='{folder}' than process 0; give a folder that all of"
+            " them see",
+        )
         if found is None:
             return False
         device = next(iter(self.wanted.values())).device

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from pyro_bmr.curvatures.factors import Curvature
 from pyro_bmr.curvatures.network_batches import output_of
 from pyro_bmr.curvatures.passes import Pass
+from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.curvatures.scores import Loss
 from pyro_bmr.data.inputs import call_arguments, rows_in
 from pyro_bmr.likelihoods.likelihood import read_inputs
@@ -51,7 +52,8 @@ class Measured:
 @dataclass(frozen=True)
 class Measure:
     """How networks are measured: on which rows, against which dense network, by which loss. The
-    outputs of the dense network are kept in memory if they are small.
+    outputs of the dense network are kept in memory if they are small. In a group of processes each
+    runs its rows, and what is measured is that of all of them.
     """
 
     dense: nn.Module
@@ -60,6 +62,7 @@ class Measure:
     fisher: str
     draws: int
     bar: Any
+    ranks: Ranks = field(default_factory=Ranks)
     kept: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -91,7 +94,7 @@ class Measure:
                 found, dense = self.run(net, values, x), self.target(number, x)
                 read = read_inputs(self.loss.likelihood, x)[1]
                 total += float(Divergence(self.loss).of(found, dense, y, read))
-        return total * self.scale
+        return self.ranks.total(total) * self.scale
 
 
 def measured(
@@ -116,7 +119,11 @@ def measured(
         measure.bar.update(rows_in(x))
     for p in wanted.values():
         p.requires_grad_(False)
-    scale = measure.scale
+    one.sum_over(measure.ranks)
+    scale, ranks = measure.scale, measure.ranks
+    if slopes:
+        total = {name: ranks.sum(slope) for name, slope in total.items()}
+        divergence = ranks.total(divergence)
     gradient = {name: slope * scale for name, slope in total.items()}
     return Measured(one.result(measure.rows.rows, measure.rows.size), gradient, divergence * scale)
 
@@ -132,7 +139,7 @@ def corrected(
     """Moves the weights of `net` by a step, which is returned: 0 if none was found that brings the
     outputs nearer to those of the dense network. `before`: the step before this one.
     """
-    step = directions(layers, found.gradient, temperature)
+    step = directions(layers, found.gradient, temperature, measure.ranks)
     steps = [step] if before is None else [step, before]
     amounts = _amounts(measure, net, layers, found.gradient, steps, temperature)
     whole = {
@@ -158,15 +165,20 @@ def write(net: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def directions(
-    layers: Mapping[str, Layer], gradient: Mapping[str, Tensor], temperature: float
+    layers: Mapping[str, Layer], gradient: Mapping[str, Tensor], temperature: float, ranks: Ranks
 ) -> Values:
     """Parameter → δ."""
-    out = {}
-    for layer in layers.values():
+
+    def moved_of(name: str) -> list[Tensor]:
+        layer = layers[name]
         slope = layer.as_matrix(gradient[layer.name])
         if layer.bias is not None:
             slope = torch.cat([slope, gradient[layer.bias][:, None]], 1)
-        moved = layer.moved(slope.to(layer.mean.dtype), temperature)
+        return [layer.moved(slope.to(layer.mean.dtype), temperature)]
+
+    out, every = {}, ranks.shared_out({n: one.cost for n, one in layers.items()}, moved_of)
+    for layer in layers.values():
+        (moved,) = every[layer.name]
         out[layer.name] = layer.as_parameter(moved[:, : layer.columns]).to(gradient[layer.name])
         if layer.bias is not None:
             out[layer.bias] = moved[:, -1].to(gradient[layer.bias])
@@ -228,7 +240,7 @@ def _output_products(measure: Measure, net: nn.Module, steps: Iterable[Values]) 
             (curved,) = torch.autograd.grad(slope, leaf, change, retain_graph=True)
             for j, other in enumerate(changes):
                 model[k, j] += float((curved * other).sum())
-    return (model + model.mT) / 2
+    return measure.ranks.sum((model + model.mT) / 2).cpu()
 
 
 def _norm(parts: list[Tensor]) -> float:

@@ -856,25 +856,15 @@ def kill_one(folder, killed):
         time.sleep(0.05)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    find_spec("distributed") is None,
-    reason="distributed is not installed: pip install 'pyro_bmr[cluster]'",
-)
-@pytest.mark.filterwarnings("default")
-def test_a_killed_worker_of_a_cluster_loses_nothing(here, blank):
-    """Only the cell that the worker had begun is trained again."""
-    from distributed import Client, LocalCluster
-
+def check_killed_worker(cluster):
+    """A study on a `cluster` of two workers, one of which is killed, has the rows of one in this
+    process; only the cell that the worker had begun is trained again.
+    """
     Path("counted.py").write_text(COUNTED)
     write(PLAIN.replace('"mlp:3"', '"counted.py"').replace("seeds = 2", "seeds = 8"))
     killed: list[str] = []
     killer = threading.Thread(target=kill_one, args=(Path("on-cluster"), killed))
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-        Client(cluster),
-        joblib.parallel_config(backend="dask", wait_for_workers_timeout=60),
-    ):
+    with cluster:
         killer.start()
         table = quiet("study.toml", "on-cluster").table
         killer.join()
@@ -890,6 +880,22 @@ def test_a_killed_worker_of_a_cluster_loses_nothing(here, blank):
     pd.testing.assert_frame_equal(
         table.drop(columns=times), alone.drop(columns=times), check_exact=True
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("distributed") is None,
+    reason="distributed is not installed: pip install 'pyro_bmr[cluster]'",
+)
+@pytest.mark.filterwarnings("default")
+def test_a_killed_worker_of_dask_loses_nothing(here, blank):
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster),
+    ):
+        check_killed_worker(joblib.parallel_config(backend="dask", wait_for_workers_timeout=60))
 
 
 @pytest.mark.skipif(

@@ -3,7 +3,6 @@ faults, and resumption after one is killed.
 """
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,31 +11,14 @@ import pytest
 import torch
 
 from tests.fitting import two_processes
+from tests.process_group import ROOT, run_group
 
 SCRIPT = Path(two_processes.__file__)
-ROOT = SCRIPT.parents[2]
 
 
 def in_two(*arguments):
-    """Runs the script in two processes of one group; returns their exit statuses and what they
-    wrote to the standard error.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(
-        command, env=group, capture_output=True, text=True, timeout=240, check=False
-    )
-    return [int(status) for status in done.stdout.split()], done.stderr
+    """Runs the script in two processes of one group."""
+    return run_group(SCRIPT, 2, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +70,24 @@ def test_the_curvature_is_that_of_all_rows(together):
     assert all(torch.equal(drawn[name], other[name]) for name in alone)
     assert not torch.allclose(drawn["3.weight outputs"], alone["3.weight outputs"])
     assert all("a process has no rows" in both["few"] for both in together)
+    assert all("process 1 reads other rows" in both["grown"] for both in together)
+
+
+def test_a_network_is_pruned_as_in_one_process(together):
+    alone = two_processes.pruned()
+    assert sum(int(m.sum()) for n, m in alone.items() if n.startswith("mask")) == 29  # of 98
+    for both in together:
+        whole, nothing, resumed = both["pruned"]
+        assert whole.keys() == alone.keys() == resumed.keys() and not nothing
+        for name, value in alone.items():
+            torch.testing.assert_close(whole[name], value, atol=1e-8, rtol=1e-6)
+            assert torch.equal(whole[name], together[0]["pruned"][0][name])
+            assert torch.equal(whole[name], resumed[name])
+        drawn, other = both["pruned by draws"], together[0]["pruned by draws"]
+        assert all(torch.equal(drawn[name], other[name]) for name in alone)
+        elsewhere, rows = both["pruned otherwise"]
+        assert "process 1 sees another state in checkpoint=" in elsewhere
+        assert "prune: process 1 reads other rows than process 0" in rows
 
 
 def test_checkpoints_of_the_first_are_no_difference(together):

@@ -1,22 +1,19 @@
 """What tests/fitting/test_processes.py runs in two processes of one group: `python
 tests/fitting/two_processes.py CASE FOLDER`.
-
-Prints their exit statuses. The libraries are imported once; the two are forked before anything is
-computed.
 """
 
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 import pyro_bmr as bmr
 from pyro_bmr.fitting.processes import Processes
+from tests.process_group import fork_group
 
 X = torch.randn(101, 6, generator=torch.Generator().manual_seed(1))
 Y = (X @ torch.tensor([2.0, -1.0, 0.5, 0.0, 0.0, 0.0]) > 0).long()
@@ -171,6 +168,45 @@ def curved(kind="empirical", rows=101, shuffled=False, generator=None):
     return {**layers, **found.diagonals}
 
 
+class Grown(Dataset):
+    """Rows whose second batch differs between the processes."""
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, row):
+        return X[row] + (dist.get_rank() if row >= 25 else 0), Y[row]
+
+
+def pruned(folder=None, stop=False, fisher="gauss-newton", rows=101):
+    """A network pruned in three rounds, in batches that do not divide by two. `stop`: after the
+    first round.
+    """
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 2))
+
+    def after(kept, net):
+        if stop:
+            raise KeyboardInterrupt
+
+    try:
+        found = bmr.prune(
+            net.double(), (X[:rows].double(), Y[:rows]), bmr.Categorical(), 0.3, path=[0.7, 0.5],
+            fisher=fisher, batch_size=25, rows=90, validation=(X.double(), Y),
+            checkpoint=folder, after_round=after, progress=False,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        return {}
+    rounds = {f"{k} {n}": torch.tensor(v) for k, r in enumerate(found.rounds) for n, v in r.items()}
+    spread = {f"row_cov {name}": layer.row_cov for name, layer in found.layers.items()}
+    masks = {f"mask {name}": mask for name, mask in found.masks.items()}
+    return {**found.net.state_dict(), **rounds, **spread, **masks}
+
+
+def curved_rows(data):
+    return bmr.curvature(nn.Linear(6, 2), data, bmr.Categorical(), batch_size=25, progress=False)
+
+
 def message(run, *arguments):
     try:
         run(*arguments)
@@ -188,10 +224,9 @@ def tensors(fit):
     }
 
 
-def main(case, folder):
+def main(rank, case, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
     if case == "together":
         natural_fit, point_fit, loaded_fit = natural(), point(), loaded()
         errors = [
@@ -210,7 +245,14 @@ def main(case, folder):
             "curved by others": message(
                 curved, "true", 101, True, torch.Generator().manual_seed(rank)
             ),
+            "grown": message(curved_rows, Grown()),
             "drawn": curved("true"),
+            "pruned": [pruned(), pruned(folder / "stopped", True), pruned(folder / "stopped")],
+            "pruned by draws": pruned(fisher="true"),
+            "pruned otherwise": [
+                message(pruned, folder / ("none" if rank else "stopped")),
+                message(pruned, None, False, "true", 101 - rank),
+            ],
             "other rows": message(loaded, torch.Generator().manual_seed(rank)),
             "history": [f.history.to_dict("list") for f in (natural_fit, point_fit)],
         }
@@ -237,23 +279,5 @@ def faulty_skipped():
     return [message(faulty, 2), message(faulty, 1000)]
 
 
-def forked(rank, case, folder):
-    """The id of a process that runs `main` as one of the two."""
-    child = os.fork()
-    if child:
-        return child
-    os.environ["RANK"] = str(rank)
-    status = 1
-    try:
-        main(case, folder)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    # the first optimiser imports what torch leaves for later
-    bmr.adam(1e-3)([torch.zeros(1, requires_grad=True)])
-    both = [forked(rank, sys.argv[1], Path(sys.argv[2])) for rank in range(2)]
-    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in both))
+    fork_group(main, sys.argv[1], Path(sys.argv[2]))

@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 import pyro_bmr as bmr
+from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.curvatures.scores import Loss
 from pyro_bmr.post_training.calibration import Calibration, calibration_rows
 from pyro_bmr.post_training.divergence import Divergence
@@ -129,12 +130,12 @@ def test_the_gradient_is_that_of_the_divergence_over_all_rows():
 
 def test_calibration_rows_are_a_random_part_of_tensors_and_the_first_of_a_stream():
     net, x, y = nn.Linear(2, 2), torch.arange(40.0).view(20, 2), torch.arange(20)
-    found = calibration_rows(net, (x, y), 8, True, 3, seed=0, size=None)
-    other = calibration_rows(net, (x, y), 8, True, 3, seed=1, size=None)
+    found = calibration_rows(net, (x, y), 8, True, 3, seed=0, size=None, ranks=Ranks())
+    other = calibration_rows(net, (x, y), 8, True, 3, seed=1, size=None, ranks=Ranks())
     rows = [torch.cat([y for _, y in one.batches]) for one in (found, other)]
     assert found.rows == 8 and found.size == 20 and not torch.equal(*rows)
     assert all(torch.equal(a[:, 0], 2.0 * b) for a, b in found.batches)
     batches = [(x[:5], y[:5]), (x[5:10], y[5:10]), (x[10:], y[10:])]
-    stream = calibration_rows(net, batches, 8, True, 5, seed=0, size=20)
+    stream = calibration_rows(net, batches, 8, True, 5, seed=0, size=20, ranks=Ranks())
     assert torch.equal(torch.cat([y for _, y in stream.batches]), y[:10]) and stream.size == 20
-    assert calibration_rows(net, x, 30, False, 4, seed=0, size=100).size == 100
+    assert calibration_rows(net, x, 30, False, 4, seed=0, size=100, ranks=Ranks()).size == 100

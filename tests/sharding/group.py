@@ -1,13 +1,11 @@
 """What tests/sharding/test_sharded_fit.py runs in WORLD_SIZE processes of one group: `python
 tests/sharding/group.py FOLDER`.
 
-Prints their exit statuses. The libraries are imported once; the processes are forked before
-anything is computed. Four of them do more than three, which the fast tests have.
+Four of them do more than three, which the fast tests have.
 """
 
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import filelock  # noqa: F401
@@ -25,6 +23,7 @@ from pyro_bmr.sharding.kth_value import kth_value, lowest
 from pyro_bmr.sharding.layers import ShardedLayers
 from pyro_bmr.sharding.layout import Layout
 from pyro_bmr.sharding.sharded_run import ShardedRun
+from tests.process_group import fork_group
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 X = torch.randn(101, 6, generator=torch.Generator().manual_seed(1)).double()
@@ -295,23 +294,5 @@ def main(rank, folder):
     dist.destroy_process_group()
 
 
-def forked(rank, folder):
-    """The id of a process that runs `main` as one of the group."""
-    child = os.fork()
-    if child:
-        return child
-    os.environ["RANK"] = str(rank)
-    status = 1
-    try:
-        main(rank, folder)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    # the first optimiser imports what torch leaves for later
-    bmr.adam(1e-3)([torch.zeros(1, requires_grad=True)])
-    every = [forked(rank, Path(sys.argv[1])) for rank in range(PROCESSES)]
-    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in every))
+    fork_group(main, Path(sys.argv[1]))

@@ -3,10 +3,6 @@ of one process.
 """
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +12,13 @@ from scipy.stats import ks_2samp
 from torch.nn.functional import cross_entropy
 
 import pyro_bmr as bmr
+from tests.process_group import run_group
 from tests.sharding import group
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="needs torch 2.9"
 )
 SCRIPT = Path(group.__file__)
-ROOT = SCRIPT.parents[2]
 
 
 @pytest.fixture(scope="module", params=[3, pytest.param(4, marks=pytest.mark.slow)])
@@ -30,22 +26,8 @@ def together(tmp_path_factory, request):
     """What each of the processes has found, and their folder."""
     processes = request.param
     folder = tmp_path_factory.mktemp("together")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(processes),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(SCRIPT), str(folder)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=560, check=False
-    )
-    assert done.stdout.split() == ["0"] * processes, done.stderr
+    statuses, words = run_group(SCRIPT, processes, folder, timeout=560)
+    assert statuses == [0] * processes, words
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
     return found, folder
 
