@@ -20,7 +20,7 @@ from pyro_bmr.curvatures import Curvature, LayerCurvature
 from pyro_bmr.post_training.layer import layers_of
 from pyro_bmr.post_training.masks import pruned_at
 
-SHAPES = ((384, 1536), (768, 3072), (1024, 4096))
+SHAPES = ((384, 1536), (768, 3072), (1024, 4096), (4096, 4096))
 KEPT, ROWS, TURNS = 0.5, 8192, 2
 
 

@@ -1,9 +1,10 @@
-r"""Conjugate gradients for the multipliers of held entries, (R X C)_S = T with X and T zero outside
-of S.
+r"""Conjugate gradients for the multipliers of held entries: (R X C)_S = M_S with X zero outside of
+S.
 
 Owns `System`, and `precision`, the inverse of a factor. Source: Hestenes & Stiefel 1952; the
-preconditioners are the diagonal (the units are standard deviations), and the inverse of the whole
-cut to S where nearly all entries are held. Imports torch only. Next: `held_entries.py`.
+preconditioners are the diagonal, R_ii C_jj, and the inverse of the whole cut to S where nearly all
+entries are held. The residual is kept as M − R X C over all entries: outside of S it is the answer.
+Imports torch only. Next: `held_entries.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pyro_bmr.formulas.factor_inverse import inverse_of_factor
 
 _ROUNDING = 16  # roundings of a product; a residual below them has no digits left
 _FEW = 8  # iterations whose sum R X C has no more rounding than a product
-_ROWS = 256  # at once
+_ROWS = 64  # at once, so that they remain in the cache
+_COLUMNS = 512
 _NEARLY_ALL = 0.9  # of the entries are held: Σ⁻¹ is near to the inverse of Σ_SS
 
 NOT_POSITIVE = (
@@ -29,104 +31,132 @@ NOT_POSITIVE = (
 
 
 class Solved(NamedTuple):
-    """X, R X C, the iterations, ‖T − (RXC)_S‖, and what rounding leaves of that. R X C is the sum
-    over a few iterations, or a product.
+    """X, M − R X C, the iterations, the residual ‖(M − R X C)_S‖ in standard deviations, and what
+    rounding leaves of that. M − R X C is the sum over a few iterations, or a product.
     """
 
     x: Tensor
-    product: Tensor
+    rest: Tensor
     iterations: int
     error: float
     rounding: float
 
 
 class System(NamedTuple):
-    """(R X C)_S = T with ones on the diagonals of R and C."""
+    """(R X C)_S = M_S."""
 
     rows: Tensor
     cols: Tensor
-    held: Tensor  # S as numbers
-    target: Tensor
+    free: Tensor  # M
+    weights: Tensor  # 1 / (R_ii C_jj) at S, else 0
     inverses: tuple[Tensor, Tensor] | None  # R⁻¹ and C⁻¹, if they precondition
-    size: float  # ‖R‖ ‖C‖ in the norms of the largest row
+    size: float  # ‖R‖ ‖C‖ in the norms of the largest row, in units of standard deviations
 
     @classmethod
-    def of(cls, rows: Tensor, cols: Tensor, free: Tensor, held: Tensor) -> tuple[System, Tensor]:
-        """In units of standard deviations, and these."""
-        row_std, col_std = rows.diagonal().sqrt()[:, None], cols.diagonal().sqrt()
-        inside = held.to(rows.dtype)
-        across = (rows / row_std).div_(row_std.mT)
-        along = (cols / col_std[:, None]).div_(col_std)
-        target = free / row_std / col_std * inside
+    def of(cls, rows: Tensor, cols: Tensor, free: Tensor, held: Tensor) -> System:
+        weights = held / rows.diagonal()[:, None]
+        weights /= cols.diagonal()
         inverses = None
         if int(held.count_nonzero()) >= _NEARLY_ALL * held.numel():
             inverses = (
-                precision(across, "rows").to(rows.dtype),
-                precision(along, "columns").to(rows.dtype),
+                precision(rows, "rows").to(rows.dtype),
+                precision(cols, "columns").to(rows.dtype),
             )
-        size = _row_norm(across) * _row_norm(along)
-        return cls(across, along, inside, target, inverses, size), row_std * col_std
+        return cls(rows, cols, free, weights, inverses, _row_norm(rows) * _row_norm(cols))
 
-    def preconditioned(self, left: Tensor) -> Tensor:
-        if self.inverses is None:
-            return left
-        return (self.inverses[0] @ left @ self.inverses[1]).mul_(self.held)
+    def length(self, t: Tensor) -> float:
+        """‖t_S‖ in units of standard deviations."""
+        parts = zip(t.split(_ROWS), self.weights.split(_ROWS), strict=True)
+        return sum(_dot(part * weight, part) for part, weight in parts) ** 0.5
 
-    def solved(self, x: Tensor, limit: float, most: int) -> Solved:
-        """From X on, to a residual of `limit`, by no more than `most` iterations."""
-        x = x * self.held
-        product = self.rows @ x @ self.cols if bool(x.any()) else torch.zeros_like(x)
-        left, used, last = self.target - product * self.held, 0, float("inf")
-        if float(left.norm()) > float(self.target.norm()):
-            x, product, left = x.zero_(), product.zero_(), self.target.clone()
+    def solved(self, start: Tensor | None, limit: float, most: int) -> Solved:
+        """From `start` on, to a residual of `limit`, by no more than `most` iterations."""
+        x = torch.zeros_like(self.free) if start is None else start.where(self.weights > 0, 0)
+        rest = self._rest(x) if start is not None and bool(x.any()) else self.free.clone()
+        if self.length(rest) > self.length(self.free):
+            x, rest = x.zero_(), rest.copy_(self.free)
+        used, last = 0, float("inf")
         while True:
-            error, rounding = float(left.norm()), self._rounding(x)
+            error, rounding = self.length(rest), self._rounding(x)
             # the recursion's residual is not the residual: begin again while that helps
             if error <= max(limit, rounding) or used >= most or not error < 0.5 * last:
-                return Solved(x, product, used, error, rounding)
-            count = self._descend(x, product, left, limit, most - used)
+                return Solved(x, rest, used, error, rounding)
+            count = self._descend(x, rest, limit, most - used)
             used += count
             if count > _FEW:
-                product = self.rows @ x @ self.cols
+                rest = self._rest(x)
             last = error
-            left = self.target - product * self.held
 
-    def _descend(self, x: Tensor, product: Tensor, left: Tensor, limit: float, most: int) -> int:
-        """Conjugate gradients from X, in place, with R X C and the residual; how many
-        iterations.
-        """
-        direction = self.preconditioned(left).clone()
-        slope = _inner(left, direction)
+    def _descend(self, x: Tensor, rest: Tensor, limit: float, most: int) -> int:
+        """Conjugate gradients from X, in place, with M − R X C; how many iterations."""
+        direction, image = torch.zeros_like(x), torch.empty_like(x)
+        slope = self._turn(direction, rest, None)
         for count in range(most):
-            if float(left.norm()) <= limit:
+            if self.length(rest) <= limit:
                 return count
-            image = self.rows @ direction @ self.cols
+            self._product(direction, image)
             curvature = _inner(direction, image)  # the direction is 0 outside of S
             if not (curvature > 0 and slope > 0):
                 # at the last digits, or not positive definite
-                if float(left.norm()) < 1e3 * self._rounding(x):
+                if self.length(rest) < 1e3 * self._rounding(x):
                     return count
                 raise ReductionError(NOT_POSITIVE)
             step = slope / curvature
             x.add_(direction, alpha=step)
-            product.add_(image, alpha=step)
-            left.addcmul_(image, self.held, value=-step)
-            better = self.preconditioned(left)
-            before, slope = slope, _inner(left, better)
-            direction.mul_(slope / before).add_(better)
+            rest.sub_(image, alpha=step)
+            slope = self._turn(direction, rest, slope)
         return most
+
+    def _turn(self, direction: Tensor, rest: Tensor, before: float | None) -> float:
+        """Turns the direction, in place, to the preconditioned residual, conjugate to where it
+        pointed when the slope was `before`; the slope, the product of the two residuals.
+        """
+        if self.inverses is None:
+            slope = self.length(rest) ** 2
+            better = None
+        else:
+            inside = self.weights > 0
+            better = (self.inverses[0] @ rest.where(inside, 0) @ self.inverses[1]).mul_(inside)
+            slope = _inner(rest, better)
+        direction.mul_(slope / before if before else 0.0)
+        if better is None:
+            direction.addcmul_(rest, self.weights)
+        else:
+            direction.add_(better)
+        return slope
+
+    def _product(self, x: Tensor, out: Tensor) -> Tensor:
+        """R X C, written to `out`; some columns at a time, for which X C is small."""
+        for part, columns in zip(out.split(_COLUMNS, 1), self.cols.split(_COLUMNS, 1), strict=True):
+            torch.mm(self.rows, x @ columns, out=part)
+        return out
+
+    def _rest(self, x: Tensor) -> Tensor:
+        """M − R X C."""
+        product = self._product(x, torch.empty_like(x))
+        return torch.sub(self.free, product, out=product)
 
     def _rounding(self, x: Tensor) -> float:
         """‖R‖ ‖X‖ ‖C‖ in roundings."""
-        return _ROUNDING * torch.finfo(x.dtype).eps * self.size * float(x.norm())
+        row_var, col_var = self.rows.diagonal(), self.cols.diagonal()
+        parts = zip(x.split(_ROWS), row_var.split(_ROWS), strict=True)
+        square = sum(float(((part * part) @ col_var) @ var) for part, var in parts)
+        return _ROUNDING * torch.finfo(x.dtype).eps * self.size * square**0.5
 
 
-def _row_norm(matrix: Tensor) -> float:
-    return max(float(rows.abs().sum(1).max()) for rows in matrix.split(_ROWS))
+def _row_norm(cov: Tensor) -> float:
+    """The largest Σ_j |R_ij| in units of standard deviations."""
+    scale = cov.diagonal().rsqrt()
+    parts = zip(cov.split(_ROWS), scale.split(_ROWS), strict=True)
+    return max(float((rows.abs() @ scale).mul_(own).max()) for rows, own in parts)
 
 
 def _inner(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum(dtype=torch.float64))
+    return sum(map(_dot, a.split(_ROWS), b.split(_ROWS)))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
 
 
 def precision(cov: Tensor, side: str) -> Tensor:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError
-from pyro_bmr.formulas.diagonal import check_diagonal, moments
+from pyro_bmr.formulas.diagonal import Diagonal, check_diagonal, moments, number
 
 # roundings of float64: a conditional variance that small in a marginal one has few digits left
 _PIVOT = 1e3
-_TILE = 512
+_TILE = 128  # with its transpose in the cache
 
 
 def covariance_factor(cov: Tensor, role: str, order: Tensor | None = None) -> Tensor:
@@ -27,9 +27,12 @@ def covariance_factor(cov: Tensor, role: str, order: Tensor | None = None) -> Te
         ReductionError: the matrix has NaN or infinities, is not symmetric, not positive definite,
             or so near to singular that float64 cannot tell.
     """
-    ordered = cov if order is None else cov.index_select(0, order).index_select(1, order)
-    scale = _scale(ordered)
-    symmetric = symmetrised(ordered, lambda a, b: scale[a, None] * scale[b])
+    scale, wide = _scale(cov), None
+    if order is not None:
+        scale, wide = scale[order], _ordered(cov, order)
+    symmetric = symmetrised(
+        cov if wide is None else wide, lambda a, b: scale[a, None] * scale[b], wide
+    )
     if symmetric is None or not cov.is_floating_point():
         raise ReductionError(_fault(cov, role, 0))
     variances = symmetric.diagonal().clone()
@@ -39,6 +42,14 @@ def covariance_factor(cov: Tensor, role: str, order: Tensor | None = None) -> Te
     if minor or not bool(clear.all()):
         raise ReductionError(_fault(cov, role, minor))
     return factor
+
+
+def _ordered(cov: Tensor, order: Tensor) -> Tensor:
+    """With rows and columns in another order, in float64; without a copy in its own dtype."""
+    out = torch.empty_like(cov, dtype=torch.float64, memory_format=torch.contiguous_format)
+    for rows, places in zip(out.split(_TILE), order.split(_TILE), strict=True):
+        rows.copy_(cov.index_select(0, places).index_select(1, order))
+    return out
 
 
 def factor_in_place(symmetric: Tensor) -> tuple[Tensor, int]:
@@ -62,9 +73,9 @@ def symmetrised(
     """
     if out is None:
         out = torch.empty_like(matrix, dtype=torch.float64, memory_format=torch.contiguous_format)
-    places = [slice(k, k + _TILE) for k in range(0, len(matrix), _TILE)]
-    for number, a in enumerate(places):
-        for b in places[number:]:
+    places = [slice(first, first + _TILE) for first in range(0, len(matrix), _TILE)]
+    for k, a in enumerate(places):
+        for b in places[k:]:
             tile, other = matrix[a, b].double(), matrix[b, a].mT.double()
             if not bool(((tile - other).abs() <= allowed(a, b)).all()):
                 return None
@@ -135,6 +146,11 @@ def check_mean(role: str, mean: Tensor) -> None:
 def half_log_and_energy(prior: Any, like: Tensor, where: Tensor) -> Tensor:
     """Σ ½ log σ₀² + ½ η²/σ₀² of a diagonal prior over the entries `where`, in float64."""
     p = moments(prior, like)
+    mean, var = number(p.mean), number(p.var)
+    if mean.ndim == 0 and var.ndim == 0:  # the same for all entries
+        check_diagonal("prior", Diagonal(mean, var))
+        mean, var = mean.double(), var.double()
+        return 0.5 * (var.log() + mean * (mean / var)) * where.count_nonzero()
     check_diagonal("prior", p)
     mean, var = p.mean[where].double(), p.var[where].double()
     return 0.5 * (var.log() + mean * (mean / var)).sum()

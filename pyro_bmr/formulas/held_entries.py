@@ -25,6 +25,7 @@ from pyro_bmr.formulas.covariance import check_mean
 
 DENSE_UP_TO = 1024  # entries whose covariance is formed: 8 MB, and exact
 _MOST = 5000  # iterations
+_ROWS = 64  # at once, so that they remain in the cache
 
 
 class HeldAtZero(NamedTuple):
@@ -83,8 +84,8 @@ def held_at_zero(
         tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     free, rows, cols = (t.to(dtype) for t in (mean, row_cov, col_cov))
     count = int(held.count_nonzero())
-    zero = torch.zeros_like(free)
     if count == 0:
+        zero = torch.zeros_like(free)
         return HeldAtZero(free.clone(), zero, zero.new_zeros(()).double(), 0.0, 0, True)
     all_vary = bool((rows.diagonal() > 0).all()) and bool((cols.diagonal() > 0).all())
     if count <= DENSE_UP_TO:
@@ -97,10 +98,10 @@ def held_at_zero(
 
 
 class _Solution(NamedTuple):
-    """Λ; RΛC, if it is there; the iterations; the relative residual that rounding explains."""
+    """Λ; M − RΛC, if it is there; the iterations; the relative residual that rounding explains."""
 
     values: Tensor
-    product: Tensor | None = None
+    rest: Tensor | None = None
     iterations: int = 0
     rounding: float = 0.0
 
@@ -109,14 +110,22 @@ def _result(
     free: Tensor, rows: Tensor, cols: Tensor, held: Tensor, solution: _Solution, tolerance: float
 ) -> HeldAtZero:
     """What follows from the multipliers, with the residual that they leave."""
-    values, product = solution.values, solution.product
-    rest = (free - (_product(rows, values, cols) if product is None else product)).to(free.dtype)
-    left = rest.where(held, 0)
-    deviations = (rows.diagonal()[:, None] * cols.diagonal()).sqrt().where(held, 1)
-    size, error = (float((t.where(held, 0) / deviations).norm()) for t in (free, left))
-    residual = error / size if size else 0.0
-    # 2⟨Λ, M⟩ − ⟨Λ, RΛC⟩: of second order in the residual
-    energy = (values.double() * (free.double() + left.double())).sum()
+    values, rest = solution.values, solution.rest
+    if rest is None:
+        rest = free - _product(rows, values, cols)
+    rest = rest.to(free.dtype)
+    size = error = energy = torch.zeros((), dtype=torch.float64, device=free.device)
+    col_var = cols.diagonal().double()
+    for k, inside in enumerate(held.split(_ROWS)):
+        part = slice(k * _ROWS, (k + 1) * _ROWS)
+        own, left = (t[part].double().where(inside, 0) for t in (free, rest))
+        var = rows.diagonal()[part, None].double() * col_var
+        var = var.where(inside, 1)
+        size = size + (own.square() / var).sum()
+        error = error + (left.square() / var).sum()
+        # 2⟨Λ, M⟩ − ⟨Λ, RΛC⟩: of second order in the residual
+        energy = energy + (values[part] * (own + left)).sum()
+    residual = float((error / size).sqrt()) if float(size) else 0.0
     converged = residual <= max(tolerance, solution.rounding)
     mean, multipliers = rest.masked_fill_(held, 0), values.to(free.dtype)
     return HeldAtZero(mean, multipliers, energy, residual, solution.iterations, converged)
@@ -162,31 +171,40 @@ def _by_gradients(
     tolerance: float,
     most: int,
 ) -> _Solution:
-    """Λ by conjugate gradients in units of standard deviations, on the rows and columns that hold
-    an entry. Where float32 has no digits left, they go on in float64.
+    """Λ by conjugate gradients on the rows and columns that hold an entry. Where float32 has no
+    digits left, they go on in float64.
     """
     i, j = (held.any(axis).nonzero()[:, 0] for axis in (1, 0))
     whole = (len(i), len(j)) == tuple(held.shape)
-    x = torch.zeros_like(free) if start is None else start
-    inside, used = held, 0
+    x, inside, used = start, held, 0
     if not whole:  # else no copies
-        x, free, inside = (t[i][:, j] for t in (x, free, held))
+        x = None if x is None else x[i][:, j]
+        free, inside = (t[i][:, j] for t in (free, held))
         rows, cols = rows[i][:, i], cols[j][:, j]
     for dtype in dict.fromkeys((free.dtype, torch.float64)):
-        system, deviations = System.of(rows.to(dtype), cols.to(dtype), free.to(dtype), inside)
-        limit = tolerance * float(system.target.norm())
+        if dtype != torch.float64 and not _in_range(rows, cols):
+            continue
+        system = System.of(rows.to(dtype), cols.to(dtype), free.to(dtype), inside)
+        limit = tolerance * system.length(system.free)
         # what float32 cannot say is left to float64
         most_here = most if dtype == torch.float64 else -(-most // 2)
-        done = system.solved(x.to(dtype) * deviations, limit, most_here - used)
-        x, used = done.x / deviations, used + done.iterations
+        done = system.solved(None if x is None else x.to(dtype), limit, most_here - used)
+        x, used = done.x, used + done.iterations
         if done.error <= limit:
             break
-    values = x
+    values = done.x
     if not whole:
-        values = x.new_zeros(held.shape)
-        values[i[:, None], j] = x
+        values = values.new_zeros(held.shape)
+        values[i[:, None], j] = done.x
     rounding = done.rounding * tolerance / limit if limit else 0.0
-    return _Solution(values, done.product * deviations if whole else None, used, rounding)
+    return _Solution(values, done.rest if whole else None, used, rounding)
+
+
+def _in_range(rows: Tensor, cols: Tensor) -> bool:
+    """Whether no variance, and no product of two, comes near to the ends of float32."""
+    ends = [[float(end) for end in cov.diagonal().aminmax()] for cov in (rows, cols)]
+    (low, high), (least, most) = ends
+    return min(low, least, low * least) > 1e-30 and max(high, most, high * most) < 1e30
 
 
 def _product(rows: Tensor, values: Tensor, cols: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from pyro_bmr.formulas.held_entries import DENSE_UP_TO, entries_factor
 _WORK = 2e9  # operations on the factors of rows, and of columns
 _VAR_WORK = 1e10  # operations on exact variances
 _MOST_HELD = 0.6
+_ROWS = 64  # at once
 
 
 class Bounds(NamedTuple):
@@ -95,9 +96,10 @@ def log_det_bounds(row_cov: Tensor, col_cov: Tensor, held: Tensor, work: float =
     if count <= DENSE_UP_TO:
         return _exact(2 * _log_diagonal(entries_factor(row_cov, col_cov, held)))
     # Σ over the rows and columns that hold an entry
+    counts = _counts(inside)
     rows, cols = (
-        _Side.of(_among(row_cov, i), inside, "rows"),
-        _Side.of(_among(col_cov, j), inside.mT, "columns"),
+        _Side.of(_among(row_cov, i), counts[0], "rows"),
+        _Side.of(_among(col_cov, j), counts[1], "columns"),
     )
     whole = inside.shape[1] * rows.log_det + inside.shape[0] * cols.log_det
     left = inside.numel() - count
@@ -106,20 +108,23 @@ def log_det_bounds(row_cov: Tensor, col_cov: Tensor, held: Tensor, work: float =
     if left <= DENSE_UP_TO:
         root = entries_factor(rows.precision, cols.precision, ~inside)
         return _exact(whole + 2 * _log_diagonal(root))
-    lower = [_over(inside, rows.log_pivot, cols.log_pivot)]
-    upper = [_over(inside, rows.log_var, cols.log_var)]
+    lower = [_over(counts, rows.log_pivot, cols.log_pivot)]
+    upper = [_over(counts, rows.log_var, cols.log_var)]
     most = count > _MOST_HELD * inside.numel()  # else the inverses say less
     if most:
-        upper.append(whole + _over(~inside, rows.log_precision, cols.log_precision))
-    for one, other, mask in ((rows, cols, inside), (cols, rows, inside.mT)):
-        if _blocks_work(mask) > work:
+        others = inside.shape[1] - counts[0], inside.shape[0] - counts[1]
+        upper.append(whole + _over(others, rows.log_precision, cols.log_precision))
+    sides = (rows, cols, inside, counts[0]), (cols, rows, inside.mT, counts[1])
+    for one, other, mask, size in sides:
+        if _blocks_work(size, mask.shape[1]) > work:
             continue
-        inner, size = _blocks(mask, other), mask.sum(1)
+        inner = _blocks(mask, other)
         lower.append(inner + float((size * one.log_pivot).sum()))
         upper.append(inner + float((size * one.log_var).sum()))
         if most:
             spread = mask.shape[1] * one.log_det
-            upper.append(inner + spread + float(((~mask).sum(1) * one.log_precision).sum()))
+            rest = float(((mask.shape[1] - size) * one.log_precision).sum())
+            upper.append(inner + spread + rest)
     return Bounds(max(lower), min(upper))
 
 
@@ -173,8 +178,9 @@ class _Side:
     back: Tensor  # from that order to their own
 
     @classmethod
-    def of(cls, cov: Tensor, held: Tensor, side: str) -> _Side:
-        order = held.sum(1).argsort(descending=True, stable=True)
+    def of(cls, cov: Tensor, count: Tensor, side: str) -> _Side:
+        """`count`: of the held entries of each."""
+        order = count.argsort(descending=True, stable=True)
         chol = covariance_factor(cov, f"{side} of the posterior", order)
         return cls(cov, chol, order.argsort())
 
@@ -211,15 +217,25 @@ def _log_diagonal(chol: Tensor) -> float:
     return float(chol.diagonal().log().sum())
 
 
-def _over(where: Tensor, rows: Tensor, cols: Tensor) -> float:
+def _counts(where: Tensor) -> tuple[Tensor, Tensor]:
+    """How many entries of each row, and of each column; some rows at a time, since a sum first
+    makes integers of them all.
+    """
+    parts = where.split(_ROWS)
+    by_column = sum((part.sum(0) for part in parts), torch.zeros_like(where[0], dtype=torch.long))
+    return torch.cat([part.sum(1) for part in parts]), by_column
+
+
+def _over(counts: tuple[Tensor, Tensor], rows: Tensor, cols: Tensor) -> float:
     """Σ over the entries of what their row and their column give."""
-    return float((where.sum(1) * rows).sum() + (where.sum(0) * cols).sum())
+    return float((counts[0] * rows).sum() + (counts[1] * cols).sum())
 
 
-def _blocks_work(mask: Tensor) -> float:
-    """The operations for a factor for each row of a mask, over its held or its other entries."""
-    held = mask.sum(1).double()
-    return float(torch.minimum(held, mask.shape[1] - held).pow(3).sum()) / 3
+def _blocks_work(held: Tensor, size: int) -> float:
+    """The operations for a factor for each row of `size` entries, over those that are held or the
+    others.
+    """
+    return float(torch.minimum(held, size - held).double().pow(3).sum()) / 3
 
 
 def _blocks(mask: Tensor, other: _Side) -> float:

@@ -64,10 +64,12 @@ class HeldMatrixNormal:
         for `held_at_zero`.
         """
         held = self.held | (pruned & self.kept)
-        done = self._given_zeros(self.free_mean, held, self.multipliers, tolerance)
+        # first, while there are no other tensors of that size
+        bounds = log_det_bounds(self.row_cov, self.col_cov, held)
+        start = self.multipliers if bool(self.held.any()) else None
+        done = self._given_zeros(self.free_mean, held, start, tolerance)
         kept = self.kept & ~held
         var = held_var(self.row_cov, self.col_cov, held)[0]
-        bounds = log_det_bounds(self.row_cov, self.col_cov, held)
         return replace(
             self,
             mean=done.mean.where(kept, 0).to(self.mean.dtype),

@@ -23,14 +23,11 @@ from pyro_bmr.curvatures.factors import Curvature, LayerCurvature
 from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas import held_at_zero
-from pyro_bmr.formulas.covariance import factor_in_place
-from pyro_bmr.formulas.factor_inverse import inverse_of_factor
+from pyro_bmr.formulas.factor_inverse import damped_inverse
+from pyro_bmr.formulas.gaussian import total
 from pyro_bmr.formulas.structure import covariance_root
 
 _TOLERANCE = 1e-2  # of the multipliers; the error of the mean is of second order in the loss
-_RESIDUAL = 1e-4  # of an inverse in float32
-_PROBES = 8
-_ROWS = 512  # at once
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Layer:
         parameter; nats.
         """
         var = self.var
-        each = 0.5 * torch.log(self.scale**2 / var) - 0.5 * self.mean.square() / var
+        each = self.mean.square().div_(var).add_(var.div_(self.scale**2).log_()).mul_(-0.5)
         return self.as_parameter(each[:, : self.columns])
 
     def as_parameter(self, matrix: Tensor) -> Tensor:
@@ -101,9 +98,9 @@ class Layer:
             return self, 0.0, 0.0
         found = held_at_zero(self.mean, self.row_cov, self.col_cov, held, tolerance=_TOLERANCE)
         energy = float(found.energy)
-        occam = 0.5 * float(torch.log(self.scale**2 / self.var[new].double()).sum())
+        logs = total(self.var.div_(self.scale**2).log_(), new)
         after = replace(self, mean=found.mean, held=held)
-        return after, occam - 0.5 * energy, 0.5 * energy
+        return after, -0.5 * (logs + energy), 0.5 * energy
 
     def values(self) -> dict[str, Tensor]:
         """Parameter → its value."""
@@ -204,31 +201,11 @@ def _mean_eigenvalue(factor: Tensor) -> float:
 
 
 def _damped_inverse(name: str, factor: Tensor, ridge: float) -> Tensor:
-    """(factor + ridge I)⁻¹ in the dtype of the factor; computed in float32 where that has digits
-    enough, else in float64.
-    """
-    wide = torch.float64
-    for dtype in (wide,) if factor.dtype == wide else (torch.float32, wide):
-        damped = factor.to(dtype, copy=True)
-        damped.diagonal().add_(ridge)
-        chol, minor = factor_in_place(damped)
-        if not minor and (dtype == wide or _solves(chol, factor, ridge)):
-            return inverse_of_factor(chol).to(factor.dtype)
-        del damped, chol
-    raise ReductionError(
-        f"'{name}': its curvature with the prior is not positive definite in float64; raise"
-        " temperature=, or give a smaller prior scale="
-    )
-
-
-def _solves(chol: Tensor, factor: Tensor, ridge: float) -> bool:
-    """Whether L Lᵀ x = v is solved for some v to a residual of 10⁻⁴, in units in which the matrix
-    has ones on its diagonal: an entry C_ij is then as near in units of the root of C_ii C_jj.
-    """
-    generator = torch.Generator().manual_seed(0)
-    units = (factor.diagonal() + ridge).sqrt()[:, None]
-    drawn = torch.randn(len(factor), _PROBES, generator=generator).to(chol)
-    x = torch.cholesky_solve(drawn * units, chol).double()
-    product = torch.cat([rows.double() @ x for rows in factor.split(_ROWS)])
-    left = (product + ridge * x) / units - drawn
-    return float(left.norm()) <= _RESIDUAL * float(drawn.norm())
+    """(factor + ridge I)⁻¹."""
+    found = damped_inverse(factor, ridge)
+    if found is None:
+        raise ReductionError(
+            f"'{name}': its curvature with the prior is not positive definite in float64; raise"
+            " temperature=, or give a smaller prior scale="
+        )
+    return found

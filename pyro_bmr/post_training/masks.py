@@ -37,7 +37,8 @@ def pruned_at(
             entries that are pruned by it are left for later rounds.
     """
     scores = {
-        name: layer.delta_f().masked_fill(_held(layer), torch.inf) for name, layer in layers.items()
+        name: layer.delta_f().masked_fill_(_held(layer), torch.inf)
+        for name, layer in layers.items()
     }
     if pattern is not None:
         return _patterned(scores, kept, pattern)

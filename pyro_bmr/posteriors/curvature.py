@@ -7,7 +7,8 @@ Owns `laplace_moments`; `Posterior.from_curvature` applies it to each site of a 
 
 from __future__ import annotations
 
-from dataclasses import fields
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,46 +17,51 @@ from pyro_bmr.errors import ModelError
 from pyro_bmr.formulas.covariance import factor_in_place, symmetrised
 from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.diagonal import Diagonal
-from pyro_bmr.formulas.factor_inverse import inverse_of_factor
+from pyro_bmr.formulas.factor_inverse import damped_inverse, inverse_of_factor
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
 
 _ASYMMETRY = 1e-4  # of the largest entry: more is no rounding
+_NOT_DEFINITE = (
+    "its curvature with the prior is not positive definite; give a symmetric Gauss–Newton or Fisher"
+    " matrix"
+)
 Curvature = Tensor | tuple[Tensor, Tensor]
 
 
 def laplace_moments(
-    name: str, value: Tensor, curvature: Curvature, prior: Diagonal, penalised: bool
+    name: str,
+    value: Tensor,
+    curvature: Sequence[Tensor],
+    prior: Diagonal,
+    penalised: bool,
+    temperature: float,
 ) -> tuple[Tensor, Tensor, Dense | MatrixNormal | None]:
     r"""Mean, variance and, unless the curvature is a diagonal, correlations of N(ŵ − P⁻¹Π(ŵ − η),
-    P⁻¹) with P = H + Π.
+    P⁻¹) with P = H/T + Π.
 
-    With `penalised` the mean is ŵ itself. Arguments as for `Posterior.from_curvature`; the
-    curvature in float64, as is all inside, and written over. Where the prior says far more than the
-    data the mean is the small difference of ŵ and its shift, and an inverse loses as many digits as
-    the eigenvalues are apart.
+    With `penalised` the mean is ŵ itself. Arguments as for `Posterior.from_curvature`; `curvature`
+    is one tensor, or two Kronecker factors. All inside is in float64: where the prior says far more
+    than the data the mean is the small difference of ŵ and its shift. Only the inverses of factors
+    in float32 are in float32, if the mean is ŵ and they have digits enough (`damped_inverse`).
     """
-    dtype, value, prior = (
-        value.dtype,
-        value.double(),
-        Diagonal(prior.mean.double(), prior.var.double()),
-    )
-    mean, var, joint = _moments(name, value, curvature, prior, penalised)
-    rounded = (
-        None
-        if joint is None
-        else type(joint)(*(getattr(joint, field.name).to(dtype) for field in fields(joint)))
-    )
-    return mean.to(dtype), var.to(dtype), rounded
+    wide = Diagonal(prior.mean.double(), prior.var.double())
+    if len(curvature) == 2:
+        rows, columns = curvature
+        return _kronecker(name, value, rows, columns, wide, penalised, temperature)
+    whole = curvature[0].to(torch.float64, copy=True).div_(temperature)
+    mean, var, joint = _moments(name, value.double(), whole, wide, penalised)
+    dtype = value.dtype
+    if joint is not None:
+        joint = Dense(joint.mean.to(dtype), joint.cov.to(dtype))
+    return mean.to(dtype), var.to(dtype), joint
 
 
 def _moments(
-    name: str, value: Tensor, curvature: Curvature, prior: Diagonal, penalised: bool
-) -> tuple[Tensor, Tensor, Dense | MatrixNormal | None]:
+    name: str, value: Tensor, curvature: Tensor, prior: Diagonal, penalised: bool
+) -> tuple[Tensor, Tensor, Dense | None]:
     prec = (1 / prior.var).expand_as(value)
     pull = 0 * value if penalised else prec * (value - prior.mean)  # Π(ŵ − η)
     size = value.numel()
-    if isinstance(curvature, tuple):
-        return _kronecker(name, value, curvature, prior, pull)
     if tuple(curvature.shape) == (size, size) and size > 1:
         cov = _inverse(name, _symmetric(name, curvature) + torch.diag(prec.flatten()))
         mean = value - (cov @ pull.flatten()).view(value.shape)
@@ -78,49 +84,53 @@ def _moments(
 
 
 def _kronecker(
-    name: str, value: Tensor, factors: tuple[Tensor, Tensor], prior: Diagonal, pull: Tensor
+    name: str,
+    value: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    prior: Diagonal,
+    penalised: bool,
+    temperature: float,
 ) -> tuple[Tensor, Tensor, MatrixNormal]:
     matrix = value.flatten(1) if value.ndim > 1 else value[:, None]
-    expected, got = (
-        [(len(matrix),) * 2, (matrix.shape[1],) * 2],
-        [tuple(factor.shape) for factor in factors],
-    )
+    expected = [(len(matrix),) * 2, (matrix.shape[1],) * 2]
+    got = [tuple(factor.shape) for factor in (rows, columns)]
     if got != expected or prior.var.numel() > 1:
         raise ModelError(
             f"site '{name}': expected Kronecker factors of shapes {expected} and a prior of one"
             f" variance, got {got} and {prior.var.numel()} variances"
         )
-    rows, columns = (_symmetric(name, factor) for factor in factors)
-    ratio = ((rows.trace() / len(rows)) / (columns.trace() / len(columns))).sqrt()
-    if not bool(ratio.isfinite() & (ratio > 0)):
-        for factor in (rows, columns):
+    single = penalised and {t.dtype for t in (value, rows, columns)} == {torch.float32}
+    dtype = torch.float32 if single else torch.float64
+    own = [_symmetric(name, t, torch.empty_like(t, dtype=dtype)) for t in (rows, columns)]
+    traces = [float(t.diagonal().double().mean()) for t in own]
+    ratio = math.sqrt(traces[0] / temperature / traces[1]) if min(traces) > 0 else math.nan
+    if not 0 < ratio < math.inf:
+        for factor in own:
             _check_semidefinite(name, factor)
         raise ModelError(
-            f"site '{name}': expected Kronecker factors of positive trace, got traces of"
-            f" {float(rows.trace()):.3g} and {float(columns.trace()):.3g}; for a site without"
-            " curvature give zeros in its own shape"
+            f"site '{name}': expected Kronecker factors of positive trace, got mean eigenvalues of"
+            f" {traces[0]:.3g} and {traces[1]:.3g}; for a site without curvature give zeros in its"
+            " own shape"
         )
-    root = prior.var.rsqrt().flatten()[0]
-    row_cov, col_cov = (
-        _damped_inverse(name, factor, float(damping))
-        for factor, damping in ((rows, ratio * root), (columns, root / ratio))
-    )
-    mean = matrix
-    if bool(pull.any()):
-        mean = matrix - row_cov @ pull.view(matrix.shape) @ col_cov
-    var = row_cov.diagonal()[:, None] * col_cov.diagonal()
-    return mean.view(value.shape), var.view(value.shape), MatrixNormal(mean, row_cov, col_cov)
+    root = float(prior.var.rsqrt().flatten()[0])
+    # (G/T + εI)⁻¹ = T (G + TεI)⁻¹
+    row_cov = _damped_inverse(name, own, temperature * ratio * root).mul_(temperature)
+    col_cov = _damped_inverse(name, own, root / ratio)
+    mean = matrix.clone(memory_format=torch.contiguous_format)
+    if not penalised:
+        pull = (matrix.double() - prior.mean.expand_as(value).reshape(matrix.shape)) * root**2
+        mean = matrix - row_cov @ pull @ col_cov
+    joint = MatrixNormal(*(t.to(value.dtype) for t in (mean, row_cov, col_cov)))
+    var = (row_cov.diagonal().double()[:, None] * col_cov.diagonal()).to(value.dtype)
+    return joint.mean.view(value.shape), var.view(value.shape), joint
 
 
-def _symmetric(name: str, matrix: Tensor) -> Tensor:
-    """The matrix without the rounding that makes it asymmetric; in place, where it is in
-    float64.
-    """
+def _symmetric(name: str, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """The matrix without the rounding that makes it asymmetric, written to `out` or over it."""
     allowed = _ASYMMETRY * _largest(matrix)
     # NaN is refused too
-    symmetric = symmetrised(
-        matrix, lambda a, b: allowed, matrix if matrix.dtype == torch.float64 else None
-    )
+    symmetric = symmetrised(matrix, lambda a, b: allowed, matrix if out is None else out)
     if symmetric is None:
         raise ModelError(
             f"site '{name}': its curvature, or a factor of it, is not symmetric, or not finite;"
@@ -141,7 +151,8 @@ def _check_semidefinite(name: str, matrix: Tensor) -> None:
     if largest:
         # a Cholesky factor of the matrix and so much more has no such eigenvalue; its rounding in
         # float32 is a hundredth of that
-        shifted = matrix.float() if 1e-30 < largest < 1e30 else (matrix / largest).float()
+        usual = 1e-30 < largest < 1e30
+        shifted = matrix.to(torch.float32, copy=True) if usual else (matrix / largest).float()
         shifted.diagonal().add_(_ASYMMETRY * float(_largest(shifted)))
         if factor_in_place(shifted)[1]:
             raise ModelError(
@@ -150,20 +161,22 @@ def _check_semidefinite(name: str, matrix: Tensor) -> None:
             )
 
 
-def _damped_inverse(name: str, factor: Tensor, damping: float) -> Tensor:
-    """(factor + damping I)⁻¹, in the memory of the factor."""
+def _damped_inverse(name: str, factors: list[Tensor], damping: float) -> Tensor:
+    """(F + damping I)⁻¹ for the first of the factors, which is taken from the list and is written
+    over.
+    """
+    factor = factors.pop(0)
     # less damping than a factor may lack: its Cholesky factor is the check
     if damping > _ASYMMETRY * float(_largest(factor)):
         _check_semidefinite(name, factor)
-    factor.diagonal().add_(damping)
-    return _inverse(name, factor)
+    found = damped_inverse(factor, damping, own=True)
+    if found is None:
+        raise ModelError(f"site '{name}': {_NOT_DEFINITE}")
+    return found
 
 
 def _inverse(name: str, matrix: Tensor) -> Tensor:
     chol, minor = factor_in_place(matrix)
     if minor:
-        raise ModelError(
-            f"site '{name}': its curvature with the prior is not positive definite; give a"
-            " symmetric Gauss–Newton or Fisher matrix"
-        )
+        raise ModelError(f"site '{name}': {_NOT_DEFINITE}")
     return inverse_of_factor(chol)

@@ -96,14 +96,8 @@ def sites_of_curvature(
                 f"site '{name}': a Laplace posterior needs a Gaussian prior; give prior={{'{name}':"
                 " Gaussian(1.0), ...}"
             )
-        parts = [
-            part.to(value.device, torch.float64, copy=True)
-            for part in _curvature_parts(name, curvature[name])
-        ]
-        parts[0].div_(temperature)
-        location, var, joint = laplace_moments(
-            name, value, parts[0] if len(parts) == 1 else (parts[0], parts[1]), moments_, penalised
-        )
+        parts = [part.to(value.device) for part in _curvature_parts(name, curvature[name])]
+        location, var, joint = laplace_moments(name, value, parts, moments_, penalised, temperature)
         sites[name] = Site(location, var, moments_, declared, joint=joint)
     check_patterns(prior, None, mean)
     return sites

@@ -60,15 +60,14 @@ def pruned_site(site: Site, mask: Tensor) -> tuple[Site, Bounds | None]:
     They are equal but for single entries of a matrix normal. ΔF is None where it is the sum of the
     marginals' ΔF, and where the prior is not Gaussian.
     """
-    bare = replace(site, mean=site.mean.where(mask, 0), var=site.var.where(mask, 0), mask=mask)
-    if site.joint is None:
-        return bare, None
     pruned = site.kept & ~mask
-    if not bool(pruned.any()):
-        return replace(bare, joint=site.joint), Bounds(0.0, 0.0)
+    if site.joint is None or not bool(pruned.any()):
+        mean, var = site.mean.where(mask, 0), site.var.where(mask, 0)
+        gain = None if site.joint is None else Bounds(0.0, 0.0)
+        return replace(site, mean=mean, var=var, mask=mask), gain
     # the rest does not depend on the prior
     prior = site.prior or Diagonal(torch.zeros_like(site.mean), torch.ones_like(site.mean))
-    own = correlated(replace(site, prior=prior), pruned.long())
+    own = correlated(replace(site, prior=prior), pruned.byte())
     if own is None:
         first = _held(site)
         held = first.holding(pruned.reshape(first.mean.shape))

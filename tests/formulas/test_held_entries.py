@@ -297,3 +297,12 @@ def test_an_indefinite_covariance_is_refused_by_conjugate_gradients_too():
     rows[0, 1] = rows[1, 0] = 2 * rows.max()
     with pytest.raises(ReductionError, match="not positive definite"):
         held_at_zero(*tensors(mean, rows, cols, held))
+
+
+def test_variances_beyond_the_range_of_float32_are_taken_in_float64():
+    mean, rows, cols, _, held = problem(2, 48, 48, 0.52)
+    arguments = [t.float() if t.is_floating_point() else t for t in tensors(mean, rows, cols, held)]
+    known = held_at_zero(*arguments)
+    small = held_at_zero(arguments[0], 1e-22 * arguments[1], 1e-21 * arguments[2], arguments[3])
+    assert known.converged and small.converged and known.mean.dtype == torch.float32
+    torch.testing.assert_close(small.mean, known.mean, atol=1e-3, rtol=0)

@@ -457,3 +457,33 @@ def test_a_curvature_of_nearly_collinear_weights_in_float32():
     post = bmr.Posterior.from_curvature({"w": torch.zeros(3)}, {"w": curvature}, Gaussian(100.0))
     exact = torch.linalg.inv(curvature.double() + 1e-4 * torch.eye(3, dtype=torch.float64))
     torch.testing.assert_close(post["w"].joint.cov.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [0.003, 0.2, 100.0])
+def test_kronecker_factors_in_float32(scale):
+    """As in float64, up to the digits that the factors have; a strong prior damps by more than an
+    eigenvalue may be negative, so that they are checked by themselves.
+    """
+    rng = np.random.default_rng(3)
+    given = [torch.tensor(random_spd(rng, k, 40.0)).float() for k in (40, 60)]
+    value = torch.tensor(rng.normal(size=(40, 60))).float()
+    before = [t.clone() for t in (value, *given)]
+    single, double = (
+        bmr.Posterior.from_curvature(
+            {"w": value.to(dtype)},
+            {"w": tuple(t.to(dtype) for t in given)},
+            Gaussian(scale),
+            temperature=0.05,
+        )["w"]
+        for dtype in (torch.float32, torch.float64)
+    )
+    for one, exact in zip(
+        (single.joint.row_cov, single.joint.col_cov, single.var),
+        (double.joint.row_cov, double.joint.col_cov, double.var),
+        strict=True,
+    ):
+        assert one.dtype == torch.float32
+        assert float((one - exact).norm()) < 1e-4 * float(exact.norm())
+    assert torch.equal(single.mean, value)
+    single.mean.zero_()
+    assert all(torch.equal(a, b) for a, b in zip((value, *given), before, strict=True))
