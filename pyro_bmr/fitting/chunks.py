@@ -1,11 +1,13 @@
 """The flat vectors of the fast step, cut into chunks that stay in the cache.
 
-Owns `Chunk`, `chunks_of` and `pull_of`. Next: `flat_vectors.py`.
+Owns `Chunk`, `chunks_of`, `pull_of`, `log_scale_gradient` and `number_tensor`. Next:
+`flat_vectors.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -76,6 +78,42 @@ def pull_of(chunk: Chunk, priors: list[SitePrior], parts: Mapping[str, slice]) -
         for values in zip(*of_sites, strict=True)
     ]
     return Pull(*columns)
+
+
+def log_scale_gradient(
+    chunk: Chunk,
+    odd: Tensor,
+    noise: Tensor,
+    sign: float,
+    pull: Pull,
+    kl_weight: float,
+    out: Tensor,
+) -> Tensor:
+    r"""The gradient of the loss by log σ at the draw μ + `sign` · σε, in `out`.
+
+    .. math:: \sigma\left(g\varepsilon + \lambda p \sigma\right) - \lambda n
+
+    Here g is the gradient `odd`, λ the `kl_weight`; p and n are the precision and the weight of the
+    `pull`. It uses the scratch of the chunk; `out` may be that, or σ.
+    """
+    share = -kl_weight * pull.weight
+    constant = number_tensor(share, out) if isinstance(share, float) else share
+    if isinstance(pull.precision, float) and pull.precision == 0:
+        inner = torch.mul(odd, noise, out=chunk.scratch)
+    else:
+        inner = torch.mul(chunk.std, kl_weight * pull.precision, out=chunk.scratch)
+        inner, sign = inner.addcmul_(odd, noise, value=sign), 1.0
+    return torch.addcmul(constant, chunk.std, inner, value=sign, out=out)
+
+
+def number_tensor(value: float, like: Tensor) -> Tensor:
+    """A tensor with one number, of the dtype and on the device of `like`; nobody may change it."""
+    return _number(value, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
 
 
 def _at(values: float | Tensor, here: slice) -> float | Tensor:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.fitting.faults import diagnosis
-from pyro_bmr.fitting.natural_gradient import OnlineNewton
 from pyro_bmr.fitting.rows import Batch
 from pyro_bmr.fitting.run import Run
-from pyro_bmr.fitting.step import Draw
+from pyro_bmr.fitting.step import Draw, TakesDraws
 from pyro_bmr.isolation import seed_generator
 
 
@@ -54,8 +53,8 @@ def take_step(run: Run, batch: Batch, share: float, number: int) -> tuple[float,
             " of the priors"
         )
         return None
-    if isinstance(run.optimizer, OnlineNewton):
-        run.optimizer.step(lambda: draw)
+    if isinstance(run.optimizer, TakesDraws):
+        run.optimizer.take_next(draw)
     else:
         step.write_gradients(draw)
         run.optimizer.step()

@@ -7,7 +7,7 @@ Owns `FlatVectors`. Next: `step.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,11 @@ class FlatVectors:
         )
         self.leaves = {name: view.detach().requires_grad_() for name, view in self.dense.items()}
         self.chunks = chunks_of(self.parts, self.loc, self.log_scale, self.std, self.draw)
+        self.sizes = [len(chunk.loc) for chunk in self.chunks]
+        self.runs = [
+            (names, [len(chunk.loc) for chunk in run])
+            for names, run in groupby(self.chunks, lambda chunk: chunk.names)
+        ]
         self.stale = [True] * len(self.chunks)
 
     def release(self) -> None:
@@ -63,11 +68,11 @@ class FlatVectors:
         if self.std.untyped_storage().nbytes() == 0:
             for vector in (self.std, self.draw):
                 vector.untyped_storage().resize_(vector.numel() * vector.element_size())
-        for k, chunk in enumerate(self.chunks):
+        for k, (chunk, own) in enumerate(zip(self.chunks, noise.split(self.sizes), strict=True)):
             if self.stale[k]:
                 torch.exp(chunk.log_scale, out=chunk.std)
                 self.stale[k] = False
-            torch.addcmul(chunk.loc, chunk.std, noise[chunk.part], value=sign, out=chunk.draw)
+            torch.addcmul(chunk.loc, chunk.std, own, value=sign, out=chunk.draw)
 
     def scatter(self) -> None:
         """Puts the draw of the kept entries into the leaves, if they have others."""
@@ -79,14 +84,12 @@ class FlatVectors:
         by_site = {
             name: found[name] if name in found else self._gradient(name) for name in self.parts
         }
-        return [
-            (
-                by_site[c.names[0]][c.here]
-                if len(c.names) == 1
-                else torch.cat([by_site[name] for name in c.names])
-            )
-            for c in self.chunks
-        ]
+        gradients: list[Tensor] = []
+        for names, sizes in self.runs:
+            each = [by_site[name] for name in names]
+            flat = each[0] if len(each) == 1 else torch.cat(each)
+            gradients += [flat] if len(sizes) == 1 else flat.split(sizes)
+        return gradients
 
     def _gradient(self, name: str) -> Tensor:
         leaf = self.leaves[name]

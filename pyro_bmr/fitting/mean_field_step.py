@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_bmr.fitting.chunks import pull_of
+from pyro_bmr.fitting.chunks import log_scale_gradient, number_tensor, pull_of
 from pyro_bmr.fitting.flat_vectors import FlatVectors
 from pyro_bmr.fitting.live_network import LiveNetworks
 from pyro_bmr.fitting.network import Network
@@ -73,6 +73,7 @@ class MeanFieldStep(FlatVectors):
         super().__init__(guide)
         self.program, self.rows, self.kl_weight = program, rows, temperature / rows
         self.seed, self.network, self.trained = seed, network, list(trained)
+        self.written_out = network is not None and network.has_log_likelihood
         self.noise = self._new_noise()
         self.declared: dict[str, SitePrior] = {}
         self.priors: dict[str, SitePrior] = {}
@@ -128,12 +129,13 @@ class MeanFieldStep(FlatVectors):
         weights, network = self._weights(batch), self.network
         with torch.enable_grad():
             if weights is not None and network is not None and self._needs_network_alone:
-                tensors, placed = weights.tensors, weights.placed
-                of_batch = network.log_likelihood(tensors, batch[0], batch[1], placed)
-                (of_batch * (-share / len(batch[1]))).backward()
+                priors, open_kl, size = self.declared, 0.0, len(batch[1])
+                of_batch = network.log_likelihood(
+                    weights.tensors, batch[0], batch[1], weights.placed
+                )
+                of_batch.backward(number_tensor(-share / size, of_batch))
                 weights.settle()
-                likelihood = of_batch.detach() * (self.rows / len(batch[1]))
-                priors, open_kl = self.declared, 0.0
+                likelihood = float(of_batch.detach()) * (self.rows / size)
             else:
                 likelihood, priors, open_kl = self._run_program(
                     batch, share, weights.given if weights is not None else {}
@@ -145,13 +147,12 @@ class MeanFieldStep(FlatVectors):
         self._follow(priors)
         found = {} if weights is None else weights.gradients(share * self.kl_weight)
         g, kl = self.gradients(found), open_kl + self.kl
-        return Draw(float(likelihood.detach()), kl, g, g, self.pulls, noise, sign)
+        return Draw(likelihood, kl, g, g, self.pulls, noise, sign)
 
     @property
     def _needs_network_alone(self) -> bool:
         """Whether all sites are known without a run of the program."""
-        known = self.network is not None and len(self.declared) == len(self.parts)
-        return known and self.network.has_log_likelihood  # type: ignore[union-attr]
+        return self.written_out and len(self.declared) == len(self.parts)
 
     def _weights(self, batch: tuple[Any, ...]) -> NetworkWeights | None:
         """The parameters that are written out, at the draw; None until the sites are declared."""
@@ -176,7 +177,7 @@ class MeanFieldStep(FlatVectors):
 
     def _run_program(
         self, batch: tuple[Any, ...], share: float, weights: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, SitePrior], float]:
+    ) -> tuple[float, dict[str, SitePrior], float]:
         """The log likelihood, the priors and the open part of the KL, from the whole program but
         for the `weights` that are known; with the backward pass.
         """
@@ -209,7 +210,7 @@ class MeanFieldStep(FlatVectors):
             sites = self.whole.sites
             known = {name: prior for name, prior in priors.items() if name in sites}
             self.declared = known if all(prior.weight == 1 for prior in known.values()) else {}
-        return likelihood, priors, open_kl
+        return float(likelihood.detach()), priors, open_kl
 
     def _moving_kl(self, name: str, read: ReadPrior) -> Tensor:
         """What the loss alone needs where the moments of the prior depend on other sites."""
@@ -227,14 +228,8 @@ class MeanFieldStep(FlatVectors):
         for chunk, g, odd, pull in zip(
             self.chunks, draw.gradients, draw.odd, draw.pulls, strict=True
         ):
-            noise, share = draw.noise[chunk.part], -self.kl_weight * pull.weight
-            constant = chunk.std.new_tensor(share) if isinstance(share, float) else share
-            if isinstance(pull.precision, float) and pull.precision == 0:
-                inner, sign = torch.mul(odd, noise, out=chunk.scratch), draw.sign
-            else:
-                inner = torch.mul(chunk.std, self.kl_weight * pull.precision, out=chunk.scratch)
-                inner, sign = inner.addcmul_(odd, noise, value=draw.sign), 1.0
-            torch.addcmul(constant, chunk.std, inner, value=sign, out=chunk.std)
+            noise = draw.noise[chunk.part]
+            log_scale_gradient(chunk, odd, noise, draw.sign, pull, self.kl_weight, chunk.std)
             pull.add_to(g, chunk.loc, self.kl_weight, chunk.draw)
         self.stale = [True] * len(self.chunks)
         self.loc.grad, self.log_scale.grad = self.draw, self.std

@@ -8,17 +8,17 @@ Owns `natural_gradient`, which `fit` takes as its optimiser, and the optimiser b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam
 
 from pyro_bmr.errors import FitError, described, holds
 from pyro_bmr.fitting.mean_field_step import MeanFieldStep
-from pyro_bmr.fitting.step import Draw
+from pyro_bmr.fitting.step import Draw, TakesDraws
 
 # Bounds of one step of the log precision. A gradient out of all proportion narrows more than it
 # widens, which is the stable side.
@@ -106,8 +106,8 @@ def natural_gradient(
     return NaturalGradient(learning_rate, momentum, averaging, curvature, cap, adam_rate)
 
 
-class OnlineNewton(Optimizer):
-    """`step(closure)` takes the `Draw` that the closure gives. Two parameter groups, so that
+class OnlineNewton(TakesDraws):
+    """The optimiser of `natural_gradient`. Two parameter groups, so that
     schedules reach both: the vectors, and what Adam trains.
     """
 
@@ -123,39 +123,34 @@ class OnlineNewton(Optimizer):
             self.add_param_group({"params": trained, "lr": settings.adam_rate})
         self.state[step.loc]["average"] = torch.zeros_like(step.loc)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Draw]) -> Draw:  # type: ignore[override]
-        draw, settings, vectors = closure(), self.settings, self.vectors
+    def take(self, draw: Draw) -> None:
+        settings, vectors = self.settings, self.vectors
         self.steps += 1
         unbiased = 1 - settings.momentum**self.steps
         rate = self.param_groups[0]["lr"] / (vectors.kl_weight * unbiased)
         every = _CURVATURE_EVERY if self.steps > _ALWAYS and vectors.loc.numel() > _LARGE else 1
         rho = every * max(settings.averaging, 2 / (self.steps + _FIRST_AVERAGE))
         average = self.state[vectors.loc]["average"]
-        for k, (chunk, g, odd, prior) in enumerate(
-            zip(vectors.chunks, draw.gradients, draw.odd, draw.pulls, strict=True)
+        noise, averages = draw.noise.split(vectors.sizes), average.split(vectors.sizes)
+        weight, limit = vectors.kl_weight * unbiased, settings.cap / rate
+        for k, (chunk, g, odd, prior, smooth) in enumerate(
+            zip(vectors.chunks, draw.gradients, draw.odd, draw.pulls, averages, strict=True)
         ):
             std = chunk.std
             if (self.steps + k) % every == 0:
                 # change = σ(λgε + pσ) = (ĥ + δ)/(h + δ)
                 change = torch.mul(std, prior.precision, out=chunk.scratch)
-                change.addcmul_(
-                    odd, draw.noise[chunk.part], value=draw.sign / vectors.kl_weight
-                ).mul_(std)
+                change.addcmul_(odd, noise[k], value=draw.sign / vectors.kl_weight).mul_(std)
                 change.sub_(prior.weight).clamp_(-_LARGEST_WIDENING / rho, _LARGEST_NARROWING / rho)
                 chunk.log_scale.sub_(change, alpha=0.5 * rho)
                 vectors.stale[k] = True
             # pull = ḡ + δ(μ − η), up to the factor of the bias correction
-            smooth = average[chunk.part].lerp_(g, 1 - settings.momentum)
-            pull = prior.add_to(smooth, chunk.loc, vectors.kl_weight * unbiased, chunk.scratch)
-            chunk.loc.sub_(
-                pull.mul_(std).mul_(std).clamp_(-settings.cap / rate, settings.cap / rate),
-                alpha=rate,
-            )
+            smooth.lerp_(g, 1 - settings.momentum)
+            pull = prior.add_to(smooth, chunk.loc, weight, chunk.scratch)
+            chunk.loc.sub_(pull.mul_(std).mul_(std).clamp_(-limit, limit), alpha=rate)
         if self.adam:
             self.adam.param_groups[0]["lr"] = self.param_groups[1]["lr"]
             self.adam.step()
-        return draw
 
     def state_dict(self) -> dict[str, Any]:
         return {

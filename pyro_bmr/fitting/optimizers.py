@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from pyro_bmr.errors import FitError
+from pyro_bmr.fitting.fused_adam import ChunkedAdam, PointAdam
 from pyro_bmr.fitting.mean_field_step import MeanFieldStep
 from pyro_bmr.fitting.natural_gradient import NaturalGradient
+from pyro_bmr.fitting.point_step import PointStep
 from pyro_bmr.fitting.step import Step
 
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -26,16 +28,31 @@ MakeScheduler = Callable[[Optimizer, int], LRScheduler]
 
 def adam(learning_rate: float = 3e-3) -> MakeOptimizer:
     """The default optimiser: Adam, fused where all parameters are real."""
-    return partial(_adam, learning_rate)
+    return _Adam(learning_rate)
 
 
-def _adam(learning_rate: float, parameters: Any) -> Optimizer:
-    parameters = list(parameters)
-    return torch.optim.Adam(
-        parameters,
-        lr=learning_rate,
-        fused=not any(isinstance(p, Tensor) and p.is_complex() for p in parameters),
-    )
+@dataclass(frozen=True)
+class _Adam:
+    """What `adam` gives."""
+
+    learning_rate: float
+
+    def __call__(self, parameters: Any) -> Optimizer:
+        parameters = list(parameters)
+        return torch.optim.Adam(parameters, lr=self.learning_rate, fused=_are_real(parameters))
+
+    def of_step(self, step: Step) -> Optimizer:
+        """Adam for the parameters of `step`, as the fast steps take it if it is one."""
+        real = _are_real(step.parameters)
+        if real and isinstance(step, MeanFieldStep):
+            return ChunkedAdam(step, self.learning_rate)
+        if real and isinstance(step, PointStep):
+            return PointAdam(step, self.learning_rate)
+        return self(step.parameters)
+
+
+def _are_real(parameters: Iterable[Any]) -> bool:
+    return not any(isinstance(p, Tensor) and p.is_complex() for p in parameters)
 
 
 def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
@@ -68,7 +85,7 @@ def optimizer_of(
             part.fill_(-0.5 * math.log(rows * make.curvature))
         return make.optimizer(step, step.trained)
     try:
-        made = make(step.parameters)
+        made = make.of_step(step) if isinstance(make, _Adam) else make(step.parameters)
     except (ValueError, TypeError) as error:
         raise FitError(f"optimizer: it cannot be made ({error})") from error
     if not isinstance(made, Optimizer) or isinstance(made, torch.optim.LBFGS):

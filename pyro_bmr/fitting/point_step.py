@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_bmr.fitting.autograd_step import AutogradStep, value_and_gradient
+from pyro_bmr.fitting.chunks import number_tensor
 from pyro_bmr.fitting.network import Network
 from pyro_bmr.fitting.site_prior import Pull, SitePrior, kl_is_due, read_prior, squared_distance
 from pyro_bmr.fitting.step import Draw
@@ -68,14 +69,16 @@ class PointStep(AutogradStep):
         sites = {site for weight in self.written.values() for site in weight.sites}
         self.others = [latent for latent in guide.latents if latent.name not in sites]
         self.priors = self._read(example)
+        # the sites that are the weight, with a prior N(0, s²), and T/N s⁻²
         self.decays = {
-            name: prior.precision
+            name: temperature / rows * prior.precision
             for name, prior in self.priors.items()
             if self.written[name].passive
             and isinstance(prior.precision, float)
             and isinstance(prior.loc, float)
             and prior.loc == 0
         }
+        self.decay_of = {self.leaves[name]: decay for name, decay in self.decays.items()}
 
     @torch.no_grad()
     def _read(self, example: tuple[Any, ...]) -> dict[str, SitePrior]:
@@ -105,7 +108,7 @@ class PointStep(AutogradStep):
             self.penalty = self._penalty()
         self._write(self.temperature / self.rows)
         kl = self.penalty + open_kl
-        return Draw(float(likelihood.detach()), kl, [], [], [], self.no_noise, 1.0)
+        return Draw(likelihood, kl, [], [], [], self.no_noise, 1.0)
 
     def _run_masked(self, batch: tuple[Any, ...], number: int) -> Draw:
         """The step of `AutogradStep`, with the gradient split among the sites."""
@@ -117,14 +120,15 @@ class PointStep(AutogradStep):
 
     def _run_network(
         self, batch: tuple[Any, ...], weights: dict[str, Tensor]
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[float, float]:
         """The log likelihood and −log p of the sites that are not written out, with the backward
         pass.
         """
         if not self.others and self.network.has_log_likelihood:
+            size = len(batch[1])
             of_batch = self.network.log_likelihood(weights, batch[0], batch[1], self.placed)
-            (of_batch / -len(batch[1])).backward()
-            return of_batch.detach() * (self.rows / len(batch[1])), 0.0
+            of_batch.backward(number_tensor(-1 / size, of_batch))
+            return float(of_batch.detach()) * (self.rows / size), 0.0
         values = {
             s.name: self.leaves[s.name] if s.transform is None else s.transform(self.leaves[s.name])
             for s in self.others
@@ -136,7 +140,7 @@ class PointStep(AutogradStep):
             each = msg["fn"].log_prob(msg["value"])
             log_p = log_p + scale_and_mask(each, msg["scale"], msg["mask"]).sum()
         ((self.temperature * log_p + likelihood) / -self.rows).backward()
-        return likelihood, -float(log_p.detach())
+        return float(likelihood.detach()), -float(log_p.detach())
 
     @torch.no_grad()
     def _penalty(self) -> float:
@@ -150,12 +154,14 @@ class PointStep(AutogradStep):
 
     @torch.no_grad()
     def _write(self, factor: float) -> None:
-        """Puts the gradient of the loss into the `.grad` of the sites; `factor` is T/N."""
+        """Puts the gradient of the loss into the `.grad` of the sites, but for their `decays`;
+        `factor` is T/N.
+        """
         for name, weight in self.written.items():
             prior = self.priors.get(name)
-            g, decay = weight.leaf.grad, self.decays.get(name)
-            if decay is not None and g is not None:  # the site is the weight, its prior N(0, s²)
-                g.add_(weight.leaf, alpha=factor * decay)
+            if name in self.decays:  # `write_gradients` and the optimiser know these
+                if weight.leaf.grad is None:
+                    weight.leaf.grad = torch.zeros_like(weight.leaf)
                 continue
             found = weight.gradients(factor)
             if prior is not None:
@@ -163,6 +169,13 @@ class PointStep(AutogradStep):
                 pull.add_to(found[name], self.leaves[name].view(-1), factor, found[name])
             for site, g in found.items():
                 self.leaves[site].grad = g.view(self.leaves[site].shape)
+
+    @torch.no_grad()
+    def write_gradients(self, draw: Draw) -> None:
+        for name, decay in {} if self.masks else self.decays.items():
+            leaf = self.leaves[name]
+            assert leaf.grad is not None
+            leaf.grad.add_(leaf, alpha=decay)
 
     def not_finite(self, draw: Draw) -> set[str]:
         named = ((name, value_and_gradient(leaf)) for name, leaf in self.leaves.items())

@@ -43,6 +43,13 @@ class Pull(NamedTuple):
     precision: float | Tensor
     weight: float | Tensor
 
+    @property
+    def decay(self) -> float | None:
+        """p where the pull is p μ with one p for all entries, as weight decay has it."""
+        if not isinstance(self.precision, float) or not isinstance(self.loc, float):
+            return None
+        return self.precision if self.loc == 0 or self.precision == 0 else None
+
     def add_to(self, g: Tensor, loc: Tensor, factor: float, out: Tensor) -> Tensor:
         """g + factor · p (μ − η), the gradient of a mean with the pull of its prior."""
         if isinstance(self.precision, float) and isinstance(self.loc, float):

@@ -130,6 +130,7 @@ def fit_settings(
         FitError: an optimiser or a schedule that keeps state where it cannot be saved.
     """
     refuse_hidden_state(run.optimizer, run.scheduler)
+    kind = getattr(run.optimizer, "kind", type(run.optimizer))
     groups = [
         {key: description(value) for key, value in group.items() if key != "params"}
         for group in run.optimizer.param_groups
@@ -143,7 +144,7 @@ def fit_settings(
             name: in_short(name, value) if isinstance(value, torch.Tensor) else value
             for name, value in run.rows.described().items()
         },
-        "optimizer": {"type": description(type(run.optimizer)), "groups": groups},
+        "optimizer": {"type": description(kind), "groups": groups},
         "scheduler": {"type": description(type(run.scheduler)), **description(schedule)},
         "batch_size": description(run.rows.batch_size),
         **{name: description(getattr(given, name)) for name in _GIVEN},

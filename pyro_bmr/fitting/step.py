@@ -1,14 +1,17 @@
 """What a fit asks of a step: a draw, the gradient of the loss at it, and the two terms of the ELBO.
 
-Owns the protocol `Step` and the `Draw` of one run. `MeanFieldStep` has the gradients written out;
-`AutogradStep` takes every other guide. Next: `mean_field_step.py`.
+Owns the protocol `Step`, the `Draw` of one run, and `TakesDraws`, for optimisers of draws.
+`MeanFieldStep` has the gradients written out; `AutogradStep` takes every other guide. Next:
+`mean_field_step.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -77,3 +80,33 @@ class Step(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`, after `prune` with its masks."""
+
+
+class TakesDraws(Optimizer):
+    """An optimiser whose step is that of a `Draw`, which it spends: `step(closure)` takes the one
+    that the closure gives.
+
+    A fit calls `take_next`. From the second step on that leaves out what torch wraps around each
+    `step`, its profiler and hooks, which cost a thirtieth of a step.
+    """
+
+    _stepped = False
+
+    @abstractmethod
+    def take(self, draw: Draw) -> None:
+        """Takes the step, under `torch.no_grad`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Draw]) -> Draw:  # type: ignore[override]
+        draw = closure()
+        self.take(draw)
+        self._stepped = True  # schedules warn unless this was called before them
+        return draw
+
+    @torch.no_grad()
+    def take_next(self, draw: Draw) -> None:
+        """Takes the step of `draw`."""
+        if self._stepped:
+            self.take(draw)
+        else:
+            self.step(lambda: draw)

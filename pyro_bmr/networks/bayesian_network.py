@@ -203,12 +203,15 @@ class BayesianNetwork(nn.Module):
         tuples, lists and dicts: `torch.autocast` may lower the precision of layers, not of
         densities. Of the named outputs of a Hugging Face model it is the `logits`.
         """
-        dtype = next(chain(weights.values(), self.net.parameters())).dtype
-        given = dict(weights)
-        for name, mask in self.left_masks.items():  # point estimates that are pruned
-            parameter = self.net.get_parameter(name)
-            given[name] = parameter * mask.to(parameter.device)
+        given = weights
+        if self.left_masks:  # point estimates that are pruned
+            parameters = {name: self.net.get_parameter(name) for name in self.left_masks}
+            masked = {n: p * self.left_masks[n].to(p.device) for n, p in parameters.items()}
+            given = {**weights, **masked}
         output = (placed or PlacedWeights(self.net)).call(given, *call_arguments(self.net, x))
+        dtype = next(chain(weights.values(), self.net.parameters())).dtype
+        if type(output) is Tensor and output.dtype == dtype:
+            return output
         if isinstance(output, Mapping) and hasattr(output, "logits"):
             output = output.logits
         if isinstance(output, Tensor):

@@ -18,6 +18,7 @@ def check(program, y, masks=None):
     step = PointStep(program, guide, ROWS, TEMPERATURE, trained, program, (X, y))
     step.prune(masks or {})
     draw = step.run((X, y), 1)
+    step.write_gradients(draw)
     given = [
         torch.cat([leaf.grad.flatten() for leaf in step.leaves.values()]),
         *(parameter.grad.clone() for parameter in program.trained),
