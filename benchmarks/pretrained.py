@@ -66,6 +66,8 @@ def ours(net: nn.Module, data: Rows, settings: argparse.Namespace, steps: bool) 
         last_corrections=settings.corrections if steps else 0,
         rows=len(data.x),
         size=settings.size,
+        scale=settings.scale,
+        temperature=settings.temperature,
         after_round=keep,
         progress=False,
     )
@@ -188,6 +190,8 @@ def arguments() -> argparse.Namespace:
         "--differences", action="store_true", help="what each difference to the rule is worth"
     )
     parser.add_argument("--validation", action="store_true")
+    parser.add_argument("--scale", choices=["empirical"], help="of the prior, in `prune`")
+    parser.add_argument("--temperature", type=float, default=0.05, help="in `prune`")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument(
         "--posterior", action="store_true", help="predictions from draws, of the first network"

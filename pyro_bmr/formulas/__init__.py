@@ -10,6 +10,7 @@ from pyro_bmr.formulas.gaussian import prune_subset, reduced_posterior
 from pyro_bmr.formulas.held_entries import HeldAtZero, held_at_zero
 from pyro_bmr.formulas.held_evidence import Bounds, held_delta_f, held_var
 from pyro_bmr.formulas.held_matrix_normal import HeldMatrixNormal
+from pyro_bmr.formulas.laplace_evidence import LaplaceEvidence
 from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
 from pyro_bmr.formulas.message import Message, message
@@ -24,6 +25,7 @@ __all__ = [
     "Diagonal",
     "HeldAtZero",
     "HeldMatrixNormal",
+    "LaplaceEvidence",
     "LowRank",
     "MatrixNormal",
     "Message",

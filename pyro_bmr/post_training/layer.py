@@ -25,6 +25,7 @@ from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas import held_at_zero
 from pyro_bmr.formulas.factor_inverse import damped_inverse
 from pyro_bmr.formulas.gaussian import total
+from pyro_bmr.formulas.laplace_evidence import LaplaceEvidence
 from pyro_bmr.formulas.structure import covariance_root
 
 _TOLERANCE = 1e-2  # of the multipliers; the error of the mean is of second order in the loss
@@ -158,6 +159,28 @@ def layers_of(
     }
 
 
+def prior_scale(
+    curved: LayerCurvature,
+    parameters: Mapping[str, Tensor],
+    given: float | str | None,
+    temperature: float,
+) -> float:
+    """s of a layer: the number that is given; for "empirical" that of the most evidence of the
+    weight and its bias; else, or where the evidence has no maximum, the root mean square of the
+    weight.
+    """
+    if not (given is None or isinstance(given, str)):
+        return float(given)
+    if given == "empirical":
+        values = _values(curved, parameters)
+        evidence = LaplaceEvidence.of(values, curved.outputs, curved.inputs, temperature)
+        best = evidence.best_scale()
+        if 0 < best < math.inf:
+            return best
+    weight = parameters[curved.weight].detach()
+    return max(float(weight.double().square().mean().sqrt()), 1e-12)
+
+
 def _layer(
     curved: LayerCurvature,
     parameters: Mapping[str, Tensor],
@@ -180,9 +203,19 @@ def _layer(
         columns,
         torch.zeros_like(mean, dtype=torch.bool) if held is None else held,
         scale,
-        tuple(weight.shape),
+        tuple(parameters[curved.weight].shape),
         curved.turned,
     )
+
+
+def _values(curved: LayerCurvature, parameters: Mapping[str, Tensor]) -> Tensor:
+    """The weight as a matrix, with the bias as its last column."""
+    weight = parameters[curved.weight].detach()
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    matrix = (weight.flatten(1).mT if curved.turned else weight.flatten(1)).to(dtype)
+    if curved.bias is None:
+        return matrix
+    return torch.cat([matrix, parameters[curved.bias].detach().to(dtype)[:, None]], 1)
 
 
 def _covariances(curved: LayerCurvature, scale: float, temperature: float) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def prune(
     fisher: str = "true",
     draws: int = 1,
     temperature: float = 0.05,
-    scale: float | None = None,
+    scale: float | Literal["empirical"] | None = None,
     floor: float = 0.1,
     rows: int = 10_000,
     size: int | None = None,
@@ -98,6 +98,8 @@ def prune(
             four forward and two backward passes over the calibration rows.
         temperature: T of the posterior.
         scale: s of the prior; by default the root mean square of each layer's weights.
+            "empirical": of each layer the s of the most evidence for its weights and bias at T
+            (`formulas.LaplaceEvidence`; Immer et al. 2021, arXiv 2104.04975).
         floor: each layer keeps at least this part of the fraction.
         rows: how many rows of `data` are used, the calibration rows. They are read once and held in
             memory.
@@ -182,8 +184,10 @@ def _check(
         check("prune", is_whole(count, 0), "a whole number >= 0", **{name: count})
     for name in ("temperature", "scale", "most_rise"):
         number = getattr(settings, name)
-        positive = number is None or holds(lambda v: 0 < v < float("inf"), number)
-        check("prune", positive, "a finite number > 0", **{name: number})
+        named = name == "scale" and number == "empirical"
+        positive = number is None or named or holds(lambda v: 0 < v < float("inf"), number)
+        or_named = ', or "empirical"' if name == "scale" else ""
+        check("prune", positive, f"a finite number > 0{or_named}", **{name: number})
     floor = settings.floor
     check("prune", holds(lambda v: 0 <= v <= 1, floor), "from 0 up to 1", floor=floor)
     if settings.pattern is not None and settings.per != "weight":

@@ -19,7 +19,7 @@ from pyro_bmr.curvatures.factors import Curvature
 from pyro_bmr.errors import ModelError
 from pyro_bmr.likelihoods.likelihood import read_inputs
 from pyro_bmr.post_training.calibration import Calibration
-from pyro_bmr.post_training.layer import Layer, layers_of
+from pyro_bmr.post_training.layer import Layer, layers_of, prior_scale
 from pyro_bmr.post_training.masks import pruned_at
 from pyro_bmr.post_training.pruned import Pruned, reduction_of
 from pyro_bmr.post_training.rounds_file import about_call, read_round, write_round
@@ -39,7 +39,7 @@ class Settings:
     corrections: int
     last_corrections: int
     temperature: float
-    scale: float | None
+    scale: float | str | None
     floor: float
     most_rise: float | None
     seed: int
@@ -119,8 +119,9 @@ class Rounds:
         biases = [found.layers[name].bias for name in names]
         self.wanted = {name: named[name] for name in (*names, *biases) if name is not None}
         for name in names:
-            spread = float(named[name].detach().double().square().mean().sqrt())
-            self.scales[name] = self.settings.scale or max(spread, 1e-12)
+            self.scales[name] = prior_scale(
+                found.layers[name], named, self.settings.scale, self.settings.temperature
+            )
             self.gains[name] = self.rises[name] = 0.0
         self.labels = self._labels({name: tuple(named[name].shape) for name in names})
         return self._layers(found)

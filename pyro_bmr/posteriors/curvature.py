@@ -1,14 +1,15 @@
 r"""The Laplace approximation of one weight tensor from a trained value and a curvature, in plain
 tensors.
 
-Owns `laplace_moments`; `Posterior.from_curvature` applies it to each site of a network. Next:
-`from_numbers.py`.
+Owns `laplace_moments` and `evidence_scale`; `Posterior.from_curvature` applies them to each site of
+a network. Next: `from_numbers.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from pyro_bmr.formulas.covariance import factor_in_place, symmetrised
 from pyro_bmr.formulas.dense import Dense
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.factor_inverse import damped_inverse, inverse_of_factor
+from pyro_bmr.formulas.laplace_evidence import LaplaceEvidence
 from pyro_bmr.formulas.matrix_normal import MatrixNormal
 
 _ASYMMETRY = 1e-4  # of the largest entry: more is no rounding
@@ -56,6 +58,38 @@ def laplace_moments(
     return mean.to(dtype), var.to(dtype), joint
 
 
+def evidence_scale(
+    name: str, value: Tensor, curvature: Sequence[Tensor], mean: float | Tensor, temperature: float
+) -> float:
+    """The scale of the prior N(mean, s²) of the most evidence; arguments as for `laplace_moments`.
+
+    Raises:
+        ModelError: it has no maximum.
+    """
+    distance = value.double() - torch.as_tensor(mean, dtype=torch.float64, device=value.device)
+    size = value.numel()
+    shapes = [tuple(t.shape) for t in curvature]
+    if len(curvature) == 2:
+        matrix = value.flatten(1) if value.ndim > 1 else value[:, None]
+        _check_factors(name, matrix, shapes)
+    elif shapes[0] not in (tuple(value.shape), (size, size)):
+        _refuse_shape(name, value, curvature[0])
+    if curvature[0].shape == value.shape:
+        evidence = LaplaceEvidence.of(distance, curvature[0], None, temperature)
+    else:
+        wide = [_symmetric(name, t, torch.empty_like(t, dtype=torch.float64)) for t in curvature]
+        last = wide[1] if len(wide) == 2 else None
+        evidence = LaplaceEvidence.of(distance, wide[0], last, temperature)
+    scale = evidence.best_scale()
+    if not 0 < scale < math.inf:
+        raise ModelError(
+            f"site '{name}': the evidence has no maximum over the scale of its prior, since its"
+            f" {'value is the mean of the prior' if scale == 0 else 'curvature is 0'}; give"
+            " Gaussian(<number>)"
+        )
+    return scale
+
+
 def _moments(
     name: str, value: Tensor, curvature: Tensor, prior: Diagonal, penalised: bool
 ) -> tuple[Tensor, Tensor, Dense | None]:
@@ -67,10 +101,7 @@ def _moments(
         mean = value - (cov @ pull.flatten()).view(value.shape)
         return mean, cov.diagonal().view(value.shape).clone(), Dense(mean.flatten(), cov)
     if curvature.shape != value.shape:
-        raise ModelError(
-            f"site '{name}': expected a curvature of shape {tuple(value.shape)}, or ({size},"
-            f" {size}), or a pair of Kronecker factors; got shape {tuple(curvature.shape)}"
-        )
+        _refuse_shape(name, value, curvature)
     total = curvature + prec
     if bad := int((~((total > 0) & total.isfinite())).sum()):
         raise ModelError(
@@ -93,13 +124,7 @@ def _kronecker(
     temperature: float,
 ) -> tuple[Tensor, Tensor, MatrixNormal]:
     matrix = value.flatten(1) if value.ndim > 1 else value[:, None]
-    expected = [(len(matrix),) * 2, (matrix.shape[1],) * 2]
-    got = [tuple(factor.shape) for factor in (rows, columns)]
-    if got != expected or prior.var.numel() > 1:
-        raise ModelError(
-            f"site '{name}': expected Kronecker factors of shapes {expected} and a prior of one"
-            f" variance, got {got} and {prior.var.numel()} variances"
-        )
+    _check_factors(name, matrix, [tuple(t.shape) for t in (rows, columns)], prior.var.numel())
     single = penalised and {t.dtype for t in (value, rows, columns)} == {torch.float32}
     dtype = torch.float32 if single else torch.float64
     own = [_symmetric(name, t, torch.empty_like(t, dtype=dtype)) for t in (rows, columns)]
@@ -124,6 +149,28 @@ def _kronecker(
     joint = MatrixNormal(*(t.to(value.dtype) for t in (mean, row_cov, col_cov)))
     var = (row_cov.diagonal().double()[:, None] * col_cov.diagonal()).to(value.dtype)
     return joint.mean.view(value.shape), var.view(value.shape), joint
+
+
+def _check_factors(
+    name: str, matrix: Tensor, got: list[tuple[int, ...]], variances: int = 1
+) -> None:
+    """ModelError unless the shapes are those of factors of the matrix, and the prior has one
+    variance.
+    """
+    expected = [(len(matrix),) * 2, (matrix.shape[1],) * 2]
+    if got != expected or variances > 1:
+        raise ModelError(
+            f"site '{name}': expected Kronecker factors of shapes {expected} and a prior of one"
+            f" variance, got {got} and {variances} variances"
+        )
+
+
+def _refuse_shape(name: str, value: Tensor, curvature: Tensor) -> NoReturn:
+    size = value.numel()
+    raise ModelError(
+        f"site '{name}': expected a curvature of shape {tuple(value.shape)}, or ({size}, {size}),"
+        f" or a pair of Kronecker factors; got shape {tuple(curvature.shape)}"
+    )
 
 
 def _symmetric(name: str, matrix: Tensor, out: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from pyro_bmr.errors import ModelError, described, holds
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.guides.latent_sites import SUPPORTS
-from pyro_bmr.posteriors.curvature import Curvature, laplace_moments
+from pyro_bmr.posteriors.curvature import Curvature, evidence_scale, laplace_moments
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors import Gaussian, Prior
 
@@ -90,17 +91,39 @@ def sites_of_curvature(
                 f"site '{name}': expected finite means, got {int((~value.isfinite()).sum())} that"
                 " are infinite or NaN"
             )
-        moments_, declared = _given_prior(name, prior, value)
+        parts = [part.to(value.device) for part in _curvature_parts(name, curvature[name])]
+        own = _named_prior(name, prior)
+        if isinstance(own, Gaussian) and own.scale == "empirical":
+            own = _of_most_evidence(name, own, value, parts, penalised, temperature)
+        moments_, declared = _given_prior(name, own, value)
         if moments_ is None:
             raise ModelError(
                 f"site '{name}': a Laplace posterior needs a Gaussian prior; give prior={{'{name}':"
                 " Gaussian(1.0), ...}"
             )
-        parts = [part.to(value.device) for part in _curvature_parts(name, curvature[name])]
         location, var, joint = laplace_moments(name, value, parts, moments_, penalised, temperature)
         sites[name] = Site(location, var, moments_, declared, joint=joint)
     check_patterns(prior, None, mean)
     return sites
+
+
+def _of_most_evidence(
+    name: str,
+    prior: Gaussian,
+    value: Tensor,
+    parts: list[Tensor],
+    penalised: bool,
+    temperature: float,
+) -> Gaussian:
+    """The prior with the scale that has the most evidence."""
+    if not penalised or prior.per != "layer" or isinstance(prior.mean, str):
+        raise ModelError(
+            f"site '{name}': an empirical scale is found for penalised=True and for all weights of"
+            f" a site, with a mean that is given; got penalised={penalised}, per='{prior.per}' and"
+            f" mean={described(prior.mean)}"
+        )
+    scale = evidence_scale(name, value, parts, prior.mean, temperature)
+    return replace(prior, scale=scale)
 
 
 def _curvature_parts(name: str, curvature: Any) -> list[Tensor]:
@@ -185,13 +208,19 @@ def _fits(shape: torch.Size, expected: torch.Size) -> bool:
     )
 
 
+def _named_prior(name: str, prior: Any) -> Any:
+    """The prior of a site, of one for all or of one for each pattern of names."""
+    if not isinstance(prior, Mapping):
+        return prior
+    named = (key for key in (name, *prior) if key in prior and fnmatchcase(name, key))
+    return prior.get(next(named, None))
+
+
 def _given_prior(name: str, prior: Any, like: Tensor) -> tuple[Diagonal | None, Prior | None]:
     """The moments of the prior that the user names for a site, and the prior itself if it is one of
     the library's.
     """
-    if isinstance(prior, Mapping):
-        named = (key for key in (name, *prior) if key in prior and fnmatchcase(name, key))
-        prior = prior.get(next(named, None))
+    prior = _named_prior(name, prior)
     if prior is None:
         return None, None
     if (

@@ -381,7 +381,9 @@ class Posterior:
                 factors, H = rows ⊗ columns. The prior is added to each of a pair, rows + (r√Π) I
                 and columns + (√Π/r) I with r² the ratio of their mean eigenvalues (Martens & Grosse
                 2015): one prior variance for the site, and an approximation.
-            prior, rows: as for `from_moments`.
+            prior, rows: as for `from_moments`. ``Gaussian()``, whose scale is "empirical", gets for
+                each site the s of the most evidence (`formulas.LaplaceEvidence`; Immer et al.
+                2021, arXiv 2104.04975).
             penalised: whether ŵ was trained with the penalty that the prior is (weight decay).
                 False: ŵ maximises the likelihood alone.
             temperature: T; the data count N/T times, H becomes H/T. 1 is Bayes. The diagonal of a
@@ -391,7 +393,8 @@ class Posterior:
 
         Raises:
             ModelError: as `from_moments`, or a curvature does not fit its site, is not symmetric,
-                or curvature + prior precision is not > 0.
+                or curvature + prior precision is not > 0; or the evidence has no maximum over an
+                empirical scale.
         """
         return cls(
             sites_of_curvature(mean, curvature, prior, penalised, temperature), temperature, rows

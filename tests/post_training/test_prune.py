@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bmr as bmr
 from pyro_bmr.errors import ModelError
+from pyro_bmr.formulas import LaplaceEvidence
 from pyro_bmr.post_training.masks import pruned_at
 from pyro_bmr.reduction import NofM
 
@@ -116,6 +117,23 @@ def test_a_pruned_classifier_is_better_than_by_magnitude(trained):
     assert pruned.table()["kept"].min() >= 0.1 * 0.1
     kept = pruned.history()["kept"]
     assert kept.is_monotonic_decreasing and len(kept) == 8
+
+
+def test_an_empirical_scale_is_that_of_the_most_evidence_of_each_layer(trained):
+    net, x, _, _ = trained
+    pruned = bmr.prune(
+        net, x, bmr.Categorical(), 0.6, path=[], corrections=0, last_corrections=0,
+        scale="empirical", temperature=0.3, rows=len(x), fisher="gauss-newton", **QUIET,
+    )  # fmt: skip
+    before = bmr.curvature(net, x, bmr.Categorical(), fisher="gauss-newton", **QUIET).layers
+    for name, layer in pruned.layers.items():
+        linear = net[int(name[0])]
+        values = torch.cat([linear.weight, linear.bias[:, None]], 1).detach()
+        curved = before[name]
+        evidence = LaplaceEvidence.of(values, curved.outputs, curved.inputs, 0.3)
+        assert layer.scale == pytest.approx(evidence.best_scale(), rel=1e-4)
+        assert evidence.at(layer.scale) > evidence.at(float(linear.weight.detach().std())) + 1
+        assert pruned.reduction.sites[name].site.declared.scale == layer.scale
 
 
 def test_corrections_bring_the_outputs_nearer_to_the_dense_network(trained):
