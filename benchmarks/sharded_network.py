@@ -1,15 +1,15 @@
 """Time of a step of a sharded fit on a slow network, and what of its messages is hidden: a table of
 docs/several_processes.md. For root on Linux, with `ip` and `tc`.
 
-    python benchmarks/sharded_network.py --rate 200mbit --rows 8192
+    python benchmarks/sharded_network.py --rate 200mbit --rows 4096
 
 Each process has a network namespace of its own, joined by a bridge in another one; `tc` limits what
 each sends and receives. Eight layers of 1000 x 1000, the natural gradient, gloo, one thread a
-process; `--rows` of all processes together. Fits with and without layers gathered ahead take turns
-in one group of processes, each with its neighbour's order reversed; the first step of each is left
-out. Printed are medians, with quartiles, and how long a step waited for weights, by the ranges that
-torch marks in a profile. Bytes are those that the interface of process 0 has sent. One run at a
-time: what a killed one has left is removed at the start.
+process; `--rows` of all processes together. The steps of one fit gather layers ahead or not, in
+pairs whose order alternates, so that other work on the machine falls on both. Printed are medians
+over the pairs, of their differences with quartiles, and of how long a step waited for the weights
+of its layers. Bytes are those that the interface of process 0 has sent. One run at a time: what a
+killed one has left is removed at the start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 import pyro_bmr as bmr
 from pyro_bmr.sharding import layers as sharded_layers
 from pyro_bmr.sharding import sharded_fit
 
-LAYERS, WIDTH, STEPS, TURNS = 8, 1000, 4, 6
-WAITS = "FSDP::all_gather", "FSDP::all_gather_copy_out"  # which waits for the former if it is ahead
-_OVERLAP = sharded_layers._overlap
+LAYERS, WIDTH = 8, 1000
 HUB, PREFIX = "bmr-hub", "bmr-rank"
 
 
@@ -86,38 +85,62 @@ def sent() -> int:
     return int(Path("/sys/class/net/net0/statistics/tx_bytes").read_text())
 
 
-def steps(overlap: bool, rows: int) -> tuple[list[float], float, int]:
-    """Seconds of each step but the first, those that a step waited for weights, and the bytes that
-    this process has sent in a step.
+def is_ahead(step: int) -> bool:
+    """Whether a step gathers its layers ahead: one of the steps 2 and 3, one of 4 and 5, ..."""
+    return (step // 2 + step) % 2 == 0
+
+
+def gather_ahead(units: Sequence[FSDPModule], ahead: bool) -> None:
+    for unit in units:
+        unit._set_unshard_async_op(ahead)
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following] if ahead else [])
+        following.set_modules_to_backward_prefetch([unit] if ahead else [])
+
+
+def note_waits() -> list[float]:
+    """The seconds that this process waits for weights, one number that grows."""
+    waited = [0.0]
+    for name in ("unshard", "wait_for_unshard"):
+
+        def timed(*words: Any, call: Any = getattr(FSDPParamGroup, name), **named: Any) -> None:
+            start = time.perf_counter()
+            call(*words, **named)
+            waited[0] += time.perf_counter() - start
+
+        setattr(FSDPParamGroup, name, timed)
+    return waited
+
+
+def steps(rows: int, count: int) -> list[list[float]]:
+    """Seconds, those of waiting for weights and bytes that were sent, of the steps from the second
+    of a fit of `count` steps on.
     """
-    sharded_layers._overlap = _OVERLAP if overlap else lambda units: None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows * STEPS, WIDTH, generator=generator)
+    x = torch.randn(rows * 2, WIDTH, generator=generator)
     y = torch.randint(10, (len(x),), generator=generator)
     with torch.device("meta"):
         net = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     program = bmr.BayesianNetwork(net, bmr.Gaussian(scale=0.1), bmr.Categorical())
-    seen: list[tuple[float, int]] = []
+    waited, units, seen = note_waits(), list[FSDPModule](), list[list[float]]()
+    sharded_layers._overlap = lambda found: units.extend(found)
 
     def schedule(made: torch.optim.Optimizer, count: int) -> Any:
         def rate(step: int) -> float:
-            seen.append((time.perf_counter(), sent()))
+            seen.append([time.perf_counter(), waited[0], sent()])
+            gather_ahead(units, is_ahead(step + 1))
             return 1.0
 
         return torch.optim.lr_scheduler.LambdaLR(made, rate)
 
     step = bmr.natural_gradient()
     rest = {"batch_size": rows, "optimizer": step, "scheduler": schedule, "progress": False}
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        sharded_fit(program, (x, y), epochs=1, **rest)
-    ranges = [r for r in profiled.key_averages() if r.key.split(" ")[0] in WAITS]
-    waited = sum(r.cpu_time_total for r in ranges) / 1e6 / STEPS
-    after = seen[-STEPS:]  # the first is made with the schedule, or is the end of step 1
-    times = [b[0] - a[0] for a, b in pairwise(after)]
-    return times, waited, (after[-1][1] - after[0][1]) // len(times)
+    sharded_fit(program, (x, y), epochs=count // 2, **rest)
+    after = seen[-count:]  # the first is made with the schedule, or is the end of step 1
+    return [[b - a for a, b in zip(*two, strict=True)] for two in pairwise(after)]
 
 
-def one(rows: int) -> None:
+def one(rows: int, pairs: int) -> None:
     """What each process does; the first one prints what it finds."""
     torch.set_num_threads(1)
     if int(os.environ["WORLD_SIZE"]) > 1:
@@ -125,19 +148,15 @@ def one(rows: int) -> None:
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     warnings.filterwarnings("ignore", "the fit has not converged")
-    steps(True, rows)
-    found: dict[str, list[float]] = {"with": [], "without": []}
-    waits: dict[str, list[float]] = {"with": [], "without": []}
-    bytes_a_step = 0
-    for turn in range(TURNS):
-        for name in sorted(found, reverse=turn % 2 == 1):
-            times, waited, bytes_a_step = steps(name == "with", rows)
-            found[name] += times
-            waits[name].append(waited)
+    found = steps(rows, 2 * pairs + 2)[: 2 * pairs]
+    ahead = [each for number, each in enumerate(found, 2) if is_ahead(number)]
+    after = [each for number, each in enumerate(found, 2) if not is_ahead(number)]
     if dist.get_rank() == 0:
-        quartiles = {name: statistics.quantiles(times, n=4) for name, times in found.items()}
-        medians = {name: statistics.median(each) for name, each in waits.items()}
-        print(json.dumps({**quartiles, "waits": medians, "bytes": bytes_a_step}), flush=True)
+        columns = [*zip(*ahead, strict=True)], [*zip(*after, strict=True)]
+        differences = [b[0] - a[0] for a, b in zip(ahead, after, strict=True)]
+        medians = [[statistics.median(column) for column in each] for each in columns]
+        quartiles = statistics.quantiles(differences, n=4)
+        print(json.dumps([*medians, quartiles]), flush=True)
     dist.destroy_process_group()
 
 
@@ -152,7 +171,7 @@ def ended(started: list[subprocess.Popen[str]]) -> Iterator[None]:
             process.wait()
 
 
-def measured(ranks: int, rate: str, rows: int) -> dict[str, Any]:
+def measured(ranks: int, rate: str, rows: int, pairs: int) -> list[list[float]]:
     started: list[subprocess.Popen[str]] = []
     with network(ranks, rate), ended(started):
         for rank in range(ranks):
@@ -166,42 +185,34 @@ def measured(ranks: int, rate: str, rows: int) -> dict[str, Any]:
                 "OMP_NUM_THREADS": "1",
             }
             words = ["ip", "netns", "exec", f"{PREFIX}{rank}", sys.executable, __file__, "--rank"]
-            words += ["--rows", str(rows)]
+            words += ["--rows", str(rows), "--pairs", str(pairs)]
             started.append(
                 subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
             )
         found = [process.communicate()[0] for process in started]
-    return dict(json.loads(found[0]))
-
-
-def in_seconds(quartiles: list[float]) -> str:
-    low, middle, high = quartiles
-    return f"{middle:.2f} s ({low:.2f} to {high:.2f})"
+    return list(json.loads(found[0]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rate", default="200mbit")
-    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank:
-        one(given.rows)
+        one(given.rows, given.pairs)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that namespaces are removed
-    print(
-        "| processes | MB sent a step | gathered ahead | not | hidden | waits | not ahead | load |"
-    )
+    print("| processes | MB sent a step | ahead | not ahead | hidden | waits ahead | not | load |")
     print("|---|---|---|---|---|---|---|---|")
     for ranks in given.ranks:
-        found = measured(ranks, given.rate, given.rows)
-        hidden, waits = found["without"][1] - found["with"][1], found["waits"]
-        part = hidden / found["without"][1]
+        ahead, after, hidden = measured(ranks, given.rate, given.rows, given.pairs)
         print(
-            f"| {ranks} | {found['bytes'] / 1e6:.1f} | {in_seconds(found['with'])}"
-            f" | {in_seconds(found['without'])} | {hidden:.2f} s, {part:.0%}"
-            f" | {waits['with']:.2f} s | {waits['without']:.2f} s | {os.getloadavg()[1]:.1f} |",
+            f"| {ranks} | {ahead[2] / 1e6:.1f} | {ahead[0]:.2f} s | {after[0]:.2f} s"
+            f" | {hidden[1]:.2f} s ({hidden[0]:.2f} to {hidden[2]:.2f}) | {ahead[1]:.2f} s"
+            f" | {after[1]:.2f} s | {os.getloadavg()[1]:.1f} |",
             flush=True,
         )
 
