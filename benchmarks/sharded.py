@@ -3,6 +3,7 @@ docs/several_processes.md.
 
     python benchmarks/sharded.py memory
     python benchmarks/sharded.py time
+    python benchmarks/sharded.py checkpoints
     python benchmarks/sharded.py plan 64 16 1000
 
 `memory`: the highest resident memory of a process during a fit of four steps, minus that before
@@ -10,6 +11,9 @@ the network was made; sixteen layers of 1000 x 1000, 8 rows a step. The network 
 is on "meta". `plan`: the same of one process among 64 in a group of torch's backend "fake", whose
 messages do nothing, beside the plan of docs/several_processes.md. `time`: seconds of a processor
 and of the clock a step, 784-1000-1000-10, 256 rows a step in all. gloo, one thread a process.
+`checkpoints`: two processes, the network of `memory`, 64 rows a step, a checkpoint every four
+steps, written in the background and waited for, in turns: how long a checkpoint holds up the fit,
+and the time of its four steps with it.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import statistics
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from multiprocessing import get_context
@@ -29,11 +35,14 @@ import torch.distributed as dist
 from torch import nn
 
 import pyro_bmr as bmr
+from pyro_bmr.sharding import fit as module
 from pyro_bmr.sharding import sharded_fit
+from pyro_bmr.sharding.sharded_checkpoints import ShardedWriter
 
 LAYERS, WIDTH = 16, 1000
 WIDE = (784, 1000, 1000, 10)
 STEPS = 40
+SAVED = 4  # steps between checkpoints
 
 
 def network(sizes: tuple[int, ...], device: str) -> nn.Module:
@@ -56,7 +65,9 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def fitted(sizes: tuple[int, ...], rows: int, batch: int, kind: str, timed: list[Any]) -> None:
+def fitted(
+    sizes: tuple[int, ...], rows: int, batch: int, kind: str, timed: list[Any], **more: Any
+) -> None:
     """One fit, sharded in a group; the moments after each step go to `timed`."""
     optimizer = bmr.natural_gradient() if kind == "natural" else bmr.adam()
     generator = torch.Generator().manual_seed(0)
@@ -76,7 +87,42 @@ def fitted(sizes: tuple[int, ...], rows: int, batch: int, kind: str, timed: list
 
     fit: Any = sharded_fit if grouped else bmr.fit
     fit(program, (x, y), epochs=2, batch_size=batch, optimizer=optimizer, scheduler=schedule,
-        progress=False)  # fmt: skip
+        progress=False, **more)  # fmt: skip
+
+
+class Timed(ShardedWriter):
+    """Notes the seconds that each `save` holds up the fit; with `waits` until all is written."""
+
+    waits, seconds = False, list[float]()
+
+    def save(self, step: int, state: Any) -> None:
+        start = time.perf_counter()
+        super().save(step, state)
+        if Timed.waits:
+            self.wait()
+        Timed.seconds.append(time.perf_counter() - start)
+
+
+def checkpoints() -> dict[str, list[tuple[float, float]]]:
+    """Seconds of a checkpoint, and of its steps with it, in the background and waited for."""
+    found: dict[str, list[tuple[float, float]]] = {"in the background": [], "waited for": []}
+    module.ShardedWriter = Timed  # type: ignore[misc]
+    for _ in range(3):
+        for name, each in found.items():
+            Timed.waits, timed = name == "waited for", list[Any]()
+            Timed.seconds.clear()
+            rows = 64 * SAVED * 3
+            with tempfile.TemporaryDirectory() as folder:
+                shared = [folder]
+                dist.broadcast_object_list(shared)
+                rule = bmr.Checkpoints(shared[0], every_steps=SAVED, every_seconds=1e9)
+                fitted((WIDTH,) * (LAYERS + 1), rows, 64, "natural", timed, checkpoint=rule)
+                dist.barrier()
+            ends = [clock for clock, _ in timed][-6 * SAVED :]
+            cycles = [b - a for a, b in pairwise(ends[SAVED - 1 :: SAVED])]
+            # not the first checkpoint, of step 1, nor the last, which are always waited for
+            each += zip(Timed.seconds[1:-1], cycles, strict=True)
+    return found
 
 
 def return_freed_memory() -> None:
@@ -100,6 +146,8 @@ def one_of(rank: int, size: int, port: int, case: str, kind: str, answers: Any) 
         before = resident(peak=False)
         fitted((WIDTH,) * (LAYERS + 1), 16, 8, kind, timed)
         answers.put((rank, resident(peak=True) - before, 0.0))
+    elif case == "checkpoints":
+        answers.put((rank, checkpoints()))
     else:
         fitted(WIDE, 256 * STEPS, 256, kind, timed)
         (clock, cpu), (clock_end, cpu_end) = timed[-1 - STEPS], timed[-1]
@@ -146,6 +194,12 @@ def main() -> None:
     case = sys.argv[1]
     if case == "plan":
         plan(*map(int, sys.argv[2:5]))
+        return
+    if case == "checkpoints":
+        for name, each in measured(2, case, "natural")[0][1].items():
+            held, cycle = (statistics.quantiles(column, n=4) for column in zip(*each, strict=True))
+            said = f"{held[1]:.2f} s ({held[0]:.2f} to {held[2]:.2f}) a checkpoint"
+            print(f"{name}: {said}, {cycle[1]:.2f} s ({cycle[0]:.2f} to {cycle[2]:.2f}) with steps")
         return
     for kind in ("natural", "adam"):
         alone = None

@@ -1,21 +1,24 @@
 """The files of what is shared out: torch's distributed checkpoints, in safetensors. They are read
 by any number of processes, and nothing is unpickled.
 
-Owns `write_parts`, `check_parts` and `read_parts`. torch's own format for such checkpoints has
-pickled metadata; that of its `HuggingFaceStorageWriter` has none. Next: `sharded_checkpoints.py`.
+Owns `begin_parts`, `written_parts`, `check_parts` and `read_parts`. torch's own format for such
+checkpoints has pickled metadata; that of its `HuggingFaceStorageWriter` has none. Next:
+`sharded_checkpoints.py`.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from pyro_bmr.errors import FitError
 from pyro_bmr.files import digest
@@ -24,11 +27,14 @@ from pyro_bmr.sharding.layout import Layout
 _SHA256 = 32  # bytes
 
 
-def write_parts(
-    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], layout: Layout
-) -> dict[str, str]:
-    """Writes this process's part of `tensors` (name → site → part), and returns the SHA-256 of all
-    files by name; a call of all processes.
+def begin_parts(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    layout: Layout,
+    group: dist.ProcessGroup,
+) -> Future[Any]:
+    """Copies this process's part of `tensors` (name → site → part) and begins to write it; a call
+    of all processes. `group`: the processes, for messages of the thread that writes.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
@@ -36,16 +42,24 @@ def write_parts(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     dist.barrier()
+    # async_save refuses a DTensor of a view on a CPU (findings/async_save_views.sh)
     state = {
-        f"{name}/{site}": layout.dtensor(site, part)
+        f"{name}/{site}": layout.dtensor(site, part.clone() if part.storage_offset() else part)
         for name, parts in tensors.items()
         for site, part in parts.items()
     }
-    save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    return cast("Future[Any]", async_save(state, storage_writer=storage, process_group=group))
+
+
+def written_parts(folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
+    """The SHA-256 of the files of all processes by name, which are written; a call of all of
+    them.
+    """
     own = sorted(folder.glob(f"*{dist.get_rank() + 1:05d}-model-*.safetensors"))
     name = own[0].name if own else ""
     found: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (name, digest(own[0]) if own else ""))
+    dist.all_gather_object(found, (name, digest(own[0]) if own else ""), group)
     return {name: sha256 for name, sha256 in filter(None, found) if name}
 
 

@@ -7,9 +7,12 @@ Owns `ShardedWriter`, `sharded_snapshot`, `sharded_settings` and `restored`. The
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +26,23 @@ from pyro_bmr.fitting.checkpoints import Checkpoints, CheckpointWriter
 from pyro_bmr.fitting.run import Run
 from pyro_bmr.fitting.settings import description
 from pyro_bmr.sharding.layout import Layout
-from pyro_bmr.sharding.parts_files import check_parts, read_parts, write_parts
+from pyro_bmr.sharding.parts_files import begin_parts, check_parts, read_parts, written_parts
 from pyro_bmr.sharding.sharded_run import ShardedRun
 
 
 class ShardedWriter(CheckpointWriter):
     """As `CheckpointWriter`; all processes write their parts, and the first one the file, last. A
     folder without its file is of a process that was killed while it wrote, and is not read.
+
+    What is saved is copied, and written in the background. A checkpoint counts once its file is
+    there: the one before stays until then. The next one waits for it, and so does the end of the
+    fit; the first one of a process is waited for at once.
     """
 
     def __init__(self, checkpoint: str | Path | Checkpoints | None, layout: Layout) -> None:
         super().__init__(checkpoint, writes=dist.get_rank() == 0)
         self.layout = layout
+        self.pending: Future[None] | None = None
 
     def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         settings, state = super()._read(path)
@@ -51,27 +59,71 @@ class ShardedWriter(CheckpointWriter):
         return bool(own.item())
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        run = dict(state["run"])
+        self.wait()
+        is_first, run = self.saved_at is None, dict(state["run"])
         parts = run.pop("parts")
         folder = self.folder / f"step-{step:09d}"
-        try:
-            files = write_parts(folder, parts, self.layout)
-        except CheckpointException as error:
-            reason = next(iter(error.failures.values()), (error,))[0]
-            raise PyroBMRError(f"cannot write '{folder}' ({reason}); free some space") from None
+        begun = begin_parts(folder, parts, self.layout, self.group)
         dtypes = {
             name: str(next(iter(sites.values())).dtype).removeprefix("torch.")
             for name, sites in parts.items()
         }
-        if self.writes:
-            about = {"files": files, "dtypes": dtypes}
-            super().save(step, {**state, "run": run, "parts": about})
-            heads = {path.stem for path in self.folder.glob("step-*.safetensors")}
-            for old in self.folder.glob("step-*/"):
-                if old.name not in heads:
-                    shutil.rmtree(old, ignore_errors=True)
+        file = copy.deepcopy({**state, "run": run}) if self.writes else {}
+        self.pending = self.thread.submit(self._finish, begun, folder, file, dtypes)
+        if is_first:
+            self.wait()
         self.saved_at = time.monotonic()
-        dist.barrier()
+
+    def _finish(
+        self, begun: Future[Any], folder: Path, state: dict[str, Any], dtypes: dict[str, str]
+    ) -> None:
+        """Writes the file when all parts are written; runs in the thread, in all processes."""
+        try:
+            begun.result()
+        except CheckpointException as error:
+            reason = next(iter(error.failures.values()), (error,))[0]
+            raise PyroBMRError(f"cannot write '{folder}' ({reason}); free some space") from None
+        files = written_parts(folder, self.group)
+        try:
+            if self.writes:
+                state["parts"] = {"files": files, "dtypes": dtypes}
+                super().save(int(folder.name.removeprefix("step-")), state)
+                heads = {path.stem for path in self.folder.glob("step-*.safetensors")}
+                for old in self.folder.glob("step-*/"):
+                    if old.name not in heads:
+                        shutil.rmtree(old, ignore_errors=True)
+        finally:
+            dist.barrier(self.group)
+
+    def wait(self) -> None:
+        """Waits until what was begun is written.
+
+        Raises:
+            PyroBMRError: it cannot be.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        with super().interrupts():
+            if self.rule is None:
+                yield
+                return
+            # messages of the thread, beside those of the fit
+            self.group: dist.ProcessGroup = dist.new_group(backend="gloo")
+            try:
+                with ThreadPoolExecutor(1, "checkpoints") as self.thread:
+                    yield
+                    self.wait()
+            finally:
+                dist.destroy_process_group(self.group)
+
+    def last_good(self) -> str:
+        with contextlib.suppress(PyroBMRError, RuntimeError):
+            self.wait()
+        return super().last_good()
 
 
 @torch.no_grad()

@@ -1,13 +1,14 @@
 """A sharded fit in one process: it is `fit`, and it refuses by name what it cannot do."""
 
 import math
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 import pyro_bmr as bmr
-from pyro_bmr.sharding import sharded_fit
+from pyro_bmr.sharding import sharded_checkpoints, sharded_fit
 from tests.sharding import group
 
 pytestmark = pytest.mark.skipif(
@@ -118,3 +119,49 @@ def test_a_damaged_part_is_not_read(alone, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in whole.items())
     with pytest.raises(bmr.errors.FitError, match=r"has checkpoints of another fit \(seed was 3"):
         group.saved(tmp_path / "run", seed=4)
+
+
+@pytest.mark.filterwarnings("ignore:the fit has not converged")
+def test_the_fit_goes_on_while_a_checkpoint_is_written(alone, tmp_path, monkeypatch):
+    """The one before stays, and is what is read, until all of the new one is there."""
+    begun, go_on, seen = threading.Event(), threading.Event(), []
+    written = sharded_checkpoints.written_parts
+
+    def held_back(folder, group):
+        if folder.name == "step-000000006":
+            begun.set()
+            assert go_on.wait(60)
+        return written(folder, group)
+
+    def schedule(optimizer, steps):
+        def rate(step):
+            if step == 8 and not seen:  # while step 6 is being written
+                assert begun.wait(60)
+                seen.extend(sorted(path.name for path in tmp_path.glob("step-*")))
+                go_on.set()
+            return 1.0
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+    monkeypatch.setattr(sharded_checkpoints, "written_parts", held_back)
+    group.fit(
+        epochs=3, scheduler=schedule,
+        checkpoint=bmr.Checkpoints(tmp_path, every_steps=3, every_seconds=1e9),
+    )  # fmt: skip
+    whole = [f"step-00000000{k}{end}" for k in (1, 3) for end in ("", ".safetensors")]
+    assert seen == [*whole, "step-000000006"]
+    last = [f"step-0000000{k}{end}" for k in ("09", "12") for end in ("", ".safetensors")]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == last
+
+
+@pytest.mark.filterwarnings("ignore:the fit has not converged")
+def test_parts_that_cannot_be_written_stop_the_fit(alone, tmp_path, monkeypatch):
+    def full(folder, group):
+        if folder.name == "step-000000006":
+            raise bmr.errors.PyroBMRError("no space")
+        return {}
+
+    monkeypatch.setattr(sharded_checkpoints, "written_parts", full)
+    with pytest.raises(bmr.errors.PyroBMRError, match="no space"):
+        group.fit(epochs=3, checkpoint=bmr.Checkpoints(tmp_path, every_steps=3, every_seconds=1e9))
+    assert not (tmp_path / "step-000000009").exists()
