@@ -9,7 +9,8 @@ score of the best candidate of a problem minus that of the candidate, in nats pe
 
 `--round NAME` fits the candidates of one round only, `--page` writes the page from what there is.
 The round "defaults" has no candidates: its fits are those of `compare` by default
-(`parts/trials/default_fits.py`), on the problems of classes whose steps are cheap.
+(`parts/trials/default_fits.py`), on the problems of classes whose steps are cheap. Those of the
+round "targets" are networks for real targets (`parts/trials/target_fits.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ from parts.trials.choices import CANDIDATES, choice_table
 from parts.trials.default_fits import KEYS, ROUTES, default_fit, default_table
 from parts.trials.problems import PROBLEMS, Problem
 from parts.trials.regret import regret_table
+from parts.trials.target_fits import KEYS as TARGET_KEYS
+from parts.trials.target_fits import ROWS, target_fit, target_table
 
 import pyro_bmr as bmr
 from pyro_bmr.experiments.folder import versions
@@ -36,7 +41,8 @@ from pyro_bmr.experiments.folder import versions
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "defaults.md"
 CELLS = PAGE.with_suffix(".csv")
 FITS = PAGE.with_name("default_fits.csv")
-DEFAULTS = "defaults"
+TARGET_FITS = PAGE.with_name("target_fits.csv")
+DEFAULTS, TARGETS = "defaults", "targets"
 
 # rounds
 
@@ -193,18 +199,37 @@ def run_cell(problem: Problem, candidate: Candidate, seed: int, folder: Path, fi
 def run_defaults(folder: Path, only: str | None, seeds: int) -> None:
     """Makes the fits by default that are not in their file yet."""
     problems = [p for p in PROBLEMS.values() if not p.real and p.cost == 1]
-    for seed in range(seeds):
-        for problem in problems:
-            for route in ROUTES if only in (None, problem.name) else ():
-                fits = pd.read_csv(FITS) if FITS.exists() else pd.DataFrame(columns=KEYS)
-                if (fits[KEYS] == [problem.name, route, seed]).all(axis=1).any():
-                    continue
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    found = default_fit(problem, route, seed, folder)
-                line = pd.DataFrame([{**found, "commit": versions().get("commit", "")}])
-                line.to_csv(FITS, mode="a", header=not len(fits), index=False, float_format="%.6g")
-                print(time.strftime("%H:%M:%S"), *found.values(), flush=True)
+    run_into(FITS, default_fit, KEYS, problems, ROUTES, folder, only, seeds)
+
+
+def run_targets(folder: Path, only: str | None, seeds: int) -> None:
+    """Makes the fits of networks to real targets that are not in their file yet."""
+    problems = [p for p in PROBLEMS.values() if p.real and p.model != "linear_regression"]
+    run_into(TARGET_FITS, target_fit, TARGET_KEYS, problems, ROWS, folder, only, seeds)
+
+
+def run_into(
+    file: Path,
+    make: Callable[[Problem, str, int, Path], dict[str, Any]],
+    keys: list[str],
+    problems: list[Problem],
+    rows: Sequence[str],
+    folder: Path,
+    only: str | None,
+    seeds: int,
+) -> None:
+    """Adds what `make` makes of each problem, row and seed to a table with these `keys`."""
+    named = [problem for problem in problems if only in (None, problem.name)]
+    for seed, problem, row in product(range(seeds), named, rows):
+        fits = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=keys)
+        if (fits[keys] == [problem.name, row, seed]).all(axis=1).any():
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = make(problem, row, seed, folder)
+        line = pd.DataFrame([{**found, "commit": versions().get("commit", "")}])
+        line.to_csv(file, mode="a", header=not len(fits), index=False, float_format="%.6g")
+        print(time.strftime("%H:%M:%S"), *found.values(), flush=True)
 
 
 def candidates_of(cells: list[Line]) -> list[Candidate]:
@@ -220,21 +245,23 @@ def write_page(file: Path) -> None:
         lines = regret_table(candidates_of(cells), problems_of(side), cells, CANDIDATES[0])
         fill(PAGE, lines, f"regrets, {side}")
         fill(PAGE, default_table(side, pd.read_csv(FITS), cells), f"defaults, {side}")
+    fill(PAGE, target_table(pd.read_csv(TARGET_FITS)), TARGETS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="the folder of the tables of R")
     parser.add_argument("--cells", type=Path, default=CELLS, help="their file")
-    rounds = [DEFAULTS, *ROUNDS]
+    rounds = [DEFAULTS, TARGETS, *ROUNDS]
     parser.add_argument("--round", nargs="*", default=rounds, choices=rounds)
     parser.add_argument("--only", help="a problem")
     parser.add_argument("--seeds", type=int, help="in place of those of the round")
     parser.add_argument("--page", action="store_true", help="fit nothing, only write the page")
     arguments = parser.parse_args()
     for name in () if arguments.page else arguments.round:
-        if name == DEFAULTS:
-            run_defaults(arguments.data, arguments.only, arguments.seeds or 2)
+        if name in (DEFAULTS, TARGETS):
+            fits = run_defaults if name == DEFAULTS else run_targets
+            fits(arguments.data, arguments.only, arguments.seeds or 2)
         else:
             run(name, arguments.data, arguments.cells, arguments.only, arguments.seeds)
     if arguments.page or not arguments.only:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from pyro_bmr.cli.scoring import listed, scored
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.data.named import load
 from pyro_bmr.errors import ModelError
+from pyro_bmr.experiments.held_out import Trials
 from pyro_bmr.experiments.models import default_model, load_model
+from pyro_bmr.experiments.recipe import for_route, trials_of
 from pyro_bmr.experiments.runs import check_run_folder, save_run
 from pyro_bmr.experiments.settings import (
     AUTO,
@@ -27,9 +30,8 @@ from pyro_bmr.experiments.settings import (
     guide_named,
     length_of,
     optimizer_named,
-    temperature_of,
 )
-from pyro_bmr.experiments.temperature_trials import at_scale, temperature_trials
+from pyro_bmr.experiments.temperature_trials import at_scale
 from pyro_bmr.fitting.checkpoints import Checkpoints
 from pyro_bmr.fitting.convergence import NOT_CONVERGED, UntilConverged
 from pyro_bmr.fitting.fit import Fit, fit
@@ -64,30 +66,32 @@ def fit_run(arguments: argparse.Namespace) -> int:
     data = load(arguments.data, arguments.target, arguments.likelihood)
     arguments.model = arguments.model or default_model(data)
     route = "map" if arguments.map else "reduced" if arguments.reduce_to else "fitted"
-    settings = _settings(arguments, temperature_of(arguments.temperature, route, data))
-    _program(arguments, data), _schedule(arguments, settings), _guide(arguments)  # what they refuse
+    settings = for_route(_settings(arguments), route, data, _program(arguments, data))
+    _schedule(arguments, settings), _guide(arguments)  # what they refuse
     check_run_folder(arguments.out)
-    trials, scale = dict[str, float](), 1.0
+    chosen = Trials(1.0, {}, 1.0)
     with process_group(alone=arguments.shard) as rank:
         if settings.temperature == AUTO:
-            chosen = temperature_trials(
-                lambda *given: _attempt(arguments, *given),
+            chosen = trials_of(
+                partial(_program, arguments),
+                partial(_attempt, arguments),
                 data,
+                route,
                 settings,
                 arguments.seed,
                 shows_progress(arguments) and rank == 0,
             )
-            settings = replace(settings, temperature=chosen.temperature)
-            trials = {f"{temperature:g}": nll for temperature, nll in chosen.nll.items()}
-            scale = chosen.scale
+            data, settings = chosen.applied(data, settings)
         result = _fit(arguments, data, settings)
     if rank > 0:
         return 0  # the first process has it all
     drawn = {"draws": arguments.draws, "seed": arguments.seed}
     prediction = predict(result.program, result.posterior, data.x_test, **drawn)
-    found = scored(at_scale(prediction, scale), data)
+    found = scored(at_scale(prediction, chosen.scale), data)
     asked = {name: value for name, value in vars(arguments).items() if name not in _NO_SETTINGS}
-    fitted = {"temperature": result.temperature, "scale": scale, "trials": trials}
+    trials = {f"{temperature:g}": nll for temperature, nll in chosen.nll.items()}
+    fitted = {"temperature": result.temperature, "scale": chosen.scale, "noise": chosen.noise}
+    fitted["trials"] = trials
     save_run(result, arguments.out, {**asked, **fitted, "seconds": result.seconds, **found})
     print(listed(found, data))
     print(
@@ -97,10 +101,9 @@ def fit_run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(arguments: argparse.Namespace, temperature: float | str) -> Settings:
+def _settings(arguments: argparse.Namespace) -> Settings:
     names = ("epochs", "batch_size", "optimizer", "learning_rate", "draws", "reduce_every")
-    given = {name: getattr(arguments, name) for name in names}
-    return Settings(**given, temperature=temperature)
+    return Settings(**{name: getattr(arguments, name) for name in (*names, "temperature")})
 
 
 def _program(arguments: argparse.Namespace, rows: Data) -> Any:

@@ -52,9 +52,10 @@ def _fit_options() -> Options:
             "type": temperature,
             "default": AUTO,
             "metavar": "T",
-            "help": "1 is Bayes; less counts the data more often. auto: 1 for real targets and map;"
-            " for classes, what shorter fits score best with on held-out rows, which also give a"
-            " temperature of the predictions",
+            "help": "1 is Bayes; less counts the data more often. auto: what shorter fits score"
+            " best with on held-out rows, which also give a temperature of the class"
+            " probabilities, or the noise of real targets; 1 for map, other targets and"
+            " programs written by hand",
         },
     }
 

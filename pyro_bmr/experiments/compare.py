@@ -21,8 +21,9 @@ from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.folder import Row, row_of
 from pyro_bmr.experiments.grid import Cell, Study, check_model, fingerprint, plain_name
 from pyro_bmr.experiments.models import Build, load_model
+from pyro_bmr.experiments.recipe import for_route
 from pyro_bmr.experiments.report import summary_of, table_of
-from pyro_bmr.experiments.settings import ROUTES, Settings, temperature_of
+from pyro_bmr.experiments.settings import ROUTES, Settings
 from pyro_bmr.experiments.study import (
     COMPARISON,
     StudyResults,
@@ -67,7 +68,7 @@ def compare(
     ece_mass, nll_error, base_accuracy or base_rmse, base_nll, parameters, kept_parameters, kept,
     size, elbo, delta_f, seconds, converged, step_ratio, scale, best_epoch (see docs/studies.md),
     and with `out` kilobytes and cell, the name of its folder in ``out/cells``. Real targets also
-    have crps and coverage, after ece.
+    have crps and coverage, after ece, and noise, where trials chose it.
 
     Routes, for a prior p:
 
@@ -197,8 +198,9 @@ def comparison(
         build=model if callable(model) else None,
         rows=data if source is None else None,
     )
+    at = {route: for_route(settings, route, data, program) for route in routes}
     cells = [
-        _cell(first, prior, priors[prior], route, seed, settings, data)
+        _cell(first, prior, priors[prior], route, seed, at[route])
         for prior in priors
         for route in routes
         for seed in range(seeds)
@@ -230,17 +232,14 @@ def _study(title: str, cells: Sequence[Cell], words: Mapping[str, Any], why: str
     )
 
 
-def _cell(
-    first: Cell, name: str, prior: Prior, route: str, seed: int, settings: Settings, data: Data
-) -> Cell:
-    temperature = temperature_of(settings.temperature, route, data)
-    line = {"prior": name, "route": route, "seed": seed, "temperature": temperature}
+def _cell(first: Cell, name: str, prior: Prior, route: str, seed: int, settings: Settings) -> Cell:
+    line = {"prior": name, "route": route, "seed": seed, "temperature": settings.temperature}
     return replace(
         first,
         name=name,
         label=f"{name} {route}",
         method=route,
-        options={"prior": prior, **_options(settings), "temperature": temperature},
+        options={"prior": prior, **_options(settings), "temperature": settings.temperature},
         varying={"prior": name},
         seed=seed,
         timed=seed == 0,

@@ -125,8 +125,9 @@ def _keep(cell: Cell, trained: Trained, data: Data, prediction: Prediction, fold
     )
     if trained.fit is not None:
         prior = prior_name(trained.declared)
-        scale = trained.extra.get("scale", 1.0)
+        scale, noise = trained.extra.get("scale", 1.0), trained.extra.get("noise")
         about = {"prior": prior, "temperature": trained.fit.temperature, "scale": scale}
+        about |= {} if noise is None else {"noise": noise}
         run = save_run(trained.fit, folder, {**_settings(cell), **about})
         if trained.reduction is not None:
             run.reduced(trained.reduction, {"target": cell.options.get("kept")})

@@ -92,7 +92,8 @@ def _chosen(fitted: Fitted) -> dict[str, float]:
     widen = {} if fitted.widen == 1 else {"widen": fitted.widen}
     if fitted.trials is None:
         return widen
-    return {**widen, "temperature": fitted.fit.temperature, "scale": fitted.scale}
+    noise = {} if fitted.trials.noise is None else {"noise": fitted.trials.noise}
+    return {**widen, "temperature": fitted.fit.temperature, "scale": fitted.scale, **noise}
 
 
 def _of_baseline(name: str) -> Method:

@@ -1,6 +1,6 @@
 """A fit by one of the routes to a prior: maximum a posteriori, fitted under it, or reduced to it.
 
-Owns `Fitted` and `fit_by_route`. Next: `methods.py`.
+Owns `Fitted`, `fit_by_route`, `for_route` and `trials_of`. Next: `methods.py`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ import torch
 
 from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import ModelError
+from pyro_bmr.experiments.held_out import Attempt, Trials
 from pyro_bmr.experiments.models import Build
+from pyro_bmr.experiments.noise_trials import (
+    infers_noise,
+    noise_is_free,
+    noise_trials,
+)
 from pyro_bmr.experiments.settings import (
     AUTO,
     Settings,
     guide_named,
     length_of,
     optimizer_named,
-    temperature_of,
 )
-from pyro_bmr.experiments.temperature_trials import Trials, temperature_trials
+from pyro_bmr.experiments.temperature_trials import temperature_trials
 from pyro_bmr.fitting.convergence import NOT_CONVERGED, UntilConverged
 from pyro_bmr.fitting.fit import Fit, fit
 from pyro_bmr.fitting.optimizers import adam
@@ -95,23 +100,26 @@ def fit_by_route(
     rows = validation_data(data, 1 / 6) if settings.calibrate else data
     declared = _declared(prior, route)
 
-    def attempt(rows: Data, settings: Settings, length: UntilConverged | None = None) -> _Attempt:
+    def built(rows: Data) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            program = build(rows, declared)
+            return build(rows, declared)
+
+    def attempt(rows: Data, settings: Settings, length: UntilConverged | None = None) -> _Attempt:
+        program = built(rows)
         schedule = _schedule(settings, _target(prior), every) if route == "reduced" else None
         result = _fitted(program, rows, route, seed, settings, length, schedule, progress)
         reduction, delta_f = _reduction_after(result, prior, _target(prior), route, settings)
         return _Attempt(result, reduction, delta_f)
 
+    def tried(*given: Any) -> tuple[Callable[..., Any], Posterior]:
+        return attempt(*given[:3]).predicted_from
+
     trials = None
-    temperature = temperature_of(settings.temperature, route, rows)
-    if temperature == AUTO:
-        trials = temperature_trials(
-            lambda *given: attempt(*given[:3]).predicted_from, rows, settings, seed, progress
-        )
-        temperature = trials.temperature
-    result, reduction, delta_f = attempt(rows, replace(settings, temperature=temperature))
+    if settings.temperature == AUTO:
+        trials = trials_of(built, tried, rows, route, settings, seed, progress)
+        rows, settings = trials.applied(rows, settings)
+    result, reduction, delta_f = attempt(rows, settings)
     posterior, cautions = result.posterior, tuple[str, ...]()
     if reduction is not None:
         posterior = reduction.posterior
@@ -125,6 +133,33 @@ def fit_by_route(
     own = trials is not None and widen == 1 and not settings.calibrate
     scale = trials.scale if trials is not None and own else 1.0
     return Fitted(result, declared, reduction, cautions, posterior, widen, scale, delta_f, trials)
+
+
+def for_route(settings: Settings, route: str, data: Data, program: Any) -> Settings:
+    """The settings of a fit of `program` by `route`, whose temperature `AUTO` is 1 where there are
+    no trials: for map, and for targets other than classes and real ones with one inferred noise.
+    """
+    tried = route != "map" and (data.task == "classification" or infers_noise(program))
+    return settings if tried or settings.temperature != AUTO else replace(settings, temperature=1.0)
+
+
+def trials_of(
+    build: Callable[[Data], Any],
+    attempt: Attempt,
+    data: Data,
+    route: str,
+    settings: Settings,
+    seed: int,
+    progress: bool,
+) -> Trials:
+    """What the temperature `AUTO` stands for: what held-out rows choose, or 1, without a trial, for
+    the route map and for a program whose noise cannot be given.
+    """
+    if route != "map" and data.task == "classification":
+        return temperature_trials(attempt, data, settings, seed, progress)
+    if route != "map" and noise_is_free(build, data):
+        return noise_trials(attempt, data, settings, seed, progress)
+    return Trials(1.0, {}, 1.0)
 
 
 def _declared(prior: Prior, route: str) -> Prior:

@@ -5,8 +5,8 @@ Owns `Run`. In the folder are `settings.json` (model, data, prior, how it was fi
 SHA-256 of the two files that follow), `posterior.safetensors`, `network.safetensors` (what the
 program holds besides its posterior: parameters that were left, running statistics) and, after a
 reduction, `reduced.safetensors` and `reduction.json` (with the SHA-256 of that and of the posterior
-that was reduced). The cell of a baseline has the weights of its network alone, in
-`model.safetensors`. Next: `log.py`.
+that was reduced). The cell of a baseline has its weights alone, in `model.safetensors`. Next:
+`log.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pyro_bmr.data.data_set import Data
 from pyro_bmr.data.named import load
 from pyro_bmr.errors import ModelError, PyroBMRError
 from pyro_bmr.experiments.grid import fingerprint
+from pyro_bmr.experiments.held_out import with_noise
 from pyro_bmr.experiments.methods import network_of
 from pyro_bmr.experiments.models import load_model
 from pyro_bmr.experiments.options import data_named
@@ -66,16 +67,20 @@ class Run:
     reduction: Mapping[str, Any]
 
     def data(self) -> Data:
-        """The data set of the fit.
+        """The data set of the fit, with the noise that it was given.
 
         Raises:
             PyroBMRError: it cannot be loaded, or a cell was fitted to other data.
         """
+        noise = self.settings.get("noise")
+        return with_noise(self._loaded(), float(noise)) if noise else self._loaded()
+
+    def _loaded(self) -> Data:
         name, mark = str(self.settings["data"]), self.settings.get("fingerprint")
+        likelihood = self.settings.get("likelihood")
         if mark is None:
-            return load(name, self.settings["target"], self.settings.get("likelihood"))
+            return load(name, self.settings["target"], likelihood)
         try:
-            likelihood = self.settings.get("likelihood")
             data = data_named(name, self.settings["validation"], likelihood)
         except PyroBMRError:
             self._refuse_memory("data")
@@ -83,8 +88,8 @@ class Run:
         if fingerprint(str(self.settings["model"]), data) != mark:
             self._refuse_memory("data")
             raise ModelError(
-                f"'{self.folder}': expected the data and the model file of its fit, got others"
-                f" under the names '{name}' and '{self.settings['model']}'; restore them"
+                f"'{self.folder}': expected the data and the model file of its fit, got others under"
+                f" the names '{name}' and '{self.settings['model']}'; restore them"
             )
         return data
 
@@ -289,8 +294,6 @@ def prior_name(prior: Prior | None) -> str | None:
 def _digest(model: str) -> str | None:
     """The sha256 of a model's file; None for the models of the library."""
     path = Path(model.partition(":")[0])
-    return (
-        hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.suffix == ".py" and path.is_file()
-        else None
-    )
+    if path.suffix != ".py" or not path.is_file():
+        return None
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,7 +14,6 @@ from typing import Any
 
 from pyro_bmr.baselines.options import check_rules, is_between, is_positive
 from pyro_bmr.checks import is_whole
-from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError, holds
 from pyro_bmr.fitting.convergence import UntilConverged
 from pyro_bmr.fitting.natural_gradient import natural_gradient
@@ -55,15 +54,15 @@ class Settings:
     `epochs`: None for 20, but no fewer than 3,000 steps and no more than 16,000. `optimizer`: one
     of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the route map takes adam at its own
     rate then; None for it where it can be had, else adam. `learning_rate`: None for that of the
-    optimiser. `temperature`: ``"auto"`` for 1 with real targets and by the route map; for the
-    others, with classes, for what held-out rows choose, and a temperature of the class
-    probabilities with it (`temperature_trials`). `kept`: target fraction for the reduced route and
-    for fitted shrinkage priors (1: as fitted), None for the evidence to decide. `reduce_every`:
-    epochs, by default a tenth of the fit; `start`, `stop`: as in `Every`. `draws`: of the
-    predictive. `guide`: one of `GUIDES`, of which ``"mean-field"`` alone is for natural-gradient;
-    `estimator`: as in `MeanField`, and for it. `widen`: the predictive draws from
-    `posterior.widened(widen)`; `calibrate` finds that factor on a sixth of the training rows, or
-    the validation rows that the data came with, which the fit does without.
+    optimiser. `temperature`: ``"auto"`` for what held-out rows choose, with a temperature of the
+    class probabilities (`temperature_trials`), or with the noise of real targets (`noise_trials`);
+    for 1 by the route map, for other targets, and for programs written by hand. `kept`: target
+    fraction for the reduced route and for fitted shrinkage priors (1: as fitted), None for the
+    evidence to decide. `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as
+    in `Every`. `draws`: of the predictive. `guide`: one of `GUIDES`, of which ``"mean-field"``
+    alone is for natural-gradient; `estimator`: as in `MeanField`, and for it. `widen`: the
+    predictive draws from `posterior.widened(widen)`; `calibrate` finds that factor on a sixth of
+    the training rows, or the validation rows that the data came with, which the fit does without.
     """
 
     epochs: int | None = None
@@ -140,14 +139,6 @@ def length_of(
 def usual_steps(rows: int, batch_size: int) -> int:
     """The steps of a fit without a number of epochs."""
     return min(max(_STEPS, _PASSES * math.ceil(rows / batch_size)), _MOST)
-
-
-def temperature_of(given: float | str, route: str, data: Data) -> float | str:
-    """The temperature of a fit by `route`: `AUTO` where trials choose it. Real targets have 1: a
-    cold fit of theirs learns a noise that is too small.
-    """
-    chosen = given == AUTO and (route == "map" or data.task != "classification")
-    return 1.0 if chosen else given
 
 
 def optimizer_named(

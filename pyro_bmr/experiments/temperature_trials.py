@@ -1,16 +1,13 @@
 """The temperature of a fit to classes, and that of its class probabilities, by trials: shorter fits
 at a few temperatures, scored on held-out rows.
 
-Owns `Trials`, `temperature_trials` and `at_scale`. Next: `recipe.py`.
+Owns `temperature_trials` and `at_scale`. Next: `noise_trials.py`.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,37 +15,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pyro_bmr.baselines.targets import held_out_scale
-from pyro_bmr.data.data_set import Data, validation_data
+from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import PyroBMRWarning
+from pyro_bmr.experiments.held_out import Attempt, Trials, predicted
 from pyro_bmr.experiments.scores import class_probabilities
-from pyro_bmr.experiments.settings import Settings, length_of
-from pyro_bmr.fitting.convergence import UntilConverged
-from pyro_bmr.posteriors.posterior import Posterior
+from pyro_bmr.experiments.settings import Settings
 from pyro_bmr.prediction.calibration import temperature_scaled
-from pyro_bmr.prediction.predict import ClassPrediction, Prediction, predict
+from pyro_bmr.prediction.predict import ClassPrediction, Prediction
 
 # Measured on held-out rows of many data sets (docs/results/defaults.md).
 TEMPERATURES = (0.3, 0.1)
-_HELD_OUT = 1 / 6
-_PART = 1 / 3  # of the fit, that a trial is long
-_ENOUGH = 200  # held-out rows; of fewer, more folds are held out
-
-Attempt = Callable[
-    [Data, Settings, UntilConverged | None, int], tuple[Callable[..., Any], Posterior]
-]
-"""(rows, settings, length, fold) → the fitted program, and what it predicts from."""
-
-
-@dataclass(frozen=True)
-class Trials:
-    """The chosen `temperature`, and `nll`: temperature → negative log likelihood of the held-out
-    rows after its trial, nats per row. `scale`: the temperature of the class probabilities that is
-    best for the held-out rows after the trial at the chosen one.
-    """
-
-    temperature: float
-    nll: Mapping[float, float]
-    scale: float
 
 
 def temperature_trials(
@@ -99,10 +75,7 @@ def at_scale(prediction: Prediction, scale: float) -> Prediction:
 def _held_out(attempt: Attempt, data: Data, settings: Settings, seed: int) -> tuple[Tensor, Tensor]:
     """The log probabilities of the classes of the held-out rows of all folds, and their labels."""
     parts = []
-    for fold in range(folds_of(data)):
-        rows = validation_data(data, _HELD_OUT, fold)
-        program, posterior = attempt(rows, *_shortened(settings, rows), fold)
-        prediction = predict(program, posterior, rows.x_test, draws=settings.draws, seed=seed)
+    for prediction, rows in predicted(attempt, data, settings, seed):
         labels = class_probabilities(prediction, rows)
         assert labels is not None
         parts.append(labels)
@@ -110,27 +83,8 @@ def _held_out(attempt: Attempt, data: Data, settings: Settings, seed: int) -> tu
     return probs.clamp_min(torch.finfo(probs.dtype).tiny).log().double(), y
 
 
-def folds_of(data: Data) -> int:
-    """How many times rows are held out, for a trial each."""
-    rows = len(data.x_train)
-    held = round(_HELD_OUT * rows)
-    if data.x_val is not None or not 0 < held < rows:
-        return 1
-    return min(math.ceil(_ENOUGH / held), rows // held)
-
-
 def _best_scale(log_probs: Tensor, y: Tensor) -> float:
     """τ, 1 at least."""
     with warnings.catch_warnings():  # at an end of the search the trials say more than the warning
         warnings.filterwarnings("ignore", "the best temperature", PyroBMRWarning)
         return max(held_out_scale(log_probs, y, 1.0), 1.0)
-
-
-def _shortened(settings: Settings, rows: Data) -> tuple[Settings, UntilConverged | None]:
-    """The settings and the length of a trial."""
-    epochs, every = settings.epochs, settings.reduce_every
-    length = length_of(epochs, len(rows.x_train), settings.batch_size, _PART)
-    if isinstance(length, UntilConverged):
-        return replace(settings, reduce_every=every and every * _PART), length
-    part = length / epochs if epochs else _PART
-    return replace(settings, epochs=length, reduce_every=every and every * part), None

@@ -10,13 +10,15 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr.data.data_set import Data, validation_data
+from pyro_bmr.experiments import held_out as held_out_file
 from pyro_bmr.experiments import recipe
 from pyro_bmr.experiments import temperature_trials as temperature_trials_file
 from pyro_bmr.experiments.compare import compare
+from pyro_bmr.experiments.held_out import Trials, folds_of
 from pyro_bmr.experiments.methods import method_named
 from pyro_bmr.experiments.models import load_model
 from pyro_bmr.experiments.settings import Settings, length_of
-from pyro_bmr.experiments.temperature_trials import TEMPERATURES, folds_of, temperature_trials
+from pyro_bmr.experiments.temperature_trials import TEMPERATURES, temperature_trials
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings(
@@ -74,7 +76,7 @@ def nll(probs, y, scale=1.0):
 @pytest.mark.filterwarnings("ignore:the fit has not converged")
 @pytest.mark.parametrize("route", [pytest.param("fitted", marks=pytest.mark.slow), "reduced"])
 def test_a_trial_is_a_third_of_the_fit_on_five_sixths_of_the_rows(route, monkeypatch):
-    monkeypatch.setattr(temperature_trials_file, "_ENOUGH", 40)  # two folds of 20 rows
+    monkeypatch.setattr(held_out_file, "_ENOUGH", 40)  # two folds of 20 rows
     data = labelled(0.1)
     settings = replace(SETTINGS, reduce_every=6.0)
     found = by_route(data, settings, route)
@@ -127,7 +129,7 @@ def test_a_trial_is_a_third_of_a_fit_whose_length_follows_the_rows(batch_size, t
 @pytest.mark.filterwarnings("ignore:the fit has not converged")
 def test_the_fit_after_the_trials_has_the_whole_length(monkeypatch):
     lengths = []
-    monkeypatch.setattr(temperature_trials_file, "_ENOUGH", 20)
+    monkeypatch.setattr(held_out_file, "_ENOUGH", 20)
 
     def fit(program, rows, epochs, **given):
         lengths.append((len(rows.x_train), epochs.steps, epochs.first))
@@ -169,12 +171,13 @@ def test_the_folds():
 
 
 @pytest.mark.parametrize("route", ["map", "fitted", "reduced"])
-def test_no_trial_for_real_targets_nor_for_map(route):
+def test_no_trial_for_a_program_by_hand_nor_for_map(route):
     data = bmr.load("diabetes") if route != "map" else labelled(0.0)
     build = load_model("linear_regression") if route != "map" else BUILD
     settings = replace(SETTINGS, epochs=2)
     found = recipe.fit_by_route(build, data, bmr.Gaussian("layer"), route, 0, settings, False)
-    assert found.trials is None and found.fit.temperature == 1
+    assert found.trials == Trials(1.0, {}, 1.0)
+    assert found.fit.temperature == 1
 
 
 def test_predictions_have_the_scale_of_the_trials(monkeypatch):
