@@ -88,8 +88,8 @@ class Run:
         if fingerprint(str(self.settings["model"]), data) != mark:
             self._refuse_memory("data")
             raise ModelError(
-                f"'{self.folder}': expected the data and the model file of its fit, got others under"
-                f" the names '{name}' and '{self.settings['model']}'; restore them"
+                f"'{self.folder}': expected the data and the model file of its fit, got others"
+                f" under the names '{name}' and '{self.settings['model']}'; restore them"
             )
         return data
 
