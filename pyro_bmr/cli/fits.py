@@ -89,9 +89,12 @@ def fit_run(arguments: argparse.Namespace) -> int:
     prediction = predict(result.program, result.posterior, data.x_test, **drawn)
     found = scored(at_scale(prediction, chosen.scale), data)
     asked = {name: value for name, value in vars(arguments).items() if name not in _NO_SETTINGS}
-    trials = {f"{temperature:g}": nll for temperature, nll in chosen.nll.items()}
-    fitted = {"temperature": result.temperature, "scale": chosen.scale, "noise": chosen.noise}
-    fitted["trials"] = trials
+    fitted = {
+        "temperature": result.temperature,
+        "scale": chosen.scale,
+        "noise": chosen.noise,
+        "trials": {f"{temperature:g}": nll for temperature, nll in chosen.nll.items()},
+    }
     save_run(result, arguments.out, {**asked, **fitted, "seconds": result.seconds, **found})
     print(listed(found, data))
     print(
