@@ -11,9 +11,9 @@ the network was made; sixteen layers of 1000 x 1000, 8 rows a step. The network 
 is on "meta". `plan`: the same of one process among 64 in a group of torch's backend "fake", whose
 messages do nothing, beside the plan of docs/several_processes.md. `time`: seconds of a processor
 and of the clock a step, 784-1000-1000-10, 256 rows a step in all. gloo, one thread a process.
-`checkpoints`: two processes, the network of `memory`, 64 rows a step, a checkpoint every four
+`checkpoints`: two processes, the network of `memory`, 16 rows a step, a checkpoint every two
 steps, written in the background and waited for, in turns: how long a checkpoint holds up the fit,
-and the time of its four steps with it.
+and the time of its two steps with it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pyro_bmr.sharding.sharded_checkpoints import ShardedWriter
 LAYERS, WIDTH = 16, 1000
 WIDE = (784, 1000, 1000, 10)
 STEPS = 40
-SAVED = 4  # steps between checkpoints
+SAVED = 2  # steps between checkpoints
 
 
 def network(sizes: tuple[int, ...], device: str) -> nn.Module:
@@ -111,12 +111,12 @@ def checkpoints() -> dict[str, list[tuple[float, float]]]:
         for name, each in found.items():
             Timed.waits, timed = name == "waited for", list[Any]()
             Timed.seconds.clear()
-            rows = 64 * SAVED * 3
+            rows = 16 * SAVED * 3
             with tempfile.TemporaryDirectory() as folder:
                 shared = [folder]
                 dist.broadcast_object_list(shared)
                 rule = bmr.Checkpoints(shared[0], every_steps=SAVED, every_seconds=1e9)
-                fitted((WIDTH,) * (LAYERS + 1), rows, 64, "natural", timed, checkpoint=rule)
+                fitted((WIDTH,) * (LAYERS + 1), rows, 16, "natural", timed, checkpoint=rule)
                 dist.barrier()
             ends = [clock for clock, _ in timed][-6 * SAVED :]
             cycles = [b - a for a, b in pairwise(ends[SAVED - 1 :: SAVED])]

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -25,6 +26,13 @@ from pyro_bmr.files import digest
 from pyro_bmr.sharding.layout import Layout
 
 _SHA256 = 32  # bytes
+
+
+class _Copied(BlockingAsyncStager):
+    """For tensors that are copies already."""
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict
 
 
 def begin_parts(
@@ -42,14 +50,21 @@ def begin_parts(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     dist.barrier()
-    # async_save refuses a DTensor of a view on a CPU (findings/async_save_views.sh)
+    # on a CPU async_save copies twice, and refuses a view (findings/async_save_views.sh)
+    copied = layout.device.type == "cpu"
     state = {
-        f"{name}/{site}": layout.dtensor(site, part.clone() if part.storage_offset() else part)
+        f"{name}/{site}": layout.dtensor(site, part.clone() if copied else part)
         for name, parts in tensors.items()
         for site, part in parts.items()
     }
     storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    return cast("Future[Any]", async_save(state, storage_writer=storage, process_group=group))
+    begun = async_save(
+        state,
+        storage_writer=storage,
+        process_group=group,
+        async_stager=_Copied() if copied else None,
+    )
+    return cast("Future[Any]", begun)
 
 
 def written_parts(folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
