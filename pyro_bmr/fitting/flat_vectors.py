@@ -21,7 +21,8 @@ class FlatVectors:
     """`loc` and `log_scale` of a guide, and the vectors that a step fills: `std` and the `draw`.
 
     They are the guide's own until entries are taken out. `parts`: the place of each site in them.
-    `leaves`: the draw of each site in its shape, with 0 at pruned entries, as autograd knows it.
+    `leaves`: the draw of each site in its shape, with 0 at pruned entries, as autograd knows it;
+    views of `whole_draw`.
     `kept`: the indices of the kept entries of each site; None for all. `stale`: the chunks whose
     `std` is not exp(`log_scale`).
     """
@@ -42,9 +43,10 @@ class FlatVectors:
         }
         self.std = torch.empty_like(self.log_scale.detach())
         self.draw = torch.empty_like(self.std)
-        self.dense = self.guide.views(
+        self.whole_draw = (
             self.draw if self.kept is None else self.draw.new_zeros(self.guide.loc.numel())
         )
+        self.dense = self.guide.views(self.whole_draw)
         self.leaves = {name: view.detach().requires_grad_() for name, view in self.dense.items()}
         self.chunks = chunks_of(self.parts, self.loc, self.log_scale, self.std, self.draw)
         self.sizes = [len(chunk.loc) for chunk in self.chunks]
@@ -60,14 +62,16 @@ class FlatVectors:
         """
         self.loc.grad = self.log_scale.grad = None
         self.stale = [True] * len(self.chunks)
-        for vector in (self.std, self.draw):
+        for vector in (self.std, self.draw, self.whole_draw):
             vector.untyped_storage().resize_(0)
 
     def fill(self, noise: Tensor, sign: float) -> None:
         """Sets the draw to μ + σ · `sign` · `noise`."""
         if self.std.untyped_storage().nbytes() == 0:
-            for vector in (self.std, self.draw):
+            for vector in (self.std, self.draw, self.whole_draw):
                 vector.untyped_storage().resize_(vector.numel() * vector.element_size())
+            if self.whole_draw is not self.draw:
+                self.whole_draw.zero_()
         for k, (chunk, own) in enumerate(zip(self.chunks, noise.split(self.sizes), strict=True)):
             if self.stale[k]:
                 torch.exp(chunk.log_scale, out=chunk.std)

@@ -182,13 +182,21 @@ class Run:
         self.step.release()
         return_freed()
         masks, gain = self.processes.decided_by_first(
-            lambda: _decided(schedule.reduce(self.posterior(), done)), self.rows.device
+            lambda: _decided(schedule.reduce(self._for_reduction(), done)), self.rows.device
         )
         self.masks = {**self.masks, **masks}
         self.faults.forget()
         self.step.prune(self.masks, self.optimizer)
         return_freed()
         return gain
+
+    def _for_reduction(self) -> Posterior:
+        """The posterior as it stands. Where nothing is pruned, its means are the guide's own."""
+        posterior = self.posterior()
+        own = self.guide.views(self.guide.loc.detach()) if isinstance(self.guide, MeanField) else {}
+        whole = {n: s for n, s in posterior.sites.items() if n in own and s.mask is None}
+        shared = {name: replace(site, mean=own[name]) for name, site in whole.items()}
+        return replace(posterior, sites={**posterior.sites, **shared})
 
     @torch.no_grad()
     def update_scales(self) -> None:

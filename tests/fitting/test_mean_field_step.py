@@ -208,6 +208,7 @@ def test_released_memory_is_taken_again_and_nothing_else_changes(pruned):
         step.run((X, Y), 5)  # as under the natural gradient, σ stands for the next step
     steps[1].release()
     assert steps[1].std.untyped_storage().nbytes() == steps[1].draw.untyped_storage().nbytes() == 0
+    assert steps[1].whole_draw.untyped_storage().nbytes() == 0
     assert len(steps[1].noise.batch) == 0 and steps[1].loc.grad is None
     ends = []
     for step in steps:
