@@ -166,14 +166,16 @@ def prior_scale(
     temperature: float,
 ) -> float:
     """s of a layer: the number that is given; for "empirical" that of the most evidence of the
-    weight and its bias; else, or where the evidence has no maximum, the root mean square of the
-    weight.
+    weight and its bias, as the maximum of the likelihood: what the training has left where the data
+    say nothing does not count; else, or where the evidence has no maximum, the root mean square of
+    the weight.
     """
     if not (given is None or isinstance(given, str)):
         return float(given)
     if given == "empirical":
         values = _values(curved, parameters)
-        evidence = LaplaceEvidence.of(values, curved.outputs, curved.inputs, temperature)
+        factors = curved.outputs, curved.inputs
+        evidence = LaplaceEvidence.of(values, *factors, temperature, penalised=False)
         best = evidence.best_scale()
         if 0 < best < math.inf:
             return best

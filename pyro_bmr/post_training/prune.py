@@ -98,8 +98,9 @@ def prune(
             four forward and two backward passes over the calibration rows.
         temperature: T of the posterior.
         scale: s of the prior; by default the root mean square of each layer's weights.
-            "empirical": of each layer the s of the most evidence for its weights and bias at T
-            (`formulas.LaplaceEvidence`; Immer et al. 2021, arXiv 2104.04975).
+            "empirical": of each layer the s of the most evidence for its weights and bias at T, as
+            the maximum of the likelihood (`formulas.LaplaceEvidence`; Immer et al. 2021, arXiv
+            2104.04975).
         floor: each layer keeps at least this part of the fraction.
         rows: how many rows of `data` are used, the calibration rows. They are read once and held in
             memory.

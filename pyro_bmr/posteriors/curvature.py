@@ -59,7 +59,12 @@ def laplace_moments(
 
 
 def evidence_scale(
-    name: str, value: Tensor, curvature: Sequence[Tensor], mean: float | Tensor, temperature: float
+    name: str,
+    value: Tensor,
+    curvature: Sequence[Tensor],
+    mean: float | Tensor,
+    penalised: bool,
+    temperature: float,
 ) -> float:
     """The scale of the prior N(mean, s²) of the most evidence; arguments as for `laplace_moments`.
 
@@ -74,18 +79,20 @@ def evidence_scale(
         _check_factors(name, matrix, shapes)
     elif shapes[0] not in (tuple(value.shape), (size, size)):
         _refuse_shape(name, value, curvature[0])
-    if curvature[0].shape == value.shape:
-        evidence = LaplaceEvidence.of(distance, curvature[0], None, temperature)
-    else:
-        wide = [_symmetric(name, t, torch.empty_like(t, dtype=torch.float64)) for t in curvature]
-        last = wide[1] if len(wide) == 2 else None
-        evidence = LaplaceEvidence.of(distance, wide[0], last, temperature)
+    diagonal = len(curvature) == 1 and shapes[0] == tuple(value.shape)
+    parts = (
+        list(curvature)
+        if diagonal
+        else [_symmetric(name, t, torch.empty_like(t, dtype=torch.float64)) for t in curvature]
+    )
+    columns = parts[1] if len(parts) == 2 else None
+    evidence = LaplaceEvidence.of(distance, parts[0], columns, temperature, penalised)
     scale = evidence.best_scale()
     if not 0 < scale < math.inf:
+        why = "curvature is 0" if scale else "value is no better than the mean of its prior"
         raise ModelError(
             f"site '{name}': the evidence has no maximum over the scale of its prior, since its"
-            f" {'value is the mean of the prior' if scale == 0 else 'curvature is 0'}; give"
-            " Gaussian(<number>)"
+            f" {why}; give Gaussian(<number>)"
         )
     return scale
 

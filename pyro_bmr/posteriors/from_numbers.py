@@ -116,13 +116,12 @@ def _of_most_evidence(
     temperature: float,
 ) -> Gaussian:
     """The prior with the scale that has the most evidence."""
-    if not penalised or prior.per != "layer" or isinstance(prior.mean, str):
+    if prior.per != "layer" or isinstance(prior.mean, str):
         raise ModelError(
-            f"site '{name}': an empirical scale is found for penalised=True and for all weights of"
-            f" a site, with a mean that is given; got penalised={penalised}, per='{prior.per}' and"
-            f" mean={described(prior.mean)}"
+            f"site '{name}': an empirical scale is found for all weights of a site, with a mean"
+            f" that is given; got per='{prior.per}' and mean={described(prior.mean)}"
         )
-    scale = evidence_scale(name, value, parts, prior.mean, temperature)
+    scale = evidence_scale(name, value, parts, prior.mean, penalised, temperature)
     return replace(prior, scale=scale)
 
 
