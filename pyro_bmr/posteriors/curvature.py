@@ -92,7 +92,7 @@ def evidence_scale(
         why = "curvature is 0" if scale else "value is no better than the mean of its prior"
         raise ModelError(
             f"site '{name}': the evidence has no maximum over the scale of its prior, since its"
-            f" {why}; give Gaussian(<number>)"
+            f" {why}; give it a number, prior={{'{name}': Gaussian(0.1), '*': Gaussian()}}"
         )
     return scale
 
