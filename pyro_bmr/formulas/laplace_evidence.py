@@ -12,7 +12,7 @@ anew, the first terms are ‖ŵ − η‖²/s² instead. For linear regression b
 The eigenvalues of Kronecker factors are all products of one of the rows and one of the columns, so
 the prior is added exactly here, in contrast to the posterior. T cannot be found in this way: at T ≠
 1 the likelihood does not integrate to 1 over the data. Sources: MacKay 1992; Immer et al. 2021,
-arXiv 2104.04975, for networks. Imports torch only. Next: `log_gamma.py`.
+arXiv 2104.04975, for networks. Imports torch only. Next: `mixture_nodes.py`.
 """
 
 from __future__ import annotations

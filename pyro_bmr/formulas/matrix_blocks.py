@@ -1,7 +1,7 @@
 """Matrix-normal Gaussians between two priors, block by block.
 
 Owns the forms of `delta_f` and `rescaled` of a `MatrixNormal`, `reduced_mean` and `reduced_var`.
-Imports torch only. Next: `laplace_evidence.py`.
+Imports torch only. Next: `log_gamma.py`.
 
 An eigen-decomposition of the factor that the prior does not touch turns the posterior into
 independent blocks of the size of the other factor, so the (rows·columns)² matrix is never formed.
