@@ -8,6 +8,7 @@ Imports torch only. Next: `label_sums.py`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ _IN_PROJECTIONS = (
     *("in_proj_weight", "in_proj_bias"),
     *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
 )
+
+_RECURRENT = re.compile(r"(weight|bias)_(ih|hh)")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ def group_labels(
 
             - ``"unit"`` or ``"channel"``: the weights into one output unit or channel, `weight[i]`
               of a site (out, in, ...), with its bias, the entry i of the site of the same module
-              path that ends in ``bias``. Entries of other vectors are groups of their own.
+              path that ends in ``bias``. A unit of a recurrent layer (``weight_ih_l0``, ...) has
+              the rows of all its gates, from the inputs and from the other units, with its biases.
+              Entries of other vectors are groups of their own.
             - ``"input"``: the weights out of one input, `weight[:, j]`. Vectors are in no group.
             - ``"head"``: a head of a `torch.nn.MultiheadAttention`: its rows of the projections of
               query, key and value, its entries of their bias, and its columns of
@@ -153,7 +158,7 @@ def _numbered(shapes: Shapes, local: Mapping[str, Tensor | None]) -> dict[str, T
 
 
 def _units(shapes: Shapes) -> dict[str, Tensor]:
-    biases = {}
+    biases, cells = {}, _recurrent_cells(shapes)
     for name, shape in shapes.items():
         weight = _sibling(name, "bias", "weight")
         if len(shape) == 1 and len(shapes.get(weight, ())) > 1 and shapes[weight][0] == shape[0]:
@@ -162,13 +167,31 @@ def _units(shapes: Shapes) -> dict[str, Tensor]:
         name: torch.arange(math.prod(shape[:1])).view(shape[:1] + (1,) * len(shape[1:]))
         for name, shape in shapes.items()
     }
+    for name, across in cells.items():
+        biases |= {name: across} if name != across else {}
+        rows[across] = (torch.arange(shapes[across][0]) % shapes[across][1]).view(-1, 1)
     labels = _numbered(
         shapes, {name: None if name in biases else own for name, own in rows.items()}
     )
-    return {
-        name: labels[biases[name]].flatten(1)[:, 0] if name in biases else own
-        for name, own in labels.items()
-    }
+    for name, weight in biases.items():
+        first = labels[weight].flatten(1)[:, 0]
+        labels[name] = first.view(-1, *(1,) * (len(shapes[name]) - 1)).expand(shapes[name])
+    return labels
+
+
+def _recurrent_cells(shapes: Shapes) -> dict[str, str]:
+    """The weights and biases of recurrent layers → the weight between the units of their layer,
+    (gates · units, units).
+    """
+    found = {}
+    for name, shape in shapes.items():
+        path, dot, leaf = name.rpartition(".")
+        across = f"{path}{dot}{_RECURRENT.sub('weight_hh', leaf)}"
+        if _RECURRENT.match(leaf) and len(shapes.get(across, ())) == 2:
+            rows, units = shapes[across]
+            if rows == shape[0] and rows in (units, 3 * units, 4 * units):
+                found[name] = across
+    return found
 
 
 def _inputs(shapes: Shapes) -> dict[str, Tensor]:

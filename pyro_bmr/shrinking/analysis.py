@@ -102,11 +102,12 @@ class Analysis:
                 if needed.any():
                     why = f"read by {_title(read.node, read.layer)}"
                     changed |= self._resolved.keep(read.inputs[needed], why)
+            changed = changed or self._resolved.levelled()
 
     def _keep_whole(self, node: fx.Node, why: str) -> None:
         for near in (node, *node.all_input_nodes):
             for state in states_in(self.states[near]):
-                for axis in state.axes:
+                for axis in (*state.axes, *state.parts):
                     self._ids.fix(axis, why)
 
     def _state(self, node: fx.Node) -> Any:
@@ -119,7 +120,7 @@ class Analysis:
             return nothing_known(concrete(node.meta["val"]))
         if node.op == "output":
             for state in states_in(tree_map(self._of, node.args)):
-                for axis in state.axes:
+                for axis in (*state.axes, *state.parts):
                     self._ids.fix(axis, "an output of the network")
             return None
         if node.op == "get_attr":

@@ -25,6 +25,7 @@ class ChannelIds:
         self._parts: dict[int, tuple[int, ...]] = {}
         self._fixed: dict[int, str] = {FIXED: ""}
         self._joined: dict[tuple[int, ...], int] = {}
+        self._alike: list[list[Ids]] = []
 
     def new(self, count: int) -> Ids:
         """`count` new channels, tied to nothing."""
@@ -57,6 +58,12 @@ class ChannelIds:
         """Keeps the channels, whether or not anything reads them."""
         for i in dict.fromkeys(ids.tolist()):
             self._fixed.setdefault(self.root(i), why)
+
+    def keep_as_many(self, axes: list[Ids]) -> None:
+        """Lets all of these axes keep the same number of channels; the first of each are kept
+        first.
+        """
+        self._alike.append(axes)
 
     def prunable(self, ids: Ids) -> bool:
         """Whether any of the channels may be removed."""
@@ -103,7 +110,7 @@ class ChannelIds:
         roots = np.array([self.root(i) for i in range(count)], dtype=np.int64)
         parts = {r: self._bases(r) for r in self._parts}
         fixed = {r: why for r, why in self._fixed.items() if self.root(r) == r}
-        return Resolved(roots, parts, fixed)
+        return Resolved(roots, parts, fixed, self._alike)
 
     def _bases(self, i: int) -> tuple[int, ...]:
         i = self.root(i)
@@ -139,9 +146,13 @@ class Resolved:
     """All ties of a network. `kept(ids)` says which channels are kept so far, `keep` marks more."""
 
     def __init__(
-        self, roots: Ids, parts: dict[int, tuple[int, ...]], fixed: dict[int, str]
+        self,
+        roots: Ids,
+        parts: dict[int, tuple[int, ...]],
+        fixed: dict[int, str],
+        alike: list[list[Ids]],
     ) -> None:
-        self.roots, self._parts = roots, parts
+        self.roots, self._parts, self._alike = roots, parts, alike
         self._kept = np.zeros(len(roots), dtype=bool)
         self.why: dict[int, str] = {}
         for root, reason in fixed.items():
@@ -167,6 +178,19 @@ class Resolved:
                 if not self._kept[base]:
                     self._kept[base] = changed = True
                     self.why[base] = why
+        return changed
+
+    def levelled(self) -> bool:
+        """Marks the first channels of axes that keep fewer than others, where all keep as many;
+        whether any was marked.
+        """
+        changed = False
+        for axes in self._alike:
+            most = max(int(self.kept(axis).sum()) for axis in axes)
+            for axis in axes:
+                left = ~self.kept(axis)
+                more = axis[left][: most - int((~left).sum())]
+                changed |= self.keep(more, "all of its layers and directions have as many units")
         return changed
 
     def reason(self, ids: Ids) -> str:

@@ -32,6 +32,10 @@ def kept_groups(analysis: Analysis, node: fx.Node) -> int | None:
 
 def resize_layer(module: Any, groups: int | None) -> None:
     """Makes the numbers of a layer of torch those of its tensors."""
+    if isinstance(module, nn.RNNBase) and not module.proj_size:
+        own = dict(module.named_parameters())
+        module.input_size = own["weight_ih_l0"].shape[1]
+        module.hidden_size = own["weight_hh_l0"].shape[1]
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return

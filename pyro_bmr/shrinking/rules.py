@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmr.shrinking import contractions, elementwise, movement, normalisations, products
+from pyro_bmr.shrinking import (
+    contractions,
+    elementwise,
+    movement,
+    normalisations,
+    products,
+    recurrent,
+)
 from pyro_bmr.shrinking.channel_ids import ChannelIds
 from pyro_bmr.shrinking.states import Call, State, state_of
 
@@ -41,7 +48,6 @@ _POOLS = re.compile(
 )
 _CONVOLUTIONS = re.compile(r"convolution|conv(_transpose)?[123]d|_convolution|conv_tbc_")
 _PADS = {"pad", "constant_pad_nd"}
-_RECURRENT = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
 OPERATIONS = {
     "products and sums": "linear, matmul, bmm, mm, mv, addmm, baddbmm, einsum, bilinear, conv1d,"
@@ -54,7 +60,8 @@ OPERATIONS = {
     "pixel by pixel": "pooling, upsampling, reflecting and replicating pads",
     "tables": "embedding, embedding_bag, index",
     "along an axis": "softmax, cumsum, sort, topk, max, min, std, var, norms, fft",
-    "whole": "lstm, gru, rnn, and every other operation: what they read is kept",
+    "recurrent": "lstm, gru, rnn_tanh, rnn_relu",
+    "whole": "every other operation: what it reads is kept",
 }
 
 
@@ -62,12 +69,14 @@ def state_after(
     ids: ChannelIds, call: Call, reads: contractions.Reads, reasons: dict[str, str]
 ) -> Any:
     """The state of what an operation returns; all that it reads is kept if it has no rule."""
-    found = _by_name(ids, call, reads, reasons)
+    found = recurrent.one_state(ids, call)
+    if found is None:
+        found = _by_name(ids, call, reads, reasons)
     if found is not None:
         return found
-    kind = _RECURRENT.get(call.name)
-    if kind is not None:
-        reasons[call.layer] = f"the units of an {kind} are kept"
+    if call.name in recurrent.GATES:
+        kind = call.name.partition("_")[0].upper()
+        reasons[call.layer] = f"the units of this {kind} are kept"
     why = f"'{call.name}' in {call.layer or 'forward'} is kept whole"
     return elementwise.opaque(ids, call, why)
 
@@ -164,4 +173,5 @@ _READS: dict[str, Callable[[ChannelIds, Call, contractions.Reads], Any]] = {
     "scaled_dot_product_attention": normalisations.attention,
     "sum": contractions.reduced_sum,
     "mean": contractions.reduced_sum,
+    **dict.fromkeys(recurrent.GATES, recurrent.recurrent),
 }

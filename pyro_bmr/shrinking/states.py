@@ -25,13 +25,15 @@ class State:
     """What is known of one tensor: the constant `value`, 0 where it is `unknown`.
 
     `axes`: for each axis, the channel of every position. `sums_to_one`: whether the last axis
-    does, as after a softmax.
+    does, as after a softmax. `parts`: the channels of the last axis at each position of the first,
+    where they are not the same, as in the last states of several recurrent layers.
     """
 
     value: Tensor
     unknown: Tensor
     axes: Axes
     sums_to_one: bool = False
+    parts: Axes = ()
 
     @property
     def shape(self) -> tuple[int, ...]:

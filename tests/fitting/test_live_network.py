@@ -354,3 +354,38 @@ def test_a_fit_goes_on_to_the_bit_after_a_stop(tmp_path):
     for name, site in whole.posterior.sites.items():
         assert torch.equal(site.mean, again.posterior.sites[name].mean)
         assert torch.equal(site.var, again.posterior.sites[name].var)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_units_of_recurrent_layers_are_cut(kind):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.out = kind(5, 6, 2, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.out(self.cell(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    net, x, y = Recurrent().double(), torch.randn(16, 4, 5).double(), torch.randn(16, 3).double()
+    program = bmr.BayesianNetwork(net, bmr.Gaussian(0.7), bmr.Normal(noise=0.5))
+    masks = {name: torch.rand(p.shape) < 0.8 for name, p in net.named_parameters()}
+    for name, mask in masks.items():
+        if name.startswith("cell."):  # two units without any row in each layer
+            mask.unflatten(0, (-1, 6))[:, [0, 3] if "_l0" in name else [2, 5]] = False
+    guide = moved(bmr.MeanField(program, x, y))
+    step = MeanFieldStep(program, guide, 16, TEMPERATURE, seed=4, network=program)
+    step.prune(masks)
+    step.run((x, y), 0)
+    draw = step.run((x, y), 1)
+    cuts = {name: cut.small for name, cut in step.live.live.cuts.items()}
+    assert cuts["cell.weight_hh_l0"][1] == cuts["cell.weight_ih_l1"][1] == 4
+    assert cuts["out.weight"] == (3, 4)
+    noise, living = torch.randn_like(guide.loc), alive(guide, masks)
+    noise[living] = draw.sign * draw.noise
+    likelihood, kl = bmr.fitting.elbo_terms(program, guide, x, y, masks=masks, noise=noise)
+    (loc,) = torch.autograd.grad((TEMPERATURE * kl - likelihood) / 16, [guide.loc])
+    step.write_gradients(draw)
+    assert draw.expected_log_likelihood == pytest.approx(likelihood.item(), rel=1e-10)
+    torch.testing.assert_close(step.loc.grad, loc[living], **EXACT)

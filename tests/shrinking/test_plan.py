@@ -49,7 +49,6 @@ def test_inputs_that_are_not_read():
     ("name", "layer", "why"),
     [
         pytest.param("vit", "encoder.layers.0.norm1", "kept together", marks=pytest.mark.slow),
-        ("lstm", "rnn", "units of an LSTM are kept"),
     ],
 )
 def test_what_is_kept_is_named(name, layer, why):
