@@ -6,7 +6,7 @@ epochs and by its curvature, reduced by unit to half of its weights, exported, s
 `--kept` takes another share, or "evidence". A row says how many parameters are left, whether the
 result is of the network's own class, and how far the outputs are from those of the masked network,
 relative to the largest output. A network that cannot be taken to the end is named with the error.
-`--peer` compares `shrink` with Torch-Pruning instead, which has to be installed.
+`--peer` compares `shrink` with another tool instead, which has to be installed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ import pyro_bmr as bmr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.parts.pages import fill, table
-from benchmarks.parts.torch_pruning_peer import compared
+from benchmarks.parts.pruning_peers import PEERS, compared
 from pyro_bmr.data.inputs import called
 from pyro_bmr.shrinking.verification import difference, leaves
 from tests.shrinking.kinds import KINDS
 
 PAGE = Path("docs/results/network_kinds.md")
 COLUMNS = ["network", "parameters", "result", "float32", "float64", "ONNX"]
-PEER_COLUMNS = [
-    "network", "all groups", "right groups", "parameters", "Torch-Pruning", "`shrink`"
-]  # fmt: skip
+PEER_COLUMNS = ["network", "all groups", "right groups", "parameters", "the tool", "`shrink`"]
 SHRUNK_TO = {"float32": 1e-5, "float64": 1e-12}
 
 
@@ -108,10 +106,10 @@ def row(name: str, kept: float | None) -> list[str]:
     ]  # fmt: skip
 
 
-def peer_row(name: str) -> list[str]:
+def peer_row(name: str, peer: str) -> list[str]:
     torch.manual_seed(0)
     net, example = KINDS[name]()
-    found = compared(net.eval(), example)
+    found = compared(net.eval(), example, PEERS[peer])
     sizes = (f"{size:,}" for size in (found.before, found.peer, found.ours))
     return [name, found.together, f"{found.right} of {found.groups}", *sizes]
 
@@ -122,7 +120,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="a part of the names of networks")
     parser.add_argument("--kept", default="0.5", help='a share of the weights, or "evidence"')
-    parser.add_argument("--peer", action="store_true", help="Torch-Pruning at the same weights")
+    parser.add_argument("--peer", choices=PEERS, help="another tool at the same weights")
     settings = parser.parse_args()
     kept = None if settings.kept == "evidence" else float(settings.kept)
     torch.set_num_threads(1)
@@ -130,10 +128,10 @@ def main() -> None:
     names, rows = [n for n in KINDS if settings.only in n], []
     if settings.peer:
         for name in names:
-            rows.append(peer_row(name))
+            rows.append(peer_row(name, settings.peer))
             print(rows[-1], flush=True)
         if not settings.only:
-            fill(PAGE, table(PEER_COLUMNS, rows), "peer")
+            fill(PAGE, table(PEER_COLUMNS, rows), settings.peer)
         return
     for name in names:
         try:

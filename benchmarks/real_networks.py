@@ -41,13 +41,21 @@ FILE, PAGE = Path("docs/results/real_networks.json"), Path("docs/results/real_ne
 BATCHES = (1, 32)
 
 
+def bias_of(weight: str) -> str:
+    path, dot, own = weight.rpartition(".")
+    return f"{path}{dot}{own.replace('weight', 'bias')}"
+
+
 def masks_of(outside: Outside, net: torch.nn.Module, kept: float) -> dict[str, torch.Tensor]:
     """The masks of the reduced layers, with their biases."""
     parameters = dict(net.named_parameters())
     weights = [n for n in parameters if any(fnmatchcase(n, p) for p in outside.patterns)]
-    biases = [n for w in weights if (n := w.removesuffix("weight") + "bias") in parameters]
     # GPT-2 has layers of inputs × outputs: a unit is an input of the layer that reads it
-    biases = [n for n in biases if len(parameters[n]) == len(parameters[f"{n[:-4]}weight"])]
+    biases = [
+        n
+        for w in weights
+        if (n := bias_of(w)) in parameters and len(parameters[n]) == len(parameters[w])
+    ]
     found = bmr.curvature(
         net, (outside.rows, None) if isinstance(outside.rows, dict) else outside.rows,
         outside.likelihood, structure="diagonal", only=[*weights, *biases], batch_size=16,
@@ -58,7 +66,7 @@ def masks_of(outside: Outside, net: torch.nn.Module, kept: float) -> dict[str, t
     labels = group_labels({name: tuple(mean.shape) for name, mean in means.items()}, "unit")
     for pattern, count in outside.head_dims.items():
         for weight in (w for w in weights if fnmatchcase(w, pattern)):
-            for name in {weight, weight.removesuffix("weight") + "bias"} & set(labels):
+            for name in {weight, bias_of(weight)} & set(labels):
                 first = labels[name].min()
                 labels[name] = first + (labels[name] - first) % count
     each = dict.fromkeys(weights, kept)

@@ -30,6 +30,7 @@ TARGETS = (
     ("Gaussian(scale=0)", bmr.Gaussian(scale=0), None),
     ("Gaussian(scale=0)", bmr.Gaussian(scale=0), 0.5),
     ("SpikeAndSlab()", bmr.SpikeAndSlab(), None),
+    ("Horseshoe()", bmr.Horseshoe(), None),
 )
 
 

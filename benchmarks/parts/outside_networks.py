@@ -190,7 +190,7 @@ def voices(folder: Path) -> Outside:
     vars(sys.modules["resemblyzer"])["audio"] = sys.modules["resemblyzer.audio"]
     module = from_file(folder / "resemblyzer" / "voice_encoder.py", "resemblyzer.voice_encoder")
     net = module.VoiceEncoder("cpu", verbose=False)
-    return Outside(net, torch.rand(ROWS, 160, 40), bmr.Normal(noise=0.1), ("linear.weight",))
+    return Outside(net, torch.rand(ROWS, 160, 40), bmr.Normal(noise=0.1), ("lstm.weight_*",))
 
 
 TEXT = {"vocab_size": 200}
