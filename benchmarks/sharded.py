@@ -107,7 +107,7 @@ def checkpoints() -> dict[str, list[tuple[float, float]]]:
     """Seconds of a checkpoint, and of its steps with it, in the background and waited for."""
     found: dict[str, list[tuple[float, float]]] = {"in the background": [], "waited for": []}
     module.ShardedWriter = Timed  # type: ignore[misc]
-    for _ in range(3):
+    for _ in range(2):
         for name, each in found.items():
             Timed.waits, timed = name == "waited for", list[Any]()
             Timed.seconds.clear()
