@@ -63,10 +63,13 @@ def evidence_scale(
     value: Tensor,
     curvature: Sequence[Tensor],
     mean: float | Tensor,
-    penalised: bool,
     temperature: float,
 ) -> float:
     """The scale of the prior N(mean, s²) of the most evidence; arguments as for `laplace_moments`.
+
+    ŵ counts as the maximum of the likelihood: no training had the penalty of a scale that was not
+    known yet. Weights that the data say nothing of do not count then. As the mode under that prior
+    they would, with all of their distance from its mean, such as that of their random start.
 
     Raises:
         ModelError: it has no maximum.
@@ -86,7 +89,7 @@ def evidence_scale(
         else [_symmetric(name, t, torch.empty_like(t, dtype=torch.float64)) for t in curvature]
     )
     columns = parts[1] if len(parts) == 2 else None
-    evidence = LaplaceEvidence.of(distance, parts[0], columns, temperature, penalised)
+    evidence = LaplaceEvidence.of(distance, parts[0], columns, temperature, penalised=False)
     scale = evidence.best_scale()
     if not 0 < scale < math.inf:
         why = "curvature is 0" if scale else "value is no better than the mean of its prior"

@@ -94,7 +94,7 @@ def sites_of_curvature(
         parts = [part.to(value.device) for part in _curvature_parts(name, curvature[name])]
         own = _named_prior(name, prior)
         if isinstance(own, Gaussian) and own.scale == "empirical":
-            own = _of_most_evidence(name, own, value, parts, penalised, temperature)
+            own = _of_most_evidence(name, own, value, parts, temperature)
         moments_, declared = _given_prior(name, own, value)
         if moments_ is None:
             raise ModelError(
@@ -112,7 +112,6 @@ def _of_most_evidence(
     prior: Gaussian,
     value: Tensor,
     parts: list[Tensor],
-    penalised: bool,
     temperature: float,
 ) -> Gaussian:
     """The prior with the scale that has the most evidence."""
@@ -121,7 +120,7 @@ def _of_most_evidence(
             f"site '{name}': an empirical scale is found for all weights of a site, with a mean"
             f" that is given; got per='{prior.per}' and mean={described(prior.mean)}"
         )
-    scale = evidence_scale(name, value, parts, prior.mean, penalised, temperature)
+    scale = evidence_scale(name, value, parts, prior.mean, temperature)
     return replace(prior, scale=scale)
 
 

@@ -383,9 +383,8 @@ class Posterior:
                 2015): one prior variance for the site, and an approximation.
             prior, rows: as for `from_moments`. ``Gaussian()``, whose scale is "empirical", gets for
                 each site the s of the most evidence (`formulas.LaplaceEvidence`; Immer et al.
-                2021, arXiv 2104.04975). It is too large where ŵ is not the mode under that prior,
-                such as after a training with little weight decay: give the number that
-                `LaplaceEvidence` has for ``penalised=False`` there.
+                2021, arXiv 2104.04975), where ŵ counts as the maximum of the likelihood. After a
+                training with that penalty give the number of ``penalised=True`` there.
             penalised: whether ŵ was trained with the penalty that the prior is (weight decay).
                 False: ŵ maximises the likelihood alone.
             temperature: T; the data count N/T times, H becomes H/T. 1 is Bayes. The diagonal of a
