@@ -7,7 +7,6 @@ Owns `Chunk`, `chunks_of`, `pull_of`, `log_scale_gradient` and `number_tensor`. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -107,13 +106,8 @@ def log_scale_gradient(
 
 
 def number_tensor(value: float, like: Tensor) -> Tensor:
-    """A tensor with one number, of the dtype and on the device of `like`; nobody may change it."""
-    return _number(value, like.dtype, like.device)
-
-
-@lru_cache(maxsize=64)
-def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=dtype, device=device)
+    """A tensor with one number, of the dtype and on the device of `like`."""
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _at(values: float | Tensor, here: slice) -> float | Tensor:
