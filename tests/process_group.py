@@ -14,7 +14,7 @@ import pyro_bmr as bmr
 ROOT = Path(__file__).parents[1]
 
 
-def run_group(script, processes, *arguments, timeout=240):
+def run_group(script, processes, *arguments, timeout=600):
     """Runs a script that ends with `fork_group`; the exit statuses of the processes, and what they
     wrote to the standard error.
     """

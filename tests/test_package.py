@@ -28,7 +28,7 @@ def imported():
         " pyro_bmr.load('digits'); print(*sorted(set(sys.modules) - known))"
     )
     lines = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=600
     ).stdout.splitlines()
     return [set(line.split()) for line in lines]
 

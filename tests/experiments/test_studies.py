@@ -782,11 +782,11 @@ def test_control_c(here):
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while len(list(Path("out").rglob("row.json"))) < 3 and time.monotonic() < until:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130 and error == "pyro-bmr: stopped\n"
     finished = len(list(Path("out").rglob("row.json")))
     assert (
@@ -809,7 +809,7 @@ def test_on_a_dask_cluster(here, blank):
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
-        joblib.parallel_config(backend="dask", wait_for_workers_timeout=60),
+        joblib.parallel_config(backend="dask", wait_for_workers_timeout=300),
     ):
         table = quiet("study.toml", "on-cluster").table
         cells = sum(
@@ -895,7 +895,7 @@ def test_a_killed_worker_of_dask_loses_nothing(here, blank):
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster),
     ):
-        check_killed_worker(joblib.parallel_config(backend="dask", wait_for_workers_timeout=60))
+        check_killed_worker(joblib.parallel_config(backend="dask", wait_for_workers_timeout=300))
 
 
 @pytest.mark.skipif(

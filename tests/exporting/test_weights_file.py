@@ -272,7 +272,7 @@ def outputs_without_pyro(folder, x):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     return load_file(paths[2])["y"]
