@@ -33,7 +33,8 @@ def run_group(script, processes, *arguments, timeout=600):
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
-    return [int(status) for status in done.stdout.split()], done.stderr
+    last = done.stdout.splitlines()[-1:] or [""]  # before it is what the processes printed
+    return [int(status) for status in last[0].split()], done.stdout + done.stderr
 
 
 def fork_group(main, *arguments):

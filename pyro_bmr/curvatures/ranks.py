@@ -91,6 +91,9 @@ class Ranks:
                     own[name] = [t.to(self.device).contiguous() for t in work(name)]
         except PyroBMRError as raised:
             error = raised
+        except Exception as raised:  # the others wait for what this process has to say
+            error = PyroBMRError(f"process {self.rank}: {type(raised).__name__}: {raised}")
+            error.__cause__ = raised
         forms = {name: [(t.shape, t.dtype) for t in tensors] for name, tensors in own.items()}
         every = self.of_each((forms, error))
         first = next((of_one for _, of_one in every if of_one is not None), None)

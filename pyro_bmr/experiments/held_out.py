@@ -1,7 +1,7 @@
 """Trials on held-out rows: a shorter fit to the other rows, for each fold.
 
-Owns `Trials`, `predicted` and `folds_of`, and `with_noise`, data whose noise is a number. Next:
-`temperature_trials.py`, `noise_trials.py`.
+Owns `Trials`, `predicted`, `can_hold_out` and `folds_of`, and `with_noise`, data whose noise is a
+number. Next: `temperature_trials.py`, `noise_trials.py`.
 """
 
 from __future__ import annotations
@@ -64,11 +64,16 @@ def predicted(
         yield predict(program, posterior, rows.x_test, draws=settings.draws, seed=seed), rows
 
 
+def can_hold_out(data: Data) -> bool:
+    """Whether there are rows to score a trial by: a sixth of them, or validation rows."""
+    return data.x_val is not None or 0 < round(_HELD_OUT * len(data.x_train)) < len(data.x_train)
+
+
 def folds_of(data: Data) -> int:
     """How many times rows are held out, for a trial each."""
     rows = len(data.x_train)
     held = round(_HELD_OUT * rows)
-    if data.x_val is not None or not 0 < held < rows:
+    if data.x_val is not None or not can_hold_out(data):
         return 1
     return min(math.ceil(_ENOUGH / held), rows // held)
 

@@ -14,7 +14,7 @@ import torch
 
 from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import ModelError
-from pyro_bmr.experiments.held_out import Attempt, Trials
+from pyro_bmr.experiments.held_out import Attempt, Trials, can_hold_out
 from pyro_bmr.experiments.models import Build
 from pyro_bmr.experiments.noise_trials import (
     infers_noise,
@@ -153,8 +153,10 @@ def trials_of(
     progress: bool,
 ) -> Trials:
     """What the temperature `AUTO` stands for: what held-out rows choose, or 1, without a trial, for
-    the route map and for a program whose noise cannot be given.
+    the route map, for a program whose noise cannot be given, and for fewer than four rows.
     """
+    if not can_hold_out(data):
+        return Trials(1.0, {}, 1.0)
     if route != "map" and data.task == "classification":
         return temperature_trials(attempt, data, settings, seed, progress)
     if route != "map" and noise_is_free(build, data):

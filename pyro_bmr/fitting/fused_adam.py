@@ -91,10 +91,10 @@ class PointAdam(TakesDraws, Adam):  # type: ignore[misc]
             self._point.write_gradients(draw)
             Adam.step(self)
             return
-        alike = defaultdict[float, list[Tensor]](list)
-        for p in moved:
-            alike[decays.get(p, 0.0)].append(p)
-        for decay, parameters in alike.items():
+        alike = defaultdict[Any, list[Tensor]](list)
+        for p in moved:  # the kernel is for parameters of one kind
+            alike[decays.get(p, 0.0), p.dtype, p.device].append(p)
+        for (decay, *_), parameters in alike.items():
             states = [self.state[p] for p in parameters]
             steps = [state["step"].add_(1) for state in states]
             m, v = ([state[key] for state in states] for key in _MOMENTS)

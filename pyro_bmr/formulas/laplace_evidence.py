@@ -58,7 +58,7 @@ class LaplaceEvidence:
         """
         turned = distance.double()
         turned = (
-            turned.flatten(1) if columns is not None and turned.ndim > 1 else turned.view(-1, 1)
+            turned.flatten(1) if columns is not None and turned.ndim > 1 else turned.reshape(-1, 1)
         )
         one = rows.flatten() if columns is None and rows.shape == distance.shape else rows
         values, basis = _eigen(one, not penalised)

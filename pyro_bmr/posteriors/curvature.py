@@ -88,11 +88,13 @@ def evidence_scale(
         if diagonal
         else [_symmetric(name, t, torch.empty_like(t, dtype=torch.float64)) for t in curvature]
     )
+    if not all(bool(part.isfinite().all()) for part in parts):
+        raise ModelError(f"site '{name}': expected a finite curvature, got infinite or NaN entries")
     columns = parts[1] if len(parts) == 2 else None
     evidence = LaplaceEvidence.of(distance, parts[0], columns, temperature, penalised=False)
     scale = evidence.best_scale()
     if not 0 < scale < math.inf:
-        why = "curvature is 0" if scale else "value is no better than the mean of its prior"
+        why = "curvature is 0 or less" if scale else "value is no better than the mean of its prior"
         raise ModelError(
             f"site '{name}': the evidence has no maximum over the scale of its prior, since its"
             f" {why}; give it a number, prior={{'{name}': Gaussian(0.1), '*': Gaussian()}}"

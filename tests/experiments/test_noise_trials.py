@@ -273,3 +273,14 @@ def test_the_noise_is_in_the_table_and_in_the_folder(tmp_path, monkeypatch):
     drawn = bmr.predict(program, posterior, loaded.x_test, draws=8, seed=0)
     unit = math.log(float(loaded.target_scale))
     assert row["nll"] == pytest.approx(unit - float(drawn.log_prob(loaded.y_test).mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("rows, known", [(3, True), (40, False)])
+def test_without_a_known_held_out_target_the_temperature_is_1(rows, known):
+    data = waves()
+    data = replace(data, x_train=data.x_train[:rows], y_train=data.y_train[:rows])
+    if not known:
+        validation = {"x_val": data.x_test[:5], "y_val": torch.full((5,), torch.nan)}
+        data = replace(data, family=bmr.Normal(missing="ignore"), **validation)
+    found = by_route(data, replace(SETTINGS, epochs=3))
+    assert found.trials == Trials(1.0, {}, 1.0) and found.fit.temperature == 1

@@ -825,8 +825,10 @@ def test_on_a_dask_cluster(here, blank):
 
 
 COUNTED = """
+import contextlib
 import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -836,23 +838,24 @@ import pyro_bmr as bmr
 def build(data, prior):
     with open("started.txt", "a") as file:
         print(os.getpid(), file=file)
-    time.sleep(0.3)
+    finished = list(Path("on-cluster").glob("cells/*/row.json"))
+    if os.getpid() != {parent} and finished:
+        with contextlib.suppress(FileExistsError), open("chosen.txt", "x") as file:
+            print(os.getpid(), file=file, flush=True)
+            time.sleep(600)  # it is killed meanwhile
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     return bmr.BayesianNetwork(net, prior, data.likelihood())
 """
 
 
-def kill_one(folder, killed):
-    """Kills the process that has begun the newest cell, once another cell is finished."""
-    before = 0
-    for _ in range(3000):
-        started = Path("started.txt").read_text().split() if Path("started.txt").exists() else []
-        begun_just_now = 0 < before < len(started)  # its process sleeps for 0.3 s now
-        if begun_just_now and len(started) > 3 and list(folder.glob("cells/*/row.json")):
-            os.kill(int(started[-1]), signal.SIGKILL)
-            killed.append(started[-1])
+def kill_one(killed):
+    """Kills the first process that began a cell after another was finished; it waits for that."""
+    chosen = Path("chosen.txt")
+    for _ in range(6000):
+        if chosen.exists() and (words := chosen.read_text().split()):
+            os.kill(int(words[0]), signal.SIGKILL)
+            killed.append(words[0])
             return
-        before = len(started)
         time.sleep(0.05)
 
 
@@ -860,10 +863,10 @@ def check_killed_worker(cluster):
     """A study on a `cluster` of two workers, one of which is killed, has the rows of one in this
     process; only the cell that the worker had begun is trained again.
     """
-    Path("counted.py").write_text(COUNTED)
+    Path("counted.py").write_text(COUNTED.replace("{parent}", str(os.getpid())))
     write(PLAIN.replace('"mlp:3"', '"counted.py"').replace("seeds = 2", "seeds = 8"))
     killed: list[str] = []
-    killer = threading.Thread(target=kill_one, args=(Path("on-cluster"), killed))
+    killer = threading.Thread(target=kill_one, args=(killed,))
     with cluster:
         killer.start()
         table = quiet("study.toml", "on-cluster").table

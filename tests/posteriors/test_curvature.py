@@ -518,10 +518,26 @@ def test_an_empirical_scale_is_that_of_the_most_evidence(penalised):
     for prior, change, message in (
         (Gaussian(per="unit"), {}, "for all weights of a site"),
         (Gaussian(mean="init"), {}, "a mean that is given"),
-        (Gaussian(), {"curvature": {"v": 0 * diagonal}}, "curvature is 0"),
+        (Gaussian(), {"curvature": {"v": 0 * diagonal}}, "curvature is 0 or less"),
+        (Gaussian(), {"curvature": {"v": -diagonal}}, "curvature is 0 or less"),
+        (Gaussian(), {"curvature": {"v": diagonal / 0}}, "a finite curvature"),
         (Gaussian(), {"mean": {"v": 0 * diagonal}}, "no better than the mean"),
         (Gaussian(), {"curvature": {"v": diagonal[:2]}}, r"of shape \(5,\), or \(5, 5\)"),
     ):
         arguments = {"mean": {"v": value["v"]}, "curvature": {"v": diagonal}, "prior": prior}
         with pytest.raises(bmr.errors.ModelError, match=message):
             bmr.Posterior.from_curvature(**(arguments | change))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_empirical_scale_of_weights_in_any_layout(full):
+    rng = np.random.default_rng(6)
+    value = torch.tensor(rng.normal(size=(4, 3, 2, 2)))
+    diagonal = torch.tensor(rng.uniform(0, 9, (4, 3, 2, 2)))
+
+    def scale(value):
+        own = torch.diag(diagonal.flatten()) if full else diagonal
+        found = bmr.Posterior.from_curvature({"w": value}, {"w": own}, Gaussian(), rows=100)
+        return found["w"].declared.scale
+
+    assert scale(value.to(memory_format=torch.channels_last)) == scale(value)
