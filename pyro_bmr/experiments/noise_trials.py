@@ -88,7 +88,7 @@ def noise_trials(
 
 def best_noise(held: HeldOut) -> float:
     """σ with the largest Σ log 1/S Σ N(y; f_s, σ²), in the units of y, to within 0.1 %."""
-    errors = torch.cat([(p.mean - y)[~y.isnan()].double() for p, y in held])
+    errors = torch.cat([(p.mean.to(y.device) - y)[~y.isnan()].double() for p, y in held])
     centre = max(float(errors.square().mean().sqrt()), 1e-6)
     low = torch.tensor(math.log(centre) - _WIDTH, dtype=torch.float64)
     found = line_maximum(
