@@ -83,8 +83,8 @@ def residual(outputs: Tensor, y: Tensor) -> float:
 
 def held_out_scale(outputs: Tensor, y: Tensor, noise: float, likelihood: Any = None) -> float:
     """What best calibrates the outputs for held-out rows: the temperature of the logits, or the
-    factor on the `noise`; 1 for other likelihoods. The temperature is 1 if no label is wrong, for
-    which the colder the better, without a limit.
+    factor on the `noise`; 1 for other likelihoods. The temperature is 1 if no other class
+    has a larger logit than the label, in any row: then the colder the better, without a limit.
     """
     if likelihood is not None:
         if not isinstance(likelihood, Bernoulli):
@@ -94,7 +94,8 @@ def held_out_scale(outputs: Tensor, y: Tensor, noise: float, likelihood: Any = N
         outputs = torch.stack([torch.zeros_like(yes), yes], 1)
     if y.is_floating_point():
         return residual(outputs, y) / noise
-    return 1.0 if bool((outputs.argmax(1) == y).all()) else best_temperature(outputs, y)
+    of_labels = outputs.gather(1, y[:, None])[:, 0]
+    return 1.0 if bool((of_labels >= outputs.amax(1)).all()) else best_temperature(outputs, y)
 
 
 def predictive(

@@ -125,6 +125,9 @@ def test_a_temperature_that_no_row_determines_is_one():
     logits = torch.tensor([[0.2, 0.0], [0.0, 0.3], [0.4, 0.0]])
     right, wrong = torch.tensor([0, 1, 0]), torch.tensor([0, 0, 0])
     assert held_out_scale(logits, right, 1.0) == 1.0
+    tied = torch.tensor([[0.2, 0.2], [0.0, 0.3], [0.4, 0.0]])
+    for first in (0, 1):
+        assert held_out_scale(tied, torch.tensor([first, 1, 0]), 1.0) == 1.0
     assert held_out_scale(logits, wrong, 1.0) == bmr.prediction.best_temperature(logits, wrong) != 1
 
 
