@@ -22,6 +22,7 @@ from pyro_bmr.baselines.options import Budget
 from pyro_bmr.baselines.targets import fitted_nll, plain_likelihood, plain_loss
 from pyro_bmr.data.data_set import Data, validation_data
 from pyro_bmr.errors import FitError
+from pyro_bmr.fitting.batches import device_of
 from pyro_bmr.fitting.fit import Fit
 from pyro_bmr.fitting.rows import batch_sizes
 from pyro_bmr.networks.modes import note_modes, set_training
@@ -72,6 +73,11 @@ class Rows(NamedTuple):
     x_held: Tensor | None = None
     y_held: Tensor | None = None
     likelihood: Any = None  # by whose density a network is trained (`plain_likelihood`)
+
+    def on(self, device: torch.device) -> Rows:
+        """The same rows on a device."""
+        x, y = (None if t is None else t.to(device) for t in (self.x_held, self.y_held))
+        return Rows(self.x.to(device), self.y.to(device), x, y, self.likelihood)
 
 
 def held_out(data: Data, fraction: float | None) -> Rows:
@@ -150,6 +156,7 @@ class _Training:
         after: Callable[[int, int], None] | None,
         groups: list[dict[str, Any]] | None,
     ) -> None:
+        rows = rows.on(device_of(net))
         self.net, self.rows, self.loss, self.after = net, rows, loss, after
         self.optimiser = torch.optim.Adam(
             groups or [{"params": list(net.parameters())}],
@@ -221,5 +228,6 @@ def kept(net: nn.Module) -> float:
 
 @torch.no_grad()
 def outputs_of(net: nn.Module, x: Tensor) -> Tensor:
-    """What the network returns for every row, batch by batch."""
-    return torch.cat([net(batch) for batch in x.split(_AT_ONCE)])
+    """What the network returns for every row, batch by batch, on the device of the rows."""
+    device = device_of(net)
+    return torch.cat([net(batch.to(device)).to(x.device) for batch in x.split(_AT_ONCE)])

@@ -23,6 +23,7 @@ from pyro_bmr.baselines.plain import Calibrated, MakeNetwork, trained_network
 from pyro_bmr.baselines.training import Rows, Trained, train
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
+from pyro_bmr.fitting.batches import device_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,7 +148,7 @@ def variational_dropout(
     """
     clock = time.perf_counter()
     net, rows = make(seed), options.rows(data)
-    noise = NoisyLayers(called(net, data.x_train[:2]), options.log_variance)
+    noise = NoisyLayers(called(net, data.x_train[:2].to(device_of(net))), options.log_variance)
     total, rest = noise.counts(net)
     if options.kept * total < rest:
         raise ModelError(

@@ -21,7 +21,7 @@ from pyro_bmr.data.data_set import Data
 from pyro_bmr.data.named import load
 from pyro_bmr.errors import ModelError
 from pyro_bmr.experiments.held_out import Trials
-from pyro_bmr.experiments.models import default_model, load_model
+from pyro_bmr.experiments.models import default_model, load_model, on_device
 from pyro_bmr.experiments.recipe import for_route, trials_of
 from pyro_bmr.experiments.runs import check_run_folder, save_run
 from pyro_bmr.experiments.settings import (
@@ -112,7 +112,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 def _program(arguments: argparse.Namespace, rows: Data) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(arguments.seed)
-        return load_model(arguments.model)(rows, prior_from_name(arguments.prior))
+        build = on_device(load_model(arguments.model), arguments.device)
+        return build(rows, prior_from_name(arguments.prior))
 
 
 def _fit(

@@ -48,6 +48,7 @@ def compare(arguments: argparse.Namespace) -> int:
         source,
         arguments.baselines,
         arguments.likelihood,
+        arguments.device,
     )
     done = run_comparison(
         declared, arguments.out, jobs=arguments.jobs, progress=shows_progress(arguments)
@@ -64,7 +65,8 @@ def compare(arguments: argparse.Namespace) -> int:
 def run_study(arguments: argparse.Namespace) -> int:
     """Runs a declared study and prints its table of means; status 1 if a cell failed."""
     plots.headless()
-    declared = declare(arguments.file, seeds=arguments.seeds, validation=arguments.validation)
+    given = {name: getattr(arguments, name) for name in ("seeds", "validation", "device")}
+    declared = declare(arguments.file, **given)
     if arguments.list:
         cells, seconds = cells_left(
             declared, arguments.out, only=arguments.only, jobs=arguments.jobs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from pyro_bmr.cli.shared_options import (
+    DEVICE,
     DRAWS,
     PER,
     PRIOR_NAMES,
@@ -97,6 +98,7 @@ def compare_options() -> Options:
         ),
         **VALIDATION,
         **DRAWS,
+        **DEVICE,
         **THREADS,
         **jobs(min(2, os.cpu_count() or 1)),
         "--out": text(
@@ -117,6 +119,7 @@ def study_options() -> Options:
         "--only": words([], "NAME", "run these methods and no others"),
         "--seeds": whole(None, "N", "seeds 0 … N − 1 in the place of the declared ones"),
         **VALIDATION,
+        **DEVICE,
         "--list": flag(
             "print the cells, which are finished and what the others may take, and run nothing"
         ),
@@ -139,6 +142,7 @@ def fit_options() -> Options:
             "interval of these reductions; by default a tenth of the fit",
         ),
         **DRAWS,
+        **DEVICE,
         **THREADS,
         "--resume": flag(
             "save the fit in RUN/checkpoints as it runs, and go on from there if it was stopped"

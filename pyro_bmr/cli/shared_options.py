@@ -56,6 +56,7 @@ def flag(help: str) -> dict[str, Any]:
 
 
 DRAWS = {"--draws": whole(USUAL.draws, "N", "posterior draws for predictions")}
+DEVICE = {"--device": text("cpu", "NAME", "where it is computed: cpu, cuda, cuda:1, …")}
 THREADS = {"--threads": whole(1, "N", "threads of torch; small networks are fastest with one")}
 
 

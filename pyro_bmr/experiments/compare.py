@@ -20,7 +20,7 @@ from pyro_bmr.experiments.baseline_cells import baseline_cells
 from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.folder import Row, row_of
 from pyro_bmr.experiments.grid import Cell, Study, check_model, fingerprint, plain_name
-from pyro_bmr.experiments.models import Build, load_model
+from pyro_bmr.experiments.models import Build, cell_device, load_model
 from pyro_bmr.experiments.recipe import for_route
 from pyro_bmr.experiments.report import summary_of, table_of
 from pyro_bmr.experiments.settings import ROUTES, Settings
@@ -60,6 +60,7 @@ def compare(
     settings: Settings | None = None,
     out: str | Path | None = None,
     jobs: int | None = None,
+    device: str = "cpu",
     progress: bool = True,
 ) -> pd.DataFrame:
     """One row per prior, route and seed, with what it scored, what is left of it, and what it took.
@@ -103,6 +104,7 @@ def compare(
         settings: see `Settings`. With `validation`, that fraction of the training rows is held out
             and scored instead of the test rows, for tuning.
         jobs: processes, as for `study`; the numbers do not depend on it.
+        device: where the fits, the baselines and the predictions are computed, such as cuda.
 
     Raises:
         PyroBMRError: an unknown name, no cell that could be fitted, or an `out` that cannot be
@@ -114,7 +116,9 @@ def compare(
     """
     check_jobs(jobs)
     given = settings or Settings()
-    declared = comparison(model, data, priors, routes, seeds, given, baselines=baselines)
+    declared = comparison(
+        model, data, priors, routes, seeds, given, baselines=baselines, device=device
+    )
     if out is not None:
         done = run_comparison(declared, out, jobs=jobs, progress=progress)
         for cell, line in done.failures.items():
@@ -172,6 +176,7 @@ def comparison(
     source: str | None = None,
     baselines: Sequence[str] | None = None,
     likelihood: str | None = None,
+    device: str = "cpu",
 ) -> Study:
     """The declaration of a comparison. `source`: what `data` were loaded by, if it was a name or a
     file, and under which `likelihood`, if it was given by name.
@@ -193,6 +198,7 @@ def comparison(
         data=source or data.name.removesuffix(" (validation)"),
         validation=settings.validation,
         likelihood=likelihood or ("" if data.family is None else repr(data.family)),
+        device=cell_device(device),
         fingerprint=fingerprint(name, data),
         about={"model": name, "data": data.name},
         build=model if callable(model) else None,
@@ -209,7 +215,7 @@ def comparison(
     words = {
         "model": name,
         "data": source or data.name,
-        **({"likelihood": first.likelihood} if first.likelihood else {}),
+        **{name: value for name in ("likelihood", "device") if (value := getattr(first, name))},
         "priors": {prior: repr(given) for prior, given in priors.items()},
         "routes": list(routes),
         "baselines": list(dict.fromkeys(cell.method for cell in plain)),

@@ -18,7 +18,7 @@ from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import PyroBMRError
 from pyro_bmr.experiments.grid import Cell, Scalar, Study, check_model, fingerprint, twins
 from pyro_bmr.experiments.methods import method_named
-from pyro_bmr.experiments.models import load_model
+from pyro_bmr.experiments.models import cell_device, load_model
 from pyro_bmr.experiments.options import data_named, known_options, refuse_options
 from pyro_bmr.experiments.values import Values
 from pyro_bmr.files import reading
@@ -42,9 +42,10 @@ def declare(
     *,
     seeds: int | None = None,
     validation: float | None = None,
+    device: str = "cpu",
 ) -> Study:
     """The study of a TOML file, or of a mapping of the same shape; `seeds` and `validation` stand
-    in for those of the declaration.
+    in for those of the declaration. Its cells compute on `device`.
 
     The data are loaded, the models built once for each of them, and each method is asked whether it
     takes its options.
@@ -59,7 +60,8 @@ def declare(
     given.present(("name", "data", "models", "method"))
     name = given.text("name", values["name"])
     changed = {"seeds": seeds, "validation": validation}
-    reader = _Reader(given, {key: value for key, value in changed.items() if value is not None})
+    own = {key: value for key, value in changed.items() if value is not None}
+    reader = _Reader(given, own, cell_device(device))
     cells = [cell for method in reader.methods for cell in reader.cells(method)]
     given.used("settings", reader.shared, reader.used)
     cells.sort(key=lambda cell: (reader.models.index(cell.model), reader.data.index(cell.data)))
@@ -91,8 +93,8 @@ class _Reader:
     method knew.
     """
 
-    def __init__(self, given: Values, changed: Mapping[str, Any]) -> None:
-        values = {**given.values, **changed}
+    def __init__(self, given: Values, changed: Mapping[str, Any], device: str) -> None:
+        values, self.device = {**given.values, **changed}, device
         self.given, self.used = given, set[str]()
         self.data, self.models = (given.names(key, values[key]) for key in ("data", "models"))
         self.seeds = given.seeds(values.get("seeds", 1))
@@ -173,6 +175,7 @@ class _Reader:
                 {name: options[name] for name in varying},
                 validation=self.validation,
                 likelihood=self.likelihoods.get(data, ""),
+                device=self.device,
                 shift=self.shift,
             )
             columns = {f"option_{name}": value for name, value in options.items()}

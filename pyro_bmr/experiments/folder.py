@@ -30,7 +30,7 @@ from pyro_bmr.experiments.grid import Cell
 from pyro_bmr.experiments.log import logged, threads
 from pyro_bmr.experiments.measures import measured
 from pyro_bmr.experiments.methods import Trained, method_named
-from pyro_bmr.experiments.models import load_model
+from pyro_bmr.experiments.models import load_model, on_device
 from pyro_bmr.experiments.options import data_named
 from pyro_bmr.experiments.runs import FORMAT, prior_name, save_run
 from pyro_bmr.experiments.scores import class_probabilities
@@ -97,6 +97,7 @@ def _train(cell: Cell, progress: bool) -> tuple[Trained, Data]:
     """What the method of a cell leaves behind, and the data with the rows that are scored."""
     data = cell.rows or data_named(cell.data, cell.validation, cell.likelihood or None)
     build = cell.build or load_model(cell.model)
+    build = on_device(build, cell.device) if cell.device else build
     return method_named(cell.method)(build, data, cell.seed, cell.options, progress), data
 
 

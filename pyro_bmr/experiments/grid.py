@@ -33,6 +33,8 @@ class Cell:
     `build`, `rows`: the model and the data where they are objects, validation rows in the place of
     the test rows if they are held out.
 
+    `device`: where it computes, empty for the CPU.
+
     `size_of`: the name of the folder of another cell whose kept fraction is the option `kept` of
     this one, which runs after it (`sized`). `timed`: whether its `step_ratio` is measured.
     """
@@ -48,6 +50,7 @@ class Cell:
     seed: int = 0
     validation: float | None = None
     likelihood: str = ""
+    device: str = ""
     shift: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
     build: Build | None = None
@@ -60,9 +63,9 @@ class Cell:
         """All that decides the numbers, and so not what a line is called in a table."""
         keys = ("model", "data", "fingerprint", "method", "seed", "validation", "shift")
         options = {name: _in_words(value) for name, value in self.options.items()}
-        likelihood = {"likelihood": self.likelihood} if self.likelihood else {}
+        given = {key: getattr(self, key) for key in ("likelihood", "device") if getattr(self, key)}
         own = {key: getattr(self, key) for key in keys}
-        return {**own, **likelihood, "options": options}
+        return {**own, **given, "options": options}
 
     @property
     def slug(self) -> str:

@@ -20,6 +20,7 @@ from pyro_bmr.experiments.base_rates import base_rates
 from pyro_bmr.experiments.methods import Trained
 from pyro_bmr.experiments.scores import class_probabilities, row_log_prob, scores
 from pyro_bmr.experiments.shift import shifted_scores
+from pyro_bmr.fitting.batches import device_of
 from pyro_bmr.prediction import metrics
 from pyro_bmr.prediction.predict import Prediction
 from pyro_bmr.shrinking import shrink_plan
@@ -77,7 +78,8 @@ def _structured_size(trained: Trained, data: Data) -> float:
     if all(bool((values != 0).all()) for values in trained.network.parameters()):
         return 1.0  # without a zero nothing can be removed
     try:
-        before, after = shrink_plan(trained.network, {}, data.seen(data.x_test[:1])).parameters
+        example = data.seen(data.x_test[:1]).to(device_of(trained.network))
+        before, after = shrink_plan(trained.network, {}, example).parameters
     except ShrinkError:
         return math.nan
     return after / before
@@ -106,7 +108,8 @@ def step_ratio(trained: Trained, data: Data) -> float:
         return math.nan
     net = copy.deepcopy(trained.network).train().requires_grad_(True)
     optimiser = torch.optim.Adam(net.parameters(), fused=True)
-    y = data.y_train[torch.arange(trained.batch_size) % len(data.y_train)]
+    device = device_of(net)
+    y = data.y_train[torch.arange(trained.batch_size) % len(data.y_train)].to(device)
 
     @torch.enable_grad()
     def step(x: Tensor) -> None:
@@ -115,10 +118,9 @@ def step_ratio(trained: Trained, data: Data) -> float:
         plain_loss(outputs, y, likelihood).backward()
         optimiser.step()
 
+    seconds = min(1.0, trained.seconds)
     with torch.random.fork_rng():
-        plain = (
-            latency(step, data.x_train, trained.batch_size, seconds=min(1.0, trained.seconds)) / 1e3
-        )
+        plain = latency(step, data.x_train.to(device), trained.batch_size, seconds=seconds) / 1e3
     steps = len(trained.history) * float(trained.history["step"].iloc[0])
     return trained.seconds / steps / plain
 

@@ -1,7 +1,8 @@
 """The models of a comparison by name: those that come with the library, and files of the user's
 own.
 
-Owns `load_model`, `model_names` and `default_model`. Next: `plots.py`.
+Owns `load_model`, `model_names`, `default_model`, and `device_named` and `on_device`, where they
+compute. Next: `plots.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from pyro_bmr.data.data_set import Data
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described
 from pyro_bmr.priors import Prior
 
 Build = Callable[[Data, Prior], Callable[..., Any]]
@@ -56,6 +60,50 @@ def load_model(name: str | Path) -> Build:
     if argument and len(inspect.signature(build).parameters) < 3:
         raise ModelError(f"'{name}': the model '{stem}' takes no argument after a colon")
     return (lambda data, prior: build(data, prior, argument)) if argument else build
+
+
+def device_named(name: str) -> torch.device:
+    """The device of that name, such as cpu, cuda or cuda:1.
+
+    Raises:
+        ModelError: torch does not have it here, or tensors on it have no values.
+    """
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"device {described(name)}: expected cpu, or a device that this torch computes on, such"
+            f" as cuda ({why})"
+        ) from None
+    return device
+
+
+def cell_device(name: str) -> str:
+    """The device of a cell: its name, empty for the CPU.
+
+    Raises:
+        ModelError: as `device_named`.
+    """
+    device = device_named(name)
+    return "" if device.type == "cpu" else str(device)
+
+
+def on_device(build: Build, name: str) -> Build:
+    """The same model with its programs on a device, of the same start weights. A fit, predictions
+    and baselines take their rows there. A program that is no module has no place of its own.
+
+    Raises:
+        ModelError: as `device_named`.
+    """
+    device = device_named(name)
+
+    def built(data: Data, prior: Prior) -> Callable[..., Any]:
+        program = build(data, prior)
+        return program.to(device) if isinstance(program, nn.Module) else program
+
+    return built
 
 
 def default_model(data: Data) -> str:

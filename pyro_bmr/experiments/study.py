@@ -58,6 +58,7 @@ def study(
     only: Collection[str] = (),
     seeds: int | None = None,
     validation: float | None = None,
+    device: str = "cpu",
     progress: bool = True,
 ) -> StudyResults:
     """Runs the cells of a declared study that are not finished, and writes results.csv, report.md,
@@ -76,6 +77,7 @@ def study(
         only: names of methods; others are not run, but what is finished of them is reported.
         seeds, validation: in the place of those of the declaration; `validation` scores that
             fraction of the training rows instead of the test rows.
+        device: where the cells compute, such as cuda.
 
     Raises:
         PyroBMRError: something in the declaration is wrong, with file and key, and nothing was run;
@@ -85,14 +87,14 @@ def study(
         >>> found = study("fashion_mnist.toml", "results/fashion-mnist", jobs=2)
     """
     check_jobs(jobs)
-    if isinstance(declaration, Study) and (seeds, validation) != (None, None):
+    if isinstance(declaration, Study) and (seeds, validation, device) != (None, None, "cpu"):
         raise ModelError(
-            "seeds and validation are those of the declared study; give them to declare"
+            "seeds, validation and device are those of the declared study; give them to declare"
         )
     declared = (
         declaration
         if isinstance(declaration, Study)
-        else declare(declaration, seeds=seeds, validation=validation)
+        else declare(declaration, seeds=seeds, validation=validation, device=device)
     )
     return run(declared, Path(out), chosen(declared, only), jobs=jobs, progress=progress)
 
