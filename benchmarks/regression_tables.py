@@ -24,7 +24,7 @@ import pandas as pd
 import rdata
 
 
-def _modeldata(library: Path, name: str) -> pd.DataFrame:
+def modeldata(library: Path, name: str) -> pd.DataFrame:
     folder = library / "modeldata/data"
     index = rdata.conversion.convert(
         rdata.parser.parse_file(folder / "Rdata.rdx", extension=".rds")
@@ -46,11 +46,11 @@ def _modeldata(library: Path, name: str) -> pd.DataFrame:
 
 
 def concrete(library: Path) -> pd.DataFrame:
-    return _modeldata(library, "concrete")
+    return modeldata(library, "concrete")
 
 
 def ames(library: Path) -> pd.DataFrame:
-    table = _modeldata(library, "ames").select_dtypes("number")
+    table = modeldata(library, "ames").select_dtypes("number")
     price = np.log10(table.pop("Sale_Price"))
     return table.assign(log10_price=price)
 

@@ -89,15 +89,21 @@ def _digits(folder: Path) -> Arrays:
 # Debian's r-cran-mlbench and r-cran-modeldata
 
 
-def _mlbench(name: str, target: str, drop: tuple[str, ...], most: int, folder: Path) -> Arrays:
-    """A table of mlbench: rows with missing values left out, factors as one column a level but the
-    first, at most `most` rows.
+def _table(
+    package: str, name: str, target: str, drop: tuple[str, ...], most: int, folder: Path
+) -> Arrays:
+    """A table of mlbench or modeldata: rows with missing values left out, factors as one column a
+    level but the first, at most `most` rows.
     """
     import rdata
+    from regression_tables import modeldata
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # an unknown encoding
-        table = rdata.read_rda(folder / f"mlbench/data/{name}.rda")[name]
+        if package == "modeldata":
+            table = modeldata(folder, name)
+        else:
+            table = rdata.read_rda(folder / f"mlbench/data/{name}.rda")[name]
     table = table.rename(columns=str).drop(columns=list(drop)).dropna()
     table = table.sample(min(len(table), most), random_state=0)
     y = table.pop(target)
@@ -176,7 +182,14 @@ def _friedman(rows: int, folder: Path) -> Arrays:
 def _mlbench_problem(
     name: str, table: str, target: str, chooses: bool, drop: tuple[str, ...] = (), most: int = 10**6
 ) -> Problem:
-    return Problem(name, partial(_mlbench, table, target, drop, most), "mlp:100-50", chooses)
+    rows = partial(_table, "mlbench", table, target, drop, most)
+    return Problem(name, rows, "mlp:100-50", chooses)
+
+
+def _modeldata_problem(name: str, table: str, target: str, drop: tuple[str, ...] = ()) -> Problem:
+    return Problem(
+        name, partial(_table, "modeldata", table, target, drop, 10**6), "mlp:100-50", False
+    )
 
 
 _CLASSES = (
@@ -198,6 +211,18 @@ _CLASSES = (
     Problem("curves-convolution", _curves, convolution, False, cost=2),
     Problem("sequence-transformer", _pieces, "transformer:16-1-2-2", True, cost=6),
     Problem("sequence-gru", _pieces, "gru:24", False, cost=6),
+    # tables that came when the defaults were fixed
+    _mlbench_problem("glass", "Glass", "Type", False),
+    _mlbench_problem("ionosphere", "Ionosphere", "Class", False, drop=("V2",)),
+    _mlbench_problem("soybean", "Soybean", "Class", False),
+    _mlbench_problem("votes", "HouseVotes84", "Class", False),
+    _modeldata_problem("alzheimer", "ad_data", "Class"),
+    _modeldata_problem("attrition", "attrition", "Attrition"),
+    _modeldata_problem("cells", "cells", "class", drop=("case",)),
+    _modeldata_problem("speech", "pd_speech", "class"),
+    _modeldata_problem("jobs", "hpc_data", "class"),
+    _modeldata_problem("credit", "credit_data", "Status"),
+    _modeldata_problem("churn", "mlc_churn", "churn"),
 )
 _TARGETS = (
     Problem("diabetes", partial(_embedded, "diabetes"), "mlp:100-50", True),
@@ -208,5 +233,9 @@ _TARGETS = (
     Problem("concrete", _concrete, "mlp:100-50", False),
     _mlbench_problem("ozone", "Ozone", "V4", True, drop=("V1", "V2", "V3")),
     Problem("friedman-tall", partial(_friedman, 50_000), "mlp:100-50", False),
+    _mlbench_problem("servo", "Servo", "Class", False),
+    _modeldata_problem("biomass", "biomass", "HHV", drop=("sample",)),
+    _modeldata_problem("cars", "car_prices", "Price"),
+    _modeldata_problem("salaries", "stackoverflow", "Salary"),
 )
 PROBLEMS = {p.name: p for p in _CLASSES} | {p.name: replace(p, real=True) for p in _TARGETS}
