@@ -212,8 +212,8 @@ _CLASSES = (
     Problem("sequence-transformer", _pieces, "transformer:16-1-2-2", True, cost=6),
     Problem("sequence-gru", _pieces, "gru:24", False, cost=6),
     # tables that came when the defaults were fixed
-    _mlbench_problem("glass", "Glass", "Type", False),
-    _mlbench_problem("ionosphere", "Ionosphere", "Class", False, drop=("V2",)),
+    _mlbench_problem("glass", "Glass", "Type", True),
+    _mlbench_problem("ionosphere", "Ionosphere", "Class", True, drop=("V2",)),
     _mlbench_problem("soybean", "Soybean", "Class", False),
     _mlbench_problem("votes", "HouseVotes84", "Class", False),
     _modeldata_problem("alzheimer", "ad_data", "Class"),
