@@ -82,7 +82,7 @@ def fit_run(arguments: argparse.Namespace) -> int:
                 shows_progress(arguments) and rank == 0,
             )
             data, settings = chosen.applied(data, settings)
-        result = _fit(arguments, data, settings)
+        result = _fit(arguments, data, settings, chosen.length(data, settings))
     if rank > 0:
         return 0  # the first process has it all
     drawn = {"draws": arguments.draws, "seed": arguments.seed}

@@ -30,20 +30,30 @@ Attempt = Callable[
 @dataclass(frozen=True)
 class Trials:
     """The chosen `temperature`, and `nll`: temperature → negative log likelihood of the held-out
-    rows after its trial, nats per row. `scale`: the temperature of the class probabilities that is
-    best for the held-out rows after the trial at the chosen one. `noise`: that of real targets, in
-    standard deviations of the training rows; None where the fit infers it.
+    rows after its trial, nats per row, with the `noise` that is best for them; with the `scale`
+    that is best where the fit is as long as the trial.
+
+    `scale`: the temperature of the class probabilities. `noise`: that of real targets, in standard
+    deviations of the training rows; None where the fit infers it. `part`: how long the fit is that
+    was tried, relative to one without trials, where no number of epochs is given.
     """
 
     temperature: float
     nll: Mapping[float, float]
     scale: float
     noise: float | None = None
+    part: float = 1.0
 
     def applied(self, data: Data, settings: Settings) -> tuple[Data, Settings]:
         """The data and the settings of the fit that was chosen."""
         rows = data if self.noise is None else with_noise(data, self.noise)
-        return rows, replace(settings, temperature=self.temperature)
+        every = settings.reduce_every and settings.reduce_every * self.part
+        return rows, replace(settings, temperature=self.temperature, reduce_every=every)
+
+    def length(self, data: Data, settings: Settings) -> UntilConverged | None:
+        """That of the fit, if it is another than without trials."""
+        length = length_of(settings.epochs, len(data.x_train), settings.batch_size, self.part)
+        return length if self.part < 1 and isinstance(length, UntilConverged) else None
 
 
 def with_noise(data: Data, noise: float) -> Data:
@@ -76,6 +86,13 @@ def folds_of(data: Data) -> int:
     if data.x_val is not None or not can_hold_out(data):
         return 1
     return min(math.ceil(_ENOUGH / held), rows // held)
+
+
+def part_of(data: Data, settings: Settings) -> float:
+    """The part of its length that a fit has which was tried by cross-validation. A long fit to few
+    rows is more certain than a shorter one, and what the shorter trials say of it is not true.
+    """
+    return _PART if settings.epochs is None and folds_of(data) > 1 else 1.0
 
 
 def _shortened(settings: Settings, rows: Data) -> tuple[Settings, UntilConverged | None]:

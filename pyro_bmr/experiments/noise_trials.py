@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
-from pyro_bmr.experiments.held_out import Attempt, Trials, predicted, with_noise
+from pyro_bmr.experiments.held_out import Attempt, Trials, part_of, predicted, with_noise
 from pyro_bmr.experiments.settings import Settings
 from pyro_bmr.formulas.line_search import line_maximum
 from pyro_bmr.likelihoods import Normal
@@ -80,10 +80,10 @@ def noise_trials(
     if progress:
         for temperature, score in nll.items():
             tqdm.write(f"temperature {temperature:g}: {score:.3f} nats a held-out row")
-    best = min(nll, key=nll.__getitem__)
+    best, part = min(nll, key=nll.__getitem__), part_of(data, settings)
     if best == 1:
-        return Trials(1.0, nll, 1.0)
-    return Trials(best * (noise[1.0] / noise[best]) ** 2, nll, 1.0, noise[best])
+        return Trials(1.0, nll, 1.0, part=part)
+    return Trials(best * (noise[1.0] / noise[best]) ** 2, nll, 1.0, noise[best], part)
 
 
 def best_noise(held: HeldOut) -> float:

@@ -115,11 +115,12 @@ def fit_by_route(
     def tried(*given: Any) -> tuple[Callable[..., Any], Posterior]:
         return attempt(*given[:3]).predicted_from
 
-    trials = None
+    trials, length = None, None
     if settings.temperature == AUTO:
         trials = trials_of(built, tried, rows, route, settings, seed, progress)
         rows, settings = trials.applied(rows, settings)
-    result, reduction, delta_f = attempt(rows, settings)
+        length = trials.length(rows, settings)
+    result, reduction, delta_f = attempt(rows, settings, length)
     posterior, cautions = result.posterior, tuple[str, ...]()
     if reduction is not None:
         posterior = reduction.posterior

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pyro_bmr.baselines.targets import held_out_scale
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import PyroBMRWarning
-from pyro_bmr.experiments.held_out import Attempt, Trials, predicted
+from pyro_bmr.experiments.held_out import Attempt, Trials, part_of, predicted
 from pyro_bmr.experiments.scores import class_probabilities
 from pyro_bmr.experiments.settings import Settings
 from pyro_bmr.prediction.calibration import temperature_scaled
@@ -33,18 +33,20 @@ def temperature_trials(
     r"""The temperature T of a fit of `settings` to `data`, the temperature τ of its predictions,
     and the trials that both were chosen by.
 
-    .. math:: \hat T = \arg\min_T -\sum_{i \in \text{held out}}
-        \log p_T(y_i \mid x_i), \qquad
-        p_T(y \mid x) = \tfrac1S \sum_s p(y \mid x, w_s), \quad w_s \sim q_T
+    .. math:: \hat\tau_T = \arg\min_{\tau \geq 1} L(T, \tau), \qquad
+        \hat T = \arg\min_T L(T, 1), \qquad \hat\tau = \hat\tau_{\hat T}
 
-        \hat\tau = \arg\min_{\tau \geq 1} -\sum_{i \in \text{held out}}
-        \log \frac{p_{\hat T}(y_i \mid x_i)^{1/\tau}}{\sum_c p_{\hat T}(c \mid x_i)^{1/\tau}}
+        L(T, \tau) = -\sum_{i \in \text{held out}}
+        \log \frac{p_T(y_i \mid x_i)^{1/\tau}}{\sum_c p_T(c \mid x_i)^{1/\tau}}, \qquad
+        p_T(y \mid x) = \tfrac1S \sum_s p(y \mid x, w_s), \quad w_s \sim q_T
 
     q_T is fitted to the other rows, in a third of the epochs, or of the steps where the fit has no
     number of epochs. The rows held out are a sixth of the training rows, the same ones for every
     seed, or the validation rows that the data came with. A sixth of fewer than 200 rows is held out
     again and again, other rows each time, until 200 rows or all were held out, and the sums are
-    over all of them: cross-validation (Stone 1974).
+    over all of them: cross-validation (Stone 1974). A fit without a number of epochs is as short as
+    its trials then (`part_of`). So their τ is that of the fit too, and :math:`\hat T = \arg\min_T
+    L(T, \hat\tau_T)`.
 
     Cold posteriors, and their choice on held-out rows: Wenzel et al. 2020, arXiv 2002.02405. Why
     clean labels want a colder fit than noisy ones: Aitchison 2021, arXiv 2008.05912. τ: Guo et al.
@@ -52,16 +54,17 @@ def temperature_trials(
     that predictions are too certain, but not that they are too uncertain, and a τ that is too small
     costs without a limit.
     """
-    nll, scale = {}, {}
+    nll, scale, part = {}, {}, part_of(data, settings)
     for temperature in TEMPERATURES:
         tempered = replace(settings, temperature=temperature)
         log_probs, y = _held_out(attempt, data, tempered, seed)
-        nll[temperature] = float(F.nll_loss(log_probs, y))
         scale[temperature] = _best_scale(log_probs, y)
+        scaled = (log_probs / scale[temperature]).log_softmax(1) if part < 1 else log_probs
+        nll[temperature] = float(F.nll_loss(scaled, y))
         if progress:
             tqdm.write(f"temperature {temperature:g}: {nll[temperature]:.3f} nats a held-out row")
     best = min(TEMPERATURES, key=nll.__getitem__)
-    return Trials(best, nll, scale[best])
+    return Trials(best, nll, scale[best], part=part)
 
 
 def at_scale(prediction: Prediction, scale: float) -> Prediction:

@@ -127,20 +127,53 @@ def test_a_trial_is_a_third_of_a_fit_whose_length_follows_the_rows(batch_size, t
 
 
 @pytest.mark.filterwarnings("ignore:the fit has not converged")
-def test_the_fit_after_the_trials_has_the_whole_length(monkeypatch):
+def test_a_fit_is_as_short_as_its_trials_if_rows_are_few(monkeypatch):
+    """A third of the usual length, with as many reductions; with one fold it has all of it."""
     lengths = []
     monkeypatch.setattr(held_out_file, "_ENOUGH", 20)
 
-    def fit(program, rows, epochs, **given):
+    def fit(program, rows, epochs, reduce=None, **given):
         lengths.append((len(rows.x_train), epochs.steps, epochs.first))
+        every.append(None if reduce is None else reduce.epochs)
         return bmr.fit(program, rows, epochs=1, **given)
 
+    every = []
     monkeypatch.setattr(recipe, "fit", fit)
     by_route(labelled(0.0), Settings(draws=2, batch_size=128))
     assert lengths == [(100, 1000, 1000), (100, 1000, 1000), (120, 3000, 3000)]
     lengths.clear()
     by_route(labelled(0.0), Settings(draws=2, batch_size=1, temperature=0.3))
     assert lengths == [(120, 3000, 3000)]
+    monkeypatch.setattr(held_out_file, "_ENOUGH", 40)
+    lengths.clear(), every.clear()
+    settings = Settings(draws=2, batch_size=1, reduce_every=9.0)
+    by_route(labelled(0.0), settings, "reduced")
+    assert lengths == [(100, 1000, 1000)] * 4 + [(120, 1000, 1000)] and every == [3.0] * 5
+
+
+@pytest.mark.filterwarnings("ignore:the fit has not converged")
+def test_trials_as_long_as_the_fit_are_compared_at_their_scales(monkeypatch):
+    """The colder trial is better at its own scale, and worse without one."""
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.5, 0.0], [0.3, 0.0]]).log_softmax(1).double()
+    y, sure = torch.tensor([0, 1, 0, 1]), {0.3: 0.2, 0.1: 6.0}
+
+    def held(attempt, data, settings, seed):
+        better = logits * torch.tensor([[1.5], [1.5], [1.5], [0.2]])
+        used = better if settings.temperature == 0.1 else logits
+        return (used * sure[settings.temperature] * 4).log_softmax(1), y
+
+    monkeypatch.setattr(temperature_trials_file, "_held_out", held)
+    for folds, given in ((20, {}), (40, {}), (40, {"epochs": 9})):
+        monkeypatch.setattr(held_out_file, "_ENOUGH", folds)
+        found = temperature_trials(None, labelled(0.0), Settings(**given), 0, False)
+        probs = {t: held(None, None, Settings(temperature=t), 0)[0].exp() for t in TEMPERATURES}
+        scales = [1.0, *torch.logspace(0, 1.3, 2001).tolist()]
+        own = {t: min(nll(probs[t], y, s) for s in scales) for t in TEMPERATURES}
+        plain = {t: nll(probs[t], y) for t in TEMPERATURES}
+        assert own[0.1] < own[0.3] < plain[0.3] + 1e-9 < plain[0.1]
+        few = folds == 40 and not given
+        assert found.nll == pytest.approx(own if few else plain, rel=1e-4)
+        assert found.temperature == (0.1 if few else 0.3) and found.part == (1 / 3 if few else 1)
 
 
 def test_the_length_of_a_fit():
