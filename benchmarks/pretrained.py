@@ -184,7 +184,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="*", default=["mlp"], choices=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", type=int, default=5000, help="calibration rows")
-    parser.add_argument("--corrections", type=int, default=2, help="steps after each round")
+    parser.add_argument("--corrections", type=int, default=8, help="steps after each round")
     parser.add_argument("--only", nargs="*", help="methods to run")
     parser.add_argument(
         "--differences", action="store_true", help="what each difference to the rule is worth"

@@ -40,7 +40,10 @@ def _fit_options() -> Options:
     estimators = ", ".join((*PER_STEP, *PER_ROW))
     return {
         "--epochs": whole(
-            None, "N", "passes over the training rows; by default 20, but 3,000 to 16,000 steps"
+            None,
+            "N",
+            "passes over the training rows; by default 20, but 3,000 to 16,000 steps; fewer for"
+            " few rows",
         ),
         "--batch-size": whole(USUAL.batch_size, "ROWS", "rows of a step"),
         "--optimizer": text(
@@ -208,7 +211,7 @@ def prune_options() -> Options:
         },
         **PER,
         "--rows": whole(10_000, "N", "training rows that are used"),
-        "--corrections": whole(1, "N", "Gauss–Newton steps after each round"),
+        "--corrections": whole(5, "N", "Gauss–Newton steps after each round"),
         "--most-rise": number(
             None, "NATS", "stop where the outputs are further than this from the dense network's"
         ),

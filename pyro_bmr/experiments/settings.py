@@ -51,18 +51,19 @@ AUTO = "auto"
 class Settings:
     """What every cell of a comparison shares.
 
-    `epochs`: None for 20, but no fewer than 3,000 steps and no more than 16,000. `optimizer`: one
-    of `OPTIMIZERS`; ``"natural-gradient"`` is for mean field, the route map takes adam at its own
-    rate then; None for it where it can be had, else adam. `learning_rate`: None for that of the
-    optimiser. `temperature`: ``"auto"`` for what held-out rows choose, with a temperature of the
-    class probabilities (`temperature_trials`), or with the noise of real targets (`noise_trials`);
-    for 1 by the route map, for other targets, and for programs written by hand. `kept`: target
-    fraction for the reduced route and for fitted shrinkage priors (1: as fitted), None for the
-    evidence to decide. `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as
-    in `Every`. `draws`: of the predictive. `guide`: one of `GUIDES`, of which ``"mean-field"``
-    alone is for natural-gradient; `estimator`: as in `MeanField`, and for it. `widen`: the
-    predictive draws from `posterior.widened(widen)`; `calibrate` finds that factor on a sixth of
-    the training rows, or the validation rows that the data came with, which the fit does without.
+    `epochs`: None for 20, but no fewer than 3,000 steps and no more than 16,000; a third of that
+    for fewer than 1,200 rows with trials of a temperature. `optimizer`: one of `OPTIMIZERS`;
+    ``"natural-gradient"`` is for mean field, the route map takes adam at its own rate then; None
+    for it where it can be had, else adam. `learning_rate`: None for that of the optimiser.
+    `temperature`: ``"auto"`` for what held-out rows choose, with a temperature of the class
+    probabilities (`temperature_trials`), or with the noise of real targets (`noise_trials`); for 1
+    by the route map, for other targets, and for programs written by hand. `kept`: target fraction
+    for the reduced route and for fitted shrinkage priors (1: as fitted), None for the evidence to
+    decide. `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as in `Every`.
+    `draws`: of the predictive. `guide`: one of `GUIDES`, of which ``"mean-field"`` alone is for
+    natural-gradient; `estimator`: as in `MeanField`, and for it. `widen`: the predictive draws from
+    `posterior.widened(widen)`; `calibrate` finds that factor on a sixth of the training rows, or
+    the validation rows that the data came with, which the fit does without.
     """
 
     epochs: int | None = None

@@ -45,8 +45,8 @@ def prune(
     heads: int | Mapping[str, int] | None = None,
     only: Collection[str] | None = None,
     path: Collection[float] | None = None,
-    corrections: int = 1,
-    last_corrections: int = 5,
+    corrections: int = 5,
+    last_corrections: int = 10,
     fisher: str = "true",
     draws: int = 1,
     temperature: float = 0.05,
@@ -95,7 +95,8 @@ def prune(
         path: the fractions of the rounds; by default `PATH` down to `kept`. More rounds keep more
             accuracy.
         corrections, last_corrections: steps after each round, and after the last. Each costs about
-            four forward and two backward passes over the calibration rows.
+            four forward and two backward passes over the calibration rows. Small transformers gain
+            from more (docs/results/pretrained.md).
         temperature: T of the posterior.
         scale: s of the prior; by default the root mean square of each layer's weights.
             "empirical": of each layer the s of the most evidence for its weights and bias at T, as
