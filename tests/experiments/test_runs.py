@@ -232,6 +232,7 @@ def test_a_temperature_by_trials_which_resume(files, tmp_path, monkeypatch):
     assert not (tmp_path / "given" / "trials").exists()
 
 
+@pytest.mark.slow
 def test_a_guide_by_name(files, tmp_path, capsys):
     options = ("--epochs 4 --batch-size 15 --draws 4 --quiet", *own(files))
     assert (

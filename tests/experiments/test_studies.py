@@ -295,6 +295,7 @@ def test_other_refusals(here, runs, capsys):
     assert not runs
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(here, blank, runs, capsys):
     write(BOTH)
     first = quiet("study.toml", only=["MAP & co"])
@@ -326,6 +327,7 @@ def test_a_study_goes_on_where_it_stopped(here, blank, runs, capsys):
     assert "6 finished, 0 failed, 0 open; about 0 s to go" in printed and "report.html" in printed
 
 
+@pytest.mark.slow
 def test_the_row_of_a_cell(here, blank):
     table = quiet(write(BOTH), only=["half"], seeds=1).table
     data, row = bmr.load("digits.npz"), table.iloc[1]
@@ -549,6 +551,7 @@ class Page(HTMLParser):
             self.rows[-1][-1][0] += data
 
 
+@pytest.mark.slow
 def test_the_report(here):
     done = quiet(write(BOTH))
     # to the last digit

@@ -200,6 +200,7 @@ def test_a_network_of_several_inputs_is_deployed(formats, tmp_path):
     assert kinds["['input_ids']"] == {"shape": [6], "dtype": "int64"}
 
 
+@pytest.mark.slow
 def test_a_decoder_with_a_mask_becomes_a_program(tmp_path):
     torch.manual_seed(0)
     with warnings.catch_warnings():

@@ -15,6 +15,7 @@ from pyro_bmr.post_training.masks import pruned_at
 from pyro_bmr.reduction import NofM
 
 QUIET = {"progress": False, "batch_size": 64}
+FEW = {**QUIET, "corrections": 1, "last_corrections": 3}  # steps
 
 
 def linear_model(rows=200, noise=0.5):
@@ -90,7 +91,7 @@ def test_a_pruned_classifier_is_better_than_by_magnitude(trained):
         zeros = sum(int((m.weight == 0).sum()) for m in (one[0], one[2]))
         seen.append((kept, 1 - zeros / 2960))
 
-    pruned = bmr.prune(net, (x, y), bmr.Categorical(), 0.1, after_round=note, **QUIET)
+    pruned = bmr.prune(net, (x, y), bmr.Categorical(), 0.1, after_round=note, **FEW)
     assert [kept for kept, _ in seen] == [0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1]
     assert all(found == pytest.approx(kept, abs=1e-3) for kept, found in seen)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -167,7 +168,7 @@ def test_without_labels_and_from_a_loader(trained):
 
 def test_units_are_pruned_whole_and_shrink(trained):
     net, x, _, _ = trained
-    pruned = bmr.prune(net, x, bmr.Categorical(), 0.6, path=[0.8], per="unit", **QUIET)
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.6, path=[0.8], per="unit", **FEW)
     mask = pruned.masks["0.weight"]
     assert bool((mask.all(1) | ~mask.any(1)).all()) and bool(pruned.masks["2.weight"].all())
     small = bmr.shrink(pruned.net, pruned.masks, x[:4])
@@ -238,7 +239,7 @@ def test_a_stopped_call_continues_to_the_same_network(trained, tmp_path, monkeyp
 
 def test_draws_of_the_posterior_have_the_zeros(trained):
     net, x, _, _ = trained
-    pruned = bmr.prune(net, x, bmr.Categorical(), 0.3, path=[0.6], **QUIET)
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.3, path=[0.6], **FEW)
     draw = pruned.reduction.posterior.draw(torch.Generator().manual_seed(0))
     for name, mask in pruned.masks.items():
         assert bool((draw[name][~mask] == 0).all()) and bool((draw[name][mask] != 0).all())

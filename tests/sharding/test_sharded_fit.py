@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = Path(group.__file__)
 
 
-@pytest.fixture(scope="module", params=[3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) for n in (3, 4)])
 def together(tmp_path_factory, request):
     """What each of the processes has found, and their folder."""
     processes = request.param

@@ -344,7 +344,7 @@ class NamedAsInGraphs(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:deploy.*cannot be written as Python")
-@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("constant", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_parts_may_have_names_that_graphs_use(constant, tmp_path):
     """With a layer that is a constant the result is a graph."""
     torch.manual_seed(2)
