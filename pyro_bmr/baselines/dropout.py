@@ -22,6 +22,7 @@ from pyro_bmr.baselines.training import Trained, held_out, outputs_of, train
 from pyro_bmr.checks import is_whole
 from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError
+from pyro_bmr.fitting.batches import device_of
 from pyro_bmr.prediction.predict import Prediction, prediction_of
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -100,7 +101,8 @@ def dropout(
     arXiv 1506.02142.
     """
     clock = time.perf_counter()
-    net, few = make(seed), data.x_train[:2]
+    net = make(seed)
+    few = data.x_train[:2].to(device_of(net))
     with dropped_out(net, options.dropout, few):
         history = train(net, held_out(data, None), options, progress)
     net.eval()

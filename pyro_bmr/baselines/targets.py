@@ -94,7 +94,7 @@ def held_out_scale(outputs: Tensor, y: Tensor, noise: float, likelihood: Any = N
         outputs = torch.stack([torch.zeros_like(yes), yes], 1)
     if y.is_floating_point():
         return residual(outputs, y) / noise
-    of_labels = outputs.gather(1, y[:, None])[:, 0]
+    of_labels = outputs.gather(1, y.to(outputs.device).long()[:, None])[:, 0]
     return 1.0 if bool((of_labels >= outputs.amax(1)).all()) else best_temperature(outputs, y)
 
 

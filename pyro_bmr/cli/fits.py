@@ -6,6 +6,7 @@ Next: `networks.py`, what is done with a fit.
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pyro_bmr.data.data_set import Data
 from pyro_bmr.data.named import load
 from pyro_bmr.errors import ModelError
 from pyro_bmr.experiments.held_out import Trials
-from pyro_bmr.experiments.models import default_model, load_model, on_device
+from pyro_bmr.experiments.models import cell_device, default_model, load_model, on_device
 from pyro_bmr.experiments.recipe import for_route, trials_of
 from pyro_bmr.experiments.runs import check_run_folder, save_run
 from pyro_bmr.experiments.settings import (
@@ -59,6 +60,12 @@ class _Fitted:
 def fit_run(arguments: argparse.Namespace) -> int:
     """Fits a network, saves it as a run and prints its scores."""
     set_threads(arguments.threads)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if cell_device(arguments.device) and (arguments.shard or processes > 1):
+        raise ModelError(
+            f"--device {arguments.device}: expected one process and no --shard, got {processes}"
+            " processes; fits in several processes compute on CPUs here, and from Python on GPUs"
+        )
     if arguments.optimizer is None:
         usual = Settings(guide=arguments.guide, estimator=arguments.estimator).optimizer
         arguments.optimizer = "adam" if arguments.map else usual

@@ -20,7 +20,7 @@ from pyro_bmr.experiments.baseline_cells import baseline_cells
 from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.folder import Row, row_of
 from pyro_bmr.experiments.grid import Cell, Study, check_model, fingerprint, plain_name
-from pyro_bmr.experiments.models import Build, cell_device, load_model
+from pyro_bmr.experiments.models import Build, cell_device, load_model, on_device
 from pyro_bmr.experiments.recipe import for_route
 from pyro_bmr.experiments.report import summary_of, table_of
 from pyro_bmr.experiments.settings import ROUTES, Settings
@@ -192,7 +192,7 @@ def comparison(
     name = _name_of(model) if callable(model) else str(model)
     if settings.validation is not None:
         data = validation_data(data, settings.validation)
-    program = check_model(build, data)
+    program = check_model(on_device(build, device), data)
     first = Cell(
         model=name,
         data=source or data.name.removesuffix(" (validation)"),

@@ -18,7 +18,7 @@ from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import PyroBMRError
 from pyro_bmr.experiments.grid import Cell, Scalar, Study, check_model, fingerprint, twins
 from pyro_bmr.experiments.methods import method_named
-from pyro_bmr.experiments.models import cell_device, load_model
+from pyro_bmr.experiments.models import cell_device, load_model, on_device
 from pyro_bmr.experiments.options import data_named, known_options, refuse_options
 from pyro_bmr.experiments.values import Values
 from pyro_bmr.files import reading
@@ -72,9 +72,10 @@ def declare(
         )
     for model, data in dict.fromkeys((cell.model, cell.data) for cell in cells):
         with given.refusals("models"):
-            check_model(load_model(model), reader.rows(data))
+            check_model(on_device(load_model(model), device), reader.rows(data))
     file = f"study{suffix}"
-    return Study(name, tuple(cells), text, file, f"pyro-bmr study {file} --out .")
+    where = f" --device {reader.device}" if reader.device else ""
+    return Study(name, tuple(cells), text, file, f"pyro-bmr study {file} --out .{where}")
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, str, str, Mapping[str, Any]]:

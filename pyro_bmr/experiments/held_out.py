@@ -47,8 +47,7 @@ class Trials:
     def applied(self, data: Data, settings: Settings) -> tuple[Data, Settings]:
         """The data and the settings of the fit that was chosen."""
         rows = data if self.noise is None else with_noise(data, self.noise)
-        every = settings.reduce_every and settings.reduce_every * self.part
-        return rows, replace(settings, temperature=self.temperature, reduce_every=every)
+        return rows, replace(settings, temperature=self.temperature)
 
     def length(self, data: Data, settings: Settings) -> UntilConverged | None:
         """That of the fit, if it is another than without trials."""

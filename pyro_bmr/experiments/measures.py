@@ -78,8 +78,8 @@ def _structured_size(trained: Trained, data: Data) -> float:
     if all(bool((values != 0).all()) for values in trained.network.parameters()):
         return 1.0  # without a zero nothing can be removed
     try:
-        example = data.seen(data.x_test[:1]).to(device_of(trained.network))
-        before, after = shrink_plan(trained.network, {}, example).parameters
+        net = copy.deepcopy(trained.network).cpu()
+        before, after = shrink_plan(net, {}, data.seen(data.x_test[:1])).parameters
     except ShrinkError:
         return math.nan
     return after / before

@@ -87,21 +87,30 @@ def cell_device(name: str) -> str:
         ModelError: as `device_named`.
     """
     device = device_named(name)
-    return "" if device.type == "cpu" else str(device)
+    number = 0 if device.index is None else device.index
+    return "" if device.type == "cpu" else f"{device.type}:{number}"
 
 
 def on_device(build: Build, name: str) -> Build:
     """The same model with its programs on a device, of the same start weights. A fit, predictions
-    and baselines take their rows there. A program that is no module has no place of its own.
+    and baselines take their rows there.
 
     Raises:
-        ModelError: as `device_named`.
+        ModelError: as `device_named`; or when it builds a program that is no module, for another
+            device than the CPU.
     """
     device = device_named(name)
 
     def built(data: Data, prior: Prior) -> Callable[..., Any]:
         program = build(data, prior)
-        return program.to(device) if isinstance(program, nn.Module) else program
+        if isinstance(program, nn.Module):
+            return program.to(device)
+        if device.type != "cpu":
+            raise ModelError(
+                f"device '{name}': expected a model whose program is a torch module, got"
+                f" {type(program).__name__}, which has no place of its own; leave the device out"
+            )
+        return program
 
     return built
 

@@ -46,7 +46,7 @@ def temperature_trials(
     again and again, other rows each time, until 200 rows or all were held out, and the sums are
     over all of them: cross-validation (Stone 1974). A fit without a number of epochs is as short as
     its trials then (`part_of`). So their τ is that of the fit too, and :math:`\hat T = \arg\min_T
-    L(T, \hat\tau_T)`.
+    L(T, \hat\tau_T)`, unless variances are widened, which leaves predictions at τ = 1.
 
     Cold posteriors, and their choice on held-out rows: Wenzel et al. 2020, arXiv 2002.02405. Why
     clean labels want a colder fit than noisy ones: Aitchison 2021, arXiv 2008.05912. τ: Guo et al.
@@ -55,11 +55,12 @@ def temperature_trials(
     costs without a limit.
     """
     nll, scale, part = {}, {}, part_of(data, settings)
+    at_their_scale = part < 1 and settings.widen == 1 and not settings.calibrate
     for temperature in TEMPERATURES:
         tempered = replace(settings, temperature=temperature)
         log_probs, y = _held_out(attempt, data, tempered, seed)
         scale[temperature] = _best_scale(log_probs, y)
-        scaled = (log_probs / scale[temperature]).log_softmax(1) if part < 1 else log_probs
+        scaled = (log_probs / scale[temperature]).log_softmax(1) if at_their_scale else log_probs
         nll[temperature] = float(F.nll_loss(scaled, y))
         if progress:
             tqdm.write(f"temperature {temperature:g}: {nll[temperature]:.3f} nats a held-out row")
@@ -82,7 +83,7 @@ def _held_out(attempt: Attempt, data: Data, settings: Settings, seed: int) -> tu
         labels = class_probabilities(prediction, rows)
         assert labels is not None
         parts.append(labels)
-    probs, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    probs, y = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
     return probs.clamp_min(torch.finfo(probs.dtype).tiny).log().double(), y
 
 
