@@ -52,7 +52,7 @@ class Settings:
     """What every cell of a comparison shares.
 
     `epochs`: None for 20, but no fewer than 3,000 steps and no more than 16,000; a third of that
-    for fewer than 1,200 rows with trials of a temperature. `optimizer`: one of `OPTIMIZERS`;
+    for fewer than 1,200 rows with trials on parts of them. `optimizer`: one of `OPTIMIZERS`;
     ``"natural-gradient"`` is for mean field, the route map takes adam at its own rate then; None
     for it where it can be had, else adam. `learning_rate`: None for that of the optimiser.
     `temperature`: ``"auto"`` for what held-out rows choose, with a temperature of the class
