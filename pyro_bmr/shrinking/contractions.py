@@ -163,7 +163,9 @@ def _channels_of_groups(
 ) -> Ids:
     """The output channels, after the ties between the weight and the input channels.
 
-    In a grouped convolution every channel is one of its group; all groups keep the same size.
+    In a grouped convolution every channel is one of its group; all groups keep the same size. On
+    the side where the weight has a position for each channel, groups may keep other places; on the
+    other side, a position of the weight is the same place of all groups.
     """
     into, out = (0, 1) if transposed else (1, 0)
     if groups == 1:
@@ -172,9 +174,16 @@ def _channels_of_groups(
     whole = weight.axes[0]  # one position for each channel, over all groups
     each = weight.axes[1]  # one for each channel of a group
     group = ids.new(groups)
-    place = ids.new(len(whole) // groups) if len(whole) > groups else np.array([FIXED])
-    by_group = [ids.joined((g, p)) for g in group.tolist() for p in place.tolist()]
+    many = len(whole) > groups
+    places = [ids.new(len(whole) // groups) if many else np.array([FIXED]) for _ in range(groups)]
+    by_group = [
+        ids.joined((g, p))
+        for g, own in zip(group.tolist(), places, strict=True)
+        for p in own.tolist()
+    ]
     ids.tie(whole, np.array(by_group, dtype=np.int64))
+    if many:
+        ids.keep_as_many(places)
     others = each.tolist() if len(each) > 1 else [FIXED]
     grouped = np.array([ids.joined((g, p)) for g in group.tolist() for p in others], dtype=np.int64)
     ids.tie(inputs, whole if transposed else grouped)

@@ -125,3 +125,46 @@ def test_what_is_known_of_a_tensor_is_on_its_device():
     assert concrete(torch.empty(2, 3, device="meta")).device.type == "meta"
     found = concrete(torch.empty(2, 3, dtype=torch.float64))
     assert found.device.type == "cpu" and torch.equal(found, torch.zeros(2, 3).double())
+
+
+def by_hand(kept, groups):
+    """What is left of `kept` if every group that keeps anything keeps as many as the largest."""
+    rows = kept.view(groups, -1)
+    left = rows.clone()
+    for row, most in zip(left, [int(rows.sum(1).max())] * groups, strict=True):
+        if row.any():
+            row[(~row).nonzero()[: most - int(row.sum()), 0]] = True
+    return left.flatten()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "kept",
+    ["10 01 10 01", "10 01 00 11", "101 010 011 000", "00 00 00 01"],
+    ids=lambda k: k.replace(" ", "-"),
+)
+def test_groups_keep_as_many_channels_at_places_of_their_own(kept, transposed):
+    """The channels that the weight has a position for each of: outputs, transposed inputs."""
+    places = torch.tensor([c == "1" for c in kept.replace(" ", "")])
+    groups, size = kept.count(" ") + 1, len(kept.split()[0])
+    torch.manual_seed(2)
+    if transposed:
+        layer = nn.ConvTranspose1d(groups * size, 2 * groups, 2, groups=groups, bias=False)
+    else:
+        layer = nn.Conv1d(2 * groups, groups * size, 2, groups=groups)
+    net = nn.Sequential(
+        nn.Conv1d(3, layer.in_channels, 1), nn.ReLU(), layer, nn.ReLU(),
+        nn.Conv1d(layer.out_channels, 2, 1),
+    ).eval()  # fmt: skip
+    names = ("0.weight", "0.bias") if transposed else ("2.weight", "2.bias")
+    masks = {
+        n: places.view(-1, *[1] * (net.get_parameter(n).ndim - 1)).expand_as(net.get_parameter(n))
+        for n in names
+    }
+    x = torch.randn(2, 3, 6)
+    small = bmr.shrink(net, masks, x)
+    torch.testing.assert_close(small(x), masked(net, masks)(x), rtol=1e-5, atol=1e-6)
+    left = by_hand(places, groups)
+    of = small[2].in_channels if transposed else small[2].out_channels
+    assert of == int(left.sum())
+    assert small[2].groups == int(left.view(groups, -1).any(1).sum())
