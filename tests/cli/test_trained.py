@@ -60,6 +60,7 @@ def test_units_and_patterns(weights, tmp_path):
     assert bool((kept.unflatten(1, (-1, 4)).sum(-1) == 2).all())
 
 
+@pytest.mark.slow
 def test_a_regression_takes_its_noise_from_the_training_rows(tmp_path):
     torch.manual_seed(0)
     data = bmr.load("diabetes")

@@ -139,6 +139,7 @@ def test_fit_reduce_export(run, files, capsys):
     assert json.loads((run.parent / "whole" / "report.json").read_text())["kept"] == 1.0
 
 
+@pytest.mark.slow
 def test_groups_and_natural_gradient_during_the_fit(files, tmp_path, capsys):
     options = ("--epochs 4 --batch-size 15 --draws 4 --quiet", *own(files))
     reductions = "--reduce-to gaussian:0 --per unit --kept 0.5 --stop 0.9"
@@ -309,6 +310,7 @@ def test_a_program_of_ones_own_exports_its_weights(tmp_path, capsys):
     assert "no network" in err and err.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_one_fit_has_one_score_in_the_units_of_the_target(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reports, "draw", lambda *args: [])
     options = "--data diabetes --model mlp:3 --epochs 1 --draws 3 --quiet"

@@ -382,6 +382,7 @@ def weights_alive(weights):
     return {name: w != 0 for name, w in weights.items()}
 
 
+@pytest.mark.slow
 def test_cells_are_runs(here, blank, capsys):
     """That of a method with a posterior can be reduced and exported, that of a baseline exported:
     both as the weights that the cell has already.

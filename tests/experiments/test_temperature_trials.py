@@ -232,6 +232,7 @@ def test_predictions_have_the_scale_of_the_trials(monkeypatch):
     assert trained().extra["scale"] == 1
 
 
+@pytest.mark.slow
 def test_the_choice_is_in_the_table_and_in_the_folder(tmp_path):
     table = compare(
         "mlp:4",
