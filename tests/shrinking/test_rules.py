@@ -129,9 +129,9 @@ def test_what_is_known_of_a_tensor_is_on_its_device():
 
 def by_hand(kept, groups):
     """What is left of `kept` if every group that keeps anything keeps as many as the largest."""
-    rows = kept.view(groups, -1)
-    left = rows.clone()
-    for row, most in zip(left, [int(rows.sum(1).max())] * groups, strict=True):
+    left = kept.view(groups, -1).clone()
+    most = int(left.sum(1).max())
+    for row in left:
         if row.any():
             row[(~row).nonzero()[: most - int(row.sum()), 0]] = True
     return left.flatten()
