@@ -24,6 +24,7 @@ from pyro_bmr.networks.plain_module import module_copy
 from pyro_bmr.shrinking.analysis import Analysis, cut
 from pyro_bmr.shrinking.cut_graph import CutGraph
 from pyro_bmr.shrinking.exported_graph import ExportedGraph, exported, two_rows
+from pyro_bmr.shrinking.home import tensors_on_cpu, to_cpu
 from pyro_bmr.shrinking.own_class import own_class
 from pyro_bmr.shrinking.refusals import foreign_errors
 from pyro_bmr.shrinking.untied import shared_names
@@ -162,26 +163,36 @@ class LiveNetworks:
         if self.graph is None:
             changed = changed_buffers(self.net, two)
             self.moving = {name: torch.ones_like(b, dtype=torch.bool) for name, b in changed}
-            own = {id(p): p for p in self.net.parameters()}  # tracing does not change them
-            self.graph = exported(module_copy(self.net, own).eval(), two)
-        analysis = Analysis(self.graph, {}, trained={**self.moving, **masks})
-        graph = CutGraph(analysis)
-        if graph.failed is not None:
-            return None
-        whole = _drawn(self.net, masks)
-        small, _ = own_class(whole, analysis, graph, [])
+        with tensors_on_cpu():
+            self.graph = self.graph or self._read(two)
+            analysis = Analysis(self.graph, {}, trained={**self.moving, **masks})
+            graph = CutGraph(analysis)
+            if graph.failed is not None:
+                return None
+            whole = _drawn(self.net, masks)
+            small, _ = own_class(whole, analysis, graph, [])
+            inputs = inputs_like(two, whole)
         if small is None:
             return None
+        small = small.to(next(whole.parameters()).device)
         cuts = self._cuts(analysis, small)
         left = dict(small.named_parameters())
         for name, parameter in whole.named_parameters():
             if name in left:
                 left[name].data = cuts[name].of(parameter).detach().clone()
-        inputs = inputs_like(two, whole)
         want = answers(whole, inputs, double=False)
         if want.outputs[0] is None or disagreement(want, answers(small, inputs, double=False)):
             return None
         return self._with_point_estimates(small, masks, cuts)
+
+    def _read(self, two: Inputs) -> ExportedGraph:
+        """The graph of the network, on the CPU; tracing does not change parameters that are there
+        already.
+        """
+        here = {id(p): p for p in self.net.parameters() if p.device.type == "cpu"}
+        copied = module_copy(self.net, here).eval()
+        to_cpu(copied)
+        return exported(copied, of_each(Tensor.cpu, two))
 
     def _cuts(self, analysis: Analysis, small: nn.Module) -> dict[str, Cut]:
         left = {name for name, _ in (*small.named_parameters(), *small.named_buffers())}

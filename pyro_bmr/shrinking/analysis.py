@@ -213,7 +213,6 @@ def _uniform_over_rows(part: Any, dynamic: tuple[bool, ...]) -> Any:
         if any_length:
             for channel in np.unique(part.axes[axis]):  # an axis may be rows × heads
                 places = torch.from_numpy((part.axes[axis] == channel).nonzero()[0])
-                places = places.to(part.value.device)
                 value = part.value.index_select(axis, places)
                 other = unknown.index_select(axis, places) | (value != value.narrow(axis, 0, 1))
                 unknown.index_copy_(axis, places, other.any(axis, keepdim=True).expand_as(other))
@@ -223,7 +222,7 @@ def _uniform_over_rows(part: Any, dynamic: tuple[bool, ...]) -> Any:
 def concrete(value: Any) -> Tensor:
     """A tensor of zeros like a traced one, with its sizes at two rows."""
     sizes = [int(n.node.hint) if isinstance(n, torch.SymInt) else int(n) for n in value.shape]
-    return torch.zeros(sizes, dtype=value.dtype, device=value.device)
+    return torch.zeros(sizes, dtype=value.dtype)
 
 
 def is_random(node: fx.Node) -> bool:
@@ -264,7 +263,7 @@ def _agreed(reads: Sequence[Read]) -> list[Read]:
         level = reads[same[0]].level
         assert level is not None
         alike = [
-            r.foldable & np.asarray((r.level == level).cpu())
+            r.foldable & np.asarray(r.level == level)
             if r.level is not None and r.level.shape == level.shape
             else np.zeros_like(r.foldable)
             for r in (reads[k] for k in same)

@@ -41,7 +41,7 @@ def with_map(call: Call, read: Read) -> Read:
     shape = [-1 if k == channels else 1 for k in range(x.value.ndim)]
 
     def effect(removed: Tensor) -> Tensor:
-        return _map(call, torch.where(removed.to(one.device).view(shape), one, 0.0))
+        return _map(call, torch.where(removed.view(shape), one, 0.0))
 
     return replace(
         read, foldable=foldable, level=None, shared="", effect=effect, broken=_still(read, foldable)

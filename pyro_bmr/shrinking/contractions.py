@@ -53,7 +53,7 @@ class Read:
 
 def array(flags: Tensor) -> Bools:
     """Flags as an array."""
-    return np.asarray(flags.cpu().numpy(), dtype=bool)
+    return np.asarray(flags.numpy(), dtype=bool)
 
 
 def linear(ids: ChannelIds, call: Call, reads: Reads) -> State:

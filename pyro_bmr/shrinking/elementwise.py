@@ -22,7 +22,7 @@ def elementwise(ids: ChannelIds, call: Call) -> State:
     states = call.states
     value = call.values()
     axes = broadcast(ids, [state.axes for state in states], call.layer)
-    unknown = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+    unknown = torch.zeros(value.shape, dtype=torch.bool)
     for state in states:
         unknown |= state.unknown.expand(value.shape)
     if call.name in _PRODUCTS and len(states) > 1:

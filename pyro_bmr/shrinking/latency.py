@@ -42,7 +42,8 @@ def milliseconds(
     Calls are made for about `seconds`, and at least `least` are counted. The first is not, unless
     it alone takes longer than `seconds`: what it fills, such as caches, then matters little.
     """
-    index, device = torch.arange(batch) % rows_in(example), device_of(example)
+    device = device_of(example)
+    index = torch.arange(batch, device=device) % rows_in(example)
     given, named = call_arguments(run, of_each(lambda part: part[index], example))
     times: list[float] = []
     with one_thread():

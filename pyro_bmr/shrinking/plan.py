@@ -23,6 +23,7 @@ from pyro_bmr.shrinking.analysis import Analysis
 from pyro_bmr.shrinking.cut_graph import CutGraph
 from pyro_bmr.shrinking.differences import first_difference
 from pyro_bmr.shrinking.exported_graph import ExportedGraph, exported, two_rows
+from pyro_bmr.shrinking.home import tensors_on_cpu, to_cpu
 from pyro_bmr.shrinking.layer_calls import with_layers
 from pyro_bmr.shrinking.layer_table import layer_table
 from pyro_bmr.shrinking.masked_network import masked
@@ -69,7 +70,8 @@ def shrink_plan(
     b' ← b' + W'[:, i] act(b_i) in the layer that reads it. Both rules run to a fixed point. A
     convolution that pads with zeros does not read the same constant at the edges, so such a channel
     is kept unless its constant is zero, or `fold_padded` is given. The smaller network is compared
-    with the masked one before it is returned: see `verification.py`.
+    with the masked one before it is returned: see `verification.py`. All of this is done on the
+    CPU, on a copy; the smaller network is where `net` is.
 
     Args:
         net: any module that torch.export can read; it is not changed.
@@ -90,18 +92,20 @@ def shrink_plan(
     """
     example = example_of(example, net)
     copied = masked(net, masks)
-    inputs, want = _compared(copied, example)
-    with foreign_errors(f"the graph of {type(copied).__name__}"):
+    home = to_cpu(copied)
+    with tensors_on_cpu(), foreign_errors(f"the graph of {type(copied).__name__}"):
+        inputs, want = _compared(copied, example)
         separate, groups = untied(copied)
         graph = exported(separate, inputs[0])
         found = _found(graph, separate, copied, groups, want, inputs, fold_padded)
         table, flops = layer_table(found.analysis, found.cut, separate)
         unread = unread_inputs(found.analysis)
         kept = reasons_of(found.analysis)
-    counts = tuple(sum(p.numel() for p in n.parameters()) for n in (copied, found.small))
-    own, parameters = not found.why_a_graph, (counts[0], counts[1])
-    why, small = found.why_a_graph, found.small
-    config = _configured(small, copied, want, inputs) if own else {}
+        why, small = found.why_a_graph, found.small
+        config = {} if why else _configured(small, copied, want, inputs)
+    counts = tuple(sum(p.numel() for p in n.parameters()) for n in (copied, small))
+    own, parameters = not why, (counts[0], counts[1])
+    copied, small = home.back(copied), home.back(small)
     return ShrinkPlan(table, kept, unread, parameters, flops, own, why, config, small, copied)
 
 
@@ -121,11 +125,13 @@ def shrink_each(nets: Iterable[nn.Module], example: Any) -> list[nn.Module]:
     for net in nets:
         example = example_of(example, net)
         copied = masked(net, {})
-        inputs, want = _compared(copied, example)
-        with foreign_errors(f"the graph of {type(copied).__name__}"):
+        home = to_cpu(copied)
+        with tensors_on_cpu(), foreign_errors(f"the graph of {type(copied).__name__}"):
+            inputs, want = _compared(copied, example)
             separate, groups = untied(copied)
             graph = exported(separate, inputs[0]) if graph is None else graph.of(separate)
-            smaller.append(_found(graph, separate, copied, groups, want, inputs).small)
+            small = _found(graph, separate, copied, groups, want, inputs).small
+        smaller.append(home.back(small))
     return smaller
 
 
@@ -231,6 +237,7 @@ def _compared(net: nn.Module, example: Any) -> tuple[list[Any], Answers]:
     that: two rows of the example, one row, and rows like them.
     """
     _check_example(example)
+    example = of_each(Tensor.cpu, example)
     one = of_each(lambda t: t[2:3] if len(t) > 2 else t[:1], example)
     inputs = [two_rows(example), one, *inputs_like(example, net)[1:]]
     return inputs, _answers_to_keep(net, inputs)

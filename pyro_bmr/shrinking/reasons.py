@@ -56,7 +56,7 @@ def _constant_outputs(analysis: Analysis, node: fx.Node, read: Read) -> str:
     if axis is None:
         return ""
     others = [k for k in range(state.unknown.ndim) if k != axis]
-    known = ~(state.unknown.any(dim=others) if others else state.unknown).cpu().numpy()
+    known = ~(state.unknown.any(dim=others) if others else state.unknown).numpy()
     kept = known & analysis.kept(outputs)
     if not kept.any():
         return ""

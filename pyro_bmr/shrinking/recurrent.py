@@ -61,7 +61,7 @@ def recurrent(ids: ChannelIds, call: Call, reads: Reads) -> Any:
         inputs, live = np.concatenate([c.units for c in layer]), torch.cat([c.live for c in layer])
     _tie_starts(ids, starts, cells)
     # units that are 0 first: to keep those keeps no others
-    ids.keep_as_many([cell.units[cell.live.cpu().argsort(stable=True).numpy()] for cell in cells])
+    ids.keep_as_many([cell.units[cell.live.argsort(stable=True).numpy()] for cell in cells])
     y, *last = call.values()
     unknown = live.expand(y.shape)
     outputs = State(torch.zeros_like(y), unknown, (*fixed(y.shape[:-1]), inputs))

@@ -10,7 +10,7 @@ from torch import fx, nn
 import pyro_bmr as bmr
 from pyro_bmr.data.inputs import call_arguments
 from pyro_bmr.shrinking import contractions, masked, movement, rules
-from pyro_bmr.shrinking.analysis import Analysis, concrete
+from pyro_bmr.shrinking.analysis import Analysis
 from pyro_bmr.shrinking.exported_graph import exported, two_rows
 from pyro_bmr.shrinking.states import State
 from pyro_bmr.shrinking.untied import untied
@@ -118,13 +118,6 @@ def test_a_read_needs_what_kept_outputs_read():
     read = contractions.Read(None, "", torch.arange(4).numpy(), [(table, None)], foldable)
     kept = torch.tensor([True, False, True]).numpy()
     assert read.needed(lambda ids: kept).tolist() == [True, False, False, False]
-
-
-def test_what_is_known_of_a_tensor_is_on_its_device():
-    """The device meta stands for one that is not here."""
-    assert concrete(torch.empty(2, 3, device="meta")).device.type == "meta"
-    found = concrete(torch.empty(2, 3, dtype=torch.float64))
-    assert found.device.type == "cpu" and torch.equal(found, torch.zeros(2, 3).double())
 
 
 def by_hand(kept, groups):
