@@ -1,8 +1,8 @@
 """Calls of the library that are isolated from the settings of Pyro and torch around them, and those
 settings from the calls.
 
-Owns `isolated`, for every public function that runs a Pyro program, `plain`, and the seeding of a
-step. Next: `checks.py`.
+Owns `isolated`, for every public function that runs a Pyro program, `plain`,
+`tensors_on_cpu`, the seeding of a step, and `normal_numbers`. Next: `checks.py`.
 
 Pyro has one stack of handlers, and torch one default generator, for the whole process. So calls in
 several threads take turns, each with an empty stack of handlers. Between the steps of a fit, other
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -182,6 +182,18 @@ def isolated(
     return decorator
 
 
+@contextmanager
+def tensors_on_cpu() -> Iterator[None]:
+    """A context, or a decorator, in which a tensor without a device is made on the CPU, whatever
+    the default is: for code that calls no program or network of a user.
+    """
+    if torch.get_default_device().type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
+
+
 def give_way() -> None:
     """Lets a waiting thread have its turn, and returns with the same state. Call it between the
     steps of a long loop.
@@ -204,6 +216,12 @@ def seed_generators(seed: int) -> None:
         torch.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
+
+
+def normal_numbers(shape: Sequence[int], seed: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Standard normal numbers on the CPU that are a function of the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device="cpu")
 
 
 def seed_of(seed: int, rank: int) -> int:

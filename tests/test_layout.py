@@ -156,6 +156,19 @@ def test_formulas_know_only_torch_and_numpy():
     ]
 
 
+def test_numbers_of_a_generator_name_their_device():
+    """A caller's default device is another one than that of the generator."""
+    made = {"rand", "randn", "randint", "randperm"}
+    without = [
+        f"{name}: {ast.unparse(node)}"
+        for name, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{m}" for m in made}
+        if {"generator"} == {k.arg for k in node.keywords} & {"generator", "device"}
+    ]
+    assert not without
+
+
 FOLDERS = [name for name in ORDER if "." not in name and (LIBRARY / name).is_dir()]
 
 

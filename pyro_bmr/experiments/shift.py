@@ -29,7 +29,7 @@ _ROWS = 2000
 
 
 def _noise(x: Tensor, level: float, generator: torch.Generator) -> Tensor:
-    return x + level * torch.randn(x.shape, generator=generator)
+    return x + level * torch.randn(x.shape, generator=generator, device=generator.device)
 
 
 def _blur(x: Tensor, level: float, generator: torch.Generator) -> Tensor:
@@ -71,13 +71,13 @@ def _translation(x: Tensor, level: float, generator: torch.Generator) -> Tensor:
 
 
 def _pixel_dropout(x: Tensor, level: float, generator: torch.Generator) -> Tensor:
-    gone = torch.rand(len(x), 1, *x.shape[2:], generator=generator) < level
+    gone = torch.rand(len(x), 1, *x.shape[2:], generator=generator, device=generator.device) < level
     return torch.where(gone, x.amin((2, 3), keepdim=True), x)
 
 
 def _occlusion(x: Tensor, level: float, generator: torch.Generator) -> Tensor:
     height, width = x.shape[2:]
-    centre = 0.25 + 0.5 * torch.rand(len(x), 2, 1, generator=generator)
+    centre = 0.25 + 0.5 * torch.rand(len(x), 2, 1, generator=generator, device=generator.device)
     down, across = ((torch.arange(size) + 0.5) / size for size in (height, width))
     inside = ((down - centre[:, 0]).abs() < level / 2)[:, :, None] & (
         (across - centre[:, 1]).abs() < level / 2
@@ -148,7 +148,9 @@ def shifted_scores(
     scores = dict.fromkeys(names, math.nan)
     if data.classes is None or data.x_test.ndim != 4:
         return scores
-    index = torch.randperm(len(data.x_test), generator=torch.Generator().manual_seed(seed))[:rows]
+    index = torch.randperm(
+        len(data.x_test), generator=torch.Generator().manual_seed(seed), device="cpu"
+    )[:rows]
     x, y = data.x_test[index], data.y_test[index]
     for severity in range(1, 6):
         nll, ece = 0.0, 0.0
@@ -177,7 +179,9 @@ def _other_images(data: Data, rows: int, seed: int) -> Tensor | None:
     other = load(name)
     if other.x_test.shape[1:] != data.x_test.shape[1:]:
         return None
-    index = torch.randperm(len(other.x_test), generator=torch.Generator().manual_seed(seed))[:rows]
+    index = torch.randperm(
+        len(other.x_test), generator=torch.Generator().manual_seed(seed), device="cpu"
+    )[:rows]
     (low, high), (own_low, own_high) = (
         images.aminmax() for images in (other.x_train, data.x_train)
     )
@@ -193,7 +197,7 @@ def _classes(prediction: Prediction) -> ClassPrediction:
 
 
 def _signs(rows: int, generator: torch.Generator) -> Tensor:
-    return 2.0 * torch.randint(2, (rows,), generator=generator) - 1
+    return 2.0 * torch.randint(2, (rows,), generator=generator, device=generator.device) - 1
 
 
 def _moved(x: Tensor, maps: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyro_bmr.data.given import example_of
 from pyro_bmr.data.inputs import described as shapes_of
-from pyro_bmr.data.inputs import has_rows, of_each, parts_of, rows_in
+from pyro_bmr.data.inputs import device_of, has_rows, of_each, parts_of, rows_in
 from pyro_bmr.errors import ModelError, PyroBMRWarning, described
 from pyro_bmr.exporting.cost_table import Trial, dense_networks, read_format, with_shared_calls
 from pyro_bmr.exporting.costs import Timed, with_latencies
@@ -119,6 +119,8 @@ def _trial(net: nn.Module, example: Any, seconds: float, batches: tuple[int, ...
         )
     plain, name = plain_copy(net), type(net).__name__
     check_network(plain, "deploy")
+    where = next((p.device for p in plain.parameters()), device_of(example))
+    example = of_each(lambda t: t.to(where), example)
     count = rows_in(example)
     some = torch.arange(max(2, min(count, 16))) % count
     rows = [of_each(itemgetter(index), example) for index in (some, some[[0, 0, 1]])]

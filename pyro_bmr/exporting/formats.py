@@ -181,7 +181,7 @@ class _Rows:
         some = islice(pieces(example, _ROWS_AT_A_TIME), _CALIBRATIONS)
         given = [tree_leaves(call_arguments(net, part)) for part in some]
         self._batches = iter(
-            [{n: t.numpy() for n, t in zip(names, one, strict=True)} for one in given]
+            [{n: t.cpu().numpy() for n, t in zip(names, one, strict=True)} for one in given]
         )
 
     def get_next(self) -> dict[str, Any] | None:

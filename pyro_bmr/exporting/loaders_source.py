@@ -87,7 +87,7 @@ def load_onnx(file="model.onnx"):
         parts += [t for name, t in named.items() if name not in names]
         known = {name: t for name, t in named.items() if name in names}
         known |= dict(zip([name for name in names if name not in known], parts))
-        numbers = {name: known[name].numpy() for name in names}
+        numbers = {name: known[name].cpu().numpy() for name in names}
         outputs = [torch.from_numpy(y) for y in session.run(None, numbers)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 

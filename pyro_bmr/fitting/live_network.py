@@ -19,12 +19,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyro_bmr.data.inputs import Inputs, called, of_each, rows_in
 from pyro_bmr.errors import PyroBMRError, ShrinkError
 from pyro_bmr.fitting.network import Network
+from pyro_bmr.isolation import tensors_on_cpu
 from pyro_bmr.networks.placed_weights import PlacedWeights
 from pyro_bmr.networks.plain_module import module_copy
 from pyro_bmr.shrinking.analysis import Analysis, cut
 from pyro_bmr.shrinking.cut_graph import CutGraph
 from pyro_bmr.shrinking.exported_graph import ExportedGraph, exported, two_rows
-from pyro_bmr.shrinking.home import tensors_on_cpu, to_cpu
+from pyro_bmr.shrinking.home import to_cpu
 from pyro_bmr.shrinking.own_class import own_class
 from pyro_bmr.shrinking.refusals import foreign_errors
 from pyro_bmr.shrinking.untied import shared_names
@@ -285,7 +286,7 @@ def _drawn(net: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in copied.named_parameters():
         if name in masks:
-            draw = torch.randn(parameter.shape, generator=generator).to(parameter)
+            draw = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
             fan_in = prod(parameter.shape[1:])
             parameter.data = draw.mul_(masks[name]).div_(max(fan_in, 1) ** 0.5)
     return copied

@@ -43,9 +43,10 @@ class Noise:
             self.choice.manual_seed(2 * (self.seed * 1_000_003 + number))
             self.generator.manual_seed(2 * (self.seed * 1_000_003 + number) + 1)
             self.batch.normal_(generator=self.generator)
-            offsets = torch.randperm(_OFFSETS, generator=self.choice)[:_STEPS_PER_BATCH].tolist()
+            order = torch.randperm(_OFFSETS, generator=self.choice, device="cpu")
+            offsets = order[:_STEPS_PER_BATCH].tolist()
             signs = (
-                2.0 * torch.randint(2, (_STEPS_PER_BATCH,), generator=self.choice) - 1
+                2.0 * torch.randint(2, (_STEPS_PER_BATCH,), generator=self.choice, device="cpu") - 1
             ).tolist()
             self.windows = list(zip(offsets, signs, strict=True))
         offset, sign = self.windows[turn]

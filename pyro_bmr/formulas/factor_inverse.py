@@ -47,7 +47,7 @@ def _solves(chol: Tensor, matrix: Tensor, damping: float) -> bool:
     """
     generator = torch.Generator().manual_seed(0)
     units = (matrix.diagonal() + damping).sqrt()[:, None]
-    drawn = torch.randn(len(matrix), _PROBES, generator=generator).to(chol)
+    drawn = torch.randn(len(matrix), _PROBES, generator=generator, device="cpu").to(chol)
     x = torch.cholesky_solve(drawn * units, chol).double()
     product = torch.cat([rows.double() @ x for rows in matrix.split(_ROWS)])
     left = (product + damping * x) / units - drawn

@@ -19,6 +19,7 @@ from pyro_bmr.formulas.low_rank import LowRank
 from pyro_bmr.guides.latent_sites import Latent
 from pyro_bmr.guides.site_normal import masked
 from pyro_bmr.guides.site_wise import SiteWise
+from pyro_bmr.isolation import normal_numbers
 from pyro_bmr.memory import check_memory, training_bytes
 
 
@@ -74,9 +75,7 @@ class LowRankSite(nn.Module):
         self.loc = nn.Parameter(latent.start.clone())
         self.log_scale = nn.Parameter(scale.log().expand(size).clone())
         # not at W = 0, which is a saddle point of the bound
-        start = torch.randn(
-            size, rank, generator=torch.Generator().manual_seed(size), dtype=torch.float64
-        )
+        start = normal_numbers((size, rank), size, torch.float64)
         self.factor = nn.Parameter((0.3 / math.sqrt(rank) * start).to(latent.start))
 
     def forward(self, values: Mapping[str, Tensor], mask: Tensor | None) -> LowRankNormal:

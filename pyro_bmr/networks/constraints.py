@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import _Orthogonal
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from pyro_bmr.isolation import normal_numbers
 from pyro_bmr.networks.folding import parametrized
 from pyro_bmr.networks.plain_module import module_copy
 
@@ -90,7 +91,7 @@ def _verdict(tensor_of: Callable[[Tensor], Tensor], value: Tensor) -> tuple[str,
     """Why `value` can never be a site, or None: found by setting all of it, or one slice of it, to
     zero and to twice itself.
     """
-    generic = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+    generic = normal_numbers(value.shape, 0).to(value)
     at = tensor_of(generic)
 
     def same(other: Tensor) -> bool:

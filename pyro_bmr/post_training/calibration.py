@@ -55,7 +55,8 @@ def calibration_rows(
         known = count if size is None else size
         if count > rows:
             generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randperm(count, generator=generator)[:rows].sort().values
+            order = torch.randperm(count, generator=generator, device="cpu")
+            chosen = order[:rows].sort().values
             if found.y is None:
                 data = of_each(lambda part: part[chosen], found.x)
             else:

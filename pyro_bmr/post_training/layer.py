@@ -118,7 +118,9 @@ class Layer:
         rows, columns = covariance_root(self.row_cov), covariance_root(self.col_cov)
         rows = rows * widening**0.5
         for _ in range(count):
-            noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
+            noise = torch.randn(
+                self.mean.shape, generator=generator, dtype=self.mean.dtype, device="cpu"
+            )
             error = rows @ noise.to(rows.device) @ columns.mT
             given = held_at_zero(
                 error, self.row_cov, self.col_cov, self.held, tolerance=_TOLERANCE

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_bmr.isolation import seed_generators
+from pyro_bmr.isolation import normal_numbers, seed_generators
 from pyro_bmr.posteriors.from_guides import undisturbed
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.tracing import Values
@@ -121,9 +121,7 @@ def _somewhere(number: int, site: Site) -> Tensor:
         return site.value(site.mean)
     rms = site.mean.square().mean().sqrt()
     prior = torch.ones_like(rms) if site.prior is None else site.prior.var.mean().sqrt()
-    noise = torch.randn(site.mean.shape, generator=torch.Generator().manual_seed(number)).to(
-        site.mean
-    )
+    noise = normal_numbers(site.mean.shape, number).to(site.mean)
     return noise * (rms if rms > 0 else 0.5 * prior.clamp_max(1)) * site.kept
 
 
@@ -153,7 +151,7 @@ def _pairs(
     leaves = {name: values[name].detach().requires_grad_() for name in names}
     with torch.enable_grad():
         at = log_probs({**values, **leaves})
-        weights = torch.randn(at.shape, generator=torch.Generator().manual_seed(len(names))).to(at)
+        weights = normal_numbers(at.shape, len(names)).to(at)
         gradients = torch.autograd.grad(
             (at * weights).sum(), list(leaves.values()), allow_unused=True
         )
@@ -236,9 +234,9 @@ def _multiply(
     """Whether (c·a, b/c) gives what (a, b) gives, with a negative c for each slice, and (c·a, b)
     does not.
     """
-    factors = -(
-        2 ** (1 + torch.rand(a.length, generator=torch.Generator().manual_seed(a.length)))
-    ).to(at)
+    generator = torch.Generator().manual_seed(a.length)
+    uniform = torch.rand(a.length, generator=generator, device="cpu")
+    factors = -(2 ** (1 + uniform)).to(at)
     one = _times(a, factors, values)
     alone = float((log_probs(one) - at).abs().max())
     both = float((log_probs(_times(b, 1 / factors, one)) - at).abs().max())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError, described, holds, warn
-from pyro_bmr.isolation import isolated
+from pyro_bmr.isolation import isolated, tensors_on_cpu
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Prior
 from pyro_bmr.reduction.cautions import cautions
@@ -120,6 +120,7 @@ def reduce(
     return reduction
 
 
+@tensors_on_cpu()
 def quiet_reduction(
     posterior: Posterior,
     to: Prior | Mapping[str, Prior | None] | None,

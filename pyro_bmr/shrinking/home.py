@@ -1,12 +1,11 @@
 """A network is read and cut on the CPU, wherever it is; the smaller one goes back.
 
-Owns `Home`, `to_cpu` and `tensors_on_cpu`. Next: `exported_graph.py`.
+Owns `Home` and `to_cpu`. Next: `exported_graph.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,16 +84,6 @@ def to_cpu(net: nn.Module) -> Home:
                 setattr(module, name, type(value)(str(_CPU)))
     net.to(_CPU)
     return Home(device, attributes)
-
-
-@contextmanager
-def tensors_on_cpu() -> Iterator[None]:
-    """A context in which a tensor without a device is made on the CPU, whatever the default is."""
-    if torch.get_default_device() == _CPU:
-        yield
-        return
-    with _CPU:
-        yield
 
 
 def _without_values(devices: set[torch.device]) -> bool:

@@ -19,11 +19,12 @@ from pyro_bmr.data.given import example_of
 from pyro_bmr.data.inputs import described as shapes_of
 from pyro_bmr.data.inputs import has_rows, of_each, rows_in
 from pyro_bmr.errors import ShrinkError, described
+from pyro_bmr.isolation import tensors_on_cpu
 from pyro_bmr.shrinking.analysis import Analysis
 from pyro_bmr.shrinking.cut_graph import CutGraph
 from pyro_bmr.shrinking.differences import first_difference
 from pyro_bmr.shrinking.exported_graph import ExportedGraph, exported, two_rows
-from pyro_bmr.shrinking.home import tensors_on_cpu, to_cpu
+from pyro_bmr.shrinking.home import to_cpu
 from pyro_bmr.shrinking.layer_calls import with_layers
 from pyro_bmr.shrinking.layer_table import layer_table
 from pyro_bmr.shrinking.masked_network import masked

@@ -155,10 +155,11 @@ def _rows_like(example: Tensor, net: nn.Module) -> list[Tensor]:
         scale = scale if bool(scale.isfinite()) and float(scale) > 0 else torch.ones_like(scale)
         center = rows.mean().nan_to_num(0, 0, 0)
         factors = torch.tensor([[1, 1], [3, 1 / 3]]).view(2, 2, *[1] * (rows.ndim - 1))
-        draws = torch.randn((2, *shape), generator=generator) * factors
+        draws = torch.randn((2, *shape), generator=generator, device="cpu") * factors
         return [rows, *(draws.to(rows) * scale + center)]
     if rows.dtype == torch.bool:
-        return [rows, torch.rand(shape, generator=generator).to(rows.device) < 0.5]
+        chances = torch.rand(shape, generator=generator, device="cpu")
+        return [rows, (chances < 0.5).to(rows.device)]
     if rows.is_complex() or not rows.numel():
         return [rows]
     return [rows, *_whole_numbers_like(example, net, shape, generator)]
@@ -171,16 +172,16 @@ def _whole_numbers_like(
     the size of the smallest embedding.
     """
     low, high = (t.expand(shape).cpu() for t in (example.amin(0).clamp(max=0), example.amax(0)))
-    chosen = torch.randint(len(example), shape, generator=generator).to(example.device)
+    chosen = torch.randint(len(example), shape, generator=generator, device="cpu")
     tops = [high]
     tables = [m for m in net.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     if tables and not example.is_cuda:  # on a GPU an index out of range ends the process
         tops.append(high.clamp(min=min(m.num_embeddings for m in tables) - 1))
     drawn = []
     for top in tops:
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
         drawn.append(low + (uniform * (top - low + 1)).floor().to(low.dtype))
-    return [example.gather(0, chosen), *(t.to(example) for t in drawn)]
+    return [example.gather(0, chosen.to(example.device)), *(t.to(example) for t in drawn)]
 
 
 def difference(want: Sequence[Tensor], got: Sequence[Tensor]) -> tuple[float, float]:

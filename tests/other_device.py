@@ -1,0 +1,245 @@
+"""Another device than the CPU, without one: `python -m tests.other_device` runs fits, reductions,
+predictions, curvatures, `prune` and `shrink` on it, and compares them with those of the CPU.
+
+torch lets a backend be written in Python. The tensors of this one, "other", hold a tensor of the
+CPU, and an operation of one of them with a tensor that is not there raises, as on a GPU. As there,
+numbers and indices may be on the CPU. It is for a process of its own: the backend stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import pyro_bmr as bmr
+from pyro_bmr.data.inputs import called, of_each
+from pyro_bmr.fitting.flat_vectors import FlatVectors
+from tests.shrinking.kinds import KINDS
+from tests.shrinking.networks import random_masks
+
+OTHER = "other:0"
+COPIES = ("copy_", "_to_copy", "_copy_from")
+INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+
+
+class Backend:
+    """What torch asks the module of a backend."""
+
+    def is_initialized(self):
+        return True
+
+    def is_available(self):
+        return True
+
+    def device_count(self):
+        return 1
+
+    def current_device(self):
+        return 0
+
+    def _is_in_bad_fork(self):
+        return False
+
+    def manual_seed_all(self, seed):
+        pass
+
+    def get_rng_state(self, device=None):
+        return torch.zeros(1, dtype=torch.uint8)
+
+    def set_rng_state(self, state, device=None):
+        pass
+
+    def get_amp_supported_dtype(self):
+        return [torch.float16, torch.bfloat16]
+
+    def device(self, device):
+        return contextlib.nullcontext()
+
+
+class Generator(torch.Generator):
+    """One of the CPU, whatever device is named."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
+
+
+class OtherTensor(torch.Tensor):
+    """A tensor on the other device; `held` has its numbers."""
+
+    @staticmethod
+    def __new__(cls, held):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=torch.device(OTHER),
+        )
+        made.held = held
+        return made
+
+    def tolist(self):
+        return self.held.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = operation.__name__.partition(".")[0]
+        device = kwargs.get("device")
+        to_cpu = device is not None and torch.device(device).type == "cpu"
+        if not to_cpu and name not in COPIES:
+            held_here = (args[0], args[2:], kwargs) if name in INDEXED else (args, kwargs)
+            for t in tree_leaves(held_here):
+                if isinstance(t, torch.Tensor) and not isinstance(t, cls) and t.ndim and t.numel():
+                    raise RuntimeError(f"tensors on two devices, other:0 and cpu ({operation})")
+        with torch.no_grad():
+            result = operation(*tree_map(held, args), **tree_map(held, kwargs))
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and isinstance(args[0], torch.Tensor):
+            return args[0]
+        if kwargs.get("out") is not None:
+            return kwargs["out"]
+        return result if to_cpu or name == "_local_scalar_dense" else tree_map(there, result)
+
+
+def held(part):
+    if isinstance(part, torch.device):
+        return torch.device("cpu") if part.type == "other" else part
+    return part.held if isinstance(part, OtherTensor) else part
+
+
+def there(part):
+    is_here = isinstance(part, torch.Tensor) and not isinstance(part, OtherTensor)
+    return OtherTensor(part) if is_here else part
+
+
+def copy_from(source, target, non_blocking=False):
+    held(target).copy_(held(source))
+    return target
+
+
+def made(operation):
+    """`operation`, which makes a tensor, on the other device."""
+
+    def make(*args, **kwargs):
+        known = {k: v for k, v in kwargs.items() if k in ("dtype", "generator")}
+        return OtherTensor(operation(*args, **known, device="cpu"))
+
+    return make
+
+
+def register():
+    """Makes "other" a device of this process; the result has to be kept."""
+    torch.utils.backend_registration._setup_privateuseone_for_python_backend(
+        "other", backend_module=Backend()
+    )
+    library = torch.library.Library("aten", "IMPL")
+    for name, operation in {
+        "empty.memory_format": torch.empty,
+        "empty_strided": torch.empty_strided,
+        "arange": torch.arange,
+        "arange.start": torch.arange,
+        "arange.start_step": torch.arange,
+        "randperm": torch.randperm,
+    }.items():
+        library.impl(name, made(operation), "PrivateUse1")
+    library.impl("_copy_from", copy_from, "PrivateUse1")
+    # there are generators of C++ backends only, and no memory to give back
+    torch.Generator = Generator
+    FlatVectors.release = lambda self: None
+    return library
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 2))
+
+
+def convolutions():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+        nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 2),
+    )  # fmt: skip
+
+
+def to_other(data):
+    return of_each(lambda t: t.to("other"), data)
+
+
+def close(found, want, tolerance=1e-4):
+    for a, b in zip(tree_leaves(found), tree_leaves(want), strict=True):
+        if isinstance(b, torch.Tensor):
+            torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance)
+
+
+def check_shrink(names):
+    for name in names:
+        net, example = KINDS[name]()
+        masks = random_masks(net, 0.5, "rows", 0)
+        want = called(bmr.shrink(net, masks, example), example)
+        small = bmr.shrink(net.to("other"), masks, to_other(example))
+        assert {str(p.device) for p in small.parameters()} == {OTHER}, name
+        close(called(small, to_other(example)), want)
+
+
+def check_fits(data_on, default=None):
+    x, images = torch.randn(200, 6), torch.randn(200, 1, 8, 8)
+    y = (x[:, 0] > 0).long()
+    spike = bmr.Gaussian(scale=0.0)
+    every = bmr.Every(1.0, spike, kept=0.3, stop=0.8)
+    for net, rows, prior, options in (
+        (mlp, x, bmr.Gaussian("layer"), {"optimizer": bmr.natural_gradient(), "reduce": every}),
+        (mlp, x, bmr.Horseshoe(), {}),
+        (mlp, x, bmr.Gaussian(), {"guide": bmr.MatrixVariate}),
+        (convolutions, images, bmr.Gaussian(), {"reduce": every}),
+    ):
+        net, data = net().to("other"), of_each(lambda t: t.to(data_on), (rows, y))
+        torch.set_default_device(default)
+        try:
+            program = bmr.BayesianNetwork(net, prior, bmr.Categorical())
+            fit = bmr.fit(program, data, epochs=4, progress=False, **options)
+            reduction = bmr.reduce(fit.posterior, to=spike, kept=0.5, per="input")
+            predicted = bmr.predict(program, reduction.posterior, data[0], draws=4)
+            small = bmr.shrink(bmr.export(program, reduction.posterior), {}, data[0])
+            assert predicted.probs.isfinite().all()
+            assert small(data[0].to("other")).shape == (200, 2)
+        finally:
+            torch.set_default_device(None)
+        assert {str(site.mean.device) for site in fit.posterior.sites.values()} == {OTHER}
+
+
+def check_pruning():
+    x, y = torch.randn(200, 6), torch.randint(2, (200,))
+    likelihood, few = bmr.Categorical(), {"corrections": 1, "last_corrections": 1}
+    pruned = {}
+    for device in ("cpu", "other"):
+        net, data = mlp().to(device), of_each(lambda t: t.to(device), (x, y))  # noqa: B023
+        bmr.curvature(net, data, likelihood, structure="diagonal", progress=False)
+        pruned[device] = bmr.prune(
+            net, data, likelihood=likelihood, kept=0.3, fisher="empirical", progress=False, **few
+        )
+    close(pruned["other"].net.cpu().state_dict(), pruned["cpu"].net.state_dict(), 1e-3)
+
+
+def main(kinds):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    library = register()
+    torch.manual_seed(0)
+    check_shrink(kinds or ["written_attention", "grouped_bottleneck", "windows"])
+    check_fits("other")
+    check_fits("other", default="other")
+    check_fits("cpu")
+    check_pruning()
+    print("the same on the other device", library.kind)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
