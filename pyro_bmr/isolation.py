@@ -185,7 +185,7 @@ def isolated(
 @contextmanager
 def tensors_on_cpu() -> Iterator[None]:
     """A context, or a decorator, in which a tensor without a device is made on the CPU, whatever
-    the default is: for code that calls no program or network of a user.
+    the default is: for code that calls no program or network of a user, or a copy on the CPU.
     """
     if torch.get_default_device().type == "cpu":
         yield

@@ -18,11 +18,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import pyro_bmr as bmr
 from pyro_bmr.data.inputs import called, of_each
+from pyro_bmr.fitting import live_network
 from pyro_bmr.fitting.flat_vectors import FlatVectors
 from tests.shrinking.kinds import KINDS
 from tests.shrinking.networks import random_masks
 
 OTHER = "other:0"
+LIVE: list[object] = []
 COPIES = ("copy_", "_to_copy", "_copy_from")
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 
@@ -87,6 +89,14 @@ class OtherTensor(torch.Tensor):
     def tolist(self):
         return self.held.tolist()
 
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, value):
+        self.held = value.held
+
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -150,6 +160,15 @@ def register():
     }.items():
         library.impl(name, made(operation), "PrivateUse1")
     library.impl("_copy_from", copy_from, "PrivateUse1")
+    live_network._WORTH = 0  # small networks, too, are fitted without their dead units
+    small_of = live_network.LiveNetworks._small
+
+    def noted(self, *arguments):
+        found = small_of(self, *arguments)
+        LIVE.extend([] if found is None else [found])
+        return found
+
+    live_network.LiveNetworks._small = noted
     # there are generators of C++ backends only, and no memory to give back
     torch.Generator = Generator
     FlatVectors.release = lambda self: None
@@ -177,6 +196,44 @@ def close(found, want, tolerance=1e-4):
     for a, b in zip(tree_leaves(found), tree_leaves(want), strict=True):
         if isinstance(b, torch.Tensor):
             torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance)
+
+
+class Named(nn.Module):
+    """Makes a tensor on a device that it names, and holds a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
+        self.options, self.tables = {"device": "other"}, [torch.ones(6).to("other")]
+        self.__dict__["device"] = torch.device("other")
+
+    @property
+    def device(self):
+        return self.__dict__["device"]
+
+    def forward(self, x):
+        x = (x * self.tables[0]).to(self.device)
+        return self.last(self.first(x).relu() * torch.arange(8, device=self.options["device"]))
+
+
+def check_again():
+    """A graph that names the device is read like any other network."""
+    net, x = Named().to("other"), torch.randn(3, 6)
+    net.first.bias.data = net.first.bias * 0
+    mask = torch.ones(8, 6, dtype=torch.bool)
+    mask[:3] = False
+    small = bmr.shrink(net, {"first.weight": mask}, x)
+    assert str(net.device) == "other" and net.options == {"device": "other"}
+    plan = bmr.shrinking.shrink_plan(net, {}, x)
+    there_and_back = plan._masked
+    assert there_and_back.options == net.options and there_and_back.device == net.device
+    assert isinstance(there_and_back.tables[0], OtherTensor)
+    assert len(plan.latency(x, (1,), seconds=0.01)) == 1
+    again = bmr.shrink(small, {}, x)
+    for found in (small, again):
+        assert {str(p.device) for p in found.parameters()} == {OTHER}
+        assert sum(p.numel() for p in found.parameters()) == 5 * 7 + 2 * 6
+    close(again(x.to("other")), small(x.to("other")).cpu())
 
 
 def check_shrink(names):
@@ -212,6 +269,8 @@ def check_fits(data_on, default=None):
             assert small(data[0].to("other")).shape == (200, 2)
         finally:
             torch.set_default_device(None)
+        assert ("reduce" in options) == bool(LIVE), "the network without its dead units"
+        LIVE.clear()
         assert {str(site.mean.device) for site in fit.posterior.sites.values()} == {OTHER}
 
 
@@ -234,6 +293,7 @@ def main(kinds):
     library = register()
     torch.manual_seed(0)
     check_shrink(kinds or ["written_attention", "grouped_bottleneck", "windows"])
+    check_again()
     check_fits("other")
     check_fits("other", default="other")
     check_fits("cpu")

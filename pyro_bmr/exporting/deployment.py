@@ -119,10 +119,11 @@ def _trial(net: nn.Module, example: Any, seconds: float, batches: tuple[int, ...
         )
     plain, name = plain_copy(net), type(net).__name__
     check_network(plain, "deploy")
-    where = next((p.device for p in plain.parameters()), device_of(example))
+    tensors = (*plain.parameters(), *plain.buffers())
+    where = next((t.device for t in tensors), device_of(example))
     example = of_each(lambda t: t.to(where), example)
     count = rows_in(example)
-    some = torch.arange(max(2, min(count, 16))) % count
+    some = torch.arange(max(2, min(count, 16)), device=where) % count
     rows = [of_each(itemgetter(index), example) for index in (some, some[[0, 0, 1]])]
     outputs = answers(plain, rows, double=False)
     if outputs.outputs[0] is None or not outputs.outputs[0]:

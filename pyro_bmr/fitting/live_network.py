@@ -135,7 +135,8 @@ class LiveNetworks:
     """The live network of a fit after each pruning; the graph of its network is read once.
 
     There is none where layers share a parameter, where another layer than a batch norm changes its
-    buffers, and where the smaller network is not of the same class or gives other outputs.
+    buffers, where tensors are on several devices, and where the smaller network is not of the same
+    class or gives other outputs.
     `moving`: running statistic → a mask of ones, since it may have any value.
     """
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from pyro_bmr.data.inputs import Inputs, call_arguments
+from pyro_bmr.isolation import seed_generator
 from pyro_bmr.shrinking.analysis import Analysis, cut
 from pyro_bmr.shrinking.cut_graph import CutGraph
 from pyro_bmr.shrinking.exported_graph import ExportedGraph
@@ -85,7 +86,7 @@ def _run(
     """The value of each node, and the node at which the run stopped; None if it did not."""
     seen: dict[fx.Node, Any] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        seed_generator(torch.device("cpu"), 0)
         for node in graph.nodes:
             if node.op == "output":
                 break

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from pyro_bmr.errors import ShrinkError
 
 _CPU = torch.device("cpu")
+_OF_TORCH = frozenset(vars(nn.Module()))  # what a module has of its own: parameters, hooks
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Home:
     """Where a network was.
 
     `attributes`: the path of a module, and an attribute of it that is no parameter or buffer → its
-    value: a tensor that was there, or a name of the device.
+    value, in which tensors that were there and names of the device have been replaced.
     """
 
     device: torch.device
@@ -32,64 +34,81 @@ class Home:
         """Moves `net`, which is changed: the network that was moved, or a smaller one."""
         if self.device == _CPU:
             return net
+
+        def there(now: Any, before: Any) -> Any:
+            if isinstance(now, Tensor):
+                return now.to(self.device)
+            return before if _names(before, self.device) else now
+
         modules = dict(net.named_modules())
-        for (path, name), value in self.attributes.items():
-            if name in vars(modules.get(path, nn.Module())):
-                held = vars(modules[path])[name]
-                there = held.to(self.device) if isinstance(held, Tensor) else value
-                setattr(modules[path], name, there)
-        for module in modules.values():
-            if isinstance(module, fx.GraphModule):
-                for node in module.graph.nodes:
-                    node.args, node.kwargs = self._here(node.args), self._here(node.kwargs)
-                module.recompile()
+        for (path, name), before in self.attributes.items():
+            own = modules[path].__dict__ if path in modules else {}
+            if name in own:
+                own[name] = tree_map(there, own[name], before)
+        _exchange(net, _CPU, self.device)
         return net.to(self.device)
-
-    def _here(self, arguments: Any) -> Any:
-        """Arguments of an operation, with this device in the place of the CPU."""
-
-        def moved(part: Any) -> Any:
-            return self.device if isinstance(part, torch.device) and part == _CPU else part
-
-        return fx.node.map_aggregate(arguments, moved)
 
 
 def to_cpu(net: nn.Module) -> Home:
     """Moves `net`, which is changed, and says where it was.
 
-    Tensors among the attributes of its modules are moved as well, and a device that a forward makes
-    tensors on becomes the CPU.
+    A tensor among the attributes of its modules is moved as well, and a device that a forward makes
+    tensors on becomes the CPU; both may be in a list, a tuple or a dict.
 
     Raises:
-        ShrinkError: it is on several devices, or has no values.
+        ShrinkError: its tensors are on several devices, or have no values.
     """
-    devices = {t.device for t in (*net.parameters(), *net.buffers())} or {_CPU}
-    if len(devices) > 1 or _without_values(devices):
+    devices = {t.device for t in (*net.parameters(), *net.buffers())}
+    others = {device for device in devices if device.type not in ("cpu", "meta")}
+    empty = any(device.type == "meta" for device in devices)
+    if len(others) > 1 or (empty and (others or len(devices) == 1)):
         names = ", ".join(sorted(map(str, devices)))
         raise ShrinkError(
             f"net: expected tensors on one device, with values, got some on {names}; move them"
             " with net.to(...)"
         )
-    (device,) = devices
-    if device == _CPU:
-        return Home(device, {})
+    if not others:
+        return Home(_CPU, {})
+    (device,) = others
     attributes: dict[tuple[str, str], Any] = {}
     for path, module in net.named_modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor) and value.device == device:
-                attributes[path, name] = value
-                setattr(module, name, value.to(_CPU))
-            elif isinstance(value, (torch.device, str)) and _names(value, device):
-                attributes[path, name] = value
-                setattr(module, name, type(value)(str(_CPU)))
+        for name in vars(module).keys() - _OF_TORCH:
+            before, found = vars(module)[name], list[Any]()
+
+            def here(part: Any, found: list[Any] = found) -> Any:
+                if isinstance(part, Tensor) and part.device == device:
+                    found.append(part)
+                    return part.to(_CPU)
+                if _names(part, device):
+                    found.append(part)
+                    return type(part)(str(_CPU))
+                return part
+
+            now = tree_map(here, before)
+            if found:
+                attributes[path, name] = before
+                module.__dict__[name] = now  # past a property of that name
+    _exchange(net, device, _CPU)
     net.to(_CPU)
     return Home(device, attributes)
 
 
-def _without_values(devices: set[torch.device]) -> bool:
-    return any(device.type == "meta" for device in devices)
-
-
-def _names(value: torch.device | str, device: torch.device) -> bool:
+def _names(value: Any, device: torch.device) -> bool:
     """Whether it is a name of the device: with its number, or without."""
-    return str(value) in (str(device), device.type)
+    return type(value) in (str, torch.device) and str(value) in (str(device), device.type)
+
+
+def _exchange(net: nn.Module, old: torch.device, new: torch.device) -> None:
+    """Puts another device into the operations of the graphs in `net`."""
+
+    def exchanged(part: Any) -> Any:
+        return new if isinstance(part, torch.device) and _names(part, old) else part
+
+    for module in net.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.args = fx.node.map_aggregate(node.args, exchanged)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, exchanged)
+                if _names(node.kwargs.get("device"), old):
+                    node.update_kwarg("device", new)
+            module.recompile()

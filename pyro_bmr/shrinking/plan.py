@@ -24,7 +24,7 @@ from pyro_bmr.shrinking.analysis import Analysis
 from pyro_bmr.shrinking.cut_graph import CutGraph
 from pyro_bmr.shrinking.differences import first_difference
 from pyro_bmr.shrinking.exported_graph import ExportedGraph, exported, two_rows
-from pyro_bmr.shrinking.home import to_cpu
+from pyro_bmr.shrinking.home import Home, to_cpu
 from pyro_bmr.shrinking.layer_calls import with_layers
 from pyro_bmr.shrinking.layer_table import layer_table
 from pyro_bmr.shrinking.masked_network import masked
@@ -88,14 +88,16 @@ def shrink_plan(
             result is then a graph for images of the size of the example.
 
     Raises:
-        ShrinkError: a mask fits no parameter, the example does not fit the network, torch.export
-            cannot read it, or the outputs would differ.
+        ShrinkError: a mask fits no parameter, the example does not fit the network, its tensors are
+            on several devices or have no values, torch.export cannot read it, or the outputs would
+            differ.
     """
     example = example_of(example, net)
     copied = masked(net, masks)
     home = to_cpu(copied)
+    with tensors_on_cpu():
+        inputs, want = _compared(copied, example, home)
     with tensors_on_cpu(), foreign_errors(f"the graph of {type(copied).__name__}"):
-        inputs, want = _compared(copied, example)
         separate, groups = untied(copied)
         graph = exported(separate, inputs[0])
         found = _found(graph, separate, copied, groups, want, inputs, fold_padded)
@@ -127,8 +129,9 @@ def shrink_each(nets: Iterable[nn.Module], example: Any) -> list[nn.Module]:
         example = example_of(example, net)
         copied = masked(net, {})
         home = to_cpu(copied)
+        with tensors_on_cpu():
+            inputs, want = _compared(copied, example, home)
         with tensors_on_cpu(), foreign_errors(f"the graph of {type(copied).__name__}"):
-            inputs, want = _compared(copied, example)
             separate, groups = untied(copied)
             graph = exported(separate, inputs[0]) if graph is None else graph.of(separate)
             small = _found(graph, separate, copied, groups, want, inputs).small
@@ -233,15 +236,16 @@ def _check_rows(graph: ExportedGraph, want: Answers, small: nn.Module, inputs: l
         )
 
 
-def _compared(net: nn.Module, example: Any) -> tuple[list[Any], Answers]:
+def _compared(net: nn.Module, example: Any, home: Home) -> tuple[list[Any], Answers]:
     """The inputs on which the smaller network is compared with the masked one, and the answers of
-    that: two rows of the example, one row, and rows like them.
+    that: two rows of the example, one row, and rows like them. `home`: where `net` was.
     """
     _check_example(example)
-    example = of_each(Tensor.cpu, example)
+    # of real numbers three rows are read, of whole ones the range of all
+    example = of_each(lambda t: (t[:3] if t.is_floating_point() else t).cpu(), example)
     one = of_each(lambda t: t[2:3] if len(t) > 2 else t[:1], example)
     inputs = [two_rows(example), one, *inputs_like(example, net)[1:]]
-    return inputs, _answers_to_keep(net, inputs)
+    return inputs, _answers_to_keep(net, inputs, home)
 
 
 def _check_example(example: Any) -> None:
@@ -252,12 +256,17 @@ def _check_example(example: Any) -> None:
         )
 
 
-def _answers_to_keep(net: nn.Module, inputs: list[Any]) -> Answers:
+def _answers_to_keep(net: nn.Module, inputs: list[Any], home: Home) -> Answers:
     """The answers of the masked network, which the smaller one has to give."""
     want = answers(net, inputs)
     if want.outputs[0] is None:
+        moved = (
+            f", or net.cpu(): it was read on the CPU, not on {home.device}, and takes its device"
+            " neither from its input nor from an attribute of a module"
+        )
         raise ShrinkError(
             "the network does not run on two rows of the example, of"
             f" {shapes_of(inputs[0])} ({want.error}); pass rows of its input"
+            f"{moved if home.device.type != 'cpu' else ''}"
         )
     return want

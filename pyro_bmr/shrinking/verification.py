@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_bmr.data.inputs import Inputs, called, device_of, of_each, parts_of
 from pyro_bmr.errors import ShrinkError
+from pyro_bmr.isolation import seed_generator
 from pyro_bmr.shrinking.refusals import MASKED, first_line
 
 FLOOR = 1e-3  # a tensor whose largest entry is smaller is compared as if its largest were this
@@ -92,7 +93,8 @@ def answers(net: nn.Module, inputs: Sequence[Inputs], double: bool | None = None
 
     with torch.random.fork_rng(devices=cards), steps:
         for x in inputs:
-            torch.manual_seed(0)
+            for device in (torch.device("cpu"), *cards):
+                seed_generator(device, 0)
             try:
                 output = called(run, of_each(copied, x))
                 outputs.append([t.clone() for t in leaves(output)])

@@ -10,8 +10,7 @@ from torch import nn
 
 import pyro_bmr as bmr
 from pyro_bmr.data.inputs import called, of_each
-from pyro_bmr.shrinking import home
-from pyro_bmr.shrinking.home import Home, to_cpu
+from pyro_bmr.shrinking.home import Home
 from pyro_bmr.shrinking.plan import shrink_plan
 from tests.shrinking.kinds import KINDS
 from tests.shrinking.networks import ViT, random_masks
@@ -23,7 +22,7 @@ class Positions(nn.Module):
     def __init__(self):
         super().__init__()
         self.table, self.first, self.last = nn.Embedding(6, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-        self.device, self.name = torch.device("cpu"), "a name"
+        self.device = torch.device("cpu")
 
     def forward(self, x):
         places = torch.arange(x.shape[1], device=self.device)
@@ -79,19 +78,6 @@ def test_tensors_of_the_forward_are_made_where_the_network_was(kind, from_meta):
         assert made_on == [torch.device("meta")]
 
 
-def test_the_modules_own_attributes_follow(monkeypatch):
-    """The name "cpu" stands for another device, of which "cpu:0" is the CPU."""
-    monkeypatch.setattr(home, "_CPU", torch.device("cpu:0"))
-    net, _ = made(Scaled)
-    where = to_cpu(net)
-    assert where.device == torch.device("cpu") and net.name == "a name"
-    assert str(net.device) == net.where == "cpu:0"
-    net.scale = net.scale * 2  # as if it were another
-    where.back(net)
-    assert str(net.device) == net.where == "cpu" and net.name == "a name"
-    torch.testing.assert_close(net.scale, torch.linspace(2, 4, 8))
-
-
 @pytest.mark.parametrize("name", ["written_attention", "recurrent", "tied_weights", "patches"])
 def test_results_go_where_the_network_was(name, from_meta):
     net, example = KINDS[name]()
@@ -116,11 +102,8 @@ def test_a_default_device_changes_nothing():
     assert all(torch.equal(found[name], want[name]) for name in want)
 
 
-def test_networks_without_values_or_on_several_devices_are_refused():
+def test_networks_without_values_are_refused():
     net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3)
-    net[0].to("meta")
-    with pytest.raises(bmr.errors.ShrinkError, match="one device, with values, got some on cpu, m"):
-        bmr.shrink(net, {}, x)
     with pytest.raises(bmr.errors.ShrinkError, match="one device, with values, got some on meta;"):
         bmr.shrink(net.to("meta"), {}, x)
 
@@ -133,3 +116,21 @@ def test_on_a_gpu(name):
     want = bmr.shrink(net, masks, example)(example)
     small = bmr.shrink(net.cuda(), masks, example.cuda())
     torch.testing.assert_close(small(example.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
+
+
+def test_an_unused_tensor_without_values_changes_nothing_on_the_cpu():
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3)
+    net.register_buffer("later", torch.empty(2, device="meta"), persistent=False)
+    mask = torch.tensor([[True], [False], [True], [True]]).expand(4, 3)
+    net[0].bias.data[1] = 0
+    small = bmr.shrink(net, {"0.weight": mask}, x)
+    assert small[0].weight.shape == (3, 3)
+
+
+def test_generators_of_other_devices_are_left_alone(monkeypatch):
+    """`torch.manual_seed` seeds those of all devices."""
+    net, x = made(Positions)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeded everywhere"))
+    before = torch.get_rng_state()
+    bmr.shrink(net, every_other_unit(net), x)
+    assert torch.equal(torch.get_rng_state(), before)
