@@ -6,8 +6,8 @@ which is killed half-way: the rows must be the same.
 
 All methods of benchmarks/study_methods.toml with two seeds. By default on the digits with a network
 of 64-20-10 and two epochs each, which takes minutes; with `--epochs 0` as declared, which takes
-hours. Killed is the process that has begun the newest cell, once a third of the cells are
-finished.
+more than an hour. Killed is the process that has begun the newest cell, once a third of the cells
+are finished.
 """
 
 from __future__ import annotations

@@ -77,9 +77,9 @@ def compare(
       pruned.
     - fitted: mean field under p; a shrinkage prior then says which weights are zero
       (`reduce(..., to=None)`), a Gaussian keeps all.
-    - reduced: mean field under a Gaussian — p itself, or else `Gaussian("layer")` — reduced
-      during and after the fit to p; a Gaussian p reduces to the point spike, which removes a weight
-      if the evidence increases without it.
+    - reduced: mean field under a Gaussian — p itself, or else `Gaussian("layer")`, by Adam
+      `Gaussian()` — reduced during and after the fit to p; a Gaussian p reduces to the point spike,
+      which removes a weight if the evidence increases without it.
 
     Baselines, in plain torch, under the prior "none" (`baseline_cells`):
 

@@ -98,7 +98,7 @@ def fit_by_route(
             "widen, calibrate: expected a route with variances, got map; leave them out for it"
         )
     rows = validation_data(data, 1 / 6) if settings.calibrate else data
-    declared = _declared(prior, route)
+    declared = _declared(prior, route, settings.optimizer)
 
     def built(rows: Data) -> Any:
         with torch.random.fork_rng():
@@ -165,10 +165,14 @@ def trials_of(
     return Trials(1.0, {}, 1.0)
 
 
-def _declared(prior: Prior, route: str) -> Prior:
-    """The prior of the fit."""
-    other = route == "reduced" and not isinstance(prior, Gaussian)
-    return Gaussian("layer") if other else prior
+def _declared(prior: Prior, route: str, optimizer: str | None) -> Prior:
+    """The prior of the fit. Before a reduction to a shrinkage prior it is a Gaussian: with inferred
+    scales for the natural gradient, empirical ones for Adam, by which the other loses
+    (docs/results/defaults.md).
+    """
+    if route != "reduced" or isinstance(prior, Gaussian):
+        return prior
+    return Gaussian("layer") if optimizer == "natural-gradient" else Gaussian()
 
 
 def _target(prior: Prior) -> Prior:

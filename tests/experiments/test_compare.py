@@ -360,6 +360,22 @@ def test_report_of_the_comparison(done):
         assert f"\n- {sentence}\n" in text and f"<li>{html.escape(sentence)}</li>" in page
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "declared"),
+    [("natural-gradient", bmr.Gaussian("layer")), ("adam", bmr.Gaussian())],
+)
+def test_the_gaussian_before_a_shrinkage_prior_is_that_of_the_optimizer(optimizer, declared):
+    settings, priors = Settings(epochs=1, temperature=1.0, optimizer=optimizer), []
+
+    def build(rows, prior):
+        priors.append(prior)
+        return load_model("mlp:4")(rows, prior)
+
+    for route, prior in (("reduced", declared), ("fitted", bmr.SpikeAndSlab())):
+        of = build, few("digits"), bmr.SpikeAndSlab(), route
+        assert recipe.fit_by_route(*of, 0, settings, False).declared == priors.pop() == prior
+
+
 def test_a_cell_is_a_run_that_can_be_reduced_and_exported(done, tmp_path, monkeypatch, capsys):
     """The fit under a Gaussian, the reduction to the horseshoe after it, and the weights of both:
     those of the cell's own export.
