@@ -384,7 +384,7 @@ def test_a_cell_is_a_run_that_can_be_reduced_and_exported(done, tmp_path, monkey
     monkeypatch.setattr("pyro_bmr.experiments.runs.data_named", lambda *_: few("digits"))
     cell = cell_of(table, folder, "horseshoe", "reduced", 0)
     row = table[table["cell"] == cell.name].iloc[0]
-    assert load_run(cell).prior() == bmr.Gaussian("layer")
+    assert load_run(cell).prior() == bmr.Gaussian()  # by Adam
     assert load_run(cell, reduced=True).reduction
     assert main(["export", str(cell), "--seconds", "0", "--out", str(tmp_path / "out")]) == 0
     own, exported = (load_file(path / "model.safetensors") for path in (cell, tmp_path / "out"))
