@@ -167,8 +167,8 @@ def trials_of(
 
 def _declared(prior: Prior, route: str, optimizer: str | None) -> Prior:
     """The prior of the fit. Before a reduction to a shrinkage prior it is a Gaussian: with inferred
-    scales for the natural gradient, empirical ones for Adam, by which the other loses
-    (docs/results/defaults.md).
+    scales for the natural gradient, with empirical ones for Adam. Each of them loses much with the
+    other optimiser (docs/results/defaults.md).
     """
     if route != "reduced" or isinstance(prior, Gaussian):
         return prior
