@@ -1,5 +1,5 @@
 """Another device than the CPU, without one: `python -m tests.other_device` runs fits, reductions,
-predictions, curvatures, `prune` and `shrink` on it. The results of `prune` and `shrink` are compared
+predictions, curvatures, `prune` and `shrink` on it. Results of `prune` and `shrink` are compared
 with those of the CPU; of the others it is checked that they run, and where their tensors are.
 
 torch lets a backend be written in Python. The tensors of this one, "other", hold a tensor of the
