@@ -27,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.parts import one_shot
 from benchmarks.parts.layer_cost import layer_costs
 from benchmarks.parts.pages import fill, table
-from benchmarks.parts.trained_networks import RECIPES, Rows, rows, trained
+from benchmarks.parts.trained_networks import RECIPES, Rows, rows, trained, trained_on
 
 SIZES = (0.5, 0.2, 0.1, 0.05)
 ROUNDS = tuple(step for step in PATH if step >= SIZES[-1])
+AFTER = ", trained"
 OURS, STEPLESS = "prune", "prune, no steps"
+LIKELIHOOD = bmr.Categorical()
 DRAWS = 8  # of a pruned posterior
 Network = tuple[float, nn.Module]
 
@@ -49,7 +51,13 @@ def scores_of(probs: Tensor, scored: Rows) -> dict[str, float]:
     }
 
 
-def ours(net: nn.Module, data: Rows, settings: argparse.Namespace, steps: bool) -> list[Network]:
+def ours(
+    net: nn.Module,
+    data: Rows,
+    settings: argparse.Namespace,
+    likelihood: bmr.Categorical,
+    steps: bool,
+) -> list[Network]:
     """One path through all sizes; each size has the steps of its round."""
     found: list[Network] = []
 
@@ -60,7 +68,7 @@ def ours(net: nn.Module, data: Rows, settings: argparse.Namespace, steps: bool) 
     bmr.prune(
         net,
         data,
-        bmr.Categorical(),
+        likelihood,
         SIZES[-1],
         corrections=settings.corrections if steps else 0,
         last_corrections=settings.corrections if steps else 0,
@@ -79,10 +87,10 @@ def sizes_of_layers(net: nn.Module) -> dict[str, float]:
 
 
 def methods(
-    net: nn.Module, data: Rows, settings: argparse.Namespace
+    net: nn.Module, data: Rows, settings: argparse.Namespace, likelihood: bmr.Categorical
 ) -> Iterator[tuple[str, Callable[[], list[Network]]]]:
     """Name → what gives the network of each size."""
-    found = one_shot.factors(net, data, "true")
+    found = one_shot.factors(net, data, "true", likelihood)
     each = lambda prune: lambda: [(kept, prune(kept)) for kept in SIZES]  # noqa: E731
     yield "dense", lambda: [(1.0, net)]
     yield "magnitude, uniform", each(lambda k: one_shot.magnitude(net, found, k, True))
@@ -95,10 +103,12 @@ def methods(
     )[: None if settings.differences else 1]:
         yield (
             name,
-            lambda fisher=fisher: list(one_shot.surgeon(net, data, ROUNDS, SIZES, fisher).items()),
+            lambda fisher=fisher: list(
+                one_shot.surgeon(net, data, ROUNDS, SIZES, fisher, likelihood).items()
+            ),
         )
-    yield STEPLESS, lambda: ours(net, data, settings, steps=False)
-    yield OURS, lambda: ours(net, data, settings, steps=True)
+    yield STEPLESS, lambda: ours(net, data, settings, likelihood, steps=False)
+    yield OURS, lambda: ours(net, data, settings, likelihood, steps=True)
 
 
 def results(name: str, seed: int, settings: argparse.Namespace) -> list[dict[str, object]]:
@@ -110,7 +120,7 @@ def results(name: str, seed: int, settings: argparse.Namespace) -> list[dict[str
     some = order[: settings.rows]
     calibration = Rows(data["train"].x[some], data["train"].y[some])
     out, last = [], {}
-    for method, run in methods(net, calibration, settings):
+    for method, run in methods(net, calibration, settings, LIKELIHOOD):
         if settings.only and method not in settings.only:
             continue
         start = time.perf_counter()
@@ -118,8 +128,12 @@ def results(name: str, seed: int, settings: argparse.Namespace) -> list[dict[str
         seconds = time.perf_counter() - start
         last = {kept: sizes_of_layers(one) for kept, one in found}
         out += [_row(name, seed, method, kept, one, scored, seconds) for kept, one in found]
-        print(pd.DataFrame(out[-len(found) :]).to_string(index=False, header=False), flush=True)
-    curved = one_shot.factors(net, calibration, "true")
+        for kept, one in found if settings.train and method != "dense" else ():
+            one = trained_on(one, settings.train, settings.rate, data["train"])
+            out.append(_row(name, seed, f"{method}{AFTER}", kept, one, scored, seconds))
+        new = pd.DataFrame([row for row in out if row["method"] in (method, method + AFTER)])
+        print(new.to_string(index=False, header=False), flush=True)
+    curved = one_shot.factors(net, calibration, "true", LIKELIHOOD)
     for kept in () if settings.only else SIZES:
         one = one_shot.sparsegpt(net, curved, last[kept])
         out.append(_row(name, seed, "SparseGPT, our sizes", kept, one, scored, 0.0))
@@ -185,6 +199,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", type=int, default=5000, help="calibration rows")
     parser.add_argument("--corrections", type=int, default=8, help="steps after each round")
+    parser.add_argument("--train", type=int, help="steps of training after each pruning")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of that training")
     parser.add_argument("--only", nargs="*", help="methods to run")
     parser.add_argument(
         "--differences", action="store_true", help="what each difference to the rule is worth"
@@ -226,8 +242,11 @@ def main() -> None:
             done = pd.concat([done, pd.DataFrame(results(name, seed, settings))])
             done.to_csv(path, index=False)
     if settings.page:
+        after = done["method"].str.endswith(AFTER)
         for name in done["network"].unique():
-            fill(settings.page, accuracy_table(done, name), name)
+            fill(settings.page, accuracy_table(done[~after], name), name)
+        for name in done[after]["network"].unique():
+            fill(settings.page, accuracy_table(done[after], name), name + AFTER)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from pyro_bmr.curvatures.scores import Loss
 from pyro_bmr.formulas import held_at_zero
 
 SURGEON_DAMPING = 0.01  # of the mean diagonal of each factor
+_CLASSES = bmr.Categorical()
 BLOCK = 128  # columns that SparseGPT takes at once
 Masks = dict[str, Tensor]
 
@@ -154,22 +156,25 @@ def surgeon(
     path: Sequence[float],
     scored: Sequence[float],
     fisher: str = "empirical",
+    likelihood: Any = _CLASSES,
 ) -> dict[float, nn.Module]:
     """Fraction → network, of those in `scored`; the curvature is taken again before each shot."""
     held: Masks = {}
     found: dict[float, nn.Module] = {}
     for kept in path:
-        curved = factors(net, data, fisher)
+        curved = factors(net, data, fisher, likelihood)
         net = surgeon_round(net, curved, held, kept)
         if kept in scored:
             found[kept] = net
     return found
 
 
-def factors(net: nn.Module, data: tuple[Tensor, Tensor], fisher: str) -> Curvature:
+def factors(
+    net: nn.Module, data: tuple[Tensor, Tensor], fisher: str, likelihood: Any = _CLASSES
+) -> Curvature:
     """The Kronecker factors of the layers, without the diagonals of other parameters."""
     one = Pass(
-        net, Loss(bmr.Categorical(), {}), fisher, 1, dict(net.named_parameters()), True, False
+        net, Loss(likelihood, {}), fisher, 1, dict(net.named_parameters()), True, False
     )
     for x, y in zip(data[0].split(256), data[1].split(256), strict=True):
         one.add(x, y)

@@ -1,7 +1,7 @@
 r"""How far a pruned network is from the dense one, by their outputs: no labels are needed.
 
-Owns `Divergence`. For classes it is KL(dense ‖ pruned). For real targets with the noise σ it is the
-mean of ½ (f − f_dense)²/σ². For any other likelihood it is the difference of the expected
+Owns `Divergence`. For classes, and for yes and no, it is KL(dense ‖ pruned). For real targets with
+the noise σ it is the mean of ½ (f − f_dense)²/σ². For any other likelihood it is the difference of the expected
 −log p(y | f) under targets that are drawn from the dense network. Next: `steps.py`.
 """
 
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from pyro_bmr.curvatures.scores import Loss
 from pyro_bmr.isolation import seed_generators
-from pyro_bmr.likelihoods import Categorical, Normal
+from pyro_bmr.likelihoods import Bernoulli, Categorical, Normal
 
 _SEED = 0
 _DRAWS = 8  # of the targets of a likelihood without a mean that says all
@@ -34,6 +35,8 @@ class Divergence:
         likelihood = self.loss.likelihood
         if type(likelihood) is Categorical and likelihood.weight is None:
             return _of_classes(likelihood, output, dense, y)
+        if type(likelihood) is Bernoulli:
+            return _of_yes_or_no(output, dense, y)
         if type(likelihood) is Normal and isinstance(likelihood.noise, (int, float)):
             return 0.5 * ((output - dense) / likelihood.noise).square().sum()
         with torch.random.fork_rng():
@@ -52,4 +55,12 @@ def _of_classes(likelihood: Categorical, output: Tensor, dense: Tensor, y: Tenso
     each = (log_p.exp() * (log_p - output.log_softmax(axis))).sum(axis)
     if y is not None and likelihood.ignore_index is not None and y.shape == each.shape:
         each = each.where(y != likelihood.ignore_index, 0)
+    return each.sum()
+
+
+def _of_yes_or_no(output: Tensor, dense: Tensor, y: Tensor | None) -> Tensor:
+    """p (l_dense − l) + log(1 + eˡ) − log(1 + e^(l_dense)) of each entry, p = sigmoid(l_dense)."""
+    each = dense.sigmoid() * (dense - output) + softplus(output) - softplus(dense)
+    if y is not None:
+        each = each.where(~y.isnan().view(each.shape), 0)
     return each.sum()

@@ -29,6 +29,7 @@ from pyro_bmr.formulas.laplace_evidence import LaplaceEvidence
 from pyro_bmr.formulas.structure import covariance_root
 
 _TOLERANCE = 1e-2  # of the multipliers; the error of the mean is of second order in the loss
+_OF_STEP = 0.1  # of those of a step, whose length is found from the network itself
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Layer:
         """The step −R D C/T for the gradient D, given that the held entries do not move."""
         step = -(self.row_cov @ gradient @ self.col_cov) / temperature
         held = self.held
-        return held_at_zero(step, self.row_cov, self.col_cov, held, tolerance=_TOLERANCE).mean
+        return held_at_zero(step, self.row_cov, self.col_cov, held, tolerance=_OF_STEP).mean
 
 
 def layers_of(

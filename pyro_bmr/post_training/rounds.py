@@ -23,7 +23,14 @@ from pyro_bmr.post_training.layer import Layer, layers_of, prior_scale
 from pyro_bmr.post_training.masks import pruned_at
 from pyro_bmr.post_training.pruned import Pruned, reduction_of
 from pyro_bmr.post_training.rounds_file import about_call, read_round, write_round
-from pyro_bmr.post_training.steps import Measure, Measured, Values, corrected, measured, write
+from pyro_bmr.post_training.steps import (
+    Measure,
+    Values,
+    corrected,
+    curvature_at,
+    slopes_at,
+    write,
+)
 from pyro_bmr.reduction.groups import NofM, group_labels
 
 
@@ -78,7 +85,7 @@ class Rounds:
         layers = self._begin()
         first, stopped = layers, None
         if folder is not None and self._resume(folder, about):
-            layers = self._layers(self._measured(slopes=False).curvature)
+            layers = self._layers(self._curvature())
         base = self._held_out_loss(self.measure.dense)
         for number, size in enumerate(self.settings.sizes):
             if number < len(self.rounds):
@@ -104,7 +111,7 @@ class Rounds:
         """The layers of the dense network; which they are, and what the groups are."""
         named = {n: p for n, p in self.net.named_parameters() if p.is_floating_point()}
         self.wanted = named
-        found = self._measured(slopes=False).curvature
+        found = self._curvature()
         patterns = self.settings.only or ("*",)
         names = [
             name
@@ -136,8 +143,8 @@ class Rounds:
             labels[last] = torch.tensor(-1).expand(shapes[last])
         return labels
 
-    def _measured(self, slopes: bool) -> Measured:
-        return measured(self.measure, self.net, self.wanted, slopes)
+    def _curvature(self) -> Curvature:
+        return curvature_at(self.measure, self.net, self.wanted)
 
     def _layers(self, found: Curvature) -> dict[str, Layer]:
         parameters = dict(self.net.named_parameters())
@@ -166,18 +173,17 @@ class Rounds:
         return out
 
     def _corrected(self, layers: dict[str, Layer], size: float) -> dict[str, Layer]:
-        """The layers after the Gauss–Newton steps of a round."""
+        """The layers after the Gauss–Newton steps of a round. The steps have the factors with which
+        the round began: what they are multiplied by is found from the network itself.
+        """
         settings = self.settings
         is_last = size == settings.sizes[-1]
+        count = settings.last_corrections if is_last else settings.corrections
         step: Values | None = None
-        for _ in range(settings.last_corrections if is_last else settings.corrections):
-            found = self._measured(slopes=True)
-            layers = self._layers(found.curvature)
+        for _ in range(count):
+            found = slopes_at(self.measure, self.net, self.wanted)
             step = corrected(self.measure, self.net, layers, found, settings.temperature, step)
-            layers = self._layers(found.curvature)
-        if step is None and not is_last:
-            layers = self._layers(self._measured(slopes=False).curvature)
-        return layers
+        return layers if is_last and not count else self._layers(self._curvature())
 
     def _note(self, size: float, base: float | None) -> None:
         """Adds the row of a round."""

@@ -1,6 +1,6 @@
 r"""Gauss–Newton steps of the weights that are kept, towards the outputs of the dense network.
 
-Owns `Measured`, `measured` and `corrected`. A conditional mean is exact for the Kronecker posterior
+Owns `Measure`, `curvature_at`, `slopes_at` and `corrected`. A conditional mean is exact for the Kronecker posterior
 at the weights where the curvature was taken. Far from there, and between layers, it is not. A step
 moves all layers along
 
@@ -39,12 +39,11 @@ Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Of a network on the calibration rows: its curvature, the gradient of the divergence for each
-    parameter of a layer, and the divergence, both summed over all N rows.
+class Slopes:
+    """Of a network on the calibration rows: the gradient of the divergence for each parameter of a
+    layer, and the divergence, both summed over all N rows.
     """
 
-    curvature: Curvature
     gradient: Mapping[str, Tensor]
     divergence: float
 
@@ -97,42 +96,45 @@ class Measure:
         return self.ranks.total(total) * self.scale
 
 
-def measured(
-    measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter], slopes: bool
-) -> Measured:
-    """One pass over the calibration rows. `slopes`: whether the gradient is needed."""
+def curvature_at(
+    measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter]
+) -> Curvature:
+    """The factors of the layers of a network, by one pass over the calibration rows."""
     one = Pass(net, measure.loss, measure.fisher, measure.draws, wanted, True, others=False)
+    for x, y in measure.rows.batches:
+        one.add(x, y)
+        measure.bar.update(rows_in(x))
+    one.sum_over(measure.ranks)
+    return one.result(measure.rows.rows, measure.rows.size)
+
+
+def slopes_at(measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter]) -> Slopes:
+    """The divergence and its gradient, by one pass over the calibration rows."""
     total, divergence = {name: torch.zeros_like(p) for name, p in wanted.items()}, 0.0
     for p in wanted.values():
-        p.requires_grad_(slopes)
+        p.requires_grad_(True)
     for number, (x, y) in enumerate(measure.rows.batches):
-        output = one.add(x, y)
-        if slopes:
-            dense = measure.target(number, x)
-            read = read_inputs(measure.loss.likelihood, x)[1]
-            apart = Divergence(measure.loss).of(output, dense, y, read)
-            found = torch.autograd.grad(apart, list(wanted.values()), allow_unused=True)
-            for name, slope in zip(wanted, found, strict=True):
-                if slope is not None:
-                    total[name] += slope
-            divergence += float(apart.detach())
+        output, dense = measure.run(net, None, x), measure.target(number, x)
+        read = read_inputs(measure.loss.likelihood, x)[1]
+        apart = Divergence(measure.loss).of(output, dense, y, read)
+        found = torch.autograd.grad(apart, list(wanted.values()), allow_unused=True)
+        for name, slope in zip(wanted, found, strict=True):
+            if slope is not None:
+                total[name] += slope
+        divergence += float(apart.detach())
         measure.bar.update(rows_in(x))
     for p in wanted.values():
         p.requires_grad_(False)
-    one.sum_over(measure.ranks)
     scale, ranks = measure.scale, measure.ranks
-    if slopes:
-        total = {name: ranks.sum(slope) for name, slope in total.items()}
-        divergence = ranks.total(divergence)
-    gradient = {name: slope * scale for name, slope in total.items()}
-    return Measured(one.result(measure.rows.rows, measure.rows.size), gradient, divergence * scale)
+    gradient = {name: ranks.sum(slope) * scale for name, slope in total.items()}
+    return Slopes(gradient, ranks.total(divergence) * scale)
 
 
 def corrected(
     measure: Measure,
     net: nn.Module,
     layers: Mapping[str, Layer],
-    found: Measured,
+    found: Slopes,
     temperature: float,
     before: Values | None,
 ) -> Values:

@@ -12,7 +12,13 @@ from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.curvatures.scores import Loss
 from pyro_bmr.post_training.calibration import Calibration, calibration_rows
 from pyro_bmr.post_training.divergence import Divergence
-from pyro_bmr.post_training.steps import Measure, _amounts, _output_products, measured
+from pyro_bmr.post_training.steps import (
+    Measure,
+    _amounts,
+    _output_products,
+    curvature_at,
+    slopes_at,
+)
 
 
 def double(*shape, seed=0):
@@ -43,10 +49,23 @@ def test_divergence_of_real_targets_and_of_drawn_ones():
     expected = torch.distributions.kl_divergence(normal(other, 0.3), normal(one, 0.3)).sum()
     torch.testing.assert_close(found, expected)
     many = torch.ones(4000).double()
-    drawn = Divergence(Loss(bmr.Bernoulli(), {})).of(0.8 * many, -0.4 * many, None, {}) / 4000
-    bernoulli = torch.distributions.Bernoulli
-    two = [bernoulli(logits=torch.tensor(v).double()) for v in (-0.4, 0.8)]
+    drawn = Divergence(Loss(bmr.Poisson(), {})).of(0.8 * many, -0.4 * many, None, {}) / 4000
+    two = [torch.distributions.Poisson(torch.tensor(v).double().exp()) for v in (-0.4, 0.8)]
     assert float(drawn) == pytest.approx(float(torch.distributions.kl_divergence(*two)), rel=0.03)
+
+
+def test_divergence_of_yes_and_no_is_the_kullback_leibler_divergence():
+    one, other = 3 * double(5, 4), 3 * double(5, 4, seed=1)
+    bernoulli = torch.distributions.Bernoulli
+    expected = torch.distributions.kl_divergence(bernoulli(logits=other), bernoulli(logits=one))
+    found = Divergence(Loss(bmr.Bernoulli(), {})).of(one, other, None, {})
+    torch.testing.assert_close(found, expected.sum())
+    y = torch.ones(5, 4).double()
+    y[1, 2] = y[3] = torch.nan
+    observed = Divergence(Loss(bmr.Bernoulli(missing="ignore"), {}))
+    torch.testing.assert_close(observed.of(one, other, y, {}), expected[~y.isnan()].sum())
+    flat = observed.of(one[:, :1], other[:, :1], y[:, 0], {})
+    torch.testing.assert_close(flat, expected[[0, 1, 2, 4], 0].sum())
 
 
 def tiny():
@@ -112,7 +131,7 @@ def test_the_amounts_minimise_the_model():
 def test_the_gradient_is_that_of_the_divergence_over_all_rows():
     measure, net, x = tiny()
     wanted = dict(net.named_parameters())
-    found = measured(measure, net, wanted, slopes=True)
+    found = slopes_at(measure, net, wanted)
     net.requires_grad_(True)
     dense = measure.dense(x).detach()
     kl = nn.functional.kl_div(
@@ -123,9 +142,10 @@ def test_the_gradient_is_that_of_the_divergence_over_all_rows():
     assert found.divergence == pytest.approx(3 * kl.item())
     assert measure.divergence(net) == pytest.approx(3 * kl.item())
     plain = bmr.curvature(net, x, bmr.Categorical(), fisher="gauss-newton", size=24, progress=False)
+    curved = curvature_at(measure, net, wanted)
     for name, layer in plain.layers.items():
-        torch.testing.assert_close(found.curvature.layers[name].outputs, layer.outputs)
-        torch.testing.assert_close(found.curvature.layers[name].inputs, layer.inputs)
+        torch.testing.assert_close(curved.layers[name].outputs, layer.outputs)
+        torch.testing.assert_close(curved.layers[name].inputs, layer.inputs)
 
 
 def test_calibration_rows_are_a_random_part_of_tensors_and_the_first_of_a_stream():
