@@ -1,13 +1,13 @@
 r"""The posterior of one layer of a trained network, its weight and its bias together.
 
-Owns `Layer` and `layers_of`. With the Kronecker factors G and A of the layer
+Owns `Layer`, `layers_of` and `precisions`. With the Kronecker factors G and A of the layer
 (`curvatures.LayerCurvature`), at the temperature T and under the prior N(0, s²),
 
 .. math:: W \sim \mathrm{MN}(M, R, C), \qquad R = (G/T + \tfrac{r}{s} I)^{-1}, \qquad
     C = (A + \tfrac{1}{rs} I)^{-1}
 
 where r² is the ratio of the mean eigenvalues of G/T and A, as in `Posterior.from_curvature`. M has
-a column for the bias. Next: `masks.py`.
+a column for the bias. Next: `group_evidence.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ from pyro_bmr.formulas.structure import covariance_root
 
 _TOLERANCE = 1e-2  # of the multipliers; the error of the mean is of second order in the loss
 _OF_STEP = 0.1  # of those of a step, whose length is found from the network itself
+
+
+class Precisions(NamedTuple):
+    """R⁻¹ and C⁻¹ of a layer."""
+
+    rows: Tensor
+    columns: Tensor
 
 
 @dataclass(frozen=True)
@@ -228,10 +236,29 @@ def _covariances(curved: LayerCurvature, scale: float, temperature: float) -> tu
     g, a = curved.outputs, curved.inputs
     if curved.is_zero:
         return scale * torch.eye(len(g)).to(g), scale * torch.eye(len(a)).to(a)
-    ratio = math.sqrt((_mean_eigenvalue(g) / temperature) / _mean_eigenvalue(a))
+    of_rows, of_columns = _dampings(curved, scale, temperature)
     # (G/T + εI)⁻¹ = T(G + TεI)⁻¹
-    rows = _damped_inverse(curved.weight, g, temperature * ratio / scale)
-    return rows.mul_(temperature), _damped_inverse(curved.weight, a, 1 / (ratio * scale))
+    rows = _damped_inverse(curved.weight, g, temperature * of_rows)
+    return rows.mul_(temperature), _damped_inverse(curved.weight, a, of_columns)
+
+
+def precisions(curved: LayerCurvature, scale: float, temperature: float) -> Precisions:
+    """R⁻¹ and C⁻¹ in float64. They are not inverses of R and C, which have lost what is precise."""
+    g, a = curved.outputs.double(), curved.inputs.double()
+    if curved.is_zero:
+        return Precisions(torch.eye(len(g)).to(g) / scale, torch.eye(len(a)).to(a) / scale)
+    of_rows, of_columns = _dampings(curved, scale, temperature)
+    rows, columns = g / temperature, a.clone()
+    rows.diagonal().add_(of_rows)
+    columns.diagonal().add_(of_columns)
+    return Precisions(rows, columns)
+
+
+def _dampings(curved: LayerCurvature, scale: float, temperature: float) -> tuple[float, float]:
+    """r/s and 1/(rs)."""
+    of_rows, of_columns = _mean_eigenvalue(curved.outputs), _mean_eigenvalue(curved.inputs)
+    ratio = math.sqrt((of_rows / temperature) / of_columns)
+    return ratio / scale, 1 / (ratio * scale)
 
 
 def _mean_eigenvalue(factor: Tensor) -> float:

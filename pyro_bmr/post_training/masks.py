@@ -6,12 +6,13 @@ Owns `pruned_at`. Next: `steps.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from pyro_bmr.post_training.layer import Layer
+from pyro_bmr.post_training.group_evidence import grouped_delta_f
+from pyro_bmr.post_training.layer import Layer, Precisions
 from pyro_bmr.reduction.decisions import lowest
 from pyro_bmr.reduction.groups import NofM
 from pyro_bmr.reduction.label_sums import at_labels, label_counts, label_sums, varying
@@ -25,6 +26,7 @@ def pruned_at(
     floor: float,
     labels: Labels | None = None,
     pattern: NofM | None = None,
+    inverse: Callable[[Layer], Precisions] | None = None,
 ) -> dict[str, Tensor]:
     """Weight → True where it is pruned, in the shape of the parameter.
 
@@ -32,7 +34,9 @@ def pruned_at(
         kept: the fraction of all weights that is kept.
         floor: each layer keeps at least this part of that fraction, and one entry.
         labels: the group of each entry, −1 for those in none, which are kept. Groups are ranked by
-            the sum of the ΔF of their entries, per entry.
+            their ΔF per entry, summed over the layers.
+        inverse: the precisions of a layer, for the ΔF of whole rows and columns. Without it, and of
+            other groups, ΔF is summed over single entries.
         pattern: instead of all, the n of every m neighbours with the least ΔF; `kept` of the
             entries that are pruned by it are left for later rounds.
     """
@@ -43,7 +47,7 @@ def pruned_at(
     if pattern is not None:
         return _patterned(scores, kept, pattern)
     if labels is not None:
-        return _grouped(scores, kept, labels)
+        return _grouped(layers, scores, kept, labels, inverse)
     chosen = _of_all(scores, kept)
     for name, score in scores.items():
         least = max(round(floor * kept * score.numel()), 1)
@@ -66,13 +70,25 @@ def _of_all(scores: Mapping[str, Tensor], kept: float) -> dict[str, Tensor]:
     }
 
 
-def _grouped(scores: Mapping[str, Tensor], kept: float, labels: Labels) -> dict[str, Tensor]:
+def _grouped(
+    layers: Mapping[str, Layer],
+    scores: Mapping[str, Tensor],
+    kept: float,
+    labels: Labels,
+    inverse: Callable[[Layer], Precisions] | None,
+) -> dict[str, Tensor]:
     """Whole groups, the largest ΔF per entry first, until no more than `kept` are left."""
     count = 1 + max(int(varying(label).max()) for label in labels.values())
     total, size, gone = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
     for name, score in scores.items():
         held = (score == torch.inf).cpu()
-        total += label_sums(labels[name], score.cpu(), count, ~held)
+        whole = None
+        if inverse is not None:
+            layer = layers[name]
+            whole = grouped_delta_f(layer, inverse(layer), labels[name], count)
+        if whole is None:
+            whole = label_sums(labels[name], score.cpu(), count, ~held)
+        total += whole
         size += label_counts(labels[name], count)
         gone += label_counts(labels[name], count, held)
     rank = (total / (size - gone).clamp(min=1)).masked_fill(gone == size, torch.inf)

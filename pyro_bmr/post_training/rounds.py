@@ -19,7 +19,7 @@ from pyro_bmr.curvatures.factors import Curvature
 from pyro_bmr.errors import ModelError
 from pyro_bmr.likelihoods.likelihood import read_inputs
 from pyro_bmr.post_training.calibration import Calibration
-from pyro_bmr.post_training.layer import Layer, layers_of, prior_scale
+from pyro_bmr.post_training.layer import Layer, Precisions, layers_of, precisions, prior_scale
 from pyro_bmr.post_training.masks import pruned_at
 from pyro_bmr.post_training.pruned import Pruned, reduction_of
 from pyro_bmr.post_training.rounds_file import about_call, read_round, write_round
@@ -72,6 +72,7 @@ class Rounds:
     wanted: dict[str, nn.Parameter] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     labels: Mapping[str, Tensor] | None = None
+    found: Curvature | None = None
 
     def run(self, folder: Path | None) -> Pruned:
         """All rounds, or those until the loss has risen too much."""
@@ -150,12 +151,20 @@ class Rounds:
         parameters = dict(self.net.named_parameters())
         temperature = self.settings.temperature
         ranks = self.measure.ranks
+        if self.labels is not None:  # groups need the factors themselves
+            self.found = found
         return layers_of(found, parameters, self.scales, self.held, temperature, ranks)
+
+    def _inverse(self, layer: Layer) -> Precisions:
+        assert self.found is not None
+        return precisions(self.found.layers[layer.name], layer.scale, self.settings.temperature)
 
     def _holding(self, layers: Mapping[str, Layer], size: float) -> dict[str, Layer]:
         """The layers with more entries held at zero, and the network with their means."""
         settings = self.settings
-        pruned = pruned_at(layers, size, settings.floor, self.labels, settings.pattern)
+        pruned = pruned_at(
+            layers, size, settings.floor, self.labels, settings.pattern, self._inverse
+        )
 
         def held_of(name: str) -> list[Tensor]:
             after, gain, energy = layers[name].holding(pruned[name])
