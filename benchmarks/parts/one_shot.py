@@ -6,7 +6,7 @@ et al. 2024). All read the factors that the library collects (`factors`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -170,12 +170,16 @@ def surgeon(
 
 
 def factors(
-    net: nn.Module, data: tuple[Tensor, Tensor], fisher: str, likelihood: Any = _CLASSES
+    net: nn.Module,
+    data: tuple[Tensor, Tensor],
+    fisher: str,
+    likelihood: Any = _CLASSES,
+    batch_size: int = 256,
+    only: Collection[str] | None = None,
 ) -> Curvature:
     """The Kronecker factors of the layers, without the diagonals of other parameters."""
-    one = Pass(
-        net, Loss(likelihood, {}), fisher, 1, dict(net.named_parameters()), True, False
-    )
-    for x, y in zip(data[0].split(256), data[1].split(256), strict=True):
+    wanted = {n: p for n, p in net.named_parameters() if only is None or n in only}
+    one = Pass(net, Loss(likelihood, {}), fisher, 1, wanted, True, False)
+    for x, y in zip(data[0].split(batch_size), data[1].split(batch_size), strict=True):
         one.add(x, y)
     return one.result(len(data[0]), len(data[0]))

@@ -1,6 +1,7 @@
 """Networks trained in plain torch on Fashion-MNIST until they no longer improve, kept in a folder.
 
-Owns `trained`, `trained_on` and `rows`. 5,000 of the training rows are held out: settings are chosen on them.
+Owns `trained`, `trained_on` and `rows`. 5,000 of the training rows are held out: settings are
+chosen on them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-r"""The evidence that whole rows or whole columns of a layer are zero, with all of their correlations.
+r"""The evidence that whole rows or columns of a layer are zero, with all of their correlations.
 
-Owns `grouped_delta_f`, `rows_delta_f` and `columns_delta_f`. For the rows I of W ~ MN(M, R, C) under
-N(0, s²), with |S| entries in all,
+Owns `grouped_delta_f`, `rows_delta_f` and `columns_delta_f`. For the rows I of W ~ MN(M, R, C)
+under N(0, s²), with |S| entries in all,
 
 .. math:: \Delta F_I = \tfrac12 \Big( |S| \log s^2 - m \log |R_{II}| - |I| \log |C_{ww}| -
     \mathrm{tr}\, R_{II}^{-1} M_I C_{ww}^{-1} M_I^\top \Big)
@@ -22,9 +22,7 @@ from torch import Tensor
 from pyro_bmr.post_training.layer import Layer, Precisions
 
 
-def grouped_delta_f(
-    layer: Layer, inverse: Precisions, labels: Tensor, count: int
-) -> Tensor | None:
+def grouped_delta_f(layer: Layer, inverse: Precisions, labels: Tensor, count: int) -> Tensor | None:
     """ΔF of each group from 0 to `count` − 1, nats, where all groups are of whole rows, or all are
     of whole columns; else None. `labels`: the group of each entry in the shape of the parameter.
     """

@@ -1,8 +1,8 @@
 r"""Gauss–Newton steps of the weights that are kept, towards the outputs of the dense network.
 
-Owns `Measure`, `curvature_at`, `slopes_at` and `corrected`. A conditional mean is exact for the Kronecker posterior
-at the weights where the curvature was taken. Far from there, and between layers, it is not. A step
-moves all layers along
+Owns `Measure`, `curvature_at`, `slopes_at` and `corrected`. A conditional mean is exact for the
+Kronecker posterior at the weights where the curvature was taken. Far from there, and between
+layers, it is not. A step moves all layers along
 
 .. math:: \delta = -R D C / T \quad \text{given } \delta_S = 0
 
@@ -96,9 +96,7 @@ class Measure:
         return self.ranks.total(total) * self.scale
 
 
-def curvature_at(
-    measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter]
-) -> Curvature:
+def curvature_at(measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter]) -> Curvature:
     """The factors of the layers of a network, by one pass over the calibration rows."""
     one = Pass(net, measure.loss, measure.fisher, measure.draws, wanted, True, others=False)
     for x, y in measure.rows.batches:

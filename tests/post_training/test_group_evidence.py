@@ -15,7 +15,9 @@ def dense_gain(layer, matrix_mask):
     """ΔF of the entries that are True, by the dense covariance; the bias is free."""
     inside = torch.zeros_like(layer.mean, dtype=torch.bool)
     inside[:, : layer.columns] = matrix_mask
-    prior = Diagonal(torch.zeros(layer.mean.numel()).double(), torch.tensor(SCALE**2, dtype=torch.float64))
+    prior = Diagonal(
+        torch.zeros(layer.mean.numel()).double(), torch.tensor(SCALE**2, dtype=torch.float64)
+    )
     return float(prune_subset(dense_of(layer), prior, inside.flatten())[0])
 
 
