@@ -15,7 +15,13 @@ from pyro_bmr.post_training.group_evidence import grouped_delta_f
 from pyro_bmr.post_training.layer import Layer, Precisions
 from pyro_bmr.reduction.decisions import lowest
 from pyro_bmr.reduction.groups import NofM
-from pyro_bmr.reduction.label_sums import at_labels, label_counts, label_sums, varying
+from pyro_bmr.reduction.label_sums import (
+    at_labels,
+    label_counts,
+    label_sums,
+    labels_in_use,
+    varying,
+)
 
 Labels = Mapping[str, Tensor]
 
@@ -31,8 +37,8 @@ def pruned_at(
     """Weight → True where it is pruned, in the shape of the parameter.
 
     Args:
-        kept: the fraction of all weights that is kept.
-        floor: each layer keeps at least this part of that fraction, and one entry.
+        kept: the fraction of all weights that is kept; with labels, of those in groups.
+        floor: each layer keeps at least this part of that fraction, and one entry or group.
         labels: the group of each entry, −1 for those in none, which are kept. Groups are ranked by
             their ΔF per entry, summed over the layers.
         inverse: the precisions of a layer, for the ΔF of whole rows and columns. Without it, and of
@@ -47,7 +53,7 @@ def pruned_at(
     if pattern is not None:
         return _patterned(scores, kept, pattern)
     if labels is not None:
-        return _grouped(layers, scores, kept, labels, inverse)
+        return _grouped(layers, scores, kept, floor, labels, inverse)
     chosen = _of_all(scores, kept)
     for name, score in scores.items():
         least = max(round(floor * kept * score.numel()), 1)
@@ -74,10 +80,13 @@ def _grouped(
     layers: Mapping[str, Layer],
     scores: Mapping[str, Tensor],
     kept: float,
+    floor: float,
     labels: Labels,
     inverse: Callable[[Layer], Precisions] | None,
 ) -> dict[str, Tensor]:
-    """Whole groups, the largest ΔF per entry first, until no more than `kept` are left."""
+    """Whole groups, the largest ΔF per entry first, as many as leave `kept` of the entries that are
+    in groups.
+    """
     count = 1 + max(int(varying(label).max()) for label in labels.values())
     total, size, gone = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
     for name, score in scores.items():
@@ -92,13 +101,26 @@ def _grouped(
         size += label_counts(labels[name], count)
         gone += label_counts(labels[name], count, held)
     rank = (total / (size - gone).clamp(min=1)).masked_fill(gone == size, torch.inf)
+    for label in labels.values():
+        rank = _with_least(rank, label, kept * floor)
     order = rank.argsort(descending=True)
-    free = sum(score.numel() for score in scores.values())
+    free = size.sum()
     after = free - size[order].cumsum(0)  # weights that are kept once this group is pruned too
     pruned = torch.zeros(count, dtype=torch.bool)
     pruned[order[: int((after >= kept * free).sum())]] = True
+    pruned &= rank > -torch.inf
     pruned |= rank == torch.inf
     return {name: at_labels(labels[name], pruned, False) for name in scores}
+
+
+def _with_least(rank: Tensor, labels: Tensor, fraction: float) -> Tensor:
+    """`rank` with −∞ for the best groups of a layer: this fraction of them, and one at least."""
+    own = labels_in_use(labels)
+    own = own[own >= 0]
+    if not len(own):
+        return rank
+    least = min(max(round(fraction * len(own)), 1), int((rank[own] < torch.inf).sum()))
+    return rank.index_fill(0, own[lowest(rank[own], least)], -torch.inf)
 
 
 def _patterned(scores: Mapping[str, Tensor], kept: float, pattern: NofM) -> dict[str, Tensor]:

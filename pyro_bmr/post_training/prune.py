@@ -87,9 +87,12 @@ def prune(
     Args:
         net: any module; it is not changed.
         data, likelihood, fisher, draws, values, size: as for `curvature`.
-        kept: the fraction of the weights, or a pattern `NofM(2, 4)`.
-        per: what is kept or pruned together, as for `reduce`. The units of the last layer are kept
-            with "unit" and "channel".
+        kept: the fraction of the weights, or a pattern `NofM(2, 4)`; with `per`, the fraction of
+            the weights that are in groups.
+        per: what is kept or pruned together, as for `reduce`. ``shrinking.reader_labels(net, x)``
+            removes units by the weights that read them, which costs less accuracy than "unit", by
+            those that lead to them (docs/results/pretrained.md). The units of the last layer are
+            kept with "unit" and "channel".
         heads: for ``per="head"``.
         only: patterns of the names of the weights that may be pruned.
         path: the fractions of the rounds; by default `PATH` down to `kept`. More rounds keep more
@@ -102,7 +105,7 @@ def prune(
             "empirical": of each layer the s of the most evidence for its weights and bias at T, as
             the maximum of the likelihood (`formulas.LaplaceEvidence`; Immer et al. 2021, arXiv
             2104.04975).
-        floor: each layer keeps at least this part of the fraction.
+        floor: each layer keeps at least this part of the fraction, of its weights or groups.
         rows: how many rows of `data` are used, the calibration rows. They are read once and held in
             memory.
         most_rise: nats per row. If a round raises the loss on `validation` rows by more, or without

@@ -79,6 +79,14 @@ class Analysis:
         """For each axis and each of its positions, whether it is kept."""
         return tuple(self.kept(ids) for ids in state.axes)
 
+    def roots(self, ids: Ids) -> Ids:
+        """For each of these channels, the one that stands for all that are tied to it."""
+        return self._ids.roots(ids)
+
+    def free(self, ids: Ids) -> Ids:
+        """`roots` of channels that can be removed by themselves, −1 of others."""
+        return self._ids.free(ids)
+
     def reason(self, ids: Ids) -> str:
         """Why a channel is kept: what reads it, or what it is tied to."""
         return self._resolved.reason(ids)

@@ -69,6 +69,11 @@ class ChannelIds:
         """Whether any of the channels may be removed."""
         return any(self.root(i) not in self._fixed for i in dict.fromkeys(ids.tolist()))
 
+    def free(self, ids: Ids) -> Ids:
+        """`roots` where the channel may be removed by itself; −1 elsewhere."""
+        bound = self._fixed.keys() | self._parts.keys()
+        return np.array([-1 if r in bound else r for r in self.roots(ids).tolist()], dtype=np.int64)
+
     def joined(self, parts: Iterable[int]) -> int:
         """The channel that is kept if all of `parts` are."""
         roots = tuple(dict.fromkeys(r for r in map(self.root, parts) if r != FIXED))

@@ -2,7 +2,7 @@
 
 Pruned units, channels and heads are removed, and constants are folded into biases. Owns `shrink`,
 `shrink_plan` and `shrink_each`. How the network is read is in `exported_graph.py`, which channels
-are kept in `analysis.py`. Next: `exporting/finite.py`.
+are kept in `analysis.py`. Next: `readers.py`.
 """
 
 from __future__ import annotations
