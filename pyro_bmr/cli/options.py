@@ -210,6 +210,10 @@ def prune_options() -> Options:
             "help": "of the weights; or a pattern, such as 2:4",
         },
         **PER,
+        "--per": {
+            **PER["--per"],
+            "help": f"{PER['--per']['help']}, or reader: a hidden unit by the weights that read it",
+        },
         "--rows": whole(10_000, "N", "training rows that are used"),
         "--corrections": whole(
             5, "N", "Gauss–Newton steps after each round, twice as many after the last"

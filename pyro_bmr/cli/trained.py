@@ -24,7 +24,7 @@ from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.post_training import Pruned, prune
 from pyro_bmr.priors import Gaussian
 from pyro_bmr.reduction.groups import NofM
-from pyro_bmr.shrinking import shrink
+from pyro_bmr.shrinking import reader_labels, shrink
 
 
 def prune_network(arguments: argparse.Namespace) -> int:
@@ -38,13 +38,13 @@ def prune_network(arguments: argparse.Namespace) -> int:
             f"'{model}': expected a BayesianNetwork from build, got"
             f" {type(program).__name__}; prune takes networks alone"
         )
-    net = _with_weights(program.net, Path(arguments.weights))
+    net, example = _with_weights(program.net, Path(arguments.weights)), data.seen(data.x_train[:4])
     pruned = prune(
         net,
         (data.x_train, data.y_train),
         program.likelihood,
         _kept(arguments.kept),
-        per=arguments.per,
+        per=reader_labels(net, example) if arguments.per == "reader" else arguments.per,
         heads=arguments.heads,
         rows=arguments.rows,
         corrections=arguments.corrections,

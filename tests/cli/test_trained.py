@@ -55,6 +55,8 @@ def test_it_writes_a_network_with_zeros(weights, tmp_path, capsys):
 def test_units_and_patterns(weights, tmp_path):
     assert run(weights, tmp_path / "a", "--kept", "0.6", "--per", "unit", "--shrink") == 0
     assert load_file(tmp_path / "a" / "model.safetensors")["1.weight"].shape[0] < 30
+    assert run(weights, tmp_path / "c", "--kept", "0.6", "--per", "reader", "--shrink") == 0
+    assert load_file(tmp_path / "c" / "model.safetensors")["3.weight"].shape == (10, 18)
     assert run(weights, tmp_path / "b", "--kept", "2:4", "--corrections", "0") == 0
     kept = load_file(tmp_path / "b" / "model.safetensors")["1.weight"] != 0
     assert bool((kept.unflatten(1, (-1, 4)).sum(-1) == 2).all())
