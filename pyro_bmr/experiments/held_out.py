@@ -67,9 +67,10 @@ def predicted(
     """For each fold, the prediction of the held-out rows after a trial on the others, and the data
     with these rows in the place of the test rows.
     """
+    part = trial_part(data, settings)
     for fold in range(folds_of(data)):
         rows = validation_data(data, _HELD_OUT, fold)
-        program, posterior = attempt(rows, *_shortened(settings, rows), fold)
+        program, posterior = attempt(rows, *_shortened(settings, rows, part), fold)
         yield predict(program, posterior, rows.x_test, draws=settings.draws, seed=seed), rows
 
 
@@ -87,6 +88,14 @@ def folds_of(data: Data) -> int:
     return min(math.ceil(_ENOUGH / held), rows // held)
 
 
+def trial_part(data: Data, settings: Settings) -> float:
+    """The part of its length that a trial has. To a target size it has all of it: a short fit that
+    is pruned in time has not recovered by its end, the colder the less.
+    """
+    whole = settings.kept is not None and part_of(data, settings) == 1
+    return 1.0 if whole else _PART
+
+
 def part_of(data: Data, settings: Settings) -> float:
     """The part of its length that a fit has which was tried by cross-validation. A long fit to few
     rows is more certain than a shorter one, and what the shorter trials say of it is not true.
@@ -94,11 +103,13 @@ def part_of(data: Data, settings: Settings) -> float:
     return _PART if settings.epochs is None and folds_of(data) > 1 else 1.0
 
 
-def _shortened(settings: Settings, rows: Data) -> tuple[Settings, UntilConverged | None]:
+def _shortened(
+    settings: Settings, rows: Data, part: float
+) -> tuple[Settings, UntilConverged | None]:
     """The settings and the length of a trial."""
     epochs, every = settings.epochs, settings.reduce_every
-    length = length_of(epochs, len(rows.x_train), settings.batch_size, _PART)
+    length = length_of(epochs, len(rows.x_train), settings.batch_size, part)
     if isinstance(length, UntilConverged):
-        return replace(settings, reduce_every=every and every * _PART), length
-    part = length / epochs if epochs else _PART
+        return replace(settings, reduce_every=every and every * part), length
+    part = length / epochs if epochs else part
     return replace(settings, epochs=length, reduce_every=every and every * part), None

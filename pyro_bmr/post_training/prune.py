@@ -98,8 +98,8 @@ def prune(
         path: the fractions of the rounds; by default `PATH` down to `kept`. More rounds keep more
             accuracy.
         corrections, last_corrections: steps after each round, and after the last. Each costs about
-            five forward passes and a backward pass over the calibration rows. Small transformers gain
-            from more (docs/results/pretrained.md).
+            five forward passes and a backward pass over the calibration rows. Small transformers
+            gain from more (docs/results/pretrained.md).
         temperature: T of the posterior.
         scale: s of the prior; by default the root mean square of each layer's weights.
             "empirical": of each layer the s of the most evidence for its weights and bias at T, as

@@ -144,6 +144,10 @@ def test_a_fit_is_as_short_as_its_trials_if_rows_are_few(monkeypatch):
     lengths.clear()
     by_route(labelled(0.0), Settings(draws=2, batch_size=1, temperature=0.3))
     assert lengths == [(120, 3000, 3000)]
+    lengths.clear(), every.clear()
+    settings = Settings(draws=2, batch_size=1, kept=0.5, reduce_every=9.0)
+    by_route(labelled(0.0), settings, "reduced")  # to a target size
+    assert lengths == [(100, 3000, 3000)] * 2 + [(120, 3000, 3000)] and every == [9.0] * 3
     monkeypatch.setattr(held_out_file, "_ENOUGH", 40)
     lengths.clear(), every.clear()
     settings = Settings(draws=2, batch_size=1, reduce_every=9.0)
@@ -163,7 +167,8 @@ def test_trials_as_long_as_the_fit_are_compared_at_their_scales(monkeypatch):
         return (used * sure[settings.temperature] * 4).log_softmax(1), y
 
     monkeypatch.setattr(temperature_trials_file, "_held_out", held)
-    for folds, given in ((20, {}), (40, {}), (40, {"epochs": 9})):
+    settings = (20, {}), (40, {}), (40, {"epochs": 9}), (20, {"kept": 0.1}), (40, {"kept": 0.1})
+    for folds, given in settings:
         monkeypatch.setattr(held_out_file, "_ENOUGH", folds)
         found = temperature_trials(None, labelled(0.0), Settings(**given), 0, False)
         probs = {t: held(None, None, Settings(temperature=t), 0)[0].exp() for t in TEMPERATURES}
@@ -171,9 +176,11 @@ def test_trials_as_long_as_the_fit_are_compared_at_their_scales(monkeypatch):
         own = {t: min(nll(probs[t], y, s) for s in scales) for t in TEMPERATURES}
         plain = {t: nll(probs[t], y) for t in TEMPERATURES}
         assert own[0.1] < own[0.3] < plain[0.3] + 1e-9 < plain[0.1]
-        few = folds == 40 and not given
-        assert found.nll == pytest.approx(own if few else plain, rel=1e-4)
-        assert found.temperature == (0.1 if few else 0.3) and found.part == (1 / 3 if few else 1)
+        few = folds == 40 and "epochs" not in given
+        as_long = few or "kept" in given
+        assert found.nll == pytest.approx(own if as_long else plain, rel=1e-4)
+        assert found.temperature == (0.1 if as_long else 0.3)
+        assert found.part == (1 / 3 if few else 1)
 
 
 def test_the_length_of_a_fit():
