@@ -1,5 +1,5 @@
-"""A causal transformer over bytes, pruned after its training and during a fit: `python
-benchmarks/causal.py --page docs/results/pretrained.md`.
+"""A causal transformer over bytes, pruned after its training, and with --fits during a fit:
+`python benchmarks/causal.py --page docs/results/pretrained.md`.
 
 The text is the source of the standard library of Python. The next byte is predicted from up to 64
 bytes before it. Scores are bits per byte on files that no method reads. --validation scores other
@@ -147,7 +147,7 @@ def results(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
         curved = one_shot.factors(net, calibration, "true", LIKELIHOOD)
         found = [(kept, one_shot.sparsegpt(net, curved, last[kept])) for kept in SIZES]
         yield from rows_of("SparseGPT, our sizes", found, time.perf_counter())
-    for kept in SIZES if DURING in (settings.only or [DURING]) else ():
+    for kept in SIZES if settings.fits else ():
         start = time.perf_counter()
         yield from rows_of(DURING, [during(data["train"], symbols, kept, settings)], start)
 
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="of the training and of the fits")
     parser.add_argument("--rows", type=int, default=1000, help="calibration rows of 64 bytes")
     parser.add_argument("--corrections", type=int, default=8, help="steps after each round")
+    parser.add_argument("--fits", action="store_true", help="also reduces during fits")
     parser.add_argument("--rate", type=float, default=0.1, help="of the natural gradient")
     parser.add_argument("--fit-temperature", type=float, default=0.3, help="of the fits")
     parser.add_argument("--only", nargs="*", help="methods to run")
