@@ -1,7 +1,7 @@
 """Trials on held-out rows: a shorter fit to the other rows, for each fold.
 
-Owns `Trials`, `predicted`, `can_hold_out` and `folds_of`, and `with_noise`, data whose noise is a
-number. Next: `temperature_trials.py`, `noise_trials.py`.
+Owns `Trials`, `PART`, `predicted`, `can_hold_out`, `folds_of`, and `with_noise`, data whose noise is
+a number. Next: `temperature_trials.py`, `noise_trials.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.prediction.predict import Prediction, predict
 
 _HELD_OUT = 1 / 6
-_PART = 1 / 3  # of the fit, that a trial is long
+PART = 1 / 3  # of the fit, that a trial is long
 _ENOUGH = 200  # held-out rows; of fewer, more folds are held out
 
 Attempt = Callable[
@@ -62,12 +62,11 @@ def with_noise(data: Data, noise: float) -> Data:
 
 
 def predicted(
-    attempt: Attempt, data: Data, settings: Settings, seed: int
+    attempt: Attempt, data: Data, settings: Settings, seed: int, part: float = PART
 ) -> Iterator[tuple[Prediction, Data]]:
     """For each fold, the prediction of the held-out rows after a trial on the others, and the data
-    with these rows in the place of the test rows.
+    with these rows in the place of the test rows. `part`: the part of its length that a trial has.
     """
-    part = trial_part(data, settings)
     for fold in range(folds_of(data)):
         rows = validation_data(data, _HELD_OUT, fold)
         program, posterior = attempt(rows, *_shortened(settings, rows, part), fold)
@@ -88,19 +87,11 @@ def folds_of(data: Data) -> int:
     return min(math.ceil(_ENOUGH / held), rows // held)
 
 
-def trial_part(data: Data, settings: Settings) -> float:
-    """The part of its length that a trial has. To a target size it has all of it: a short fit that
-    is pruned in time has not recovered by its end, the colder the less.
-    """
-    whole = settings.kept is not None and part_of(data, settings) == 1
-    return 1.0 if whole else _PART
-
-
 def part_of(data: Data, settings: Settings) -> float:
     """The part of its length that a fit has which was tried by cross-validation. A long fit to few
     rows is more certain than a shorter one, and what the shorter trials say of it is not true.
     """
-    return _PART if settings.epochs is None and folds_of(data) > 1 else 1.0
+    return PART if settings.epochs is None and folds_of(data) > 1 else 1.0
 
 
 def _shortened(

@@ -159,7 +159,8 @@ def trials_of(
     if not can_hold_out(data):
         return Trials(1.0, {}, 1.0)
     if route != "map" and data.task == "classification":
-        return temperature_trials(attempt, data, settings, seed, progress)
+        in_time = route == "reduced" and settings.kept is not None
+        return temperature_trials(attempt, data, settings, seed, progress, in_time)
     if route != "map" and noise_is_free(build, data):
         return noise_trials(attempt, data, settings, seed, progress)
     return Trials(1.0, {}, 1.0)

@@ -7,8 +7,9 @@ under N(0, s²), with |S| entries in all,
     \mathrm{tr}\, R_{II}^{-1} M_I C_{ww}^{-1} M_I^\top \Big)
 
 where w are the m columns of the weight. The bias is free, so that C_ww⁻¹ is a Schur complement of
-C⁻¹, and M_i C_ww⁻¹ M_iᵀ is the variance of what the row adds up, but for the prior. A sum over
-single entries (`Layer.delta_f`) has neither: inputs that are alike count many times there.
+C⁻¹, and M_i C_ww⁻¹ M_iᵀ is the variance of what the row adds up, but for the prior. R is that given
+the rows that are held already, the inverse of the block of the others of R⁻¹. A sum over single
+entries (`Layer.delta_f`) has none of this: inputs that are alike count many times there.
 Next: `masks.py`.
 """
 
@@ -19,6 +20,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_bmr.errors import ReductionError
+from pyro_bmr.formulas.factor_inverse import damped_inverse
 from pyro_bmr.post_training.layer import Layer, Precisions
 
 
@@ -40,7 +43,9 @@ def _is_constant(labels: Tensor, axis: int) -> bool:
 
 
 def rows_delta_f(layer: Layer, inverse: Precisions, groups: Tensor, count: int) -> Tensor:
-    """ΔF of each group of rows, (count,), nats. `groups`: the group of each row, −1: in none."""
+    """ΔF of each group of rows that are not held, (count,), nats. `groups`: the group of each row,
+    −1: in none.
+    """
     width, weight = layer.columns, layer.mean[:, : layer.columns].double()
     columns = inverse.columns.double()
     inner = columns[:width, :width]
@@ -51,7 +56,10 @@ def rows_delta_f(layer: Layer, inverse: Precisions, groups: Tensor, count: int) 
         with_bias = weight @ columns[:width, -1]
         power -= torch.outer(with_bias, with_bias) / columns[-1, -1]
     prior = width * math.log(layer.scale**2)
-    return _of_groups(layer.row_cov.double(), power, width, prior - log_det, groups, count)
+    held = layer.held[:, :width].all(1)
+    cov = _given(held, layer.row_cov, inverse.rows)
+    groups = groups.to(held.device).masked_fill(held, -1)
+    return _of_groups(cov, power, width, prior - log_det, groups, count)
 
 
 def columns_delta_f(layer: Layer, inverse: Precisions, groups: Tensor, count: int) -> Tensor:
@@ -59,9 +67,26 @@ def columns_delta_f(layer: Layer, inverse: Precisions, groups: Tensor, count: in
     width, weight = layer.columns, layer.mean[:, : layer.columns].double()
     rows = inverse.rows.double()
     power = weight.mT @ rows @ weight
-    cov, height = layer.col_cov[:width, :width].double(), len(rows)
+    height, held = len(rows), layer.held[:, :width].all(0)
+    whole = torch.cat([held, held.new_zeros(layer.mean.shape[1] - width)])  # the bias is free
+    cov = _given(whole, layer.col_cov, inverse.columns)[:width, :width]
+    groups = groups.to(held.device).masked_fill(held, -1)
     constant = height * math.log(layer.scale**2) + _log_det(rows)
     return _of_groups(cov, power, height, constant, groups, count)
+
+
+def _given(held: Tensor, cov: Tensor, precision: Tensor) -> Tensor:
+    """The covariance given that the rows `held` are zero, which have 1 on their diagonal."""
+    if not bool(held.any()):
+        return cov.double()
+    free = (~held).nonzero()[:, 0]
+    found = torch.eye(len(held), dtype=torch.float64, device=cov.device)
+    if len(free):
+        block = damped_inverse(precision[free][:, free].to(cov.dtype), 0.0)
+        if block is None:
+            raise ReductionError("the covariance of a layer given its zeros is not positive")
+        found[free[:, None], free] = block.double()
+    return found
 
 
 def _of_groups(

@@ -92,7 +92,7 @@ def _grouped(
     for name, score in scores.items():
         held = (score == torch.inf).cpu()
         whole = None
-        if inverse is not None:
+        if inverse is not None and bool((varying(labels[name]) >= 0).any()):
             layer = layers[name]
             whole = grouped_delta_f(layer, inverse(layer), labels[name], count)
         if whole is None:
@@ -107,17 +107,20 @@ def _grouped(
     free = size.sum()
     after = free - size[order].cumsum(0)  # weights that are kept once this group is pruned too
     pruned = torch.zeros(count, dtype=torch.bool)
-    pruned[order[: int((after >= kept * free).sum())]] = True
+    least = kept * free * (1 - 1e-9)  # a fraction that fits exactly is met, whatever the rounding
+    pruned[order[: int((after >= least).sum())]] = True
     pruned &= rank > -torch.inf
     pruned |= rank == torch.inf
     return {name: at_labels(labels[name], pruned, False) for name in scores}
 
 
 def _with_least(rank: Tensor, labels: Tensor, fraction: float) -> Tensor:
-    """`rank` with −∞ for the best groups of a layer: this fraction of them, and one at least."""
+    """`rank` with −∞ for the best groups of a layer that has several: this fraction of them, and
+    one at least.
+    """
     own = labels_in_use(labels)
     own = own[own >= 0]
-    if not len(own):
+    if len(own) < 2:
         return rank
     least = min(max(round(fraction * len(own)), 1), int((rank[own] < torch.inf).sum()))
     return rank.index_fill(0, own[lowest(rank[own], least)], -torch.inf)

@@ -105,7 +105,8 @@ def prune(
             "empirical": of each layer the s of the most evidence for its weights and bias at T, as
             the maximum of the likelihood (`formulas.LaplaceEvidence`; Immer et al. 2021, arXiv
             2104.04975).
-        floor: each layer keeps at least this part of the fraction, of its weights or groups.
+        floor: each layer keeps at least this part of the fraction, of its weights or groups; of
+            several groups one at least.
         rows: how many rows of `data` are used, the calibration rows. They are read once and held in
             memory.
         most_rise: nats per row. If a round raises the loss on `validation` rows by more, or without

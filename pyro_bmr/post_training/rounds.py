@@ -6,6 +6,7 @@ Owns `Settings` and `Rounds`. Next: `prune.py`.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.curvatures.factors import Curvature
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, PyroBMRWarning
 from pyro_bmr.likelihoods.likelihood import read_inputs
 from pyro_bmr.post_training.calibration import Calibration
 from pyro_bmr.post_training.layer import Layer, Precisions, layers_of, precisions, prior_scale
@@ -138,11 +139,36 @@ class Rounds:
         per = self.settings.per
         if isinstance(per, str) and per == "weight":
             return None
+        if isinstance(per, Mapping):
+            per = self._within(per, shapes)
         labels = dict(group_labels(shapes, per, self.settings.heads))
         if per in ("unit", "channel"):  # those of the last layer are the outputs
             last = list(shapes)[-1]
             labels[last] = torch.tensor(-1).expand(shapes[last])
         return labels
+
+    def _within(
+        self, per: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, Tensor]:
+        """The labels of the layers that are pruned. A group that has entries elsewhere, too, is
+        kept: it could not be removed whole.
+        """
+        known = dict(self.net.named_parameters())
+        absent = [name for name in per if name in known and name not in shapes]
+        if not absent:
+            return per
+        bound = torch.cat([per[name].flatten().long().cpu() for name in absent])
+        warnings.warn(
+            f"prune: {', '.join(absent)} cannot be pruned here, so the groups of per= that have"
+            " entries there are kept whole; prune other layers, or leave out only=",
+            PyroBMRWarning,
+            stacklevel=2,
+        )
+        inside = {name: labels for name, labels in per.items() if name not in absent}
+        return {
+            name: labels.masked_fill(torch.isin(labels.long().cpu(), bound).to(labels.device), -1)
+            for name, labels in inside.items()
+        }
 
     def _curvature(self) -> Curvature:
         return curvature_at(self.measure, self.net, self.wanted)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -57,8 +58,15 @@ def read_round(folder: Path, about: str) -> tuple[dict[str, Tensor], dict[str, A
 
 def about_call(parameters: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> str:
     """What tells a call from others: its weights and arguments."""
-    digest = hashlib.sha256(repr(sorted(arguments.items())).encode())
-    for name, value in parameters.items():
+    plain = {name: value for name, value in arguments.items() if not isinstance(value, Mapping)}
+    digest = hashlib.sha256(repr(sorted(plain.items())).encode())
+    labels = {
+        f"{key} {name}": value
+        for key in arguments.keys() - plain.keys()
+        for name, value in arguments[key].items()
+    }
+    for name, value in {**labels, **parameters}.items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().double().numpy().tobytes())
+        whole = torch.as_tensor(value).detach().cpu().contiguous()
+        digest.update(repr(tuple(whole.shape)).encode() + whole.double().numpy().tobytes())
     return digest.hexdigest()[:16]

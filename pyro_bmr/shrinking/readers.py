@@ -7,7 +7,7 @@ Next: `exporting/finite.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,17 @@ from pyro_bmr.shrinking.refusals import foreign_errors
 from pyro_bmr.shrinking.states import State
 from pyro_bmr.shrinking.untied import untied
 
+_TURNS = {"t", "transpose", "permute", "detach", "alias", "numpy_T", "mT"}
+
 
 def reader_labels(net: nn.Module, example: Any) -> dict[str, Tensor]:
     """Weight → the number of the hidden unit or channel that each of its entries reads, in a shape
     that broadcasts to it, and −1 where it reads none that can be removed. Weights that read only
     inputs of the network, or a residual stream, are left out.
 
-    They are labels for ``per=``: `prune` and `reduce` then remove whole units by the weights that
-    read them, in whatever layers these are, and `shrink` takes out what is no longer read.
+    They are labels for ``per=`` of `prune`, which then removes whole units by the weights that read
+    them, in whatever layers these are, and `shrink` takes out what is no longer read. `reduce`
+    takes them too; there `kept` counts all weights, and a layer may lose all of its units.
 
     Args:
         net: any module that torch.export can read; it is not changed.
@@ -51,9 +54,9 @@ def reader_labels(net: nn.Module, example: Any) -> dict[str, Tensor]:
     copied = masked(net, {})
     to_cpu(copied)
     with tensors_on_cpu(), foreign_errors(f"the graph of {type(copied).__name__}"), torch.no_grad():
-        separate, _ = untied(copied)
+        separate, shared = untied(copied)
         analysis = Analysis(exported(separate, two_rows(example)), {})
-        read = _read(analysis)
+        read = _read(analysis, {name for names in shared for name in names})
     used = [int(one) for _, ids in read.values() for one in ids if one >= 0]
     numbers = {one: k for k, one in enumerate(dict.fromkeys(used))}
     if not numbers:
@@ -63,25 +66,30 @@ def reader_labels(net: nn.Module, example: Any) -> dict[str, Tensor]:
     labels = {}
     for name, (axis, ids) in read.items():
         own = torch.tensor([numbers.get(one, -1) for one in ids.tolist()])
-        dims = net.get_parameter(name).ndim
+        dims = separate.get_parameter(name).ndim
         labels[name] = own.view([-1 if k == axis else 1 for k in range(dims)])
     return labels
 
 
-def _read(analysis: Analysis) -> dict[str, tuple[int, Ids]]:
+def _read(analysis: Analysis, shared: Collection[str]) -> dict[str, tuple[int, Ids]]:
     """Weight → the axis along which it is multiplied and summed, and the channel that can be
     removed at each position of it, else −1.
 
-    A channel that something else reads, such as a product of two tensors, stays. So does one that
-    is all that a weight reads, such as a residual stream that a norm keeps together.
+    A channel that something else reads, such as a product of two tensors, a computed or a `shared`
+    weight, stays. So does one that is all that a weight reads, such as a residual stream that a
+    norm keeps together.
     """
     found: dict[str, tuple[int, Ids]] = {}
     bound = [np.array([-1])]
     for read in analysis.reads:
         axes = list(_axes(read, analysis))
-        found |= {name: (axis, ids) for name, axis, ids in axes}
         bound += [] if axes or _only_itself(read, analysis) else [analysis.free(read.inputs)]
-        bound += [ids for _, _, ids in axes if (ids == ids[0]).all()]
+        for name, axis, ids in axes:
+            before = found.setdefault(name, (axis, ids))
+            if name in shared or before[0] != axis or not np.array_equal(before[1], ids):
+                bound += [before[1], ids]
+            if (ids == ids[0]).all():
+                bound.append(ids)
     stays = np.unique(np.concatenate(bound))
     free = {n: (axis, np.where(np.isin(ids, stays), -1, ids)) for n, (axis, ids) in found.items()}
     return {name: (axis, ids) for name, (axis, ids) in free.items() if (ids >= 0).any()}
@@ -112,6 +120,13 @@ def _axes(read: Read, analysis: Analysis) -> Iterator[tuple[str, int, Ids]]:
 def _parameters(node: fx.Node, analysis: Analysis) -> Iterator[fx.Node]:
     """The parameters that a node multiplies by, as they are or transposed."""
     for given in node.all_input_nodes:
-        for one in (given, *given.all_input_nodes[:1]):
-            if one in analysis.graph.tensors:
-                yield one
+        while given.op == "call_function" and _name(given) in _TURNS:
+            given = given.all_input_nodes[0]
+        _, value = analysis.graph.tensors.get(given, ("", None))
+        if isinstance(value, nn.Parameter):
+            yield given
+
+
+def _name(node: fx.Node) -> str:
+    """Of its operation, without that of its overload."""
+    return str(getattr(node.target, "__name__", node.target)).split(".")[0]

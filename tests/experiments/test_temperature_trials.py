@@ -148,6 +148,9 @@ def test_a_fit_is_as_short_as_its_trials_if_rows_are_few(monkeypatch):
     settings = Settings(draws=2, batch_size=1, kept=0.5, reduce_every=9.0)
     by_route(labelled(0.0), settings, "reduced")  # to a target size
     assert lengths == [(100, 3000, 3000)] * 2 + [(120, 3000, 3000)] and every == [9.0] * 3
+    lengths.clear()
+    by_route(labelled(0.0), replace(settings, batch_size=128))  # not pruned in time
+    assert lengths == [(100, 1000, 1000), (100, 1000, 1000), (120, 3000, 3000)]
     monkeypatch.setattr(held_out_file, "_ENOUGH", 40)
     lengths.clear(), every.clear()
     settings = Settings(draws=2, batch_size=1, reduce_every=9.0)
@@ -161,7 +164,7 @@ def test_trials_as_long_as_the_fit_are_compared_at_their_scales(monkeypatch):
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.5, 0.0], [0.3, 0.0]]).log_softmax(1).double()
     y, sure = torch.tensor([0, 1, 0, 1]), {0.3: 0.2, 0.1: 6.0}
 
-    def held(attempt, data, settings, seed):
+    def held(attempt, data, settings, seed, part):
         better = logits * torch.tensor([[1.5], [1.5], [1.5], [0.2]])
         used = better if settings.temperature == 0.1 else logits
         return (used * sure[settings.temperature] * 4).log_softmax(1), y
@@ -170,8 +173,9 @@ def test_trials_as_long_as_the_fit_are_compared_at_their_scales(monkeypatch):
     settings = (20, {}), (40, {}), (40, {"epochs": 9}), (20, {"kept": 0.1}), (40, {"kept": 0.1})
     for folds, given in settings:
         monkeypatch.setattr(held_out_file, "_ENOUGH", folds)
-        found = temperature_trials(None, labelled(0.0), Settings(**given), 0, False)
-        probs = {t: held(None, None, Settings(temperature=t), 0)[0].exp() for t in TEMPERATURES}
+        in_time = "kept" in given
+        found = temperature_trials(None, labelled(0.0), Settings(**given), 0, False, in_time)
+        probs = {t: held(None, None, Settings(temperature=t), 0, 1)[0].exp() for t in TEMPERATURES}
         scales = [1.0, *torch.logspace(0, 1.3, 2001).tolist()]
         own = {t: min(nll(probs[t], y, s) for s in scales) for t in TEMPERATURES}
         plain = {t: nll(probs[t], y) for t in TEMPERATURES}

@@ -38,6 +38,23 @@ def test_the_evidence_of_rows_and_columns_is_the_dense_one(turned, by_row):
     assert float(found[3]) == 0
 
 
+@pytest.mark.parametrize("by_row", [True, False])
+def test_the_evidence_is_that_given_what_is_held(by_row):
+    _, curved, layer = one_layer()
+    inverse = precisions(curved, SCALE, TEMPERATURE)
+    gone = torch.zeros(4, 5, dtype=torch.bool)
+    gone[(1, slice(None)) if by_row else (slice(None), 1)] = True
+    after, _, _ = layer.holding(layer.as_parameter(gone))
+    each = torch.tensor([0, 3, 2, 0]) if by_row else torch.tensor([0, 3, 2, 0, -1])
+    labels = each[:, None].expand(4, 5) if by_row else each.expand(4, 5)
+    found = grouped_delta_f(after, inverse, labels, 4)
+    for group in (0, 2):
+        both = dense_gain(layer, gone | (labels == group))
+        expected = both - dense_gain(layer, gone)
+        assert float(found[group]) == pytest.approx(expected, rel=1e-8)
+    assert float(found[3]) == 0
+
+
 def test_other_groups_have_no_such_evidence():
     _, curved, layer = one_layer()
     labels = torch.arange(20).view(4, 5)

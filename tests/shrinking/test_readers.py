@@ -71,6 +71,40 @@ def test_units_that_something_else_reads_are_in_no_group():
         reader_labels(nn.Linear(3, 2), torch.randn(2, 3))
 
 
+class Made(nn.Module):
+    """Weights that are computed, constant, transposed, or used in two ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.one, self.how = nn.Linear(3, 4), nn.Linear(4, 2), how
+        self.w = nn.Parameter(torch.randn(2, 4))
+        self.register_buffer("fixed", torch.randn(2, 4))
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        if self.how == "twice":
+            return nn.functional.linear(self.one(h).relu(), self.one.weight.T)
+        made = {"computed": lambda: self.w + 1, "fixed": lambda: self.fixed, "own": lambda: self.w}
+        return self.one(h) + nn.functional.linear(h, made[self.how]())
+
+
+@pytest.mark.parametrize("how", ["computed", "fixed", "twice"])
+def test_units_that_a_computed_or_constant_weight_reads_are_in_no_group(how):
+    with pytest.raises(bmr.errors.ShrinkError, match="no hidden unit"):
+        reader_labels(Made(how), torch.randn(2, 3))
+    assert groups_of(reader_labels(Made("own"), torch.randn(2, 3))) == [[0, 1, 2, 3]] * 2
+
+
+def test_of_shared_and_of_parametrised_weights():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    net[4].weight = net[2].weight
+    with pytest.raises(bmr.errors.ShrinkError, match="no hidden unit"):
+        reader_labels(net, torch.randn(2, 3))
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), normed)
+    assert groups_of(reader_labels(net, torch.randn(2, 3))) == [[0, 1, 2, 3]]
+
+
 def test_of_a_transformer_the_hidden_units_are_read():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 6, 0.0, batch_first=True, norm_first=True)
@@ -108,6 +142,53 @@ def test_a_layer_keeps_a_unit_whatever_the_fraction():
         last_corrections=0, progress=False,
     )  # fmt: skip
     assert all(int(mask[0].sum()) >= 1 for mask in pruned.masks.values())
+
+
+def three_layers(hidden=12):
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Linear(6, hidden), nn.Tanh(), nn.Linear(hidden, 8), nn.Tanh(), nn.Linear(8, 3)
+    )
+    return net, torch.randn(60, 6)
+
+
+QUICK = {"path": (), "corrections": 0, "last_corrections": 0, "progress": False}
+
+
+def test_groups_of_layers_that_are_not_pruned_are_kept():
+    net, x = three_layers()
+    labels = reader_labels(net, x)
+    with pytest.warns(bmr.errors.PyroBMRWarning, match=r"4\.weight cannot be pruned here"):
+        pruned = bmr.prune(net, x, bmr.Categorical(), 0.5, per=labels, only=["2.weight"], **QUICK)
+    assert int(pruned.masks["2.weight"][0].sum()) == 6 and list(pruned.masks) == ["2.weight"]
+    both = {**labels, "4.weight": torch.arange(4, 12).view(1, 8)}  # the last units are one group
+    with pytest.warns(bmr.errors.PyroBMRWarning):
+        pruned = bmr.prune(net, x, bmr.Categorical(), 0.5, per=both, only=["2.weight"], **QUICK)
+    assert bool(pruned.masks["2.weight"][:, 4:].all())
+    with pytest.raises(bmr.errors.ReductionError, match="there is no reduced site 'five'"):
+        bmr.prune(net, x, bmr.Categorical(), 0.5, per={"five": torch.zeros(1, 1).long()}, **QUICK)
+
+
+def test_the_fraction_is_met_and_nothing_in_no_group_is_pruned():
+    net, x = three_layers()
+    one = {"2.weight": torch.arange(12).view(1, 12)}
+    for left in (1, 3, 7, 11):
+        pruned = bmr.prune(net, x, bmr.Categorical(), left / 12, per=one, **QUICK)
+        assert int(pruned.masks["2.weight"][0].sum()) == left
+    none = {"2.weight": torch.tensor([[-1]])}
+    assert bmr.prune(net, x, bmr.Categorical(), 0.5, per=none, **QUICK).kept == 1
+    layers = bmr.prune(net, x, bmr.Categorical(), 0.1, per="layer", **QUICK)
+    assert layers.kept < 1  # a layer that is one group is not kept by the floor
+
+
+def test_a_checkpoint_of_other_labels_is_refused(tmp_path):
+    net, x = three_layers(1200)
+    labels = reader_labels(net, x)
+    bmr.prune(net, x, bmr.Categorical(), 0.5, per=labels, checkpoint=tmp_path, **QUICK)
+    other = {**labels, "2.weight": labels["2.weight"].clone()}
+    other["2.weight"][:, 600:620] = -1
+    with pytest.raises(bmr.errors.ModelError, match="of other arguments"):
+        bmr.prune(net, x, bmr.Categorical(), 0.5, per=other, checkpoint=tmp_path, **QUICK)
 
 
 @pytest.mark.slow
