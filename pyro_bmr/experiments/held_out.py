@@ -1,7 +1,7 @@
 """Trials on held-out rows: a shorter fit to the other rows, for each fold.
 
-Owns `Trials`, `PART`, `predicted`, `can_hold_out`, `folds_of`, and `with_noise`, data whose noise is
-a number. Next: `temperature_trials.py`, `noise_trials.py`.
+Owns `Trials`, `PART`, `predicted`, `can_hold_out`, `folds_of`, and `with_noise`, data whose noise
+is a number. Next: `temperature_trials.py`, `noise_trials.py`.
 """
 
 from __future__ import annotations
