@@ -230,7 +230,7 @@ def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
 
     weights = [n for n, p in net.named_parameters() if p.ndim == 2 and "encoder" in n]
     curved = one_shot.factors(net, (x, torch.zeros(len(x))), "true", likelihood, 64, weights)
-    for kept in SIZES:
+    for kept in settings.sizes:
         magnitude = one_shot.magnitude(net, curved, kept, False)
         yield row("magnitude, one threshold", kept, magnitude)
         yield row("Wanda", kept, one_shot.wanda(net, curved, kept))
@@ -242,7 +242,7 @@ def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
 
         def keep(kept: float, one: nn.Module, m: str = method, f: list[Any] = found) -> None:
             print(f"{time.perf_counter() - start:.0f} s", flush=True)  # noqa: B023
-            if kept in SIZES:
+            if kept in settings.sizes:
                 f.append(row(m, kept, one))
                 values = {name: one.get_parameter(name) for name in weights}
                 masks[kept] = {n: float((p != 0).double().mean()) for n, p in values.items()}
@@ -251,7 +251,7 @@ def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
             net,
             x,
             likelihood,
-            SIZES[-1],
+            settings.sizes[-1],
             only=ENCODER,
             path=(0.8, 0.65, 0.5, 0.4, 0.3),
             corrections=steps,
@@ -263,7 +263,7 @@ def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
             progress=False,
         )
         yield from found
-    for kept in SIZES:
+    for kept in settings.sizes:
         yield row("SparseGPT, our sizes", kept, one_shot.sparsegpt(net, curved, masks[kept]))
 
 
@@ -274,8 +274,8 @@ def lines_of(found: pd.DataFrame) -> list[str]:
     rows = []
     for method in found["method"].unique():
         of = found[found["method"] == method].set_index("kept")["score"]
-        rows.append([method, *(f"{of[kept]:.3f}" for kept in SIZES)])
-    return table(["MiniLM", *(f"{kept:.0%}" for kept in SIZES)], rows)
+        rows.append([method, *(f"{score:.3f}" for score in of)])
+    return table(["MiniLM", *(f"{kept:.0%}" for kept in found["kept"].unique())], rows)
 
 
 NETWORKS = {"crepe": crepe_rows, "minilm": minilm_rows}
@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--rows", type=int, help="for calibration")
     parser.add_argument("--corrections", type=int, default=5, help="steps after each round")
+    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="of MiniLM")
     parser.add_argument("--validation", action="store_true", help="scores other rows")
     parser.add_argument("--out", type=Path, default=Path("results/pretrained"))
     parser.add_argument("--page", type=Path, help="such as docs/results/pretrained.md")
