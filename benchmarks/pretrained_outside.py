@@ -171,6 +171,7 @@ def crepe_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
             path=SHARES,
             corrections=steps,
             last_corrections=steps,
+            refresh=max(steps, 1),  # once a round
             rows=len(x),
             size=100 * len(x),
             after_round=lambda _, one, m=method, f=found: f.append(row(m, one)),
@@ -256,6 +257,7 @@ def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
             path=(0.8, 0.65, 0.5, 0.4, 0.3),
             corrections=steps,
             last_corrections=steps,
+            refresh=max(steps, 1),  # once a round
             rows=len(x),
             size=100 * len(x),
             batch_size=64,

@@ -47,6 +47,7 @@ def prune(
     path: Collection[float] | None = None,
     corrections: int = 5,
     last_corrections: int = 10,
+    refresh: int = 1,
     fisher: str = "true",
     draws: int = 1,
     temperature: float = 0.05,
@@ -98,8 +99,11 @@ def prune(
         path: the fractions of the rounds; by default `PATH` down to `kept`. More rounds keep more
             accuracy.
         corrections, last_corrections: steps after each round, and after the last. Each costs about
-            five forward passes and a backward pass over the calibration rows. Small transformers
+            six forward passes and two backward passes over the calibration rows. Small transformers
             gain from more (docs/results/pretrained.md).
+        refresh: after how many steps of a round the curvature is taken anew. Steps with that of
+            another network gain less each. They cost half where the curvature is dear, such as that
+            of convolutions with thousands of inputs.
         temperature: T of the posterior.
         scale: s of the prior; by default the root mean square of each layer's weights.
             "empirical": of each layer the s of the most evidence for its weights and bias at T, as
@@ -128,7 +132,7 @@ def prune(
     fraction = kept.n / kept.m if isinstance(kept, NofM) else kept
     settings = Settings(
         _sizes(fraction, path), pattern, per, heads, _patterns(only), corrections,
-        last_corrections, temperature, scale, floor, most_rise, seed,
+        last_corrections, refresh, temperature, scale, floor, most_rise, seed,
     )  # fmt: skip
     _check(net, likelihood, settings, fisher, draws, rows, batch_size)
     check_likelihood(likelihood, values)
@@ -183,6 +187,7 @@ def _check(
     check("prune", ok, "Categorical() or anything with its observe", likelihood=likelihood)
     check("prune", fisher in FISHERS, " or ".join(map(repr, FISHERS)), fisher=fisher)
     check("prune", is_whole(draws, 1), "a whole number > 0", draws=draws)
+    check("prune", is_whole(settings.refresh, 1), "a whole number > 0", refresh=settings.refresh)
     check("prune", is_whole(rows, 1), "a whole number > 0", rows=rows)
     check("prune", is_whole(batch_size, 1), "a whole number > 0", batch_size=batch_size)
     for name in ("corrections", "last_corrections"):

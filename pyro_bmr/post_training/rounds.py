@@ -46,6 +46,7 @@ class Settings:
     only: tuple[str, ...]
     corrections: int
     last_corrections: int
+    refresh: int
     temperature: float
     scale: float | str | None
     floor: float
@@ -208,14 +209,14 @@ class Rounds:
         return out
 
     def _corrected(self, layers: dict[str, Layer], size: float) -> dict[str, Layer]:
-        """The layers after the Gauss–Newton steps of a round. The steps have the factors with which
-        the round began: what they are multiplied by is found from the network itself.
-        """
+        """The layers after the Gauss–Newton steps of a round."""
         settings = self.settings
         is_last = size == settings.sizes[-1]
         count = settings.last_corrections if is_last else settings.corrections
         step: Values | None = None
-        for _ in range(count):
+        for number in range(count):
+            if number % settings.refresh == 0:
+                layers = self._layers(self._curvature())
             found = slopes_at(self.measure, self.net, self.wanted)
             step = corrected(self.measure, self.net, layers, found, settings.temperature, step)
         return layers if is_last and not count else self._layers(self._curvature())

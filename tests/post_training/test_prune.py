@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_bmr as bmr
 from pyro_bmr.errors import ModelError
 from pyro_bmr.formulas import LaplaceEvidence
+from pyro_bmr.post_training import rounds as rounds_file
 from pyro_bmr.post_training.masks import pruned_at
 from pyro_bmr.reduction import NofM
 
@@ -179,6 +180,19 @@ def test_units_are_pruned_whole_and_shrink(trained):
     )
 
 
+@pytest.mark.parametrize("refresh, passes", [(1, 3 + 3 + 4), (2, 3 + 2 + 2), (9, 3 + 1 + 1)])
+def test_the_curvature_is_taken_anew_after_some_steps(trained, monkeypatch, refresh, passes):
+    """For the dense network, at the end of each of two rounds, and within their 3 and 4 steps."""
+    net, x, _, _ = trained
+    taken, curvature_at = [], rounds_file.curvature_at
+    monkeypatch.setattr(
+        rounds_file, "curvature_at", lambda *given: taken.append(1) or curvature_at(*given)
+    )
+    options = {**QUIET, "path": [0.7], "corrections": 3, "last_corrections": 4}
+    bmr.prune(net, x, bmr.Categorical(), 0.4, refresh=refresh, **options)
+    assert len(taken) == passes
+
+
 def test_patterns_are_kept(trained):
     net, x, _, _ = trained
     pruned = bmr.prune(net, x, bmr.Categorical(), NofM(2, 4), corrections=0, **QUIET)
@@ -274,6 +288,7 @@ def test_the_floor_of_a_layer():
         ({"kept": 0.5, "temperature": 0}, "temperature"),
         ({"kept": 0.5, "only": ["conv.*"]}, "matches no parameter"),
         ({"kept": 0.5, "corrections": -1}, "corrections"),
+        ({"kept": 0.5, "refresh": 0}, "refresh"),
         ({"kept": NofM(2, 4), "per": "unit"}, "leave per out"),
         ({"kept": 0.5, "only": ["*.bias"]}, "expected layers with Kronecker factors"),
     ],
