@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pyro_bmr as bmr
@@ -26,7 +25,7 @@ import pyro_bmr as bmr
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.parts import one_shot
 from benchmarks.parts.pages import fill, table
-from benchmarks.parts.trained_networks import Rows
+from benchmarks.parts.trained_networks import Rows, descend, epoch_batches, stored
 from benchmarks.pretrained import SIZES, Network, methods, sizes_of_layers
 
 LENGTH, BATCH, RATE = 64, 64, 2e-3
@@ -73,33 +72,15 @@ def _rows(text: Tensor) -> Rows:
 @torch.no_grad()
 def bits(net: nn.Module, scored: Rows) -> float:
     """Per byte."""
-    return float(bits_of(torch.cat([net(part) for part in scored.x.split(250)]), scored.y))
-
-
-def bits_of(logits: Tensor, y: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()) / math.log(2)
+    logits = torch.cat([net(part) for part in scored.x.split(250)])
+    found = nn.functional.cross_entropy(logits.flatten(0, -2), scored.y.flatten())
+    return float(found) / math.log(2)
 
 
 def trained(seed: int, symbols: int, folder: Path, train: Rows, epochs: int) -> nn.Module:
     torch.manual_seed(seed)
     net, path = ByteTransformer(symbols), folder / f"bytes-{seed}.safetensors"
-    if not path.exists():
-        adam = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.01)
-        steps = epochs * -(-len(train.x) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(adam, RATE, total_steps=steps, pct_start=0.1)
-        for _ in range(epochs):
-            for index in torch.randperm(len(train.x)).split(BATCH):
-                adam.zero_grad()
-                logits = net(train.x[index])
-                nn.functional.cross_entropy(
-                    logits.flatten(0, 1), train.y[index].flatten()
-                ).backward()
-                adam.step()
-                schedule.step()
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(net.state_dict(), path)
-    net.load_state_dict(load_file(path))
-    return net.eval().requires_grad_(False)
+    return stored(net, path, lambda: descend(net, train, epoch_batches(train, epochs, BATCH), RATE))
 
 
 def during(train: Rows, symbols: int, kept: float, settings: argparse.Namespace) -> Network:

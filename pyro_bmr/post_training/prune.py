@@ -99,11 +99,11 @@ def prune(
         path: the fractions of the rounds; by default `PATH` down to `kept`. More rounds keep more
             accuracy.
         corrections, last_corrections: steps after each round, and after the last. Each costs about
-            six forward passes and two backward passes over the calibration rows. Small transformers
-            gain from more (docs/results/pretrained.md).
-        refresh: after how many steps of a round the curvature is taken anew. Steps with that of
-            another network gain less each. They cost half where the curvature is dear, such as that
-            of convolutions with thousands of inputs.
+            five forward and two backward passes over the calibration rows, and the curvature.
+            Small transformers gain from more (docs/results/pretrained.md).
+        refresh: after how many steps of a round the curvature is taken anew. A step with an older
+            one brings less. It is worth it where the curvature costs far more than the rest of a
+            step, as that of convolutions with thousands of inputs does.
         temperature: T of the posterior.
         scale: s of the prior; by default the root mean square of each layer's weights.
             "empirical": of each layer the s of the most evidence for its weights and bias at T, as

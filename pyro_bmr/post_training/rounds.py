@@ -6,7 +6,6 @@ Owns `Settings` and `Rounds`. Next: `prune.py`.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.curvatures.factors import Curvature
-from pyro_bmr.errors import ModelError, PyroBMRWarning
+from pyro_bmr.errors import ModelError, warn
 from pyro_bmr.likelihoods.likelihood import read_inputs
 from pyro_bmr.post_training.calibration import Calibration
 from pyro_bmr.post_training.layer import Layer, Precisions, layers_of, precisions, prior_scale
@@ -28,6 +27,7 @@ from pyro_bmr.post_training.steps import (
     Measure,
     Values,
     corrected,
+    curvature_and_slopes_at,
     curvature_at,
     slopes_at,
     write,
@@ -59,7 +59,8 @@ class Rounds:
     """A network as it is pruned, in place.
 
     `held`: weight → the entries of its layer's matrix that are zero. `gains`, `rises`: weight → its
-    ΔF, nats, and what the loss was predicted to rise by for it, nats per row.
+    ΔF, nats, and what the loss was predicted to rise by for it, nats per row. `labels`, `factors`:
+    the groups that are pruned whole, and the curvature that their evidence needs, else None.
     """
 
     measure: Measure
@@ -74,7 +75,7 @@ class Rounds:
     wanted: dict[str, nn.Parameter] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     labels: Mapping[str, Tensor] | None = None
-    found: Curvature | None = None
+    factors: Curvature | None = None
 
     def run(self, folder: Path | None) -> Pruned:
         """All rounds, or those until the loss has risen too much."""
@@ -159,11 +160,9 @@ class Rounds:
         if not absent:
             return per
         bound = torch.cat([per[name].flatten().long().cpu() for name in absent])
-        warnings.warn(
+        warn(
             f"prune: {', '.join(absent)} cannot be pruned here, so the groups of per= that have"
-            " entries there are kept whole; prune other layers, or leave out only=",
-            PyroBMRWarning,
-            stacklevel=2,
+            " entries there are kept whole; leave out only=, or these layers from the labels"
         )
         inside = {name: labels for name, labels in per.items() if name not in absent}
         return {
@@ -178,13 +177,13 @@ class Rounds:
         parameters = dict(self.net.named_parameters())
         temperature = self.settings.temperature
         ranks = self.measure.ranks
-        if self.labels is not None:  # groups need the factors themselves
-            self.found = found
+        if self.labels is not None:
+            self.factors = found
         return layers_of(found, parameters, self.scales, self.held, temperature, ranks)
 
     def _inverse(self, layer: Layer) -> Precisions:
-        assert self.found is not None
-        return precisions(self.found.layers[layer.name], layer.scale, self.settings.temperature)
+        assert self.factors is not None
+        return precisions(self.factors.layers[layer.name], layer.scale, self.settings.temperature)
 
     def _holding(self, layers: Mapping[str, Layer], size: float) -> dict[str, Layer]:
         """The layers with more entries held at zero, and the network with their means."""
@@ -215,10 +214,13 @@ class Rounds:
         count = settings.last_corrections if is_last else settings.corrections
         step: Values | None = None
         for number in range(count):
+            given = self.measure, self.net, self.wanted
             if number % settings.refresh == 0:
-                layers = self._layers(self._curvature())
-            found = slopes_at(self.measure, self.net, self.wanted)
-            step = corrected(self.measure, self.net, layers, found, settings.temperature, step)
+                factors, slopes = curvature_and_slopes_at(*given)
+                layers = self._layers(factors)
+            else:
+                slopes = slopes_at(*given)
+            step = corrected(self.measure, self.net, layers, slopes, settings.temperature, step)
         return layers if is_last and not count else self._layers(self._curvature())
 
     def _note(self, size: float, base: float | None) -> None:

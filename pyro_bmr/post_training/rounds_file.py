@@ -62,8 +62,8 @@ def about_call(parameters: Mapping[str, Tensor], arguments: Mapping[str, Any]) -
     digest = hashlib.sha256(repr(sorted(plain.items())).encode())
     labels = {
         f"{key} {name}": value
-        for key in arguments.keys() - plain.keys()
-        for name, value in arguments[key].items()
+        for key in sorted(arguments.keys() - plain.keys())
+        for name, value in sorted(arguments[key].items())
     }
     for name, value in {**labels, **parameters}.items():
         digest.update(name.encode())

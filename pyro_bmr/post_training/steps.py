@@ -13,7 +13,7 @@ the exact Gauss–Newton matrix, from products with δ. No labels are used. Next
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,21 +98,48 @@ class Measure:
 
 def curvature_at(measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter]) -> Curvature:
     """The factors of the layers of a network, by one pass over the calibration rows."""
-    one = Pass(net, measure.loss, measure.fisher, measure.draws, wanted, True, others=False)
+    one = _pass(measure, net, wanted)
     for x, y in measure.rows.batches:
         one.add(x, y)
         measure.bar.update(rows_in(x))
-    one.sum_over(measure.ranks)
-    return one.result(measure.rows.rows, measure.rows.size)
+    return _curvature(measure, one)
 
 
 def slopes_at(measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter]) -> Slopes:
     """The divergence and its gradient, by one pass over the calibration rows."""
+    return _slopes(measure, net, wanted, lambda x, _: measure.run(net, None, x))
+
+
+def curvature_and_slopes_at(
+    measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter]
+) -> tuple[Curvature, Slopes]:
+    """`curvature_at` and `slopes_at` by one pass."""
+    one = _pass(measure, net, wanted)
+    slopes = _slopes(measure, net, wanted, one.add)
+    return _curvature(measure, one), slopes
+
+
+def _pass(measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter]) -> Pass:
+    return Pass(net, measure.loss, measure.fisher, measure.draws, wanted, True, others=False)
+
+
+def _curvature(measure: Measure, one: Pass) -> Curvature:
+    one.sum_over(measure.ranks)
+    return one.result(measure.rows.rows, measure.rows.size)
+
+
+def _slopes(
+    measure: Measure,
+    net: nn.Module,
+    wanted: Mapping[str, nn.Parameter],
+    run: Callable[[Any, Tensor | None], Tensor],
+) -> Slopes:
+    """`run`: a batch → the output of the network, with its graph."""
     total, divergence = {name: torch.zeros_like(p) for name, p in wanted.items()}, 0.0
     for p in wanted.values():
         p.requires_grad_(True)
     for number, (x, y) in enumerate(measure.rows.batches):
-        output, dense = measure.run(net, None, x), measure.target(number, x)
+        output, dense = run(x, y), measure.target(number, x)
         read = read_inputs(measure.loss.likelihood, x)[1]
         apart = Divergence(measure.loss).of(output, dense, y, read)
         found = torch.autograd.grad(apart, list(wanted.values()), allow_unused=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.errors import ShrinkError, described
+from pyro_bmr.networks.bayesian_network import BayesianNetwork
 from pyro_bmr.networks.plain_module import module_copy, plain_module
 
 
@@ -22,8 +23,14 @@ def masked(net: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     What `torch.nn.utils.prune` has pruned is zero as well.
 
     Raises:
-        ShrinkError: a mask is not a bool tensor in the shape of a parameter of that name.
+        ShrinkError: `net` is no plain module, or a mask is not a bool tensor in the shape of a
+            parameter of that name.
     """
+    if not isinstance(net, nn.Module) or isinstance(net, BayesianNetwork):
+        raise ShrinkError(
+            f"net: expected a plain torch.nn.Module, got {described(net)}; of a Bayesian network"
+            " give what `export` returns, or its .net"
+        )
     copied = module_copy(plain_module(net).net).eval()
     parameters = dict(copied.named_parameters(remove_duplicate=False))
     for name, mask in masks.items():

@@ -1,8 +1,8 @@
 """From masks to a smaller network with the same function.
 
 Pruned units, channels and heads are removed, and constants are folded into biases. Owns `shrink`,
-`shrink_plan` and `shrink_each`. How the network is read is in `exported_graph.py`, which channels
-are kept in `analysis.py`. Next: `readers.py`.
+`shrink_plan`, `shrink_each` and `compared`. How the network is read is in `exported_graph.py`,
+which channels are kept in `analysis.py`. Next: `readers.py`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def shrink_plan(
     copied = masked(net, masks)
     home = to_cpu(copied)
     with tensors_on_cpu():
-        inputs, want = _compared(copied, example, home)
+        inputs, want = compared(copied, example, home)
     with tensors_on_cpu(), foreign_errors(f"the graph of {type(copied).__name__}"):
         separate, groups = untied(copied)
         graph = exported(separate, inputs[0])
@@ -130,7 +130,7 @@ def shrink_each(nets: Iterable[nn.Module], example: Any) -> list[nn.Module]:
         copied = masked(net, {})
         home = to_cpu(copied)
         with tensors_on_cpu():
-            inputs, want = _compared(copied, example, home)
+            inputs, want = compared(copied, example, home)
         with tensors_on_cpu(), foreign_errors(f"the graph of {type(copied).__name__}"):
             separate, groups = untied(copied)
             graph = exported(separate, inputs[0]) if graph is None else graph.of(separate)
@@ -236,7 +236,7 @@ def _check_rows(graph: ExportedGraph, want: Answers, small: nn.Module, inputs: l
         )
 
 
-def _compared(net: nn.Module, example: Any, home: Home) -> tuple[list[Any], Answers]:
+def compared(net: nn.Module, example: Any, home: Home) -> tuple[list[Any], Answers]:
     """The inputs on which the smaller network is compared with the masked one, and the answers of
     that: two rows of the example, one row, and rows like them. `home`: where `net` was.
     """

@@ -20,9 +20,10 @@ from pyro_bmr.isolation import tensors_on_cpu
 from pyro_bmr.shrinking.analysis import Analysis
 from pyro_bmr.shrinking.channel_ids import Ids
 from pyro_bmr.shrinking.contractions import Read
-from pyro_bmr.shrinking.exported_graph import exported, two_rows
+from pyro_bmr.shrinking.exported_graph import exported
 from pyro_bmr.shrinking.home import to_cpu
 from pyro_bmr.shrinking.masked_network import masked
+from pyro_bmr.shrinking.plan import compared
 from pyro_bmr.shrinking.refusals import foreign_errors
 from pyro_bmr.shrinking.states import State
 from pyro_bmr.shrinking.untied import untied
@@ -52,10 +53,12 @@ def reader_labels(net: nn.Module, example: Any) -> dict[str, Tensor]:
     """
     example = example_of(example, net)
     copied = masked(net, {})
-    to_cpu(copied)
+    home = to_cpu(copied)
+    with tensors_on_cpu():
+        inputs, _ = compared(copied, example, home)
     with tensors_on_cpu(), foreign_errors(f"the graph of {type(copied).__name__}"), torch.no_grad():
         separate, shared = untied(copied)
-        analysis = Analysis(exported(separate, two_rows(example)), {})
+        analysis = Analysis(exported(separate, inputs[0]), {})
         read = _read(analysis, {name for names in shared for name in names})
     used = [int(one) for _, ids in read.values() for one in ids if one >= 0]
     numbers = {one: k for k, one in enumerate(dict.fromkeys(used))}

@@ -184,10 +184,12 @@ def test_units_are_pruned_whole_and_shrink(trained):
 def test_the_curvature_is_taken_anew_after_some_steps(trained, monkeypatch, refresh, passes):
     """For the dense network, at the end of each of two rounds, and within their 3 and 4 steps."""
     net, x, _, _ = trained
-    taken, curvature_at = [], rounds_file.curvature_at
-    monkeypatch.setattr(
-        rounds_file, "curvature_at", lambda *given: taken.append(1) or curvature_at(*given)
-    )
+    taken = []
+    for name in ("curvature_at", "curvature_and_slopes_at"):
+        call = getattr(rounds_file, name)
+        monkeypatch.setattr(
+            rounds_file, name, lambda *given, call=call: taken.append(1) or call(*given)
+        )
     options = {**QUIET, "path": [0.7], "corrections": 3, "last_corrections": 4}
     bmr.prune(net, x, bmr.Categorical(), 0.4, refresh=refresh, **options)
     assert len(taken) == passes

@@ -16,6 +16,7 @@ from pyro_bmr.post_training.steps import (
     Measure,
     _amounts,
     _output_products,
+    curvature_and_slopes_at,
     curvature_at,
     slopes_at,
 )
@@ -142,7 +143,14 @@ def test_the_gradient_is_that_of_the_divergence_over_all_rows():
     assert found.divergence == pytest.approx(3 * kl.item())
     assert measure.divergence(net) == pytest.approx(3 * kl.item())
     plain = bmr.curvature(net, x, bmr.Categorical(), fisher="gauss-newton", size=24, progress=False)
+    both, again = curvature_and_slopes_at(measure, net, wanted)
+    assert again.divergence == found.divergence
+    for name, slope in found.gradient.items():
+        torch.testing.assert_close(again.gradient[name], slope)
     curved = curvature_at(measure, net, wanted)
+    for name, layer in both.layers.items():
+        torch.testing.assert_close(curved.layers[name].outputs, layer.outputs)
+        torch.testing.assert_close(curved.layers[name].inputs, layer.inputs)
     for name, layer in plain.layers.items():
         torch.testing.assert_close(curved.layers[name].outputs, layer.outputs)
         torch.testing.assert_close(curved.layers[name].inputs, layer.inputs)

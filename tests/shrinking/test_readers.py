@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import pyro_bmr as bmr
+from pyro_bmr.post_training.rounds_file import about_call
 from pyro_bmr.shrinking import reader_labels
 from tests.shrinking.kinds import KINDS
 
@@ -144,6 +145,19 @@ def test_a_layer_keeps_a_unit_whatever_the_fraction():
     assert all(int(mask[0].sum()) >= 1 for mask in pruned.masks.values())
 
 
+@pytest.mark.parametrize("call", [reader_labels, lambda net, x: bmr.shrink(net, {}, x)])
+def test_what_is_no_plain_network_or_no_row_of_it_is_refused(call):
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    for given in (bmr.BayesianNetwork(net, bmr.Gaussian(), bmr.Categorical()), "net"):
+        with pytest.raises(bmr.errors.ShrinkError, match=r"expected a plain torch\.nn\.Module"):
+            call(given, torch.randn(2, 3))
+    for rows in (torch.zeros(0, 3), 5):
+        with pytest.raises(bmr.errors.ShrinkError, match="expected rows of the network's input"):
+            call(net, rows)
+    with pytest.raises(bmr.errors.ShrinkError, match="does not run on two rows"):
+        call(net, torch.randn(2, 7))
+
+
 def three_layers(hidden=12):
     torch.manual_seed(3)
     net = nn.Sequential(
@@ -189,6 +203,18 @@ def test_a_checkpoint_of_other_labels_is_refused(tmp_path):
     other["2.weight"][:, 600:620] = -1
     with pytest.raises(bmr.errors.ModelError, match="of other arguments"):
         bmr.prune(net, x, bmr.Categorical(), 0.5, per=other, checkpoint=tmp_path, **QUICK)
+
+
+def test_what_tells_calls_apart_does_not_depend_on_the_order_of_names():
+    """The order of a set of names differs between processes."""
+    label, heads = torch.tensor([0, 1]), {"a": 2, "b": 4}
+    calls = [
+        {"per": {"x": label, "y": label + 2}, "heads": heads, "kept": 0.5},
+        {"kept": 0.5, "heads": dict(reversed(heads.items())), "per": {"y": label + 2, "x": label}},
+        {"per": {"x": label + 2, "y": label}, "heads": heads, "kept": 0.5},
+    ]
+    one, same, other = (about_call({"w": torch.ones(2)}, call) for call in calls)
+    assert one == same != other
 
 
 @pytest.mark.slow
