@@ -1,7 +1,7 @@
 """Which weights read the same hidden unit or channel.
 
 Owns `reader_labels`. A unit can be removed by the weights that lead to it, or by those that read
-it. The second keeps more: the weights of the other units that are read with it make up for it.
+it. The second costs less: the weights that read the other units make up for it.
 Next: `exporting/finite.py`.
 """
 
