@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_bmr as bmr
-from benchmarks.parts.turns import figures
+from benchmarks.parts.turns import PLAIN, figures
 
 
 def by_fit(
@@ -30,20 +30,21 @@ def by_fit(
     """
     rows = torch.arange(100 * batch) % len(data[0])
     x, y = (part[rows] for part in data)
-    calls: dict[str, Callable[[int], object]] = {
-        "plain training, fused Adam": partial(train, net, x, y, batch)
-    }
+    calls: dict[str, Callable[[int], object]] = {PLAIN: partial(train, net, x, y, batch)}
     for name, options in contenders.items():
         prior = options.get("prior", bmr.Gaussian())
         program = bmr.BayesianNetwork(net, prior, bmr.Categorical())
         calls[name] = partial(whole_fit, program, x, y, batch, options)
-    calls["plain training, fused Adam"](1)  # the first optimiser of a process imports modules
+    calls[PLAIN](1)  # the first optimiser of a process imports modules
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             one, four = (seconds_of(partial(call, epochs)) for epochs in (1, 4))
             times[name].append((1e3 * (four[0] - one[0]) / 300, 1e3 * (four[1] - one[1]) / 300))
-    return {name: figures(*map(list, zip(*found, strict=True))) for name, found in times.items()}
+    processor, clock = (
+        {name: [each[k] for each in found] for name, found in times.items()} for k in (0, 1)
+    )
+    return {name: figures(processor[name], clock[name], processor[PLAIN]) for name in calls}
 
 
 def train(net: nn.Module, x: Tensor, y: Tensor, batch: int, epochs: int) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import pyro_bmr as bmr
 from pyro_bmr.experiments.settings import Settings, length_of, optimizer_named
-from pyro_bmr.fitting import natural_gradient
+from pyro_bmr.fitting import flat_vectors
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors.spike_and_slab import SpikeSlabMixture
 from pyro_bmr.pruning import Every
@@ -148,7 +148,7 @@ def fit_at_once(
         fitted, interval = "gaussian:layer", settings.reduce_every
         schedule = _EveryRow(interval, start=settings.start, stop=settings.stop, priors=(*priors,))
     # as in a fit of a small table, every step counts for the curvature
-    with warnings.catch_warnings(), patch.object(natural_gradient, "_LARGE", x.numel()):
+    with warnings.catch_warnings(), patch.object(flat_vectors, "_LARGE", x.numel()):
         warnings.simplefilter("ignore")
         fit = bmr.fit(
             _program(fitted, *x.shape[1:]),

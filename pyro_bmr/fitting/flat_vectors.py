@@ -16,6 +16,9 @@ from torch.optim import Optimizer
 from pyro_bmr.fitting.chunks import chunks_of, sizes_of
 from pyro_bmr.guides import MeanField
 
+# after so many steps, a guide of more numbers takes its standard deviations anew once in four
+_FIRST, _LARGE, _PERIOD = 500, 10_000, 4
+
 
 class FlatVectors:
     """`loc` and `log_scale` of a guide, and the vectors that a step fills: `std` and the `draw`.
@@ -24,7 +27,7 @@ class FlatVectors:
     `leaves`: the draw of each site in its shape, with 0 at pruned entries, as autograd knows it;
     views of `whole_draw`.
     `kept`: the indices of the kept entries of each site; None for all. `stale`: the chunks whose
-    `std` is not exp(`log_scale`).
+    `std` the next step takes anew, as exp(`log_scale`).
     """
 
     def __init__(self, guide: MeanField) -> None:
@@ -55,6 +58,10 @@ class FlatVectors:
             for names, run in groupby(self.chunks, lambda chunk: chunk.names)
         ]
         self.stale = [True] * len(self.chunks)
+
+    def period(self, steps: int) -> int:
+        """In how many steps a chunk takes its standard deviations anew, after `steps` updates."""
+        return _PERIOD if steps > _FIRST and self.loc.numel() > _LARGE else 1
 
     def release(self) -> None:
         """Frees the memory of the vectors that a step fills, until it fills them again. What views

@@ -58,7 +58,10 @@ class MeanFieldStep(FlatVectors):
     run. `forget` has them declared again, as after a change of the empirical scales.
 
     `trained` are the parameters of the program that are no sites. Autograd gives their gradients.
+    `may_lag`: whether the standard deviation in a draw may be some steps old.
     """
+
+    may_lag = True
 
     def __init__(
         self,
@@ -267,6 +270,8 @@ class MeanFieldStep(FlatVectors):
         return {
             "loc": self.loc,
             "log_scale": self.log_scale,
+            "std": None if all(self.stale) else self.std,
+            "stale": list(self.stale),
             "kl": self.kl,
             "declared": declared,
             "settled": self.priors is self.declared,
@@ -277,7 +282,9 @@ class MeanFieldStep(FlatVectors):
         """Continues from `state`, after `prune` with its masks."""
         self.loc.copy_(state["loc"])
         self.log_scale.copy_(state["log_scale"])
-        self.stale = [True] * len(self.chunks)
+        self.stale = state["stale"]
+        if state["std"] is not None:
+            self.std.copy_(state["std"])
         self.kl = state["kl"]
         device = self.loc.device
         self.declared = {

@@ -24,9 +24,6 @@ from pyro_bmr.fitting.step import Draw, TakesDraws
 # widens, which is the stable side.
 _LARGEST_WIDENING, _LARGEST_NARROWING = 0.1, 0.5
 _FIRST_AVERAGE = 100  # steps that the start value of the curvature counts for
-# The curvature is an average over thousands of steps. After the first steps, of many weights, it
-# takes every fourth.
-_CURVATURE_EVERY, _ALWAYS, _LARGE = 4, 500, 10_000
 
 
 @dataclass(frozen=True)
@@ -122,22 +119,33 @@ class OnlineNewton(TakesDraws):
         if self.adam:
             self.add_param_group({"params": trained, "lr": settings.adam_rate})
         self.state[step.loc]["average"] = torch.zeros_like(step.loc)
+        # σ² of each chunk, the vector σ, and the chunks in which it has changed
+        self._variances: list[Tensor] = []
+        self._std, self._changed = step.std.new_empty(0), list[bool]()
 
     def take(self, draw: Draw) -> None:
         settings, vectors = self.settings, self.vectors
         self.steps += 1
         unbiased = 1 - settings.momentum**self.steps
         rate = self.param_groups[0]["lr"] / (vectors.kl_weight * unbiased)
-        every = _CURVATURE_EVERY if self.steps > _ALWAYS and vectors.loc.numel() > _LARGE else 1
+        # the curvature is an average over thousands of steps; of many weights, not all are needed
+        every = vectors.period(self.steps)
         rho = every * max(settings.averaging, 2 / (self.steps + _FIRST_AVERAGE))
         average = self.state[vectors.loc]["average"]
+        if self._std is not vectors.std:
+            self._std = vectors.std
+            self._variances = [torch.empty_like(chunk.std) for chunk in vectors.chunks]
+            self._changed = [True] * len(vectors.chunks)
         noise, averages = draw.noise.split(vectors.sizes), average.split(vectors.sizes)
         weight, limit = vectors.kl_weight * unbiased, settings.cap / rate
         for k, (chunk, g, odd, prior, smooth) in enumerate(
             zip(vectors.chunks, draw.gradients, draw.odd, draw.pulls, averages, strict=True)
         ):
-            std = chunk.std
-            if (self.steps + k) % every == 0:
+            std, variance = chunk.std, self._variances[k]
+            if self._changed[k]:
+                torch.mul(std, std, out=variance)
+            due = self._changed[k] = (self.steps + k) % every == 0
+            if due:
                 # change = σ(λgε + pσ) = (ĥ + δ)/(h + δ)
                 change = torch.mul(std, prior.precision, out=chunk.scratch)
                 change.addcmul_(odd, noise[k], value=draw.sign / vectors.kl_weight).mul_(std)
@@ -147,7 +155,7 @@ class OnlineNewton(TakesDraws):
             # pull = ḡ + δ(μ − η), up to the factor of the bias correction
             smooth.lerp_(g, 1 - settings.momentum)
             pull = prior.add_to(smooth, chunk.loc, weight, chunk.scratch)
-            chunk.loc.sub_(pull.mul_(std).mul_(std).clamp_(-limit, limit), alpha=rate)
+            chunk.loc.sub_(pull.mul_(variance).clamp_(-limit, limit), alpha=rate)
         if self.adam:
             self.adam.param_groups[0]["lr"] = self.param_groups[1]["lr"]
             self.adam.step()

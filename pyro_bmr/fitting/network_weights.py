@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_bmr.data.inputs import Inputs
 from pyro_bmr.fitting.flat_vectors import FlatVectors
+from pyro_bmr.fitting.layer_scales import LayerScales, layer_scales
 from pyro_bmr.fitting.live_network import LiveNetwork, LiveNetworks
 from pyro_bmr.fitting.network import Network
 from pyro_bmr.fitting.written_weights import WrittenWeight
@@ -40,7 +41,10 @@ class NetworkWeights:
         self.given = {n: w.leaf for n, w in written.items() if places is None or n in places}
         # without a smaller network, all but the weights that are their sites, with a divergence in
         # closed form
-        self.active = [w for w in written.values() if live is not None or not w.passive]
+        scales, others = layer_scales(
+            w for w in written.values() if live is not None or not w.passive
+        )
+        self.active: list[LayerScales | WrittenWeight] = [*scales, *others]
 
     @property
     def sites(self) -> set[str]:

@@ -1,5 +1,5 @@
-"""The noise of a `MeanField` fit: a normal vector for each step, at an eighth of the cost of
-drawing one.
+"""The noise of a `MeanField` fit: a normal vector for each step, at a small part of the
+cost of drawing one.
 
 Owns `Noise`. Next: `site_prior.py`.
 """
@@ -9,17 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_STEPS_PER_BATCH, _OFFSETS = 8, 1 << 12
+_STEPS_PER_BATCH, _OFFSETS = 32, 1 << 12
 
 
 class Noise:
     r"""Standard-normal vectors, one per step, as a function of (seed, step).
 
-    A batch of size + 4096 numbers serves eight steps: each takes the window at a random offset of
-    its own, with a random sign. Each step's vector is exactly N(0, I), each of its entries is new
+    A batch of size + 4096 numbers serves 32 steps: each takes the window at a random offset of its
+    own, with a random sign. Each step's vector is exactly N(0, I), each of its entries is new
     in every step, and its mean given all earlier steps is exactly 0, so the gradient stays
-    unbiased. What the eight steps share is the size of a number, at entries that lie the difference
-    of their offsets apart.
+    unbiased. What the steps of a batch share is the size of a number, at entries that lie the
+    difference of their offsets apart.
     """
 
     def __init__(self, like: Tensor, seed: int) -> None:

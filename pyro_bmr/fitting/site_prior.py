@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ModelError
+from pyro_bmr.fitting.sums import dot
 from pyro_bmr.guides.latent_sites import Latent, base_distribution, gaussian_on_the_line
 from pyro_bmr.tracing import Values, collapsed, does_not_split
 
-# a guide with more numbers evaluates its KL, a slow quantity that is only reported, in every eighth
+# a guide with more numbers evaluates its KL, a slow quantity that is only reported, in every 16th
 # step
-_LARGE, _KL_EVERY = 10_000, 8
+_LARGE, _KL_EVERY = 10_000, 16
 
 
 class SitePrior(NamedTuple):
@@ -146,8 +147,8 @@ def squared_distance(prior: SitePrior, point: Tensor, std: Tensor | None = None)
     """Σ p ((x − η)² + σ²) of a flat point x with the standard deviations σ, if there are any."""
     deviation = point if isinstance(prior.loc, float) and prior.loc == 0 else point - prior.loc
     if isinstance(prior.precision, float):
-        total = float(torch.dot(deviation, deviation))
-        return prior.precision * (total if std is None else total + float(torch.dot(std, std)))
+        total = float(dot(deviation, deviation))
+        return prior.precision * (total if std is None else total + float(dot(std, std)))
     square = deviation.square() if std is None else deviation.square() + std.square()
     return float((square * prior.precision).sum())
 

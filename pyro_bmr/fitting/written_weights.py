@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_bmr.fitting.live_network import Cut
+from pyro_bmr.fitting.sums import dot
 from pyro_bmr.priors.tiers import spread, tier_shape
 from pyro_bmr.priors.weight_form import ScaleSite, WeightForm
 
@@ -87,14 +88,28 @@ class WrittenWeight:
         """The sites of the parameter."""
         return [self.name, *self.draws]
 
-    def weigh(self) -> Tensor:
-        """The parameter at the draws, as a leaf of autograd."""
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether one number, a power of a positive site, is all that the form has beside w̄."""
+        return (
+            not self.point
+            and not self.shape
+            and len(self.powers) == 1
+            and len(self.draws) == 1
+            and self.form.slab is None
+            and self.form.density is None
+        )
+
+    def weigh(self) -> None:
+        """Evaluates the parameter at the draws."""
         if self.form.factors:
-            self.scale = self._scale()
-            if self.cut is not None:
-                self.scale = self.cut.taken(self.scale)
-            torch.mul(self.standardised, self.scale, out=self.weight)
-        return self.leaf
+            scale = self._scale()
+            self.weigh_by(scale if self.cut is None else self.cut.taken(scale))
+
+    def weigh_by(self, scale: Tensor) -> None:
+        """Has w = γ w̄, γ being the `scale`."""
+        self.scale = scale
+        torch.mul(self.standardised, scale, out=self.weight)
 
     def _scale(self) -> Tensor:
         """γ, in the shape that the factors have together."""
@@ -121,11 +136,9 @@ class WrittenWeight:
         """Site → the gradient of L − `factor` · log p of the sites whose density is written out,
         flat; L has been differentiated down to the weights.
         """
-        g = torch.zeros_like(self.weight) if self.leaf.grad is None else self.leaf.grad
-        self.leaf.grad = None
+        g = self._gradient()
         found = self._of_scales(g) if self.form.factors else {}
-        g = g.mul_(self.scale) if self.form.factors else g
-        found[self.name] = self._taken_out(g.reshape(-1))
+        found[self.name] = self._of_standardised(g)
         for site, density, u, parent in self.densities:
             if site not in found:
                 found[site] = torch.zeros_like(u)
@@ -136,8 +149,22 @@ class WrittenWeight:
             self._drop_jacobians(found, factor)
         return {site: each.reshape(-1) for site, each in found.items()}
 
-    def _taken_out(self, g: Tensor) -> Tensor:
-        """The gradient of the kept entries; 0 for those that the leaf does not have."""
+    def gradient_and_product(self) -> tuple[Tensor, Tensor]:
+        """∂L/∂w̄, flat, and Σ w ∂L/∂w, where γ is one number without a density here."""
+        g = self._gradient()
+        product = dot(g, self.weight)
+        return self._of_standardised(g), product
+
+    def _gradient(self) -> Tensor:
+        """∂L/∂w, which it takes from the leaf."""
+        g, self.leaf.grad = self.leaf.grad, None
+        return torch.zeros_like(self.weight) if g is None else g
+
+    def _of_standardised(self, g: Tensor) -> Tensor:
+        """The gradient of the kept entries of w̄; 0 for those that the leaf does not have. It takes
+        the place of `g` = ∂L/∂w.
+        """
+        g = (g.mul_(self.scale) if self.form.factors else g).reshape(-1)
         if self.kept is None:
             return g
         if self.beyond is None:
@@ -151,7 +178,7 @@ class WrittenWeight:
         slab, found = self.form.slab, dict[str, Tensor]()
         # h, in the shape of γ
         if not self.shape:
-            h = torch.dot(g.reshape(-1), self.weight.reshape(-1))
+            h = dot(g, self.weight)
         elif self.cut is None:
             h = (g * self.weight).sum_to_size(self.shape)
         else:

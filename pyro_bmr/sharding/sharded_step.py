@@ -35,6 +35,8 @@ class ShardedStep(MeanFieldStep):
     rows of the whole batch, those that this process runs; the caller sets it before each `run`.
     """
 
+    may_lag = False  # checkpoints of parts do not have the standard deviations
+
     def __init__(
         self,
         layers: ShardedLayers,

@@ -22,7 +22,7 @@ from torch import nn
 import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
 from pyro_bmr.fitting import checkpoint_file as checkpoint_files
-from pyro_bmr.fitting import checkpoints
+from pyro_bmr.fitting import checkpoints, flat_vectors
 from pyro_bmr.fitting import loop as fitting
 from tests.fitting.test_fit import blobs, classifier, linear, regression
 
@@ -183,6 +183,21 @@ def test_a_fit_stopped_at_any_step_ends_as_if_never_stopped(case, tmp_path, monk
     stopped(call, tmp_path / "stopped", monkeypatch, max(stops), copies=stops)
     for at in stops:
         torch.manual_seed(at)  # a process of its own
+        assert same(whole, call(checkpoint=tmp_path / str(at))), at
+
+
+@pytest.mark.parametrize("optimizer", [bmr.adam(3e-3), bmr.natural_gradient()])
+def test_standard_deviations_of_some_steps_ago_are_kept(optimizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(flat_vectors, "_FIRST", 4)
+    monkeypatch.setattr(flat_vectors, "_LARGE", 10)
+
+    def call(**k):
+        return fit(classifier(), blobs(), optimizer=optimizer, **k)
+
+    whole = call()
+    stops = range(6, 11)
+    stopped(call, tmp_path / "stopped", monkeypatch, max(stops), copies=stops)
+    for at in stops:
         assert same(whole, call(checkpoint=tmp_path / str(at))), at
 
 

@@ -464,7 +464,7 @@ def test_a_fit_under_autocast_is_that_of_a_network_in_lower_precision(prior):
         return bmr.fit(
             bmr.BayesianNetwork(module, prior, bmr.Categorical()),
             (x, y),
-            epochs=20,
+            epochs=40,
             batch_size=32,
             optimizer=bmr.adam(0.02),
             progress=False,

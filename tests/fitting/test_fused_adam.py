@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import pyro_bmr as bmr
+from pyro_bmr.fitting import chunks, flat_vectors
 from pyro_bmr.fitting.fused_adam import ChunkedAdam, PointAdam
 from pyro_bmr.fitting.mean_field_step import MeanFieldStep
 from pyro_bmr.fitting.optimizers import optimizer_of
@@ -102,12 +103,36 @@ def test_its_state_goes_into_another_one(kind):
 
 def test_large_sites_go_in_chunks():
     program = bmr.BayesianNetwork(
-        nn.Linear(4, 20_000).double(), bmr.Gaussian(0.6), bmr.Categorical(size=ROWS)
+        nn.Linear(4, 40_000).double(), bmr.Gaussian(0.6), bmr.Categorical(size=ROWS)
     )
     steps, torchs, ours = two_steps(program, bmr.MeanField)
     run(steps, torchs, ours, (1, 2, 3))
     assert len(steps[1].chunks) > 1
     check(steps, torchs, ours)
+
+
+@pytest.mark.parametrize(("rate", "age"), [(3e-3, 3), (RATE, 0)])
+def test_at_small_rates_a_standard_deviation_may_be_three_steps_old(rate, age, monkeypatch):
+    monkeypatch.setattr(flat_vectors, "_FIRST", 2)
+    monkeypatch.setattr(flat_vectors, "_LARGE", 10)
+    monkeypatch.setattr(chunks, "_CHUNK", 16)
+    program = network(bmr.Gaussian(0.6))
+    step = step_of(program, bmr.MeanField(program, X, Y))
+    optimizer = optimizer_of(bmr.adam(rate), step, ROWS, ())
+    before, ages = [], set()
+    for number in range(1, 15):
+        before.append(step.log_scale.detach().exp())
+        draw = step.run((X, Y), number)
+        for chunk in step.chunks:  # at which step it was exp(log σ)
+            equal = [torch.equal(b[chunk.part], chunk.std) for b in before]
+            ages.add(number - 1 - equal.index(True))
+        if number <= 3:
+            assert ages == {0}
+        torch.testing.assert_close(step.std, before[-1], rtol=4 * age * rate, atol=0.0)
+        drawn = step.loc + step.std * draw.noise * draw.sign
+        torch.testing.assert_close(step.draw, drawn, rtol=1e-12, atol=1e-14)
+        optimizer.take_next(draw)
+    assert max(ages) == age and len(step.chunks) > 3
 
 
 def test_complex_parameters_have_torchs_own():

@@ -129,7 +129,7 @@ def test_priors_of_every_form(masked, estimator):
 def test_large_sites_go_in_chunks():
     torch.manual_seed(2)
     program = bmr.BayesianNetwork(
-        nn.Linear(4, 20_000).double(), bmr.Gaussian(0.6, mean=0.2), bmr.Categorical(size=ROWS)
+        nn.Linear(4, 40_000).double(), bmr.Gaussian(0.6, mean=0.2), bmr.Categorical(size=ROWS)
     )
     guide = moved(bmr.MeanField(program, X, Y))
     step = MeanFieldStep(program, guide, ROWS, TEMPERATURE, seed=4)
