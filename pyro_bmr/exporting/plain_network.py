@@ -114,7 +114,7 @@ def ensemble(
     check_memory(f"an ensemble of {draws} networks", size, numbers[0].device, "take fewer draws")
     device = next(iter(posterior.sites.values())).mean.device
     generator = torch.Generator(device=device).manual_seed(seed)
-    nets = [_network(program, posterior.draw(generator), "ensemble") for _ in range(draws)]
+    nets = [_network(program, v, "ensemble") for v in posterior.draws(draws, generator)]
     nets = nets if example is None else shrink_each(nets, example)
     states = [net.state_dict() for net in nets]
     shapes = [{name: t.shape for name, t in state.items()} for state in states]

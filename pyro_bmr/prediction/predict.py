@@ -84,11 +84,12 @@ def predict(
         x: the inputs of all rows, a tensor, an array, a table, or a tuple or dict of such; or a
             data set, a loader or an iterable of batches, whose targets are left out. These are read
             once, and never in memory as a whole (docs/bring_your_data.md).
-        draws: how many draws of the latent sites, the same ones for all rows. 0 is one run at the
-            point of the posterior (means, medians of scales).
+        draws: how many draws of the latent sites, the same ones for all rows, in antithetic pairs
+            (`Posterior.draws`). 0 is one run at the point of the posterior (means, medians of
+            scales).
         batch_size: rows times draws at once, which bounds the memory. A Categorical or Normal site
             is computed for several draws at once: of a `BayesianNetwork` at many rows, the products
-            of the inputs with the weights of four draws are one product; else, if there are fewer
+            of the inputs with the weights of eight draws are one product; else, if there are fewer
             rows, by `torch.func.vmap` if the program allows it.
         site: the name of the observed site, if the program has several.
 
@@ -209,7 +210,7 @@ class _Question:
         like = next(iter(self.posterior.sites.values())).mean
         generator = torch.Generator(device=like.device).manual_seed(self.seed)
         values = (
-            (self.posterior.draw(generator) for _ in range(self.draws))
+            self.posterior.draws(self.draws, generator)
             if self.draws
             else iter([self.posterior.point()])
         )

@@ -196,7 +196,7 @@ def sites(net, spread):
 
 def draws(posterior, number, seed):
     generator = torch.Generator().manual_seed(seed)
-    return [posterior.draw(generator) for _ in range(number)]
+    return list(posterior.draws(number, generator))
 
 
 def entropy(p):

@@ -51,8 +51,7 @@ def test_classes_are_averaged_over_draws():
     posterior = fitted(model, torch.arange(7) % 4)
     generator = torch.Generator().manual_seed(2)
     probs = []
-    for _ in range(9):
-        values = posterior.draw(generator)
+    for values in posterior.draws(9, generator):
         with pyro.poutine.block(), pyro.poutine.condition(data=values):
             weights = model.weights()
         probs.append(torch.func.functional_call(model.net, weights, (X,)).softmax(1))

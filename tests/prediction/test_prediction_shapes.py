@@ -84,8 +84,8 @@ def mixture(program, y):
     """
     generator = torch.Generator().manual_seed(7)
     logs, means = [], []
-    for _ in range(DRAWS):
-        conditioned = pyro.poutine.condition(program, data=POSTERIOR.draw(generator))
+    for values in POSTERIOR.draws(DRAWS, generator):
+        conditioned = pyro.poutine.condition(program, data=values)
         per_row = []
         for k in range(N):
             node = pyro.poutine.trace(conditioned).get_trace(X[k : k + 1], y[k : k + 1]).nodes["y"]
@@ -141,8 +141,8 @@ def test_classes_at_several_positions(batch_size):
     generator = torch.Generator().manual_seed(7)
     probs = torch.stack(
         [
-            torch.einsum("ni,itc->ntc", X @ POSTERIOR.draw(generator)["w"], WEIGHTS).softmax(-1)
-            for _ in range(DRAWS)
+            torch.einsum("ni,itc->ntc", X @ values["w"], WEIGHTS).softmax(-1)
+            for values in POSTERIOR.draws(DRAWS, generator)
         ]
     )
     torch.testing.assert_close(prediction.probs, probs.mean(0))

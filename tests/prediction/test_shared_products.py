@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import pyro_bmr as bmr
+from pyro_bmr.posteriors.weights import declared_weights
 from pyro_bmr.prediction import shared_products
 from pyro_bmr.prediction.shared_products import SharedProducts
 
@@ -95,8 +96,8 @@ def one_by_one(program, posterior, x, draws, seed):
     """The outputs of the network at each draw."""
     generator = torch.Generator().manual_seed(seed)
     outputs = []
-    for _ in range(draws):
-        values = posterior.draw(generator, weights=True)
+    for values in posterior.draws(draws, generator):
+        values = declared_weights(posterior.sites, values)
         weights = {name: values[name] for name in program.priors}
         outputs.append(torch.func.functional_call(program.net, weights, (x,)))
     return torch.stack(outputs).detach()
@@ -107,7 +108,7 @@ def one_by_one(program, posterior, x, draws, seed):
 def test_draws_at_many_rows_are_those_one_by_one(net, prior):
     program = model_of(net, prior)
     posterior = posterior_of(program, torch.arange(20) % 3)
-    prediction = bmr.predict(program, posterior, rows(), draws=7, seed=2, batch_size=1100)
+    prediction = bmr.predict(program, posterior, rows(), draws=7, seed=2, batch_size=2100)
     probs = one_by_one(program, posterior, rows(), 7, 2).softmax(-1)
     entropy = -(probs * probs.log()).sum(-1).mean(0)
     assert probs.std(0).mean() > 1e-2
@@ -118,9 +119,9 @@ def test_draws_at_many_rows_are_those_one_by_one(net, prior):
 def test_real_numbers_and_point_estimates_of_biases():
     program = model_of(perceptron, {"*.weight": bmr.Gaussian(0.7)}, bmr.Normal())
     posterior = posterior_of(program, torch.randn(20, 3).double())
-    prediction = bmr.predict(program, posterior, rows(), draws=6, seed=4, batch_size=1100)
+    prediction = bmr.predict(program, posterior, rows(), draws=6, seed=4, batch_size=2100)
     generator = torch.Generator().manual_seed(4)
-    scales = [posterior.draw(generator)["noise"] for _ in range(6)]
+    scales = [values["noise"] for values in posterior.draws(6, generator)]
     torch.testing.assert_close(prediction.locs, one_by_one(program, posterior, rows(), 6, 4))
     for scale, want in zip(prediction.scales, scales, strict=True):
         torch.testing.assert_close(scale, want.expand_as(scale))
@@ -129,21 +130,22 @@ def test_real_numbers_and_point_estimates_of_biases():
 @pytest.mark.parametrize(
     "net, together, alone",
     [
-        (perceptron, [(20, 8)], [(5, 8)]),
-        (convolutions, [(16, 2, 2, 2)], [(4, 2, 2, 2)]),
-        (Twice, [(20, 8), (20, 4)], [(5, 8), (5, 4)]),
+        # the mean and four draws, twenty-five rows and some of zeros
+        (perceptron, (32, 8), (5, 8)),
+        (convolutions, (32, 2, 2, 2), (4, 2, 2, 2)),
+        (Twice, (32, 4), (5, 4)),
     ],
 )
-def test_the_inputs_are_read_once_for_four_draws(net, together, alone):
-    program = model_of(net, bmr.Gaussian(0.7))
+@pytest.mark.parametrize("prior", [bmr.Gaussian(0.7), bmr.Gaussian("layer", per="unit")])
+def test_the_inputs_are_read_once_for_eight_draws(net, prior, together, alone):
+    program = model_of(net, prior)
     posterior = posterior_of(program, torch.arange(20) % 3)
     with Seen() as seen:
-        bmr.predict(program, posterior, rows(), draws=9, seed=2, batch_size=1100)
-    for four, one in zip(together, alone, strict=True):
-        per_pass = 2 if one == (5, 4) else 1  # Twice reads two views with one weight
-        # three blocks of two groups of four draws; one by one the first draw, in one batch
-        assert seen.shapes.count(four) == 3 * 2 * per_pass
-        assert seen.shapes.count(one) == per_pass
+        bmr.predict(program, posterior, rows(), draws=18, seed=2, batch_size=2100)
+    per_pass = 2 if alone == (5, 4) else 1  # Twice reads two views with one weight
+    # three blocks of two groups of eight draws; alone the first draw, in one batch, and its fellow
+    assert seen.shapes.count(together) == 3 * 2 * per_pass
+    assert seen.shapes.count(alone) == (1 + 3) * per_pass
 
 
 def test_inputs_that_were_written_into_are_multiplied_anew():
@@ -163,7 +165,7 @@ def test_the_memory_of_the_weights_bounds_the_draws_together(monkeypatch):
     posterior = posterior_of(program, torch.arange(20) % 3)
     monkeypatch.setattr("pyro_bmr.prediction.shared_products._KEPT", 1)
     with Seen() as seen:
-        bmr.predict(program, posterior, rows(), draws=5, seed=2, batch_size=1100)
+        bmr.predict(program, posterior, rows(), draws=5, seed=2, batch_size=2100)
     assert set(seen.shapes) == {(5, 8), (3, 5)}
 
 
@@ -174,5 +176,5 @@ def test_a_small_network_is_left_to_vmap(monkeypatch):
     for least, shared in ((ROWS * weights, True), (ROWS * weights + 1, False)):
         monkeypatch.setattr(shared_products, "_LEAST_WORK", least)
         with Seen() as seen:
-            bmr.predict(program, posterior, rows(), draws=5, seed=2)
-        assert ((20, 8) in seen.shapes) is shared
+            bmr.predict(program, posterior, rows(), draws=6, seed=2)
+        assert ((16, 8) in seen.shapes) is shared
