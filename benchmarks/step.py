@@ -35,6 +35,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_bmr as bmr
+from pyro_bmr.experiments.folder import versions
 from pyro_bmr.fitting.arguments import Arguments
 from pyro_bmr.fitting.descent import take_step
 from pyro_bmr.fitting.rows import rows_of
@@ -49,8 +50,10 @@ from benchmarks.parts.peers import (
     blitz_step,
     ivon_step,
     numpyro_step,
+    posteriors_step,
     stock_pyro,
     torchbnn_step,
+    tyxe_step,
 )
 from benchmarks.parts.turns import PLAIN, enlarged_digits, measure, show
 
@@ -209,6 +212,8 @@ CONTENDERS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Step]] = {
     ),
     "bayesian-torch, flipout": lambda *a: bayesian_torch_step(*a, kind="Flipout"),
     "blitz": blitz_step,
+    "TyXe": tyxe_step,
+    "posteriors": posteriors_step,
     "numpyro, jitted": numpyro_step,
 }
 
@@ -282,6 +287,7 @@ def main() -> None:
             "python": platform.python_version(),
             "threads": 1,
             "rounds": settings.rounds,
+            "commit": versions().get("commit", ""),
         }
         settings.json.write_text(
             json.dumps({"about": about, "milliseconds": results, "left out": missing}, indent=1)

@@ -7,12 +7,15 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+import warnings
 from collections.abc import Callable
+from functools import reduce
+from typing import Any
 
 import pyro
 import pyro.optim
 import torch
-from pyro.infer import SVI
+from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
@@ -114,6 +117,42 @@ def ivon_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(x), y).backward()
         optimizer.step()
+
+    return step
+
+
+def tyxe_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
+    """The step of `VariationalBNN.fit`, with the function of Pyro 1.8 that TyXe 0.0.2 calls."""
+    tyxe = importlib.import_module("tyxe")
+    if not hasattr(pyro.util, "deep_getattr"):
+        pyro.util.deep_getattr = lambda thing, path: reduce(getattr, path.split("."), thing)
+    prior = tyxe.priors.IIDPrior(pyro.distributions.Normal(0.0, 1.0))
+    likelihood = tyxe.likelihoods.Categorical(ROWS)
+    bnn = tyxe.VariationalBNN(copy.deepcopy(net), prior, likelihood, tyxe.guides.AutoNormal)
+    svi = SVI(bnn.model, bnn.guide, pyro.optim.Adam({"lr": 1e-3}), TraceMeanField_ELBO())
+    return lambda: svi.step((x,), y)
+
+
+def posteriors_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Step:
+    """Variational inference with a diagonal normal, as in its own examples."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of tensordict, of each of its classes
+        posteriors = importlib.import_module("posteriors")
+    torchopt = importlib.import_module("torchopt")
+
+    def log_posterior(parameters: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Any:
+        outputs = torch.func.functional_call(net, parameters, (batch[0],))
+        log_prior = posteriors.diag_normal_log_prob(parameters)
+        return -nn.functional.cross_entropy(outputs, batch[1]) + log_prior / ROWS, outputs
+
+    transform = posteriors.vi.diag.build(
+        log_posterior, torchopt.adam(lr=1e-3), temperature=1 / ROWS, init_log_sds=-3.0
+    )
+    state = transform.init({name: p.detach() for name, p in net.named_parameters()})
+
+    def step() -> None:
+        nonlocal state
+        state, _ = transform.update(state, (x, y))
 
     return step
 
