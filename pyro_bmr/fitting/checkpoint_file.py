@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_bmr.errors import FitError
 from pyro_bmr.files import reading, write_atomically
 
-_KIND, _VERSION = "pyro_bmr checkpoint", 2
+_KIND, _VERSION = "pyro_bmr checkpoint", 3
 _FORMAT = f"{_KIND} {_VERSION}"
 
 

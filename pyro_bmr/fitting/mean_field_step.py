@@ -263,28 +263,36 @@ class MeanFieldStep(FlatVectors):
         return Draw(likelihood, kl, g, odd, draw.pulls, ones, 1.0)
 
     def state(self) -> dict[str, Any]:
-        """What the steps so far have changed, for a checkpoint. The KL is up to eight steps old,
+        """What the steps so far have changed, for a checkpoint. The KL is up to sixteen steps old,
         and is evaluated anew when the declared priors change.
         """
         declared = {name: tuple(prior) for name, prior in self.declared.items()}
         return {
             "loc": self.loc,
             "log_scale": self.log_scale,
-            "std": None if all(self.stale) else self.std,
+            "std": self.std if self._lags() else None,
             "stale": list(self.stale),
             "kl": self.kl,
             "declared": declared,
             "settled": self.priors is self.declared,
         }
 
+    def _lags(self) -> bool:
+        """Whether a standard deviation for the next step is not that of the vectors now."""
+        return any(
+            not stale and not torch.equal(chunk.std, chunk.log_scale.exp())
+            for stale, chunk in zip(self.stale, self.chunks, strict=True)
+        )
+
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`, after `prune` with its masks."""
         self.loc.copy_(state["loc"])
         self.log_scale.copy_(state["log_scale"])
-        self.stale = state["stale"]
+        self.stale = [True] * len(self.chunks)
         if state["std"] is not None:
             self.std.copy_(state["std"])
+            self.stale = state["stale"]
         self.kl = state["kl"]
         device = self.loc.device
         self.declared = {

@@ -1,7 +1,7 @@
-"""The noise of a `MeanField` fit: a normal vector for each step, at a small part of the
-cost of drawing one.
+"""The noise of a `MeanField` fit: a normal vector for each step, at a small part of the cost of
+drawing one.
 
-Owns `Noise`. Next: `site_prior.py`.
+Owns `Noise`. Next: `sums.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Noise:
     r"""Standard-normal vectors, one per step, as a function of (seed, step).
 
     A batch of size + 4096 numbers serves 32 steps: each takes the window at a random offset of its
-    own, with a random sign. Each step's vector is exactly N(0, I), each of its entries is new
-    in every step, and its mean given all earlier steps is exactly 0, so the gradient stays
-    unbiased. What the steps of a batch share is the size of a number, at entries that lie the
-    difference of their offsets apart.
+    own, with a random sign. Each step's vector is exactly N(0, I), each of its entries is new in
+    every step, and its mean given all earlier steps is exactly 0, so the gradient stays unbiased.
+    What the steps of a batch share is the size of a number, at entries that lie the difference of
+    their offsets apart.
     """
 
     def __init__(self, like: Tensor, seed: int) -> None:

@@ -20,7 +20,7 @@ from pyro_bmr.fitting.site_prior import Pull
 
 class Draw(NamedTuple):
     """What one run gives: both terms of the ELBO in nats, and for the fast step the gradient g and
-    the prior of each chunk. The closed part of `kl` may be up to eight steps old.
+    the prior of each chunk. The closed part of `kl` may be up to sixteen steps old.
 
     `gradients` is g as the mean has it, `odd` is g as it multiplies the noise. They are the same at
     one draw. At two draws with opposite signs they are half the sum and half the difference.

@@ -1,7 +1,7 @@
 """The weights of a network from the draws of its sites, and the way back from the gradient of the
 weights to that of the draws, written out for the priors that have a form.
 
-Owns `WrittenWeight`, one parameter. Next: `network_weights.py`.
+Owns `WrittenWeight`, one parameter. Next: `layer_scales.py`.
 """
 
 from __future__ import annotations

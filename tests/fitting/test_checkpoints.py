@@ -448,13 +448,13 @@ def test_a_checkpoint_of_another_format_is_refused_and_kept(halfway):
     folder, call, _ = halfway
     for path in folder.iterdir():
         with safe_open(path, framework="pt") as file:
-            metadata = {**file.metadata(), "format": "pyro_bmr checkpoint 1"}
+            metadata = {**file.metadata(), "format": "pyro_bmr checkpoint 2"}
         save_file(load_file(path), path, metadata=metadata)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(
         bmr.errors.FitError,
         match=(
-            r"step-000000006\.safetensors': expected a checkpoint of format 2, got format 1, .*in"
+            r"step-000000006\.safetensors': expected a checkpoint of format 3, got format 2, .*in"
             r" another folder"
         ),
     ):
@@ -614,7 +614,7 @@ def test_a_checkpoint_holds_tensors_and_json_alone(halfway):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert (
-        metadata["format"] == "pyro_bmr checkpoint 2"
+        metadata["format"] == "pyro_bmr checkpoint 3"
         and json.loads(metadata["settings"])["epochs"] == 4
     )
     tensors = load_file(path)
