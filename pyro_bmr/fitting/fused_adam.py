@@ -21,15 +21,18 @@ from pyro_bmr.fitting.point_step import PointStep
 from pyro_bmr.fitting.step import Draw, TakesDraws
 
 _MOMENTS = "exp_avg", "exp_avg_sq"
-_SLOW = 0.01  # the largest learning rate at which standard deviations may be some steps old
+_SLOW = 4e-3  # the largest learning rate at which standard deviations may be some steps old
 
 
 class ChunkedAdam(TakesDraws, Adam):  # type: ignore[misc]
-    """Its results are those of torch's fused Adam after `write_gradients`.
+    """Its results are those of torch's fused Adam after `write_gradients`, but for standard
+    deviations of some steps ago.
 
     A chunk is updated as soon as its gradients are there, which are never whole. Parameters that
-    are no sites have theirs in their `.grad`. At a learning rate of 0.01 or less, the standard
-    deviation in a draw may be three steps old, less than three per cent off.
+    are no sites have theirs in their `.grad`. After 500 steps, of more than 10,000 numbers on a
+    CPU and at a learning rate of 0.004 or less, the standard deviation in a draw may be three steps
+    old. Log σ moved by up to three times the rate a step in fits that were looked at, so that is
+    less than four per cent.
     """
 
     kind = Adam
@@ -49,14 +52,15 @@ class ChunkedAdam(TakesDraws, Adam):  # type: ignore[misc]
             return
         if vectors.trained:
             Adam.step(self)
-        steps = self._update(draw, self.param_groups[0])
-        # Adam moves log σ by about its rate at most
-        slow = vectors.may_lag and self.param_groups[0]["lr"] <= _SLOW
-        every = vectors.period(steps) if slow else 1
+        self._update(draw, self.param_groups[0])
+        # elsewhere the number of the step is on the device, and exp costs little
+        slow = vectors.loc.device.type == "cpu" and self.param_groups[0]["lr"] <= _SLOW
+        steps = int(self.state[vectors.loc]["step"]) if slow and vectors.may_lag else 0
+        every = vectors.period(steps)
         vectors.stale = [(steps + k) % every == 0 for k in range(len(vectors.chunks))]
 
-    def _update(self, draw: Draw, group: Mapping[str, Any]) -> int:
-        """Takes the step of the vectors; returns its number."""
+    def _update(self, draw: Draw, group: Mapping[str, Any]) -> None:
+        """Takes the step of the vectors."""
         vectors, kl_weight = self._vectors, self._vectors.kl_weight
         states = self.state[vectors.loc], self.state[vectors.log_scale]
         of_mean, of_log = ([state["step"].add_(1)] for state in states)
@@ -71,7 +75,6 @@ class ChunkedAdam(TakesDraws, Adam):  # type: ignore[misc]
                 decay, g = 0.0, pull.add_to(g, chunk.loc, kl_weight, g)
             _update(group, [chunk.loc], [g], [m], [v], of_mean, kl_weight * decay)
             _update(group, [chunk.log_scale], [slope], [m_log], [v_log], of_log, 0.0)
-        return int(of_mean[0])
 
     def _cut(self, moments: list[Tensor]) -> list[list[Tensor]]:
         """The moments of each chunk: first and second of the mean, first and second of log σ."""

@@ -270,7 +270,8 @@ class MeanFieldStep(FlatVectors):
         return {
             "loc": self.loc,
             "log_scale": self.log_scale,
-            "std": self.std if self._lags() else None,
+            # a copy: torch no longer lets storage be released that numpy has seen
+            "std": self.std.clone() if self._lags() else None,
             "stale": list(self.stale),
             "kl": self.kl,
             "declared": declared,

@@ -32,7 +32,7 @@ class PointStep(AutogradStep):
     the guide's flat vector, so that the gradients stay where the backward pass has left them.
 
     Only the likelihood is run, and the latent sites of its own. −log p(θ) is evaluated in every
-    eighth step of a large network, since it is only reported. With masks in force the step is that
+    16th step of a large network, since it is only reported. With masks in force the step is that
     of `AutogradStep`.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 16
+_LARGE, _PIECE = 1 << 16, 1 << 18
 
 
 def dot(one: Tensor, other: Tensor) -> Tensor:
@@ -17,5 +17,6 @@ def dot(one: Tensor, other: Tensor) -> Tensor:
     if one.numel() < _LARGE:
         return torch.dot(one, other)
     # on vectors that are not in the cache, BLAS's product of a matrix with a vector takes half of
-    # the time of its dot product
-    return torch.mv(one[None], other)[0]
+    # the time of its dot product; over longer ones than a piece it loses digits
+    pieces = zip(one.split(_PIECE), other.split(_PIECE), strict=True)
+    return torch.cat([torch.mv(a[None], b) for a, b in pieces]).sum()

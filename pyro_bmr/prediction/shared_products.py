@@ -27,7 +27,7 @@ from pyro_bmr.tracing import Values
 
 _DRAWS = 8  # an even number; with more, there is little to gain
 _KEPT = 1 << 26  # bytes of the weights and the answers of the draws that are computed together
-_MULTIPLE = 16
+_MULTIPLE = 16  # of outputs; other products of matrices take 1.4 times as long
 _LEAST_ROWS = 256  # in a block; with fewer, the calls themselves take the time
 _LEAST_WORK = 10_000_000  # rows times weights; with less, `torch.func.vmap` is faster
 # the axis of the result that belongs to the rows of the weight
@@ -61,7 +61,7 @@ class SharedProducts(TorchFunctionMode):
         self.pairs: dict[str, WeightPairs | None] = {}
         self.names = {id(tensor): name for draw in draws for name, tensor in draw.items()}
         self.fixed = {id(tensor) for tensor in fixed}
-        self.joined: dict[str, Tensor] = {}
+        self.joined: dict[Any, Tensor] = {}
         self.versions: dict[int, int] = {}
         self.found: dict[Any, Sequence[Tensor]] = {}
 
@@ -80,24 +80,30 @@ class SharedProducts(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         x, weight, *others = args
         place = x.data_ptr(), x.dtype, tuple(x.shape), x.stride()
-        key = func, place, self.names[id(weight)], str(others[1:])
+        bias = others[0] if others else None
+        of_bias = None if bias is None else self.names.get(id(bias), id(bias))
+        key = func, place, self.names[id(weight)], of_bias, str(others[1:])
         if key not in self.found:
-            bias = others[0] if others else None
             self.found[key] = self._products(func, x, weight, bias, others[1:])
-        return self.found[key][self.current].contiguous()
+        # a copy, since the network may write into it and ask again
+        return self.found[key][self.current].clone(memory_format=torch.contiguous_format)
 
     def _products(
         self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Any]
     ) -> Sequence[Tensor]:
         """What the call gives in each draw."""
-        axis, pairs, biases = _PRODUCTS[func], self._pairs_of(weight), self._each(bias)
+        axis, biases = _PRODUCTS[func], self._each(bias)
+        # differences of products of lower precision would lose more of it
+        lower = torch.is_autocast_enabled(x.device.type)
+        pairs = None if lower else self._pairs_of(weight)
         weights = self._each(weight) if pairs is None else pairs.weights
         assert weights is not None
-        key = self.names[id(weight)]
+        multiple = _MULTIPLE if func is F.linear else 1
+        key = self.names[id(weight)], lower, multiple
         if key not in self.joined:
-            self.joined[key] = _joined(weights)
+            self.joined[key] = _joined(weights, multiple)
         count, size = len(weights), len(weight)
-        joined_bias = _joined(biases) if biases is not None and pairs is None else None
+        joined_bias = None if biases is None or pairs is not None else _joined(biases, multiple)
         products = func(x, self.joined[key], joined_bias, *others)
         each = products.narrow(axis, 0, count * size).chunk(count, axis)
         return each if pairs is None else pairs.both(each, biases, axis)
@@ -122,20 +128,22 @@ class SharedProducts(TorchFunctionMode):
         """Whether these are the inputs, a parameter of the draw, and no or a known bias."""
         if len(args) < 2 or id(args[1]) not in self.names or args[0].is_inference():
             return False
+        if args[1].ndim < 2:
+            return False
         x, bias, groups = args[0], args[2] if len(args) > 2 else None, args[_GROUPS:] or (1,)
         if groups[0] != 1 or not (bias is None or id(bias) in self.names.keys() | self.fixed):
             return False
         return bool(self.versions.get(x.untyped_storage().data_ptr()) == x._version)
 
 
-def _joined(each: Sequence[Tensor]) -> Tensor:
-    """The rows of several tensors, one after the other, and zeros up to a multiple of sixteen rows:
-    products with other numbers of rows take 1.4 times as long.
+def _joined(each: Sequence[Tensor], multiple: int) -> Tensor:
+    """The rows of several tensors, one after the other, and zeros up to a multiple of so many
+    rows.
     """
     if len(each) == 1:
         return each[0]
     rows = sum(map(len, each))
-    return torch.cat([*each, each[0].new_zeros(-rows % _MULTIPLE, *each[0].shape[1:])])
+    return torch.cat([*each, each[0].new_zeros(-rows % multiple, *each[0].shape[1:])])
 
 
 def parameters_of_draws(

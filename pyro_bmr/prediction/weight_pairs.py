@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _TOLERANCE = 16  # units of rounding of the largest entry
+_MOST = 64  # times as large as a draw may be what it is the difference of
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ def weight_pairs(weights: Sequence[Tensor], sites: Sequence[Tensor]) -> WeightPa
             return None
         twice.append(2 * other)
         ratios.append(other / one)
+        ours = (
+            _largest(centre) * twice[-1].abs()
+            + _largest(weights[2 * len(twice) - 2]) * ratios[-1].abs()
+        )
+        if not bool((ours <= _MOST * _largest(weights[2 * len(twice) - 1])).all()):
+            return None
     return WeightPairs([centre, *weights[::2]], twice, ratios)
 
 
@@ -82,6 +89,11 @@ def _scale(weight: Tensor, site: Tensor) -> Tensor | None:
     scale = w.gather(1, largest) / bare.gather(1, largest)
     scale = scale.where(bare.gather(1, largest) != 0, 1.0)
     return scale[:, 0] if _equal(w, scale * bare, w) else None
+
+
+def _largest(weight: Tensor) -> Tensor:
+    """The largest size of an entry of each output."""
+    return weight.abs().flatten(1).amax(1)
 
 
 def _equal(one: Tensor, other: Tensor, like: Tensor) -> bool:

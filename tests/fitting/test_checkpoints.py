@@ -192,10 +192,12 @@ def test_standard_deviations_of_some_steps_ago_are_kept(optimizer, tmp_path, mon
     monkeypatch.setattr(flat_vectors, "_LARGE", 10)
 
     def call(**k):
-        return fit(classifier(), blobs(), optimizer=optimizer, **k)
+        reduce = bmr.Every(epochs=1, start=0.6, stop=0.9, kept=0.6)
+        return fit(classifier(), blobs(), optimizer=optimizer, reduce=reduce, epochs=6, **k)
 
     whole = call()
-    stops = range(6, 11)
+    assert whole.history["kept"].iloc[-1] < 0.7
+    stops = range(6, 16)
     stopped(call, tmp_path / "stopped", monkeypatch, max(stops), copies=stops)
     for at in stops:
         assert same(whole, call(checkpoint=tmp_path / str(at))), at

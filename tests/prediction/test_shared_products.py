@@ -130,9 +130,9 @@ def test_real_numbers_and_point_estimates_of_biases():
 @pytest.mark.parametrize(
     "net, together, alone",
     [
-        # the mean and four draws, twenty-five rows and some of zeros
+        # the mean and four draws, twenty-five rows and some of zeros, or twenty filters
         (perceptron, (32, 8), (5, 8)),
-        (convolutions, (32, 2, 2, 2), (4, 2, 2, 2)),
+        (convolutions, (20, 2, 2, 2), (4, 2, 2, 2)),
         (Twice, (32, 4), (5, 4)),
     ],
 )
@@ -158,6 +158,63 @@ def test_inputs_that_were_written_into_are_multiplied_anew():
         after = F.linear(x.view(300, 8), weights[1])
     torch.testing.assert_close(before, rows(300) @ weights[0].T)
     torch.testing.assert_close(after, -3 * rows(300) @ weights[1].T)
+
+
+class WritesInto(nn.Module):
+    """A network that writes into the product of its inputs, and asks for it again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = F.relu_(self.first(x))
+        return self.last(h - 0.5 * self.first(x))
+
+
+class OtherBias(nn.Module):
+    """One weight with two biases, and without."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.last = nn.Linear(8, 5), nn.Linear(8, 5), nn.Linear(5, 3)
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        h = torch.tanh(self.one(x)) + torch.tanh(self.other(x))
+        return self.last(h + torch.tanh(F.linear(x, self.one.weight)))
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+@pytest.mark.parametrize("net", [WritesInto, OtherBias])
+def test_what_else_a_network_does_with_its_inputs(net, count):
+    program = model_of(net, bmr.Gaussian(0.7))
+    posterior = posterior_of(program, torch.arange(20) % 3)
+    found = bmr.predict(program, posterior, rows(), draws=count, seed=2, batch_size=2100)
+    want = bmr.predict(program, posterior, rows(), draws=count, seed=2, batch_size=100)
+    torch.testing.assert_close(found.probs, want.probs, rtol=1e-10, atol=1e-12)
+
+
+def test_under_autocast_products_have_the_precision_of_the_layer():
+    class Low(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                h = self.first(x)
+            assert h.dtype == torch.bfloat16
+            return self.last(h.float())
+
+    torch.manual_seed(1)
+    program = bmr.BayesianNetwork(Low(), bmr.Gaussian(0.7), bmr.Categorical())
+    guide = bmr.MeanField(program, rows(20).float(), torch.arange(20) % 3)
+    posterior = bmr.Posterior.from_guide(guide, program, rows(20).float(), torch.arange(20) % 3)
+    x = rows().float()
+    found = bmr.predict(program, posterior, x, draws=8, seed=2, batch_size=2100)
+    want = bmr.predict(program, posterior, x, draws=8, seed=2, batch_size=100)
+    torch.testing.assert_close(found.probs, want.probs, rtol=0.02, atol=0.02)
 
 
 def test_the_memory_of_the_weights_bounds_the_draws_together(monkeypatch):

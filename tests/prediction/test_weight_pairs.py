@@ -72,8 +72,16 @@ def no_scale(weights, sites):
     return [0 * weights[0], *weights[1:]], sites
 
 
+def differences(weights, sites):
+    """The second draw is the small difference of large numbers."""
+    pairs = [(c + d, c - d) for c, d in [(torch.ones(5, 1).double(), 1 - 1e-6)] * 2]
+    sites = [site for pair in pairs for site in pair]
+    return [5 + site for site in sites], sites
+
+
 @pytest.mark.parametrize(
-    "change", [independent, other_centres, scales_of_inputs, one_missing, no_site, no_scale]
+    "change",
+    [independent, other_centres, scales_of_inputs, one_missing, no_site, no_scale, differences],
 )
 def test_what_is_no_pair_is_left_alone(change):
     weights, sites = draws()
