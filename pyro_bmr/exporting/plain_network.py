@@ -99,9 +99,9 @@ def ensemble(
     """Name → (draws, ...): stacked state_dicts of networks with draws of the posterior for weights.
 
     They keep the uncertainty of the posterior where there is no Pyro. They come in antithetic
-    pairs (`Posterior.draws`): the first and the second, the third and the fourth, and so on. With `example` (rows of the
-    input) each draw is shrunk; pruned weights are 0 in every draw, so all draws have the shapes of
-    the shrunk mean.
+    pairs (`Posterior.draws`): the first and the second, the third and the fourth, and so on. With
+    `example` (rows of the input) each draw is shrunk; pruned weights are 0 in every draw, so all
+    draws have the shapes of the shrunk mean.
 
     Raises:
         ModelError: as `export`; a draw is not finite; draws shrink to different shapes; or the free

@@ -1,5 +1,5 @@
-"""The natural-gradient fit of `MeanField`: one vector of optimiser state instead of four, and one of
-variances, which the steps follow.
+"""The natural-gradient fit of `MeanField`: one vector of optimiser state instead of four, and steps
+that follow the variances of the posterior, which are one more.
 
 Owns `natural_gradient`, which `fit` takes as its optimiser, and the optimiser behind it. Next:
 `optimizers.py`.

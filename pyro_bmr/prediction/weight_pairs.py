@@ -71,11 +71,9 @@ def weight_pairs(weights: Sequence[Tensor], sites: Sequence[Tensor]) -> WeightPa
             return None
         twice.append(2 * other)
         ratios.append(other / one)
-        ours = (
-            _largest(centre) * twice[-1].abs()
-            + _largest(weights[2 * len(twice) - 2]) * ratios[-1].abs()
-        )
-        if not bool((ours <= _MOST * _largest(weights[2 * len(twice) - 1])).all()):
+        first, second = weights[2 * len(twice) - 2 : 2 * len(twice)]
+        terms = _largest(centre) * twice[-1].abs() + _largest(first) * ratios[-1].abs()
+        if not bool((terms <= _MOST * _largest(second)).all()):
             return None
     return WeightPairs([centre, *weights[::2]], twice, ratios)
 
