@@ -28,6 +28,7 @@ from pyro_bmr.tracing import Values
 _DRAWS = 8  # an even number; with more, there is little to gain
 _KEPT = 1 << 26  # bytes of the weights and the answers of the draws that are computed together
 _MULTIPLE = 16  # of outputs; other products of matrices take 1.4 times as long
+_LEAST_INPUTS = 64  # of an output; with fewer, a product costs less than a difference of two
 _LEAST_ROWS = 256  # in a block; with fewer, the calls themselves take the time
 _LEAST_WORK = 10_000_000  # rows times weights; with less, `torch.func.vmap` is faster
 # the axis of the result that belongs to the rows of the weight
@@ -95,7 +96,8 @@ class SharedProducts(TorchFunctionMode):
         axis, biases = _PRODUCTS[func], self._each(bias)
         # differences of products of lower precision would lose more of it
         lower = torch.is_autocast_enabled(x.device.type)
-        pairs = None if lower else self._pairs_of(weight)
+        cheap = weight[0].numel() < _LEAST_INPUTS
+        pairs = None if lower or cheap else self._pairs_of(weight)
         weights = self._each(weight) if pairs is None else pairs.weights
         assert weights is not None
         multiple = _MULTIPLE if func is F.linear else 1
