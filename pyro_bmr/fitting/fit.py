@@ -25,6 +25,7 @@ from pyro_bmr.fitting.arguments import Arguments, Program
 from pyro_bmr.fitting.checkpoints import Checkpoints, CheckpointWriter
 from pyro_bmr.fitting.convergence import UntilConverged
 from pyro_bmr.fitting.loop import bar_of, run_steps
+from pyro_bmr.fitting.lost_likelihood import lost_likelihood
 from pyro_bmr.fitting.natural_gradient import NaturalGradient
 from pyro_bmr.fitting.optimizers import adam, cosine
 from pyro_bmr.fitting.rows import rows_of
@@ -183,8 +184,11 @@ def fit(
             run_steps(run, timetable, state, writer, bar, clock, partial(snapshot, run))
         posterior = run.finish()
     if is_first:
-        said = reduce.cautions(masks_before, posterior) if reduce else ()
-        for message in (*said, *filter(None, [timetable.caution(state)])):
+        numbers, said = rows.size * run.example[1][0].numel(), list[str | None]()
+        if reduce:
+            said = [*reduce.cautions(masks_before, posterior)]
+            said.append(lost_likelihood(state.history, numbers, reduce.kept))
+        for message in filter(None, (*said, timetable.caution(state))):
             warn(message)
     history, seconds = pd.DataFrame(state.history), time.perf_counter() - clock
     found = run.program, run.guide, run.masks, run.empirical.scales, history

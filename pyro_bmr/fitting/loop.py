@@ -1,7 +1,7 @@
 """The loop of a fit: its steps, what happens between some of them, and the rows of its history.
 
 Owns `run_steps` and `bar_of`. `run.py` has what the loop changes, `descent.py` one step of it.
-Next: `fit.py`.
+Next: `lost_likelihood.py`.
 """
 
 from __future__ import annotations
