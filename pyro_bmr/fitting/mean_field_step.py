@@ -128,6 +128,11 @@ class MeanFieldStep(FlatVectors):
         self, batch: tuple[Any, ...], number: int, noise: Tensor, sign: float, share: float
     ) -> Draw:
         """One draw, whose gradients are multiplied by `share`."""
+        due = kl_is_due(self.loc.numel(), number)
+        if (
+            due
+        ):  # the KL of old standard deviations would be off by more than a fit gains at its end
+            self.stale = [True] * len(self.chunks)
         self.fill(noise, sign)
         weights, network = self._weights(batch), self.network
         with torch.enable_grad():
@@ -143,7 +148,7 @@ class MeanFieldStep(FlatVectors):
                 likelihood, priors, open_kl = self._run_program(
                     batch, share, weights.given if weights is not None else {}
                 )
-        if kl_is_due(self.loc.numel(), number) or priors is not self.priors:
+        if due or priors is not self.priors:
             vectors = self.loc, self.log_scale, self.std, noise
             self.kl = sum(closed_kl(p, self.parts[name], *vectors) for name, p in priors.items())
             self.kl -= weights.log_p() if weights is not None else 0.0

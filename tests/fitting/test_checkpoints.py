@@ -22,7 +22,7 @@ from torch import nn
 import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
 from pyro_bmr.fitting import checkpoint_file as checkpoint_files
-from pyro_bmr.fitting import checkpoints, flat_vectors
+from pyro_bmr.fitting import checkpoints, flat_vectors, site_prior
 from pyro_bmr.fitting import loop as fitting
 from tests.fitting.test_fit import blobs, classifier, linear, regression
 
@@ -190,6 +190,7 @@ def test_a_fit_stopped_at_any_step_ends_as_if_never_stopped(case, tmp_path, monk
 def test_standard_deviations_of_some_steps_ago_are_kept(optimizer, tmp_path, monkeypatch):
     monkeypatch.setattr(flat_vectors, "_FIRST", 4)
     monkeypatch.setattr(flat_vectors, "_LARGE", 10)
+    monkeypatch.setattr(site_prior, "_LARGE", 10)
 
     def call(**k):
         reduce = bmr.Every(epochs=1, start=0.6, stop=0.9, kept=0.6)

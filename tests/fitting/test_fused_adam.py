@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 
 import pyro_bmr as bmr
-from pyro_bmr.fitting import chunks, flat_vectors
+from pyro_bmr.fitting import chunks, flat_vectors, site_prior
 from pyro_bmr.fitting.fused_adam import ChunkedAdam, PointAdam
 from pyro_bmr.fitting.mean_field_step import MeanFieldStep
 from pyro_bmr.fitting.optimizers import optimizer_of
@@ -115,12 +116,13 @@ def test_large_sites_go_in_chunks():
 def test_at_small_rates_a_standard_deviation_may_be_three_steps_old(rate, age, monkeypatch):
     monkeypatch.setattr(flat_vectors, "_FIRST", 2)
     monkeypatch.setattr(flat_vectors, "_LARGE", 10)
+    monkeypatch.setattr(site_prior, "_LARGE", 10)
     monkeypatch.setattr(chunks, "_CHUNK", 16)
     program = network(bmr.Gaussian(0.6))
     step = step_of(program, bmr.MeanField(program, X, Y))
     optimizer = optimizer_of(bmr.adam(rate), step, ROWS, ())
     before, ages = [], set()
-    for number in range(1, 15):
+    for number in range(1, 21):
         before.append(step.log_scale.detach().exp())
         draw = step.run((X, Y), number)
         for chunk in step.chunks:  # at which step it was exp(log σ)
@@ -129,6 +131,10 @@ def test_at_small_rates_a_standard_deviation_may_be_three_steps_old(rate, age, m
         if number <= 3:
             assert ages == {0}
         torch.testing.assert_close(step.std, before[-1], rtol=4 * age * rate, atol=0.0)
+        if number == 16:  # the KL is evaluated
+            assert torch.equal(step.std, before[-1])
+            both = Normal(step.loc.detach(), step.std), Normal(torch.zeros(()).double(), 0.6)
+            assert draw.kl == pytest.approx(float(kl_divergence(*both).sum()), rel=1e-10)
         drawn = step.loc + step.std * draw.noise * draw.sign
         torch.testing.assert_close(step.draw, drawn, rtol=1e-12, atol=1e-14)
         optimizer.take_next(draw)
