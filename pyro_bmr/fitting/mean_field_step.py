@@ -128,11 +128,9 @@ class MeanFieldStep(FlatVectors):
         self, batch: tuple[Any, ...], number: int, noise: Tensor, sign: float, share: float
     ) -> Draw:
         """One draw, whose gradients are multiplied by `share`."""
+        # the KL of old standard deviations would be off by more than late steps gain
         due = kl_is_due(self.loc.numel(), number)
-        if (
-            due
-        ):  # the KL of old standard deviations would be off by more than a fit gains at its end
-            self.stale = [True] * len(self.chunks)
+        self.stale = [True] * len(self.chunks) if due else self.stale
         self.fill(noise, sign)
         weights, network = self._weights(batch), self.network
         with torch.enable_grad():
