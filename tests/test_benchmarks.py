@@ -44,13 +44,12 @@ def test_it_loads_and_says_how_it_is_run(path):
 def test_structured_pruning_takes_units_first_and_then_weights(size):
     structured = load("structured_pruning")
     data = bmr.load("digits")
-    torch.manual_seed(0)
+    torch.manual_seed(4)
     program = load_model("mlp:20-12")(data, bmr.Gaussian())
     chain = (("1", "3", 1), ("3", "5", 1))
     schedule = structured.EveryUnit(1, kept=0.3, start=0.2, stop=1.0, chain=chain, size=size)
     fit = bmr.fit(program, data, epochs=8, temperature=0.1, reduce=schedule, progress=False)
-    # the last unit that goes may take a few weights too many with it
-    assert fit.history["kept"].iloc[-1] == pytest.approx(0.3, abs=0.02)
+    assert fit.history["kept"].iloc[-1] == pytest.approx(0.3, abs=0.01)
     left = {}
     for layer, reader, _ in chain:
         alive = fit.masks[f"{layer}.weight"].any(1)

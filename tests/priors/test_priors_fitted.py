@@ -26,7 +26,7 @@ def against_nuts(prior, *guides):
     for guide in guides:
         pyro.set_rng_seed(0)
         fit = bmr.fit(
-            program, (x, y), guide=guide, epochs=1500, optimizer=bmr.adam(5e-2), progress=False
+            program, (x, y), guide=guide, epochs=3000, optimizer=bmr.adam(2e-2), progress=False
         )
         generator = torch.Generator().manual_seed(1)
         fitted = nuts.weights(prior, (fit.posterior.draw(generator) for _ in range(2000)))
@@ -49,14 +49,13 @@ def test_the_stored_moments_are_those_of_the_program():
 @pytest.mark.parametrize("prior", nuts.SHRINKING, ids=str)
 def test_shrinkage_priors_against_nuts(prior):
     """Six coefficients: means within half a standard deviation under either guide; standard
-    deviations within a third with the scales coupled, and up to twice under mean field. (Of the
-    relaxed spike and slab the largest ratio of eight seeds was 1.88, of most 1.5 to 1.7.)
+    deviations within a third with the scales coupled, and up to 1.6 times under mean field.
     """
     (gap, ratio), (gap_coupled, ratio_coupled) = against_nuts(
         prior, bmr.MeanField, bmr.ScaleCoupled
     )
     assert (gap < 0.5).all() and (gap_coupled < 0.5).all(), (gap, gap_coupled)
-    assert (ratio > 0.6).all() and (ratio < 2.0).all(), ratio
+    assert (ratio > 0.6).all() and (ratio < 1.6).all(), ratio
     assert (ratio_coupled > 0.7).all() and (ratio_coupled < 1.33).all(), ratio_coupled
 
 
