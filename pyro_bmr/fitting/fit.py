@@ -184,11 +184,12 @@ def fit(
             run_steps(run, timetable, state, writer, bar, clock, partial(snapshot, run))
         posterior = run.finish()
     if is_first:
-        numbers, said = rows.size * run.example[1][0].numel(), list[str | None]()
+        said = [timetable.caution(state)]
         if reduce:
-            said = [*reduce.cautions(masks_before, posterior)]
-            said.append(lost_likelihood(state.history, numbers, reduce.kept))
-        for message in filter(None, (*said, timetable.caution(state))):
+            numbers = rows.size * run.example[1][0].numel()
+            lost = lost_likelihood(state.history, numbers, reduce.kept)
+            said = [*reduce.cautions(masks_before, posterior), lost, *said]
+        for message in filter(None, said):
             warn(message)
     history, seconds = pd.DataFrame(state.history), time.perf_counter() - clock
     found = run.program, run.guide, run.masks, run.empirical.scales, history

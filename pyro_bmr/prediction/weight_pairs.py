@@ -66,15 +66,17 @@ def weight_pairs(weights: Sequence[Tensor], sites: Sequence[Tensor]) -> WeightPa
             return None
     scales = [_scale(w, site) for w, site in zip(weights, sites, strict=True)]
     twice, ratios = list[Tensor](), list[Tensor]()
-    for one, other in zip(scales[::2], scales[1::2], strict=True):
+    for one, other, first, second in zip(
+        scales[::2], scales[1::2], weights[::2], weights[1::2], strict=True
+    ):
         if one is None or other is None or not bool((one != 0).all()):
             return None
-        twice.append(2 * other)
-        ratios.append(other / one)
-        first, second = weights[2 * len(twice) - 2 : 2 * len(twice)]
-        terms = _largest(centre) * twice[-1].abs() + _largest(first) * ratios[-1].abs()
+        double, ratio = 2 * other, other / one
+        terms = _largest(centre) * double.abs() + _largest(first) * ratio.abs()
         if not bool((terms <= _MOST * _largest(second)).all()):
             return None
+        twice.append(double)
+        ratios.append(ratio)
     return WeightPairs([centre, *weights[::2]], twice, ratios)
 
 
