@@ -24,22 +24,22 @@ net = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 
 # %% [markdown]
 # ## Fit and prune
 #
-# `BayesianNetwork` gives each weight a Gaussian prior. `Every(epochs=1)` asks after each epoch
-# which units can go: a unit is pruned if the evidence of the network is higher without its
-# weights. They are then exactly zero and stay zero.
+# `BayesianNetwork` gives each weight a Gaussian prior, whose scale is inferred for each layer.
+# `Every(epochs=1)` asks after each epoch which units can go: a unit is pruned if the evidence of
+# the network is higher without its weights. They are then exactly zero and stay zero.
 #
-# Thirty epochs are short, to be quick. The fit has not converged by then, and would warn of it
+# Sixty epochs are short, to be quick. The fit has not converged by then, and would warn of it
 # ([when a fit is done](../convergence.md)). Leave `epochs` out to fit until it has.
 
 # %%
-model = bmr.BayesianNetwork(net, prior=bmr.Gaussian(), likelihood=bmr.Categorical())
+model = bmr.BayesianNetwork(net, prior=bmr.Gaussian("layer"), likelihood=bmr.Categorical())
 warnings.filterwarnings("ignore", "the fit has not converged")
 fit = bmr.fit(
     model,
     data,
-    epochs=30,
+    epochs=60,
     batch_size=128,
-    optimizer=bmr.adam(1e-2),
+    optimizer=bmr.natural_gradient(),
     reduce=bmr.Every(epochs=1, to=bmr.Gaussian(scale=0), per="unit"),
     progress=False,
 )
@@ -52,7 +52,7 @@ print(f"{int(alive.sum())} of {len(alive)} hidden units are left")
 
 # %%
 weights = fit.posterior["1.weight"].mean[alive].reshape(-1, 8, 8).numpy()
-figure, grid = plt.subplots(-(-len(weights) // 8), 8, figsize=(7, 3.6), layout="constrained")
+figure, grid = plt.subplots(-(-len(weights) // 8), 8, figsize=(7, 1.8), layout="constrained")
 for axes, weight in zip(grid.flat, weights, strict=False):
     axes.imshow(weight, cmap="RdBu_r", vmin=-1, vmax=1)
 for axes in grid.flat:
@@ -102,4 +102,4 @@ print(json.dumps(report["tensors"]["1.weight"], indent=1))
 
 # %%
 assert exported > 0.9 and difference < 1e-4
-assert sizes[1] < 0.5 * sizes[0]
+assert sizes[1] < 0.25 * sizes[0]
