@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_bmr as bmr
 from pyro_bmr.fitting.arguments import Arguments
-from pyro_bmr.fitting.descent import take_step
+from pyro_bmr.fitting.descent import read_terms, take_step
 from pyro_bmr.fitting.rows import rows_of
 from pyro_bmr.sharding.layers import ShardedLayers
 from pyro_bmr.sharding.sharded_run import ShardedRun
@@ -132,6 +132,7 @@ def tracked(layers: int, width: int, processes: int, kind: str) -> tuple[int, fl
             tracker.reset_mod_stats()
             seen.gathered = seen.summed = 0
             take_step(run, batch, 1 / processes, number)
+            read_terms(run)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     messages = (seen.gathered + seen.summed) * (processes - 1) / processes
     return sum(p.numel() for p in net.parameters()), peak, messages

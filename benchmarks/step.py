@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import pyro_bmr as bmr
 from pyro_bmr.experiments.folder import versions
 from pyro_bmr.fitting.arguments import Arguments
-from pyro_bmr.fitting.descent import take_step
+from pyro_bmr.fitting.descent import read_terms, take_step
 from pyro_bmr.fitting.rows import rows_of
 from pyro_bmr.fitting.run import Run
 
@@ -145,6 +145,7 @@ def ours(
         nonlocal number
         number += 1
         take_step(run, (x, y), 1.0, number)
+        read_terms(run)
         schedule.step()
 
     run.program.train()
@@ -155,6 +156,7 @@ def go_to(run: Run, batch: tuple[Tensor, Tensor], number: int) -> None:
     """Has the optimiser as it is after `number` steps, but for what it has learned."""
     run.program.train()
     take_step(run, batch, 1.0, 0)
+    read_terms(run)
     run.optimizer.steps = number
     for state in run.optimizer.state.values():
         if "step" in state:

@@ -19,13 +19,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import pyro_bmr as bmr
 from pyro_bmr.data.inputs import called, of_each
-from pyro_bmr.fitting import live_network
+from pyro_bmr.fitting import live_network, loop
 from pyro_bmr.fitting.flat_vectors import FlatVectors
 from tests.shrinking.kinds import KINDS
 from tests.shrinking.networks import random_masks
 
 OTHER = "other:0"
 LIVE: list[object] = []
+READS: list[str] = []
+"""The operations for which the host would have waited for the device."""
+WAITED_FOR = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2")
 COPIES = ("copy_", "_to_copy", "_copy_from")
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 
@@ -88,6 +91,7 @@ class OtherTensor(torch.Tensor):
         return made
 
     def tolist(self):
+        READS.append("tolist")
         return self.held.tolist()
 
     @property
@@ -104,6 +108,8 @@ class OtherTensor(torch.Tensor):
         name = operation.__name__.partition(".")[0]
         device = kwargs.get("device")
         to_cpu = device is not None and torch.device(device).type == "cpu"
+        if to_cpu or name in WAITED_FOR:
+            READS.append(name)
         if not to_cpu and name not in COPIES:
             held_here = (args[0], args[2:], kwargs) if name in INDEXED else (args, kwargs)
             for t in tree_leaves(held_here):
@@ -275,6 +281,74 @@ def check_fits(data_on, default=None):
         assert {str(site.mean.device) for site in fit.posterior.sites.values()} == {OTHER}
 
 
+def check_waits():
+    """In a step of a fit the host waits for nothing; it reads the terms of sixteen steps at once,
+    and finds what a fit on the CPU has found.
+    """
+    x = torch.randn(256, 6)
+    y = (x[:, 0] > 0).long()
+    in_steps: dict[int, list[str]] = {}
+    take_step, read_terms, turns = loop.take_step, loop.read_terms, []
+
+    def counted(run, batch, share, number):
+        READS.clear()
+        take_step(run, batch, share, number)
+        in_steps[number] = list(READS)
+
+    def read(run, wait):
+        READS.clear()
+        found = read_terms(run, wait)
+        turns.append((len(found), list(READS)))
+        return found
+
+    for prior, options in (
+        (bmr.Gaussian("layer"), {"optimizer": bmr.natural_gradient()}),
+        (bmr.Gaussian("layer"), {"optimizer": bmr.adam()}),
+        (bmr.Gaussian(0.3), {"optimizer": bmr.adam()}),
+        (bmr.Horseshoe(), {"optimizer": bmr.adam()}),
+        (bmr.SpikeAndSlab(), {"optimizer": bmr.adam()}),
+        (bmr.Laplace(0.2), {"optimizer": bmr.adam()}),
+        (bmr.Gaussian(0.3), {"guide": bmr.Point}),
+        (bmr.Gaussian(0.3), {"guide": bmr.MatrixVariate}),
+    ):
+        fits = {}
+        for device in ("cpu", "other"):
+            net, data = mlp().to(device), of_each(lambda t: t.to(device), (x, y))  # noqa: B023
+            program = bmr.BayesianNetwork(net, prior, bmr.Categorical())
+            loop.take_step, loop.read_terms = counted, read
+            turns.clear()
+            try:
+                fits[device] = bmr.fit(
+                    program, data, epochs=2, batch_size=8, progress=False, **options
+                )
+            finally:
+                loop.take_step, loop.read_terms = take_step, read_terms
+        # the first steps have the program declare its sites
+        late = {number: reads for number, reads in in_steps.items() if number > 2 and reads}
+        assert not late, (prior, options, late)
+        assert [t for t in turns if t[0]] == 4 * [(16, ["tolist"])], turns
+        found, want = (fits[device].history for device in ("other", "cpu"))
+        for column in ("expected_log_likelihood", "kl", "step", "skipped"):
+            torch.testing.assert_close(
+                torch.tensor(found[column].to_numpy()),
+                torch.tensor(want[column].to_numpy()),
+                rtol=1e-3,
+                atol=0.0,
+            )
+
+
+def check_faults():
+    """A step that is not finite stops the fit, sixteen steps later at most."""
+    x, y = torch.randn(256, 6).to("other"), torch.randint(2, (256,)).to("other")
+    program = bmr.BayesianNetwork(mlp().to("other"), bmr.Gaussian(0.3), bmr.Categorical())
+    try:
+        bmr.fit(program, (x, y), epochs=2, batch_size=8, optimizer=bmr.adam(1e30), progress=False)
+    except bmr.errors.FitError as error:
+        assert "is not finite" in str(error) and "sixteen at a time" in str(error), error
+    else:
+        raise AssertionError("expected a FitError")
+
+
 def check_pruning():
     x, y = torch.randn(200, 6), torch.randint(2, (200,))
     likelihood, few = bmr.Categorical(), {"corrections": 1, "last_corrections": 1}
@@ -298,6 +372,8 @@ def main(kinds):
     check_fits("other")
     check_fits("other", default="other")
     check_fits("cpu")
+    check_waits()
+    check_faults()
     check_pruning()
     print("done on the other device", library.kind)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pyro_bmr as bmr
 from benchmarks.step import running
 from models.mlp import network as he_mlp
-from pyro_bmr.fitting.descent import take_step
+from pyro_bmr.fitting.descent import read_terms, take_step
 from pyro_bmr.isolation import seed_generator
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]  # x, y, held-out x, held-out y
@@ -100,6 +100,7 @@ def ours(split: Split, make: Any) -> Contender:
 
     def step(rows: Tensor, number: int) -> None:
         take_step(run, (x[rows], y[rows]), 1.0, number)
+        read_terms(run)
 
     run.program.train()
     return step, lambda: nll(run.program, run.posterior(), split)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from pyro_bmr.fitting.elbo import masked_terms
 from pyro_bmr.fitting.step import Draw
+from pyro_bmr.fitting.unread_terms import number_of
 from pyro_bmr.guides import MeanField, Point
 
 
@@ -47,7 +48,7 @@ class AutogradStep:
     def run(self, batch: tuple[Any, ...], number: int) -> Draw:
         likelihood, kl = masked_terms(self.program, self.guide, batch, self.masks)
         ((self.temperature * kl - likelihood) / self.rows).backward()
-        return Draw(float(likelihood.detach()), float(kl.detach()), [], [], [], self.no_noise, 1.0)
+        return Draw(number_of(likelihood), number_of(kl), [], [], [], self.no_noise, 1.0)
 
     def write_gradients(self, draw: Draw) -> None: ...
 

@@ -221,10 +221,10 @@ class _GaussianKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loc, log_scale, std, prior_loc, prior_scale, mask):  # type: ignore[no-untyped-def]
+        # elsewhere the host would wait for the device to know that a mean is 0
+        known = prior_loc.ndim == 0 and prior_loc.device.type == "cpu"
         deviation = (
-            loc
-            if prior_loc.ndim == 0 and not prior_loc.requires_grad and prior_loc == 0
-            else loc - prior_loc
+            loc if known and not prior_loc.requires_grad and prior_loc == 0 else loc - prior_loc
         )
         count = loc.numel()
         if mask is not None:

@@ -146,7 +146,8 @@ def fit(
             the same bit for bit as without the stop (docs/guarantees.md).
         skip_faulty: how many faulty steps may be skipped; the history counts them. A step is faulty
             if the loss or its gradient is not finite, or if the expected log likelihood falls by
-            twenty of its recent standard deviations. One more stops the fit.
+            twenty of its recent standard deviations. One more stops the fit. On a GPU with 0, steps
+            are looked at sixteen at a time: those after a faulty one are taken, and not saved.
         shuffle: whether the rows are mixed again in each epoch, if a batch is not all of them. Give
             False for a series: batches are then stretches of it, in order.
         size: N, the number of rows of the data, for a loader or an iterable that does not tell it.

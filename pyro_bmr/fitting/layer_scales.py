@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bmr.fitting.unread_terms import Number, number_of
 from pyro_bmr.fitting.written_weights import WrittenWeight
 
 
@@ -40,9 +41,9 @@ class LayerScales:
         for weight, scale in zip(self.weights, scales.unbind(), strict=True):
             weight.weigh_by(scale)
 
-    def log_p(self) -> float:
+    def log_p(self) -> Number:
         """log p of the scales, nats."""
-        return float(self.density.log_p(self.logs, None))
+        return number_of(self.density.log_p(self.logs, None))
 
     def gradients(self, factor: float) -> dict[str, Tensor]:
         """Site → the gradient of L − `factor` · log p of the scales, flat; L has been

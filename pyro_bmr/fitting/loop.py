@@ -7,7 +7,8 @@ Next: `lost_likelihood.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from pyro_bmr.errors import FitError
 from pyro_bmr.fitting.checkpoints import CheckpointWriter
-from pyro_bmr.fitting.descent import take_step
+from pyro_bmr.fitting.descent import read_terms, take_step
 from pyro_bmr.fitting.progress import Progress
 from pyro_bmr.fitting.rows import Batch
 from pyro_bmr.fitting.run import Run
@@ -48,13 +49,16 @@ def run_steps(
             if state.over:
                 break
             _step(run, batch, share, state, writer)
-            if timetable.pauses(state):
+            pauses = timetable.pauses(state)
+            _read(run, state, writer, wait=pauses or state.step == state.end)
+            if pauses:
                 _pause(run, timetable, state)
             if state.step == state.end:
                 _turn(run, timetable, state, time.perf_counter() - clock)
             _save(run, state, writer, clock, snapshot)
             bar.update()
             give_way()
+        _read(run, state, writer)
         row = _row(run, epoch, state)
         state.history.append(row)
         bar.set_postfix({key: f"{row[name]:.4g}" for key, name in _SHOWN.items()})
@@ -70,16 +74,29 @@ def bar_of(timetable: Timetable, state: Progress, shown: bool) -> tqdm:
 
 
 def _step(run: Run, batch: Batch, share: float, state: Progress, writer: CheckpointWriter) -> None:
-    """One step, of the schedule as well. An error in it names the last good checkpoint."""
+    """One step, of the schedule as well."""
     state.step += 1
     run.interrupted = writer.interrupted
-    try:
-        terms = take_step(run, batch, share, state.step)
-    except FitError as error:
-        raise FitError(f"{error}{writer.last_good()}") from None
+    with _naming_the_last_good(writer):
+        take_step(run, batch, share, state.step)
     if run.scheduler:
         run.scheduler.step()
-    state.add(terms, run.temperature)
+
+
+def _read(run: Run, state: Progress, writer: CheckpointWriter, wait: bool = True) -> None:
+    """Counts the terms of the steps that were not read so far (`read_terms`)."""
+    with _naming_the_last_good(writer):
+        for likelihood, kl in read_terms(run, wait):
+            state.add(likelihood, kl, run.temperature)
+
+
+@contextmanager
+def _naming_the_last_good(writer: CheckpointWriter) -> Iterator[None]:
+    """Within it an error of the fit names the last good checkpoint."""
+    try:
+        yield
+    except FitError as error:
+        raise FitError(f"{error}{writer.last_good()}") from None
 
 
 def _pause(run: Run, timetable: Timetable, state: Progress) -> None:
@@ -114,7 +131,10 @@ def _save(
     """Writes a checkpoint if one is due, and stops the fit after Ctrl-C in any process."""
     stopping = run.interrupted if run.processes.size > 1 else writer.interrupted
     last = state.over or stopping
-    if writer.due(state.step, last) and run.is_finite():
+    if writer.due(state.step, last):
+        _read(run, state, writer)
+        if not run.is_finite():
+            return
         state.seconds = time.perf_counter() - clock
         writer.save(state.step, {"run": snapshot(), "progress": vars(state)})
     if stopping:

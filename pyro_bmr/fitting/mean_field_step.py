@@ -31,6 +31,7 @@ from pyro_bmr.fitting.site_prior import (
     site_in,
 )
 from pyro_bmr.fitting.step import Draw
+from pyro_bmr.fitting.unread_terms import Number, number_of
 from pyro_bmr.guides import MeanField
 from pyro_bmr.tracing import Values, likelihood_of
 
@@ -81,7 +82,7 @@ class MeanFieldStep(FlatVectors):
         self.declared: dict[str, SitePrior] = {}
         self.priors: dict[str, SitePrior] = {}
         self.pulls: list[Pull] = []
-        self.kl = 0.0
+        self.kl: Number = 0.0
         self.live_networks = None if network is None else LiveNetworks(network)
         self._read_weights()
 
@@ -133,15 +134,16 @@ class MeanFieldStep(FlatVectors):
         self.stale = [True] * len(self.chunks) if due else self.stale
         self.fill(noise, sign)
         weights, network = self._weights(batch), self.network
+        open_kl: Number = 0.0
         with torch.enable_grad():
             if weights is not None and network is not None and self._needs_network_alone:
-                priors, open_kl, size = self.declared, 0.0, len(batch[1])
+                priors, size = self.declared, len(batch[1])
                 of_batch = network.log_likelihood(
                     weights.tensors, batch[0], batch[1], weights.placed
                 )
                 of_batch.backward(number_tensor(-share / size, of_batch))
                 weights.settle()
-                likelihood = float(of_batch.detach()) * (self.rows / size)
+                likelihood = number_of(of_batch) * (self.rows / size)
             else:
                 likelihood, priors, open_kl = self._run_program(
                     batch, share, weights.given if weights is not None else {}
@@ -183,7 +185,7 @@ class MeanFieldStep(FlatVectors):
 
     def _run_program(
         self, batch: tuple[Any, ...], share: float, weights: dict[str, Tensor]
-    ) -> tuple[float, dict[str, SitePrior], float]:
+    ) -> tuple[Number, dict[str, SitePrior], Number]:
         """The log likelihood, the priors and the open part of the KL, from the whole program but
         for the `weights` that are known; with the backward pass.
         """
@@ -196,7 +198,8 @@ class MeanFieldStep(FlatVectors):
             self.program(*batch, **({"weights": weights} if weights else {}))
         likelihood = likelihood_of(run)
         priors: dict[str, SitePrior] = {}
-        loss, open_kl, moving = likelihood / -self.rows, 0.0, False
+        loss, moving = likelihood / -self.rows, False
+        open_kl: Number = 0.0
         for latent in self.guide.latents:
             name = latent.name
             if name in self.declared:
@@ -207,7 +210,7 @@ class MeanFieldStep(FlatVectors):
             priors[name] = read.prior
             if read.sampled_kl is not None:
                 loss = loss + self.kl_weight * read.sampled_kl
-                open_kl += float(read.sampled_kl.detach())
+                open_kl += number_of(read.sampled_kl)
             if read.moving is not None:
                 loss, moving = loss + self.kl_weight * self._moving_kl(name, read), True
         if loss.requires_grad:  # not if the data say nothing of the sites
@@ -216,7 +219,7 @@ class MeanFieldStep(FlatVectors):
             sites = self.whole.sites
             known = {name: prior for name, prior in priors.items() if name in sites}
             self.declared = known if all(prior.weight == 1 for prior in known.values()) else {}
-        return float(likelihood.detach()), priors, open_kl
+        return number_of(likelihood), priors, open_kl
 
     def _moving_kl(self, name: str, read: ReadPrior) -> Tensor:
         """What the loss alone needs where the moments of the prior depend on other sites."""
@@ -276,7 +279,7 @@ class MeanFieldStep(FlatVectors):
             # a copy: torch no longer lets storage be released that numpy has seen
             "std": self.std.clone() if self._lags() else None,
             "stale": list(self.stale),
-            "kl": self.kl,
+            "kl": float(self.kl),
             "declared": declared,
             "settled": self.priors is self.declared,
         }

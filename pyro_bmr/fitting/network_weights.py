@@ -16,6 +16,7 @@ from pyro_bmr.fitting.flat_vectors import FlatVectors
 from pyro_bmr.fitting.layer_scales import LayerScales, layer_scales
 from pyro_bmr.fitting.live_network import LiveNetwork, LiveNetworks
 from pyro_bmr.fitting.network import Network
+from pyro_bmr.fitting.unread_terms import Number
 from pyro_bmr.fitting.written_weights import WrittenWeight
 from pyro_bmr.networks.placed_weights import PlacedWeights
 
@@ -75,7 +76,7 @@ class NetworkWeights:
         assert places is not None
         return places
 
-    def log_p(self) -> float:
+    def log_p(self) -> Number:
         """log p of the sites whose density is written out, nats."""
         return sum(w.log_p() for w in self.active)
 

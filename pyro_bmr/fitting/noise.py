@@ -1,7 +1,7 @@
 """The noise of a `MeanField` fit: a normal vector for each step, at a small part of the cost of
 drawing one.
 
-Owns `Noise`. Next: `sums.py`.
+Owns `Noise`. Next: `unread_terms.py`.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from pyro_bmr.fitting.chunks import number_tensor
 from pyro_bmr.fitting.network import Network
 from pyro_bmr.fitting.site_prior import Pull, SitePrior, kl_is_due, read_prior, squared_distance
 from pyro_bmr.fitting.step import Draw
+from pyro_bmr.fitting.unread_terms import Number, number_of
 from pyro_bmr.fitting.written_weights import WrittenWeight
 from pyro_bmr.guides import Point
 from pyro_bmr.networks.placed_weights import PlacedWeights
@@ -58,7 +59,7 @@ class PointStep(AutogradStep):
         others = [p for p in trained if p is not guide.loc]
         super().__init__(program, guide, rows, temperature, [*self.leaves.values(), *others])
         self.network, self.placed = network, PlacedWeights(network.net)
-        self.penalty = 0.0  # −log p(θ) of the sites that are written out
+        self.penalty: Number | None = None  # −log p(θ) of the sites that are written out
         draws = {name: leaf.detach().view(-1) for name, leaf in self.leaves.items()}
         self.written = {
             name: WrittenWeight(form, name, draws, self.leaves[name], point=True)
@@ -104,7 +105,7 @@ class PointStep(AutogradStep):
             for weight in self.active:
                 weight.weigh()
         likelihood, open_kl = self._run_network(batch, self.weights)
-        if kl_is_due(self.point.numel(), number) or not self.penalty:
+        if kl_is_due(self.point.numel(), number) or self.penalty is None:
             self.penalty = self._penalty()
         self._write(self.temperature / self.rows)
         kl = self.penalty + open_kl
@@ -120,7 +121,7 @@ class PointStep(AutogradStep):
 
     def _run_network(
         self, batch: tuple[Any, ...], weights: dict[str, Tensor]
-    ) -> tuple[float, float]:
+    ) -> tuple[Number, Number]:
         """The log likelihood and −log p of the sites that are not written out, with the backward
         pass.
         """
@@ -128,7 +129,7 @@ class PointStep(AutogradStep):
             size = len(batch[1])
             of_batch = self.network.log_likelihood(weights, batch[0], batch[1], self.placed)
             of_batch.backward(number_tensor(-1 / size, of_batch))
-            return float(of_batch.detach()) * (self.rows / size), 0.0
+            return number_of(of_batch) * (self.rows / size), 0.0
         values = {
             s.name: self.leaves[s.name] if s.transform is None else s.transform(self.leaves[s.name])
             for s in self.others
@@ -140,10 +141,10 @@ class PointStep(AutogradStep):
             each = msg["fn"].log_prob(msg["value"])
             log_p = log_p + scale_and_mask(each, msg["scale"], msg["mask"]).sum()
         ((self.temperature * log_p + likelihood) / -self.rows).backward()
-        return float(likelihood.detach()), -float(log_p.detach())
+        return number_of(likelihood), -number_of(log_p)
 
     @torch.no_grad()
-    def _penalty(self) -> float:
+    def _penalty(self) -> Number:
         """−log p of the sites that are written out, at the point."""
         total = -sum(weight.log_p() for weight in self.active)
         for name, prior in self.priors.items():
@@ -186,7 +187,7 @@ class PointStep(AutogradStep):
         self.masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
 
     def state(self) -> dict[str, Any]:
-        return {"penalty": self.penalty}
+        return {"penalty": None if self.penalty is None else float(self.penalty)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.penalty = state["penalty"]

@@ -73,14 +73,12 @@ class Progress:
         self.began, self.length = self.step, length
         self.block, self.blocks, self.filling = 1, [], []
 
-    def add(self, terms: tuple[float, float] | None, temperature: float) -> None:
-        """Counts both terms of the ELBO of a step; None for a step that was skipped."""
-        if terms is None:
-            return
-        self.expected_log_likelihood += terms[0]
-        self.kl += terms[1]
+    def add(self, likelihood: float, kl: float, temperature: float) -> None:
+        """Counts both terms of the ELBO of a step."""
+        self.expected_log_likelihood += likelihood
+        self.kl += kl
         self.taken += 1
-        self.filling.append(terms[0] / temperature - terms[1] - self.delta_f)
+        self.filling.append(likelihood / temperature - kl - self.delta_f)
         if len(self.filling) == self.block:
             self.blocks.append(math.fsum(self.filling) / self.block)
             self.filling = []

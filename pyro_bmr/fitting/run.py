@@ -27,6 +27,7 @@ from pyro_bmr.fitting.rows import Batch, LoaderRows, Rows
 from pyro_bmr.fitting.start import begin_at
 from pyro_bmr.fitting.step import Draw, Step
 from pyro_bmr.fitting.tempered_noise import check_noise
+from pyro_bmr.fitting.unread_terms import UnreadTerms
 from pyro_bmr.guides import MeanField, Point
 from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.guides.row_noise import PER_ROW
@@ -68,6 +69,7 @@ class Run:
         self.program, self.rows, self.temperature = program, rows, given.temperature
         self.processes, self.seed = rows.processes, rows.processes.seed(given.seed)
         self.faults, self.interrupted = Faults(given.skip_faulty), False
+        self.unread = UnreadTerms()
         if isinstance(program, nn.Module):
             self.processes.copy_from_first((*program.parameters(), *program.buffers()))
             note_modes(program)
@@ -100,6 +102,14 @@ class Run:
         self._make_scheduler = given.scheduler
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scheduler: LRScheduler | None = None
+
+    @property
+    def looks_later(self) -> bool:
+        """Whether a step is taken before its terms are looked at, so that the host does not wait
+        for the device.
+        """
+        elsewhere = self.rows.device.type != "cpu" and self.processes.size == 1
+        return elsewhere and not self.faults.allowed
 
     def begin_cycle(self, steps: int) -> None:
         """Begins the schedule of the learning rate, over `steps` steps, at the full rate."""

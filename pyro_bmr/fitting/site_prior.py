@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_bmr.errors import ModelError
 from pyro_bmr.fitting.sums import dot
+from pyro_bmr.fitting.unread_terms import Number, number_of
 from pyro_bmr.guides.latent_sites import Latent, base_distribution, gaussian_on_the_line
 from pyro_bmr.tracing import Values, collapsed, does_not_split
 
@@ -121,17 +122,17 @@ def read_prior(
 
 def closed_kl(
     prior: SitePrior, part: slice, loc: Tensor, log_scale: Tensor, std: Tensor, noise: Tensor
-) -> float:
+) -> Number:
     """The KL divergence of a site, nats; for a prior without a closed form, log q at the draw.
 
     Args:
         part: the place of the site in the flat vectors, which the others are.
     """
-    size, log_scales = part.stop - part.start, float(log_scale[part].sum())
+    size, log_scales = part.stop - part.start, number_of(log_scale[part].sum())
     if isinstance(prior.precision, float) and prior.precision == 0:  # log q alone
         return -prior.weight * (
             log_scales
-            + 0.5 * float(noise[part].square().sum())
+            + 0.5 * number_of(noise[part].square().sum())
             + 0.5 * size * math.log(2 * math.pi)
         )
     ratio = squared_distance(prior, loc.detach()[part], std[part])
@@ -143,14 +144,14 @@ def kl_is_due(size: int, number: int) -> bool:
     return size <= _LARGE or number % _KL_EVERY == 0
 
 
-def squared_distance(prior: SitePrior, point: Tensor, std: Tensor | None = None) -> float:
+def squared_distance(prior: SitePrior, point: Tensor, std: Tensor | None = None) -> Number:
     """Σ p ((x − η)² + σ²) of a flat point x with the standard deviations σ, if there are any."""
     deviation = point if isinstance(prior.loc, float) and prior.loc == 0 else point - prior.loc
     if isinstance(prior.precision, float):
-        total = float(dot(deviation, deviation))
-        return prior.precision * (total if std is None else total + float(dot(std, std)))
+        total = number_of(dot(deviation, deviation))
+        return prior.precision * (total if std is None else total + number_of(dot(std, std)))
     square = deviation.square() if std is None else deviation.square() + std.square()
-    return float((square * prior.precision).sum())
+    return number_of((square * prior.precision).sum())
 
 
 def _log_density(

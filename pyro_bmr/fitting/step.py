@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyro_bmr.fitting.site_prior import Pull
+from pyro_bmr.fitting.unread_terms import Number
 
 
 class Draw(NamedTuple):
@@ -26,8 +27,8 @@ class Draw(NamedTuple):
     one draw. At two draws with opposite signs they are half the sum and half the difference.
     """
 
-    expected_log_likelihood: float
-    kl: float
+    expected_log_likelihood: Number
+    kl: Number
     gradients: list[Tensor]
     odd: list[Tensor]
     pulls: list[Pull]

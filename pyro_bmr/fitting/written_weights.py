@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_bmr.fitting.live_network import Cut
 from pyro_bmr.fitting.sums import dot
+from pyro_bmr.fitting.unread_terms import Number, number_of
 from pyro_bmr.priors.tiers import spread, tier_shape
 from pyro_bmr.priors.weight_form import ScaleSite, WeightForm
 
@@ -209,16 +210,16 @@ class WrittenWeight:
             each = each.unflatten(axis, (-1, s.block)).sum(axis + 1)
         return each
 
-    def log_p(self) -> float:
+    def log_p(self) -> Number:
         """log p of the sites whose density is written out, nats."""
-        total = 0.0
+        total: Number = 0.0
         for _, density, u, parent in self.densities:
-            total += float(density.log_p(u, parent))
+            total += number_of(density.log_p(u, parent))
         if self.point:
             for s in self.form.scale_sites:
                 u = self.draws[s.name]
                 log = -logsigmoid(u) - logsigmoid(-u) if s.unit_interval else -u
-                total += float(log.sum())
+                total += number_of(log.sum())
         return total
 
     def _drop_jacobians(self, found: dict[str, Tensor], factor: float) -> None:

@@ -18,6 +18,7 @@ from pyro_bmr.fitting.optimizers import optimizer_of
 from pyro_bmr.fitting.rows import Batch, LoaderRows, Rows
 from pyro_bmr.fitting.run import Run
 from pyro_bmr.fitting.step import Draw
+from pyro_bmr.fitting.unread_terms import UnreadTerms
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.gaussian import total
 from pyro_bmr.isolation import seed_generator
@@ -54,6 +55,7 @@ class ShardedRun(Run):
         self.program, self.rows, self.temperature = layers.network, rows, given.temperature
         self.processes, self.seed = rows.processes, rows.processes.seed(given.seed)
         self.faults, self.interrupted = Faults(given.skip_faulty), False
+        self.unread = UnreadTerms()
         seed_generator(rows.device, given.seed)
         note_modes(layers.network)
         set_training(layers.network, True)

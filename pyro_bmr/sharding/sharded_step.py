@@ -152,8 +152,8 @@ class ShardedStep(MeanFieldStep):
         vectors = self.loc, self.log_scale, self.std, noise
         each = {n: closed_kl(p, self.parts[n], *vectors) for n, p in self.declared.items()}
         shared = sum(each.pop(name) for name in self.shared) - self.whole.log_p()
-        own = torch.tensor([sum(each.values())], dtype=torch.float64, device=self.loc.device)
-        return float(self.layout.sum(own)) + shared
+        own = torch.tensor([float(sum(each.values()))], dtype=torch.float64, device=self.loc.device)
+        return float(self.layout.sum(own)) + float(shared)
 
     def prune(self, masks: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> None:
         super().prune(masks, optimizer)

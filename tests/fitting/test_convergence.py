@@ -135,7 +135,7 @@ def test_the_rise_of_one_cycle_is_that_before_its_middle():
 def test_blocks_are_joined_as_they_get_many():
     progress = Progress(length=5 * MOST_BLOCKS)
     for k in range(2 * MOST_BLOCKS):
-        progress.add((3.0 * k, 1.0), temperature=0.5)
+        progress.add(3.0 * k, 1.0, temperature=0.5)
     assert progress.block == 4 and len(progress.blocks) == MOST_BLOCKS // 2
     # the bound 3k/T − 1 over steps 4 … 7
     assert progress.blocks[1] == pytest.approx(6 * 5.5 - 1)
