@@ -27,7 +27,7 @@ from pyro_bmr.post_training.calibration import calibration_rows
 from pyro_bmr.post_training.pruned import Pruned
 from pyro_bmr.post_training.rounds import Rounds, Settings
 from pyro_bmr.post_training.steps import Measure
-from pyro_bmr.reduction.groups import NofM
+from pyro_bmr.reduction.groups import NofM, check_labels
 
 _ALL = 1 << 60  # rows
 PATH = (0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018, 0.012, 0.01)
@@ -123,6 +123,7 @@ def prune(
 
     Raises:
         ModelError: an argument is out of range, or as `curvature`.
+        ReductionError: labels of `per` do not fit their weights, or put nothing into a group.
 
     Example:
         >>> pruned = prune(net, (x, y), Categorical(), kept=0.1)
@@ -135,6 +136,8 @@ def prune(
         last_corrections, refresh, temperature, scale, floor, most_rise, seed,
     )  # fmt: skip
     _check(net, likelihood, settings, fisher, draws, rows, batch_size)
+    if isinstance(per, Mapping):
+        check_labels(per)
     check_likelihood(likelihood, values)
     loss = Loss(likelihood, {name: torch.as_tensor(v) for name, v in (values or {}).items()})
     dense = plain_copy(net).requires_grad_(False)

@@ -125,8 +125,8 @@ def group_labels(
         heads: for ``"head"``: the number of heads, of all attention layers or module path → number.
 
     Raises:
-        ReductionError: `per` is none of these, a label does not fit its site, or the heads do not
-            divide the width.
+        ReductionError: `per` is none of these, a label does not fit its site, labels put no entry
+            into a group, or the heads do not divide the width.
     """
     if isinstance(per, Mapping):
         return _own_labels(shapes, per)
@@ -260,7 +260,23 @@ def _heads(shapes: Shapes, heads: int | Mapping[str, int] | None) -> dict[str, T
     return labels
 
 
+def check_labels(per: Mapping[str, Tensor]) -> None:
+    """Raises ReductionError where labels are not tensors, or put no entry into a group."""
+    for name, own in per.items():
+        if not isinstance(own, Tensor):
+            raise ReductionError(
+                f"per: expected a tensor of integers for site '{name}', the group of each entry,"
+                f" got {described(own)}"
+            )
+    if not any(bool((own >= 0).any()) for own in per.values()):
+        raise ReductionError(
+            "per: expected labels >= 0 for the entries that are in a group, got none, so that"
+            " nothing could be pruned"
+        )
+
+
 def _own_labels(shapes: Shapes, per: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    check_labels(per)
     for name, own in per.items():
         if name not in shapes:
             raise ReductionError(

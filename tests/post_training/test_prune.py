@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bmr as bmr
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, ReductionError
 from pyro_bmr.formulas import LaplaceEvidence
 from pyro_bmr.post_training import rounds as rounds_file
 from pyro_bmr.post_training.masks import pruned_at
@@ -299,3 +299,12 @@ def test_what_is_refused(trained, arguments, message):
     net, x, _, _ = trained
     with pytest.raises(ModelError, match=message):
         bmr.prune(net, x, bmr.Categorical(), **arguments, progress=False)
+
+
+@pytest.mark.parametrize(
+    "labels", [{}, {"0.weight": "unit"}, {"0.weight": torch.tensor(-1)}, {"x": torch.tensor(0)}]
+)
+def test_labels_that_are_refused(trained, labels):
+    net, x, _, _ = trained
+    with pytest.raises(ReductionError, match="per: "):
+        bmr.prune(net, x, bmr.Categorical(), 0.5, per=labels, progress=False)

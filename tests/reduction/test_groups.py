@@ -10,6 +10,7 @@ import torch
 from scipy import special, stats
 
 import pyro_bmr as bmr
+from pyro_bmr.errors import ReductionError
 from pyro_bmr.formulas.mean_field_inclusion import mean_field_log_odds
 from pyro_bmr.formulas.spike_and_slab import exact_inclusion
 from pyro_bmr.posteriors.site import Site
@@ -122,6 +123,21 @@ def test_labels_of_ones_own():
         frozenset({("fc.weight", k) for k in range(6, 12)} | {("gain", 2)}),
         frozenset({("gain", 3)}),
     }
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"fc.weight": torch.tensor([[-1], [-5]])}, {"gain": torch.empty(0, dtype=torch.long)}],
+)
+def test_labels_without_a_group(own):
+    with pytest.raises(ReductionError, match="labels >= 0.*got none"):
+        group_labels(SHAPES, own)
+
+
+@pytest.mark.parametrize("own", ["x", [0, 1, 2, 3], np.zeros(4, dtype=int), None])
+def test_labels_that_are_no_tensors(own):
+    with pytest.raises(ReductionError, match="expected a tensor of integers for site 'gain'"):
+        group_labels(SHAPES, {"gain": own})
 
 
 def test_the_evidence_decides_on_whole_groups():
