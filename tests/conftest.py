@@ -2,7 +2,29 @@
 the tests runs none of them.
 """
 
+import gc
+
 import pytest
+
+
+def pytest_collection_finish(session):
+    """What was imported and collected stays to the end: the garbage collector need not look through
+    it again and again.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_traces():
+    """torch.export writes the Python stack to each node of a graph: below pytest eighty frames a
+    node. Nothing here reads them.
+    """
+    from traceback import StackSummary
+
+    from torch.utils._traceback import CapturedTraceback
+
+    CapturedTraceback.summary = lambda self: StackSummary()
 
 
 @pytest.fixture(scope="session", autouse=True)
