@@ -41,6 +41,8 @@ def fork_group(main, *arguments):
     """Calls `main(rank, *arguments)` in WORLD_SIZE processes and prints their exit statuses. The
     libraries are imported once; the processes are forked before anything is computed.
     """
+    import pandas  # noqa: F401  # of the history of each fit
+
     # the first optimiser imports what torch leaves for later
     bmr.adam(1e-3)([torch.zeros(1, requires_grad=True)])
     every = [_forked(main, rank, arguments) for rank in range(int(os.environ["WORLD_SIZE"]))]
