@@ -135,7 +135,7 @@ def test_a_fit_is_as_short_as_its_trials_if_rows_are_few(monkeypatch):
     def fit(program, rows, epochs, reduce=None, **given):
         lengths.append((len(rows.x_train), epochs.steps, epochs.first))
         every.append(None if reduce is None else reduce.epochs)
-        return bmr.fit(program, rows, epochs=1, **given)
+        return bmr.fit(program, (rows.x_train[:10], rows.y_train[:10]), epochs=1, **given)
 
     every = []
     monkeypatch.setattr(recipe, "fit", fit)
@@ -226,6 +226,7 @@ def test_no_trial_for_a_program_by_hand_nor_for_map(route):
 
 def test_predictions_have_the_scale_of_the_trials(monkeypatch):
     """Also where it is 1: it would make them more certain, or the variances are widened."""
+    monkeypatch.setattr(held_out_file, "_ENOUGH", 40)  # two folds of 20 rows
     monkeypatch.setattr(temperature_trials_file, "held_out_scale", lambda *_: 1.7)
     data, options = labelled(0.3), {"epochs": 6, "batch_size": 20, "draws": 8}
 

@@ -24,7 +24,8 @@ from tests.reference import gaussian_grid as grid
 
 EPS = {"float32": 2.0**-24, "float64": 2.0**-53}
 ANSWERS = np.load(gaussian.FILE)
-EVERY = 32  # problems with correlations that the fast suite takes; `-m slow` takes all
+# problems with correlations that the fast suite takes; odd, as their shapes take turns
+EVERY = 49
 
 
 def close(got, want, dtype, relative=2.0, absolute=0.0):
@@ -282,7 +283,9 @@ def test_all_models_of_a_search(dtype, some):
     """The searches answer in float64 whatever the dtype of the posterior: to 1e-5 nats, or 1e-6 of
     the loss of a bad model.
     """
-    for one, want in zip(gaussian.searched(dtype)[:some], ANSWERS[f"{dtype}_models"], strict=False):
+    # gaussian.searched(dtype), of problems that are there already
+    searched = [one for one in problems_of("dense", dtype) if len(one["mean"]) == 5]
+    for one, want in zip(searched[:some], ANSWERS[f"{dtype}_models"], strict=False):
         q, p, *_ = structure("dense", one)
         for search in (bmr.reduction.exhaustive_search(q, p), bmr.reduction.greedy_search(q, p)):
             at = {gone: k for k, gone in enumerate(gaussian.subsets())}

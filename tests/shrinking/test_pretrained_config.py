@@ -52,10 +52,14 @@ def masks_of(net, units, heads):
     return masks
 
 
+def made(layers):
+    torch.manual_seed(0)
+    return Model(SimpleNamespace(width=6, heads=4, size=5, units=16, layers=layers)).eval()
+
+
 @pytest.fixture
 def net():
-    torch.manual_seed(0)
-    return Model(SimpleNamespace(width=6, heads=4, size=5, units=16, layers=2)).eval()
+    return made(2)
 
 
 def test_the_entries_of_the_smaller_model(net):
@@ -79,9 +83,9 @@ def test_blocks_of_different_sizes_have_no_configuration(net):
     assert plan.apply().config.units == 16
 
 
-def test_nothing_to_change(net):
+def test_nothing_to_change():
     x = torch.randn(3, 5, 6)
-    assert bmr.shrinking.shrink_plan(net, {}, x).config == {}
+    assert bmr.shrinking.shrink_plan(made(1), {}, x).config == {}
     plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     masks = {"0.weight": torch.arange(8)[:, None].expand(8, 6) < 3}
     assert bmr.shrinking.shrink_plan(plain, masks, x[:, 0]).config == {}
