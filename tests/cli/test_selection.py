@@ -69,7 +69,10 @@ def grades(study):
     ("target", "options", "left_out"),
     [
         ("size", "student-t", ["grade", "number"]),
-        ("cases", "poisson --exposure years", ["grade", "number", "size"]),
+        pytest.param(
+            *("cases", "poisson --exposure years", ["grade", "number", "size"]),
+            marks=pytest.mark.slow,  # the counts of the next go the same way
+        ),
         ("cases", "negative-binomial --exposure years", ["grade", "number", "size"]),
         ("grade", "ordinal --order mild,middling,bad", ["number", "size", "cases"]),
         ("number", "ordinal", ["grade", "size", "cases"]),

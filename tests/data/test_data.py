@@ -171,6 +171,7 @@ def test_split_is_deterministic_and_disjoint(name):
     )
 
 
+@pytest.mark.slow  # 70,000 images; files of the same form are read above
 def test_fashion_mnist():
     data = installed("fashion-mnist")
     assert (data.x_train.shape, data.x_test.shape, data.classes) == (

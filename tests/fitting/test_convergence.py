@@ -160,7 +160,10 @@ def test_a_budget_out_of_range(wrong, message):
     [
         (bmr.Horseshoe(), bmr.MeanField, 3e-3, 80),
         (bmr.Gaussian("layer"), bmr.MeanField, 3e-3, 240),
-        (bmr.Gaussian("layer"), partial(bmr.LowRankPlusDiagonal, rank=3), 1e-2, 240),
+        pytest.param(
+            *(bmr.Gaussian("layer"), partial(bmr.LowRankPlusDiagonal, rank=3), 1e-2, 240),
+            marks=pytest.mark.slow,  # the rule sees the history alone
+        ),
     ],
     ids=["horseshoe", "layer", "low-rank"],
 )

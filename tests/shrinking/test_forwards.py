@@ -1,7 +1,5 @@
 """Forwards that are shrunk: sizes in them, layers that are used twice, arguments with defaults."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch import nn
@@ -344,9 +342,18 @@ class NamedAsInGraphs(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:deploy.*cannot be written as Python")
-@pytest.mark.parametrize("constant", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_parts_may_have_names_that_graphs_use(constant, tmp_path):
+@pytest.mark.parametrize(
+    ("constant", "formats"),
+    [
+        (True, ["program"]),
+        # onnx is an extra, whose import takes seconds
+        *(pytest.param(c, ["program", "onnx"], marks=pytest.mark.slow) for c in (False, True)),
+    ],
+)
+def test_parts_may_have_names_that_graphs_use(constant, formats, tmp_path):
     """With a layer that is a constant the result is a graph."""
+    if "onnx" in formats:
+        pytest.importorskip("onnxruntime")
     torch.manual_seed(2)
     net, x = NamedAsInGraphs(), torch.randn(5, 4)
     rows = torch.zeros(6, 4, dtype=torch.bool)
@@ -357,7 +364,6 @@ def test_parts_may_have_names_that_graphs_use(constant, tmp_path):
     want = net.meta((x @ (net.code.weight * rows).T + net.code.bias).relu()) + net.recompile(x)
     want = (want @ net.graph @ net.graph_ * net._graph).detach()
     torch.testing.assert_close(small(x).detach(), want, rtol=0, atol=1e-6)
-    formats = ["program", *(["onnx"] if find_spec("onnxruntime") else [])]  # an extra
     bmr.deploy(small, tmp_path, x, formats=formats, seconds=0, batches=(1,))
     loaded = loaded_module(tmp_path / "network.py")
     for format in formats:

@@ -88,9 +88,10 @@ def test_results_go_where_the_network_was(name, from_meta):
     called(small, of_each(lambda t: t.to("meta"), example))
 
 
-def test_a_default_device_changes_nothing():
+@pytest.mark.parametrize("kind", ["written_attention", pytest.param("vit", marks=pytest.mark.slow)])
+def test_a_default_device_changes_nothing(kind):
     torch.manual_seed(0)
-    net, x = ViT(), torch.randn(2, 1, 8, 8)
+    net, x = (ViT(), torch.randn(2, 1, 8, 8)) if kind == "vit" else KINDS[kind]()
     masks = random_masks(net, 0.5, "rows", 0)
     want = bmr.shrink(net, masks, x).state_dict()
     torch.set_default_device("meta")

@@ -11,8 +11,8 @@ from pyro_bmr.shrinking import masked
 from pyro_bmr.shrinking.plan import shrink_each
 from tests.shrinking.networks import NETS, largest_difference, made, random_masks
 
-# two to ten seconds each; "lstm" and "lenet" go the same ways
-SLOW = ("vit", "vit, norm after", "branches", "gru", "mixer", "residual with batch norm")
+# two to ten seconds each; "lenet" goes the same way, and test_recurrent.py has recurrent layers
+SLOW = ("vit", "vit, norm after", "branches", "lstm", "gru", "mixer", "residual with batch norm")
 # the fraction that is pruned, and of what
 PRUNED = [(0.4, "rows"), (0.5, "columns"), (0.9, "weights"), (0.99, "weights"), (1.0, "weights")]
 
@@ -45,7 +45,7 @@ def test_the_function_is_that_of_the_masked_network(name, digits):
     assert removed[0] > (0.03 if name in ("lstm", "gru") else 0.1) and removed[-1] > 0.9
 
 
-@pytest.mark.parametrize("seed", [0, 2, 4])
+@pytest.mark.parametrize("seed", [2, 4])
 def test_random_architectures(seed):
     check_random_architecture(seed, 1)
 
