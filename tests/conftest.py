@@ -9,10 +9,11 @@ import pytest
 
 def pytest_collection_finish(session):
     """What was imported and collected stays to the end: the garbage collector need not look through
-    it again and again.
+    it again and again, nor through all that lives a little longer.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(5_000, 20, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)
