@@ -59,12 +59,11 @@ def fit(guide, model, epochs=1500, **kwargs):
     )
 
 
-@pytest.mark.slow  # in batches, and its evidence without a fit, are in the fast suite
 @pytest.mark.parametrize(
     "guide",
     [
         pytest.param(bmr.MeanField, id="MeanField"),
-        pytest.param(AutoNormal, id="AutoNormal"),
+        pytest.param(AutoNormal, id="AutoNormal", marks=pytest.mark.slow),
     ],
 )
 def test_a_factorised_posterior_is_recovered_with_its_evidence(guide):
