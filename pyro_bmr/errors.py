@@ -53,6 +53,23 @@ class ShrinkError(PyroBMRError):
     """A network cannot be made smaller: its masks do not fit it, or it has an unsupported part."""
 
 
+CANNOT_RUN = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+)
+"""The errors that a program or a network may raise on rows that it cannot take."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an error, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class PyroBMRWarning(UserWarning):
     """A result is right but may mislead; the message says which figure shows it, and the mend.
     `warnings.filterwarnings` takes the class.

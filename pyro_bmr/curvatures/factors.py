@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from pyro_bmr.errors import described
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -34,6 +36,8 @@ class LayerCurvature:
     shape: tuple[int, ...]
     turned: bool = False
     uses: int = 1
+
+    __repr__ = described
 
     @property
     def is_zero(self) -> bool:
@@ -72,6 +76,10 @@ class Curvature(Mapping[str, SiteCurvature]):
     diagonals: Mapping[str, Tensor]
     why: Mapping[str, str]
     rows: int
+
+    def __repr__(self) -> str:
+        said = [f"{len(self.layers)} layers", f"{len(self.diagonals)} diagonals"]
+        return f"Curvature({', '.join(said)}, {self.rows:,} rows)"
 
     def __getitem__(self, name: str) -> SiteCurvature:
         if name in self.layers:

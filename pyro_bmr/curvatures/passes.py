@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.curvatures.recorder import Recorder
 from pyro_bmr.curvatures.row_squares import row_squares
 from pyro_bmr.curvatures.scores import Loss, output_gradients
-from pyro_bmr.data.inputs import Inputs, called
-from pyro_bmr.errors import ModelError
+from pyro_bmr.data.inputs import Inputs, called, described
+from pyro_bmr.errors import CANNOT_RUN, DataError, ModelError, first_line
 from pyro_bmr.likelihoods.likelihood import check_read, read_inputs
 
 
@@ -49,7 +50,8 @@ class Pass:
         check_read(self.loss.likelihood, x, "the data")
         inputs, read = read_inputs(self.loss.likelihood, x)
         with self.recorder.watching():
-            output = output_of(called(self.net, inputs))
+            output = output_of(_called(self.net, inputs))
+        self.loss.check(output, y, read)
         others = {name: p for name, p in self.wanted.items() if name not in self._in_layers()}
         for g in output_gradients(self.loss, self.fisher, self.draws, output, y, read):
             if self.recorder.factors and output.requires_grad:
@@ -122,6 +124,23 @@ class Pass:
         found = Curvature(layers, diagonals, why, rows)
         _check_finite(found)
         return found
+
+
+def _called(net: nn.Module, x: Inputs) -> Any:
+    """What the network returns.
+
+    Raises:
+        DataError: it does not run on these rows.
+    """
+    try:
+        return called(net, x)
+    except torch.OutOfMemoryError:
+        raise
+    except CANNOT_RUN as error:
+        raise DataError(
+            f"data: the network does not run on x of {described(x)}: {first_line(error)}; give it"
+            " the rows that it was trained on, in their shape and dtype"
+        ) from error
 
 
 def _without_bias(inputs: Tensor, left_out: bool) -> Tensor:

@@ -58,15 +58,20 @@ def _gradients(
     product: Callable[..., Tensor], values: dict[str, Tensor], x: Inputs, g: Tensor
 ) -> dict[str, Tensor]:
     """Name → one gradient per row, stacked."""
-    of_row = grad(product)
-    rows_of = vmap(of_row, in_dims=(None, 0, 0), randomness="different")
+    rows_of = vmap(grad(product), in_dims=(None, 0, 0), randomness="different")
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the only one with a rule for vmap
             found: dict[str, Tensor] = rows_of(values, x, g)
         return found
     except (RuntimeError, NotImplementedError, ValueError):
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         rows = [
-            of_row(values, of_each(lambda part, k=k: part[k], x), g[k])  # type: ignore[misc]
+            torch.autograd.grad(
+                product(leaves, of_each(lambda part, k=k: part[k], x), g[k]),  # type: ignore[misc]
+                list(leaves.values()),
+                allow_unused=True,
+                materialize_grads=True,
+            )
             for k in range(len(g))
         ]
-        return {name: torch.stack([row[name] for row in rows]) for name in values}
+        return dict(zip(values, map(torch.stack, zip(*rows, strict=True)), strict=True))

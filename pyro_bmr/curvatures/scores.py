@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import DataError, ModelError
+from pyro_bmr.likelihoods.support import check_targets
 from pyro_bmr.tracing import Values, likelihood_of
 
 FISHERS = ("true", "empirical", "gauss-newton")
@@ -35,6 +36,25 @@ class Loss:
         with Values(values) as run:
             self.likelihood.observe(output, y, **read)
         return -likelihood_of(run)
+
+    @torch.no_grad()
+    def check(self, output: Tensor, y: Tensor | None, read: Mapping[str, Tensor]) -> None:
+        """Raises DataError unless the output and the targets, if there are any, go together: their
+        shapes, and y in the support, such as 0 … classes − 1.
+        """
+        values = {name: value.to(output) for name, value in self.values.items()}
+        with torch.random.fork_rng(), Values(values) as run:
+            self.likelihood.observe(output, y, **read)
+        for name, site in run.observed.items():
+            classes = getattr(site["fn"].support, "base_constraint", site["fn"].support)
+            if getattr(classes, "upper_bound", None) == 0 and classes.is_discrete:
+                raise DataError(
+                    f"{type(self.likelihood).__name__}: expected at least two classes, got an"
+                    f" output of shape {tuple(output.shape)}; give the network an output for each"
+                    " class, or take Bernoulli() for one of yes or no"
+                )
+            if y is not None:
+                check_targets(name, site["fn"], y, y)
 
     @torch.no_grad()
     def drawn(self, output: Tensor, y: Tensor | None, read: Mapping[str, Tensor]) -> Tensor:

@@ -51,6 +51,8 @@ class Data:
     target_scale: float | Tensor = 1.0
     family: Likelihood | None = None
 
+    __repr__ = described
+
     @property
     def task(self) -> Literal["classification", "regression", "other"]:
         """A class a row, real targets with one noise, or something else."""

@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pyro_bmr.data.batch import first_rows, rows_at
-from pyro_bmr.errors import DataError, FitError, PyroBMRError, holds, warn
+from pyro_bmr.errors import DataError, FitError, PyroBMRError, warn
 from pyro_bmr.fitting.arguments import Program
 from pyro_bmr.fitting.program_run import ProgramRun, equal, run_of, run_on, running, shape_in
 from pyro_bmr.fitting.rows import Batch, LoaderRows, Rows
 from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.likelihoods.ignored import Ignoring
+from pyro_bmr.likelihoods.support import check_targets
 from pyro_bmr.tracing import Values
 
 _EXAMPLE = 8  # rows on which a program is tried
@@ -98,7 +97,7 @@ def check_program(program: Program, example: Batch, y: Tensor) -> ProgramRun:
         )
     for name, msg in run.observed.items():
         if _is_target(msg["value"], example[1]):
-            _check_observed(name, msg["fn"], example[1], y)
+            check_targets(name, msg["fn"], example[1], y)
     with running(example):
         return run_of(run)
 
@@ -121,7 +120,7 @@ def _target_check(program: Program, example: Batch) -> Callable[[Tensor], None]:
     def check(y: Tensor) -> None:
         for name, fn in sites:
             with suppress(RuntimeError):  # a support that differs between the rows
-                _check_observed(name, fn, example[1], y)
+                check_targets(name, fn, example[1], y)
 
     return check
 
@@ -160,30 +159,6 @@ def check_latents(program: Program, batch: Batch, found: ProgramRun) -> None:
                 f"site '{name}': its shape depends on the shape of the rows ({shapes}); give the"
                 " site a shape that no batch changes"
             )
-
-
-def _check_observed(name: str, fn: Any, few: Tensor, y: Tensor) -> None:
-    """Raises DataError unless y, of which the program was given the first `few`, fits its site."""
-    shape = tuple(fn.shape())
-    if shape and shape != tuple(few.shape):
-        raise DataError(
-            f"y of shape {tuple(y.shape)} does not fit observed site '{name}': for {len(few)} rows"
-            f" the site has shape {shape}, y {tuple(few.shape)}; give y that shape"
-        )
-    support = fn.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if not (hasattr(support, "lower_bound") or holds(lambda: support.is_discrete)):
-        return
-    good = support.check(y)
-    if not bool(good.all()):
-        at = (~good).nonzero()[0].tolist()
-        mend = "number the classes from 0, or give the network more outputs"
-        raise DataError(
-            f"y is outside the support of observed site '{name}' ({support}): got"
-            f" {y[tuple(at)].item()} in row {at[0]}"
-            + (f"; {mend}" if isinstance(support, constraints.integer_interval) else "")
-        )
 
 
 def rows_of_guide(

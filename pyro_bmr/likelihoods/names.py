@@ -1,6 +1,6 @@
 """The likelihoods by the names that the command line and study files use.
 
-Owns `LIKELIHOODS`, `likelihood_from_name` and `as_likelihood`. Next: `whole_data.py`.
+Owns `LIKELIHOODS`, `likelihood_from_name` and `as_likelihood`. Next: `support.py`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_bmr.curvatures.factors import Curvature, LayerCurvature
 from pyro_bmr.curvatures.ranks import Ranks
-from pyro_bmr.errors import ReductionError
+from pyro_bmr.errors import ReductionError, described
 from pyro_bmr.formulas import held_at_zero
 from pyro_bmr.formulas.factor_inverse import damped_inverse
 from pyro_bmr.formulas.gaussian import total
@@ -56,6 +56,8 @@ class Layer:
     scale: float
     shape: tuple[int, ...]
     turned: bool
+
+    __repr__ = described
 
     @property
     def columns(self) -> int:

@@ -6,6 +6,7 @@ Owns `prune`. Next: `prediction/`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +96,9 @@ def prune(
             those that lead to them (docs/results/pretrained.md). The units of the last layer are
             kept with "unit" and "channel".
         heads: for ``per="head"``.
-        only: patterns of the names of the weights that may be pruned.
+        only: patterns of the names of the weights that may be pruned. By default all of those that
+            require a gradient, or all if none does: a layer that is frozen stays as it is. Entries
+            that are zero already stay zero, and count as pruned.
         path: the fractions of the rounds; by default `PATH` down to `kept`. More rounds keep more
             accuracy.
         corrections, last_corrections: steps after each round, and after the last. Each costs about
@@ -140,7 +143,12 @@ def prune(
         check_labels(per)
     check_likelihood(likelihood, values)
     loss = Loss(likelihood, {name: torch.as_tensor(v) for name, v in (values or {}).items()})
-    dense = plain_copy(net).requires_grad_(False)
+    plain = plain_copy(net)
+    trained = {name for name, p in plain.named_parameters() if p.requires_grad}
+    if trained and only is None:
+        every = dict(plain.named_parameters())
+        settings = replace(settings, frozen=tuple(name for name in every if name not in trained))
+    dense = plain.requires_grad_(False)
     working = module_copy(dense).eval()
     check_factors(dict(working.named_parameters()))
     ranks = Ranks.of_group(next(iter(working.parameters())).device)
@@ -154,7 +162,10 @@ def prune(
     with evaluation(dense), tqdm(disable=not shown, unit="row", desc="prune") as bar:
         measure = Measure(dense, found, loss, fisher, draws, bar, ranks)
         folder = None if checkpoint is None else Path(checkpoint)
-        return Rounds(measure, working, settings, held_out, after_round).run(folder)
+        pruned = Rounds(measure, working, settings, held_out, after_round).run(folder)
+    for name, parameter in pruned.net.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return pruned
 
 
 def _sizes(kept: Any, path: Collection[float] | None) -> tuple[float, ...]:

@@ -50,6 +50,12 @@ class Pruned:
     layers: Mapping[str, Layer]
     stopped: str | None = None
 
+    def __repr__(self) -> str:
+        size = sum(mask.numel() for mask in self.masks.values())
+        said = [f"{len(self.masks)} layers", f"{self.kept:.1%} of {size:,} weights kept"]
+        said += ["stopped early"] if self.stopped else []
+        return f"Pruned({', '.join(said)})"
+
     @property
     def masks(self) -> dict[str, Tensor]:
         """Weight → bool tensor, True where it is kept."""

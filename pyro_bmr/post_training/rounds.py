@@ -6,7 +6,7 @@ Owns `Settings` and `Rounds`. Next: `prune.py`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.curvatures.factors import Curvature
-from pyro_bmr.errors import ModelError, warn
+from pyro_bmr.errors import ModelError, ReductionError, described, warn
 from pyro_bmr.likelihoods.likelihood import read_inputs
 from pyro_bmr.post_training.calibration import Calibration
 from pyro_bmr.post_training.layer import Layer, Precisions, layers_of, precisions, prior_scale
@@ -34,10 +34,14 @@ from pyro_bmr.post_training.steps import (
 )
 from pyro_bmr.reduction.groups import NofM, group_labels
 
+_FEW = 0.1  # of the weights: so many may be left out without a word
+
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `prune` that its rounds need. `sizes`: the fraction of each round."""
+    """The arguments of `prune` that its rounds need. `sizes`: the fraction of each round; `frozen`:
+    parameters that stay as they are.
+    """
 
     sizes: tuple[float, ...]
     pattern: NofM | None
@@ -52,6 +56,7 @@ class Settings:
     floor: float
     most_rise: float | None
     seed: int
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass
@@ -113,7 +118,11 @@ class Rounds:
 
     def _begin(self) -> dict[str, Layer]:
         """The layers of the dense network; which they are, and what the groups are."""
-        named = {n: p for n, p in self.net.named_parameters() if p.is_floating_point()}
+        named = {
+            name: p
+            for name, p in self.net.named_parameters()
+            if p.is_floating_point() and name not in self.settings.frozen
+        }
         self.wanted = named
         found = self._curvature()
         patterns = self.settings.only or ("*",)
@@ -127,6 +136,7 @@ class Rounds:
                 f"prune: expected layers with Kronecker factors, got none; {', '.join(named)} are"
                 " used in other ways, or left out by only="
             )
+        _warn_of_others(named, names, patterns)
         biases = [found.layers[name].bias for name in names]
         self.wanted = {name: named[name] for name in (*names, *biases) if name is not None}
         for name in names:
@@ -135,7 +145,27 @@ class Rounds:
             )
             self.gains[name] = self.rises[name] = 0.0
         self.labels = self._labels({name: tuple(named[name].shape) for name in names})
-        return self._layers(found)
+        return self._with_zeros(self._layers(found))
+
+    def _with_zeros(self, layers: dict[str, Layer]) -> dict[str, Layer]:
+        """The layers with the entries held that are zero in the network already, such as those
+        under a mask of `torch.nn.utils.prune`.
+        """
+        parameters, entries, zeros = dict(self.net.named_parameters()), 0, 0
+        for name, layer in layers.items():
+            zero = parameters[name].detach() == 0
+            entries, zeros = entries + zero.numel(), zeros + int(zero.count_nonzero())
+            if bool(zero.any()):
+                self.held[name] = layer.with_held(zero)
+        if zeros and 1 - zeros / entries < self.settings.sizes[-1]:
+            warn(
+                f"prune: {zeros / entries:.1%} of the weights are zero already and stay so, which"
+                f" is more than kept={self.settings.sizes[-1]:g} asks for"
+            )
+        return {
+            name: replace(layer, held=self.held.get(name, layer.held))
+            for name, layer in layers.items()
+        }
 
     def _labels(self, shapes: dict[str, tuple[int, ...]]) -> Mapping[str, Tensor] | None:
         per = self.settings.per
@@ -147,6 +177,12 @@ class Rounds:
         if per in ("unit", "channel"):  # those of the last layer are the outputs
             last = list(shapes)[-1]
             labels[last] = torch.tensor(-1).expand(shapes[last])
+        if not any(bool((label >= 0).any()) for label in labels.values()):
+            raise ReductionError(
+                f"per={described(per)}: no group of the weights that can be pruned,"
+                f" {', '.join(shapes)}, could be removed whole; prune single weights, or give"
+                " labels"
+            )
         return labels
 
     def _within(
@@ -267,7 +303,9 @@ class Rounds:
             for x, y in self.held_out.batches:
                 assert y is not None
                 read = read_inputs(self.measure.loss.likelihood, x)[1]
-                total += float(self.measure.loss.nll(self.measure.run(net, None, x), y, read))
+                output = self.measure.run(net, None, x)
+                self.measure.loss.check(output, y, read)
+                total += float(self.measure.loss.nll(output, y, read))
         return self.measure.ranks.total(total) / self.held_out.rows
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -299,3 +337,20 @@ class Rounds:
         device = next(iter(self.wanted.values())).device
         self._restore(({name: t.to(device) for name, t in found[0].items()}, found[1]))
         return True
+
+
+def _warn_of_others(
+    named: Mapping[str, Tensor], names: Collection[str], patterns: Collection[str]
+) -> None:
+    """Says which weights stay whole for want of Kronecker factors, if they are not few."""
+    left = {
+        name: p.numel()
+        for name, p in named.items()
+        if p.ndim > 1 and name not in names and any(fnmatchcase(name, each) for each in patterns)
+    }
+    share = sum(left.values()) / (sum(left.values()) + sum(named[n].numel() for n in names))
+    if share > _FEW:
+        warn(
+            f"prune: {', '.join(left)}, {share:.0%} of the weights, have no Kronecker factors, as"
+            " those of recurrent layers, and stay whole; kept is the fraction of the others"
+        )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.data.inputs import Inputs, parts_of
+from pyro_bmr.errors import described
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.message import Message
 from pyro_bmr.formulas.structure import Structure
@@ -52,6 +53,8 @@ class Site:
     message: Message | None = None
     multiplies: tuple[str, ...] = ()
     of_rows: str | None = None
+
+    __repr__ = described
 
     @property
     def kept(self) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_bmr.errors import described
 from pyro_bmr.prediction.mixture_prediction import MixturePrediction
 from pyro_bmr.prediction.moments import Moments, check_targets
 from pyro_bmr.prediction.quantiles import Probabilities
@@ -31,6 +32,8 @@ class ChunkedPrediction(Moments):
 
     chunks: Sequence[Callable[[], OfRows]]
     sizes: Sequence[int]
+
+    __repr__ = described
 
     def each(self, question: Callable[[OfRows], Tensor], rows_axis: int = 0) -> Tensor:
         """The answers to `question` about the prediction of each stretch of rows, joined.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.checks import check_labels
-from pyro_bmr.errors import warn
+from pyro_bmr.errors import described, warn
 from pyro_bmr.prediction.moments import check_targets
 
 
@@ -29,6 +29,8 @@ class ClassPrediction:
     aleatoric: Tensor
     epistemic: Tensor
     ignore_index: float | None = None
+
+    __repr__ = described
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log p(y | x, data), (n, ...), nats, for each label of a row by itself.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmr.errors import ModelError
+from pyro_bmr.errors import ModelError, described
 from pyro_bmr.isolation import seed_generators
 from pyro_bmr.prediction.crps import crps_of_draws
 from pyro_bmr.prediction.distribution_functions import cdf, is_discrete
@@ -32,6 +32,8 @@ class MixturePrediction(Moments):
 
     parts: Sequence[Sequence[Any]]
     dim: int
+
+    __repr__ = described
 
     @property
     def mean(self) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_bmr.errors import described
 from pyro_bmr.prediction.crps import crps_of_normals
 from pyro_bmr.prediction.moments import Moments, check_targets, components, mixed, noise_seed
 from pyro_bmr.prediction.quantiles import Probabilities, probabilities, quantiles
@@ -26,6 +27,8 @@ class RealPrediction(Moments):
     locs: Tensor
     scales: Tensor
     missing: bool = False
+
+    __repr__ = described
 
     @property
     def mean(self) -> Tensor:

@@ -49,6 +49,8 @@ class SiteReduction:
     terms: int = 0
     upper: float | None = None
 
+    __repr__ = described
+
     @property
     def inclusion(self) -> Tensor:
         """The probability of keeping each weight, σ(−drop_log_odds): of being in the slab for a

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bmr as bmr
@@ -375,3 +376,37 @@ def test_what_is_refused():
     wide.weight = nn.Parameter(torch.zeros(1).expand(10**7, 1))
     with pytest.raises(ModelError, match="GB.*structure='diagonal'"):
         bmr.curvature(wide, x, bmr.Categorical(), progress=False)
+
+
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.cells(packed)[1][0][-1])
+
+
+def test_sequences_of_different_lengths_have_their_diagonal():
+    net, x, y = Padded(), torch.randn(12, 7, 4), torch.randint(2, (12,))
+    lengths = torch.randint(2, 8, (12,))
+    found = bmr.curvature(
+        net, ((x, lengths), y), bmr.Categorical(), fisher="empirical", progress=False
+    )
+    want = torch.zeros(20, 4)
+    for k in range(12):
+        net.zero_grad()
+        one = net(x[k : k + 1], lengths[k : k + 1])
+        nn.functional.cross_entropy(one, y[k : k + 1]).backward()
+        want += net.cells.weight_ih_l0.grad.square()
+    torch.testing.assert_close(found.diagonals["cells.weight_ih_l0"], want, rtol=1e-4, atol=1e-7)
+    assert repr(found) == "Curvature(1 layers, 4 diagonals, 12 rows)"
+
+
+def test_labels_outside_the_classes():
+    net, x = nn.Linear(3, 2), torch.randn(8, 3)
+    y = torch.tensor([0, 1, 0, -100, 1, 1, 0, 0])
+    for fisher in ("true", "empirical"):
+        with pytest.raises(bmr.errors.DataError, match="got -100 in row 3.*ignore_index"):
+            bmr.curvature(net, (x, y), bmr.Categorical(), fisher=fisher, progress=False)

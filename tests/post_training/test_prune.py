@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bmr as bmr
-from pyro_bmr.errors import ModelError, ReductionError
+from pyro_bmr.errors import DataError, ModelError, ReductionError
 from pyro_bmr.formulas import LaplaceEvidence
 from pyro_bmr.post_training import rounds as rounds_file
 from pyro_bmr.post_training.masks import pruned_at
@@ -308,3 +309,104 @@ def test_labels_that_are_refused(trained, labels):
     net, x, _, _ = trained
     with pytest.raises(ReductionError, match="per: "):
         bmr.prune(net, x, bmr.Categorical(), 0.5, per=labels, progress=False)
+
+
+def small(hidden=12):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+                        nn.Linear(hidden, 2))  # fmt: skip
+    x = torch.randn(60, 6)
+    return net, x, (x[:, 0] > 0).long()
+
+
+def test_zeros_stay_whatever_made_them():
+    net, x, _ = small()
+    prune.l1_unstructured(net[2], "weight", 0.5)
+    with torch.no_grad():
+        net[0].weight[3] = 0
+    zeros = {"0.weight": net[0].weight == 0, "2.weight": net[2].weight == 0}
+    with pytest.warns(bmr.PyroBMRWarning, match="zero already and stay so.*more than kept=0.9"):
+        pruned = bmr.prune(net, x, bmr.Categorical(), 0.9, **FEW)
+    for name, zero in zeros.items():
+        assert torch.equal(pruned.masks[name], ~zero)
+        assert torch.equal(pruned.net.get_parameter(name) == 0, zero)
+    fewer = bmr.prune(net, x, bmr.Categorical(), 0.3, **FEW)
+    for name, zero in zeros.items():
+        assert not fewer.masks[name][zero].any()
+        assert not fewer.net.get_parameter(name)[zero].any()
+    assert fewer.kept == pytest.approx(0.3, abs=0.01)
+    units = bmr.prune(net, x, bmr.Categorical(), 0.5, per="unit", **FEW)
+    assert all(not units.masks[name][zero].any() for name, zero in zeros.items())
+
+
+def test_what_is_frozen_stays_as_it_is():
+    net, x, _ = small()
+    net[0].requires_grad_(False)
+    net[2].bias.requires_grad_(False)
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.3, **FEW)
+    assert set(pruned.masks) == {"2.weight", "4.weight"}
+    for name in ("0.weight", "0.bias", "2.bias"):
+        assert torch.equal(pruned.net.get_parameter(name), net.get_parameter(name))
+    assert not torch.equal(pruned.net.get_parameter("4.bias"), net.get_parameter("4.bias"))
+    named = bmr.prune(net, x, bmr.Categorical(), 0.3, only="0.*", **FEW)
+    assert set(named.masks) == {"0.weight"}
+    all_frozen = bmr.prune(net.requires_grad_(False), x, bmr.Categorical(), 0.3, **FEW)
+    assert len(all_frozen.masks) == 3
+
+
+def test_the_network_can_be_trained_as_before():
+    net, x, y = small()
+    net[0].bias.requires_grad_(False)
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.5, **FEW)
+    trained = {name for name, p in pruned.net.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in net.named_parameters() if p.requires_grad}
+    nn.functional.cross_entropy(pruned.net(x), y).backward()
+    assert all(pruned.net.get_parameter(name).grad is not None for name in trained)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells, self.head = nn.GRU(6, 20, batch_first=True), nn.Linear(20, 2)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[1][-1])
+
+
+def test_weights_without_factors_are_named():
+    torch.manual_seed(0)
+    net, x = Recurrent(), torch.randn(40, 5, 6)
+    words = r"cells.weight_ih_l0, cells.weight_hh_l0, 98% of the weights, have no Kronecker"
+    with pytest.warns(bmr.PyroBMRWarning, match=words):
+        bmr.prune(net, x, bmr.Categorical(), 0.5, **FEW)
+    with (
+        pytest.warns(bmr.PyroBMRWarning, match=words),
+        pytest.raises(ReductionError, match="per='unit': no group.*head.weight"),
+    ):
+        bmr.prune(net, x, bmr.Categorical(), 0.5, per="unit", **FEW)
+
+
+def test_data_that_do_not_go_with_the_network():
+    net, x, y = small()
+    wrong = y.clone()
+    wrong[7] = 5
+    for data, likelihood, message in (
+        (x[:, :3], bmr.Categorical(), r"does not run on x of shape \(60, 3\)"),
+        ((x, wrong), bmr.Categorical(), "got 5 in row 7"),
+        ((x, wrong.masked_fill(wrong == 5, -100)), bmr.Categorical(), "ignore_index"),
+        ((x, y.float()), bmr.Bernoulli(), r"shape \(60, 2\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            bmr.prune(net, data, likelihood, 0.5, **FEW)
+    with pytest.raises(DataError, match="got 5 in row 7"):
+        bmr.prune(net, (x, y), bmr.Categorical(), 0.5, validation=(x, wrong), **FEW)
+    one = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))
+    with pytest.raises(DataError, match="at least two classes"):
+        bmr.prune(one, x, bmr.Categorical(), 0.5, **FEW)
+
+
+def test_a_result_is_described_in_a_line(trained):
+    net, x, _, _ = trained
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.5, path=[], **FEW)
+    assert repr(pruned) == "Pruned(2 layers, 50.0% of 2,960 weights kept)"
+    assert len(repr(pruned.layers["0.weight"])) < 200
