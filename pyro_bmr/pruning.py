@@ -24,6 +24,7 @@ from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.guides.site_wise import Drawn
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Gaussian, Prior
+from pyro_bmr.reduction.attention_heads import Heads
 from pyro_bmr.reduction.collapse import collapse
 from pyro_bmr.reduction.groups import Block, NofM
 from pyro_bmr.reduction.reduce import quiet_reduction
@@ -157,7 +158,7 @@ class Every:
     threshold: float = 0.0
     kept: float | None = None
     stop: float = 0.75
-    per: str | Block | NofM | Mapping[str, Tensor] = "weight"
+    per: str | Block | Heads | NofM | Mapping[str, Tensor] = "weight"
     heads: int | Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:

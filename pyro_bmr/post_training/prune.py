@@ -28,6 +28,7 @@ from pyro_bmr.post_training.calibration import calibration_rows
 from pyro_bmr.post_training.pruned import Pruned
 from pyro_bmr.post_training.rounds import Rounds, Settings
 from pyro_bmr.post_training.steps import Measure
+from pyro_bmr.reduction.attention_heads import Heads
 from pyro_bmr.reduction.groups import NofM, check_labels
 
 _ALL = 1 << 60  # rows
@@ -42,7 +43,7 @@ def prune(
     likelihood: Likelihood,
     kept: float | NofM,
     *,
-    per: str | Mapping[str, Tensor] = "weight",
+    per: str | Heads | Mapping[str, Tensor] = "weight",
     heads: int | Mapping[str, int] | None = None,
     only: Collection[str] | None = None,
     path: Collection[float] | None = None,
@@ -95,7 +96,7 @@ def prune(
             removes units by the weights that read them, which costs less accuracy than "unit", by
             those that lead to them (docs/results/pretrained.md). The units of the last layer are
             kept with "unit" and "channel".
-        heads: for ``per="head"``.
+        heads: for ``per="head"`` and `Heads`; by default as many as the modules of the network say.
         only: patterns of the names of the weights that may be pruned. By default all of those that
             require a gradient, or all if none does: a layer that is frozen stays as it is. Entries
             that are zero already stay zero, and count as pruned.

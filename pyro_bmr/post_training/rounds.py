@@ -32,6 +32,7 @@ from pyro_bmr.post_training.steps import (
     slopes_at,
     write,
 )
+from pyro_bmr.reduction.attention_heads import Heads, heads_of
 from pyro_bmr.reduction.groups import NofM, group_labels
 
 _FEW = 0.1  # of the weights: so many may be left out without a word
@@ -45,7 +46,7 @@ class Settings:
 
     sizes: tuple[float, ...]
     pattern: NofM | None
-    per: str | Mapping[str, Tensor]
+    per: str | Heads | Mapping[str, Tensor]
     heads: int | Mapping[str, int] | None
     only: tuple[str, ...]
     corrections: int
@@ -173,7 +174,10 @@ class Rounds:
             return None
         if isinstance(per, Mapping):
             per = self._within(per, shapes)
-        labels = dict(group_labels(shapes, per, self.settings.heads))
+        heads = self.settings.heads
+        if heads is None and (per == "head" or isinstance(per, Heads)):
+            heads = heads_of(self.net)
+        labels = dict(group_labels(shapes, per, heads))
         if per in ("unit", "channel"):  # those of the last layer are the outputs
             last = list(shapes)[-1]
             labels[last] = torch.tensor(-1).expand(shapes[last])

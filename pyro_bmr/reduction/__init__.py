@@ -2,6 +2,7 @@
 The formulas stand in `formulas/`.
 """
 
+from pyro_bmr.reduction.attention_heads import Heads
 from pyro_bmr.reduction.groups import Block, NofM
 from pyro_bmr.reduction.programs import ScaleFlow, log_prior_ratio, reduction_program
 from pyro_bmr.reduction.search import Search, exhaustive_search, greedy_search
@@ -9,6 +10,7 @@ from pyro_bmr.reduction.slabs import shared_inclusion
 
 __all__ = [
     "Block",
+    "Heads",
     "NofM",
     "ScaleFlow",
     "Search",

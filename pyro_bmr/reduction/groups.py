@@ -16,16 +16,12 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import ReductionError, described, holds
+from pyro_bmr.reduction.attention_heads import Heads, head_labels
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 GROUPS = ("unit", "channel", "input", "head", "layer")
 """The groups that `group_labels` knows by name."""
-
-_IN_PROJECTIONS = (
-    *("in_proj_weight", "in_proj_bias"),
-    *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
-)
 
 _RECURRENT = re.compile(r"(weight|bias)_(ih|hh)")
 
@@ -99,7 +95,7 @@ class NofM:
 
 def group_labels(
     shapes: Shapes,
-    per: str | Block | Mapping[str, Tensor],
+    per: str | Block | Heads | Mapping[str, Tensor],
     heads: int | Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Site → the number of each entry's group, −1 for entries that are in none and kept. Groups may
@@ -115,14 +111,17 @@ def group_labels(
               the rows of all its gates, from the inputs and from the other units, with its biases.
               Entries of other vectors are groups of their own.
             - ``"input"``: the weights out of one input, `weight[:, j]`. Vectors are in no group.
-            - ``"head"``: a head of a `torch.nn.MultiheadAttention`: its rows of the projections of
-              query, key and value, its entries of their bias, and its columns of
-              ``out_proj.weight``. All other entries are in no group.
+            - ``"head"``: a head of a `torch.nn.MultiheadAttention`, or of an attention layer whose
+              projections have the names of Hugging Face or timm (`attention_heads.KNOWN`): its rows
+              of the projections of query, key and value, its entries of their bias, and its columns
+              of the output projection's weight. All other entries are in no group. `Heads` names
+              other projections.
             - ``"layer"``: all sites of one module path.
             - `Block`: a tile of a matrix. Vectors are in no group.
             - a mapping from sites to integer tensors that broadcast to the site: entries with one
               number, in whatever site, are one group; negative: in none.
-        heads: for ``"head"``: the number of heads, of all attention layers or module path → number.
+        heads: for ``"head"`` and `Heads`: the number of heads, of all attention layers or module
+            path → number.
 
     Raises:
         ReductionError: `per` is none of these, a label does not fit its site, labels put no entry
@@ -133,12 +132,12 @@ def group_labels(
     if isinstance(per, Block):
         return _numbered(shapes, {name: _tiles(shape, per) for name, shape in shapes.items()})
     kinds = {"unit": _units, "channel": _units, "input": _inputs, "layer": _layers}
-    if isinstance(per, str) and per == "head":
-        return _heads(shapes, heads)
+    if isinstance(per, Heads) or (isinstance(per, str) and per == "head"):
+        return head_labels(shapes, heads, per if isinstance(per, Heads) else None)
     if not isinstance(per, str) or per not in kinds:
         raise ReductionError(
             f"per={described(per)}: one of 'weight', {', '.join(map(repr, GROUPS))}, Block(...),"
-            " NofM(...) or a mapping from sites to labels"
+            " Heads(...), NofM(...) or a mapping from sites to labels"
         )
     return kinds[per](shapes)
 
@@ -224,40 +223,6 @@ def _tiles(shape: tuple[int, ...], block: Block) -> Tensor | None:
         + torch.arange(columns) // block.columns
     )
     return labels.view(shape)
-
-
-def _heads(shapes: Shapes, heads: int | Mapping[str, int] | None) -> dict[str, Tensor]:
-    labels, used = {}, 0
-    layers: dict[str, int] = {}
-    for name, shape in shapes.items():
-        path, _, leaf = name.rpartition(".")
-        along = 0
-        if leaf == "weight" and path.rpartition(".")[2] == "out_proj":
-            path, along = path.rpartition(".")[0], 1
-        elif leaf not in _IN_PROJECTIONS:
-            labels[name] = torch.tensor(-1).expand(shape)
-            continue
-        count = heads.get(path) if isinstance(heads, Mapping) else heads
-        if count is None:
-            raise ReductionError(
-                f"per='head': how many heads has '{path}'? pass heads=8, or heads={{'{path}': 8}}"
-            )
-        width = shape[along] // 3 if leaf in ("in_proj_weight", "in_proj_bias") else shape[along]
-        if count < 1 or width % count:
-            raise ReductionError(
-                f"heads={count}: the width {width} of site '{name}' does not divide into so many"
-                " heads"
-            )
-        if path not in layers:
-            layers[path], used = used, used + count
-        index = torch.arange(shape[along]) % width // (width // count) + layers[path]
-        labels[name] = index.view(*(1,) * along, -1, *(1,) * (len(shape) - along - 1)).expand(shape)
-    if not layers:
-        raise ReductionError(
-            "per='head': no site is a projection of a torch.nn.MultiheadAttention; the sites are:"
-            f" {', '.join(shapes)}; pass labels of your own"
-        )
-    return labels
 
 
 def check_labels(per: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from pyro_bmr.errors import ReductionError, described, holds, warn
 from pyro_bmr.isolation import isolated, tensors_on_cpu
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.priors import Prior
+from pyro_bmr.reduction.attention_heads import Heads
 from pyro_bmr.reduction.cautions import cautions
 from pyro_bmr.reduction.decisions import SearchMethod, decide, pattern_masks
 from pyro_bmr.reduction.groups import Block, NofM, group_labels
@@ -32,7 +33,7 @@ from pyro_bmr.reduction.site_results import pruned_result, site_results
 def reduce(
     posterior: Posterior,
     to: Prior | Mapping[str, Prior | None] | None,
-    per: str | Block | NofM | Mapping[str, Tensor] = "weight",
+    per: str | Block | Heads | NofM | Mapping[str, Tensor] = "weight",
     *,
     threshold: float = 0.0,
     kept: float | Mapping[str, float] | None = None,
@@ -76,9 +77,10 @@ def reduce(
                 them in layer scales.
         per: what is pruned or kept together: ``"weight"``, ``"unit"``, ``"channel"``, ``"input"``,
             ``"head"`` or ``"layer"`` (see `groups.group_labels`), a tile ``Block(rows, columns)``,
-            or a mapping from sites to integer tensors, the number of each entry's group (negative:
-            kept). ``NofM(2, 4)`` is a constraint instead: of every 4 neighbours along the inputs
-            the 2 with the smallest ΔF are kept, whatever the evidence says.
+            heads of projections with other names (`reduction.Heads`), or a mapping from sites to
+            integer tensors, the number of each entry's group (negative: kept). ``NofM(2, 4)`` is a
+            constraint instead: of every 4 neighbours along the inputs the 2 with the smallest ΔF
+            are kept, whatever the evidence says.
         threshold: in nats, per weight or group.
         kept: instead of the threshold, prune the weights with the largest spike ΔF, or the groups
             with the largest per weight, until this fraction of all the sites' entries is kept. Of
@@ -86,7 +88,8 @@ def reduce(
             ``"unit"`` and ``"channel"``; a mapping of your own for `per` says otherwise). Patterns
             of site names → fraction set a target for each site of its own; sites that none names
             follow the evidence.
-        heads: the number of attention heads for ``per="head"``, or module path → number.
+        heads: the number of attention heads for ``per="head"`` and `Heads`, or module path →
+            number.
         search: how sites with correlations are searched when they are reduced to the point spike:
             `greedy_search`, `exhaustive_search`, a `partial` of them, or None for one decision per
             weight or group without regard to the others. With a `kept` per site there is no search.
@@ -124,7 +127,7 @@ def reduce(
 def quiet_reduction(
     posterior: Posterior,
     to: Prior | Mapping[str, Prior | None] | None,
-    per: str | Block | NofM | Mapping[str, Tensor] = "weight",
+    per: str | Block | Heads | NofM | Mapping[str, Tensor] = "weight",
     *,
     threshold: float = 0.0,
     kept: float | Mapping[str, float] | None = None,
@@ -179,7 +182,7 @@ def quiet_reduction(
 def _labels(
     posterior: Posterior,
     targets: Mapping[str, Prior | None],
-    per: str | Block | NofM | Mapping[str, Tensor],
+    per: str | Block | Heads | NofM | Mapping[str, Tensor],
     kept: float | Mapping[str, float] | None,
     heads: int | Mapping[str, int] | None,
 ) -> dict[str, Tensor] | None:
@@ -214,7 +217,8 @@ def _check_arguments(per: object, kept: float | Mapping[str, float] | None, head
             raise ReductionError(
                 f"kept: expected a fraction between 0 and 1, got {described(kept)}"
             )
-    if heads is not None and not (isinstance(per, str) and per == "head"):
+    of_heads = isinstance(per, Heads) or (isinstance(per, str) and per == "head")
+    if heads is not None and not of_heads:
         raise ReductionError(
             f"heads={described(heads)}: only per='head' asks for the number of heads; got"
             f" per={described(per)}"

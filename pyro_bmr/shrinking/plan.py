@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from pyro_bmr.data.given import example_of
 from pyro_bmr.data.inputs import described as shapes_of
 from pyro_bmr.data.inputs import has_rows, of_each, rows_in
-from pyro_bmr.errors import ShrinkError, described
+from pyro_bmr.errors import ShrinkError, described, warn
 from pyro_bmr.isolation import tensors_on_cpu
 from pyro_bmr.shrinking.analysis import Analysis
 from pyro_bmr.shrinking.cut_graph import CutGraph
@@ -57,7 +57,14 @@ def shrink(
         >>> small = bmr.shrink(bmr.export(fit.program, reduction.posterior), reduction.masks,
         ...     data.x_test[:1])
     """
-    return shrink_plan(net, masks, example, fold_padded=fold_padded)._small
+    plan = shrink_plan(net, masks, example, fold_padded=fold_padded)
+    if plan.config is None:
+        warn(
+            f"shrink: no configuration of {type(net).__name__} has these sizes, so from_pretrained"
+            " cannot load what save_pretrained writes; save the model with"
+            " deploy(..., formats=['program']), or keep as many units in each layer"
+        )
+    return plan._small
 
 
 @torch.no_grad()

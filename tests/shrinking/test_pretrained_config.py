@@ -81,6 +81,8 @@ def test_blocks_of_different_sizes_have_no_configuration(net):
     assert plan.own_class and plan.config is None
     assert "from_pretrained cannot load it" in str(plan)
     assert plan.apply().config.units == 16
+    with pytest.warns(bmr.PyroBMRWarning, match="no configuration of Model.*from_pretrained"):
+        bmr.shrink(net, masks_of(net, (10, 9), [0, 1, 2, 3]), x)
 
 
 def test_nothing_to_change():
