@@ -137,7 +137,9 @@ class Rounds:
                 f"prune: expected layers with Kronecker factors, got none; {', '.join(named)} are"
                 " used in other ways, or left out by only="
             )
-        _warn_of_others(named, names, patterns)
+        # embeddings, which have factors, stay whole as in other methods
+        others = {name: p for name, p in named.items() if name not in found.layers}
+        _warn_of_others(others, {name: named[name] for name in names}, patterns)
         biases = [found.layers[name].bias for name in names]
         self.wanted = {name: named[name] for name in (*names, *biases) if name is not None}
         for name in names:
@@ -344,15 +346,15 @@ class Rounds:
 
 
 def _warn_of_others(
-    named: Mapping[str, Tensor], names: Collection[str], patterns: Collection[str]
+    others: Mapping[str, Tensor], pruned: Mapping[str, Tensor], patterns: Collection[str]
 ) -> None:
     """Says which weights stay whole for want of Kronecker factors, if they are not few."""
     left = {
         name: p.numel()
-        for name, p in named.items()
-        if p.ndim > 1 and name not in names and any(fnmatchcase(name, each) for each in patterns)
+        for name, p in others.items()
+        if p.ndim > 1 and any(fnmatchcase(name, each) for each in patterns)
     }
-    share = sum(left.values()) / (sum(left.values()) + sum(named[n].numel() for n in names))
+    share = sum(left.values()) / (sum(left.values()) + sum(p.numel() for p in pruned.values()))
     if share > _FEW:
         warn(
             f"prune: {', '.join(left)}, {share:.0%} of the weights, have no Kronecker factors, as"
