@@ -98,8 +98,8 @@ def prune(
             kept with "unit" and "channel".
         heads: for ``per="head"`` and `Heads`; by default as many as the modules of the network say.
         only: patterns of the names of the weights that may be pruned. By default all of those that
-            require a gradient, or all if none does: a layer that is frozen stays as it is. Embeddings
-            stay whole. Entries that are zero already stay zero, and count as pruned.
+            require a gradient, or all if none does: a layer that is frozen stays as it is.
+            Embeddings stay whole. Entries that are zero already stay zero, and count as pruned.
         path: the fractions of the rounds; by default `PATH` down to `kept`. More rounds keep more
             accuracy.
         corrections, last_corrections: steps after each round, and after the last. Each costs about
