@@ -152,7 +152,10 @@ def _of_columns(x: Any, y: Any) -> Source:
     """
     if any(isinstance(column, np.memmap) for column in (*parts_of(x).values(), y)):
         return mapped_rows(x, y)
-    check_index(x, y)
+    parts: dict[str, Any] = parts_of(x) if isinstance(x, (Mapping, tuple)) else {"x": x}
+    first = next(iter(parts), "x")
+    for name, part in {**parts, "y": y}.items():
+        check_index(parts.get(first), part, (first, name))
     return Held(tensors_of(x, "x"), tensors_of(y, "y"))
 
 

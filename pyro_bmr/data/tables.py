@@ -93,21 +93,26 @@ def _not_numbers(text: list[tuple[Any, Any]]) -> str:
     return f"column{'' if one else 's'} {named}{more} {'is' if one else 'are'} not numbers"
 
 
-def check_index(x: Any, y: Any) -> None:
+def check_index(x: Any, y: Any, names: tuple[str, str] = ("x", "y")) -> None:
     """Raises DataError if the rows of two tables have the same labels in another order, and warns
-    if they have other labels: rows are matched by their place.
+    if they have other labels: rows are matched by their place. `names`: of both in messages.
     """
     if not _is_table(y) or not _is_table(x) or x.index.equals(y.index) or len(x) != len(y):
         return
+    first, second = names
     if set(x.index) == set(y.index):
+        once = x.index.is_unique and y.index.is_unique
+        mend = (
+            f"{second}.loc[{first}.index]" if once else "both in one order, with labels that differ"
+        )
         raise DataError(
-            "x and y: expected the same rows in the same order, got tables whose indexes differ in"
-            " their order; give y.loc[x.index]"
+            f"{first} and {second}: expected the same rows in the same order, got tables whose"
+            f" indexes differ in their order; give {mend}"
         )
     warn(
-        "x and y are tables with different indexes; their rows are matched by their place, the"
-        " first of one with the first of the other. Give y.reset_index(drop=True) and"
-        " x.reset_index(drop=True) if that is right"
+        f"{first} and {second} are tables with different indexes; their rows are matched by their"
+        f" place, the first of one with the first of the other. Give"
+        f" {second}.reset_index(drop=True) and {first}.reset_index(drop=True) if that is right"
     )
 
 

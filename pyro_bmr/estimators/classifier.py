@@ -15,7 +15,7 @@ from pyro_bmr.data.table_encoding import TableError
 from pyro_bmr.estimators.class_families import Categorical
 from pyro_bmr.estimators.declared_family import CLASSES, class_family, declared
 from pyro_bmr.estimators.subset_evidence import Array
-from pyro_bmr.estimators.table_model import TableModel, as_table_error
+from pyro_bmr.estimators.table_model import TableModel, as_table_error, check_rows
 
 _ROWS = 1024  # predicted at once
 _DRAWS = 100  # used at once
@@ -72,6 +72,7 @@ class SparseClassifier(ClassifierMixin, TableModel):
         """Fits; `X` is a DataFrame or an array (rows, columns), `y` (rows,) names the classes."""
         import pandas as pd
 
+        check_rows(X, y)
         if y is None:
             raise TableError(
                 "y: expected a target; requires y to be passed, but the target y is None"
@@ -135,6 +136,12 @@ class SparseClassifier(ClassifierMixin, TableModel):
         """The most probable class, (rows,)."""
         probability = self.predict_proba(X)
         return self.classes_[probability.argmax(1)]
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The share of rows whose class is predicted."""
+        check_rows(X, y)
+        check_rows(X, sample_weight, "sample_weight")
+        return float(super().score(X, y, sample_weight))
 
     def _pointwise(self, X: Any, y: Any) -> tuple[Array, Array, Array]:
         """Log probability of the class of each row and a class drawn anew, (draws, rows), and the

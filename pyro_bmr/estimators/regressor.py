@@ -28,7 +28,12 @@ from pyro_bmr.estimators.declared_family import (
 from pyro_bmr.estimators.families import NumberFamily
 from pyro_bmr.estimators.real_families import Normal, StudentT
 from pyro_bmr.estimators.subset_evidence import Array
-from pyro_bmr.estimators.table_model import TableModel, as_table_error, split_exposure
+from pyro_bmr.estimators.table_model import (
+    TableModel,
+    as_table_error,
+    check_rows,
+    split_exposure,
+)
 
 _ROWS = 1024  # predicted at once
 _DISPERSED = 1.5  # times the variance of Poisson counts
@@ -97,6 +102,7 @@ class SparseRegressor(RegressorMixin, TableModel):
         """Fits; `X` is a DataFrame or an array (rows, columns), `y` (rows,) has no missing
         values.
         """
+        check_rows(X, y)
         name, likelihood = declared(self.family, NUMBERS)
         if y is None:
             raise TableError(
@@ -135,6 +141,12 @@ class SparseRegressor(RegressorMixin, TableModel):
         parts = [self._moments(*part) for part in self._some_rows(X)]
         mean, std = (np.concatenate([part[k] for part in parts]) for k in range(2))
         return (mean, std) if return_std else mean
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """R² of the predictions of the rows `X`."""
+        check_rows(X, y)
+        check_rows(X, sample_weight, "sample_weight")
+        return float(super().score(X, y, sample_weight))
 
     def predict_interval(self, X: Any, level: float = 0.9) -> Array:
         """The central interval of a new observation, (rows, 2), by one draw of it for each draw

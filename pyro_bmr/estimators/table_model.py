@@ -16,7 +16,8 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pyro_bmr.data.table_encoding import TableError, check_told_apart, refused
-from pyro_bmr.errors import holds
+from pyro_bmr.data.tables import check_index
+from pyro_bmr.errors import DataError, holds
 from pyro_bmr.estimators.columns import Columns, fit_columns
 from pyro_bmr.estimators.engine_choice import engine_of, fitted
 from pyro_bmr.estimators.engines import generalised_model, linear_model
@@ -104,6 +105,7 @@ class TableModel(BaseEstimator):
         from pyro_bmr.estimators.pictures import figure_of
 
         check_is_fitted(self)
+        check_rows(X, y)
         return figure_of(self, X, y)
 
     def to_arviz(self, X: Any = None, y: Any = None) -> Any:
@@ -113,6 +115,7 @@ class TableModel(BaseEstimator):
         from pyro_bmr.estimators.inference_data import data_tree
 
         check_is_fitted(self)
+        check_rows(X, y)
         return data_tree(self, X, y)
 
     def _table(self, X: Any, reset: bool) -> pd.DataFrame:
@@ -202,6 +205,15 @@ class TableModel(BaseEstimator):
     def _exposure(self) -> int | str | None:
         """The column with the exposure of each row, if the family has one."""
         return None
+
+
+def check_rows(X: Any, y: Any, name: str = "y") -> None:
+    """Raises a TableError if two tables have the same rows in another order; see `check_index`."""
+    try:
+        check_index(X, y, ("X", name))
+    except DataError as error:
+        raised = TableError(str(error))
+        raise raised from None
 
 
 @contextmanager

@@ -146,6 +146,30 @@ def test_what_cannot_be_fitted(fit, said):
     assert isinstance(raised.value, bmr.errors.PyroBMRError)
 
 
+ROWS = {
+    "fit": lambda model, f, y: model.fit(f, y),
+    "score": lambda model, f, y: model.score(f, y),
+    "weights": lambda model, f, y: model.score(f, y.to_numpy(), y.reset_index(drop=True)[y.index]),
+    "plot": lambda model, f, y: model.plot(f, y),
+    "to_arviz": lambda model, f, y: model.to_arviz(f, y),
+}
+
+
+@pytest.mark.parametrize("call", ROWS)
+@pytest.mark.parametrize("estimator", [bmr.SparseRegressor, bmr.SparseClassifier])
+def test_rows_of_a_target_in_another_order_are_refused(estimator, call):
+    frame, y = table()
+    y = y if estimator is bmr.SparseRegressor else (y > y.mean()).astype(int)
+    model = small(estimator).fit(frame, y)
+    argument = "sample_weight" if call == "weights" else "y"
+    with pytest.raises(TableError, match=f"X and {argument}: .*give {argument}.loc.X.index"):
+        ROWS[call](model, frame, y.sample(frac=1, random_state=0))
+    with pytest.raises(TableError, match="X and y: .*give both in one order"):  # labels twice
+        model.fit(frame.set_axis(frame.index // 2), y.set_axis(y.index[::-1] // 2))
+    with pytest.warns(bmr.PyroBMRWarning, match="X and y are tables with different indexes"):
+        assert model.score(frame, y.set_axis(y.index + 100)) == model.score(frame, y)
+
+
 def test_objects_that_are_numbers_and_texts_that_look_like_them():
     """Decimals and numbers with gaps among objects are numbers; the last are a hint."""
     frame, y = table()

@@ -378,6 +378,10 @@ BAD |= {
         lambda: fit(lines(bmr.Normal()), (ROWS, pd.Series(X[:, 0].numpy(), ROWS.index[::-1]))),
         r"the same rows in the same order.*give y.loc\[x.index\]",
     ),
+    "rows of one input in another order": (
+        lambda: fit(lines(bmr.Normal()), ({"first": ROWS, "second": ROWS[::-1]}, X[:, 0])),
+        r"x\['first'\] and x\['second'\]: expected the same rows in the same order",
+    ),
     "dates": (
         lambda: fit(classifier(), (ROWS.assign(a=pd.date_range("2020", periods=100)), Y)),
         r"column 'a' \(datetime.*turn dates into numbers",
