@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from enum import Enum
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ class TableEncoding:
         """The matrix (rows, encoded columns), in the units of the table. Categories that were not
         there in training have zeros, with a warning.
         """
+        for name in (*self.numeric, *self.levels):
+            _check_cells(name, table[name])
         self._warn_of_new(table)
         plain = _plain(table, self.numeric, self.levels)
         return np.asarray(self.encoder.transform(plain), dtype=np.float64)
@@ -112,14 +115,12 @@ def _kinds(table: pd.DataFrame) -> tuple[list[Any], dict[Any, tuple[str, ...]]]:
     dropped: list[str] = []
     for name in table.columns:
         column = table[name]
+        _check_cells(name, column)
         kind = getattr(column.dtype, "kind", "O")
         is_number = kind in "iufb" and not hasattr(column.dtype, "categories")
         is_number = is_number or (kind == "O" and _are_numbers(column.dropna()))
         if not is_number and kind not in "OSUTb":
-            raise TableError(
-                f"column {name!r}: expected numbers, texts or categories, got {column.dtype};"
-                " turn dates into numbers (days since the first) or leave the column out"
-            )
+            raise _no_category(name, str(column.dtype))
         present = column.dropna()
         if is_number and column.isna().all():
             dropped.append(f"{name!r} (nothing but missing values)")
@@ -138,6 +139,27 @@ def _kinds(table: pd.DataFrame) -> tuple[list[Any], dict[Any, tuple[str, ...]]]:
     if dropped:
         warn(f"columns left out: {', '.join(dropped)}")
     return numeric, levels
+
+
+def _check_cells(name: Any, column: pd.Series) -> None:
+    """Raises a TableError if a cell of a column of objects is no number, text or category."""
+    import pandas as pd
+
+    if getattr(column.dtype, "kind", "O") != "O" or hasattr(column.dtype, "categories"):
+        return
+    known = (str, bytes, bool, np.bool_, Real, Decimal, Enum, pd.Interval)
+    wrong = {kind for kind in set(map(type, column.dropna())) if not issubclass(kind, known)}
+    if wrong:
+        row, cell = next((k, cell) for k, cell in enumerate(column) if type(cell) in wrong)
+        raise _no_category(name, f"{described(cell)} in row {row}")
+
+
+def _no_category(name: Any, got: str) -> TableError:
+    return TableError(
+        f"column {name!r}: expected numbers, texts or categories, got {got}; turn dates into numbers"
+        " (days since the first), give each part of a list a column of its own, or leave the column"
+        " out"
+    )
 
 
 def check_told_apart(name: Any, present: pd.Series) -> None:
@@ -190,8 +212,8 @@ def _as_numbers(name: Any, column: pd.Series) -> NDArray[np.float64]:
         if wrong.any():
             row = int(wrong.nonzero()[0][0])
             raise TableError(
-                f"column {name!r}: expected numbers, as in training, got {column.iloc[row]!r} in"
-                f" row {row}"
+                f"column {name!r}: expected numbers, as in training, got"
+                f" {described(column.iloc[row])} in row {row}"
             )
         column = found
     numbers = column.to_numpy(dtype=np.float64, na_value=np.nan)

@@ -87,8 +87,9 @@ class SparseClassifier(ClassifierMixin, TableModel):
                 f"y: expected a class in each row, got {missing} missing: contains NaN"
             )
         with as_table_error("y"):
-            check_classification_targets(y)
             check_consistent_length(X, y)
+            _check_kinds(y)
+            check_classification_targets(y)
         self.classes_, labels = _labels(y, order)
         count = len(self.classes_)
         if count < 2:
@@ -157,6 +158,18 @@ class SparseClassifier(ClassifierMixin, TableModel):
         uniform = np.random.default_rng(self.random_state).random(each.shape)
         new = (uniform[..., None] > p.cumsum(-1)[..., :-1]).sum(-1)
         return each, new, labels
+
+
+def _check_kinds(y: Any) -> None:
+    """Raises a TableError unless the classes can be told apart and sorted."""
+    try:
+        np.unique(y)
+    except (TypeError, ValueError):
+        kinds = ", ".join(sorted({type(value).__name__ for value in y})[:5])
+        raise TableError(
+            f"y: expected classes of one kind, numbers or texts, got {kinds}; make texts of them,"
+            " y.astype(str)"
+        ) from None
 
 
 def _order(y: Any) -> Any:

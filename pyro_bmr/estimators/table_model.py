@@ -207,6 +207,10 @@ class TableModel(BaseEstimator):
         return None
 
 
+class _TableTypeError(TableError, TypeError):
+    """Cells of objects that are no numbers; scikit-learn expects a TypeError."""
+
+
 def check_rows(X: Any, y: Any, name: str = "y") -> None:
     """Raises a TableError if two tables have the same rows in another order; see `check_index`."""
     try:
@@ -223,8 +227,9 @@ def as_table_error(argument: str) -> Iterator[None]:
         yield
     except TableError:
         raise
-    except ValueError as error:
-        raised = TableError(f"{argument}: {error}")
+    except (TypeError, ValueError) as error:
+        kind = _TableTypeError if isinstance(error, TypeError) else TableError
+        raised = kind(f"{argument}: {error}")
         raise raised from None
 
 

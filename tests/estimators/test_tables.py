@@ -1,5 +1,6 @@
 """Tables with texts, missing values and bad input; the estimators end to end."""
 
+import datetime
 import warnings
 from decimal import Decimal
 from fractions import Fraction
@@ -168,6 +169,33 @@ def test_rows_of_a_target_in_another_order_are_refused(estimator, call):
         model.fit(frame.set_axis(frame.index // 2), y.set_axis(y.index[::-1] // 2))
     with pytest.warns(bmr.PyroBMRWarning, match="X and y are tables with different indexes"):
         assert model.score(frame, y.set_axis(y.index + 100)) == model.score(frame, y)
+
+
+OBJECTS = {
+    "a list": ([1, 2], r"\[1, 2\]"),
+    "a dict": ({"a": 1}, "{'a': 1}"),
+    "a set": ({1}, "a set of 1"),
+    "an array": (np.ones(3), "a float64 array of shape .3,."),
+    "a tuple": ((1, 2), r"\(1, 2\)"),
+    "a date": (datetime.date(2020, 1, 1), "a date"),
+    "a period": (pd.Period("2020-01-01"), "a Period"),
+    "a complex number": (1j, "1j"),
+}
+
+
+@pytest.mark.parametrize("case", OBJECTS)
+def test_cells_of_other_objects_are_refused(case):
+    cell, said = OBJECTS[case]
+    frame, y = table()
+    model = small().fit(frame, y)
+    for name, usual in (("site", "north"), ("noise", 0.5)):
+        column = pd.Series([*[usual] * 79, cell], dtype=object)
+        for call in (small().fit, lambda f, _: model.predict(f)):
+            with pytest.raises(TableError, match=f"'{name}': expected numbers.*{said} in row 79"):
+                call(frame.assign(**{name: column}), y)
+        for estimator in (bmr.SparseRegressor, bmr.SparseClassifier):
+            with pytest.raises(TableError, match="^y: "):
+                small(estimator).fit(frame, column)
 
 
 def test_objects_that_are_numbers_and_texts_that_look_like_them():
