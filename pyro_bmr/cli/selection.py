@@ -208,8 +208,9 @@ def _held_out_words(model: Any, table: Any, y: Any, folds: int, seed: int) -> li
         return [f"{where} accuracy {rows_[0].mean():.3f}; the most frequent class has {share:.3f}."]
     mean, base, truth, inside = rows_
     error, usual = ((truth - guess) ** 2 for guess in (mean, base))
+    explained = f"R² {1 - error.sum() / usual.sum():.3f}, " if usual.any() else ""
     return [
-        f"{where} R² {1 - error.sum() / usual.sum():.3f}, RMSE {error.mean() ** 0.5:.4g};"
+        f"{where} {explained}RMSE {error.mean() ** 0.5:.4g};"
         f" {100 * inside.mean():.0f} % are in their 90 % interval."
     ]
 

@@ -36,6 +36,7 @@ from pyro_bmr.estimators.table_model import (
 )
 
 _ROWS = 1024  # predicted at once
+_ROUNDING = 1e-12  # of its largest value, in which a constant target differs
 _DISPERSED = 1.5  # times the variance of Poisson counts
 
 
@@ -115,8 +116,12 @@ class SparseRegressor(RegressorMixin, TableModel):
         table = self._table(X, reset=True)
         with as_table_error("y"):
             check_consistent_length(X, y)
-        center, scale = _units(name, y)
+        constant = bool(np.ptp(y) <= _ROUNDING * np.abs(y).max())
+        center, scale = (float(y[0]), 1.0) if constant else _units(name, y)
         family = number_family(name, likelihood, y, scale)
+        if constant and (family is None or "scale" in getattr(family, "learned", ())):
+            y = np.full(len(y), center)
+            _warn_of_constant(y, self.prior, exact=family is None)
         table, log_exposure = split_exposure(table, self._exposure())
         if name in COUNTS:
             family = replace(family, log_exposure=log_exposure)  # type: ignore[type-var]
@@ -219,6 +224,20 @@ class SparseRegressor(RegressorMixin, TableModel):
                 f"family='poisson': the counts vary {ratio:.1f} times as much as their means allow;"
                 " take family='negative-binomial'"
             )
+
+
+def _warn_of_constant(y: Array, prior: str, exact: bool) -> None:
+    """Warns that a target is the same in all rows. `exact`: the noise is 0 then, which a prior
+    without zeros has no posterior for.
+    """
+    said = f"y is the same in all {len(y)} rows, {y[0]:.6g}: there is nothing to predict"
+    mend = "leave a constant target out, or give the noise, family=bmr.Normal(noise=1.0)"
+    if exact and prior in ("gaussian", "horseshoe"):
+        raise TableError(
+            f"y: expected a target that varies for prior={prior!r} and a noise that is inferred,"
+            f" but {said}; {mend}"
+        )
+    warn(f"{said}, and the noise and the intervals go to 0; {mend}")
 
 
 def _units(name: str, y: Array) -> tuple[float, float]:

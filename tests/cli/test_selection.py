@@ -91,6 +91,14 @@ def test_every_family_of_the_estimators(grades, capsys, target, options, left_ou
         assert all(word in report.read() for word in [options.split()[-1]])
 
 
+def test_a_constant_target_has_a_warning_and_no_r_squared(study, capsys):
+    pd.read_csv("study.csv").assign(ill=3).to_csv("constant.csv", index=False)
+    assert main(["select", "constant.csv", "--target", "ill", "--out", "out", *QUICK]) == 0
+    printed = capsys.readouterr()
+    assert "y is the same in all 60 rows, 3" in printed.err and "invalid value" not in printed.err
+    assert "2 folds: RMSE 0;" in printed.out
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -198,6 +198,22 @@ def test_cells_of_other_objects_are_refused(case):
                 small(estimator).fit(frame, column)
 
 
+@pytest.mark.parametrize("value", [3.0, 0.0, 0.1, 0.1 + 1e-16 * np.arange(80), -7e15])
+@pytest.mark.parametrize("family", ["normal", "student-t", bmr.likelihoods.StudentT(4.0)])
+def test_a_constant_target_is_told(family, value):
+    frame, y = table()
+    y = 0 * y + value
+    with pytest.warns(bmr.PyroBMRWarning, match="y is the same in all 80 rows.*nothing to predict"):
+        mean, sd = small(family=family).fit(frame, y).predict(frame, return_std=True)
+    assert mean == pytest.approx(y.to_numpy(), rel=1e-9, abs=1e-6) and sd.max() < 1e-6
+    mean, sd = small(family=bmr.Normal(noise=2.0)).fit(frame, y).predict(frame, return_std=True)
+    assert sd.min() > 1.9
+    if family == "normal":
+        for prior in ("gaussian", "horseshoe"):
+            with pytest.raises(TableError, match="y: expected a target that varies for prior"):
+                small(prior=prior).fit(frame, y)
+
+
 def test_objects_that_are_numbers_and_texts_that_look_like_them():
     """Decimals and numbers with gaps among objects are numbers; the last are a hint."""
     frame, y = table()
