@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,8 @@ def select(arguments: argparse.Namespace) -> int:
     model.fit(table, y)
     summary = model.summary()
     texts = _texts(summary)
-    said = [_kept_words(model), *_held_out_words(model, table, y, arguments.folds, arguments.seed)]
+    said = [_kept_words(model), *_alike_words(model)]
+    said += [*_held_out_words(model, table, y, arguments.folds, arguments.seed)]
     print(texts.to_string(index=False))
     print("\n" + "\n".join(said))
     _write(Path(arguments.out), arguments, family, model, (summary, texts), said, (table, y))
@@ -168,13 +170,21 @@ def _texts(summary: pd.DataFrame) -> pd.DataFrame:
 
 def _kept_words(model: Any) -> str:
     terms = {
-        term.names[0].partition("=")[0] if len(term.names) > 1 else term.names[0]: kept
+        term.name: kept
         for term, kept in zip(
             model.columns_.terms, _by_term(model, model.kept_), strict=True
         )
     }  # fmt: skip
     kept = [name for name, keep in terms.items() if keep]
     return f"{len(kept)} of {len(terms)} terms are kept: {', '.join(kept) or 'none'}."
+
+
+def _alike_words(model: Any) -> list[str]:
+    from pyro_bmr.estimators.columns import alike_names
+
+    if not model.alike_:
+        return []
+    return [f"Nearly the same, so that they share their inclusion: {alike_names(model.alike_)}."]
 
 
 def _by_term(model: Any, values: Any) -> Any:
@@ -188,10 +198,14 @@ def _held_out_words(model: Any, table: Any, y: Any, folds: int, seed: int) -> li
     from sklearn.base import clone
     from sklearn.model_selection import KFold
 
+    from pyro_bmr.estimators.table_model import ALIKE
+
     classes = hasattr(model, "classes_")
     found: list[Any] = []
     for train, test in KFold(folds, shuffle=True, random_state=seed).split(table):
-        part = clone(model).fit(table.iloc[train], y.iloc[train])
+        with warnings.catch_warnings():  # said of all rows
+            warnings.filterwarnings("ignore", ALIKE)
+            part = clone(model).fit(table.iloc[train], y.iloc[train])
         rows, truth = table.iloc[test], y.iloc[test].to_numpy()
         if classes:
             probability = part.predict_proba(rows)

@@ -1,12 +1,13 @@
 """The columns of a table as the columns of a regression: missing values filled in and marked,
 categories as contrasts, everything centred and scaled, and the way back to the original units.
 
-Owns `Columns`, fitted by `fit_columns`, and `Term`, what is kept or pruned as one. Next:
-`subset_chain.py`.
+Owns `Columns`, fitted by `fit_columns`, `Term`, what is kept or pruned as one, and `alike`, which
+terms are nearly the same. Next: `subset_chain.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pyro_bmr.estimators.subset_evidence import Array, Index
+
+_ALIKE = 0.99  # a correlation
+_AT_ONCE = 1024  # columns whose correlations with all others are in memory
+_MOST_ALIKE = 20_000  # terms that are compared
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,11 @@ class Term:
     place: int
     contrast: Array
     scale: float
+
+    @property
+    def name(self) -> str:
+        """Of its column."""
+        return self.names[0].partition("=")[0] if len(self.names) > 1 else self.names[0]
 
 
 @dataclass(frozen=True)
@@ -146,3 +156,51 @@ def contrasts(count: int) -> Array:
     if count == 1:
         return np.ones((1, 1))
     return np.linalg.qr(np.eye(count) - 1.0 / count)[0][:, : count - 1]
+
+
+def alike(x: Array, groups: Sequence[Index], inclusion: Array) -> list[list[int]]:
+    """The terms of the regression that are nearly the same, in lists of two and more.
+
+    Of two single columns |r| > 0.99. Of two terms of d columns each tr(PQ)/d > 0.99², P and Q
+    projecting on their columns: the mean square of their canonical correlations. Of more than
+    20,000 terms those with the largest inclusion are compared.
+    """
+    order = np.sort(np.argsort(-inclusion, kind="stable")[:_MOST_ALIKE])
+    sizes = np.array([len(groups[g]) for g in order], dtype=np.int64)
+    label = np.arange(len(groups))
+    for size in np.unique(sizes):
+        terms = order[sizes == size]
+        for some in _rows_alike(x, [groups[g] for g in terms]):
+            joined = np.unique(label[terms[some]])
+            if len(joined) > 1:
+                label[np.isin(label, joined)] = joined[0]
+    found, counts = np.unique(label, return_counts=True)
+    return [np.flatnonzero(label == each).tolist() for each in found[counts > 1]]
+
+
+def _rows_alike(x: Array, groups: Sequence[Index]) -> Iterator[Index]:
+    """Each term with the later ones that are nearly the same; all have as many columns."""
+    size, count = len(groups[0]), len(groups)
+    basis = x[:, np.concatenate(groups)]
+    if size == 1:
+        basis = (basis / np.sqrt((basis**2).sum(0))).astype(np.float32)
+    else:
+        parts = np.swapaxes(basis.reshape(len(x), count, size), 0, 1)
+        basis = np.concatenate(list(np.linalg.qr(parts)[0]), 1).astype(np.float32)
+    step = max(1, _AT_ONCE // size)
+    for start in range(0, count, step):
+        squares = (basis[:, start * size : (start + step) * size].T @ basis[:, start * size :]) ** 2
+        if size > 1:
+            squares = squares.reshape(-1, size, squares.shape[1] // size, size).sum((1, 3)) / size
+        same = np.triu(squares > _ALIKE**2)  # a term with itself, too
+        for row in np.flatnonzero(same.sum(1) > 1):
+            yield start + np.flatnonzero(same[row])
+
+
+def alike_names(groups: Sequence[Sequence[str]]) -> str:
+    """Groups of names in a line, the first few of them."""
+    said = [
+        f"{', '.join(group[:5])}{f' and {len(group) - 5} more' if len(group) > 5 else ''}"
+        for group in groups[:5]
+    ]
+    return "; ".join([*said, *([f"{len(groups) - 5} more groups"] if len(groups) > 5 else [])])

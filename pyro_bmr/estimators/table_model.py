@@ -17,8 +17,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pyro_bmr.data.table_encoding import TableError, check_told_apart, refused
 from pyro_bmr.data.tables import check_index
-from pyro_bmr.errors import DataError, holds
-from pyro_bmr.estimators.columns import Columns, fit_columns
+from pyro_bmr.errors import DataError, holds, warn
+from pyro_bmr.estimators.columns import Columns, alike, alike_names, fit_columns
 from pyro_bmr.estimators.engine_choice import engine_of, fitted
 from pyro_bmr.estimators.engines import generalised_model, linear_model
 from pyro_bmr.estimators.families import Family
@@ -28,6 +28,8 @@ from pyro_bmr.estimators.subset_evidence import Array, Regression
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+ALIKE = "columns are nearly the same"
 
 
 class TableModel(BaseEstimator):
@@ -44,6 +46,7 @@ class TableModel(BaseEstimator):
     - `inclusion_`: (coefficients,) probabilities that each is not zero.
     - `kept_`: (coefficients,) bool, the reported model.
     - `delta_f_`: (coefficients,) nats.
+    - `alike_`: groups of columns that are nearly the same, by their names.
     - `engine_`: which engine fitted it; `repr` says it too, and `summary().attrs["engine"]`.
     """
 
@@ -172,6 +175,15 @@ class TableModel(BaseEstimator):
             else generalised_model(family, x, y, groups)
         )
         found, of = fitted(of, self.prior, self.engine_, self.steps, self.draws, rng)
+        terms = self.columns_.terms
+        same = alike(x, groups, found.inclusion)
+        self.alike_ = [[terms[k].name for k in group] for group in same]
+        if same:
+            warn(
+                f"{ALIKE}, |r| > 0.99: {alike_names(self.alike_)}. Their effect and their inclusion"
+                " are shared among them: none may be kept although together they matter, or several"
+                " where one would do. Leave out all but one of each group"
+            )
         return found, None if isinstance(of, Regression) else of.family
 
     def _store(self, found: Average, intercepts: int) -> tuple[Array, Array, Array, Array]:

@@ -91,6 +91,17 @@ def test_every_family_of_the_estimators(grades, capsys, target, options, left_ou
         assert all(word in report.read() for word in [options.split()[-1]])
 
 
+def test_columns_that_are_nearly_the_same_are_in_the_report(study, capsys):
+    frame = pd.read_csv("study.csv")
+    frame.assign(again=frame["age"], days=365 * frame["age"]).to_csv("copies.csv", index=False)
+    options = ["--target", "pressure", "--prior", "horseshoe", "--out", "out"]
+    assert main(["select", "copies.csv", *options, *QUICK]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("columns are nearly the same, |r| > 0.99: age, again, days") == 1
+    for text in (printed.out, (study / "out" / "report.md").read_text(encoding="utf-8")):
+        assert "they share their inclusion: age, again, days; age missing, ag" in text
+
+
 def test_a_constant_target_has_a_warning_and_no_r_squared(study, capsys):
     pd.read_csv("study.csv").assign(ill=3).to_csv("constant.csv", index=False)
     assert main(["select", "constant.csv", "--target", "ill", "--out", "out", *QUICK]) == 0

@@ -12,7 +12,7 @@ from sklearn.exceptions import NotFittedError
 
 import pyro_bmr as bmr
 from pyro_bmr.data.table_encoding import TableError
-from pyro_bmr.estimators.columns import fit_columns
+from pyro_bmr.estimators.columns import alike, alike_names, fit_columns
 
 
 def table(rows=80, seed=0):
@@ -214,11 +214,66 @@ def test_a_constant_target_is_told(family, value):
                 small(prior=prior).fit(frame, y)
 
 
+def copies():
+    """Columns of which some are others in other units or words."""
+    frame, y = table(120)
+    frame["days"] = 5 - 365 * frame["age"]
+    frame["about"] = frame["age"] + frame["noise"]  # r = 0.995
+    frame["apart"] = frame["age"] + 4 * frame["noise"]  # r = 0.93
+    frame["place"] = frame["site"].map({"north": "m", "south": "z", "west": "a"})
+    frame["never"] = np.where(frame["smoker"], "no", "yes")
+    return frame.assign(one=1.0, two=1.0), y
+
+
+@pytest.mark.parametrize("prior", ["spike-and-slab", "gaussian", "horseshoe"])
+@pytest.mark.parametrize("estimator", [bmr.SparseRegressor, bmr.SparseClassifier])
+def test_columns_that_are_nearly_the_same_are_told(estimator, prior):
+    frame, y = copies()
+    y = y if estimator is bmr.SparseRegressor else y > y.mean()
+    with pytest.warns(bmr.PyroBMRWarning) as told:
+        model = estimator(steps=10, draws=20, prior=prior).fit(frame, y)
+    said = [str(one.message) for one in told if "0.99" in str(one.message)]
+    groups = [["age", "days", "about"], ["smoker", "never"], ["site", "place"]]
+    assert model.alike_ == groups and len(said) == 1
+    assert "age, days, about; smoker, never; site, place. Their effect" in said[0]
+    plain = table()[0]
+    assert small().fit(plain, plain["noise"]).alike_ == []
+
+
+def test_many_columns_that_are_the_same(monkeypatch):
+    """A chain of pairs over the blocks in which correlations are computed is one group."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 3000))
+    x[:, [10, 1500, 2900]] = x[:, :1]
+    x[:, 7] = -x[:, 2999]
+    x -= x.mean(0)
+    groups = [np.array([k]) for k in range(3000)]
+    r = np.abs(np.corrcoef(x.T)) > 0.99
+    found = alike(x, groups, np.zeros(3000))
+    assert found == [[0, 10, 1500, 2900], [7, 2999]] and r.sum() == 3000 + 12 + 2
+    monkeypatch.setattr("pyro_bmr.estimators.columns._MOST_ALIKE", 100)
+    inclusion = np.zeros(3000)
+    inclusion[[1500, 2900]] = 0.5
+    assert alike(x, groups, inclusion) == [[0, 10, 1500, 2900]]
+    some = alike_names([list("abcdefg"), *[list("ab")] * 6])
+    assert some == "a, b, c, d, e and 2 more; a, b; a, b; a, b; a, b; 2 more groups"
+
+
+def test_a_chain_of_columns_is_one_group():
+    angles = np.linspace(0, 1, 12)  # cos of a step is 0.996, of the ends 0.54
+    waves = np.linspace(0, 2 * np.pi, 50, endpoint=False)
+    x = np.cos(waves[:, None] + angles)
+    groups = [np.array([k]) for k in range(12)]
+    assert alike(x, groups, np.zeros(12)) == [list(range(12))]
+    assert alike(x[:, ::2], groups[:6], np.zeros(6)) == []
+
+
 def test_objects_that_are_numbers_and_texts_that_look_like_them():
     """Decimals and numbers with gaps among objects are numbers; the last are a hint."""
     frame, y = table()
     gaps = frame["noise"].astype(object).where(frame.index != 3, None)
-    exact = [Decimal(str(value)) for value in frame["noise"]]
+    exact = [Decimal(str(value)) for value in frame["noise"][::-1]]
+    frame = frame.drop(columns="noise")
     found = small().fit(frame.assign(gaps=gaps, exact=exact), y)
     assert {"gaps", "gaps missing", "exact"} <= set(found.coefficient_names_)
     with pytest.warns(bmr.errors.PyroBMRWarning, match="numbers with commas: take those out"):
