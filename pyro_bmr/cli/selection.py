@@ -28,6 +28,7 @@ _NUMBERS = ("normal", "student-t", "poisson", "negative-binomial")
 _CLASSES = ("bernoulli", "categorical", "ordinal")
 FAMILIES = (*_NUMBERS, *_CLASSES)
 _COUNTS = ("poisson", "negative-binomial")
+_INCLUSION = {"horseshoe": "probability of being shrunk by less than half"}
 _FEW = 10  # different whole numbers: classes if the family says so, numbers otherwise
 
 
@@ -242,9 +243,10 @@ def _write(
     write_atomically(folder / "coefficients.csv", lambda path: summary.to_csv(path, na_rep="nan"))
     make_folder(folder / "pictures")
     plots.save_figure(model.plot(*rows), folder / "pictures" / "fit.png")
+    inclusion = _INCLUSION.get(arguments.prior, "probability of inclusion")
     caption = (
         "Coefficients (mean and 90 % interval, times the standard deviation of their column), their"
-        " probability of inclusion, and the rows of the fit."
+        f" {inclusion}, and the rows of the fit."
     )
     title = f"{arguments.target} in {Path(arguments.file).name}"
     state = f"{len(rows[1])} rows, family {family}, prior {arguments.prior}."

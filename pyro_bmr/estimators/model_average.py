@@ -59,9 +59,10 @@ class Average:
     """What a fit found, in the columns of the regression.
 
     `mean`: (intercepts + coefficients,). `draws`: (draws, intercepts + coefficients); `noise`:
-    (draws,) noise variances. `inclusion`: (groups,) probabilities. `kept`: (groups,) bool, the
-    reported model. `delta_f`: (groups,) change of log evidence if the group is set to zero, the
-    rest of the reported model as it is, nats. `models`, `probability`: the models visited.
+    (draws,) noise variances. `inclusion`: (groups,) probabilities; of a horseshoe
+    P(κ < 1/2). `kept`: (groups,) bool, the reported model. `delta_f`: (groups,) change of log
+    evidence if the group is set to zero, the rest of the reported model as it is, nats.
+    `models`, `probability`: the models visited.
     """
 
     mean: Array

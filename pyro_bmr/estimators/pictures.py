@@ -18,8 +18,8 @@ _KEPT, _PRUNED = "C0", "0.7"
 
 
 def figure_of(model: Any, X: Any, y: Any) -> Figure:
-    """Up to 30 coefficients, those with the largest probability of inclusion: mean and 90 %
-    interval, times the standard deviation of their column, and their inclusion. With `X` and `y`
+    """Up to 30 coefficients, those with the largest inclusion: mean and 90 % interval,
+    times the standard deviation of their column, and their inclusion. With `X` and `y`
     also predictions of these rows.
     """
     import matplotlib.pyplot as plt
@@ -64,7 +64,8 @@ def _inclusion(axes: Axes, model: Any, order: Any) -> None:
     axes.barh(rows, model.inclusion_[order], color=colors)
     axes.axvline(0.5, color="0.3", linewidth=0.8, linestyle=":")
     axes.set_yticks(rows, [""] * len(rows))
-    axes.set(xlim=(0, 1.02), xlabel="probability", title="inclusion")
+    label = "P(κ < ½)" if model.prior == "horseshoe" else "probability"
+    axes.set(xlim=(0, 1.02), xlabel=label, title="inclusion")
 
 
 def _predictions(axes: Axes, model: Any, X: Any, y: Any) -> None:

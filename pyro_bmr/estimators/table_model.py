@@ -43,8 +43,10 @@ class TableModel(BaseEstimator):
       coefficients).
     - `intercept_`: the same of the intercept.
     - `coef_draws_`, `intercept_draws_`: posterior draws of both, draws first.
-    - `inclusion_`: (coefficients,) probabilities that each is not zero.
-    - `kept_`: (coefficients,) bool, the reported model.
+    - `inclusion_`: (coefficients,) probabilities that each belongs in the model; with
+      prior="horseshoe" P(κ < 1/2), that each is shrunk by less than half, which may be above 1/2
+      for noise.
+    - `kept_`: (coefficients,) bool, the reported model. Select columns by it.
     - `delta_f_`: (coefficients,) nats.
     - `alike_`: groups of columns that are nearly the same, by their names.
     - `engine_`: which engine fitted it; `repr` says it too, and `summary().attrs["engine"]`.
@@ -68,8 +70,9 @@ class TableModel(BaseEstimator):
 
     def summary(self, level: float = 0.9) -> pd.DataFrame:
         """A row for each coefficient, in the units of its column: posterior mean, standard
-        deviation, the ends of the central interval of `level`, the probability of inclusion, and
-        ΔF, the change of log evidence without it (nats; negative: it is needed).
+        deviation, the ends of the central interval of `level`, the inclusion (`inclusion_`; its
+        meaning depends on the prior, so select columns by `kept_`), and ΔF, the change of log
+        evidence without it (nats; negative: it is needed).
 
         The coefficient of a category is its difference from the mean over the categories. Missing
         values have a row of their own, "NAME missing". For several classes the rows have two names,

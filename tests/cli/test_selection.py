@@ -98,7 +98,9 @@ def test_columns_that_are_nearly_the_same_are_in_the_report(study, capsys):
     assert main(["select", "copies.csv", *options, *QUICK]) == 0
     printed = capsys.readouterr()
     assert printed.err.count("columns are nearly the same, |r| > 0.99: age, again, days") == 1
-    for text in (printed.out, (study / "out" / "report.md").read_text(encoding="utf-8")):
+    report = (study / "out" / "report.md").read_text(encoding="utf-8")
+    assert "their probability of being shrunk by less than half" in report  # the caption
+    for text in (printed.out, report):
         assert "they share their inclusion: age, again, days; age missing, ag" in text
 
 

@@ -370,6 +370,20 @@ def test_counts_that_vary_more():
     assert list(np.array(model.coefficient_names_)[model.kept_]) == ["age"]
 
 
+def test_the_inclusion_of_a_horseshoe_is_no_selection():
+    """Among few columns, P(κ < 1/2) of noise is above 1/2; the figure says what it is."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((100, 5))
+    y = 2 * x[:, 0] - x[:, 1] + rng.standard_normal(100)
+    shrunk, search = (bmr.SparseRegressor(prior=p).fit(x, y) for p in ("horseshoe", "gaussian"))
+    assert shrunk.kept_.tolist() == search.kept_.tolist() == [True, True, False, False, False]
+    assert shrunk.inclusion_[2:].min() > 0.5 > search.inclusion_[2:].max()
+    assert [model.plot().axes[1].get_xlabel() for model in (shrunk, search)] == [
+        "P(κ < ½)",
+        "probability",
+    ]
+
+
 @pytest.mark.parametrize("ask", ["predict", "predict_interval", "summary"])
 def test_before_the_fit(ask):
     frame, _ = table()
