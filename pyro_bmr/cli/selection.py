@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyro_bmr.data.csv_file import csv_table
 from pyro_bmr.errors import DataError, warn
 from pyro_bmr.experiments import plots
 from pyro_bmr.experiments.page import Section, page
 from pyro_bmr.experiments.report import markdown
-from pyro_bmr.files import make_folder, reading, write_atomically
+from pyro_bmr.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,10 +65,7 @@ def select(arguments: argparse.Namespace) -> int:
 
 def _read(path: Path, target: str) -> tuple[pd.DataFrame, Any]:
     """The table without its target; rows without one are left out with a warning."""
-    import pandas as pd
-
-    with reading(f"'{path}' is not a readable .csv file", DataError, "give it a header and rows"):
-        table = pd.read_csv(path)
+    table = csv_table(path)
     if target not in table.columns:
         raise _no_column("--target", target, table)
     missing = table[target].isna()
@@ -81,8 +79,6 @@ def _read(path: Path, target: str) -> tuple[pd.DataFrame, Any]:
 
 def _no_column(option: str, name: str, table: pd.DataFrame) -> DataError:
     columns = ", ".join(map(str, table.columns))
-    if len(table.columns) == 1 and ";" in columns:
-        columns += " (of a file with ';' between its columns; give it ',')"
     return DataError(f"{option}: expected one of the columns {columns}, got '{name}'")
 
 

@@ -1,11 +1,13 @@
 """The reader of .csv files: features with texts and gaps, one target or several, and the columns
 that a likelihood reads.
 
-Owns `read_csv`. Next: `readers.py`.
+Owns `csv_table`, a file as a table, and `read_csv`. Next: `readers.py`.
 """
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,120 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Numbers = NDArray[Any]
+_HEAD = 1 << 16  # bytes that tell how a file is written
+_OTHERS = {";": "';'", "\t": "tabs", "|": "'|'", " ": "spaces"}
+_STARTS = {
+    b"\xff\xfe": "UTF-16 or UTF-32",
+    b"\xfe\xff": "UTF-16",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"PK\x03\x04": "an Excel or zip file",
+    b"\xd0\xcf\x11\xe0": "an Excel file",
+    b"PAR1": "a parquet file",
+    b"\x1f\x8b": "a gzip file",
+}
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
+
+
+def csv_table(path: Path) -> pd.DataFrame:
+    """The table in a file of UTF-8 text with a header and commas, which pandas may unpack.
+
+    Raises:
+        DataError: it is another kind of file, or has another encoding or separator, or rows that
+            are longer than the header. The message says which, and how to read it.
+    """
+    import pandas as pd
+
+    fault = f"'{path}' is not a readable .csv file"
+    mend = "give it a header and rows, in UTF-8 and with commas between the columns"
+    packed = path.name.endswith(_PACKED)
+    with reading(fault, DataError, mend), path.open("rb") as file:
+        head = b"" if packed else file.read(_HEAD)
+    _check_head(path, head)
+    with reading(fault, DataError, mend):
+        table = _decoded(path)
+    if isinstance(table, UnicodeDecodeError):
+        raise _not_utf8(path, packed)
+    if not isinstance(table.index, pd.RangeIndex):
+        raise DataError(
+            f"'{path}': expected as many fields in a row as in the header, got {table.shape[1]}"
+            f" names and {table.shape[1] + table.index.nlevels} fields; name every column, end no"
+            " row with a comma, and write decimals with a point"
+        )
+    return table
+
+
+def _decoded(path: Path) -> Any:
+    """The table, or the error of bytes that are not UTF-8."""
+    import pandas as pd
+
+    try:
+        return pd.read_csv(path)
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _not_utf8(path: Path, packed: bool) -> DataError:
+    where = ""
+    try:
+        path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        where = f", got the byte 0x{error.object[error.start]:02x} in line {before.count(10) + 1}"
+    return DataError(
+        f"'{path}': expected text in UTF-8{'' if packed else where}; save it as UTF-8, or read it"
+        " with its encoding, such as pandas.read_csv(path, encoding='cp1252'), and give the"
+        " DataFrame"
+    )
+
+
+def _check_head(path: Path, head: bytes) -> None:
+    """Raises a DataError if the first bytes of a file are not UTF-8 text with commas."""
+    kinds = [kind for start, kind in _STARTS.items() if head.startswith(start)]
+    if kinds or b"\0" in head:
+        got = kinds[0] if kinds else "bytes of zero, as in UTF-16 without a mark"
+        raise DataError(
+            f"'{path}': expected text in UTF-8 with commas, got {got}; save it as UTF-8 with"
+            " commas, or read it with pandas and give the DataFrame"
+        )
+    text = head.decode("utf-8-sig", errors="replace")
+    if len(head) == _HEAD:
+        text = text[: text.rfind("\n") + 1]
+    mark = _other_mark(text)
+    if mark is None:
+        return
+    comma = re.search(rf"(^|[{mark}])[-+]?\d+,\d+([{mark}\r]|$)", text, re.MULTILINE)
+    options = f"sep={mark!r}{', decimal=' + repr(',') if comma else ''}"
+    options += ", encoding='cp1252'" if "\ufffd" in text else ""
+    raise DataError(
+        f"'{path}': expected commas between the columns, got {_OTHERS[mark]}"
+        f"{' and decimals with a comma' if comma else ''}; save it in UTF-8 with commas"
+        f"{' and decimal points' if comma else ''}, or read it, as with pandas.read_csv(path,"
+        f" {options}), and give the DataFrame"
+    )
+
+
+def _other_mark(text: str) -> str | None:
+    """What is between the columns in the place of commas: it divides the header, which no comma
+    does, or all rows alike, which commas do not.
+    """
+    fields = {mark: _fields(text, mark) for mark in (",", *_OTHERS)}
+    names = {mark: row[0] if row else 1 for mark, row in fields.items()}
+    alike = {mark: len(set(row)) == 1 for mark, row in fields.items()}
+    if names[","] > 1 and alike[","]:
+        return None
+    for mark in _OTHERS:
+        if names[mark] > 1 and (alike[mark] or (names[","] == 1 and mark != " ")):
+            return mark
+    return None
+
+
+def _fields(text: str, mark: str) -> list[int]:
+    """How many fields each row has, header and all, with `mark` between them."""
+    try:
+        rows = csv.reader(text.splitlines(), delimiter=mark, skipinitialspace=mark == " ")
+        return [len(row) for row in rows if row]
+    except csv.Error:
+        return []
 
 
 def read_csv(
@@ -39,14 +155,7 @@ def read_csv(
     (`fit_encoding`). Classes and grades are numbered in their sorted order. Columns that the
     likelihood reads are its own, and no features.
     """
-    import pandas as pd
-
-    with reading(
-        f"'{path}' is not a readable .csv file",
-        DataError,
-        "give it a header and rows of numbers",
-    ):
-        table = pd.read_csv(path)
+    table = csv_table(path)
     names = _targets(path, table, target)
     given = as_likelihood(likelihood, classes=3)  # to know its kind and its columns
     read = _read_columns(path, table, given, names)

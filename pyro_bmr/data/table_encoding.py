@@ -130,7 +130,7 @@ def _kinds(table: pd.DataFrame) -> tuple[list[Any], dict[Any, tuple[str, ...]]]:
         else:
             seen = sorted({str(value) for value in present})
             if len(seen) > max(2, _DISTINCT * len(present)) and len(present):
-                like = ", numbers with commas: take those out" if _have_commas(seen) else ""
+                like = _number_words(seen)
                 dropped.append(
                     f"{name!r} ({len(seen)} different texts in {len(present)} rows{like})"
                 )
@@ -156,8 +156,8 @@ def _check_cells(name: Any, column: pd.Series) -> None:
 
 def _no_category(name: Any, got: str) -> TableError:
     return TableError(
-        f"column {name!r}: expected numbers, texts or categories, got {got}; turn dates into numbers"
-        " (days since the first), give each part of a list a column of its own, or leave the column"
+        f"column {name!r}: expected numbers, texts or categories, got {got}; turn dates into"
+        " numbers (days since the first), give each part of a list a column of its own, or leave the column"
         " out"
     )
 
@@ -191,9 +191,12 @@ def _are_numbers(present: pd.Series) -> bool:
     )
 
 
-def _have_commas(texts: Sequence[str]) -> bool:
-    """Whether texts are numbers with commas between the thousands."""
-    return all(re.fullmatch(r"[-+]?\d{1,3}(,\d{3})*(\.\d+)?", text) for text in texts)
+def _number_words(texts: Sequence[str]) -> str:
+    """What to do with texts that are numbers with commas."""
+    if all(re.fullmatch(r"[-+]?\d{1,3}(,\d{3})*(\.\d+)?", text) for text in texts):
+        return ", numbers with commas: take those out"
+    decimal = all(re.fullmatch(r"[-+]?\d{1,3}(\.?\d{3})*(,\d+)?|\d+,\d+", text) for text in texts)
+    return ", numbers with decimal commas: make them points" if decimal else ""
 
 
 def _as_numbers(name: Any, column: pd.Series) -> NDArray[np.float64]:

@@ -91,6 +91,12 @@ def test_every_family_of_the_estimators(grades, capsys, target, options, left_ou
         assert all(word in report.read() for word in [options.split()[-1]])
 
 
+def test_a_file_with_semicolons_is_refused(study, capsys):
+    pd.read_csv("study.csv").to_csv("german.csv", index=False, sep=";", decimal=",")
+    assert main(["select", "german.csv", "--target", "pressure", "--out", "out"]) == 2
+    assert "got ';' and decimals with a comma; save it in UTF-8" in capsys.readouterr().err
+
+
 def test_columns_that_are_nearly_the_same_are_in_the_report(study, capsys):
     frame = pd.read_csv("study.csv")
     frame.assign(again=frame["age"], days=365 * frame["age"]).to_csv("copies.csv", index=False)

@@ -18,6 +18,7 @@ from sklearn.datasets import load_diabetes, load_digits
 
 import pyro_bmr as bmr
 from pyro_bmr.data import named as library
+from pyro_bmr.data.csv_file import csv_table
 from pyro_bmr.data.data_set import split_of
 from pyro_bmr.data.named import sources
 from pyro_bmr.data.readers import read_idx
@@ -705,9 +706,60 @@ def test_targets_of_two_kinds(tmp_path):
         bmr.load(tmp_path / "d.npz")
 
 
+SEMICOLONS = "a;größe;b\n1,5;2,5;u\n" + "2,5;1,5;v\n" * 9
+COMMAS = "a,größe,b\n" + "1,2,u\n" * 9
+OTHER_CSV = {
+    "semicolons": (SEMICOLONS, "utf-8", r"got ';' and decimals with a comma; .*sep=';', decimal="),
+    "semicolons after a mark": (SEMICOLONS, "utf-8-sig", r"got ';' and decimals .*decimal=','\)"),
+    "semicolons of Windows": (
+        SEMICOLONS.replace("\n", "\r\n"),
+        "cp1252",
+        r"got ';' and.*decimal=',', encoding='cp1252'\)",
+    ),
+    "semicolons of other numbers": ("a;b;c\n1;2\n1;2;3\n", "utf-8", r"got ';'; .*sep=';'\)"),
+    "commas in the header": ("size (cm, about);b\n1;2\n", "utf-8", r"got ';'; save"),
+    "tabs": (COMMAS.replace(",", "\t"), "utf-8", r"got tabs; .*sep='\\t'\)"),
+    "tabs, decimal commas": ("a\tb\n1,5\t2\n", "utf-8", r"got tabs and decimals with a comma"),
+    "bars": (COMMAS.replace(",", "|"), "utf-8", r"got '\|'; "),
+    "spaces": (COMMAS.replace(",", "  "), "utf-8", r"got spaces; "),
+    "Latin-1": (COMMAS, "latin-1", r"in UTF-8, got the byte 0xf6 in line 1; save it as UTF-8"),
+    "Latin-1 late": ("a,b\n" + "1,2\n" * 30_000 + "ö,2\n", "cp1252", "byte 0xf6 in line 30002"),
+    "UTF-16": (COMMAS, "utf-16", "got UTF-16 or UTF-32; save it as UTF-8 with commas"),
+    "UTF-16 without a mark": ("a,b\n1,2\n", "utf-16-le", "bytes of zero, as in UTF-16"),
+    "a workbook": ("PK\3\4 and so on", "utf-8", "got an Excel or zip file"),
+    "rows with a comma at the end": ("a,b\n" + "1,2,\n" * 9, "utf-8", "2 names and 3 fields"),
+    "decimal commas": ("a,b\n" + "1,5,2,5\n" * 9, "utf-8", "2 names and 4 fields; .* a point"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_CSV)
+def test_csv_written_otherwise_is_refused_with_the_mend(tmp_path, case):
+    text, encoding, said = OTHER_CSV[case]
+    (tmp_path / "mine.csv").write_bytes(text.encode(encoding))
+    with pytest.raises(bmr.errors.DataError, match=rf"mine\.csv': expected .*{said}") as error:
+        bmr.load(tmp_path / "mine.csv", "b")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        (COMMAS, "utf-8-sig"),
+        (COMMAS.replace("\n", "\r"), "utf-8"),
+        ('a,"größe; cm, about","b\n"\n' + '1,2,"u;\nv"\n' * 9, "utf-8"),
+        ("größe,b\n" + "é;é,2\n" * 20_000, "utf-8"),  # a letter may be cut at the end of the head
+    ],
+)
+def test_csv_that_is_read(tmp_path, text, encoding):
+    (tmp_path / "mine.csv").write_bytes(text.encode(encoding))
+    table = csv_table(tmp_path / "mine.csv")
+    names = ["größe", "b"] if len(text) > 1000 else ["a", table.columns[1], table.columns[2]]
+    assert table.columns.tolist() == names and table.notna().all(axis=None)
+
+
 def test_csv_that_is_not_text(tmp_path):
     (tmp_path / "mine.csv").write_bytes(b"\xff\xfe\x00\x81\x99" * 20)
-    with pytest.raises(bmr.errors.DataError, match=r"mine\.csv.*not a readable \.csv"):
+    with pytest.raises(bmr.errors.DataError, match=r"mine\.csv': expected text in UTF-8"):
         bmr.load(tmp_path / "mine.csv", "b")
 
 

@@ -278,6 +278,8 @@ def test_objects_that_are_numbers_and_texts_that_look_like_them():
     assert {"gaps", "gaps missing", "exact"} <= set(found.coefficient_names_)
     with pytest.warns(bmr.errors.PyroBMRWarning, match="numbers with commas: take those out"):
         small().fit(frame.assign(paid=[f"{1000 + k:,}" for k in range(80)]), y)
+    with pytest.warns(bmr.errors.PyroBMRWarning, match="with decimal commas: make them points"):
+        small().fit(frame.assign(paid=[f"{k},5" for k in range(80)]), y)
 
 
 @pytest.mark.parametrize("prior", ["spike-and-slab", "horseshoe", "gaussian"])
