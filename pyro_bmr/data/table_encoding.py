@@ -157,8 +157,8 @@ def _check_cells(name: Any, column: pd.Series) -> None:
 def _no_category(name: Any, got: str) -> TableError:
     return TableError(
         f"column {name!r}: expected numbers, texts or categories, got {got}; turn dates into"
-        " numbers (days since the first), give each part of a list a column of its own, or leave the column"
-        " out"
+        " numbers (days since the first), give each part of a list a column of its own, or leave"
+        " the column out"
     )
 
 
