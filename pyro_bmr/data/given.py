@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from pyro_bmr.checks import is_whole, mend
 from pyro_bmr.data.batch import BatchChecks, pair_in
-from pyro_bmr.data.inputs import of_each, parts_of
+from pyro_bmr.data.inputs import in_dtype_of, of_each, parts_of
 from pyro_bmr.data.loaders import of_loader
 from pyro_bmr.data.mapped_rows import mapped_rows
 from pyro_bmr.data.row_sources import Held, Indexed, Source, Stream, chunks
@@ -53,20 +52,18 @@ def source_of(
 
 def example_of(value: Any, net: nn.Module) -> Any:
     """Some first rows of inputs that are given in any form, as tensors in the dtype of the network.
-    A tensor is all of the example, as it is; and so is what is no data.
+    A tensor is all of the example; what is no data is as it was.
     """
+    if not isinstance(net, nn.Module):
+        return value  # what takes the example refuses it
     if isinstance(value, Tensor):
-        return value
+        return in_dtype_of(net, value)
     try:
         source = source_of(value, targets=False)
     except DataError:
         return value
     x, _ = next(chunks(source, _EXAMPLE, BatchChecks(), targets=False))
-    dtypes = (p.dtype for p in net.parameters() if p.is_floating_point())
-    dtype = next(dtypes, torch.get_default_dtype())
-    x = of_each(
-        lambda part: part[:_EXAMPLE].to(dtype if part.is_floating_point() else part.dtype), x
-    )
+    x = in_dtype_of(net, of_each(lambda part: part[:_EXAMPLE], x))
     return x[0] if isinstance(x, tuple) and len(x) == 1 else x
 
 

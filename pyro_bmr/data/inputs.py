@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
@@ -100,6 +100,13 @@ def called(net: Callable[..., Any], x: Inputs) -> Any:
 def device_of(x: Inputs) -> torch.device:
     """Where x is; the first of its tensors tells."""
     return next(iter(parts_of(x).values())).device
+
+
+def in_dtype_of(net: nn.Module, x: Inputs) -> Inputs:
+    """x with its floating-point numbers in the dtype of the network; other numbers as they are."""
+    dtypes = (p.dtype for p in net.parameters() if p.is_floating_point())
+    dtype = next(dtypes, torch.get_default_dtype())
+    return of_each(lambda part: part.to(dtype) if part.is_floating_point() else part, x)
 
 
 def described(x: Any) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.curvatures.network_batches import evaluation, output_of
-from pyro_bmr.data.inputs import called, pieces
+from pyro_bmr.data.inputs import called, in_dtype_of, pieces
 from pyro_bmr.errors import ModelError
 from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.likelihoods.likelihood import OBSERVED, read_inputs
@@ -71,7 +71,8 @@ def predict_networks(
     found = []
     for net in networks:
         with evaluation(net):
-            rows = [output_of(called(net, part)) for part in pieces(inputs, batch_size)]
+            own = (in_dtype_of(net, part) for part in pieces(inputs, batch_size))
+            rows = [output_of(called(net, part)) for part in own]
         found.append(_distribution(likelihood, torch.cat(rows), read, fixed))
     if not found:
         raise ModelError("networks: expected at least one, got none")

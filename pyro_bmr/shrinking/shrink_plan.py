@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pyro_bmr.data.given import example_of
 from pyro_bmr.data.inputs import device_of, of_each
 from pyro_bmr.shrinking.latency import milliseconds
 
@@ -90,6 +91,7 @@ class ShrinkPlan:
         """
         import pandas as pd
 
+        example = example_of(example, self._masked)
         rows, tensors = [], (*self._masked.parameters(), *self._masked.buffers())
         where = next((t.device for t in tensors), device_of(example))
         example = of_each(lambda t: t.to(where), example)

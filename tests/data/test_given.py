@@ -11,7 +11,11 @@ from pyro_bmr.data.given import example_of, source_of
 from pyro_bmr.data.row_sources import Held, Indexed, Stream
 from pyro_bmr.data.tables import tensors_of
 from pyro_bmr.errors import DataError
-from pyro_bmr.shrinking import shrink
+from pyro_bmr.exporting import deploy
+from pyro_bmr.likelihoods import Categorical
+from pyro_bmr.post_training import prune
+from pyro_bmr.prediction import predict_networks
+from pyro_bmr.shrinking import fold_batch_norms, reader_labels, shrink, shrink_plan
 
 NUMBERS = np.arange(24).reshape(6, 4)
 CONVERTED = {
@@ -149,3 +153,28 @@ def test_a_network_is_shrunk_with_rows_in_any_form(case):
     example = example_of(FORMS[case], net)
     assert example.shape[1:] == (2,) and example.dtype == torch.float32
     assert shrink(net, {}, FORMS[case])[0].out_features == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+def test_rows_take_the_dtype_of_the_network(dtype, given, tmp_path):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    net[2].weight.data[:, :3] = 0
+    net, x, y = net.to(dtype), X.to(given) / 12, Y % 2
+    plan = shrink_plan(net, {}, x)
+    assert plan.apply()[0].weight.shape == (1, 2) and plan.apply()[0].weight.dtype == dtype
+    assert len(plan.latency(x, batches=(1,), seconds=1e-3)) == 1
+    assert reader_labels(net, x)["2.weight"].shape == (1, 4)
+    assert fold_batch_norms(net, x)[0].weight.dtype == dtype
+    deploy(net, tmp_path / "folder", x, formats=["program"], seconds=1e-3)
+    settings = {"progress": False, "corrections": 1, "last_corrections": 1}
+    assert bool(prune(net, (x, y), Categorical(), 0.5, **settings).masks)
+    assert predict_networks([net], Categorical(), x).probs.shape == (6, 2)
+
+
+def test_whole_numbers_of_an_example_keep_their_type():
+    net = torch.nn.Sequential(torch.nn.Embedding(6, 2), torch.nn.Linear(2, 2)).bfloat16()
+    for value in (Y, Y.int(), Y.numpy()):
+        assert example_of(value, net).dtype in (torch.int64, torch.int32)
+    assert example_of({"a": X, "b": Y}, net)["a"].dtype == torch.bfloat16
