@@ -68,7 +68,11 @@ def example_of(value: Any, net: nn.Module) -> Any:
 
 
 def columns_in(data: Any) -> tuple[str, ...] | None:
-    """The names of the columns of x, if `data` are a pair whose x is a table, or a table."""
+    """The names of the columns of x, if `data` are a table, a pair whose x is a table, or batches
+    of such pairs.
+    """
+    if _are_pairs(data):
+        return columns_in(data[0])
     x = data[0] if isinstance(data, (tuple, list)) and len(data) == 2 else data
     return columns_of(x)
 
@@ -83,11 +87,11 @@ def _found(data: Any, targets: bool, size: int | None) -> Source | None:
         return _of_columns(data, None)
     if isinstance(data, Mapping):
         return _of_columns(*pair_in(data, "the data", targets))
-    if isinstance(data, (tuple, list)) and targets and size is None:
-        if len(data) == 2:
-            return _of_columns(*data)
-        return None
     if isinstance(data, (tuple, list)):
+        if targets and len(data) == 2 and not _are_pairs(data, size):
+            return _of_pair(*data)
+        if targets and size is None and not _are_pairs(data):
+            return None
         named = f"a {type(data).__name__} of batches"
         return Stream(data, size, len(data), named) if _are_batches(data) else None
     return None if _is_array(data) else _of_other(data, size)
@@ -125,10 +129,33 @@ def _is_array(value: Any) -> bool:
 def _are_batches(data: Any) -> bool:
     """Whether it is a list of batches, and not numbers in nested lists."""
     return len(data) > 0 and all(
-        isinstance(part, (Tensor, np.ndarray, Mapping))
-        or (isinstance(part, (tuple, list)) and all(_is_array(p) for p in part[:2]))
-        for part in data
+        isinstance(part, (Tensor, np.ndarray, Mapping)) or _is_pair(part) for part in data
     )
+
+
+def _are_pairs(data: Any, size: int | None = None) -> bool:
+    """Whether these are batches of x and y each, and no pair (x, y): each part has columns of its
+    own, which y never has.
+    """
+    if not isinstance(data, (tuple, list)) or not data:
+        return False
+    if isinstance(data, tuple) and len(data) == 2 and size is None:
+        return False  # ((a, b), (c, d)) may be meant as several inputs and several targets
+    return all(map(_is_pair, data)) or all(isinstance(part, Mapping) for part in data)
+
+
+def _is_pair(part: Any) -> bool:
+    """Whether it is a tuple or a list of columns; the first may be several inputs."""
+    return isinstance(part, (tuple, list)) and len(part) > 0 and all(map(_is_column, part[:2]))
+
+
+def _is_column(part: Any) -> bool:
+    """Whether it is an array or a table, or a tuple, a list or a dict of such."""
+    if isinstance(part, (tuple, list, Mapping)):
+        parts = list(part.values() if isinstance(part, Mapping) else part)
+    else:
+        parts = [part]
+    return bool(parts) and all(_is_array(p) and not isinstance(p, (str, bytes)) for p in parts)
 
 
 def _of_other(data: Any, size: int | None) -> Source | None:
@@ -154,6 +181,20 @@ def _of_columns(x: Any, y: Any) -> Source:
     for name, part in {**parts, "y": y}.items():
         check_index(parts.get(first), part, (first, name))
     return Held(tensors_of(x, "x"), tensors_of(y, "y"))
+
+
+def _of_pair(x: Any, y: Any) -> Source:
+    """Rows of a pair (x, y).
+
+    Raises:
+        DataError: y has several columns of its own, as x may have.
+    """
+    if not _is_array(y) and (_is_column(y) or _is_pair(y)):
+        raise DataError(
+            f"y: expected one tensor of targets, got {described(y)}; join several targets in one"
+            " tensor, and give batches (x, y) as a list"
+        )
+    return _of_columns(x, y)
 
 
 def _reader(data: Any) -> Callable[[list[int]], Any]:

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
-from pyro_bmr.data.batch import pair_in
-from pyro_bmr.data.given import example_of, source_of
-from pyro_bmr.data.row_sources import Held, Indexed, Stream
+import pyro_bmr as bmr
+from pyro_bmr.curvatures import curvature
+from pyro_bmr.data.batch import BatchChecks, pair_in
+from pyro_bmr.data.given import columns_in, example_of, source_of
+from pyro_bmr.data.inputs import parts_of
+from pyro_bmr.data.row_sources import Held, Indexed, Stream, chunks
 from pyro_bmr.data.tables import tensors_of
 from pyro_bmr.errors import DataError
 from pyro_bmr.exporting import deploy
@@ -178,3 +181,87 @@ def test_whole_numbers_of_an_example_keep_their_type():
     for value in (Y, Y.int(), Y.numpy()):
         assert example_of(value, net).dtype in (torch.int64, torch.int32)
     assert example_of({"a": X, "b": Y}, net)["a"].dtype == torch.bfloat16
+
+
+def halves(of):
+    return [of(slice(0, 3)), of(slice(3, 6))]
+
+
+FRAME, SERIES = pd.DataFrame(X.numpy()), pd.Series(Y.numpy())
+BATCHES = {
+    "pairs": halves(lambda rows: (X[rows], Y[rows])),
+    "lists": halves(lambda rows: [X[rows], Y[rows]]),
+    "arrays": halves(lambda rows: (X[rows].numpy(), Y[rows].numpy())),
+    "tables": halves(lambda rows: (FRAME[rows], SERIES[rows])),
+    "dicts": halves(lambda rows: {"x": X[rows], "labels": Y[rows]}),
+    "a tuple of inputs": halves(lambda rows: ((X[rows], -X[rows]), Y[rows])),
+    "a list of inputs": halves(lambda rows: ([X[rows], -X[rows]], Y[rows])),
+    "a dict of inputs": halves(lambda rows: ({"a": X[rows]}, Y[rows])),
+    "three of each": halves(lambda rows: (X[rows], -X[rows], Y[rows])),
+}
+
+
+@pytest.mark.parametrize("more", [0, 1, -1])
+@pytest.mark.parametrize("case", BATCHES)
+def test_a_list_of_two_batches_is_one_of_batches(case, more):
+    data = BATCHES[case][:1] if more < 0 else BATCHES[case] + BATCHES[case][:more]
+    for size in (None, 6):
+        source = source_of(data, size=size)
+        assert isinstance(source, Stream) and (source.size, source.steps) == (size, len(data))
+        x, y = next(chunks(source, 100, BatchChecks()))
+        assert torch.equal(y, torch.cat([Y, Y])[: 3 * len(data)])
+        first = next(iter(parts_of(x).values()))
+        assert torch.equal(first.float(), torch.cat([X, X])[: 3 * len(data)])
+
+
+GIVEN_PAIRS = {
+    "tensors": (X, Y),
+    "a list": [X, Y],
+    "two rows": (X[:2], Y[:2]),
+    "a tuple of inputs": ((X, -X), Y),
+    "a list of inputs": ([X, -X], Y),
+    "lists": [[X, -X], Y],
+    "a dict of inputs": ({"a": X, "b": -X}, Y),
+    "arrays": ([X.numpy(), X.numpy()], Y.numpy()),
+    "tables": [FRAME, SERIES],
+}
+
+
+@pytest.mark.parametrize("case", GIVEN_PAIRS)
+def test_a_pair_of_several_inputs_and_targets_is_a_pair(case):
+    source = source_of(GIVEN_PAIRS[case])
+    assert isinstance(source, Held) and torch.equal(source.y, Y[: len(source.y)])
+    with pytest.raises(DataError, match="size=6: the number of rows of a .* is known"):
+        source_of(GIVEN_PAIRS[case], size=6)
+
+
+@pytest.mark.parametrize("case", ["pairs", "dicts", "a tuple of inputs"])
+def test_a_tuple_of_two_batches_may_be_a_pair_and_is_refused(case):
+    with pytest.raises(DataError, match="y: expected one tensor of targets.*batches.*as a list"):
+        source_of(tuple(BATCHES[case]))
+    assert isinstance(source_of(tuple(BATCHES[case]), size=6), Stream)
+
+
+def test_two_batches_are_fitted_pruned_and_scored_as_their_rows():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 6))
+    likelihood, pairs = Categorical(), BATCHES["pairs"]
+    for fisher in ("true", "empirical"):
+        settings = {"fisher": fisher, "progress": False}
+        found, want = (curvature(net, d, likelihood, **settings) for d in (pairs, (X, Y)))
+        assert found.rows == want.rows == 6
+        if fisher == "empirical":
+            assert torch.allclose(found["0.weight"][0], want["0.weight"][0])
+        settings |= {"corrections": 1, "last_corrections": 1}
+        assert prune(net, pairs, likelihood, 0.5, **settings).masks
+    model = bmr.BayesianNetwork(net, bmr.Gaussian(), likelihood)
+    settings = {"epochs": 400, "optimizer": bmr.adam(1e-2), "progress": False, "shuffle": False}
+    fits = [
+        bmr.fit(model, data, size=size, validation=pairs, **settings, **batch)
+        for data, size, batch in ((pairs, 6, {}), ((X, Y), None, {"batch_size": 3}))
+    ]
+    assert torch.equal(*(fit.posterior["0.weight"].mean for fit in fits))
+    assert fits[0].history["validation_nll"].equals(fits[1].history["validation_nll"])
+    with pytest.raises(DataError, match="give it, size=N"):
+        bmr.fit(model, pairs, **settings)
+    assert columns_in(BATCHES["tables"]) == columns_in((FRAME, SERIES)) == ("0", "1")
