@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from pyro_bmr.data.batch import first_rows, rows_at
 from pyro_bmr.errors import DataError, FitError, PyroBMRError, warn
 from pyro_bmr.fitting.arguments import Program
+from pyro_bmr.fitting.observed_targets import check_observed, is_target
 from pyro_bmr.fitting.program_run import ProgramRun, equal, run_of, run_on, running, shape_in
 from pyro_bmr.fitting.rows import Batch, LoaderRows, Rows
 from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.likelihoods.ignored import Ignoring
-from pyro_bmr.likelihoods.support import check_targets
 from pyro_bmr.tracing import Values
 
 _EXAMPLE = 8  # rows on which a program is tried
@@ -87,7 +87,7 @@ def check_program(program: Program, example: Batch, y: Tensor) -> ProgramRun:
         FitError: the program does not run, or has a pyro.param outside a module.
         DataError: y has another shape, or is outside the support.
     """
-    with running(example), Values({}) as run:
+    with running(program, example), Values({}) as run:
         trace = poutine.trace(program).get_trace(*example)
     params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
     if params and not isinstance(program, nn.Module):
@@ -96,31 +96,24 @@ def check_program(program: Program, example: Batch, y: Tensor) -> ProgramRun:
             " nn.Parameter of a module, or fit with Pyro's SVI and use Posterior.from_param_store"
         )
     for name, msg in run.observed.items():
-        if _is_target(msg["value"], example[1]):
-            check_targets(name, msg["fn"], example[1], y)
-    with running(example):
+        if is_target(msg["value"], example[1]):
+            check_observed(name, msg["fn"], example[1], y)
+    with running(program, example):
         return run_of(run)
-
-
-def _is_target(value: Tensor, y: Tensor) -> bool:
-    """Whether the value of an observed site is y, or y in another dtype."""
-    if value is y or value.shape != y.shape:
-        return value is y
-    return bool(((value == y) | (value.isnan() & y.isnan())).all())
 
 
 def _target_check(program: Program, example: Batch) -> Callable[[Tensor], None]:
     """A function that raises DataError for targets outside the support of their observed site."""
-    with running(example), Values({}) as run:
+    with running(program, example), Values({}) as run:
         program(*example)
     sites = [
-        (name, m["fn"]) for name, m in run.observed.items() if _is_target(m["value"], example[1])
+        (name, m["fn"]) for name, m in run.observed.items() if is_target(m["value"], example[1])
     ]
 
     def check(y: Tensor) -> None:
         for name, fn in sites:
             with suppress(RuntimeError):  # a support that differs between the rows
-                check_targets(name, fn, example[1], y)
+                check_observed(name, fn, example[1], y)
 
     return check
 
@@ -129,11 +122,11 @@ def _check_informed(program: Program, example: Batch, y: Tensor) -> None:
     """Raises DataError if no target is observed, and warns if a learned noise has nothing to tell
     it from zero.
     """
-    with running(example), Values({}) as run:
+    with running(program, example), Values({}) as run:
         program(*example)
     for name, msg in run.observed.items():
         fn = base_distribution(msg["fn"])
-        is_y = _is_target(msg["value"], example[1])
+        is_y = is_target(msg["value"], example[1])
         if is_y and isinstance(fn, Ignoring) and bool(fn.marked(y).all()):
             raise DataError(
                 f"y: expected at least one target of site '{name}' that is observed, got"

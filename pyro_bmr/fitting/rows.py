@@ -1,7 +1,7 @@
 """The rows of a fit: those it trains on, in the batches of each epoch, and those held out.
 
 Owns `Rows`, for rows that can be read by their numbers, `rows_of` and `batch_sizes`. Next:
-`program_run.py`.
+`program_error.py`.
 """
 
 from __future__ import annotations

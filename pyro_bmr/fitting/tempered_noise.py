@@ -93,7 +93,7 @@ def _spreads(
     """The supports of the latent sites, and of each observed site the parameters of its spread,
     None where the distribution does not tell them; with every latent site at its value.
     """
-    with running(batch), torch.random.fork_rng():
+    with running(program, batch), torch.random.fork_rng():
         seed_generators(0)
         with Values(dict(latent)) as run:
             program(*batch)
