@@ -18,6 +18,7 @@ from pyro_bmr.data.batch import first_rows, rows_at
 from pyro_bmr.errors import DataError, FitError, PyroBMRError, warn
 from pyro_bmr.fitting.arguments import Program
 from pyro_bmr.fitting.observed_targets import check_observed, is_target
+from pyro_bmr.fitting.program_error import observes_nothing
 from pyro_bmr.fitting.program_run import ProgramRun, equal, run_of, run_on, running, shape_in
 from pyro_bmr.fitting.rows import Batch, LoaderRows, Rows
 from pyro_bmr.guides.latent_sites import base_distribution
@@ -84,7 +85,8 @@ def check_program(program: Program, example: Batch, y: Tensor) -> ProgramRun:
     every y in its support, such as 0 … classes − 1.
 
     Raises:
-        FitError: the program does not run, or has a pyro.param outside a module.
+        FitError: the program does not run, observes no site, or has a pyro.param outside a
+            module.
         DataError: y has another shape, or is outside the support.
     """
     with running(program, example), Values({}) as run:
@@ -95,6 +97,8 @@ def check_program(program: Program, example: Batch, y: Tensor) -> ProgramRun:
             f"pyro.param '{params[0]}' would not be trained; make it a pyro.sample site or an"
             " nn.Parameter of a module, or fit with Pyro's SVI and use Posterior.from_param_store"
         )
+    if not any(msg["is_observed"] for msg in run.observed.values()):
+        raise observes_nothing(program, example, run.observed)
     for name, msg in run.observed.items():
         if is_target(msg["value"], example[1]):
             check_observed(name, msg["fn"], example[1], y)

@@ -1,13 +1,14 @@
-"""What is said of a program that does not run on rows of the data: the rows, the error of the
-program, and its mend.
+"""What is said of a program that does not run on rows of the data, or observes none of them: the
+rows, the error of the program, and its mend.
 
-Owns `SitesReached`, `does_not_run` and `of_another_dtype`. Next:
+Owns `SitesReached`, `does_not_run`, `observes_nothing` and `of_another_dtype`. Next:
 `program_run.py`.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from pyro_bmr.errors import FitError
 from pyro_bmr.fitting.arguments import PROGRAM, Program
 from pyro_bmr.fitting.rows import Batch
 from pyro_bmr.guides.latent_sites import base_distribution
+
+_MOST = 5  # sites that a message names
 
 
 class SitesReached(Messenger):
@@ -56,6 +59,28 @@ def does_not_run(
     mend = next((f"; {words}" for words in mends if words), "")
     return FitError(
         f"the program does not run as program(x, y) on {shapes}: {first_line(error)}{mend}"
+    )
+
+
+def observes_nothing(program: Program, batch: Batch, latent: Mapping[str, Any]) -> FitError:
+    """The error of a program none of whose sites is observed; `latent`: site → message."""
+    if not latent:
+        mend = PROGRAM if _is_plain(program) else "write it as a function with pyro.sample sites"
+        return FitError(f"the program has no latent site and no observed site; {mend}")
+    rows = len(batch[1])
+    for name, msg in latent.items():
+        plate = next((f.name for f in msg["cond_indep_stack"] if f.size == rows), None)
+        if plate is not None:
+            return FitError(
+                f"site '{name}' has an entry per row in plate '{plate}' and is latent, and no site"
+                f" of the program is observed; did you forget obs=y, as in"
+                f" pyro.sample('{name}', ..., obs=y)?"
+            )
+    more = f" and {len(latent) - _MOST} more" if len(latent) > _MOST else ""
+    return FitError(
+        "the program has no observed site, so the data would not change its latent"
+        f" {', '.join(map(repr, list(latent)[:_MOST]))}{more}; did you forget obs=y, as in"
+        " pyro.sample(name, likelihood, obs=y)? A log density of your own is a pyro.factor"
     )
 
 

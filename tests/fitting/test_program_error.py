@@ -1,4 +1,4 @@
-"""What a fit says of a program that does not run."""
+"""What a fit says of a program that does not run, or observes nothing."""
 
 from functools import partial
 
@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import nn
 
 import pyro_bmr as bmr
@@ -27,9 +28,110 @@ def without_obs(likelihood, latents=weights):
     return program
 
 
+def forgotten(x, y, w):
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0))
+
+
+def forgotten_in_a_loop(x, y, w):
+    for row in pyro.plate("data", len(x)):
+        pyro.sample(f"y_{row}", dist.Normal(x[row] @ w, 1.0))
+
+
+def forgotten_classes(x, y, w):
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ w))
+
+
+def forgotten_event(x, y, w):
+    pyro.sample("y", dist.Normal(x @ w, 1.0).to_event(1))
+
+
+NOTHING_OBSERVED = {
+    "no likelihood": (lambda x, y, w: None, "no observed site.*'w'; did you forget obs=y"),
+    "a site": (forgotten_event, "no observed site.*'w', 'y'; did you forget obs=y"),
+    "a plate": (forgotten, r"'y' has an entry per row in plate 'data'.*sample\('y', ..., obs=y\)"),
+    "a loop": (forgotten_in_a_loop, "site 'y_0' has an entry per row in plate 'data'.*obs=y"),
+    "classes": (forgotten_classes, "site 'y' has an entry per row in plate 'data'.*obs=y"),
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 10}, {"validation": 0.2}])
+@pytest.mark.parametrize("case", NOTHING_OBSERVED)
+def test_a_program_that_observes_nothing_is_refused(case, settings):
+    likelihood, words = NOTHING_OBSERVED[case]
+    with pytest.raises(bmr.errors.FitError, match=words):
+        fit(without_obs(likelihood), (X, Y), **settings)
+
+
+def test_many_latent_sites_are_not_all_named():
+    def many(x, y=None):
+        for k in range(30):
+            pyro.sample(f"w_{k}", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(bmr.errors.FitError, match="'w_0'.*'w_4' and 25 more; did you"):
+        fit(many, (X, Y))
+
+
+def test_a_program_without_sites_is_refused():
+    with pytest.raises(bmr.errors.FitError, match="no latent site and no observed site; write it"):
+        fit(lambda x, y=None: x.sum(), (X, Y))
+
+
+def with_factor(x, y, w):
+    pyro.factor("likelihood", -0.5 * (y - x @ w).square().sum())
+
+
+def with_factors(x, y, w):
+    with pyro.plate("data", len(x)):
+        pyro.factor("likelihood", -0.5 * (y - x @ w).square())
+
+
 def observed(x, y, w, **settings):
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y, **settings)
+
+
+def observed_under_a_mask(x, y, w):
+    with poutine.mask(mask=y > 0):
+        observed(x, y, w)
+
+
+def observed_in_part(x, y, w):
+    observed(x, y, w, obs_mask=y > 0)
+
+
+def with_local_latents(x, y, w):
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x @ w + u, 1.0), obs=y)
+
+
+def in_a_loop(x, y, w):
+    for row in pyro.plate("data", len(x)):
+        pyro.sample(f"y_{row}", dist.Normal(x[row] @ w, 1.0), obs=y[row])
+
+
+OBSERVED = [
+    with_factor,
+    with_factors,
+    observed_under_a_mask,
+    observed_in_part,
+    with_local_latents,
+    in_a_loop,
+]
+
+
+@pytest.mark.parametrize("likelihood", OBSERVED)
+def test_every_way_to_observe_is_fitted(likelihood):
+    assert "w" in fit(without_obs(likelihood), (X, Y)).posterior.sites
+
+
+def test_a_condition_observes():
+    def conditioned(x, y):
+        poutine.condition(without_obs(forgotten), data={"y": y})(x)
+
+    assert "w" in fit(conditioned, (X, Y)).posterior.sites
 
 
 def several(x, offset, y=None):
@@ -64,6 +166,15 @@ def test_a_program_that_takes_other_arguments_is_told_the_mend(case):
     with pytest.raises(bmr.errors.FitError, match=words) as caught:
         fit(program, data)
     assert (NETWORK in str(caught.value)) == (words == NETWORK)
+
+
+def test_a_network_that_takes_y_is_told_how_it_becomes_a_program():
+    class Two(nn.Module):
+        def forward(self, x, mask=None):
+            return x
+
+    with pytest.raises(bmr.errors.FitError, match=f"no latent site.*{NETWORK}"):
+        fit(Two(), (X, Y))
 
 
 def test_other_errors_of_a_program_have_no_mend_that_does_not_fit():
