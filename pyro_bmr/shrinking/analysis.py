@@ -87,6 +87,10 @@ class Analysis:
         """`roots` of channels that can be removed by themselves, −1 of others."""
         return self._ids.free(ids)
 
+    def prunable(self, ids: Ids) -> bool:
+        """Whether any of the channels may be removed."""
+        return self._ids.prunable(ids)
+
     def reason(self, ids: Ids) -> str:
         """Why a channel is kept: what reads it, or what it is tied to."""
         return self._resolved.reason(ids)

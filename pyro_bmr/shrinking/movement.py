@@ -3,7 +3,7 @@
 Where each entry comes from is found by moving the entries' numbers. From that follow the channels:
 an axis of the result inherits those of the axis that it runs along; where an axis is split, such as
 units into heads, each unit is the channel of its head and of its place in the head. Owns `moved`,
-`joined` and `padded`. Next: `elementwise.py`.
+`indexed`, `joined` and `padded`. Next: `elementwise.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ MOVES = SPLIT_OPERATIONS | {
     "im2col", "diagonal", "movedim", "moveaxis", "swapaxes", "swapdims", "rot90", "broadcast_to",
     "adjoint", "mH", "squeeze_", "ravel", "matrix_H", "as_strided",
 }  # fmt: skip
+_MASKS = (torch.bool, torch.uint8)
 
 
 def moved(ids: ChannelIds, call: Call) -> Any:
@@ -143,6 +144,35 @@ def _split(
         for e in range(where.shape[1])
     ]
     ids.tie(old, np.array(joined, dtype=np.int64))
+
+
+def indexed(ids: ChannelIds, call: Call) -> State | None:
+    """The state of entries that numbers pick along some axes, such as the last step of each
+    sequence; the other axes keep their channels. None for masks, which pick as many as they have.
+    """
+    x = call.args[0]
+    if call.name == "index_select":
+        picks = {call.argument("dim") % x.value.ndim: call.argument("index")}
+    else:
+        picks = {k: i for k, i in enumerate(call.argument("indices")) if i is not None}
+    if any(not isinstance(i, State) or i.value.dtype in _MASKS for i in picks.values()):
+        return None
+    why = f"entries of it are picked by their numbers in {call.layer or 'forward'}"
+    for k, index in picks.items():
+        for axis in (x.axes[k], *index.axes):
+            ids.fix(axis, why)
+    value, unknown = call.values(), x.unknown
+    if any(bool(index.unknown.any()) for index in picks.values()):
+        first = x.value[
+            tuple(slice(0, 1) if k in picks else slice(None) for k in range(len(x.axes)))
+        ]
+        unknown = (unknown | (x.value != first)).any(tuple(picks), keepdim=True).expand(x.shape)
+    rest = [axis for k, axis in enumerate(x.axes) if k not in picks]
+    together = max(picks) - min(picks) < len(picks)
+    place = min(picks) if together else 0
+    new = fixed(value.shape[place : value.ndim - len(rest) + place])
+    unknown = call.run(lambda state: unknown if state is x else state.value)
+    return state_of(value, unknown, (*rest[:place], *new, *rest[place:]))
 
 
 def joined(ids: ChannelIds, call: Call) -> State:

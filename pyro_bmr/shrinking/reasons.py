@@ -12,7 +12,8 @@ from torch import fx
 
 from pyro_bmr.shrinking.analysis import Analysis
 from pyro_bmr.shrinking.contractions import Read
-from pyro_bmr.shrinking.states import State, layer_of
+from pyro_bmr.shrinking.recurrent import GATES
+from pyro_bmr.shrinking.states import State, layer_of, operation
 
 
 def reasons_of(analysis: Analysis) -> Mapping[str, str]:
@@ -23,7 +24,9 @@ def reasons_of(analysis: Analysis) -> Mapping[str, str]:
         if read.layer:
             if why := _padding(analysis, read):
                 found[read.layer] = why
-            elif why := _constant_outputs(analysis, read.node, read):
+            elif (why := _units(analysis, read)) or (
+                why := _constant_outputs(analysis, read.node, read)
+            ):
                 found.setdefault(read.layer, why)
     return found
 
@@ -38,6 +41,14 @@ def _padding(analysis: Analysis, read: Read) -> str:
         f"reads the constant input channels {kept.nonzero()[0].tolist()} through zero padding,"
         " where a constant is not a bias; they are kept"
     )
+
+
+def _units(analysis: Analysis, read: Read) -> str:
+    """Why the units of a recurrent layer are kept, whether or not anything reads them."""
+    own = operation(read.node) in GATES and read.tables[0][1] is read.inputs
+    if not own or analysis.prunable(read.inputs):
+        return ""
+    return f"its units are kept: {analysis.reason(read.inputs)}"
 
 
 def _constant_outputs(analysis: Analysis, node: fx.Node, read: Read) -> str:

@@ -58,7 +58,7 @@ OPERATIONS = {
     "moved": "view, reshape, flatten, permute, transpose, expand, slice, select, split, chunk,"
     " unbind, cat, stack, pad, roll, flip, repeat, unfold, im2col, pixel_shuffle",
     "pixel by pixel": "pooling, upsampling, reflecting and replicating pads",
-    "tables": "embedding, embedding_bag, index",
+    "tables": "embedding, embedding_bag, index, index_select",
     "along an axis": "softmax, cumsum, sort, topk, max, min, std, var, norms, fft",
     "recurrent": "lstm, gru, rnn_tanh, rnn_relu",
     "whole": "every other operation: what it reads is kept",
@@ -152,6 +152,8 @@ _SPECIAL: dict[str, Callable[[ChannelIds, Call], Any]] = {
     "_native_batch_norm_legit_no_training": elementwise.batch_norm,
     "embedding": normalisations.embedding,
     "embedding_bag": normalisations.embedding,
+    "index": movement.indexed,
+    "index_select": movement.indexed,
     "cat": movement.joined,
     "concat": movement.joined,
     "stack": movement.joined,

@@ -187,3 +187,48 @@ def test_a_reduction_by_unit_makes_it_smaller():
     reduction = bmr.reduce(posterior, to=bmr.Gaussian(scale=0), per="unit", kept=kept)
     small = bmr.shrink(bmr.export(program, reduction.posterior), reduction.masks, x)
     assert small.cell.hidden_size == 3
+
+
+STEPS = {  # which steps of a sequence the network reads, for sequences of other lengths
+    "a step of each": lambda y, n: y[torch.arange(y.shape[0]), n - 1],
+    "two steps of each": lambda y, n: y[
+        torch.arange(y.shape[0])[:, None], torch.stack([n - 1, 0 * n], 1)
+    ].sum(1),
+    "known steps": lambda y, n: y[:, torch.tensor([0, 2, -1])].mean(1),
+    "selected steps": lambda y, n: y.index_select(1, torch.tensor([0, 2])).mean(1),
+    "gathered": lambda y, n: y.gather(1, (n - 1)[:, None, None].expand(-1, 1, 6)).squeeze(1),
+    "units by number": lambda y, n: y.mean(1)[:, torch.tensor([5, 4, 3, 2, 1, 0])],
+}  # fmt: skip
+
+
+class OfSteps(nn.Module):
+    def __init__(self, kind, step):
+        super().__init__()
+        self.cell, self.out, self.step = kind(4, 6, batch_first=True), nn.Linear(6, 2), STEPS[step]
+
+    def forward(self, x, lengths):
+        return self.out(torch.tanh(self.step(self.cell(x)[0], lengths)))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("step", STEPS)
+def test_steps_that_are_picked_by_number_leave_the_units_alone(kind, step):
+    torch.manual_seed(2)
+    net = OfSteps(kind, step).double()
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in net.named_parameters()}
+    for name in ("out.weight", "cell.weight_hh_l0"):
+        masks[name][:, [0, 2, 3]] = False
+    rows = {"x": torch.randn(3, 5, 4), "lengths": torch.tensor([5, 2, 3])}
+    plan = bmr.shrinking.shrink_plan(net, masks, rows)
+    small = plan.apply()
+    x, lengths = torch.randn(5, 8, 4).double(), torch.tensor([1, 8, 3, 4, 7])
+    want = masked(net, masks)(x, lengths)
+    torch.testing.assert_close(small(x, lengths), want, rtol=0, atol=1e-14)
+    kept = {"gathered": "'gather' in forward", "units by number": "picked by their numbers"}
+    if step in kept:
+        assert small.cell.hidden_size == 6
+        assert (
+            plan.kept["cell"].startswith("its units are kept: ") and kept[step] in plan.kept["cell"]
+        )
+    else:
+        assert small.cell.hidden_size == 3 and not plan.kept

@@ -161,3 +161,50 @@ def test_groups_keep_as_many_channels_at_places_of_their_own(kept, transposed):
     of = small[2].in_channels if transposed else small[2].out_channels
     assert of == int(left.sum())
     assert small[2].groups == int(left.view(groups, -1).any(1).sum())
+
+
+PLACES = torch.tensor([0, 1])
+
+
+def two_of(a):
+    """(channels, 2, rows, places)"""
+    return torch.stack([a.transpose(0, 1)] * 2, 1)
+
+
+PICKED = {
+    "two axes apart": (lambda a, n: a[torch.arange(len(a)), :, n], True),
+    "two axes together": (lambda a, n: a.mT[torch.arange(len(a)), n], True),
+    "two later axes apart": (lambda a, n: two_of(a)[:, PLACES, :, PLACES].sum(0).T, True),
+    "along the last": (lambda a, n: a[..., torch.tensor([2, 0])].flatten(2).mean(2), True),
+    "one place": (lambda a, n: a[:, :, torch.tensor(1)], True),
+    "selected": (lambda a, n: a.index_select(-1, torch.tensor([2, 2])).sum(-1), True),
+    "channels": (lambda a, n: a.mean(2)[:, torch.arange(7, -1, -1)], False),
+}
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.5])
+@pytest.mark.parametrize("case", PICKED)
+def test_entries_that_are_picked_by_number_keep_the_channels_of_other_axes(case, constant):
+    """A channel that is constant in all places stays so; one that differs between them does not."""
+    pick, smaller = PICKED[case]
+
+    class Picked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Conv1d(4, 8, 1), torch.nn.Linear(8, 3)
+            self.places = torch.nn.Parameter(torch.randn(8, 3))
+
+        def forward(self, x, n):
+            return self.b(pick(torch.tanh(self.a(x)) * self.places, n))
+
+    torch.manual_seed(0)
+    net = Picked().double()
+    with torch.no_grad():
+        net.a.weight[:5], net.a.bias[:5] = 0, 0
+        net.a.bias[3:5] = constant
+        net.places[3] = 1.0
+    x, n = torch.randn(3, 4, 3).double(), torch.tensor([0, 2, 1])
+    small = bmr.shrink(net, {}, {"x": x, "n": n})
+    other, m = torch.randn(3, 4, 3).double(), torch.tensor([2, 2, 0])
+    torch.testing.assert_close(small(other, m), net(other, m), rtol=0, atol=1e-12)
+    assert (len(small.a.weight) < 8) == smaller
