@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import DataError, ModelError
-from pyro_bmr.likelihoods.support import check_targets
+from pyro_bmr.likelihoods.support import check_observed
 from pyro_bmr.tracing import Values, likelihood_of
 
 FISHERS = ("true", "empirical", "gauss-newton")
@@ -54,7 +54,7 @@ class Loss:
                     " class, or take Bernoulli() for one of yes or no"
                 )
             if y is not None:
-                check_targets(name, site["fn"], y, y)
+                check_observed(name, site["fn"], y, y)
 
     @torch.no_grad()
     def drawn(self, output: Tensor, y: Tensor | None, read: Mapping[str, Tensor]) -> Tensor:

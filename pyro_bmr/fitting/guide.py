@@ -17,10 +17,8 @@ from pyro.nn import PyroModule
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from pyro_bmr.errors import FitError
+from pyro_bmr.errors import CANNOT_RUN, FitError, first_line
 from pyro_bmr.fitting.arguments import Program
-from pyro_bmr.fitting.program_error import first_line
-from pyro_bmr.fitting.program_run import CANNOT_RUN
 from pyro_bmr.fitting.rows import Batch
 from pyro_bmr.guides.sites import check_guide, guide_shapes
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from pyro_bmr.data.batch import first_rows, rows_at
 from pyro_bmr.errors import DataError, FitError, PyroBMRError, warn
 from pyro_bmr.fitting.arguments import Program
-from pyro_bmr.fitting.observed_targets import check_observed, is_target
 from pyro_bmr.fitting.program_error import observes_nothing
 from pyro_bmr.fitting.program_run import ProgramRun, equal, run_of, run_on, running, shape_in
 from pyro_bmr.fitting.rows import Batch, LoaderRows, Rows
 from pyro_bmr.guides.latent_sites import base_distribution
 from pyro_bmr.likelihoods.ignored import Ignoring
+from pyro_bmr.likelihoods.support import check_observed, is_target
 from pyro_bmr.tracing import Values
 
 _EXAMPLE = 8  # rows on which a program is tried

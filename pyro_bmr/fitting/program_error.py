@@ -18,7 +18,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
 from pyro_bmr.data.inputs import described, parts_of
-from pyro_bmr.errors import FitError
+from pyro_bmr.errors import FitError, first_line
 from pyro_bmr.fitting.arguments import PROGRAM, Program
 from pyro_bmr.fitting.rows import Batch
 from pyro_bmr.guides.latent_sites import base_distribution
@@ -97,11 +97,6 @@ def of_another_dtype(name: str, msg: Any, error: BaseException) -> FitError | No
                 f" ({first_line(error)}); write obs={words} in the program, or give {words}"
             )
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the message of an error, or its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _takes(fn: Any, value: Tensor, dtype: torch.dtype) -> bool:

@@ -1,6 +1,6 @@
 """One run of a program on few rows: its latent values, and what the observed sites have there.
 
-Owns `ProgramRun`, `run_on`, `run_of` and `running`. Next: `observed_targets.py`.
+Owns `ProgramRun`, `run_on`, `run_of` and `running`. Next: `program.py`.
 """
 
 from __future__ import annotations
@@ -14,22 +14,12 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_bmr.errors import CANNOT_RUN
 from pyro_bmr.fitting.arguments import Program
 from pyro_bmr.fitting.program_error import SitesReached, does_not_run, of_another_dtype
 from pyro_bmr.fitting.rows import Batch
 from pyro_bmr.isolation import seed_generators
 from pyro_bmr.tracing import Values
-
-CANNOT_RUN = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-)
-"""The errors that a program may raise on rows that it cannot take."""
 
 
 class ProgramRun(NamedTuple):
