@@ -187,7 +187,7 @@ class Rounds:
             raise ReductionError(
                 f"per={described(per)}: no group of the weights that can be pruned,"
                 f" {', '.join(shapes)}, could be removed whole; prune single weights, or give"
-                " labels"
+                " labels >= 0"
             )
         return labels
 

@@ -124,8 +124,8 @@ def group_labels(
             path → number.
 
     Raises:
-        ReductionError: `per` is none of these, a label does not fit its site, labels put no entry
-            into a group, or the heads do not divide the width.
+        ReductionError: `per` is none of these, a label does not fit its site, there are no labels,
+            or the heads do not divide the width.
     """
     if isinstance(per, Mapping):
         return _own_labels(shapes, per)
@@ -226,18 +226,15 @@ def _tiles(shape: tuple[int, ...], block: Block) -> Tensor | None:
 
 
 def check_labels(per: Mapping[str, Tensor]) -> None:
-    """Raises ReductionError where labels are not tensors, or put no entry into a group."""
+    """Raises ReductionError where labels are not tensors, or there are none."""
     for name, own in per.items():
         if not isinstance(own, Tensor):
             raise ReductionError(
                 f"per: expected a tensor of integers for site '{name}', the group of each entry,"
                 f" got {described(own)}"
             )
-    if not any(bool((own >= 0).any()) for own in per.values()):
-        raise ReductionError(
-            "per: expected labels >= 0 for the entries that are in a group, got none, so that"
-            " nothing could be pruned"
-        )
+    if not per:
+        raise ReductionError("per: expected labels for one site at least, got an empty mapping")
 
 
 def _own_labels(shapes: Shapes, per: Mapping[str, Tensor]) -> dict[str, Tensor]:

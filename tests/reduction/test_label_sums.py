@@ -119,10 +119,9 @@ def test_entries_in_no_group_stay(kept):
     assert found.masks["w"].all() and found.delta_f == 0
 
 
-def test_a_layer_by_itself_keeps_its_units():
-    torch.manual_seed(3)
+def test_a_layer_by_itself_has_no_unit_that_could_go():
     data = torch.randn(50, 4), torch.randint(3, (50,))
-    found = bmr.prune(
-        torch.nn.Linear(4, 3), data, bmr.Categorical(), kept=0.5, per="unit", progress=False
-    )
-    assert found.reduction.kept == 1 and (found.net.weight != 0).all()
+    with pytest.raises(bmr.errors.ReductionError, match="per='unit': no group.*weight"):
+        bmr.prune(
+            torch.nn.Linear(4, 3), data, bmr.Categorical(), kept=0.5, per="unit", progress=False
+        )
