@@ -64,14 +64,21 @@ def _gradients(
             found: dict[str, Tensor] = rows_of(values, x, g)
         return found
     except (RuntimeError, NotImplementedError, ValueError):
-        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         rows = [
-            torch.autograd.grad(
-                product(leaves, of_each(lambda part, k=k: part[k], x), g[k]),  # type: ignore[misc]
-                list(leaves.values()),
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            _gradient(product, values, of_each(lambda part, k=k: part[k], x), g[k])  # type: ignore[misc]
             for k in range(len(g))
         ]
         return dict(zip(values, map(torch.stack, zip(*rows, strict=True)), strict=True))
+
+
+def _gradient(
+    product: Callable[..., Tensor], values: dict[str, Tensor], row: Inputs, g: Tensor
+) -> list[Tensor]:
+    """Of one row by each parameter, 0 for those that it does not use."""
+    leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+    found = product(leaves, row, g)
+    if not found.requires_grad:
+        return [torch.zeros_like(value) for value in values.values()]
+    return list(
+        torch.autograd.grad(found, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    )

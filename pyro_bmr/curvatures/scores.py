@@ -7,6 +7,7 @@ Owns `Loss` and `output_gradients`. Next: `network_batches.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_bmr.errors import DataError, ModelError
-from pyro_bmr.likelihoods.support import check_observed
+from pyro_bmr.likelihoods import Categorical
+from pyro_bmr.likelihoods.support import check_observed, is_target
 from pyro_bmr.tracing import Values, likelihood_of
 
 FISHERS = ("true", "empirical", "gauss-newton")
@@ -40,21 +42,22 @@ class Loss:
     @torch.no_grad()
     def check(self, output: Tensor, y: Tensor | None, read: Mapping[str, Tensor]) -> None:
         """Raises DataError unless the output and the targets, if there are any, go together: their
-        shapes, and y in the support, such as 0 … classes − 1.
+        shapes, and y in the support, such as 0 … classes − 1. Of a likelihood of one's own only a
+        site that has y itself is looked at.
         """
         values = {name: value.to(output) for name, value in self.values.items()}
         with torch.random.fork_rng(), Values(values) as run:
             self.likelihood.observe(output, y, **read)
+        if type(self.likelihood) is Categorical and _classes(self.likelihood, output) < 2:
+            raise DataError(
+                "Categorical: expected at least two classes, got an output of shape"
+                f" {tuple(output.shape)}; give the network an output for each class, or take"
+                " Bernoulli() for one of yes or no"
+            )
         for name, site in run.observed.items():
-            classes = getattr(site["fn"].support, "base_constraint", site["fn"].support)
-            if getattr(classes, "upper_bound", None) == 0 and classes.is_discrete:
-                raise DataError(
-                    f"{type(self.likelihood).__name__}: expected at least two classes, got an"
-                    f" output of shape {tuple(output.shape)}; give the network an output for each"
-                    " class, or take Bernoulli() for one of yes or no"
-                )
-            if y is not None:
-                check_observed(name, site["fn"], y, y)
+            if y is not None and is_target(site["value"], y):
+                with suppress(NotImplementedError):  # a distribution without a support
+                    check_observed(name, site["fn"], y, y)
 
     @torch.no_grad()
     def drawn(self, output: Tensor, y: Tensor | None, read: Mapping[str, Tensor]) -> Tensor:
@@ -118,3 +121,7 @@ def _hessian_roots(nll: Tensor, output: Tensor) -> Iterator[Tensor]:
     root = vectors * values.clamp_min(0).sqrt()[:, None]
     for k in reversed(range(width)):  # the largest first
         yield root[:, :, k].reshape(output.shape).to(output.dtype)
+
+
+def _classes(likelihood: Categorical, output: Tensor) -> int:
+    return output.shape[1 if likelihood.class_axis == 1 else -1]

@@ -36,7 +36,7 @@ from pyro_bmr.estimators.table_model import (
 )
 
 _ROWS = 1024  # predicted at once
-_ROUNDING = 1e-12  # of its largest value, in which a constant target differs
+_ROUNDING = 1e-13  # of its largest value, in which a constant target differs
 _DISPERSED = 1.5  # times the variance of Poisson counts
 
 
@@ -116,7 +116,7 @@ class SparseRegressor(RegressorMixin, TableModel):
         table = self._table(X, reset=True)
         with as_table_error("y"):
             check_consistent_length(X, y)
-        constant = bool(np.ptp(y) <= _ROUNDING * np.abs(y).max())
+        constant = name not in COUNTS and bool(np.ptp(y) <= _ROUNDING * np.abs(y).max())
         center, scale = (float(y[0]), 1.0) if constant else _units(name, y)
         family = number_family(name, likelihood, y, scale)
         if constant and (family is None or "scale" in getattr(family, "learned", ())):

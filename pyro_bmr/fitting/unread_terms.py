@@ -24,7 +24,9 @@ def number_of(value: Tensor) -> Number:
     tensor.
     """
     value = value.detach()
-    return float(value) if value.device.type == "cpu" else value.reshape(())
+    if value.device.type == "cpu":
+        return float(value)
+    return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
 
 
 class UnreadTerms:
@@ -59,7 +61,7 @@ class UnreadTerms:
 
 def first_not_finite(read: Sequence[tuple[int, Sequence[float]]]) -> int | None:
     """The first step of which a term is not finite, if there is one."""
-    return next((step for step, terms in read if not math.isfinite(math.fsum(terms))), None)
+    return next((step for step, terms in read if not all(map(math.isfinite, terms))), None)
 
 
 def _together(tensors: list[Tensor]) -> list[float]:

@@ -34,9 +34,11 @@ def check_observed(name: str, fn: Any, few: Tensor, y: Tensor) -> None:
     support = _with_numbers(fn.support)
     if not (hasattr(support, "lower_bound") or holds(lambda: support.is_discrete)):
         return
+    if any(isinstance(getattr(support, bound, None), Tensor) for bound in _BOUNDS):
+        y = few  # bounds of each row are known for the first few alone
     try:
         good = support.check(y)
-    except RuntimeError:  # bounds that differ between the rows are known for the first few alone
+    except RuntimeError:
         y = few
         good = support.check(y)
     if not bool(good.all()):
@@ -55,19 +57,22 @@ def check_observed(name: str, fn: Any, few: Tensor, y: Tensor) -> None:
 
 
 def _with_numbers(support: Any) -> Any:
-    """The constraint of each entry, with a number for a bound that is the same in all rows."""
+    """The constraint of each entry, with a number for a bound that is one number spread over all
+    rows; bounds of each row that are equal in a few may differ in others.
+    """
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     support = copy.copy(support)
     for name in _BOUNDS:
         bound = getattr(support, name, None)
-        if (
-            isinstance(bound, Tensor)
-            and bound.numel()
-            and bool((bound == bound.flatten()[0]).all())
-        ):
+        if isinstance(bound, Tensor) and bound.numel() and not any(_steps(bound)):
             setattr(support, name, bound.flatten()[0].item())
     return support
+
+
+def _steps(t: Tensor) -> list[int]:
+    """The strides of the axes with several entries."""
+    return [step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1]
 
 
 def _in_words(support: Any) -> str:

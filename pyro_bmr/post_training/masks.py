@@ -104,10 +104,11 @@ def _grouped(
     for label in labels.values():
         rank = _with_least(rank, label, kept * floor)
     order = rank.argsort(descending=True)
-    free = size.sum()
-    after = free - size[order].cumsum(0)  # weights that are kept once this group is pruned too
+    left = size - gone
+    after = left.sum() - left[order].cumsum(0)  # weights that are kept once this group is gone too
     pruned = torch.zeros(count, dtype=torch.bool)
-    least = kept * free * (1 - 1e-9)  # a fraction that fits exactly is met, whatever the rounding
+    # a fraction that fits exactly is met, whatever the rounding
+    least = kept * size.sum() * (1 - 1e-9)
     pruned[order[: int((after >= least).sum())]] = True
     pruned &= rank > -torch.inf
     pruned |= rank == torch.inf

@@ -35,7 +35,7 @@ from pyro_bmr.post_training.steps import (
 from pyro_bmr.reduction.attention_heads import Heads, heads_of
 from pyro_bmr.reduction.groups import NofM, group_labels
 
-_FEW = 0.1  # of the weights: so many may be left out without a word
+_FEW = 0.1  # of the weights: so many may be left out, or be zero, without a word
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Rounds:
             entries, zeros = entries + zero.numel(), zeros + int(zero.count_nonzero())
             if bool(zero.any()):
                 self.held[name] = layer.with_held(zero)
-        if zeros and 1 - zeros / entries < self.settings.sizes[-1]:
+        if zeros > _FEW * entries and 1 - zeros / entries < self.settings.sizes[-1]:
             warn(
                 f"prune: {zeros / entries:.1%} of the weights are zero already and stay so, which"
                 f" is more than kept={self.settings.sizes[-1]:g} asks for"

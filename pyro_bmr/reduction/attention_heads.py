@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyro_bmr.checks import is_whole
 from pyro_bmr.errors import ReductionError, described
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -87,13 +88,16 @@ def head_labels(shapes: Shapes, heads: Counts, names: Heads | None = None) -> di
     """Site → the number of each entry's head, unique over the layers; −1 for what is of no head.
 
     Args:
-        heads: how many the queries have, in all layers or by the path of a layer.
+        heads: how many the queries have, in all layers, or by the path of a layer, of those layers
+            alone.
         names: of the projections; None for torch's attention and the `KNOWN` names.
 
     Raises:
         ReductionError: there is no such layer, or the heads do not divide its widths.
     """
     layers = dict(_layers(shapes, names))
+    if isinstance(heads, Mapping) and not layers.keys().isdisjoint(heads):
+        layers = {path: sides for path, sides in layers.items() if path in heads}
     if not layers:
         raise ReductionError(
             "per: no site is a projection of an attention layer"
@@ -104,6 +108,8 @@ def head_labels(shapes: Shapes, heads: Counts, names: Heads | None = None) -> di
     labels, used = {name: torch.tensor(-1).expand(shape) for name, shape in shapes.items()}, 0
     for path, sides in layers.items():
         count = heads.get(path) if isinstance(heads, Mapping) else heads
+        if count is not None and not is_whole(count, 1):
+            raise ReductionError(f"heads={described(count)}: expected a whole number > 0")
         if count is None:
             raise ReductionError(
                 f"per='head': how many heads has '{path}'? pass heads=8, or heads={{'{path}': 8}}"
@@ -148,11 +154,11 @@ def _layers(shapes: Shapes, names: Heads | None) -> Iterator[tuple[str, list[_Si
         for path, sides in found.items():
             output = f"{path}.out_proj.weight".removeprefix(".")
             yield path, [*sides, *([_Side(output, 1)] if output in shapes else [])]
-    for known in KNOWN if names is None else (names,):
-        yield from _named(shapes, known)
+    for each in KNOWN if names is None else (names,):
+        yield from _named(shapes, each, names is None)
 
 
-def _named(shapes: Shapes, names: Heads) -> Iterator[tuple[str, list[_Side]]]:
+def _named(shapes: Shapes, names: Heads, known: bool) -> Iterator[tuple[str, list[_Side]]]:
     first, parts = names.inputs[0], 3 if len(names.inputs) == 1 else 1
     for site in shapes:
         if not f".{site}".endswith(f".{first}.weight"):
@@ -162,6 +168,14 @@ def _named(shapes: Shapes, names: Heads) -> Iterator[tuple[str, list[_Side]]]:
         if any(len(shapes.get(name, ())) != 2 for name in weights):
             continue
         rows, columns = (1, 0) if names.transposed else (0, 1)
+        if parts == 3 and shapes[weights[0]][rows] != 3 * shapes[weights[-1]][columns]:
+            if known:  # such as the keys and values of cross attention
+                continue
+            raise ReductionError(
+                f"{names}: expected '{weights[0]}' to have three times the {names.output} width"
+                f" {shapes[weights[-1]][columns]}, got {shapes[weights[0]][rows]}; queries, keys"
+                " and values in one must have as many heads, else pass labels of your own"
+            )
         sides = [_Side(weights[-1], columns)]
         for name in names.inputs:
             reads = name != first

@@ -120,8 +120,8 @@ def group_labels(
             - `Block`: a tile of a matrix. Vectors are in no group.
             - a mapping from sites to integer tensors that broadcast to the site: entries with one
               number, in whatever site, are one group; negative: in none.
-        heads: for ``"head"`` and `Heads`: the number of heads, of all attention layers or module
-            path → number.
+        heads: for ``"head"`` and `Heads`: the number of heads, of all attention layers, or module
+            path → number, of these layers.
 
     Raises:
         ReductionError: `per` is none of these, a label does not fit its site, there are no labels,

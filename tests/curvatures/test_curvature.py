@@ -1,5 +1,7 @@
 """The curvature of networks, held against dense matrices that autograd gives."""
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -410,3 +412,59 @@ def test_labels_outside_the_classes():
     for fisher in ("true", "empirical"):
         with pytest.raises(bmr.errors.DataError, match="got -100 in row 3.*ignore_index"):
             bmr.curvature(net, (x, y), bmr.Categorical(), fisher=fisher, progress=False)
+
+
+class Chosen(nn.Module):
+    """Uses its gain for some of the rows alone, in a way that vmap cannot take."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.last = nn.Parameter(torch.ones(3)), nn.Linear(3, 1)
+        self.last.requires_grad_(False)
+
+    def forward(self, x):
+        return self.last(torch.stack([row * self.gain if row.sum() > 0 else row for row in x]))
+
+
+def test_rows_that_do_not_use_a_parameter_count_as_nothing():
+    net, x = Chosen(), torch.tensor([[1.0, 2.0, 3.0], [-1.0, -2.0, -3.0]])
+    found = bmr.curvature(net, x, bmr.Normal(noise=1.0), fisher="gauss-newton", progress=False)
+    want = (x[0] * net.last.weight[0]).square()
+    torch.testing.assert_close(found["gain"], want)
+
+
+class Own:
+    """A likelihood of one's own."""
+
+    inferred = ()
+
+    def __init__(self, observe):
+        self.observe = observe
+
+
+def test_a_likelihood_of_ones_own_is_left_alone():
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 3), torch.randn(20, 2)
+
+    def two(output, y=None):
+        with pyro.plate("rows", len(output)):
+            for k in range(2):
+                obs = None if y is None else y[:, k]
+                pyro.sample(f"y{k}", dist.Normal(output[:, k], 1.0), obs=obs)
+
+    def transformed(output, y=None):
+        with pyro.plate("rows", len(output)):
+            yes = None if y is None else (y[:, 0] > 0).float()
+            pyro.sample("yes", dist.Bernoulli(logits=output[:, 0]), obs=yes)
+
+    def counts(output, y=None):
+        with pyro.plate("rows", len(output)):
+            size = torch.arange(len(output)) + 5.0
+            number = None if y is None else y[:, 0].abs().round()
+            pyro.sample("n", dist.Binomial(size, logits=output[:, 0]), obs=number)
+
+    for observe in (two, transformed, counts):
+        found = bmr.curvature(
+            nn.Linear(3, 2), (x, y), Own(observe), fisher="empirical", progress=False
+        )
+        assert found["weight"][0].isfinite().all()

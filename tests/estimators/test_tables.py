@@ -214,6 +214,22 @@ def test_a_constant_target_is_told(family, value):
                 small(prior=prior).fit(frame, y)
 
 
+@pytest.mark.parametrize("family", ["poisson", "negative-binomial"])
+@pytest.mark.parametrize("value", [1, 3])
+def test_counts_that_are_all_the_same(family, value):
+    frame, y = table()
+    mean = small(family=family).fit(frame, 0 * y + value).predict(frame)
+    assert mean == pytest.approx(value, rel=0.2)
+
+
+@pytest.mark.parametrize(("large", "small_steps"), [(1e9, 1e-4), (1.7e18, 1e5)])
+def test_a_target_that_varies_little_is_not_constant(large, small_steps):
+    frame, _ = table()
+    y = large + small_steps * (frame["age"] - frame["age"].mean()) / frame["age"].std()
+    model = small().fit(frame[["age", "noise"]], y)
+    assert model.kept_.tolist() == [True, False]
+
+
 def copies():
     """Columns of which some are others in other units or words."""
     frame, y = table(120)

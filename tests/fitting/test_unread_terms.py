@@ -34,6 +34,7 @@ def test_sixteen_steps_are_due():
 def test_the_first_step_that_is_not_finite(term):
     read = [(1, [0.5, 1.0]), (2, [0.5, term]), (3, [term, term])]
     assert first_not_finite(read) == 2 and first_not_finite(read[:1]) is None
+    assert first_not_finite([(4, [-math.inf, math.inf, 0.0])]) == 4
 
 
 def test_a_number_has_no_graph_and_stays_on_its_device():

@@ -80,3 +80,15 @@ def test_a_row_that_is_outside_a_support_of_rows_is_shown():
 
     with pytest.raises(bmr.errors.DataError, match=r"got \[1.0, 1.0, 1.0\] in row 0"):
         fit(program, (X, torch.ones(40, 3)))
+
+
+def test_bounds_that_are_alike_in_the_first_rows_may_differ_later():
+    size = torch.where(torch.arange(40) < 20, 5.0, 50.0)
+    y = torch.where(torch.arange(40) < 20, 3.0, 33.0)
+
+    def program(x, y=None):
+        f = x[:, :3] @ pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Binomial(x[:, 3], logits=f), obs=y)
+
+    assert "w" in fit(program, (torch.cat([X, size[:, None]], 1), y)).posterior.sites

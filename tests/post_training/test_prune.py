@@ -410,3 +410,14 @@ def test_a_result_is_described_in_a_line(trained):
     pruned = bmr.prune(net, x, bmr.Categorical(), 0.5, path=[], **FEW)
     assert repr(pruned) == "Pruned(2 layers, 50.0% of 2,960 weights kept)"
     assert len(repr(pruned.layers["0.weight"])) < 200
+
+
+def test_zeros_inside_groups_count_as_pruned():
+    net, x, _ = small(20)
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.weight[:, ::2] = 0
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.4, per="unit", path=[], **FEW)
+    grouped = [pruned.masks[name] for name in ("0.weight", "2.weight")]
+    kept = sum(int(m.sum()) for m in grouped) / sum(m.numel() for m in grouped)
+    assert 0.4 <= kept < 0.43  # of them 0.5 is there, and a unit has 0.02 of the entries

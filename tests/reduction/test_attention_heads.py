@@ -146,7 +146,7 @@ def test_prune_takes_the_number_of_heads_from_the_network():
         ({"q.weight": (4, 4)}, 2, "no site is a projection"),
         ({"qkv.weight": (12, 4), "proj.weight": (4, 4)}, None, "how many heads has ''"),
         ({"qkv.weight": (12, 4), "proj.weight": (4, 4)}, 3, "does not divide"),
-        ({"qkv.weight": (12, 4), "proj.weight": (4, 4)}, 0, "does not divide"),
+        ({"qkv.weight": (12, 4), "proj.weight": (4, 4)}, 0, "a whole number > 0"),
         (
             {"q_proj.weight": (8, 5), "k_proj.weight": (6, 5), "v_proj.weight": (6, 5),
              "o_proj.weight": (5, 8)},
@@ -165,3 +165,31 @@ def test_layers_that_are_refused(shapes, heads, message):
 def test_names_that_are_refused(arguments):
     with pytest.raises(ReductionError, match="names of three projections"):
         Heads(*arguments)
+
+
+def test_fused_projections_of_fewer_keys_are_no_thirds():
+    """Four heads of queries and one of keys and values, of width 4, in one."""
+    shapes = {"a.qkv.weight": (24, 16), "a.proj.weight": (16, 16)}
+    with pytest.raises(ReductionError, match="three times the proj width 16, got 24"):
+        head_labels(shapes, 4, Heads(("qkv",), "proj"))
+    with pytest.raises(ReductionError, match="no site is a projection"):
+        head_labels(shapes, 4)
+    # GPT-2's cross attention has keys and values alone in c_attn
+    cross = {"x.c_attn.weight": (12, 24), "x.c_proj.weight": (12, 12)}
+    own = {"y.c_attn.weight": (12, 36), "y.c_proj.weight": (12, 12)}
+    found = head_labels({**cross, **own}, 2)
+    assert bool((found["x.c_attn.weight"] == NONE).all())
+    assert columns(found, "y.c_attn.weight") == 3 * ([0] * 6 + [1] * 6)
+
+
+def test_a_mapping_names_the_layers():
+    shapes = {"m.in_proj_weight": (12, 4), "m.out_proj.weight": (4, 4)}
+    others = {f"x.{name}.weight": (4, 4) for name in "qkvo"}
+    found = head_labels({**shapes, **others}, {"m": 2})
+    assert rows(found, "m.in_proj_weight") == 3 * [0, 0, 1, 1]
+    assert all(bool((found[name] == NONE).all()) for name in others)
+    with pytest.raises(ReductionError, match="how many heads has 'm'"):
+        head_labels(shapes, {"other": 2})
+    for count in (4.0, "4", True):
+        with pytest.raises(ReductionError, match="expected a whole number > 0"):
+            head_labels(shapes, count)
