@@ -182,7 +182,8 @@ class Rounds:
         labels = dict(group_labels(shapes, per, heads))
         if per in ("unit", "channel"):  # those of the last layer are the outputs
             last = list(shapes)[-1]
-            labels[last] = torch.tensor(-1).expand(shapes[last])
+            if not self._has_frozen_after(last):
+                labels[last] = torch.tensor(-1).expand(shapes[last])
         if not any(bool((label >= 0).any()) for label in labels.values()):
             raise ReductionError(
                 f"per={described(per)}: no group of the weights that can be pruned,"
@@ -190,6 +191,11 @@ class Rounds:
                 " labels >= 0"
             )
         return labels
+
+    def _has_frozen_after(self, name: str) -> bool:
+        """Whether a frozen matrix comes after the weight in the network."""
+        matrices = [n for n, p in self.net.named_parameters() if p.ndim > 1]
+        return not set(matrices[matrices.index(name) :]).isdisjoint(self.settings.frozen)
 
     def _within(
         self, per: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]

@@ -354,6 +354,19 @@ def test_what_is_frozen_stays_as_it_is():
     assert len(all_frozen.masks) == 3
 
 
+def test_units_before_a_frozen_head_are_no_outputs():
+    net, x, _ = small(20)
+    net[4].requires_grad_(False)
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.5, per="unit", **FEW)
+    rows = {name: mask.any(1) for name, mask in pruned.masks.items()}
+    assert set(rows) == {"0.weight", "2.weight"} and not rows["2.weight"].all()
+    assert pruned.kept == pytest.approx(0.5, abs=0.06)
+    net[4].requires_grad_(True)
+    net[0].requires_grad_(False)
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.5, per="unit", **FEW)
+    assert pruned.masks["4.weight"].all() and not pruned.masks["2.weight"].all()
+
+
 def test_the_network_can_be_trained_as_before():
     net, x, y = small()
     net[0].bias.requires_grad_(False)
