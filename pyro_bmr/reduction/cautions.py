@@ -36,8 +36,8 @@ def _of_correlations(name: str, before: Site, result: SiteReduction) -> Iterator
     joint = result.site.joint
     if isinstance(joint, HeldMatrixNormal) and (words := not_converged(joint)):
         yield f"site '{name}': {words}"
-    pruned = before.kept & ~result.site.kept
-    if joint is not None and result.terms == 1 and bool(pruned.any()):
+    pruned = None if joint is None or result.terms != 1 else before.kept & ~result.site.kept
+    if pruned is not None and bool(pruned.any()):
         alone = total(result.spike_delta_f, pruned)
         together = result.delta_f if result.upper is None else result.upper
         # each by itself says that it can go
