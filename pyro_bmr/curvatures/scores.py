@@ -45,17 +45,19 @@ class Loss:
         shapes, and y in the support, such as 0 … classes − 1. Of a likelihood of one's own only a
         site that has y itself is looked at.
         """
-        values = {name: value.to(output) for name, value in self.values.items()}
-        with torch.random.fork_rng(), Values(values) as run:
-            self.likelihood.observe(output, y, **read)
         if type(self.likelihood) is Categorical and _classes(self.likelihood, output) < 2:
             raise DataError(
                 "Categorical: expected at least two classes, got an output of shape"
                 f" {tuple(output.shape)}; give the network an output for each class, or take"
                 " Bernoulli() for one of yes or no"
             )
+        if y is None:
+            return
+        values = {name: value.to(output) for name, value in self.values.items()}
+        with torch.random.fork_rng(), Values(values) as run:
+            self.likelihood.observe(output, y, **read)
         for name, site in run.observed.items():
-            if y is not None and is_target(site["value"], y):
+            if is_target(site["value"], y):
                 with suppress(NotImplementedError):  # a distribution without a support
                     check_observed(name, site["fn"], y, y)
 
@@ -124,4 +126,5 @@ def _hessian_roots(nll: Tensor, output: Tensor) -> Iterator[Tensor]:
 
 
 def _classes(likelihood: Categorical, output: Tensor) -> int:
-    return output.shape[1 if likelihood.class_axis == 1 else -1]
+    axis = 1 if likelihood.class_axis == 1 else -1
+    return output.shape[axis] if output.ndim > 1 else 2  # other shapes are refused elsewhere

@@ -6,7 +6,7 @@ Owns `Settings` and `Rounds`. Next: `prune.py`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.curvatures.factors import Curvature
-from pyro_bmr.errors import ModelError, ReductionError, described, warn
+from pyro_bmr.errors import ModelError, warn
 from pyro_bmr.likelihoods.likelihood import read_inputs
 from pyro_bmr.post_training.calibration import Calibration
+from pyro_bmr.post_training.groups import FEW, groups_of, warn_of_others
 from pyro_bmr.post_training.layer import Layer, Precisions, layers_of, precisions, prior_scale
 from pyro_bmr.post_training.masks import pruned_at
 from pyro_bmr.post_training.pruned import Pruned, reduction_of
@@ -32,10 +33,8 @@ from pyro_bmr.post_training.steps import (
     slopes_at,
     write,
 )
-from pyro_bmr.reduction.attention_heads import Heads, heads_of
-from pyro_bmr.reduction.groups import NofM, group_labels
-
-_FEW = 0.1  # of the weights: so many may be left out, or be zero, without a word
+from pyro_bmr.reduction.attention_heads import Heads
+from pyro_bmr.reduction.groups import NofM
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Rounds:
             )
         # embeddings, which have factors, stay whole as in other methods
         others = {name: p for name, p in named.items() if name not in found.layers}
-        _warn_of_others(others, {name: named[name] for name in names}, patterns)
+        warn_of_others(others, {name: named[name] for name in names}, patterns)
         biases = [found.layers[name].bias for name in names]
         self.wanted = {name: named[name] for name in (*names, *biases) if name is not None}
         for name in names:
@@ -147,76 +146,28 @@ class Rounds:
                 found.layers[name], named, self.settings.scale, self.settings.temperature
             )
             self.gains[name] = self.rises[name] = 0.0
-        self.labels = self._labels({name: tuple(named[name].shape) for name in names})
+        self.labels = groups_of(
+            self.net,
+            {name: tuple(named[name].shape) for name in names},
+            self.settings.per,
+            self.settings.heads,
+            self.settings.frozen,
+        )
         return self._with_zeros(self._layers(found))
 
     def _with_zeros(self, layers: dict[str, Layer]) -> dict[str, Layer]:
         """The layers with the entries held that are zero in the network already, such as those
         under a mask of `torch.nn.utils.prune`.
         """
-        parameters, entries, zeros = dict(self.net.named_parameters()), 0, 0
-        for name, layer in layers.items():
-            zero = parameters[name].detach() == 0
-            entries, zeros = entries + zero.numel(), zeros + int(zero.count_nonzero())
-            if bool(zero.any()):
-                self.held[name] = layer.with_held(zero)
-        if zeros > _FEW * entries and 1 - zeros / entries < self.settings.sizes[-1]:
+        parameters = dict(self.net.named_parameters())
+        self.held = {n: layer.with_held(parameters[n].detach() == 0) for n, layer in layers.items()}
+        zeros, kept = self._pruned_fraction(), self.settings.sizes[-1]
+        if zeros > FEW and 1 - zeros < kept:
             warn(
-                f"prune: {zeros / entries:.1%} of the weights are zero already and stay so, which"
-                f" is more than kept={self.settings.sizes[-1]:g} asks for"
+                f"prune: {zeros:.1%} of the weights are zero already and stay so, which is more"
+                f" than kept={kept:g} asks for"
             )
-        return {
-            name: replace(layer, held=self.held.get(name, layer.held))
-            for name, layer in layers.items()
-        }
-
-    def _labels(self, shapes: dict[str, tuple[int, ...]]) -> Mapping[str, Tensor] | None:
-        per = self.settings.per
-        if isinstance(per, str) and per == "weight":
-            return None
-        if isinstance(per, Mapping):
-            per = self._within(per, shapes)
-        heads = self.settings.heads
-        if heads is None and (per == "head" or isinstance(per, Heads)):
-            heads = heads_of(self.net)
-        labels = dict(group_labels(shapes, per, heads))
-        if per in ("unit", "channel"):  # those of the last layer are the outputs
-            last = list(shapes)[-1]
-            if not self._has_frozen_after(last):
-                labels[last] = torch.tensor(-1).expand(shapes[last])
-        if not any(bool((label >= 0).any()) for label in labels.values()):
-            raise ReductionError(
-                f"per={described(per)}: no group of the weights that can be pruned,"
-                f" {', '.join(shapes)}, could be removed whole; prune single weights, or give"
-                " labels >= 0"
-            )
-        return labels
-
-    def _has_frozen_after(self, name: str) -> bool:
-        """Whether a frozen matrix comes after the weight in the network."""
-        matrices = [n for n, p in self.net.named_parameters() if p.ndim > 1]
-        return not set(matrices[matrices.index(name) :]).isdisjoint(self.settings.frozen)
-
-    def _within(
-        self, per: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-    ) -> Mapping[str, Tensor]:
-        """The labels of the layers that are pruned. A group that has entries elsewhere, too, is
-        kept: it could not be removed whole.
-        """
-        known = dict(self.net.named_parameters())
-        absent = [name for name in per if name in known and name not in shapes]
-        if not absent:
-            return per
-        bound = torch.cat([per[name].flatten().long().cpu() for name in absent])
-        warn(
-            f"prune: {', '.join(absent)} cannot be pruned here, so the groups of per= that have"
-            " entries there are kept whole; leave out only=, or these layers from the labels"
-        )
-        inside = {name: labels for name, labels in per.items() if name not in absent}
-        return {
-            name: labels.masked_fill(torch.isin(labels.long().cpu(), bound).to(labels.device), -1)
-            for name, labels in inside.items()
-        }
+        return {name: replace(layer, held=self.held[name]) for name, layer in layers.items()}
 
     def _curvature(self) -> Curvature:
         return curvature_at(self.measure, self.net, self.wanted)
@@ -349,20 +300,3 @@ class Rounds:
         device = next(iter(self.wanted.values())).device
         self._restore(({name: t.to(device) for name, t in found[0].items()}, found[1]))
         return True
-
-
-def _warn_of_others(
-    others: Mapping[str, Tensor], pruned: Mapping[str, Tensor], patterns: Collection[str]
-) -> None:
-    """Says which weights stay whole for want of Kronecker factors, if they are not few."""
-    left = {
-        name: p.numel()
-        for name, p in others.items()
-        if p.ndim > 1 and any(fnmatchcase(name, each) for each in patterns)
-    }
-    share = sum(left.values()) / (sum(left.values()) + sum(p.numel() for p in pruned.values()))
-    if share > _FEW:
-        warn(
-            f"prune: {', '.join(left)}, {share:.0%} of the weights, have no Kronecker factors, as"
-            " those of recurrent layers, and stay whole; kept is the fraction of the others"
-        )

@@ -1,6 +1,6 @@
 """The state after a round, in a file, from which a pruning that was stopped continues.
 
-Owns `write_round` and `read_round`. Next: `rounds.py`.
+Owns `write_round` and `read_round`. Next: `groups.py`.
 """
 
 from __future__ import annotations
