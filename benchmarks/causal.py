@@ -23,10 +23,9 @@ from torch import Tensor, nn
 import pyro_bmr as bmr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.parts import one_shot
 from benchmarks.parts.pages import fill, table
 from benchmarks.parts.trained_networks import Rows, descend, epoch_batches, stored
-from benchmarks.pretrained import SIZES, Network, methods, sizes_of_layers
+from benchmarks.pretrained import SIZES, Network, methods
 
 LENGTH, BATCH, RATE = 64, 64, 2e-3
 LIKELIHOOD = bmr.Categorical(class_axis=-1)
@@ -109,7 +108,6 @@ def results(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
     generator = torch.Generator().manual_seed(settings.seed)
     some = torch.randperm(settings.size, generator=generator)[: settings.rows]
     calibration = Rows(data["train"].x[some], data["train"].y[some])
-    last: dict[float, dict[str, float]] = {}
 
     def rows_of(method: str, found: list[Network], start: float) -> Iterator[dict[str, object]]:
         for kept, one in found:
@@ -117,17 +115,11 @@ def results(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
             print(row, f"{time.perf_counter() - start:.0f} s", flush=True)
             yield {**row, "seed": settings.seed}
 
-    for method, run in methods(net, calibration, settings, LIKELIHOOD):
+    for method, run in methods(net, calibration, settings, LIKELIHOOD).items():
         if settings.only and method not in settings.only:
             continue
         start = time.perf_counter()
-        found = run()
-        last = {kept: sizes_of_layers(one) for kept, one in found}
-        yield from rows_of(method, found, start)
-    if not settings.only:
-        curved = one_shot.factors(net, calibration, "true", LIKELIHOOD)
-        found = [(kept, one_shot.sparsegpt(net, curved, last[kept])) for kept in SIZES]
-        yield from rows_of("SparseGPT, our sizes", found, time.perf_counter())
+        yield from rows_of(method, run(), start)
     for kept in SIZES if settings.fits else ():
         start = time.perf_counter()
         yield from rows_of(DURING, [during(data["train"], symbols, kept, settings)], start)

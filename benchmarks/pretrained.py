@@ -1,10 +1,10 @@
-"""Trained networks pruned without training, beside magnitude, Wanda, SparseGPT and the rule of The
-LLM Surgeon: `python benchmarks/pretrained.py --networks mlp lenet vit --seeds 3`.
+"""Trained networks pruned without training, beside magnitude, Wanda, SparseGPT, OBC and the rule of
+The LLM Surgeon: `python benchmarks/pretrained.py --networks mlp lenet vit --seeds 0 1 2`.
 
 Fashion-MNIST. Networks are trained once and kept in --nets. All methods read the same calibration
 rows; none sees the test rows. --validation scores the 5,000 held-out training rows instead of the
-test rows. --cost times one layer of three sizes. --posterior predicts from draws. --page
-fills docs/results/pretrained.md.
+test rows. A method that has its rows in --out is not run again. --cost times one layer of three
+sizes. --posterior predicts from draws. --page fills docs/results/pretrained.md.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,13 +28,14 @@ from pyro_bmr.post_training import PATH
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.parts import one_shot
 from benchmarks.parts.layer_cost import layer_costs
+from benchmarks.parts.layer_sizes import lamp, owl, weights_and_norms
 from benchmarks.parts.pages import fill, table
 from benchmarks.parts.trained_networks import RECIPES, Rows, rows, trained, trained_on
 
 SIZES = (0.5, 0.2, 0.1, 0.05)
 ROUNDS = tuple(step for step in PATH if step >= SIZES[-1])
 AFTER = ", trained"
-OURS, STEPLESS = "prune", "prune, no steps"
+OURS, STEPLESS, SURGEON = "prune", "prune, no steps", "The LLM Surgeon's rule"
 LIKELIHOOD = bmr.Categorical()
 DRAWS = 8  # of a pruned posterior
 Network = tuple[float, nn.Module]
@@ -88,30 +91,67 @@ def sizes_of_layers(net: nn.Module) -> dict[str, float]:
 
 def methods(
     net: nn.Module, data: Rows, settings: argparse.Namespace, likelihood: bmr.Categorical
-) -> Iterator[tuple[str, Callable[[], list[Network]]]]:
+) -> dict[str, Callable[[], list[Network]]]:
     """Name → what gives the network of each size."""
     found = one_shot.factors(net, data, "true", likelihood)
-    each = lambda prune: lambda: [(kept, prune(kept)) for kept in SIZES]  # noqa: E731
-    yield "dense", lambda: [(1.0, net)]
-    yield "magnitude, uniform", each(lambda k: one_shot.magnitude(net, found, k, True))
-    yield "magnitude, one threshold", each(lambda k: one_shot.magnitude(net, found, k, False))
-    yield "Wanda", each(lambda k: one_shot.wanda(net, found, k))
-    yield "SparseGPT, uniform", each(lambda k: one_shot.sparsegpt(net, found, k))
-    for name, fisher in (
-        ("The LLM Surgeon's rule", "empirical"),
-        ("… with the true Fisher", "true"),
-    )[: None if settings.differences else 1]:
-        yield (
-            name,
-            lambda fisher=fisher: list(
-                one_shot.surgeon(net, data, ROUNDS, SIZES, fisher, likelihood).items()
-            ),
-        )
-    yield STEPLESS, lambda: ours(net, data, settings, likelihood, steps=False)
-    yield OURS, lambda: ours(net, data, settings, likelihood, steps=True)
+    names = one_shot.weights_of(found)
+    weights, norms = weights_and_norms(net, found, names)
+    scales = {name: float(weight.square().mean().sqrt()) for name, weight in weights.items()}
+    last: dict[float, dict[str, float]] = {}
+    orders: dict[str, Tensor] = {}
+
+    def each(prune: Callable[[float], nn.Module]) -> Callable[[], list[Network]]:
+        return lambda: [(kept, prune(kept)) for kept in SIZES]
+
+    def surgeon(**changes: Any) -> Callable[[], list[Network]]:
+        rule = one_shot.Surgeon(**changes)
+        return lambda: list(rule.path(net, data, ROUNDS, SIZES, likelihood).items())
+
+    def obc(sizes: float | Mapping[str, float]) -> nn.Module:
+        if not orders:
+            orders.update(one_shot.obc_orders(net, found))
+        return one_shot.obc(net, found, orders, sizes)
+
+    def pruned() -> list[Network]:
+        path = ours(net, data, settings, likelihood, steps=True)
+        last.update({kept: sizes_of_layers(one) for kept, one in path})
+        return path
+
+    def of_our_sizes(prune: Callable[[Mapping[str, float]], nn.Module]) -> list[Network]:
+        if not last:
+            pruned()
+        return [(kept, prune(last[kept])) for kept in SIZES]
+
+    sparsegpt = partial(one_shot.sparsegpt, net, found)
+    runs = {
+        "dense": lambda: [(1.0, net)],
+        "magnitude, uniform": each(lambda k: one_shot.magnitude(net, found, k, True)),
+        "magnitude, one threshold": each(lambda k: one_shot.magnitude(net, found, k, False)),
+        "Wanda": each(lambda k: one_shot.wanda(net, found, k)),
+        "SparseGPT, uniform": each(sparsegpt),
+        "SparseGPT, sizes by LAMP": each(lambda k: sparsegpt(lamp(weights, k))),
+        "SparseGPT, sizes by OWL": each(lambda k: sparsegpt(owl(weights, norms, k))),
+        "OBC, uniform": each(obc),
+        SURGEON: surgeon(),
+        "… each row by itself": surgeon(whole=False),
+        "… with the true Fisher": surgeon(fisher="true"),
+        "… and the prior as damping": surgeon(
+            fisher="true", scales=scales, temperature=settings.temperature
+        ),
+        STEPLESS: lambda: ours(net, data, settings, likelihood, steps=False),
+        OURS: pruned,
+        "SparseGPT, our sizes": lambda: of_our_sizes(sparsegpt),
+        "OBC, our sizes": lambda: of_our_sizes(obc),
+    }
+    if not settings.differences:
+        runs = {name: run for name, run in runs.items() if not name.startswith("…")}
+    return runs
 
 
-def results(name: str, seed: int, settings: argparse.Namespace) -> list[dict[str, object]]:
+def results(
+    name: str, seed: int, settings: argparse.Namespace, done: Collection[str]
+) -> Iterator[list[dict[str, object]]]:
+    """The rows of each method that is not done."""
     data = rows()
     net = trained(name, seed, settings.nets, data["train"])
     scored = data["held" if settings.validation else "test"]
@@ -119,25 +159,18 @@ def results(name: str, seed: int, settings: argparse.Namespace) -> list[dict[str
     order = torch.randperm(settings.size, generator=torch.Generator().manual_seed(seed))
     some = order[: settings.rows]
     calibration = Rows(data["train"].x[some], data["train"].y[some])
-    out, last = [], {}
-    for method, run in methods(net, calibration, settings, LIKELIHOOD):
-        if settings.only and method not in settings.only:
+    for method, run in methods(net, calibration, settings, LIKELIHOOD).items():
+        if method in done or (settings.only and method not in settings.only):
             continue
         start = time.perf_counter()
         found = run()
         seconds = time.perf_counter() - start
-        last = {kept: sizes_of_layers(one) for kept, one in found}
-        out += [_row(name, seed, method, kept, one, scored, seconds) for kept, one in found]
+        out = [_row(name, seed, method, kept, one, scored, seconds) for kept, one in found]
         for kept, one in found if settings.train and method != "dense" else ():
             one = trained_on(one, settings.train, settings.rate, data["train"])
             out.append(_row(name, seed, f"{method}{AFTER}", kept, one, scored, seconds))
-        new = pd.DataFrame([row for row in out if row["method"] in (method, method + AFTER)])
-        print(new.to_string(index=False, header=False), flush=True)
-    curved = one_shot.factors(net, calibration, "true", LIKELIHOOD)
-    for kept in () if settings.only else SIZES:
-        one = one_shot.sparsegpt(net, curved, last[kept])
-        out.append(_row(name, seed, "SparseGPT, our sizes", kept, one, scored, 0.0))
-    return out
+        print(pd.DataFrame(out).to_string(index=False, header=False), flush=True)
+        yield out
 
 
 def from_posterior(name: str, settings: argparse.Namespace) -> list[str]:
@@ -237,10 +270,11 @@ def main() -> None:
     done = pd.read_csv(path) if path.exists() else pd.DataFrame()
     for name in settings.networks:
         for seed in settings.seeds:
-            if len(done) and ((done["network"] == name) & (done["seed"] == seed)).any():
-                continue
-            done = pd.concat([done, pd.DataFrame(results(name, seed, settings))])
-            done.to_csv(path, index=False)
+            found = done[(done["network"] == name) & (done["seed"] == seed)] if len(done) else done
+            ready = set(found["method"]) if len(found) else set()
+            for new in results(name, seed, settings, ready):
+                done = pd.concat([done, pd.DataFrame(new)])
+                done.to_csv(path, index=False)
     if settings.page:
         after = done["method"].str.endswith(AFTER)
         for name in done["network"].unique():

@@ -1,12 +1,16 @@
 """Baselines that prune a trained network without training it, in plain torch: magnitude, Wanda (Sun
-et al. 2023), SparseGPT (Frantar & Alistarh 2023), and the rule of The LLM Surgeon (van der Ouderaa
-et al. 2024). All read the factors that the library collects (`factors`).
+et al. 2023), SparseGPT (Frantar & Alistarh 2023), optimal brain compression (Frantar & Alistarh
+2022), and the rule of The LLM Surgeon (van der Ouderaa et al. 2024). All read the factors that the
+library collects (`factors`).
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +21,10 @@ from pyro_bmr.curvatures import Curvature
 from pyro_bmr.curvatures.passes import Pass
 from pyro_bmr.curvatures.scores import Loss
 from pyro_bmr.formulas import held_at_zero
+from pyro_bmr.post_training.layer import layers_of
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.parts.obc import obc_layer, removal_order
 
 SURGEON_DAMPING = 0.01  # of the mean diagonal of each factor
 _CLASSES = bmr.Categorical()
@@ -115,32 +123,105 @@ def sparsegpt_layer(weight: Tensor, inputs: Tensor, kept: float, damping: float 
     return w
 
 
-def surgeon_round(net: nn.Module, found: Curvature, held: Masks, kept: float) -> nn.Module:
-    """One shot of The LLM Surgeon: the least ½ w²/[F⁻¹] of all layers go, and the others of their
-    layer move, with F the damped Kronecker curvature. `held` is brought up to date.
+def obc_orders(net: nn.Module, found: Curvature) -> dict[str, Tensor]:
+    """Name → the order in which the entries of each row go."""
+    return {
+        name: removal_order(net.get_parameter(name).detach().flatten(1), _inputs(found, name))
+        for name in weights_of(found)
+    }
+
+
+def obc(
+    net: nn.Module,
+    found: Curvature,
+    orders: Mapping[str, Tensor],
+    kept: float | Mapping[str, float],
+) -> nn.Module:
+    """Optimal brain compression: the rows of a layer share its size, and each makes up by itself
+    for what goes.
     """
-    out, scores, parts = copy.deepcopy(net), {}, {}
-    for name in weights_of(found):
-        layer = found.layers[name]
-        w = net.get_parameter(name).detach().flatten(1)
-        if layer.bias is not None:
-            w = torch.cat([w, net.get_parameter(layer.bias).detach()[:, None]], 1)
-        rows, columns = (_damped_inverse(f) for f in (layer.outputs, layer.inputs))
-        var = rows.diagonal()[:, None] * columns.diagonal()
-        width = w.shape[1] - (layer.bias is not None)
-        cost = 0.5 * w.square() / var
-        before = held.setdefault(name, torch.zeros_like(w, dtype=torch.bool))
-        scores[name] = cost[:, :width].masked_fill(before[:, :width], -torch.inf)
-        parts[name] = w, rows, columns, width
-    masks = by_scores(scores, kept, uniform=False)
-    for name, (w, rows, columns, width) in parts.items():
-        held[name][:, :width] = ~masks[name]
-        mean = held_at_zero(w, rows, columns, held[name], tolerance=1e-3).mean
-        parameter, layer = out.get_parameter(name), found.layers[name]
-        parameter.data.copy_(mean[:, :width].reshape(parameter.shape))
-        if layer.bias is not None:
-            out.get_parameter(layer.bias).data.copy_(mean[:, -1])
+    out = copy.deepcopy(net)
+    for name, order in orders.items():
+        weight = out.get_parameter(name)
+        fraction = kept[name] if isinstance(kept, Mapping) else kept
+        pruned = obc_layer(weight.detach().flatten(1), _inputs(found, name), order, fraction)
+        weight.data.copy_(pruned.view(weight.shape))
     return out
+
+
+@dataclass(frozen=True)
+class Surgeon:
+    """The rule of The LLM Surgeon, and what differs from it.
+
+    `fisher`: "empirical" in the publication, or "true". `whole`: the weights that stay move by the
+    correlations of the whole layer, or else by those of their row. `scales`: weight → s of the
+    prior that damps the curvature at the `temperature`; else 1 % of the mean diagonal.
+    """
+
+    fisher: str = "empirical"
+    whole: bool = True
+    scales: Mapping[str, float] | None = None
+    temperature: float = 1.0
+
+    def path(
+        self,
+        net: nn.Module,
+        data: tuple[Tensor, Tensor],
+        path: Sequence[float],
+        scored: Sequence[float],
+        likelihood: Any = _CLASSES,
+    ) -> dict[float, nn.Module]:
+        """Fraction → network, of those in `scored`; the curvature is taken again before each
+        shot.
+        """
+        held: Masks = {}
+        found: dict[float, nn.Module] = {}
+        for kept in path:
+            net = self.shot(net, factors(net, data, self.fisher, likelihood), held, kept)
+            if kept in scored:
+                found[kept] = net
+        return found
+
+    def shot(self, net: nn.Module, found: Curvature, held: Masks, kept: float) -> nn.Module:
+        """The least ½ w²/[F⁻¹] of all layers go, and the others of their layer move, with F the
+        damped Kronecker curvature. `held` is brought up to date.
+        """
+        out, scores, parts = copy.deepcopy(net), {}, {}
+        covariances = self._covariances(net, found)
+        for name, (rows, columns) in covariances.items():
+            layer = found.layers[name]
+            w = net.get_parameter(name).detach().flatten(1)
+            if layer.bias is not None:
+                w = torch.cat([w, net.get_parameter(layer.bias).detach()[:, None]], 1)
+            width = w.shape[1] - (layer.bias is not None)
+            cost = 0.5 * w.square() / (rows.diagonal()[:, None] * columns.diagonal())
+            before = held.setdefault(name, torch.zeros_like(w, dtype=torch.bool))
+            scores[name] = cost[:, :width].masked_fill(before[:, :width], -torch.inf)
+            parts[name] = w, width
+        masks = by_scores(scores, kept, uniform=False)
+        for name, (w, width) in parts.items():
+            held[name][:, :width] = ~masks[name]
+            rows, columns = covariances[name]
+            if not self.whole:
+                rows = rows.diagonal().diag()
+            mean = held_at_zero(w, rows, columns, held[name], tolerance=1e-3).mean
+            parameter, layer = out.get_parameter(name), found.layers[name]
+            parameter.data.copy_(mean[:, :width].reshape(parameter.shape))
+            if layer.bias is not None:
+                out.get_parameter(layer.bias).data.copy_(mean[:, -1])
+        return out
+
+    def _covariances(self, net: nn.Module, found: Curvature) -> dict[str, tuple[Tensor, Tensor]]:
+        if self.scales is None:
+            return {
+                name: (
+                    _damped_inverse(found.layers[name].outputs),
+                    _damped_inverse(found.layers[name].inputs),
+                )
+                for name in weights_of(found)
+            }
+        layers = layers_of(found, dict(net.named_parameters()), self.scales, {}, self.temperature)
+        return {name: (layer.row_cov, layer.col_cov) for name, layer in layers.items()}
 
 
 def _damped_inverse(factor: Tensor) -> Tensor:
@@ -148,25 +229,6 @@ def _damped_inverse(factor: Tensor) -> Tensor:
     return torch.cholesky_inverse(
         torch.linalg.cholesky(factor.double() + ridge * torch.eye(len(factor)).double())
     ).to(factor.dtype)
-
-
-def surgeon(
-    net: nn.Module,
-    data: tuple[Tensor, Tensor],
-    path: Sequence[float],
-    scored: Sequence[float],
-    fisher: str = "empirical",
-    likelihood: Any = _CLASSES,
-) -> dict[float, nn.Module]:
-    """Fraction → network, of those in `scored`; the curvature is taken again before each shot."""
-    held: Masks = {}
-    found: dict[float, nn.Module] = {}
-    for kept in path:
-        curved = factors(net, data, fisher, likelihood)
-        net = surgeon_round(net, curved, held, kept)
-        if kept in scored:
-            found[kept] = net
-    return found
 
 
 def factors(
