@@ -54,35 +54,43 @@ def scores_of(probs: Tensor, scored: Rows) -> dict[str, float]:
     }
 
 
-def ours(
-    net: nn.Module,
-    data: Rows,
-    settings: argparse.Namespace,
-    likelihood: bmr.Categorical,
-    steps: bool,
+def without_steps(
+    net: nn.Module, data: Rows, settings: argparse.Namespace, likelihood: bmr.Categorical
 ) -> list[Network]:
-    """One path through all sizes; each size has the steps of its round."""
+    """One path through all sizes, which has the networks of a call for each."""
     found: list[Network] = []
 
     def keep(kept: float, one: nn.Module) -> None:
         if kept in SIZES:
             found.append((kept, copy.deepcopy(one)))
 
-    bmr.prune(
+    pruned(net, data, settings, likelihood, SIZES[-1], (0, 0), keep)
+    return found
+
+
+def pruned(
+    net: nn.Module,
+    data: Rows,
+    settings: argparse.Namespace,
+    likelihood: bmr.Categorical,
+    kept: float,
+    steps: tuple[int, int],
+    after_round: Callable[[float, nn.Module], None] | None = None,
+) -> nn.Module:
+    return bmr.prune(
         net,
         data,
         likelihood,
-        SIZES[-1],
-        corrections=settings.corrections if steps else 0,
-        last_corrections=settings.corrections if steps else 0,
+        kept,
+        corrections=steps[0],
+        last_corrections=steps[1],
         rows=len(data.x),
         size=settings.size,
         scale=settings.scale,
         temperature=settings.temperature,
-        after_round=keep,
+        after_round=after_round,
         progress=False,
-    )
-    return found
+    ).net
 
 
 def sizes_of_layers(net: nn.Module) -> dict[str, float]:
@@ -112,14 +120,15 @@ def methods(
             orders.update(one_shot.obc_orders(net, found))
         return one_shot.obc(net, found, orders, sizes)
 
-    def pruned() -> list[Network]:
-        path = ours(net, data, settings, likelihood, steps=True)
+    def ours() -> list[Network]:
+        steps = settings.corrections, settings.last
+        path = [(k, pruned(net, data, settings, likelihood, k, steps)) for k in SIZES]
         last.update({kept: sizes_of_layers(one) for kept, one in path})
         return path
 
     def of_our_sizes(prune: Callable[[Mapping[str, float]], nn.Module]) -> list[Network]:
         if not last:
-            pruned()
+            ours()
         return [(kept, prune(last[kept])) for kept in SIZES]
 
     sparsegpt = partial(one_shot.sparsegpt, net, found)
@@ -138,8 +147,8 @@ def methods(
         "… and the prior as damping": surgeon(
             fisher="true", scales=scales, temperature=settings.temperature
         ),
-        STEPLESS: lambda: ours(net, data, settings, likelihood, steps=False),
-        OURS: pruned,
+        STEPLESS: lambda: without_steps(net, data, settings, likelihood),
+        OURS: ours,
         "SparseGPT, our sizes": lambda: of_our_sizes(sparsegpt),
         "OBC, our sizes": lambda: of_our_sizes(obc),
     }
@@ -230,8 +239,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--networks", nargs="*", default=["mlp"], choices=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", type=int, default=5000, help="calibration rows")
-    parser.add_argument("--corrections", type=int, default=8, help="steps after each round")
+    parser.add_argument("--rows", type=int, default=10_000, help="calibration rows")
+    parser.add_argument("--corrections", type=int, default=100, help="steps after each round")
+    parser.add_argument("--last", type=int, default=500, help="steps after the last round")
     parser.add_argument("--train", type=int, help="steps of training after each pruning")
     parser.add_argument("--rate", type=float, default=2e-3, help="of that training")
     parser.add_argument("--only", nargs="*", help="methods to run")

@@ -161,7 +161,6 @@ def crepe_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
             path=SHARES,
             corrections=steps,
             last_corrections=steps,
-            refresh=max(steps, 1),  # once a round
             rows=len(x),
             size=100 * len(x),
             after_round=lambda _, one, m=method, f=found: f.append(row(m, one)),
@@ -238,7 +237,6 @@ def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
             path=(0.8, 0.65, 0.5, 0.4, 0.3),
             corrections=steps,
             last_corrections=steps,
-            refresh=max(steps, 1),  # once a round
             rows=len(x),
             size=100 * len(x),
             batch_size=64,
@@ -276,7 +274,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="with the packages")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--rows", type=int, help="for calibration")
-    parser.add_argument("--corrections", type=int, default=5, help="steps after each round")
+    parser.add_argument("--corrections", type=int, default=100, help="steps after each round")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="of MiniLM")
     parser.add_argument("--validation", action="store_true", help="scores other rows")
     parser.add_argument("--out", type=Path, default=Path("results/pretrained"))

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(RECIPES), default=["mlp", "lenet"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=1000, help="calibration rows")
-    parser.add_argument("--corrections", type=int, default=5, help="steps after each round")
+    parser.add_argument("--corrections", type=int, default=100, help="steps after each round")
     parser.add_argument("--validation", action="store_true")
     parser.add_argument("--nets", type=Path, default=Path("results/pretrained/nets"))
     parser.add_argument("--page", type=Path, help="such as docs/results/pretrained.md")

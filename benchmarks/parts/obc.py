@@ -1,5 +1,5 @@
-"""Optimal brain compression (Frantar & Alistarh 2022, arXiv 2208.11580), in plain torch: in each row
-of a weight the entry goes that the others of the row can make up for best, one after another.
+"""Optimal brain compression (Frantar & Alistarh 2022, arXiv 2208.11580), in plain torch: in each
+row of a weight the entry goes that the others of the row can make up for best, one after another.
 
 Owns `removal_order` and `obc_layer`.
 """

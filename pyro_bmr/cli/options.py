@@ -216,7 +216,9 @@ def prune_options() -> Options:
         },
         "--rows": whole(10_000, "N", "training rows that are used"),
         "--corrections": whole(
-            5, "N", "Gauss–Newton steps after each round, twice as many after the last"
+            100,
+            "N",
+            "steps towards the dense network after each round, five times as many after the last",
         ),
         "--most-rise": number(
             None, "NATS", "stop where the outputs are further than this from the dense network's"

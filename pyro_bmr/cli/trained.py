@@ -48,7 +48,7 @@ def prune_network(arguments: argparse.Namespace) -> int:
         heads=arguments.heads,
         rows=arguments.rows,
         corrections=arguments.corrections,
-        last_corrections=2 * arguments.corrections,
+        last_corrections=5 * arguments.corrections,
         values=_values(net, program, data, arguments.noise),
         most_rise=arguments.most_rise,
         seed=arguments.seed,

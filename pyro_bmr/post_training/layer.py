@@ -30,7 +30,6 @@ from pyro_bmr.formulas.laplace_evidence import LaplaceEvidence
 from pyro_bmr.formulas.structure import covariance_root
 
 _TOLERANCE = 1e-2  # of the multipliers; the error of the mean is of second order in the loss
-_OF_STEP = 0.1  # of those of a step, whose length is found from the network itself
 
 
 class Precisions(NamedTuple):
@@ -137,12 +136,6 @@ class Layer:
                 error, self.row_cov, self.col_cov, self.held, tolerance=_TOLERANCE
             ).mean
             yield replace(self, mean=self.mean + given)
-
-    def moved(self, gradient: Tensor, temperature: float) -> Tensor:
-        """The step −R D C/T for the gradient D, given that the held entries do not move."""
-        step = -(self.row_cov @ gradient @ self.col_cov) / temperature
-        held = self.held
-        return held_at_zero(step, self.row_cov, self.col_cov, held, tolerance=_OF_STEP).mean
 
 
 def layers_of(

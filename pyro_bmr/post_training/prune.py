@@ -25,9 +25,9 @@ from pyro_bmr.likelihoods.likelihood import Likelihood
 from pyro_bmr.networks.lifting import check_network
 from pyro_bmr.networks.plain_module import module_copy, plain_copy
 from pyro_bmr.post_training.calibration import calibration_rows
+from pyro_bmr.post_training.measure import Measure
 from pyro_bmr.post_training.pruned import Pruned
 from pyro_bmr.post_training.rounds import Rounds, Settings
-from pyro_bmr.post_training.steps import Measure
 from pyro_bmr.reduction.attention_heads import Heads
 from pyro_bmr.reduction.groups import NofM, check_labels
 
@@ -47,9 +47,9 @@ def prune(
     heads: int | Mapping[str, int] | None = None,
     only: Collection[str] | None = None,
     path: Collection[float] | None = None,
-    corrections: int = 5,
-    last_corrections: int = 10,
-    refresh: int = 1,
+    corrections: int = 100,
+    last_corrections: int = 500,
+    rate: float = 0.05,
     fisher: str = "true",
     draws: int = 1,
     temperature: float = 0.05,
@@ -60,7 +60,7 @@ def prune(
     values: Mapping[str, float | Tensor] | None = None,
     most_rise: float | None = None,
     validation: Any = None,
-    batch_size: int = 256,
+    batch_size: int = 128,
     seed: int = 0,
     after_round: Callable[[float, nn.Module], None] | None = None,
     checkpoint: str | Path | None = None,
@@ -76,12 +76,13 @@ def prune(
         \tfrac12 \frac{W_{ij}^2}{R_{ii} C_{jj}},
 
     those above one threshold over all layers are held at zero, and the others of their layer, with
-    its bias, move to their mean given the zeros (`formulas.held_at_zero`). Then `corrections`
-    Gauss–Newton steps move the weights that are kept towards the outputs of the dense network, all
-    layers together (`post_training.steps`).
+    its bias, move to their mean given the zeros (`formulas.held_at_zero`). Then `corrections` steps
+    of Adam, a batch each, bring the outputs nearer to those of the dense network
+    (`post_training.corrections`). They move the weights that are kept, biases, norm layers,
+    embeddings and all other parameters.
 
     Pruned are the weights of two or more dimensions that `curvature` finds factors for. Embeddings,
-    norm layers and what else has a diagonal stay as they are.
+    norm layers and what else has a diagonal stay whole.
 
     In a process group of torch.distributed, every process calls it with the same arguments and
     measures its part of the rows. The layers are shared out: one process works out the posterior,
@@ -98,16 +99,16 @@ def prune(
             kept with "unit" and "channel".
         heads: for ``per="head"`` and `Heads`; by default as many as the modules of the network say.
         only: patterns of the names of the weights that may be pruned. By default all of those that
-            require a gradient, or all if none does: a layer that is frozen stays as it is.
-            Embeddings stay whole. Entries that are zero already stay zero, and count as pruned.
+            require a gradient, or all if none does: a layer that is frozen stays as it is. With
+            patterns, the steps move these layers alone. Entries that are zero already stay zero,
+            and count as pruned.
         path: the fractions of the rounds; by default `PATH` down to `kept`. More rounds keep more
             accuracy.
-        corrections, last_corrections: steps after each round, and after the last. Each costs about
-            five forward and two backward passes over the calibration rows, and the curvature.
-            Small transformers gain from more (docs/results/pretrained.md).
-        refresh: after how many steps of a round the curvature is taken anew. A step with an older
-            one brings less. It is worth it where the curvature costs far more than the rest of a
-            step, as that of convolutions with thousands of inputs does.
+        corrections, last_corrections: steps after each round, and after the last. More of them, and
+            more `rows` for them, keep more accuracy (docs/results/pretrained.md).
+        rate: c, how far the sum of a row of weights moves in one step at most, about, as a part of
+            its size. Where the steps of a round lead away from the dense network, they are taken
+            back and the rate is divided by three, from then on.
         temperature: T of the posterior.
         scale: s of the prior; by default the root mean square of each layer's weights.
             "empirical": of each layer the s of the most evidence for its weights and bias at T, as
@@ -137,7 +138,7 @@ def prune(
     fraction = kept.n / kept.m if isinstance(kept, NofM) else kept
     settings = Settings(
         _sizes(fraction, path), pattern, per, heads, _patterns(only), corrections,
-        last_corrections, refresh, temperature, scale, floor, most_rise, seed,
+        last_corrections, rate, temperature, scale, floor, most_rise, seed,
     )  # fmt: skip
     _check(net, likelihood, settings, fisher, draws, rows, batch_size)
     if isinstance(per, Mapping):
@@ -202,13 +203,12 @@ def _check(
     check("prune", ok, "Categorical() or anything with its observe", likelihood=likelihood)
     check("prune", fisher in FISHERS, " or ".join(map(repr, FISHERS)), fisher=fisher)
     check("prune", is_whole(draws, 1), "a whole number > 0", draws=draws)
-    check("prune", is_whole(settings.refresh, 1), "a whole number > 0", refresh=settings.refresh)
     check("prune", is_whole(rows, 1), "a whole number > 0", rows=rows)
     check("prune", is_whole(batch_size, 1), "a whole number > 0", batch_size=batch_size)
     for name in ("corrections", "last_corrections"):
         count = getattr(settings, name)
         check("prune", is_whole(count, 0), "a whole number >= 0", **{name: count})
-    for name in ("temperature", "scale", "most_rise"):
+    for name in ("rate", "temperature", "scale", "most_rise"):
         number = getattr(settings, name)
         named = name == "scale" and number == "empirical"
         positive = number is None or named or holds(lambda v: 0 < v < float("inf"), number)

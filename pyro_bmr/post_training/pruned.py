@@ -20,7 +20,7 @@ from pyro_bmr.formulas import HeldMatrixNormal, MatrixNormal, held_var
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.held_evidence import log_det_bounds
 from pyro_bmr.post_training.layer import Layer
-from pyro_bmr.post_training.steps import write
+from pyro_bmr.post_training.measure import write
 from pyro_bmr.posteriors.posterior import Posterior
 from pyro_bmr.posteriors.site import Site
 from pyro_bmr.priors import Gaussian

@@ -19,20 +19,13 @@ from pyro_bmr.curvatures.factors import Curvature
 from pyro_bmr.errors import ModelError, warn
 from pyro_bmr.likelihoods.likelihood import read_inputs
 from pyro_bmr.post_training.calibration import Calibration
+from pyro_bmr.post_training.corrections import corrected
 from pyro_bmr.post_training.groups import FEW, groups_of, warn_of_others
 from pyro_bmr.post_training.layer import Layer, Precisions, layers_of, precisions, prior_scale
 from pyro_bmr.post_training.masks import pruned_at
+from pyro_bmr.post_training.measure import Measure, curvature_at, write
 from pyro_bmr.post_training.pruned import Pruned, reduction_of
 from pyro_bmr.post_training.rounds_file import about_call, read_round, write_round
-from pyro_bmr.post_training.steps import (
-    Measure,
-    Values,
-    corrected,
-    curvature_and_slopes_at,
-    curvature_at,
-    slopes_at,
-    write,
-)
 from pyro_bmr.reduction.attention_heads import Heads
 from pyro_bmr.reduction.groups import NofM
 
@@ -50,7 +43,7 @@ class Settings:
     only: tuple[str, ...]
     corrections: int
     last_corrections: int
-    refresh: int
+    rate: float
     temperature: float
     scale: float | str | None
     floor: float
@@ -64,7 +57,8 @@ class Rounds:
     """A network as it is pruned, in place.
 
     `held`: weight → the entries of its layer's matrix that are zero. `gains`, `rises`: weight → its
-    ΔF, nats, and what the loss was predicted to rise by for it, nats per row. `labels`, `factors`:
+    ΔF, nats, and what the loss was predicted to rise by for it, nats per row. `wanted`, `moved`:
+    the weights that may be pruned, with their biases, and what the steps move. `labels`, `factors`:
     the groups that are pruned whole, and the curvature that their evidence needs, else None.
     """
 
@@ -78,7 +72,10 @@ class Rounds:
     rises: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, float]] = field(default_factory=list)
     wanted: dict[str, nn.Parameter] = field(default_factory=dict)
+    moved: dict[str, nn.Parameter] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
+    rate: float = 0.0
+    divergence: float = 0.0
     labels: Mapping[str, Tensor] | None = None
     factors: Curvature | None = None
 
@@ -100,7 +97,7 @@ class Rounds:
             if number < len(self.rounds):
                 continue
             before = self._state(), layers
-            layers = self._corrected(self._holding(layers, size), size)
+            layers = self._corrected(self._holding(layers, size), number)
             self._note(size, base)
             if stopped := self._too_much():
                 self._restore(before[0])
@@ -141,6 +138,8 @@ class Rounds:
         warn_of_others(others, {name: named[name] for name in names}, patterns)
         biases = [found.layers[name].bias for name in names]
         self.wanted = {name: named[name] for name in (*names, *biases) if name is not None}
+        self.moved = self.wanted if self.settings.only else named
+        self.rate = self.settings.rate
         for name in names:
             self.scales[name] = prior_scale(
                 found.layers[name], named, self.settings.scale, self.settings.temperature
@@ -206,21 +205,17 @@ class Rounds:
             write(self.net, out[name].values())
         return out
 
-    def _corrected(self, layers: dict[str, Layer], size: float) -> dict[str, Layer]:
-        """The layers after the Gauss–Newton steps of a round."""
+    def _corrected(self, layers: dict[str, Layer], number: int) -> dict[str, Layer]:
+        """The layers after the steps of the round of that number."""
         settings = self.settings
-        is_last = size == settings.sizes[-1]
-        count = settings.last_corrections if is_last else settings.corrections
-        step: Values | None = None
-        for number in range(count):
-            given = self.measure, self.net, self.wanted
-            if number % settings.refresh == 0:
-                factors, slopes = curvature_and_slopes_at(*given)
-                layers = self._layers(factors)
-            else:
-                slopes = slopes_at(*given)
-            step = corrected(self.measure, self.net, layers, slopes, settings.temperature, step)
-        return layers if is_last and not count else self._layers(self._curvature())
+        is_last = number == len(settings.sizes) - 1
+        steps = settings.last_corrections if is_last else settings.corrections
+        if steps:
+            given = self.measure, self.net, layers, self.moved
+            self.rate, self.divergence = corrected(*given, steps, self.rate, settings.seed + number)
+        else:
+            self.divergence = self.measure.divergence(self.net)
+        return layers if is_last and not steps else self._layers(self._curvature())
 
     def _note(self, size: float, base: float | None) -> None:
         """Adds the row of a round."""
@@ -228,7 +223,7 @@ class Rounds:
             "kept": 1 - self._pruned_fraction(),
             "delta_f": sum(self.gains.values()),
             "predicted_rise": sum(self.rises.values()),
-            "divergence": self.measure.divergence(self.net) / self.measure.rows.size,
+            "divergence": self.divergence / self.measure.rows.size,
         }
         if base is not None:
             loss = self._held_out_loss(self.net)
@@ -272,20 +267,22 @@ class Rounds:
         return self.measure.ranks.total(total) / self.held_out.rows
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"value {name}": p.detach().clone() for name, p in self.wanted.items()}
+        tensors = {f"value {name}": p.detach().clone() for name, p in self.moved.items()}
         tensors |= {f"held {name}": held.clone() for name, held in self.held.items()}
-        numbers = {"gains": self.gains, "rises": self.rises, "rounds": self.rounds}
+        numbers = {
+            "gains": self.gains, "rises": self.rises, "rounds": self.rounds, "rate": self.rate
+        }  # fmt: skip
         return tensors, copy.deepcopy(numbers)
 
     def _restore(self, state: tuple[Mapping[str, Tensor], Mapping[str, Any]]) -> None:
         tensors, numbers = state
-        for name, parameter in self.wanted.items():
+        for name, parameter in self.moved.items():
             parameter.data.copy_(tensors[f"value {name}"])
         self.held = {
             name: tensors[f"held {name}"] for name in self.gains if f"held {name}" in tensors
         }
         self.gains, self.rises = dict(numbers["gains"]), dict(numbers["rises"])
-        self.rounds = list(numbers["rounds"])
+        self.rounds, self.rate = list(numbers["rounds"]), numbers["rate"]
 
     def _resume(self, folder: Path, about: str) -> bool:
         """Whether there was a state to continue from."""

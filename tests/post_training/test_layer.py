@@ -108,19 +108,6 @@ def test_a_turned_weight_has_its_entries_where_the_parameter_has_them():
     assert after.as_parameter(after.mean)[1, 3] == 0 and int(after.held.sum()) == 1
 
 
-def test_a_step_minimises_the_quadratic_model_of_the_kept_weights():
-    _, _, layer = one_layer()
-    pruned = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.5
-    layer = layer.holding(pruned)[0]
-    gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    step = layer.moved(gradient, TEMPERATURE)
-    precision = torch.linalg.inv(dense_of(layer).cov)
-    kept = ~layer.held.flatten()
-    expected = -torch.linalg.solve(precision[kept][:, kept], gradient.flatten()[kept] / TEMPERATURE)
-    torch.testing.assert_close(step.flatten()[kept], expected, rtol=1e-8, atol=1e-8)
-    assert bool((step.flatten()[~kept] == 0).all())
-
-
 def with_eigenvalues(values, seed):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_bmr as bmr
 from pyro_bmr.errors import DataError, ModelError, ReductionError
 from pyro_bmr.formulas import LaplaceEvidence
-from pyro_bmr.post_training import rounds as rounds_file
 from pyro_bmr.post_training.masks import pruned_at
 from pyro_bmr.reduction import NofM
 
@@ -152,7 +151,7 @@ def test_corrections_bring_the_outputs_nearer_to_the_dense_network(trained):
             last_corrections=many,
             **QUIET,
         ).rounds[-1]["divergence"]
-        for few, many in ((0, 0), (1, 3))
+        for few, many in ((0, 0), (20, 50))
     ]
     assert divergence[1] < 0.5 * divergence[0]
 
@@ -179,21 +178,6 @@ def test_units_are_pruned_whole_and_shrink(trained):
     assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(
         p.numel() for p in net.parameters()
     )
-
-
-@pytest.mark.parametrize("refresh, passes", [(1, 3 + 3 + 4), (2, 3 + 2 + 2), (9, 3 + 1 + 1)])
-def test_the_curvature_is_taken_anew_after_some_steps(trained, monkeypatch, refresh, passes):
-    """For the dense network, at the end of each of two rounds, and within their 3 and 4 steps."""
-    net, x, _, _ = trained
-    taken = []
-    for name in ("curvature_at", "curvature_and_slopes_at"):
-        call = getattr(rounds_file, name)
-        monkeypatch.setattr(
-            rounds_file, name, lambda *given, call=call: taken.append(1) or call(*given)
-        )
-    options = {**QUIET, "path": [0.7], "corrections": 3, "last_corrections": 4}
-    bmr.prune(net, x, bmr.Categorical(), 0.4, refresh=refresh, **options)
-    assert len(taken) == passes
 
 
 def test_patterns_are_kept(trained):
@@ -291,7 +275,7 @@ def test_the_floor_of_a_layer():
         ({"kept": 0.5, "temperature": 0}, "temperature"),
         ({"kept": 0.5, "only": ["conv.*"]}, "matches no parameter"),
         ({"kept": 0.5, "corrections": -1}, "corrections"),
-        ({"kept": 0.5, "refresh": 0}, "refresh"),
+        ({"kept": 0.5, "rate": 0.0}, "rate"),
         ({"kept": NofM(2, 4), "per": "unit"}, "leave per out"),
         ({"kept": 0.5, "only": ["*.bias"]}, "expected layers with Kronecker factors"),
     ],

@@ -1,25 +1,17 @@
-"""The divergence from the dense network, and the quadratic model of a step, by dense algebra."""
+"""The divergence from the dense network, and the curvature, by plain torch."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 
 import pyro_bmr as bmr
 from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.curvatures.scores import Loss
 from pyro_bmr.post_training.calibration import Calibration, calibration_rows
 from pyro_bmr.post_training.divergence import Divergence
-from pyro_bmr.post_training.steps import (
-    Measure,
-    _amounts,
-    _output_products,
-    curvature_and_slopes_at,
-    curvature_at,
-    slopes_at,
-)
+from pyro_bmr.post_training.measure import Measure, curvature_at
 
 
 def double(*shape, seed=0):
@@ -79,78 +71,17 @@ def tiny():
     return measure, nets[1], x
 
 
-def moves(net, seed):
-    return {
-        name: double(*p.shape, seed=seed + k) for k, (name, p) in enumerate(net.named_parameters())
-    }
-
-
-def test_products_of_steps_are_those_of_the_gauss_newton_matrix():
-    measure, net, x = tiny()
-    names = [name for name, _ in net.named_parameters()]
-    steps = [moves(net, 10), moves(net, 50)]
-    probs = net(x).softmax(1).detach()
-    jacobian = torch.autograd.functional.jacobian(
-        lambda *values: functional_call(net, dict(zip(names, values, strict=True)), (x,)),
-        tuple(p.detach() for p in net.parameters()),
-    )
-    changes = [
-        sum(
-            (part.flatten(2) @ one[name].flatten())
-            for name, part in zip(names, jacobian, strict=True)
-        )
-        for one in steps
-    ]
-    hessian = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None]
-    expected = torch.tensor(
-        [[float((a[:, None] @ hessian @ b[:, :, None]).sum()) for b in changes] for a in changes]
-    ).double()
-    torch.testing.assert_close(_output_products(measure, net, steps), expected, rtol=1e-2, atol=0)
-
-
-def test_the_amounts_minimise_the_model():
-    measure, net, _ = tiny()
-    steps = [moves(net, 10), moves(net, 50)]
-    gradient = moves(net, 90)
-    layers = {
-        name: SimpleNamespace(name=name, scale=0.5 + k)
-        for k, name in enumerate(dict(net.named_parameters()))
-    }
-    found = torch.tensor(_amounts(measure, net, layers, gradient, steps, 0.2)).double()
-    slope = torch.tensor(
-        [float(sum((gradient[n] * s[n]).sum() for n in s)) for s in steps]
-    ).double()
-    model = 3 * _output_products(measure, net, steps)
-    for k, one in enumerate(steps):
-        for j, other in enumerate(steps):
-            model[k, j] += sum(
-                0.2 * float((one[n] * other[n]).sum()) / layers[n].scale ** 2 for n in one
-            )
-    torch.testing.assert_close(model @ found, -slope, rtol=1e-6, atol=1e-6)
-
-
-def test_the_gradient_is_that_of_the_divergence_over_all_rows():
+def test_the_divergence_is_over_all_rows_and_the_curvature_that_of_the_network():
     measure, net, x = tiny()
     wanted = dict(net.named_parameters())
-    found = slopes_at(measure, net, wanted)
-    net.requires_grad_(True)
-    dense = measure.dense(x).detach()
     kl = nn.functional.kl_div(
-        net(x).log_softmax(1), dense.log_softmax(1), reduction="sum", log_target=True
+        net(x).log_softmax(1), measure.dense(x).log_softmax(1), reduction="sum", log_target=True
     )
-    for name, slope in zip(wanted, torch.autograd.grad(3 * kl, net.parameters()), strict=True):
-        torch.testing.assert_close(found.gradient[name], slope)
-    assert found.divergence == pytest.approx(3 * kl.item())
     assert measure.divergence(net) == pytest.approx(3 * kl.item())
+    first = measure.apart(net, None, 0)
+    assert (first + measure.apart(net, None, 1)).item() == pytest.approx(kl.item())
     plain = bmr.curvature(net, x, bmr.Categorical(), fisher="gauss-newton", size=24, progress=False)
-    both, again = curvature_and_slopes_at(measure, net, wanted)
-    assert again.divergence == found.divergence
-    for name, slope in found.gradient.items():
-        torch.testing.assert_close(again.gradient[name], slope)
     curved = curvature_at(measure, net, wanted)
-    for name, layer in both.layers.items():
-        torch.testing.assert_close(curved.layers[name].outputs, layer.outputs)
-        torch.testing.assert_close(curved.layers[name].inputs, layer.inputs)
     for name, layer in plain.layers.items():
         torch.testing.assert_close(curved.layers[name].outputs, layer.outputs)
         torch.testing.assert_close(curved.layers[name].inputs, layer.inputs)

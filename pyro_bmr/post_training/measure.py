@@ -1,0 +1,95 @@
+r"""How a network is measured while it is pruned: on which rows, against which dense network.
+
+Owns `Measure`, `curvature_at` and `write`. Next: `corrections.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pyro_bmr.curvatures.factors import Curvature
+from pyro_bmr.curvatures.network_batches import output_of
+from pyro_bmr.curvatures.passes import Pass
+from pyro_bmr.curvatures.ranks import Ranks
+from pyro_bmr.curvatures.scores import Loss
+from pyro_bmr.data.inputs import call_arguments, rows_in
+from pyro_bmr.likelihoods.likelihood import read_inputs
+from pyro_bmr.post_training.calibration import Calibration
+from pyro_bmr.post_training.divergence import Divergence
+
+_MOST_BYTES = 1 << 28  # of outputs that are kept
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How networks are measured: on which rows, against which dense network, by which loss. The
+    outputs of the dense network are kept in memory if they are small. In a group of processes each
+    runs its rows, and what is measured is that of all of them.
+    """
+
+    dense: nn.Module
+    rows: Calibration
+    loss: Loss
+    fisher: str
+    draws: int
+    bar: Any
+    ranks: Ranks = field(default_factory=Ranks)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        """N over the calibration rows."""
+        return self.rows.size / self.rows.rows
+
+    def run(self, net: nn.Module, values: Mapping[str, Tensor] | None, x: Any) -> Tensor:
+        """The output of the network with `values` in the place of its parameters."""
+        inputs, _ = read_inputs(self.loss.likelihood, x)
+        args, named = call_arguments(net, inputs)
+        return output_of(functional_call(net, dict(values or {}), args, named))
+
+    @torch.no_grad()
+    def target(self, number: int, x: Any) -> Tensor:
+        """What the dense network returns for the batch of that number."""
+        if number in self.kept:
+            return self.kept[number]
+        output = self.run(self.dense, None, x)
+        if output.numel() * output.element_size() * len(self.rows.batches) < _MOST_BYTES:
+            self.kept[number] = output
+        return output
+
+    def apart(self, net: nn.Module, values: Mapping[str, Tensor] | None, number: int) -> Tensor:
+        """The divergence on the batch of that number, nats, with its graph."""
+        x, y = self.rows.batches[number]
+        read = read_inputs(self.loss.likelihood, x)[1]
+        found, dense = self.run(net, values, x), self.target(number, x)
+        return Divergence(self.loss).of(found, dense, y, read)
+
+    @torch.no_grad()
+    def divergence(self, net: nn.Module) -> float:
+        """Nats, summed over all N rows."""
+        every = range(len(self.rows.batches))
+        total = sum(float(self.apart(net, None, number)) for number in every)
+        return self.ranks.total(total) * self.scale
+
+
+def curvature_at(measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter]) -> Curvature:
+    """The factors of the layers of a network, by one pass over the calibration rows."""
+    one = Pass(net, measure.loss, measure.fisher, measure.draws, wanted, True, others=False)
+    for x, y in measure.rows.batches:
+        one.add(x, y)
+        measure.bar.update(rows_in(x))
+    one.sum_over(measure.ranks)
+    return one.result(measure.rows.rows, measure.rows.size)
+
+
+def write(net: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Puts values in the place of parameters."""
+    parameters = dict(net.named_parameters())
+    for name, value in values.items():
+        parameters[name].data.copy_(value)
