@@ -30,6 +30,7 @@ from benchmarks.parts import one_shot
 from benchmarks.parts.layer_cost import layer_costs
 from benchmarks.parts.layer_sizes import lamp, owl, weights_and_norms
 from benchmarks.parts.pages import fill, table
+from benchmarks.parts.same_steps import Rule, with_steps
 from benchmarks.parts.trained_networks import RECIPES, Rows, rows, trained, trained_on
 
 SIZES = (0.5, 0.2, 0.1, 0.05)
@@ -115,6 +116,13 @@ def methods(
         rule = one_shot.Surgeon(**changes)
         return lambda: list(rule.path(net, data, ROUNDS, SIZES, likelihood).items())
 
+    def surgeon_shot(one: nn.Module, kept: float, held: one_shot.Masks) -> nn.Module:
+        return one_shot.Surgeon().next(one, data, held, kept, likelihood)
+
+    def stepped(rule: Rule) -> list[Network]:
+        steps = settings.corrections, settings.last
+        return with_steps(rule, net, data, ROUNDS, SIZES, steps, likelihood)
+
     def obc(sizes: float | Mapping[str, float]) -> nn.Module:
         if not orders:
             orders.update(one_shot.obc_orders(net, found))
@@ -149,6 +157,10 @@ def methods(
         ),
         STEPLESS: lambda: without_steps(net, data, settings, likelihood),
         OURS: ours,
+        "magnitude, one threshold, the same steps": lambda: stepped(
+            lambda one, kept: one_shot.magnitude(one, found, kept, False)
+        ),
+        f"{SURGEON}, the same steps": lambda: stepped(partial(surgeon_shot, held={})),
         "SparseGPT, our sizes": lambda: of_our_sizes(sparsegpt),
         "OBC, our sizes": lambda: of_our_sizes(obc),
     }

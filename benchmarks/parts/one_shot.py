@@ -177,10 +177,21 @@ class Surgeon:
         held: Masks = {}
         found: dict[float, nn.Module] = {}
         for kept in path:
-            net = self.shot(net, factors(net, data, self.fisher, likelihood), held, kept)
+            net = self.next(net, data, held, kept, likelihood)
             if kept in scored:
                 found[kept] = net
         return found
+
+    def next(
+        self,
+        net: nn.Module,
+        data: tuple[Tensor, Tensor],
+        held: Masks,
+        kept: float,
+        likelihood: Any = _CLASSES,
+    ) -> nn.Module:
+        """The network after one shot with its own curvature."""
+        return self.shot(net, factors(net, data, self.fisher, likelihood), held, kept)
 
     def shot(self, net: nn.Module, found: Curvature, held: Masks, kept: float) -> nn.Module:
         """The least ½ w²/[F⁻¹] of all layers go, and the others of their layer move, with F the

@@ -102,7 +102,9 @@ def _descend(
     order: list[int] = []
     for _ in range(steps):
         if not order:
-            order = torch.randperm(len(measure.rows.batches), generator=generator).tolist()
+            order = torch.randperm(
+                len(measure.rows.batches), generator=generator, device="cpu"
+            ).tolist()
         _set_gradients(measure, net, moved, values, order.pop() if order else None)
         adam.step()
         schedule.step()

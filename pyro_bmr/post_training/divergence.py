@@ -2,7 +2,7 @@ r"""How far a pruned network is from the dense one, by their outputs: no labels 
 
 Owns `Divergence`. For classes, and for yes and no, it is KL(dense ‖ pruned). For real targets with
 the noise σ it is the mean of ½ (f − f_dense)²/σ². For any other likelihood it is the difference of
-the expected −log p(y | f) under targets that are drawn from the dense network. Next: `steps.py`.
+the expected −log p(y | f) under targets that are drawn from the dense network. Next: `measure.py`.
 """
 
 from __future__ import annotations
