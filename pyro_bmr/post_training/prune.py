@@ -99,9 +99,8 @@ def prune(
             kept with "unit" and "channel".
         heads: for ``per="head"`` and `Heads`; by default as many as the modules of the network say.
         only: patterns of the names of the weights that may be pruned. By default all of those that
-            require a gradient, or all if none does: a layer that is frozen stays as it is. With
-            patterns, the steps move these layers alone. Entries that are zero already stay zero,
-            and count as pruned.
+            require a gradient, or all if none does. Parameters that are frozen, beside others that
+            are not, stay as they are. Entries that are zero already stay zero, and count as pruned.
         path: the fractions of the rounds; by default `PATH` down to `kept`. More rounds keep more
             accuracy.
         corrections, last_corrections: steps after each round, and after the last. More of them, and
@@ -147,9 +146,9 @@ def prune(
     loss = Loss(likelihood, {name: torch.as_tensor(v) for name, v in (values or {}).items()})
     plain = plain_copy(net)
     trained = {name for name, p in plain.named_parameters() if p.requires_grad}
-    if trained and only is None:
-        every = dict(plain.named_parameters())
-        settings = replace(settings, frozen=tuple(name for name in every if name not in trained))
+    if trained:
+        still = tuple(name for name, _ in plain.named_parameters() if name not in trained)
+        settings = replace(settings, still=still, frozen=still if only is None else ())
     dense = plain.requires_grad_(False)
     working = module_copy(dense).eval()
     check_factors(dict(working.named_parameters()))

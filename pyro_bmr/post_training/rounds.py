@@ -33,7 +33,7 @@ from pyro_bmr.reduction.groups import NofM
 @dataclass(frozen=True)
 class Settings:
     """The arguments of `prune` that its rounds need. `sizes`: the fraction of each round; `frozen`:
-    parameters that stay as they are.
+    parameters that are not pruned; `still`: those that the steps do not move.
     """
 
     sizes: tuple[float, ...]
@@ -50,6 +50,7 @@ class Settings:
     most_rise: float | None
     seed: int
     frozen: tuple[str, ...] = ()
+    still: tuple[str, ...] = ()
 
 
 @dataclass
@@ -138,7 +139,11 @@ class Rounds:
         warn_of_others(others, {name: named[name] for name in names}, patterns)
         biases = [found.layers[name].bias for name in names]
         self.wanted = {name: named[name] for name in (*names, *biases) if name is not None}
-        self.moved = self.wanted if self.settings.only else named
+        self.moved = {
+            name: p
+            for name, p in self.net.named_parameters()
+            if name in self.wanted or (p.is_floating_point() and name not in self.settings.still)
+        }
         self.rate = self.settings.rate
         for name in names:
             self.scales[name] = prior_scale(

@@ -334,6 +334,9 @@ def test_what_is_frozen_stays_as_it_is():
     assert not torch.equal(pruned.net.get_parameter("4.bias"), net.get_parameter("4.bias"))
     named = bmr.prune(net, x, bmr.Categorical(), 0.3, only="0.*", **FEW)
     assert set(named.masks) == {"0.weight"}
+    for name in ("2.weight", "4.weight", "0.bias"):
+        assert not torch.equal(named.net.get_parameter(name), net.get_parameter(name))
+    assert torch.equal(named.net[2].bias, net[2].bias)
     all_frozen = bmr.prune(net.requires_grad_(False), x, bmr.Categorical(), 0.3, **FEW)
     assert len(all_frozen.masks) == 3
 
