@@ -57,9 +57,10 @@ def curvature(
     for convolutions; Eschenhagen et al. 2023 for shared weights ("expand").
 
     Every call of a torch function with a parameter is seen: those of `nn.Linear`, convolutions with
-    groups, `nn.MultiheadAttention`, `nn.Embedding`, and products in the code of a `forward`.
-    Parameters that are used in another way, such as those of norm layers, recurrent layers and
-    parametrizations, have the exact diagonal, and `Curvature.table` says why.
+    groups, `nn.MultiheadAttention`, `nn.Embedding`, recurrent layers and cells, which are run step
+    by step, and products in the code of a `forward`. Parameters that are used in another way, such
+    as those of norm layers, `nn.Bilinear` and parametrizations, have the exact diagonal, and
+    `Curvature.table` says why.
 
     In a process group of torch.distributed, every process calls it with the same arguments, runs
     its part of the rows, and gets the curvature of all of them.

@@ -1,7 +1,7 @@
 r"""Which torch functions multiply a parameter by a signal, and what of such a multiplication the
 Kronecker factors need: the rows of its input, and of the gradient at its output.
 
-Owns `Multiplication` and `multiplication_of`. Next: `recorder.py`.
+Owns `Multiplication` and `multiplication_of`. Next: `recurrent.py`.
 """
 
 from __future__ import annotations

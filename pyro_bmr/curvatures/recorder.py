@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_bmr.curvatures.multiplications import LINEAR, Multiplication, multiplication_of
+from pyro_bmr.curvatures.recurrent import RECURRENT, unrolled
 
 
 @dataclass
@@ -71,6 +72,10 @@ class Recorder:
             for leaf in tree_leaves((args, named))
             if isinstance(leaf, Tensor) and id(leaf) in self.parameters
         }
+        if used and function in RECURRENT and not named:
+            result = unrolled(function, args, self._linear)
+            if result is not None:
+                return result
         found = multiplication_of(function, args, named)
         weight = None if found is None else self._rows_of(found.weight)
         if not used and weight is None:
@@ -86,10 +91,7 @@ class Recorder:
     def _attention(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Attention calls `linear` by its name in its module, unseen by the mode."""
 
-        def seen(*args: Any, **named: Any) -> Tensor:
-            return self.call(LINEAR, args, named)  # type: ignore[no-any-return]
-
-        F.linear = seen  # type: ignore[assignment]
+        F.linear = self._linear  # type: ignore[assignment]
         try:
             result = F.multi_head_attention_forward(*args, **named)
         finally:
@@ -99,6 +101,9 @@ class Recorder:
             if key in self.parameters:
                 self._note(self.parameters[key], word)
         return result
+
+    def _linear(self, *args: Any, **named: Any) -> Tensor:
+        return self.call(LINEAR, args, named)  # type: ignore[no-any-return]
 
     def _note(self, name: str, why: str) -> None:
         self.others.setdefault(name, why)

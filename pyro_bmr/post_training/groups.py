@@ -93,6 +93,6 @@ def warn_of_others(
     share = sum(left.values()) / (sum(left.values()) + sum(p.numel() for p in pruned.values()))
     if share > FEW:
         warn(
-            f"prune: {', '.join(left)}, {share:.0%} of the weights, have no Kronecker factors, as"
-            " those of recurrent layers, and stay whole; kept is the fraction of the others"
+            f"prune: {', '.join(left)}, {share:.0%} of the weights, have no Kronecker factors"
+            " (curvature(...).table() says why), and stay whole; kept is the fraction of the others"
         )

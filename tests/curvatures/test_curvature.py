@@ -198,9 +198,9 @@ def test_a_network_that_vmap_refuses_has_its_diagonal_row_by_row():
             return self.head(self.lstm(x)[0][:, -1])
 
     net, x = seeded(Last), inputs(4, 5, 3)
-    found = gauss_newton(net, x)
+    found = gauss_newton(net, x, structure="diagonal")
     hessian = softmax_hessian(net(x).detach())
-    assert found.why["lstm.weight_ih_l0"] == "lstm" and "head.weight" in found.layers
+    assert not found.layers
     for name in ("lstm.weight_ih_l0", "lstm.bias_hh_l0"):
         dense = dense_block(net, x, name, hessian).diagonal()
         torch.testing.assert_close(found[name].flatten(), dense)
@@ -393,9 +393,8 @@ class Padded(nn.Module):
 def test_sequences_of_different_lengths_have_their_diagonal():
     net, x, y = Padded(), torch.randn(12, 7, 4), torch.randint(2, (12,))
     lengths = torch.randint(2, 8, (12,))
-    found = bmr.curvature(
-        net, ((x, lengths), y), bmr.Categorical(), fisher="empirical", progress=False
-    )
+    options = {"fisher": "empirical", "progress": False}
+    found = bmr.curvature(net, ((x, lengths), y), bmr.Categorical(), "diagonal", **options)
     want = torch.zeros(20, 4)
     for k in range(12):
         net.zero_grad()
@@ -403,7 +402,12 @@ def test_sequences_of_different_lengths_have_their_diagonal():
         nn.functional.cross_entropy(one, y[k : k + 1]).backward()
         want += net.cells.weight_ih_l0.grad.square()
     torch.testing.assert_close(found.diagonals["cells.weight_ih_l0"], want, rtol=1e-4, atol=1e-7)
-    assert repr(found) == "Curvature(1 layers, 4 diagonals, 12 rows)"
+    factors = bmr.curvature(net, ((x, lengths), y), bmr.Categorical(), **options)
+    assert repr(factors) == "Curvature(3 layers, 0 diagonals, 12 rows)"
+    inputs = factors.layers["cells.weight_ih_l0"].inputs
+    # of the places up to the length of each row
+    read = torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])
+    torch.testing.assert_close(inputs[:4, :4], read.T @ read / len(read))
 
 
 def test_labels_outside_the_classes():

@@ -364,21 +364,24 @@ def test_the_network_can_be_trained_as_before():
     assert all(pruned.net.get_parameter(name).grad is not None for name in trained)
 
 
-class Recurrent(nn.Module):
+class Bilinear(nn.Module):
+    """Most of its weights multiply pairs of inputs."""
+
     def __init__(self):
         super().__init__()
-        self.cells, self.head = nn.GRU(6, 20, batch_first=True), nn.Linear(20, 2)
+        self.pairs, self.head = nn.Bilinear(6, 6, 20), nn.Linear(20, 2)
 
     def forward(self, x):
-        return self.head(self.cells(x)[1][-1])
+        return self.head(self.pairs(x, x).tanh())
 
 
 def test_weights_without_factors_are_named():
     torch.manual_seed(0)
-    net, x = Recurrent(), torch.randn(40, 5, 6)
-    words = r"cells.weight_ih_l0, cells.weight_hh_l0, 98% of the weights, have no Kronecker"
+    net, x = Bilinear(), torch.randn(40, 6)
+    words = r"pairs.weight, 95% of the weights, have no Kronecker"
     with pytest.warns(bmr.PyroBMRWarning, match=words):
-        bmr.prune(net, x, bmr.Categorical(), 0.5, **FEW)
+        pruned = bmr.prune(net, x, bmr.Categorical(), 0.5, **FEW)
+    assert list(pruned.masks) == ["head.weight"] and pruned.net.pairs.weight.count_nonzero() == 720
     with (
         pytest.warns(bmr.PyroBMRWarning, match=words),
         pytest.raises(ReductionError, match="per='unit': no group.*head.weight"),
