@@ -195,6 +195,12 @@ def similarities(net: nn.Module, ids: Tensor) -> Tensor:
     return (found @ found.mT)[torch.triu_indices(len(ids), len(ids), 1).unbind()]
 
 
+def dense_width(net: nn.Module, ids: Tensor) -> int:
+    """The numbers that it gives for a row."""
+    with torch.no_grad():
+        return net(ids[:1]).shape[1]  # type: ignore[no-any-return]
+
+
 def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
     bert = minilm(settings.folder).net.get_submodule("net")
     net = Sentences(bert).eval().requires_grad_(False)
@@ -210,7 +216,8 @@ def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
         return {"network": "MiniLM", "method": method, **found}
 
     weights = [n for n, p in net.named_parameters() if p.ndim == 2 and "encoder" in n]
-    curved = one_shot.factors(net, (x, torch.zeros(len(x))), "true", likelihood, 64, weights)
+    none = torch.zeros(len(x), dense_width(net, x))  # targets, which the true Fisher does not read
+    curved = one_shot.factors(net, (x, none), "true", likelihood, 64, weights)
     for kept in settings.sizes:
         magnitude = one_shot.magnitude(net, curved, kept, False)
         yield row("magnitude, one threshold", kept, magnitude)
