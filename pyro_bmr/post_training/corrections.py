@@ -53,7 +53,7 @@ def corrected(
     """
     before = measure.divergence(net)
     values = {name: p.detach().clone() for name, p in moved.items()}
-    for _ in range(_TRIES if before > 0 else 0):
+    for _ in range(_TRIES if before else 0):
         _descend(measure, net, moved, rates(layers, moved, rate), steps, seed)
         after = measure.divergence(net)
         if after < before:
@@ -100,12 +100,12 @@ def _descend(
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _share(step, steps))
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    for _ in range(steps):
+    for step in range(steps):
         if not order:
             order = torch.randperm(
                 len(measure.rows.batches), generator=generator, device="cpu"
             ).tolist()
-        _set_gradients(measure, net, moved, values, order.pop() if order else None)
+        _set_gradients(measure, net, moved, values, order.pop() if order else None, step)
         adam.step()
         schedule.step()
         with torch.no_grad():
@@ -125,14 +125,16 @@ def _set_gradients(
     moved: Mapping[str, nn.Parameter],
     values: Mapping[str, Tensor],
     number: int | None,
+    step: int,
 ) -> None:
     """The gradient of the divergence on the batch of that number, summed over the processes, of
-    which some may have none.
+    which some may have none. Targets that are drawn are new in each step, so that their noise
+    averages out.
     """
     found: list[Tensor | None] = [None] * len(values)
     if number is not None:
         cast = {name: value.to(moved[name].dtype) for name, value in values.items()}
-        apart = measure.apart(net, cast, number)
+        apart = measure.apart(net, cast, number, seed=1 + step)
         found = list(torch.autograd.grad(apart, list(values.values()), allow_unused=True))
         measure.bar.update(rows_in(measure.rows.batches[number][0]))
     for value, slope in zip(values.values(), found, strict=True):

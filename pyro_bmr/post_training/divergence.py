@@ -18,15 +18,17 @@ from pyro_bmr.curvatures.scores import Loss
 from pyro_bmr.isolation import seed_generators
 from pyro_bmr.likelihoods import Bernoulli, Categorical, Normal
 
-_SEED = 0
 _DRAWS = 8  # of the targets of a likelihood without a mean that says all
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Of outputs from those of the dense network, summed over the rows of a batch, nats."""
+    """Of outputs from those of the dense network, summed over the rows of a batch, nats. `seed`: of
+    the targets that are drawn; with one seed they are the same in each call.
+    """
 
     loss: Loss
+    seed: int = 0
 
     def of(
         self, output: Tensor, dense: Tensor, y: Tensor | None, read: Mapping[str, Tensor]
@@ -40,7 +42,7 @@ class Divergence:
         if type(likelihood) is Normal and isinstance(likelihood.noise, (int, float)):
             return 0.5 * ((output - dense) / likelihood.noise).square().sum()
         with torch.random.fork_rng():
-            seed_generators(_SEED)  # the same targets in each call
+            seed_generators(self.seed)
             targets = [self.loss.drawn(dense, y, read) for _ in range(_DRAWS)]
         rises = [
             self.loss.nll(output, target, read) - self.loss.nll(dense, target, read)

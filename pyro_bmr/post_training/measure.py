@@ -63,12 +63,16 @@ class Measure:
             self.kept[number] = output
         return output
 
-    def apart(self, net: nn.Module, values: Mapping[str, Tensor] | None, number: int) -> Tensor:
-        """The divergence on the batch of that number, nats, with its graph."""
+    def apart(
+        self, net: nn.Module, values: Mapping[str, Tensor] | None, number: int, seed: int = 0
+    ) -> Tensor:
+        """The divergence on the batch of that number, nats, with its graph. `seed`: of targets that
+        are drawn.
+        """
         x, y = self.rows.batches[number]
         read = read_inputs(self.loss.likelihood, x)[1]
         found, dense = self.run(net, values, x), self.target(number, x)
-        return Divergence(self.loss).of(found, dense, y, read)
+        return Divergence(self.loss, seed).of(found, dense, y, read)
 
     @torch.no_grad()
     def divergence(self, net: nn.Module) -> float:

@@ -144,3 +144,25 @@ def test_a_network_that_is_the_dense_one_is_not_moved():
     assert all(
         torch.equal(a, b) for a, b in zip(net.parameters(), measure.dense.parameters(), strict=True)
     )
+
+
+def test_the_noise_of_drawn_targets_is_not_fitted():
+    """Of counts the divergence is that of drawn ones; by hand it is that of their means."""
+    measure, net, layers, x = two_networks()
+    measure = replace(measure, loss=Loss(bmr.Poisson(), {}))
+    net.load_state_dict(measure.dense.state_dict())
+    net[0].weight.data[1:4] = 0
+    for one in (measure.dense, net):
+        one[3].weight.data, one[3].bias.data = one[3].weight[:1] / 4, one[3].bias[:1]
+    found = layers_of(
+        curvature_at(measure, net, {name: net.get_parameter(name) for name in layers}),
+        dict(net.named_parameters()), dict.fromkeys(layers, 0.7), {}, 0.3,
+    )  # fmt: skip
+
+    def apart():
+        wanted, given = measure.dense(x).double(), net(x).double()
+        return float((wanted.exp() * (wanted - given) - wanted.exp() + given.exp()).sum())
+
+    for seed in range(3):
+        corrected(measure, net, found, dict(net.named_parameters()), 700, 0.03, seed=seed)
+    assert apart() < 0.1
