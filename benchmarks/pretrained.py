@@ -34,7 +34,6 @@ from benchmarks.parts.same_steps import Rule, with_steps
 from benchmarks.parts.trained_networks import RECIPES, Rows, rows, trained, trained_on
 
 SIZES = (0.5, 0.2, 0.1, 0.05)
-ROUNDS = tuple(step for step in PATH if step >= SIZES[-1])
 AFTER = ", trained"
 OURS, STEPLESS, SURGEON = "prune", "prune, no steps", "The LLM Surgeon's rule"
 LIKELIHOOD = bmr.Categorical()
@@ -62,10 +61,10 @@ def without_steps(
     found: list[Network] = []
 
     def keep(kept: float, one: nn.Module) -> None:
-        if kept in SIZES:
+        if kept in settings.sizes:
             found.append((kept, copy.deepcopy(one)))
 
-    pruned(net, data, settings, likelihood, SIZES[-1], (0, 0), keep)
+    pruned(net, data, settings, likelihood, settings.sizes[-1], (0, 0), keep)
     return found
 
 
@@ -103,6 +102,7 @@ def methods(
 ) -> dict[str, Callable[[], list[Network]]]:
     """Name → what gives the network of each size."""
     found = one_shot.factors(net, data, "true", likelihood)
+    rounds = tuple(step for step in PATH if step >= settings.sizes[-1])
     names = one_shot.weights_of(found)
     weights, norms = weights_and_norms(net, found, names)
     scales = {name: float(weight.square().mean().sqrt()) for name, weight in weights.items()}
@@ -110,18 +110,18 @@ def methods(
     orders: dict[str, Tensor] = {}
 
     def each(prune: Callable[[float], nn.Module]) -> Callable[[], list[Network]]:
-        return lambda: [(kept, prune(kept)) for kept in SIZES]
+        return lambda: [(kept, prune(kept)) for kept in settings.sizes]
 
     def surgeon(**changes: Any) -> Callable[[], list[Network]]:
         rule = one_shot.Surgeon(**changes)
-        return lambda: list(rule.path(net, data, ROUNDS, SIZES, likelihood).items())
+        return lambda: list(rule.path(net, data, rounds, settings.sizes, likelihood).items())
 
     def surgeon_shot(one: nn.Module, kept: float, held: one_shot.Masks) -> nn.Module:
         return one_shot.Surgeon().next(one, data, held, kept, likelihood)
 
     def stepped(rule: Rule) -> list[Network]:
         steps = settings.corrections, settings.last
-        return with_steps(rule, net, data, ROUNDS, SIZES, steps, likelihood)
+        return with_steps(rule, net, data, rounds, settings.sizes, steps, likelihood)
 
     def obc(sizes: float | Mapping[str, float]) -> nn.Module:
         if not orders:
@@ -130,14 +130,14 @@ def methods(
 
     def ours() -> list[Network]:
         steps = settings.corrections, settings.last
-        path = [(k, pruned(net, data, settings, likelihood, k, steps)) for k in SIZES]
+        path = [(k, pruned(net, data, settings, likelihood, k, steps)) for k in settings.sizes]
         last.update({kept: sizes_of_layers(one) for kept, one in path})
         return path
 
     def of_our_sizes(prune: Callable[[Mapping[str, float]], nn.Module]) -> list[Network]:
         if not last:
             ours()
-        return [(kept, prune(last[kept])) for kept in SIZES]
+        return [(kept, prune(last[kept])) for kept in settings.sizes]
 
     sparsegpt = partial(one_shot.sparsegpt, net, found)
     runs = {
@@ -231,18 +231,19 @@ def _row(
 def accuracy_table(found: pd.DataFrame, name: str) -> list[str]:
     """Accuracy, NLL and ECE of each method at each size; means and deviations over the seeds."""
     of = found[found["network"] == name]
+    sizes = sorted(of[of["kept"] < 1]["kept"].unique(), reverse=True)
     lines = []
     for method in of["method"].unique():
         cells = [method]
-        for kept in (1.0,) if method == "dense" else SIZES:
+        for kept in (1.0,) if method == "dense" else sizes:
             at = of[(of["method"] == method) & (of["kept"] == kept)]
             spread = f" ± {at['accuracy'].std():.3f}" if len(at) > 1 else ""
             cells.append(
                 f"{at['accuracy'].mean():.3f}{spread} ({at['nll'].mean():.2f},"
                 f" {at['ece'].mean():.3f})"
             )
-        lines.append(cells + [""] * (len(SIZES) + 1 - len(cells)))
-    return table([name, *(f"{kept:.0%}" for kept in SIZES)], lines)
+        lines.append(cells + [""] * (len(sizes) + 1 - len(cells)))
+    return table([name, *(f"{kept:.0%}" for kept in sizes)], lines)
 
 
 def arguments() -> argparse.Namespace:
@@ -251,6 +252,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--networks", nargs="*", default=["mlp"], choices=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="largest first")
     parser.add_argument("--rows", type=int, default=10_000, help="calibration rows")
     parser.add_argument("--corrections", type=int, default=100, help="steps after each round")
     parser.add_argument("--last", type=int, default=500, help="steps after the last round")
