@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="such as docs/results/pretrained.md")
     settings = parser.parse_args()
     settings.differences, settings.scale, settings.temperature = False, None, 0.05
-    settings.sizes = SIZES
+    settings.sizes, settings.step_rate = SIZES, 0.05
     torch.set_num_threads(1)
     settings.out.mkdir(parents=True, exist_ok=True)
     found = pd.DataFrame(list(results(settings)))

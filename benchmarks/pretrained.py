@@ -84,6 +84,7 @@ def pruned(
         kept,
         corrections=steps[0],
         last_corrections=steps[1],
+        rate=settings.step_rate,
         rows=len(data.x),
         size=settings.size,
         scale=settings.scale,
@@ -256,6 +257,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=10_000, help="calibration rows")
     parser.add_argument("--corrections", type=int, default=100, help="steps after each round")
     parser.add_argument("--last", type=int, default=500, help="steps after the last round")
+    parser.add_argument("--step-rate", type=float, default=0.05, help="of the steps of `prune`")
     parser.add_argument("--train", type=int, help="steps of training after each pruning")
     parser.add_argument("--rate", type=float, default=2e-3, help="of that training")
     parser.add_argument("--only", nargs="*", help="methods to run")
