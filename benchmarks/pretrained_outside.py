@@ -199,7 +199,8 @@ def direction_rows(
         yield row("Wanda", kept, one_shot.wanda(net, curved, kept))
         yield row("SparseGPT, uniform", kept, one_shot.sparsegpt(net, curved, kept))
     masks: dict[float, Mapping[str, float]] = {}
-    for method, steps in (("prune, no steps", 0), ("prune", settings.corrections)):
+    kinds = {0: "prune, no steps", settings.corrections: "prune"}
+    for steps, method in {**kinds, 0: kinds[0]}.items():
         found: list[dict[str, object]] = []
         start = time.perf_counter()
 
@@ -274,8 +275,11 @@ def main() -> None:
     torch.set_num_threads(1)
     settings.out.mkdir(parents=True, exist_ok=True)
     for name in settings.networks:
-        found = pd.DataFrame(list(NETWORKS[name](settings)))
-        found.to_csv(settings.out / f"{name}.csv", index=False)
+        rows: list[dict[str, object]] = []
+        for row in NETWORKS[name](settings):
+            rows.append(row)
+            found = pd.DataFrame(rows)
+            found.to_csv(settings.out / f"{name}.csv", index=False)
         if settings.page:
             fill(settings.page, lines_of(found), name)
 

@@ -99,10 +99,14 @@ def _source(data: Any, targets: bool, size: int | None) -> Source:
 
 @contextmanager
 def evaluation(net: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode, without torch's fast path, which hides its weights."""
+    """The network in evaluation mode, without torch's fast path, which hides its weights. With
+    recurrent layers it is without cuDNN, which refuses their backward pass in this mode.
+    """
     modes = [(module, module.training) for module in net.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
+    if any(isinstance(module, nn.RNNBase) for module, _ in modes):
+        torch.backends.cudnn.enabled = False
     net.eval()
     try:
         yield
@@ -110,3 +114,4 @@ def evaluation(net: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.cudnn.enabled = cudnn

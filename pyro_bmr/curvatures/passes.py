@@ -45,8 +45,8 @@ class Pass:
         self.recorder = Recorder(names if self.kronecker else {}, anchor)
         self.squares: dict[str, Tensor] = {}
 
-    def add(self, x: Inputs, y: Tensor | None) -> Tensor:
-        """Adds a batch; the output of the network, with its graph."""
+    def add(self, x: Inputs, y: Tensor | None) -> None:
+        """Adds a batch."""
         check_read(self.loss.likelihood, x, "the data")
         inputs, read = read_inputs(self.loss.likelihood, x)
         with self.recorder.watching():
@@ -62,8 +62,6 @@ class Pass:
             if others and self.others:
                 for name, square in row_squares(self.net, others, inputs, g, output_of).items():
                     self.squares[name] = self.squares.get(name, 0) + square
-        self.recorder.listening = False
-        return output
 
     def _in_layers(self) -> set[str]:
         """The parameters that have Kronecker factors."""

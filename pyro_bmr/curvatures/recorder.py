@@ -44,7 +44,7 @@ class Recorder:
     The multiplications give `factors`. `others`: parameter → the function that used it in another
     way, or why it has no factors. The forward pass must run inside `watching`; a backward pass from
     its result to `anchor` adds to the factors. `counting`: whether it adds to those of the inputs
-    too, as the first of each forward pass does. `listening`: whether it adds to any.
+    too, as the first of each forward pass does.
     """
 
     parameters: Mapping[int, str]
@@ -52,12 +52,11 @@ class Recorder:
     factors: dict[str, Factors] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
     counting: bool = True
-    listening: bool = True
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """A context for one forward pass."""
-        self.counting = self.listening = True
+        self.counting = True
         for factor in self.factors.values():
             factor.uses = 0
         with _Mode(self):
@@ -72,8 +71,8 @@ class Recorder:
             for leaf in tree_leaves((args, named))
             if isinstance(leaf, Tensor) and id(leaf) in self.parameters
         }
-        if used and function in RECURRENT and not named:
-            result = unrolled(function, args, self._linear)
+        if used and function in RECURRENT:
+            result = unrolled(function, args, named, self._linear)
             if result is not None:
                 return result
         found = multiplication_of(function, args, named)
@@ -144,10 +143,12 @@ class Recorder:
         factor.uses += 1
         signal = found.signal.detach()
         seen = result + self.anchor.to(result.dtype)  # no leaf, so that a later call may change it
+        if not seen.requires_grad:
+            self._note(name, "a call without gradients, as under no_grad or vmap")
+            return result
 
         def hook(g: Tensor) -> None:
-            if self.listening:
-                _add(factor, found, signal, g.detach(), first, self.counting)
+            _add(factor, found, signal, g.detach(), first, self.counting)
 
         seen.register_hook(hook)
         return seen

@@ -6,7 +6,7 @@ function, with the equations of its documentation. Next: `recorder.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,14 +55,17 @@ RECURRENT = frozenset({*_LAYERS, *_CELLS})
 """The torch functions that `unrolled` can write out."""
 
 
-def unrolled(function: Any, args: tuple[Any, ...], linear: Linear) -> Any:
-    """What a call of one of `RECURRENT` returns; None if it drops units at random between layers.
+def unrolled(function: Any, args: tuple[Any, ...], named: Mapping[str, Any], linear: Linear) -> Any:
+    """What a call of one of `RECURRENT` returns; None if it drops units at random between layers,
+    or has keywords for a whole layer.
 
     Args:
         linear: what multiplies by a weight and adds a bias.
     """
     if function in _CELLS:
-        return _cell(_CELLS[function], linear, *args)
+        return _cell(_CELLS[function], linear, *args, **named)
+    if named:
+        return None
     packed = isinstance(args[3], (list, tuple))
     if packed:
         data, sizes, first, weights, has_biases, depth, dropout, training, both_ways = args
@@ -85,16 +88,17 @@ def unrolled(function: Any, args: tuple[Any, ...], linear: Linear) -> Any:
 def _cell(
     step: Step,
     linear: Linear,
-    x: Tensor,
-    state: Any,
-    inner: Tensor,
-    across: Tensor,
-    bias: Tensor | None = None,
-    bias_across: Tensor | None = None,
+    input: Tensor,
+    hx: Any,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
 ) -> Any:
-    first = (state,) if isinstance(state, Tensor) else tuple(state)
-    found = step(linear(x, inner, bias), linear(first[0], across, bias_across), first)
-    return found[0] if isinstance(state, Tensor) else found
+    """The arguments have torch's names."""
+    first = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    found = step(linear(input, w_ih, b_ih), linear(first[0], w_hh, b_hh), first)
+    return found[0] if isinstance(hx, Tensor) else found
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ class Loss:
     @torch.no_grad()
     def drawn(self, output: Tensor, y: Tensor | None, read: Mapping[str, Tensor]) -> Tensor:
         """Targets drawn from the network; a target of y that is not observed stays so."""
+        if bool(output.isnan().any()):
+            raise ModelError(
+                "data: the outputs of the network are not finite: some are NaN, of which no targets"
+                " can be drawn; look for NaN in x and in the weights"
+            )
         values = {name: value.to(output) for name, value in self.values.items()}
         with Values(values):
             labels: Tensor = self.likelihood.observe(output.detach(), None, **read)

@@ -1,5 +1,5 @@
-"""A trained network pruned without training: rounds of a Kronecker posterior, and Gauss–Newton
-steps.
+"""A trained network pruned without labels: rounds of a Kronecker posterior, and steps towards the
+dense network.
 """
 
 from pyro_bmr.post_training.prune import PATH, prune

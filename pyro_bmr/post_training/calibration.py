@@ -5,6 +5,7 @@ Owns `Calibration` and `calibration_rows`. Next: `layer.py`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from pyro_bmr.curvatures.network_batches import batches, own_rows
 from pyro_bmr.curvatures.ranks import Ranks
 from pyro_bmr.data.batch import rows_at
 from pyro_bmr.data.given import source_of
-from pyro_bmr.data.inputs import Inputs, of_each, rows_in
+from pyro_bmr.data.inputs import Inputs, of_each, parts_of, rows_in
 from pyro_bmr.data.row_sources import Held
 from pyro_bmr.errors import DataError
 
@@ -24,12 +25,27 @@ from pyro_bmr.errors import DataError
 @dataclass(frozen=True)
 class Calibration:
     """Batches of `rows` rows in all, of data of `size` rows; y is None where there are no
-    targets. In a group of processes the batches are those of this one, and `rows` is that of all.
+    targets. In a group of processes the batches are the parts of this one, perhaps of no rows, and
+    `rows` is that of all.
     """
 
     batches: tuple[tuple[Inputs, Tensor | None], ...]
     rows: int
     size: int
+
+    def some(self) -> Iterator[tuple[Inputs, Tensor | None]]:
+        """The batches that have rows."""
+        return ((x, y) for x, y in self.batches if rows_in(x))
+
+    def digest(self) -> str:
+        """Of the rows, SHA-256."""
+        check = hashlib.sha256()
+        for x, y in self.batches:
+            for part in (*parts_of(x).values(), *(() if y is None else (y,))):
+                plain = part.detach().cpu().contiguous()
+                check.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+                check.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        return check.hexdigest()
 
 
 def calibration_rows(
@@ -75,8 +91,7 @@ def calibration_rows(
     kept, taken = [], 0
     for count, x, y in own_rows(first(), ranks, seed, "prune"):
         taken += count
-        if rows_in(x):
-            kept.append((x, y))
+        kept.append((x, y))
     return Calibration(tuple(kept), taken, seen if known is None else known)
 
 

@@ -16,7 +16,8 @@ and one number c serves layers of all widths and sizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from statistics import median
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.data.inputs import rows_in
+from pyro_bmr.errors import ModelError
 from pyro_bmr.post_training.layer import Layer
 from pyro_bmr.post_training.measure import Measure, write
 
@@ -33,8 +35,11 @@ _LESS = 3.0  # a rate that did not serve, over the next one
 
 
 class Corrected(NamedTuple):
-    """c that served, and the divergence from the dense network after the steps, nats."""
+    """Whether steps led nearer to the dense network, c of these or of those that were tried last,
+    and the divergence after them, nats.
+    """
 
+    nearer: bool
     rate: float
     divergence: float
 
@@ -52,15 +57,20 @@ def corrected(
     away from the dense network are taken back and tried again at a third of the rate.
     """
     before = measure.divergence(net)
+    if not math.isfinite(before):
+        raise ModelError(
+            f"prune: the outputs are {before} nats from those of the dense network; give rows for"
+            " which its outputs are finite, or a network in float32"
+        )
     values = {name: p.detach().clone() for name, p in moved.items()}
     for _ in range(_TRIES if before else 0):
-        _descend(measure, net, moved, rates(layers, moved, rate), steps, seed)
+        _descend(measure, net, layers, moved, rates(layers, moved, rate), steps, seed)
         after = measure.divergence(net)
         if after < before:
-            return Corrected(rate, after)
+            return Corrected(True, rate, after)
         write(net, values)
         rate /= _LESS
-    return Corrected(rate, before)
+    return Corrected(False, rate, before)
 
 
 def rates(
@@ -81,6 +91,7 @@ def rates(
 def _descend(
     measure: Measure,
     net: nn.Module,
+    layers: Collection[str],
     moved: Mapping[str, nn.Parameter],
     each: Mapping[str, float],
     steps: int,
@@ -93,7 +104,9 @@ def _descend(
         name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
         for name, p in moved.items()
     }
-    stay = {name: value != 0 for name, value in values.items() if value.ndim > 1}
+    # what was pruned, here or before, stays zero; what is zero throughout has not been trained
+    pruned = {name: value != 0 for name, value in values.items()}
+    stay = {name: kept for name, kept in pruned.items() if name in layers or bool(kept.any())}
     for value in values.values():
         value.requires_grad_(True)
     adam = torch.optim.Adam([{"params": [values[name]], "lr": each[name]} for name in values])
@@ -105,7 +118,7 @@ def _descend(
             order = torch.randperm(
                 len(measure.rows.batches), generator=generator, device="cpu"
             ).tolist()
-        _set_gradients(measure, net, moved, values, order.pop() if order else None, step)
+        _set_gradients(measure, net, moved, values, order.pop(), step)
         adam.step()
         schedule.step()
         with torch.no_grad():
@@ -124,19 +137,19 @@ def _set_gradients(
     net: nn.Module,
     moved: Mapping[str, nn.Parameter],
     values: Mapping[str, Tensor],
-    number: int | None,
+    number: int,
     step: int,
 ) -> None:
     """The gradient of the divergence on the batch of that number, summed over the processes, of
-    which some may have none. Targets that are drawn are new in each step, so that their noise
-    averages out.
+    which some may have no rows of it. Targets that are drawn are new in each step, so that their
+    noise averages out.
     """
     found: list[Tensor | None] = [None] * len(values)
-    if number is not None:
+    if rows := rows_in(measure.rows.batches[number][0]):
         cast = {name: value.to(moved[name].dtype) for name, value in values.items()}
         apart = measure.apart(net, cast, number, seed=1 + step)
         found = list(torch.autograd.grad(apart, list(values.values()), allow_unused=True))
-        measure.bar.update(rows_in(measure.rows.batches[number][0]))
+        measure.bar.update(rows)
     for value, slope in zip(values.values(), found, strict=True):
         own = torch.zeros_like(value) if slope is None else slope.to_dense()
         value.grad = measure.ranks.sum(own)

@@ -35,12 +35,12 @@ class Divergence:
     ) -> Tensor:
         """A number, 0 where both outputs are equal; it can be differentiated by `output`."""
         likelihood = self.loss.likelihood
-        if type(likelihood) is Categorical and likelihood.weight is None:
+        if type(likelihood) is Categorical:  # weights of classes are of the loss
             return _of_classes(likelihood, output, dense, y)
         if type(likelihood) is Bernoulli:
             return _of_yes_or_no(output, dense, y)
-        if type(likelihood) is Normal and isinstance(likelihood.noise, (int, float)):
-            return 0.5 * ((output - dense) / likelihood.noise).square().sum()
+        if type(likelihood) is Normal and (noise := self._noise(likelihood)) is not None:
+            return 0.5 * ((output - dense) / torch.as_tensor(noise).to(output)).square().sum()
         with torch.random.fork_rng():
             seed_generators(self.seed)
             targets = [self.loss.drawn(dense, y, read) for _ in range(_DRAWS)]
@@ -50,11 +50,18 @@ class Divergence:
         ]
         return torch.stack(rises).mean()
 
+    def _noise(self, likelihood: Normal) -> float | Tensor | None:
+        """σ of real targets, unless the network gives it."""
+        if isinstance(likelihood.noise, (int, float)):
+            return likelihood.noise
+        return self.loss.values.get("noise") if likelihood.inferred else None
+
 
 def _of_classes(likelihood: Categorical, output: Tensor, dense: Tensor, y: Tensor | None) -> Tensor:
     axis = 1 if likelihood.class_axis == 1 else -1
     log_p = dense.log_softmax(axis)
-    each = (log_p.exp() * (log_p - output.log_softmax(axis))).sum(axis)
+    apart = (log_p - output.log_softmax(axis)).masked_fill(log_p == -torch.inf, 0)
+    each = (log_p.exp() * apart).sum(axis)
     if y is not None and likelihood.ignore_index is not None and y.shape == each.shape:
         each = each.where(y != likelihood.ignore_index, 0)
     return each.sum()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_bmr.errors import ReductionError, described, warn
 from pyro_bmr.reduction.attention_heads import Heads, heads_of
-from pyro_bmr.reduction.groups import group_labels
+from pyro_bmr.reduction.groups import group_labels, is_recurrent
 
 FEW = 0.1  # of the weights: so many may be left out, or be zero, without a word
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,6 +46,10 @@ def groups_of(
     last = list(shapes)[-1]
     if per in ("unit", "channel") and not _has_frozen_after(net, last, frozen):
         labels[last] = torch.tensor(-1).expand(shapes[last])  # the outputs
+    if per in ("unit", "channel"):
+        # a unit of a recurrent layer is there for as long as its biases are
+        cells = [name for name in labels if is_recurrent(name)]
+        labels |= {name: torch.tensor(-1).expand(shapes[name]) for name in cells}
     if not any(bool((label >= 0).any()) for label in labels.values()):
         raise ReductionError(
             f"per={described(per)}: no group of the weights that can be pruned,"

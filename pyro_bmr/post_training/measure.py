@@ -5,6 +5,7 @@ Owns `Measure`, `curvature_at` and `write`. Next: `corrections.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,16 @@ class Measure:
         """N over the calibration rows."""
         return self.rows.size / self.rows.rows
 
+    def about(self) -> dict[str, Any]:
+        """What tells this measure from those of other data and arguments."""
+        return {
+            "likelihood": re.sub(r" at 0x\w+", "", repr(self.loss.likelihood)),
+            "values": dict(self.loss.values),
+            "curvature": f"{self.fisher} {self.draws}",
+            "rows": f"{self.rows.rows} of {self.rows.size}, {len(self.rows.batches)} batches",
+            "read": self.ranks.of_each(self.rows.digest()),
+        }
+
     def run(self, net: nn.Module, values: Mapping[str, Tensor] | None, x: Any) -> Tensor:
         """The output of the network with `values` in the place of its parameters."""
         inputs, _ = read_inputs(self.loss.likelihood, x)
@@ -77,15 +88,15 @@ class Measure:
     @torch.no_grad()
     def divergence(self, net: nn.Module) -> float:
         """Nats, summed over all N rows."""
-        every = range(len(self.rows.batches))
-        total = sum(float(self.apart(net, None, number)) for number in every)
+        there = [number for number, (x, _) in enumerate(self.rows.batches) if rows_in(x)]
+        total = sum(float(self.apart(net, None, number)) for number in there)
         return self.ranks.total(total) * self.scale
 
 
 def curvature_at(measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter]) -> Curvature:
     """The factors of the layers of a network, by one pass over the calibration rows."""
     one = Pass(net, measure.loss, measure.fisher, measure.draws, wanted, True, others=False)
-    for x, y in measure.rows.batches:
+    for x, y in measure.rows.some():
         one.add(x, y)
         measure.bar.update(rows_in(x))
     one.sum_over(measure.ranks)

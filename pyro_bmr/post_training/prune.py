@@ -5,6 +5,7 @@ Owns `prune`. Next: `prediction/`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -85,8 +86,8 @@ def prune(
     norm layers and what else has a diagonal stay whole.
 
     In a process group of torch.distributed, every process calls it with the same arguments and
-    measures its part of the rows. The layers are shared out: one process works out the posterior,
-    the means and the steps of each, and gives them to the others.
+    measures its part of the rows. The layers are shared out: one process works out the posterior
+    and the means of each, and gives them to the others.
 
     Args:
         net: any module; it is not changed.
@@ -95,8 +96,8 @@ def prune(
             the weights that are in groups.
         per: what is kept or pruned together, as for `reduce`. ``shrinking.reader_labels(net, x)``
             removes units by the weights that read them, which costs less accuracy than "unit", by
-            those that lead to them (docs/results/pretrained.md). The units of the last layer are
-            kept with "unit" and "channel".
+            those that lead to them (docs/results/pretrained.md). The units of the last layer and of
+            recurrent layers are kept with "unit" and "channel".
         heads: for ``per="head"`` and `Heads`; by default as many as the modules of the network say.
         only: patterns of the names of the weights that may be pruned. By default all of those that
             require a gradient, or all if none does. Parameters that are frozen, beside others that
@@ -210,7 +211,9 @@ def _check(
     for name in ("rate", "temperature", "scale", "most_rise"):
         number = getattr(settings, name)
         named = name == "scale" and number == "empirical"
-        positive = number is None or named or holds(lambda v: 0 < v < float("inf"), number)
+        left_out = number is None and name in ("scale", "most_rise")
+        is_number = not isinstance(number, bool) and holds(lambda v: 0 < v < math.inf, number)
+        positive = left_out or named or is_number
         or_named = ', or "empirical"' if name == "scale" else ""
         check("prune", positive, f"a finite number > 0{or_named}", **{name: number})
     floor = settings.floor

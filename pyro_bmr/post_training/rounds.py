@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_bmr.curvatures.factors import Curvature
 from pyro_bmr.errors import ModelError, warn
+from pyro_bmr.isolation import seed_generators, seed_of
 from pyro_bmr.likelihoods.likelihood import read_inputs
 from pyro_bmr.post_training.calibration import Calibration
 from pyro_bmr.post_training.corrections import corrected
@@ -28,6 +29,8 @@ from pyro_bmr.post_training.pruned import Pruned, reduction_of
 from pyro_bmr.post_training.rounds_file import about_call, read_round, write_round
 from pyro_bmr.reduction.attention_heads import Heads
 from pyro_bmr.reduction.groups import NofM
+
+FAR = 1e-3  # nats per row: nearer to the dense network, nothing is said of steps
 
 
 @dataclass(frozen=True)
@@ -75,24 +78,21 @@ class Rounds:
     wanted: dict[str, nn.Parameter] = field(default_factory=dict)
     moved: dict[str, nn.Parameter] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
-    rate: float = 0.0
     divergence: float = 0.0
     labels: Mapping[str, Tensor] | None = None
     factors: Curvature | None = None
 
     def run(self, folder: Path | None) -> Pruned:
         """All rounds, or those until the loss has risen too much."""
-        about, ranks = (
-            about_call(dict(self.net.named_parameters()), vars(self.settings)),
-            self.measure.ranks,
-        )
+        arguments, ranks = vars(self.settings) | self.measure.about(), self.measure.ranks
+        about = about_call(dict(self.net.named_parameters()), arguments)
         ranks.check_same(
             about, "calls prune with another network or other arguments than process 0"
         )
         layers = self._begin()
         first, stopped = layers, None
         if folder is not None and self._resume(folder, about):
-            layers = self._layers(self._curvature())
+            layers = self._layers(self._curvature(len(self.rounds)))
         base = self._held_out_loss(self.measure.dense)
         for number, size in enumerate(self.settings.sizes):
             if number < len(self.rounds):
@@ -122,7 +122,7 @@ class Rounds:
             if p.is_floating_point() and name not in self.settings.frozen
         }
         self.wanted = named
-        found = self._curvature()
+        found = self._curvature(0)
         patterns = self.settings.only or ("*",)
         names = [
             name
@@ -144,7 +144,6 @@ class Rounds:
             for name, p in self.net.named_parameters()
             if name in self.wanted or (p.is_floating_point() and name not in self.settings.still)
         }
-        self.rate = self.settings.rate
         for name in names:
             self.scales[name] = prior_scale(
                 found.layers[name], named, self.settings.scale, self.settings.temperature
@@ -165,6 +164,9 @@ class Rounds:
         """
         parameters = dict(self.net.named_parameters())
         self.held = {n: layer.with_held(parameters[n].detach() == 0) for n, layer in layers.items()}
+        for name, layer in layers.items():
+            if layer.bias is not None and bool((bias := parameters[layer.bias].detach()).any()):
+                self.held[name][:, -1] = bias == 0
         zeros, kept = self._pruned_fraction(), self.settings.sizes[-1]
         if zeros > FEW and 1 - zeros < kept:
             warn(
@@ -173,7 +175,9 @@ class Rounds:
             )
         return {name: replace(layer, held=self.held[name]) for name, layer in layers.items()}
 
-    def _curvature(self) -> Curvature:
+    def _curvature(self, done: int) -> Curvature:
+        """At the weights after so many rounds, with targets drawn alike in a call that resumes."""
+        seed_generators(seed_of(self.settings.seed + done, self.measure.ranks.rank))
         return curvature_at(self.measure, self.net, self.wanted)
 
     def _layers(self, found: Curvature) -> dict[str, Layer]:
@@ -217,10 +221,17 @@ class Rounds:
         steps = settings.last_corrections if is_last else settings.corrections
         if steps:
             given = self.measure, self.net, layers, self.moved
-            self.rate, self.divergence = corrected(*given, steps, self.rate, settings.seed + number)
+            found = corrected(*given, steps, settings.rate, settings.seed + number)
+            self.divergence = found.divergence
+            if is_last and not found.nearer and found.divergence / self.measure.rows.size > FAR:
+                warn(
+                    f"prune: no steps after the last round, at rate={settings.rate:g} and less,"
+                    " brought the outputs nearer to those of the dense network; give more rows=, a"
+                    " lower rate=, or corrections=0"
+                )
         else:
             self.divergence = self.measure.divergence(self.net)
-        return layers if is_last and not steps else self._layers(self._curvature())
+        return layers if is_last and not steps else self._layers(self._curvature(number + 1))
 
     def _note(self, size: float, base: float | None) -> None:
         """Adds the row of a round."""
@@ -263,7 +274,7 @@ class Rounds:
             return None
         total = 0.0
         with torch.no_grad():
-            for x, y in self.held_out.batches:
+            for x, y in self.held_out.some():
                 assert y is not None
                 read = read_inputs(self.measure.loss.likelihood, x)[1]
                 output = self.measure.run(net, None, x)
@@ -274,9 +285,7 @@ class Rounds:
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"value {name}": p.detach().clone() for name, p in self.moved.items()}
         tensors |= {f"held {name}": held.clone() for name, held in self.held.items()}
-        numbers = {
-            "gains": self.gains, "rises": self.rises, "rounds": self.rounds, "rate": self.rate
-        }  # fmt: skip
+        numbers = {"gains": self.gains, "rises": self.rises, "rounds": self.rounds}
         return tensors, copy.deepcopy(numbers)
 
     def _restore(self, state: tuple[Mapping[str, Tensor], Mapping[str, Any]]) -> None:
@@ -287,7 +296,7 @@ class Rounds:
             name: tensors[f"held {name}"] for name in self.gains if f"held {name}" in tensors
         }
         self.gains, self.rises = dict(numbers["gains"]), dict(numbers["rises"])
-        self.rounds, self.rate = list(numbers["rounds"]), numbers["rate"]
+        self.rounds = list(numbers["rounds"])
 
     def _resume(self, folder: Path, about: str) -> bool:
         """Whether there was a state to continue from."""

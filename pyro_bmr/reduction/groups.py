@@ -193,6 +193,11 @@ def _recurrent_cells(shapes: Shapes) -> dict[str, str]:
     return found
 
 
+def is_recurrent(name: str) -> bool:
+    """Whether a site has the name of a weight or a bias of a recurrent layer or cell."""
+    return bool(re.match(r"(weight|bias)_(ih|hh|hr)", name.rpartition(".")[2]))
+
+
 def _inputs(shapes: Shapes) -> dict[str, Tensor]:
     columns = {
         name: torch.arange(shape[1]).view(-1, *(1,) * (len(shape) - 2)) if len(shape) > 1 else None

@@ -33,7 +33,7 @@ class Written(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in RECURRENT and not kwargs:
             self.calls += 1
-            return unrolled(func, args, F.linear)
+            return unrolled(func, args, {}, F.linear)
         return func(*args, **(kwargs or {}))
 
 
@@ -96,7 +96,7 @@ def test_units_that_are_dropped_at_random_are_left_to_torch():
     class Seen(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             if func in RECURRENT:
-                found.append(unrolled(func, args, F.linear))
+                found.append(unrolled(func, args, {}, F.linear))
             return func(*args, **(kwargs or {}))
 
     with Seen():
@@ -174,3 +174,56 @@ def test_a_recurrent_network_is_pruned_and_stays_near_the_dense_one(kind):
         assert not pruned.net.get_parameter(name)[~mask].any()
     agree = (pruned.net(x).argmax(1) == net(x).argmax(1)).double().mean()
     assert agree > 0.95
+
+
+class Called(nn.Module):
+    """A cell by its function, with keywords, in a loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h, c = x.new_zeros(len(x), 4), self.cell
+        for t in range(x.shape[1]):
+            h = torch.gru_cell(
+                x[:, t], h, w_ih=c.weight_ih, w_hh=c.weight_hh, b_ih=c.bias_ih, b_hh=c.bias_hh
+            )
+        return self.head(h)
+
+
+def test_a_cell_that_is_called_with_keywords():
+    net, x = Called(), torch.randn(9, 4, 3)
+    found = bmr.curvature(net, x, bmr.Categorical(), progress=False)
+    assert set(found.layers) == {"cell.weight_ih", "cell.weight_hh", "head.weight"}
+
+
+class Mapped(nn.Module):
+    """A cell for each row by vmap, where no gradients can be heard."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = torch.vmap(lambda row: self.cell(row[None], row.new_zeros(1, 4))[0])(x)
+        return self.head(h)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_cell_without_gradients_of_its_own_has_no_factors():
+    net, x = Mapped(), torch.randn(9, 3)
+    found = bmr.curvature(net, x, bmr.Categorical(), progress=False)
+    assert list(found.layers) == ["head.weight"]
+    assert "without gradients" in found.why["cell.weight_ih"]
+
+
+def test_recurrent_layers_run_without_cudnn_in_a_pass():
+    """It refuses their backward pass in evaluation mode."""
+    net, x, seen = Read(nn.LSTM), torch.randn(9, 4, 3), []
+    net.head.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
+    before = torch.backends.cudnn.enabled
+    options = {"path": [], "corrections": 1, "last_corrections": 1, "progress": False}
+    bmr.prune(net, x, bmr.Categorical(), 0.5, **options)
+    assert seen and not any(seen) and torch.backends.cudnn.enabled == before
+    bmr.curvature(nn.Linear(3, 2), x[:, 0], bmr.Categorical(), progress=False)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_bmr as bmr
 from pyro_bmr.errors import DataError, ModelError, ReductionError
 from pyro_bmr.formulas import LaplaceEvidence
+from pyro_bmr.post_training import rounds as rounds_file
 from pyro_bmr.post_training.masks import pruned_at
 from pyro_bmr.reduction import NofM
 
@@ -92,7 +93,8 @@ def test_a_pruned_classifier_is_better_than_by_magnitude(trained):
         zeros = sum(int((m.weight == 0).sum()) for m in (one[0], one[2]))
         seen.append((kept, 1 - zeros / 2960))
 
-    pruned = bmr.prune(net, (x, y), bmr.Categorical(), 0.1, after_round=note, **FEW)
+    steps = {"corrections": 20, "last_corrections": 50}
+    pruned = bmr.prune(net, (x, y), bmr.Categorical(), 0.1, after_round=note, **QUIET, **steps)
     assert [kept for kept, _ in seen] == [0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1]
     assert all(found == pytest.approx(kept, abs=1e-3) for kept, found in seen)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -228,11 +230,20 @@ def test_a_stopped_call_continues_to_the_same_network(trained, tmp_path, monkeyp
         bmr.prune(net, x, bmr.Categorical(), 0.2, checkpoint=tmp_path, **options)
     monkeypatch.setattr(rounds, "write_round", write)
     resumed = bmr.prune(net, x, bmr.Categorical(), 0.2, checkpoint=tmp_path, **options)
-    assert len(resumed.rounds) == len(whole.rounds)
-    for key in whole.rounds[0]:
-        assert resumed.rounds[0][key] == pytest.approx(whole.rounds[0][key])
+    assert resumed.rounds == whole.rounds
+    for one, other in zip(resumed.net.parameters(), whole.net.parameters(), strict=True):
+        assert torch.equal(one, other)
     with pytest.raises(ModelError, match="other arguments"):
         bmr.prune(net, x, bmr.Categorical(), 0.1, checkpoint=tmp_path, **options)
+    for data, likelihood, more in (
+        (x.flip(1), bmr.Categorical(), {}),
+        (x, bmr.Categorical(weight=torch.ones(10)), {}),
+        (x, bmr.Categorical(), {"fisher": "gauss-newton"}),
+        (x, bmr.Categorical(), {"rows": 900}),
+        (x, bmr.Categorical(), {"batch_size": 300}),
+    ):
+        with pytest.raises(ModelError, match="other arguments"):
+            bmr.prune(net, data, likelihood, 0.2, checkpoint=tmp_path, **options | more)
     save_file({"a": torch.zeros(1)}, tmp_path / "round.safetensors")
     with pytest.raises(ModelError, match="damaged.*delete it"):
         bmr.prune(net, x, bmr.Categorical(), 0.2, checkpoint=tmp_path, **options)
@@ -276,6 +287,9 @@ def test_the_floor_of_a_layer():
         ({"kept": 0.5, "only": ["conv.*"]}, "matches no parameter"),
         ({"kept": 0.5, "corrections": -1}, "corrections"),
         ({"kept": 0.5, "rate": 0.0}, "rate"),
+        ({"kept": 0.5, "rate": None}, "rate=None"),
+        ({"kept": 0.5, "rate": True}, "rate=True"),
+        ({"kept": 0.5, "temperature": None}, "temperature=None"),
         ({"kept": NofM(2, 4), "per": "unit"}, "leave per out"),
         ({"kept": 0.5, "only": ["*.bias"]}, "expected layers with Kronecker factors"),
     ],
@@ -424,3 +438,95 @@ def test_zeros_inside_groups_count_as_pruned():
     grouped = [pruned.masks[name] for name in ("0.weight", "2.weight")]
     kept = sum(int(m.sum()) for m in grouped) / sum(m.numel() for m in grouped)
     assert 0.4 <= kept < 0.43  # of them 0.5 is there, and a unit has 0.02 of the entries
+
+
+def test_a_round_that_needs_no_steps_does_not_slow_the_rounds_after_it(trained, monkeypatch):
+    net, x, _, _ = trained
+    rates, call = [], rounds_file.corrected
+
+    def noted(*given):
+        rates.append(given[5])
+        found = call(*given)
+        return found._replace(nearer=False, rate=given[5] / 27)
+
+    monkeypatch.setattr(rounds_file, "corrected", noted)
+    options = {**FEW, "rate": 0.03}
+    with pytest.warns(bmr.PyroBMRWarning, match="no steps after the last round, at rate=0.03"):
+        bmr.prune(net, x, bmr.Categorical(), 0.2, path=[0.8, 0.5], **options)
+    assert rates == [0.03] * 3
+
+
+def test_weights_of_classes_do_not_draw_the_network_away():
+    """They are of the loss: the network is not to become another one."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 3)), torch.randn(300, 8)
+    likelihood = bmr.Categorical(weight=torch.tensor([1.0, 1.0, 5.0]))
+    options = {"path": [], "corrections": 0, "last_corrections": 100, "progress": False}
+    pruned = bmr.prune(net, x, likelihood, 0.5, **options)
+    dense, found = (one(x).softmax(1)[:, 2].detach().mean() for one in (net, pruned.net))
+    assert abs(float(found - dense)) < 0.02
+    assert 0 < pruned.rounds[-1]["divergence"] < 0.02
+
+
+def test_classes_that_are_ruled_out():
+    class Ruled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 12), nn.Linear(12, 4)
+
+        def forward(self, x):
+            out = self.two(self.one(x).tanh())
+            return torch.cat([out, torch.full_like(out[:, :1], -torch.inf)], 1)
+
+    torch.manual_seed(0)
+    net, x = Ruled(), torch.randn(80, 6)
+    options = {"path": [], "corrections": 0, "progress": False}
+    far = bmr.prune(net, x, bmr.Categorical(), 0.3, last_corrections=0, **options)
+    near = bmr.prune(net, x, bmr.Categorical(), 0.3, last_corrections=60, **options)
+    assert 0 < near.rounds[-1]["divergence"] < 0.5 * far.rounds[-1]["divergence"]
+
+
+def test_outputs_that_are_no_numbers_are_refused():
+    net, x, _ = small()
+    x[3] = torch.nan
+    with pytest.raises((DataError, ModelError), match="NaN"):
+        bmr.prune(net, x, bmr.Categorical(), 0.5, **FEW)
+
+
+def test_zeros_of_other_parameters():
+    """Those of a mask stay, and what begins at zero moves."""
+
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place = nn.Parameter(torch.zeros(1, 6))
+            self.one, self.two = nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.two((self.one(x + self.place)).tanh())
+
+    torch.manual_seed(0)
+    net, x = Placed(), torch.randn(80, 6)
+    zeros = torch.arange(12) % 3 == 0
+    net.one.bias.data[zeros] = 0
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.3, **{**FEW, "last_corrections": 30})
+    assert not pruned.net.one.bias[zeros].any() and pruned.net.one.bias[~zeros].all()
+    assert pruned.net.place.all()
+
+
+def test_units_of_recurrent_layers_are_kept():
+    class Cells(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.cells = nn.Linear(6, 12), nn.LSTM(12, 5, batch_first=True)
+
+        def forward(self, x):
+            return self.cells(self.first(x).tanh())[0][:, -1]
+
+    torch.manual_seed(0)
+    net, x = Cells(), torch.randn(80, 4, 6)
+    pruned = bmr.prune(net, x, bmr.Categorical(), 0.5, per="unit", **FEW)
+    masks = pruned.masks
+    assert all(mask.all() for name, mask in masks.items() if name.startswith("cells"))
+    rows = masks["first.weight"].any(1)
+    assert int(rows.sum()) == 6
