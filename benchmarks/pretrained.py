@@ -13,7 +13,7 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ def scores_of(probs: Tensor, scored: Rows) -> dict[str, float]:
     }
 
 
+def rounds_to(sizes: Sequence[float]) -> tuple[float, ...]:
+    """The rounds of `prune` down to the last of the sizes, with all of them."""
+    return tuple(sorted({*sizes, *(s for s in PATH if s > sizes[-1])}, reverse=True))
+
+
 def without_steps(
     net: nn.Module, data: Rows, settings: argparse.Namespace, likelihood: bmr.Categorical
 ) -> list[Network]:
@@ -84,6 +89,7 @@ def pruned(
         kept,
         corrections=steps[0],
         last_corrections=steps[1],
+        path=rounds_to(settings.sizes),
         rate=settings.step_rate,
         rows=len(data.x),
         size=settings.size,
@@ -103,7 +109,7 @@ def methods(
 ) -> dict[str, Callable[[], list[Network]]]:
     """Name → what gives the network of each size."""
     found = one_shot.factors(net, data, "true", likelihood)
-    rounds = tuple(step for step in PATH if step >= settings.sizes[-1])
+    rounds = rounds_to(settings.sizes)
     names = one_shot.weights_of(found)
     weights, norms = weights_and_norms(net, found, names)
     scales = {name: float(weight.square().mean().sqrt()) for name, weight in weights.items()}
@@ -253,7 +259,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--networks", nargs="*", default=["mlp"], choices=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="largest first")
+    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="what is kept")
     parser.add_argument("--rows", type=int, default=10_000, help="calibration rows")
     parser.add_argument("--corrections", type=int, default=100, help="steps after each round")
     parser.add_argument("--last", type=int, default=500, help="steps after the last round")
@@ -279,6 +285,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     settings = arguments()
+    settings.sizes = tuple(sorted(settings.sizes, reverse=True))
     torch.set_num_threads(1)
     settings.out.mkdir(parents=True, exist_ok=True)
     if settings.cost:

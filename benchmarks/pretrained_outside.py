@@ -217,7 +217,7 @@ def direction_rows(
             likelihood,
             settings.sizes[-1],
             only=patterns,
-            path=(0.8, 0.65, 0.5, 0.4, 0.3),
+            path=(0.8, 0.65, 0.5, 0.4, 0.3, *settings.sizes),
             corrections=steps,
             last_corrections=steps,
             rows=len(x),
@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/pretrained"))
     parser.add_argument("--page", type=Path, help="such as docs/results/pretrained.md")
     settings = parser.parse_args()
+    settings.sizes = tuple(sorted(settings.sizes, reverse=True))
     torch.set_num_threads(1)
     settings.out.mkdir(parents=True, exist_ok=True)
     for name in settings.networks:

@@ -179,7 +179,7 @@ def _sizes(kept: Any, path: Collection[float] | None) -> tuple[float, ...]:
     steps = PATH if path is None else tuple(path)
     if not all(holds(lambda k: 0 < k <= 1, step) for step in steps):
         raise ModelError(f"path={described(path)}: expected fractions > 0 and up to 1")
-    return (*sorted((step for step in steps if step > kept), reverse=True), float(kept))
+    return (*sorted({float(step) for step in steps if step > kept}, reverse=True), float(kept))
 
 
 def _patterns(only: Collection[str] | None) -> tuple[str, ...]:
