@@ -74,10 +74,12 @@ def test_the_curvature_is_that_of_all_rows(together):
 
 
 def test_a_network_is_pruned_as_in_one_process(together):
-    alone = two_processes.pruned()
+    alone, ragged = two_processes.pruned(), two_processes.pruned(rows=76)
     assert sum(int(m.sum()) for n, m in alone.items() if n.startswith("mask")) == 29  # of 98
     for both in together:
         whole, nothing, resumed = both["pruned"]
+        for name, value in ragged.items():
+            torch.testing.assert_close(both["pruned with a batch of one row"][name], value)
         assert whole.keys() == alone.keys() == resumed.keys() and not nothing
         for name, value in alone.items():
             torch.testing.assert_close(whole[name], value, atol=1e-8, rtol=1e-6)

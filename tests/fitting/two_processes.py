@@ -193,7 +193,8 @@ def pruned(folder=None, stop=False, fisher="gauss-newton", rows=101):
         found = bmr.prune(
             net.double(), (X[:rows].double(), Y[:rows]), bmr.Categorical(), 0.3, path=[0.7, 0.5],
             fisher=fisher, batch_size=25, rows=90, validation=(X.double(), Y),
-            checkpoint=folder, after_round=after, progress=False,
+            checkpoint=folder, after_round=after, corrections=6, last_corrections=12,
+            progress=False,
         )  # fmt: skip
     except KeyboardInterrupt:
         return {}
@@ -249,6 +250,7 @@ def main(rank, case, folder):
             "drawn": curved("true"),
             "pruned": [pruned(), pruned(folder / "stopped", True), pruned(folder / "stopped")],
             "pruned by draws": pruned(fisher="true"),
+            "pruned with a batch of one row": pruned(rows=76),
             "pruned otherwise": [
                 message(pruned, folder / ("none" if rank else "stopped")),
                 message(pruned, None, False, "true", 101 - rank),
