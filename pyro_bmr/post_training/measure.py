@@ -92,6 +92,18 @@ class Measure:
         total = sum(float(self.apart(net, None, number)) for number in there)
         return self.ranks.total(total) * self.scale
 
+    @torch.no_grad()
+    def loss_on(self, rows: Calibration, net: nn.Module) -> float:
+        """−log p(y | outputs), nats per row, on rows with targets."""
+        total = 0.0
+        for x, y in rows.some():
+            assert y is not None
+            read = read_inputs(self.loss.likelihood, x)[1]
+            output = self.run(net, None, x)
+            self.loss.check(output, y, read)
+            total += float(self.loss.nll(output, y, read))
+        return self.ranks.total(total) / rows.rows
+
 
 def curvature_at(measure: Measure, net: nn.Module, wanted: Mapping[str, nn.Parameter]) -> Curvature:
     """The factors of the layers of a network, by one pass over the calibration rows."""

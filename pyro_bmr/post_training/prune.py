@@ -108,7 +108,7 @@ def prune(
             more `rows` for them, keep more accuracy (docs/results/pretrained.md).
         rate: c, how far the sum of a row of weights moves in one step at most, about, as a part of
             its size. Where the steps of a round lead away from the dense network, they are taken
-            back and the rate is divided by three, from then on.
+            back and tried again at a third of the rate, twice.
         temperature: T of the posterior.
         scale: s of the prior; by default the root mean square of each layer's weights.
             "empirical": of each layer the s of the most evidence for its weights and bias at T, as

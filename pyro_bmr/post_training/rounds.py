@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from pyro_bmr.curvatures.factors import Curvature
 from pyro_bmr.errors import ModelError, warn
 from pyro_bmr.isolation import seed_generators, seed_of
-from pyro_bmr.likelihoods.likelihood import read_inputs
 from pyro_bmr.post_training.calibration import Calibration
 from pyro_bmr.post_training.corrections import corrected
 from pyro_bmr.post_training.groups import FEW, groups_of, warn_of_others
@@ -93,7 +92,8 @@ class Rounds:
         first, stopped = layers, None
         if folder is not None and self._resume(folder, about):
             layers = self._layers(self._curvature(len(self.rounds)))
-        base = self._held_out_loss(self.measure.dense)
+        held_out = self.held_out
+        base = None if held_out is None else self.measure.loss_on(held_out, self.measure.dense)
         for number, size in enumerate(self.settings.sizes):
             if number < len(self.rounds):
                 continue
@@ -241,10 +241,8 @@ class Rounds:
             "predicted_rise": sum(self.rises.values()),
             "divergence": self.divergence / self.measure.rows.size,
         }
-        if base is not None:
-            loss = self._held_out_loss(self.net)
-            assert loss is not None
-            row["held_out_rise"] = loss - base
+        if base is not None and self.held_out is not None:
+            row["held_out_rise"] = self.measure.loss_on(self.held_out, self.net) - base
         self.rounds.append(row)
         self.measure.bar.set_postfix(kept=f"{size:.3g}", divergence=f"{row['divergence']:.3g}")
 
@@ -267,20 +265,6 @@ class Rounds:
             f"at {row['kept']:.1%} kept the {rise} is {row[name]:.3g} nats per row, more than"
             f" {limit:g}"
         )
-
-    def _held_out_loss(self, net: nn.Module) -> float | None:
-        """Nats per held-out row."""
-        if self.held_out is None:
-            return None
-        total = 0.0
-        with torch.no_grad():
-            for x, y in self.held_out.some():
-                assert y is not None
-                read = read_inputs(self.measure.loss.likelihood, x)[1]
-                output = self.measure.run(net, None, x)
-                self.measure.loss.check(output, y, read)
-                total += float(self.measure.loss.nll(output, y, read))
-        return self.measure.ranks.total(total) / self.held_out.rows
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"value {name}": p.detach().clone() for name, p in self.moved.items()}
