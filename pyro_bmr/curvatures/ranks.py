@@ -1,8 +1,8 @@
 """The processes of a group that measure a trained network together: what they sum, what one of them
 works out for all, and where they must agree.
 
-Owns `Ranks` and `RowCheck`. A call outside any process group is one process; every method then
-returns what it was given. Next: `factors.py`.
+Owns `Ranks`, `RowCheck` and `add_rows`. A call outside any process group is one process; every
+method then returns what it was given. Next: `factors.py`.
 """
 
 from __future__ import annotations
@@ -118,6 +118,14 @@ class Ranks:
         return owners
 
 
+def add_rows(digest: Any, x: Inputs, y: Tensor | None) -> None:
+    """Brings a hash up to date with the rows of a batch."""
+    for name, part in {**parts_of(x), **({} if y is None else {"y": y})}.items():
+        plain = part.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+
+
 class RowCheck:
     """That all processes read the same rows: a running SHA-256 of them."""
 
@@ -128,10 +136,7 @@ class RowCheck:
         """Notes a batch."""
         if self.ranks.size == 1:
             return
-        for name, part in {**parts_of(x), **({} if y is None else {"y": y})}.items():
-            plain = part.detach().cpu().contiguous()
-            self.digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-            self.digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        add_rows(self.digest, x, y)
 
     def compare(self, caller: str) -> None:
         """A call of all processes.

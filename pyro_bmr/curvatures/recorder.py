@@ -89,7 +89,6 @@ class Recorder:
 
     def _attention(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Attention calls `linear` by its name in its module, unseen by the mode."""
-
         F.linear = self._linear  # type: ignore[assignment]
         try:
             result = F.multi_head_attention_forward(*args, **named)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmr.curvatures.network_batches import batches, own_rows
-from pyro_bmr.curvatures.ranks import Ranks
+from pyro_bmr.curvatures.ranks import Ranks, add_rows
 from pyro_bmr.data.batch import rows_at
 from pyro_bmr.data.given import source_of
-from pyro_bmr.data.inputs import Inputs, of_each, parts_of, rows_in
+from pyro_bmr.data.inputs import Inputs, of_each, rows_in
 from pyro_bmr.data.row_sources import Held
 from pyro_bmr.errors import DataError
 
@@ -41,10 +41,7 @@ class Calibration:
         """Of the rows, SHA-256."""
         check = hashlib.sha256()
         for x, y in self.batches:
-            for part in (*parts_of(x).values(), *(() if y is None else (y,))):
-                plain = part.detach().cpu().contiguous()
-                check.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-                check.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+            add_rows(check, x, y)
         return check.hexdigest()
 
 

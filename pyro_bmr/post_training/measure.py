@@ -48,14 +48,16 @@ class Measure:
         """N over the calibration rows."""
         return self.rows.size / self.rows.rows
 
-    def about(self) -> dict[str, Any]:
-        """What tells this measure from those of other data and arguments."""
+    def about(self, read: bool) -> dict[str, Any]:
+        """What tells this measure from those of other arguments, and with `read` of other rows; a
+        call of all processes.
+        """
         return {
             "likelihood": re.sub(r" at 0x\w+", "", repr(self.loss.likelihood)),
             "values": dict(self.loss.values),
             "curvature": f"{self.fisher} {self.draws}",
             "rows": f"{self.rows.rows} of {self.rows.size}, {len(self.rows.batches)} batches",
-            "read": self.ranks.of_each(self.rows.digest()),
+            "read": self.ranks.of_each(self.rows.digest() if read else ""),
         }
 
     def run(self, net: nn.Module, values: Mapping[str, Tensor] | None, x: Any) -> Tensor:

@@ -83,7 +83,8 @@ class Rounds:
 
     def run(self, folder: Path | None) -> Pruned:
         """All rounds, or those until the loss has risen too much."""
-        arguments, ranks = vars(self.settings) | self.measure.about(), self.measure.ranks
+        ranks = self.measure.ranks
+        arguments = vars(self.settings) | self.measure.about(read=folder is not None)
         about = about_call(dict(self.net.named_parameters()), arguments)
         ranks.check_same(
             about, "calls prune with another network or other arguments than process 0"
