@@ -31,10 +31,7 @@ from pyro_bmr.reduction.reduce import quiet_reduction
 from pyro_bmr.reduction.result import Reduction
 from pyro_bmr.tracing import does_not_split
 
-# Measured on held-out rows of many data sets (docs/results/defaults.md): weights that are left need
-# this many steps before the evidence can decide on them again.
-_APART = 1000
-_INTERVALS = 10  # of a fit to a target size; of other fits, no fewer steps
+_REDUCTIONS = 10  # in a fit, of those that fall between start and stop
 
 
 class Masked(Messenger):
@@ -136,10 +133,8 @@ class Every:
     each cycle (`UntilConverged`).
 
     Args:
-        epochs: the number of epochs between reductions; may be a fraction, such as 0.25. None for
-            the last one at `stop`, and the others as far apart as it is from the beginning: about a
-            thousand steps, and a tenth of the fit at least. To a target, and with a pattern, None
-            is for a tenth of the fit.
+        epochs: the number of epochs between reductions; may be a fraction, such as 0.25. None for a
+            tenth of the fit.
         to: the prior to reduce to, as in `reduce`. With the default, the point spike, a weight is
             pruned if the evidence increases without it.
         start: the fraction of the fit's epochs before the first reduction, so that the posterior
@@ -184,16 +179,8 @@ class Every:
             return False
         if self.kept is not None and step == round(self.stop * total):
             return True
-        interval = self._interval(total) if self.epochs is None else self.epochs * steps_per_epoch
+        interval = total / _REDUCTIONS if self.epochs is None else self.epochs * steps_per_epoch
         return step in (round(k * interval) for k in nearest(step / interval) if k >= 1)
-
-    def _interval(self, total: int) -> float:
-        """Steps between reductions."""
-        end = self.stop * total
-        if self.kept is not None or isinstance(self.per, NofM) or not end:
-            return total / _INTERVALS
-        most = max(int(self.stop * _INTERVALS), 1)
-        return end / min(max(round(end / _APART), 1), most)
 
     def target(self, done: float) -> float | None:
         """The fraction to keep after the fraction `done` of the fit; None if the evidence

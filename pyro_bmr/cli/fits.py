@@ -28,6 +28,7 @@ from pyro_bmr.experiments.runs import check_run_folder, save_run
 from pyro_bmr.experiments.settings import (
     AUTO,
     Settings,
+    epochs_between_reductions,
     guide_named,
     length_of,
     optimizer_named,
@@ -112,8 +113,9 @@ def fit_run(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    names = ("epochs", "batch_size", "optimizer", "learning_rate", "draws", "reduce_every")
-    return Settings(**{name: getattr(arguments, name) for name in (*names, "temperature")})
+    names = ("epochs", "batch_size", "optimizer", "learning_rate", "draws", "temperature")
+    reductions = ("reduce_every", "kept", "start", "stop")
+    return Settings(**{name: getattr(arguments, name) for name in (*names, *reductions)})
 
 
 def _program(arguments: argparse.Namespace, rows: Data) -> Any:
@@ -132,13 +134,16 @@ def _fit(
 ) -> Fit | _Fitted:
     """The fit that the arguments ask for, with the temperature and the length of `settings`."""
     path, seconds = Path(arguments.out) / folder, arguments.checkpoint_seconds
+    count = len(rows.x_train)
+    epochs = length or length_of(settings.epochs, count, settings.batch_size)
+    apart = epochs_between_reductions(settings, epochs, count)
     common: dict[str, Any] = {
-        "epochs": length or length_of(settings.epochs, len(rows.x_train), settings.batch_size),
+        "epochs": epochs,
         "batch_size": arguments.batch_size,
         "optimizer": optimizer_named(arguments.optimizer, arguments.learning_rate)[0](),
         "seed": arguments.seed,
         "temperature": float(settings.temperature),
-        "reduce": _schedule(arguments, settings),
+        "reduce": _schedule(arguments, settings, apart),
         "progress": shows_progress(arguments),
         "checkpoint": Checkpoints(path, every_seconds=seconds) if arguments.resume else None,
     }
@@ -170,8 +175,10 @@ def _attempt(
     return result.program, result.posterior
 
 
-def _schedule(arguments: argparse.Namespace, settings: Settings) -> Every | None:
-    """The reductions during the fit, if any are asked for."""
+def _schedule(
+    arguments: argparse.Namespace, settings: Settings, apart: float | None = None
+) -> Every | None:
+    """The reductions during the fit, `apart` epochs from each other, if any are asked for."""
     if not arguments.reduce_to:
         for option, value, usual in (
             ("kept", arguments.kept, None),
@@ -184,11 +191,11 @@ def _schedule(arguments: argparse.Namespace, settings: Settings) -> Every | None
                 )
         return None
     return Every(
-        settings.reduce_every,
+        apart,
         prior_from_name(arguments.reduce_to),
-        arguments.start,
-        kept=arguments.kept,
-        stop=arguments.stop,
+        settings.start,
+        kept=settings.kept,
+        stop=settings.stop,
         per=arguments.per,
         heads=arguments.heads,
     )

@@ -24,6 +24,7 @@ from pyro_bmr.experiments.noise_trials import (
 from pyro_bmr.experiments.settings import (
     AUTO,
     Settings,
+    epochs_between_reductions,
     guide_named,
     length_of,
     optimizer_named,
@@ -106,9 +107,13 @@ def fit_by_route(
             return build(rows, declared)
 
     def attempt(rows: Data, settings: Settings, length: UntilConverged | None = None) -> _Attempt:
-        program = built(rows)
-        schedule = _schedule(settings, _target(prior), every) if route == "reduced" else None
-        result = _fitted(program, rows, route, seed, settings, length, schedule, progress)
+        program, count = built(rows), len(rows.x_train)
+        epochs = length or length_of(settings.epochs, count, settings.batch_size)
+        schedule = None
+        if route == "reduced":
+            apart = epochs_between_reductions(settings, epochs, count)
+            schedule = _schedule(settings, _target(prior), every, apart)
+        result = _fitted(program, rows, route, seed, settings, epochs, schedule, progress)
         reduction, delta_f = _reduction_after(result, prior, _target(prior), route, settings)
         return _Attempt(result, reduction, delta_f)
 
@@ -181,10 +186,10 @@ def _target(prior: Prior) -> Prior:
     return Gaussian(scale=0.0) if isinstance(prior, Gaussian) else prior
 
 
-def _schedule(settings: Settings, target: Prior, every: Callable[..., Every]) -> Every:
-    return every(
-        settings.reduce_every, target, settings.start, kept=settings.kept, stop=settings.stop
-    )
+def _schedule(
+    settings: Settings, target: Prior, every: Callable[..., Every], apart: float | None
+) -> Every:
+    return every(apart, target, settings.start, kept=settings.kept, stop=settings.stop)
 
 
 def _fitted(
@@ -193,7 +198,7 @@ def _fitted(
     route: str,
     seed: int,
     settings: Settings,
-    length: UntilConverged | None,
+    epochs: int | UntilConverged,
     schedule: Every | None,
     progress: bool,
 ) -> Fit:
@@ -207,7 +212,7 @@ def _fitted(
             program,
             rows,
             guide=Point if route == "map" else guide,
-            epochs=length or length_of(settings.epochs, len(rows.x_train), settings.batch_size),
+            epochs=epochs,
             batch_size=settings.batch_size,
             optimizer=make(),
             seed=seed,

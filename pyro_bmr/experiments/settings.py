@@ -43,6 +43,8 @@ directions a site.
 # Measured on held-out rows of many data sets (docs/results/defaults.md). Steps of a fit:
 _STEPS, _PASSES = 3_000, 20  # the larger of both
 _MOST = UntilConverged.steps
+_APART = 1_000  # steps that the weights that are left need before the evidence decides again
+_INTERVALS = 10  # between reductions, in a whole fit, at most
 AUTO = "auto"
 """The temperature that trials choose."""
 
@@ -59,7 +61,8 @@ class Settings:
     probabilities (`temperature_trials`), or with the noise of real targets (`noise_trials`); for 1
     by the route map, for other targets, and for programs written by hand. `kept`: target fraction
     for the reduced route and for fitted shrinkage priors (1: as fitted), None for the evidence to
-    decide. `reduce_every`: epochs, by default a tenth of the fit; `start`, `stop`: as in `Every`.
+    decide. `reduce_every`: epochs between reductions, None for `epochs_between_reductions`;
+    `start`, `stop`: as in `Every`.
     `draws`: of the predictive. `guide`: one of `GUIDES`, of which ``"mean-field"`` alone is for
     natural-gradient; `estimator`: as in `MeanField`, and for it. `widen`: the predictive draws from
     `posterior.widened(widen)`; `calibrate` finds that factor on a sixth of the training rows, or
@@ -135,6 +138,27 @@ def length_of(
         return max(1, round(part * epochs))
     steps = round(part * usual_steps(rows, batch_size))
     return UntilConverged(steps=steps, first=steps)
+
+
+def epochs_between_reductions(
+    settings: Settings, length: int | UntilConverged, rows: int
+) -> float | None:
+    """The epochs between the reductions of a fit of that length, None for a tenth of it.
+
+    Where the evidence decides under the natural gradient, the last reduction is at `stop` of the
+    fit, and the others are as far apart as it is from the beginning: about a thousand steps, and a
+    tenth of the fit at least. Adam, and a target size, which falls step by step, have a tenth.
+    """
+    if settings.reduce_every is not None:
+        return settings.reduce_every
+    by_evidence = settings.kept is None and settings.optimizer == "natural-gradient"
+    if not by_evidence or not settings.stop:
+        return None
+    per_epoch = math.ceil(rows / settings.batch_size)
+    total = length.first if isinstance(length, UntilConverged) else length * per_epoch
+    most = max(math.floor(settings.stop * _INTERVALS), 1)
+    count = min(max(round(settings.stop * total / _APART), 1), most)
+    return settings.stop * total / count / per_epoch
 
 
 def usual_steps(rows: int, batch_size: int) -> int:
