@@ -125,6 +125,32 @@ def test_a_fit_with_shard_is_the_fit_without(files, capsys):
     assert run("export shared --out small --seconds 0") == 0
 
 
+@pytest.mark.parametrize("kept, epochs", [(None, 60 * 0.75), (0.4, None)])
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_where_the_evidence_decides_a_short_fit_is_reduced_once(
+    files, monkeypatch, command, kept, epochs
+):
+    asked = []
+
+    def seen(*args, reduce, **given):
+        asked.append(reduce)
+        raise bmr.errors.FitError("seen")
+
+    words = {
+        "fit": ("pyro_bmr.cli.fits.fit", "--reduce-to gaussian:0"),
+        "compare": (
+            "pyro_bmr.experiments.recipe.fit",
+            "--routes reduced --priors gaussian --jobs 1 --seeds 1",
+        ),
+    }
+    place, own = words[command]
+    monkeypatch.setattr(place, seen)
+    common = f"{command} --data good.npz --model mlp:4 --epochs 60 --temperature 1 --quiet --out a"
+    size = "" if kept is None else f"--kept {kept}"
+    assert run(f"{common} {own} {size}") != 0
+    assert [(every.epochs, every.kept) for every in asked] == [(epochs, kept)]
+
+
 def test_what_shard_cannot_do_is_refused(files, capsys):
     words = "fit --model mlp:4 --data good.npz --shard --epochs 1 --temperature 1"
     assert run(words, "--map") == 2 and run(words, "--guide low-rank") == 2

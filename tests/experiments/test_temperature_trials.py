@@ -17,7 +17,7 @@ from pyro_bmr.experiments.compare import compare
 from pyro_bmr.experiments.held_out import Trials, folds_of
 from pyro_bmr.experiments.methods import method_named
 from pyro_bmr.experiments.models import load_model
-from pyro_bmr.experiments.settings import Settings, length_of
+from pyro_bmr.experiments.settings import Settings, epochs_between_reductions, length_of
 from pyro_bmr.experiments.temperature_trials import TEMPERATURES, temperature_trials
 
 torch.set_num_threads(1)
@@ -185,6 +185,31 @@ def test_trials_as_long_as_the_fit_are_compared_at_their_scales(monkeypatch):
         assert found.nll == pytest.approx(own if as_long else plain, rel=1e-4)
         assert found.temperature == (0.1 if as_long else 0.3)
         assert found.part == (1 / 3 if few else 1)
+
+
+def test_reductions_by_evidence_are_a_thousand_steps_apart():
+    """The steps after which they are due, by the length of the fit and the options."""
+
+    def due(steps, rows=1280, **given):
+        settings = Settings(**given)
+        length = length_of(settings.epochs, rows, settings.batch_size)
+        if settings.epochs is None:
+            length = bmr.UntilConverged(steps=steps, first=steps)
+        apart = epochs_between_reductions(settings, length, rows)
+        every = bmr.Every(apart, start=settings.start, kept=settings.kept, stop=settings.stop)
+        per_epoch = -(-rows // settings.batch_size)
+        return [k for k in range(1, steps + 1) if every.is_due(k, steps, per_epoch)]
+
+    assert due(1000) == [750] and due(3000) == [1125, 2250]
+    assert due(3000, stop=0.5) == [750, 1500] and due(3000, start=0.5) == [2250]
+    assert due(9400) == [round(k * 7050 / 7) for k in range(1, 8)]
+    assert due(16_000, stop=1.0) == [round(k * 1600) for k in range(1, 11)]
+    assert due(600, epochs=60) == [450] and due(2990, rows=130, batch_size=1) == [1121, 2242]
+    tenths = [100, 200, 300, 400, 500, 600, 700]
+    assert due(1000, kept=0.2) == [*tenths, 750]
+    assert due(1000, optimizer="adam") == tenths
+    assert due(1000, reduce_every=20.0) == [200, 400, 600]
+    assert due(1000, start=0, stop=0) == []
 
 
 def test_the_length_of_a_fit():
