@@ -134,9 +134,8 @@ def _fit(
 ) -> Fit | _Fitted:
     """The fit that the arguments ask for, with the temperature and the length of `settings`."""
     path, seconds = Path(arguments.out) / folder, arguments.checkpoint_seconds
-    count = len(rows.x_train)
-    epochs = length or length_of(settings.epochs, count, settings.batch_size)
-    apart = epochs_between_reductions(settings, epochs, count)
+    epochs = length or length_of(settings.epochs, len(rows.x_train), settings.batch_size)
+    apart = epochs_between_reductions(settings, epochs, rows)
     common: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": arguments.batch_size,

@@ -107,11 +107,11 @@ def fit_by_route(
             return build(rows, declared)
 
     def attempt(rows: Data, settings: Settings, length: UntilConverged | None = None) -> _Attempt:
-        program, count = built(rows), len(rows.x_train)
-        epochs = length or length_of(settings.epochs, count, settings.batch_size)
+        program = built(rows)
+        epochs = length or length_of(settings.epochs, len(rows.x_train), settings.batch_size)
         schedule = None
         if route == "reduced":
-            apart = epochs_between_reductions(settings, epochs, count)
+            apart = epochs_between_reductions(settings, epochs, rows)
             schedule = _schedule(settings, _target(prior), every, apart)
         result = _fitted(program, rows, route, seed, settings, epochs, schedule, progress)
         reduction, delta_f = _reduction_after(result, prior, _target(prior), route, settings)

@@ -14,6 +14,7 @@ from typing import Any
 
 from pyro_bmr.baselines.options import check_rules, is_between, is_positive
 from pyro_bmr.checks import is_whole
+from pyro_bmr.data.data_set import Data
 from pyro_bmr.errors import ModelError, holds
 from pyro_bmr.fitting.convergence import UntilConverged
 from pyro_bmr.fitting.natural_gradient import natural_gradient
@@ -141,20 +142,23 @@ def length_of(
 
 
 def epochs_between_reductions(
-    settings: Settings, length: int | UntilConverged, rows: int
+    settings: Settings, length: int | UntilConverged, data: Data
 ) -> float | None:
     """The epochs between the reductions of a fit of that length, None for a tenth of it.
 
-    Where the evidence decides under the natural gradient, the last reduction is at `stop` of the
-    fit, and the others are as far apart as it is from the beginning: about a thousand steps, and a
-    tenth of the fit at least. Adam, and a target size, which falls step by step, have a tenth.
+    Where the evidence decides in a fit to classes by the natural gradient below temperature 1, the
+    last reduction is at `stop` of the fit, and the others are as far apart as it is from the
+    beginning: about a thousand steps, and a tenth of the fit at least. All other fits have a tenth:
+    a target size falls step by step, and at 1 weights that are not needed draw the scales of their
+    layer down until they are pruned.
     """
     if settings.reduce_every is not None:
         return settings.reduce_every
     by_evidence = settings.kept is None and settings.optimizer == "natural-gradient"
-    if not by_evidence or not settings.stop:
+    is_cold = data.task == "classification" and float(settings.temperature) < 1
+    if not (by_evidence and is_cold and settings.stop):
         return None
-    per_epoch = math.ceil(rows / settings.batch_size)
+    per_epoch = math.ceil(len(data.x_train) / settings.batch_size)
     total = length.first if isinstance(length, UntilConverged) else length * per_epoch
     most = max(math.floor(settings.stop * _INTERVALS), 1)
     count = min(max(round(settings.stop * total / _APART), 1), most)

@@ -145,9 +145,11 @@ def test_where_the_evidence_decides_a_short_fit_is_reduced_once(
     }
     place, own = words[command]
     monkeypatch.setattr(place, seen)
-    common = f"{command} --data good.npz --model mlp:4 --epochs 60 --temperature 1 --quiet --out a"
+    common = (
+        f"{command} --data good.npz --model mlp:4 --epochs 60 --temperature 0.3 --quiet --out a"
+    )
     size = "" if kept is None else f"--kept {kept}"
-    assert run(f"{common} {own} {size}") != 0
+    assert run(f"{common} --out a {own} {size}") != 0
     assert [(every.epochs, every.kept) for every in asked] == [(epochs, kept)]
 
 

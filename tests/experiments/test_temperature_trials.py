@@ -189,13 +189,17 @@ def test_trials_as_long_as_the_fit_are_compared_at_their_scales(monkeypatch):
 
 def test_reductions_by_evidence_are_a_thousand_steps_apart():
     """The steps after which they are due, by the length of the fit and the options."""
+    classes = labelled(0.0)
+    x = classes.x_train
+    real = Data("real", x, x[:, 0], x, x[:, 0], None)
 
-    def due(steps, rows=1280, **given):
-        settings = Settings(**given)
+    def due(steps, rows=1280, data=classes, **given):
+        data = replace(data, x_train=data.x_train[:1].expand(rows, -1))
+        settings = Settings(**({"temperature": 0.3} | given))
         length = length_of(settings.epochs, rows, settings.batch_size)
         if settings.epochs is None:
             length = bmr.UntilConverged(steps=steps, first=steps)
-        apart = epochs_between_reductions(settings, length, rows)
+        apart = epochs_between_reductions(settings, length, data)
         every = bmr.Every(apart, start=settings.start, kept=settings.kept, stop=settings.stop)
         per_epoch = -(-rows // settings.batch_size)
         return [k for k in range(1, steps + 1) if every.is_due(k, steps, per_epoch)]
@@ -207,7 +211,8 @@ def test_reductions_by_evidence_are_a_thousand_steps_apart():
     assert due(600, epochs=60) == [450] and due(2990, rows=130, batch_size=1) == [1121, 2242]
     tenths = [100, 200, 300, 400, 500, 600, 700]
     assert due(1000, kept=0.2) == [*tenths, 750]
-    assert due(1000, optimizer="adam") == tenths
+    assert due(1000, optimizer="adam") == due(1000, temperature=1.0) == tenths
+    assert due(1000, data=real) == tenths
     assert due(1000, reduce_every=20.0) == [200, 400, 600]
     assert due(1000, start=0, stop=0) == []
 
