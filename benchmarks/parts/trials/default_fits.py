@@ -51,7 +51,8 @@ def default_fit(problem: Problem, route: str, seed: int, folder: Path) -> dict[s
 
 def default_table(side: str, fits: pd.DataFrame, cells: Sequence[Line]) -> list[str]:
     """A line per problem of that side and route, means over its seeds, and a line of their means.
-    Regret is to the best of these fits and of all `cells` with the problem and the seed.
+    Regret is to the best of these fits and of all `cells` with the problem and the seed. The file
+    also has the fits of earlier defaults, under other routes: they have no line and count as known.
     """
     chooses = side == "choosing"
     fits = fits[[PROBLEMS[name].chooses == chooses for name in fits["problem"]]]
