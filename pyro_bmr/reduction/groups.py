@@ -166,9 +166,9 @@ def _units(shapes: Shapes) -> dict[str, Tensor]:
         name: torch.arange(math.prod(shape[:1])).view(shape[:1] + (1,) * len(shape[1:]))
         for name, shape in shapes.items()
     }
-    for name, across in cells.items():
+    for name, (across, units) in cells.items():
         biases |= {name: across} if name != across else {}
-        rows[across] = (torch.arange(shapes[across][0]) % shapes[across][1]).view(-1, 1)
+        rows[across] = (torch.arange(shapes[across][0]) % units).view(-1, 1)
     labels = _numbered(
         shapes, {name: None if name in biases else own for name, own in rows.items()}
     )
@@ -178,18 +178,22 @@ def _units(shapes: Shapes) -> dict[str, Tensor]:
     return labels
 
 
-def _recurrent_cells(shapes: Shapes) -> dict[str, str]:
-    """The weights and biases of recurrent layers → the weight between the units of their layer,
-    (gates · units, units).
+def _recurrent_cells(shapes: Shapes) -> dict[str, tuple[str, int]]:
+    """The weights and biases of recurrent layers → the weight that reads the last outputs of their
+    layer, (gates · units, outputs), and the number of units. There are as many outputs as units, or
+    those of a projection, ``weight_hr_l0`` (outputs, units).
     """
     found = {}
     for name, shape in shapes.items():
         path, dot, leaf = name.rpartition(".")
         across = f"{path}{dot}{_RECURRENT.sub('weight_hh', leaf)}"
         if _RECURRENT.match(leaf) and len(shapes.get(across, ())) == 2:
-            rows, units = shapes[across]
+            rows, outputs = shapes[across]
+            projection = shapes.get(f"{path}{dot}{_RECURRENT.sub('weight_hr', leaf)}")
+            is_projected = projection is not None and len(projection) == 2
+            units = projection[1] if is_projected else outputs
             if rows == shape[0] and rows in (units, 3 * units, 4 * units):
-                found[name] = across
+                found[name] = across, units
     return found
 
 

@@ -76,6 +76,32 @@ def test_a_unit_is_a_row_and_its_bias():
     assert all(tuple(label.shape) == SHAPES[name] for name, label in labels.items())
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("two_ways", [False, True])
+def test_a_unit_of_a_projected_lstm_has_the_rows_of_all_its_gates(two_ways):
+    """Without them its state is 0, and what the projection makes of it does not matter."""
+    torch.manual_seed(1)
+    cell = torch.nn.LSTM(3, 5, proj_size=2, batch_first=True, bidirectional=two_ways)
+    parameters = dict(cell.named_parameters())
+    labels = group_labels({name: tuple(p.shape) for name, p in parameters.items()}, "unit")
+    x = torch.randn(4, 6, 3)
+    for end in ["l0", "l0_reverse"][: 1 + two_ways]:
+        own = [f"{kind}_{end}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        units = labels[own[0]].unique()
+        assert len(units) == 5 and all(torch.equal(labels[name].unique(), units) for name in own)
+        assert len(labels[f"weight_hr_{end}"].unique()) == 2
+    own = [n for n in parameters if n.endswith("l0") and "hr" not in n]
+    unit = labels["weight_ih_l0"][7, 0]  # row 7 is gate 1 of unit 2
+    with torch.no_grad():
+        for name in own:
+            parameters[name][labels[name] == unit] = 0
+        before = cell(x)[0]
+        parameters["weight_hr_l0"][:, 2] += 3
+        assert torch.equal(cell(x)[0], before)
+        parameters["weight_hr_l0"][:, 1] += 3
+        assert not torch.allclose(cell(x)[0], before)
+
+
 def test_inputs_layers_and_tiles():
     inputs = partition(group_labels(SHAPES, "input"))
     assert len(inputs) == 2 + 6 and frozenset({("fc.weight", 4), ("fc.weight", 10)}) in inputs
