@@ -3,6 +3,7 @@ the tests runs none of them.
 """
 
 import gc
+import os
 
 import pytest
 
@@ -40,6 +41,16 @@ def cheap_seeds():
 
     if not torch.accelerator.is_available():
         torch.manual_seed = torch.random.manual_seed = manual_seed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_disk():
+    """No test loses its power; to wait for the disk takes milliseconds, at each of thousands of
+    files. What asks for it is tested by its calls.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

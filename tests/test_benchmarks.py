@@ -15,6 +15,7 @@ import torch
 
 import pyro_bmr as bmr
 from pyro_bmr.experiments.models import load_model
+from tests.parameters import others_slow
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -115,6 +116,7 @@ def on_cpu(tmp_path, part):
     return json.loads(kept.read_text())[part]
 
 
+@pytest.mark.slow
 def test_the_gpu_script_tells_other_answers_from_equal_ones(tmp_path, monkeypatch):
     found = on_cpu(tmp_path, "equality")
     assert found.pop("equal to 1e-9") is True and set(found.values()) == {0.0}
@@ -183,7 +185,10 @@ def test_networks_of_the_gpu_script_have_their_sizes():
 
 @pytest.mark.parametrize(
     ("prior", "route"),
-    [("gaussian:layer", "reduced"), ("horseshoe", "fitted"), ("spike-and-slab", "fitted")],
+    others_slow(
+        [("gaussian:layer", "reduced"), ("horseshoe", "fitted"), ("spike-and-slab", "fitted")],
+        ("gaussian:layer", "reduced"),
+    ),
 )
 def test_a_regression_fitted_with_others_is_that_fitted_alone(prior, route):
     """One row has the posterior of the fit by the route, draw for draw, pruned entries included; a

@@ -12,7 +12,7 @@ from pyro_bmr.experiments.models import load_model, model_names
 
 DIGITS = bmr.load("digits")
 LINEAR = {"linear_regression", "logistic_regression", "lenet_caffe"}
-SLOW = {"gru", "lenet", "mlp_mixer", "transformer"}  # "vit" has the layers of the last two
+SLOW = {"gru", "lenet", "mlp_mixer", "resnet", "transformer", "vit"}
 
 
 @pytest.mark.filterwarnings(

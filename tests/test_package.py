@@ -33,6 +33,7 @@ def imported():
     return [set(line.split()) for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", IMPORTED_WHERE_USED)
 def test_an_import_of_the_library_does_not_import(package, imported):
     first, _ = imported
@@ -40,6 +41,7 @@ def test_an_import_of_the_library_does_not_import(package, imported):
     assert not {name for name in first if name.split(".")[0] == package}
 
 
+@pytest.mark.slow
 def test_the_digits_are_read_without_scikit_learn(imported):
     first, loaded = imported
     assert loaded >= first and not {name for name in loaded if name.split(".")[0] == "sklearn"}

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 import pyro_bmr as bmr
+from tests.parameters import others_slow
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is a sum over"),  # of more parameters than rows
@@ -100,7 +101,7 @@ def texts(model=Plain):
     return Case(model(), loader, "dense.weight", inputs, labels, lambda net: net(**inputs))
 
 
-@pytest.mark.parametrize("make", [images, texts])
+@pytest.mark.parametrize("make", others_slow([images, texts], images))
 def test_from_a_loader_to_a_folder(make, tmp_path):
     case = make()
     model = bmr.BayesianNetwork(case.net, bmr.Gaussian(), bmr.Categorical())
@@ -143,6 +144,7 @@ def test_named_outputs_and_labels_inside_the_batches():
     assert exported(**rows).keys() == {"loss", "logits"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [images, texts])
 def test_a_trained_network_is_pruned_with_its_loader(make):
     case = make()

@@ -67,6 +67,7 @@ def test_plain_svi_under_a_mask(elbo):
     )
 
 
+@pytest.mark.slow
 def test_autonormal_under_a_mask_converges():
     handler = bmr.Masked(MASKS)
     guide = AutoNormal(program)

@@ -14,6 +14,7 @@ from pyro_bmr.baselines.variational_dropout import log_uniform_kl
 from pyro_bmr.data.data_set import validation_data
 from pyro_bmr.experiments.methods import METHODS, method_named
 from pyro_bmr.experiments.models import load_model
+from tests.parameters import others_slow
 
 DATA = bmr.load("digits")
 BUILD = load_model("mlp:12")
@@ -26,7 +27,10 @@ def trained(name, **options):
     )
 
 
-@pytest.mark.parametrize("name", ["magnitude", "rewinding", "snr", "sparse-variational-dropout"])
+@pytest.mark.parametrize(
+    "name",
+    others_slow(["magnitude", "rewinding", "snr", "sparse-variational-dropout"], "magnitude"),
+)
 def test_the_fraction_kept_is_that_of_all_parameters(name):
     result = trained(name, kept=0.23)
     assert sum(int(w.count_nonzero()) for w in result.weights.values()) == pytest.approx(
@@ -131,6 +135,7 @@ def test_a_temperature_that_no_row_determines_is_one():
     assert held_out_scale(logits, wrong, 1.0) == bmr.prediction.best_temperature(logits, wrong) != 1
 
 
+@pytest.mark.slow
 def test_the_loss_of_real_targets_at_the_best_noise():
     """Against the least mean of −log N over a grid of noises, two numbers a row."""
     generator = torch.Generator().manual_seed(5)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -16,10 +17,11 @@ import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
 from pyro_bmr.cli.shared_options import TARGETS
 from pyro_bmr.data.named import sources
-from pyro_bmr.experiments import recipe, report
+from pyro_bmr.experiments import pictures, recipe, report
 from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.runs import load_run
 from pyro_bmr.priors.names import PRIORS, prior_from_name
+from tests.parameters import others_slow
 
 torch.set_num_threads(1)
 
@@ -58,6 +60,13 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "note.txt").write_text("1 2 3")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def one_picture(monkeypatch):
+    """The first picture alone, for a test that looks at no other."""
+    figures = pictures._figures
+    monkeypatch.setattr(pictures, "_figures", lambda *args: islice(figures(*args), 1))
 
 
 @pytest.fixture
@@ -109,7 +118,7 @@ def test_data_that_is_not_installed(capsys, monkeypatch):
 def test_a_fit_with_shard_is_the_fit_without(files, capsys):
     """In one process: the saved runs are equal but for rounding, and so is a resumed one."""
     words = "fit --model mlp:4 --data good.npz --prior gaussian --reduce-to gaussian:0 --quiet"
-    words += " --epochs 30 --temperature 0.5 --kept 0.6 --out"
+    words += " --epochs 10 --temperature 0.5 --kept 0.6 --out"
     assert run(words, "plain") == 0 and run(words, "shared --shard --resume") == 0
     (files / "shared" / "settings.json").unlink()
     assert run(words, "shared --shard --resume --checkpoint-seconds 0") == 0
@@ -126,7 +135,7 @@ def test_a_fit_with_shard_is_the_fit_without(files, capsys):
 
 
 @pytest.mark.parametrize("kept, epochs", [(None, 60 * 0.75), (0.4, None)])
-@pytest.mark.parametrize("command", ["fit", "compare"])
+@pytest.mark.parametrize("command", others_slow(["fit", "compare"], "fit"))
 def test_where_the_evidence_decides_a_short_fit_is_reduced_once(
     files, monkeypatch, command, kept, epochs
 ):
@@ -163,7 +172,7 @@ def test_what_shard_cannot_do_is_refused(files, capsys):
     assert "a sharded fit expects a Gaussian(...)" in third
 
 
-def test_compare(files, capsys):
+def test_compare(files, one_picture, capsys):
     assert run("compare --model mlp:4 --data good.npz --priors gaussian:0.3 --out here", *HERE) == 0
     out, err = capsys.readouterr()
     assert err == ""

@@ -68,14 +68,20 @@ def grades(study):
 @pytest.mark.parametrize(
     ("target", "options", "left_out"),
     [
-        ("size", "student-t", ["grade", "number"]),
+        pytest.param("size", "student-t", ["grade", "number"], marks=pytest.mark.slow),
         pytest.param(
             *("cases", "poisson --exposure years", ["grade", "number", "size"]),
-            marks=pytest.mark.slow,  # the counts of the next go the same way
+            marks=pytest.mark.slow,
         ),
-        ("cases", "negative-binomial --exposure years", ["grade", "number", "size"]),
-        ("grade", "ordinal --order mild,middling,bad", ["number", "size", "cases"]),
-        ("number", "ordinal", ["grade", "size", "cases"]),
+        pytest.param(
+            *("cases", "negative-binomial --exposure years", ["grade", "number", "size"]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("grade", "ordinal --order mild,middling,bad", ["number", "size", "cases"]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(*("number", "ordinal", ["grade", "size", "cases"]), marks=pytest.mark.slow),
     ],
 )
 def test_every_family_of_the_estimators(grades, capsys, target, options, left_out):
@@ -97,6 +103,7 @@ def test_a_file_with_semicolons_is_refused(study, capsys):
     assert "got ';' and decimals with a comma; save it in UTF-8" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_columns_that_are_nearly_the_same_are_in_the_report(study, capsys):
     frame = pd.read_csv("study.csv")
     frame.assign(again=frame["age"], days=365 * frame["age"]).to_csv("copies.csv", index=False)
@@ -110,6 +117,7 @@ def test_columns_that_are_nearly_the_same_are_in_the_report(study, capsys):
         assert "they share their inclusion: age, again, days; age missing, ag" in text
 
 
+@pytest.mark.slow
 def test_a_constant_target_has_a_warning_and_no_r_squared(study, capsys):
     pd.read_csv("study.csv").assign(ill=3).to_csv("constant.csv", index=False)
     assert main(["select", "constant.csv", "--target", "ill", "--out", "out", *QUICK]) == 0

@@ -52,6 +52,7 @@ def test_it_writes_a_network_with_zeros(weights, tmp_path, capsys):
     assert torch.equal(saved.posterior["1.weight"].mean, state["1.weight"])
 
 
+@pytest.mark.slow
 def test_units_and_patterns(weights, tmp_path):
     assert run(weights, tmp_path / "a", "--kept", "0.6", "--per", "unit", "--shrink") == 0
     assert load_file(tmp_path / "a" / "model.safetensors")["1.weight"].shape[0] < 30

@@ -155,6 +155,7 @@ def test_the_factors_of_sequences_are_sums_over_places():
     torch.testing.assert_close(inner.inputs, inputs.T @ inputs / 35)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_a_recurrent_network_is_pruned_and_stays_near_the_dense_one(kind):
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from pyro_bmr.likelihoods import Categorical
 from pyro_bmr.post_training import prune
 from pyro_bmr.prediction import predict_networks
 from pyro_bmr.shrinking import fold_batch_norms, reader_labels, shrink, shrink_plan
+from tests.parameters import others_slow
 
 NUMBERS = np.arange(24).reshape(6, 4)
 CONVERTED = {
@@ -158,8 +159,17 @@ def test_a_network_is_shrunk_with_rows_in_any_form(case):
     assert shrink(net, {}, FORMS[case])[0].out_features == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    others_slow(
+        [
+            (given, dtype)
+            for given in (torch.float32, torch.float64)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        ],
+        *((torch.float32, torch.bfloat16), (torch.float64, torch.float32)),
+    ),
+)
 def test_rows_take_the_dtype_of_the_network(dtype, given, tmp_path):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -242,6 +252,7 @@ def test_a_tuple_of_two_batches_may_be_a_pair_and_is_refused(case):
     assert isinstance(source_of(tuple(BATCHES[case]), size=6), Stream)
 
 
+@pytest.mark.filterwarnings("ignore:the fit has not converged")
 def test_two_batches_are_fitted_pruned_and_scored_as_their_rows():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 6))
@@ -255,7 +266,7 @@ def test_two_batches_are_fitted_pruned_and_scored_as_their_rows():
         settings |= {"corrections": 1, "last_corrections": 1}
         assert prune(net, pairs, likelihood, 0.5, **settings).masks
     model = bmr.BayesianNetwork(net, bmr.Gaussian(), likelihood)
-    settings = {"epochs": 400, "optimizer": bmr.adam(1e-2), "progress": False, "shuffle": False}
+    settings = {"epochs": 20, "optimizer": bmr.adam(1e-2), "progress": False, "shuffle": False}
     fits = [
         bmr.fit(model, data, size=size, validation=pairs, **settings, **batch)
         for data, size, batch in ((pairs, 6, {}), ((X, Y), None, {"batch_size": 3}))

@@ -148,8 +148,7 @@ def rows(count=60, seed=5):
     "family",
     [
         "normal",
-        "student-t",
-        *(pytest.param(f, marks=pytest.mark.slow) for f in ("poisson", "ordinal")),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("student-t", "poisson", "ordinal")),
     ],
 )
 def test_engines_agree_on_an_independent_design(family):

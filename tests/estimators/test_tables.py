@@ -13,6 +13,7 @@ from sklearn.exceptions import NotFittedError
 import pyro_bmr as bmr
 from pyro_bmr.data.table_encoding import TableError
 from pyro_bmr.estimators.columns import alike, alike_names, fit_columns
+from tests.parameters import others_slow
 
 
 def table(rows=80, seed=0):
@@ -199,7 +200,9 @@ def test_cells_of_other_objects_are_refused(case):
 
 
 @pytest.mark.parametrize("value", [3.0, 0.0, 0.1, 0.1 + 1e-16 * np.arange(80), -7e15])
-@pytest.mark.parametrize("family", ["normal", "student-t", bmr.likelihoods.StudentT(4.0)])
+@pytest.mark.parametrize(
+    "family", others_slow(["normal", "student-t", bmr.likelihoods.StudentT(4.0)], "normal")
+)
 def test_a_constant_target_is_told(family, value):
     frame, y = table()
     y = 0 * y + value
@@ -388,6 +391,7 @@ def test_counts_that_vary_more():
     assert list(np.array(model.coefficient_names_)[model.kept_]) == ["age"]
 
 
+@pytest.mark.slow
 def test_the_inclusion_of_a_horseshoe_is_no_selection():
     """Among few columns, P(κ < 1/2) of noise is above 1/2; the figure says what it is."""
     rng = np.random.default_rng(1)
@@ -409,6 +413,7 @@ def test_before_the_fit(ask):
         getattr(small(), ask)(*([] if ask == "summary" else [frame]))
 
 
+@pytest.mark.slow
 def test_exposure_has_no_coefficient():
     frame, _ = table(150, 8)
     rng = np.random.default_rng(9)

@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from safetensors.torch import load_file
 
 import pyro_bmr as bmr
 from pyro_bmr.cli.commands import main
-from pyro_bmr.experiments import measures, plots, recipe, report
+from pyro_bmr.experiments import measures, pictures, plots, recipe, report
 from pyro_bmr.experiments.compare import compare, comparison, summary
 from pyro_bmr.experiments.conclusions import conclusions
 from pyro_bmr.experiments.models import load_model, model_names
 from pyro_bmr.experiments.runs import load_run
 from pyro_bmr.experiments.settings import ROUTES, Settings
+from tests.parameters import others_slow
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
@@ -57,6 +59,10 @@ QUICK = Settings(
     draws=4,
     optimizer="adam",
 )
+GIVEN = {"priors": FAMILIES, "seeds": 2, "settings": QUICK, "progress": False}
+# pictures that no other test of the fast suite draws
+DRAWN = ("delta_f-gaussian", "layers", "reliability", "weights")
+STRUCTURED_SIZE = measures._structured_size
 FILE = """
 from torch import nn
 import pyro_bmr as bmr
@@ -91,9 +97,12 @@ def diabetes():
 
 @pytest.fixture(scope="module", autouse=True)
 def no_plain_steps():
-    """No plain training is timed beside each cell; what that gives is tested with the measures."""
+    """No plain training is timed beside each cell, and no network is shrunk for its size; what
+    these give is tested with the measures, and by the studies.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measures, "step_ratio", lambda *_: 1.5)
+        patch.setattr(measures, "_structured_size", lambda *_: 0.5)
         yield
 
 
@@ -101,8 +110,14 @@ def no_plain_steps():
 def done(digits, tmp_path_factory):
     """All priors, routes and baselines with two seeds, on disk."""
     folder = tmp_path_factory.mktemp("compared") / "results"
-    given = {"priors": FAMILIES, "seeds": 2, "settings": QUICK, "progress": False}
-    return compare("mlp:4", digits, out=folder, **given), folder
+    figures = pictures._figures
+
+    def few(*args):
+        return (one for one in figures(*args) if one[0] in DRAWN)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "_figures", few)  # for all of them there is a test
+        return compare("mlp:4", digits, out=folder, **GIVEN), folder
 
 
 def one(data, **options):
@@ -261,7 +276,9 @@ def test_guides_that_are_refused(options, message):
 
 
 # 10 weights and an intercept, which the prior leaves alone
-@pytest.mark.parametrize(("kept", "left"), [(1.0, 11), (0.4, 5)])
+@pytest.mark.parametrize(
+    ("kept", "left"), [pytest.param(1.0, 11, marks=pytest.mark.slow), (0.4, 5)]
+)
 def test_size_of_a_fitted_shrinkage_prior(diabetes, kept, left):
     table = one(diabetes, priors={"horseshoe": bmr.Horseshoe()}, settings=replace(QUICK, kept=kept))
     own = one(diabetes, priors={"horseshoe": bmr.Horseshoe()})
@@ -281,8 +298,18 @@ def test_files(done):
         there = {p.name for p in cells[cell].iterdir()}
         assert (files if prior == "none" else with_fits) <= there
         assert ("posterior.safetensors" in there) == (prior != "none")
-    pictures = sorted(path.name for path in (folder / "pictures").iterdir())
-    assert pictures == [
+    drawn = sorted(path.name for path in (folder / "pictures").iterdir())
+    assert drawn == [f"1-{name}.png" for name in DRAWN]
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_pictures(done, digits, tmp_path, monkeypatch):
+    shutil.copytree(done[1], folder := tmp_path / "results")
+    monkeypatch.setattr(recipe, "fit", no_fits)
+    compare("mlp:4", digits, out=folder, **GIVEN)
+    drawn = sorted(path.name for path in (folder / "pictures").iterdir())
+    assert drawn == [
         f"1-{name}.png"
         for name in (
             "cost",
@@ -297,8 +324,10 @@ def test_files(done):
         )
     ]
     assert all(
-        (folder / "pictures" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pictures
+        (folder / "pictures" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in drawn
     )
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert all(f"(pictures/{name})" in text for name in drawn)
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -362,7 +391,10 @@ def test_report_of_the_comparison(done):
 
 @pytest.mark.parametrize(
     ("optimizer", "declared"),
-    [("natural-gradient", bmr.Gaussian("layer")), ("adam", bmr.Gaussian())],
+    [
+        ("natural-gradient", bmr.Gaussian("layer")),
+        pytest.param("adam", bmr.Gaussian(), marks=pytest.mark.slow),
+    ],
 )
 def test_the_gaussian_before_a_shrinkage_prior_is_that_of_the_optimizer(optimizer, declared):
     settings, priors = Settings(epochs=1, temperature=1.0, optimizer=optimizer), []
@@ -427,6 +459,7 @@ def test_a_cell_of_objects_in_memory_says_what_it_lacks(
     assert message in err and err.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_prior_without_a_name_is_that_of_the_posterior(tmp_path, blank):
     data = bmr.load("diabetes")
     given = bmr.Horseshoe(tau0=0.3)
@@ -543,8 +576,7 @@ def test_going_on_fits_nothing_twice(done, digits, monkeypatch, blank):
     table, folder = done
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
     monkeypatch.setattr(recipe, "fit", no_fits)
-    given = {"priors": FAMILIES, "seeds": 2, "settings": QUICK, "progress": False}
-    again = compare("mlp:4", digits, out=folder, **given)
+    again = compare("mlp:4", digits, out=folder, **GIVEN)
     pd.testing.assert_frame_equal(again, table, check_exact=True)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
 
@@ -567,7 +599,7 @@ def test_going_on_with_more_seeds(diabetes, tmp_path, fits, blank):
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), table)
 
 
-@pytest.mark.parametrize("name", ["0.1", "None", "a/b"])
+@pytest.mark.parametrize("name", others_slow(["0.1", "None", "a/b"], "a/b"))
 def test_going_on_with_any_name_of_a_prior(diabetes, tmp_path, monkeypatch, blank, name):
     table = one(diabetes, priors={name: bmr.Gaussian(0.5)}, routes=["reduced"], out=tmp_path)
     monkeypatch.setattr(recipe, "fit", no_fits)
@@ -578,15 +610,18 @@ def test_going_on_with_any_name_of_a_prior(diabetes, tmp_path, monkeypatch, blan
 @pytest.mark.parametrize(
     "change",
     [
-        {"settings": replace(QUICK, epochs=3)},
-        {"settings": replace(QUICK, kept=0.5)},
-        {"settings": replace(QUICK, optimizer="natural-gradient", learning_rate=0.1)},
-        {"model": "mlp:2"},
-        {"priors": {"gaussian": bmr.Gaussian(0.01)}},
-        {"data": "renamed"},
-        {"data": "other targets"},
+        pytest.param({"settings": replace(QUICK, epochs=3)}, id="epochs"),
+        pytest.param({"settings": replace(QUICK, kept=0.5)}, id="kept", marks=pytest.mark.slow),
+        pytest.param(
+            {"settings": replace(QUICK, optimizer="natural-gradient", learning_rate=0.1)},
+            id="optimizer",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"model": "mlp:2"}, id="model", marks=pytest.mark.slow),
+        pytest.param({"priors": {"gaussian": bmr.Gaussian(0.01)}}, id="prior"),
+        pytest.param({"data": "renamed"}, id="name", marks=pytest.mark.slow),
+        pytest.param({"data": "other targets"}, id="targets"),
     ],
-    ids=["epochs", "kept", "optimizer", "model", "prior", "name", "targets"],
 )
 def test_what_makes_another_cell(diabetes, tmp_path, blank, fits, change):
     """Results of other settings, another model, prior or other data are never taken for these."""
@@ -643,7 +678,8 @@ def test_a_cell_that_fails_fails_alone(diabetes, tmp_path, monkeypatch, blank):
 
 
 @pytest.mark.slow  # in the fast suite a study does it
-def test_the_same_numbers_in_two_processes(diabetes, tmp_path, blank):
+def test_the_same_numbers_in_two_processes(diabetes, tmp_path, blank, monkeypatch):
+    monkeypatch.setattr(measures, "_structured_size", STRUCTURED_SIZE)
     tables = [
         one(
             diabetes,
@@ -688,6 +724,7 @@ def test_the_same_seed_gives_the_same_numbers(digits, blank):
     )
 
 
+@pytest.mark.slow
 def test_regression_columns(diabetes):
     table = one(diabetes, priors=None, routes=ROUTES)
     assert list(table.columns) == REALS and len(table) == 9
@@ -706,6 +743,7 @@ def test_regression_columns(diabetes):
     )
 
 
+@pytest.mark.slow
 def test_regression_on_disk(diabetes, tmp_path):
     table = one(diabetes, out=tmp_path)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), table)
@@ -938,6 +976,7 @@ def test_the_histogram_of_a_site_with_nothing_left(tmp_path):
     assert (tmp_path / "delta_f.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_histogram_of_values_that_hardly_differ():
     value = torch.tensor(-0.0014921059)
     figure = plots.delta_f_histogram(

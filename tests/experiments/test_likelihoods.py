@@ -276,6 +276,7 @@ def test_a_comparison_says_why_it_has_no_baselines(csv):
     assert made.cells[0].definition["likelihood"] == repr(bmr.Ordinal(3))
 
 
+@pytest.mark.slow
 def test_the_commands_take_a_likelihood(csv, tmp_path, capsys):
     """fit → reduce → export, and a study whose cells know under what they were fitted."""
     options = ["--target", "up", "--likelihood", "bernoulli", "--model", "mlp:4", "--quiet"]

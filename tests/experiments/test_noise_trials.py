@@ -124,6 +124,7 @@ def test_the_trials_are_those_written_by_hand(monkeypatch):
     assert "noise" not in found.posterior.sites
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature, noise", [(0.2, 0.6), (0.2 * 0.6**2 / 0.3**2, 0.3)])
 def test_a_fit_sees_the_product_of_temperature_and_squared_noise_alone(temperature, noise):
     """Of a linear network with a prior N(0, 1): mean (XᵀX/v + 1)⁻¹ Xᵀy/v, v = Tσ², and of mean
@@ -168,6 +169,7 @@ def test_the_best_noise_has_no_better_neighbour(far):
     assert all(mixture_nll(locs[:, known], found * c, y[known]) > best for c in (0.99, 1.01))
 
 
+@pytest.mark.slow
 def test_a_temperature_of_1_with_the_best_score_is_chosen_and_has_no_noise(monkeypatch):
     monkeypatch.setattr(held_out_file, "_ENOUGH", 20)
     seen = []

@@ -211,6 +211,7 @@ def test_a_reduction_is_scored_at_the_scale_of_its_run(run, capsys):
     assert printed == pytest.approx(-float(right.log().mean()), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_temperature_by_trials_which_resume(files, tmp_path, monkeypatch):
     monkeypatch.setattr(temperature_trials, "held_out_scale", lambda *_: 1.7)
     run = tmp_path / "run"

@@ -643,6 +643,7 @@ def test_an_axis_of_fractions_ends_at_100_percent():
         matplotlib.pyplot.close(figure)
 
 
+@pytest.mark.slow
 def test_a_report_of_real_targets(here):
     declaration = {
         "name": "lines",

@@ -19,6 +19,7 @@ from pyro_bmr.experiments.methods import method_named
 from pyro_bmr.experiments.models import load_model
 from pyro_bmr.experiments.settings import Settings, epochs_between_reductions, length_of
 from pyro_bmr.experiments.temperature_trials import TEMPERATURES, temperature_trials
+from tests.parameters import others_slow
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings(
@@ -43,7 +44,7 @@ def by_route(data, settings, route="fitted", prior=None):
     return recipe.fit_by_route(BUILD, data, prior, route, 3, settings, False)
 
 
-def held_out(data, temperature, every, fold):
+def held_out(data, temperature, every, fold, batch_size=20):
     """The probabilities of the held-out rows after the trial of a fit of 60 epochs, by hand, and
     their labels.
     """
@@ -56,7 +57,7 @@ def held_out(data, temperature, every, fold):
         program,
         (rows.x_train, rows.y_train),
         epochs=20,
-        batch_size=20,
+        batch_size=batch_size,
         optimizer=bmr.natural_gradient(),
         temperature=temperature,
         seed=3,
@@ -74,15 +75,23 @@ def nll(probs, y, scale=1.0):
 
 
 @pytest.mark.filterwarnings("ignore:the fit has not converged")
-@pytest.mark.parametrize("route", [pytest.param("fitted", marks=pytest.mark.slow), "reduced"])
-def test_a_trial_is_a_third_of_the_fit_on_five_sixths_of_the_rows(route, monkeypatch):
+@pytest.mark.parametrize(
+    ("route", "batch_size"),
+    others_slow([("fitted", 20), ("reduced", 20), ("reduced", 100)], ("reduced", 100)),
+)
+def test_a_trial_is_a_third_of_the_fit_on_five_sixths_of_the_rows(route, batch_size, monkeypatch):
     monkeypatch.setattr(held_out_file, "_ENOUGH", 40)  # two folds of 20 rows
     data = labelled(0.1)
-    settings = replace(SETTINGS, reduce_every=6.0)
+    settings = replace(SETTINGS, reduce_every=6.0, batch_size=batch_size)
     found = by_route(data, settings, route)
     every = bmr.Every(2.0, bmr.Gaussian(scale=0)) if route == "reduced" else None
     held = {
-        t: tuple(map(torch.cat, zip(*(held_out(data, t, every, k) for k in (0, 1)), strict=True)))
+        t: tuple(
+            map(
+                torch.cat,
+                zip(*(held_out(data, t, every, k, batch_size) for k in (0, 1)), strict=True),
+            )
+        )
         for t in TEMPERATURES
     }
     expected = {t: nll(*held[t]) for t in TEMPERATURES}
@@ -126,6 +135,7 @@ def test_a_trial_is_a_third_of_a_fit_whose_length_follows_the_rows(batch_size, t
     assert seen == [(None, trial, trial, every and every / 3)] * (2 * len(TEMPERATURES))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit has not converged")
 def test_a_fit_is_as_short_as_its_trials_if_rows_are_few(monkeypatch):
     """A third of the usual length; with one fold it has all of it. A given interval stays."""
@@ -158,6 +168,7 @@ def test_a_fit_is_as_short_as_its_trials_if_rows_are_few(monkeypatch):
     assert lengths == [(100, 1000, 1000)] * 4 + [(120, 1000, 1000)] and every == [3.0] * 4 + [9.0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit has not converged")
 def test_trials_as_long_as_the_fit_are_compared_at_their_scales(monkeypatch):
     """The colder trial is better at its own scale, and worse without one."""
@@ -254,6 +265,7 @@ def test_no_trial_for_a_program_by_hand_nor_for_map(route):
     assert found.fit.temperature == 1
 
 
+@pytest.mark.slow
 def test_predictions_have_the_scale_of_the_trials(monkeypatch):
     """Also where it is 1: it would make them more certain, or the variances are widened."""
     monkeypatch.setattr(held_out_file, "_ENOUGH", 40)  # two folds of 20 rows

@@ -25,6 +25,7 @@ def test_flops_are_counted_by_hand(x):
     assert costs.parameters(layer) == {"parameters": 15, "nonzero": 11}
 
 
+@pytest.mark.slow
 def test_flops_of_attention():
     assert flops(Queries().eval(), torch.randn(2, 4)) == 2 * (
         4 * 8 + 3 * 8 * 8 + 2 * 4 * 8 * 8 + 2 * 3 * 4 * 8 + 3 * 8 * 8 + 8 * 3

@@ -6,6 +6,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import pyro_bmr as bmr
 from pyro_bmr.data.inputs import called
+from tests.parameters import others_slow
 from tests.shrinking.test_kinds import built, unit_masks
 
 
@@ -20,13 +21,10 @@ def agree(net, other, x, atol=1e-6):
 @pytest.mark.filterwarnings("ignore:deploy.*cannot be written as Python")
 @pytest.mark.parametrize(
     "name",
-    [
-        "maxout_and_highway",
-        "feature_wise_modulation",
-        "one_dict",
+    others_slow(
+        ["maxout_and_highway", "feature_wise_modulation", "one_dict", "named_inputs", "decoder"],
         "named_inputs",
-        pytest.param("decoder", marks=pytest.mark.slow),  # "named_inputs" goes the same way
-    ],
+    ),
 )
 def test_a_deployed_network_is_loaded_by_one_call(name, tmp_path):
     net, x = built(name, 2, False)
@@ -38,16 +36,8 @@ def test_a_deployed_network_is_loaded_by_one_call(name, tmp_path):
     agree(small, loaded, tree_map(lambda t: torch.cat([t, t[:3]]), x))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "one_dict",
-        *(
-            pytest.param(n, marks=pytest.mark.slow)
-            for n in ("feature_wise_modulation", "named_inputs")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one_dict", "feature_wise_modulation", "named_inputs"])
 def test_onnx_of_several_inputs(name, tmp_path):
     pytest.importorskip("onnx")
     net, x = built(name, 2, False)

@@ -16,6 +16,7 @@ from pyro_bmr.exporting.formats import FORMATS
 from pyro_bmr.exporting.weights_file import save_tensors
 from pyro_bmr.models import mlp
 from tests.exporting.networks import loaders, sparse_net
+from tests.parameters import others_slow
 from tests.shrinking.networks import NETS, made, random_masks
 
 CHILD = """
@@ -79,6 +80,7 @@ def child(folder, net, x, formats):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_formats_round_trip_without_pyro(x, tmp_path):
     net = made(NETS["lenet"], 4).float()
     small = bmr.shrink(net, random_masks(net, 0.4, "rows", 4), x[:1])
@@ -195,6 +197,7 @@ def test_deploy_is_silent(x, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_session_has_one_thread_where_latencies_are_measured(x, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     import onnxruntime
@@ -250,6 +253,7 @@ def test_numbers_of_8_bits(tmp_path):
     assert table.loc["safetensors", "difference"] == 0
 
 
+@pytest.mark.slow
 def test_numbers_of_8_bits_that_are_far_off_are_warned_of(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr("pyro_bmr.exporting.cost_table._ROUNDED_FAR", 1e-6)
@@ -273,7 +277,7 @@ class Cached(nn.Module):
         return {"logits": self.a(x), **({"cache": Cache()} if self.config.use_cache else {})}
 
 
-@pytest.mark.parametrize("key", ["program", "onnx"])
+@pytest.mark.parametrize("key", others_slow(["program", "onnx"], "program"))
 def test_a_model_with_a_cache(key, tmp_path):
     if key == "onnx":
         pytest.importorskip("onnxruntime")

@@ -168,7 +168,8 @@ CASES = {
 # a second or more each; the others go the same ways
 LONG = (
     "large", "large, natural gradient", "natural gradient with norms", "layer scale, validation",
-    "spike and slab", "auto low rank", "sgd, one cycle",
+    "spike and slab", "auto low rank", "sgd, one cycle", "adamw, constant rate", "full rank",
+    "local noise", "point", "large, with a KL of an earlier step",
 )  # fmt: skip
 
 
@@ -186,6 +187,7 @@ def test_a_fit_stopped_at_any_step_ends_as_if_never_stopped(case, tmp_path, monk
         assert same(whole, call(checkpoint=tmp_path / str(at))), at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [bmr.adam(3e-3), bmr.natural_gradient()])
 def test_standard_deviations_of_some_steps_ago_are_kept(optimizer, tmp_path, monkeypatch):
     monkeypatch.setattr(flat_vectors, "_FIRST", 4)
@@ -654,6 +656,7 @@ COMMAND = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keyboard")
 def test_the_command_line_stops_and_goes_on(tmp_path, monkeypatch, capsys):
     folders = {name: tmp_path / f"{name} ü" for name in ("whole", "stopped")}

@@ -75,6 +75,7 @@ def test_a_budget_of_seconds():
     assert fit(program, data, epochs=until).history["step"].iloc[-1] == 50
 
 
+@pytest.mark.slow
 def test_reductions_take_their_places_in_the_first_cycle():
     program, data, *_ = regression(60, columns=6)
     every = bmr.Every(kept=1 / 3, start=0.2, stop=0.6)

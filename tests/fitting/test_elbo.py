@@ -131,6 +131,7 @@ def test_gradients_by_finite_differences():
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draws", [100, pytest.param(400, marks=pytest.mark.slow)])
 def test_autonormal_goes_through_pyro_and_agrees_in_the_mean(draws):
     """The same moments in AutoNormal and MeanField: equal ELBO within 4 standard errors."""

@@ -164,7 +164,7 @@ def test_the_defaults_learn_digits():
         bmr.MeanField,
         bmr.Point,
         pytest.param(AutoNormal, marks=pytest.mark.slow),
-        partial(bmr.MeanField, init_scale=0.1),
+        pytest.param(partial(bmr.MeanField, init_scale=0.1), marks=pytest.mark.slow),
     ],
 )
 def test_every_prior_fits_with_every_guide(prior, guide):
@@ -182,7 +182,7 @@ def test_every_prior_fits_with_every_guide(prior, guide):
     assert fit.history[["expected_log_likelihood", "kl"]].notna().all().all()
 
 
-@pytest.mark.parametrize("guide", [bmr.MeanField, AutoNormal])
+@pytest.mark.parametrize("guide", [bmr.MeanField, pytest.param(AutoNormal, marks=pytest.mark.slow)])
 def test_reduction_during_the_fit_finds_the_zeros(guide):
     fit = bmr.fit(
         linear,
@@ -376,6 +376,7 @@ def test_schedules_that_never_act_are_refused(change):
         quick(linear, regression(), **change)
 
 
+@pytest.mark.slow
 def test_a_tempered_fit_with_a_given_noise_has_the_noise_of_the_tempered_model():
     """N(y; f, σ²)^{1/T} is N(y; f, Tσ²) up to a factor: the exact posterior of a linear model."""
     torch.manual_seed(0)
@@ -449,7 +450,11 @@ class InLowPrecision(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "prior", [bmr.Gaussian(0.5), bmr.Horseshoe()], ids=["plain", "hierarchical"]
+    "prior",
+    [
+        pytest.param(bmr.Gaussian(0.5), id="plain"),
+        pytest.param(bmr.Horseshoe(), id="hierarchical", marks=pytest.mark.slow),
+    ],
 )
 def test_a_fit_under_autocast_is_that_of_a_network_in_lower_precision(prior):
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from pyro_bmr.fitting.mean_field_step import MeanFieldStep
 from pyro_bmr.priors.tiers import TIERS
 from tests.fitting.test_mean_field_step import alive, moved
 from tests.fitting.test_written_weights import ROWS, TEMPERATURE
+from tests.parameters import others_slow
 
 # one of each way in which weights share scales
 KINDS = [
@@ -89,7 +90,11 @@ def stepping(program, masks, estimator="weight", y=Y):
     return guide, step
 
 
-@pytest.mark.parametrize("prior", KINDS, ids=lambda prior: repr(prior)[:120])
+@pytest.mark.parametrize(
+    "prior",
+    others_slow(KINDS, KINDS[0], bmr.Gaussian("layer", per="unit"), *KINDS[-4:-1]),
+    ids=lambda prior: repr(prior)[:120],
+)
 def test_value_and_gradient_are_those_of_the_whole_network(prior):
     program = network(prior)
     masks = masks_for(program)
@@ -316,6 +321,7 @@ def test_places_of_entries_in_a_smaller_tensor():
     assert cut.summed_shape((4, 1)) == (2, 1) and cut.summed_shape((1, 3)) == (1, 2)
 
 
+@pytest.mark.slow
 def test_a_fit_goes_on_to_the_bit_after_a_stop(tmp_path):
     """Half of the units of the teacher are 0, so that reductions remove units."""
     torch.manual_seed(0)

@@ -6,7 +6,18 @@ import torch
 import pyro_bmr as bmr
 from pyro_bmr.fitting.elbo import terms_of
 from pyro_bmr.fitting.point_step import PointStep
-from tests.fitting.test_written_weights import PRIORS, ROWS, TEMPERATURE, X, Y, masks_for, network
+from tests.fitting.test_written_weights import (
+    GRID,
+    PRIORS,
+    ROWS,
+    TEMPERATURE,
+    X,
+    Y,
+    in_the_fast_suite,
+    masks_for,
+    network,
+)
+from tests.parameters import others_slow
 
 
 def check(program, y, masks=None):
@@ -35,7 +46,11 @@ def check(program, y, masks=None):
     return step
 
 
-@pytest.mark.parametrize("prior", PRIORS, ids=lambda prior: repr(prior)[:120])
+@pytest.mark.parametrize(
+    "prior",
+    others_slow(PRIORS, *(p for p in PRIORS if in_the_fast_suite(p, True) or p not in GRID)),
+    ids=lambda prior: repr(prior)[:120],
+)
 def test_value_and_gradient_are_those_of_autograd(prior):
     step = check(network(prior), Y)
     assert not step.others, "nothing is left to Pyro"

@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch import nn
 
 import pyro_bmr as bmr
+from tests.parameters import others_slow
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(40, 3, generator=GENERATOR)
@@ -37,6 +38,7 @@ def ar1(time, y=None):
         pyro.sample("y", dist.Normal(rho * before, 0.1), obs=y)
 
 
+@pytest.mark.slow
 def test_a_series_keeps_its_order_if_a_batch_is_all_of_it():
     time, y = series()
     before, after = y[:-1].double(), y[1:].double()
@@ -385,7 +387,7 @@ def test_a_site_that_changes_its_shape_during_a_fit_is_named():
             fit(changing, (X, Y), guide=guide, epochs=20)
 
 
-@pytest.mark.parametrize("guide", [AutoNormal, AutoDiagonalNormal])
+@pytest.mark.parametrize("guide", others_slow([AutoNormal, AutoDiagonalNormal], AutoNormal))
 def test_guides_of_two_fits_stay_apart(guide):
     first, second = (
         fit(linear, (X, sign * Y), guide=guide, epochs=30, optimizer=bmr.adam(0.1))
@@ -408,6 +410,7 @@ def test_the_rows_of_a_table_are_not_taken_for_a_pair():
         fit(linear, {"x": X, "y": Y})
 
 
+@pytest.mark.slow
 def test_a_program_that_needs_all_its_rows_is_fitted_to_them():
     generator = torch.Generator().manual_seed(5)
     near = torch.exp(-(torch.arange(30.0)[:, None] - torch.arange(30.0)).abs() / 2)

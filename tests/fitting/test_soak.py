@@ -61,6 +61,7 @@ def soak(
     return np.array(memory), alive, kept
 
 
+@pytest.mark.slow
 def test_a_fit_leaves_no_tensor_behind():
     _, alive, _ = soak(3, None, epochs=1, rows=64)
     assert len(set(alive)) == 1, alive

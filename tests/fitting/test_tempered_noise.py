@@ -173,7 +173,8 @@ def test_the_check_changes_nothing():
     assert torch.equal(program.log_noise, before) and torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("temperature", [0.4, pytest.param(1.7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.4, 1.7])
 def test_a_program_by_hand_with_a_given_noise_has_the_exact_tempered_posterior(temperature):
     """N(y; f, σ²)^{1/T} is N(y; f, Tσ²) up to a factor."""
 

@@ -81,6 +81,7 @@ def test_dirichlet_counts():
     assert gain.item() == pytest.approx(log_evidence(reduced) - log_evidence(prior), abs=1e-10)
 
 
+@pytest.mark.slow
 def test_gamma_by_quadrature():
     q, p, r = (4.0, 3.0), (2.2, 1.3), (3.5, 2.1)
     ratio, _ = integrate.quad(

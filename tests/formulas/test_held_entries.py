@@ -20,6 +20,7 @@ from pyro_bmr.formulas import (
 )
 from pyro_bmr.formulas import held_evidence as evidence
 from tests.exact import random_spd
+from tests.parameters import others_slow
 
 
 def problem(seed, n, m, share):
@@ -115,7 +116,7 @@ def test_any_shape_and_mask(seed, n, m, share, most):
     assert (var.numpy() >= diagonal - 1e-9).all()
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", others_slow([0.2, 0.5, 0.9], 0.2))
 def test_the_bounds_of_a_layer_are_near_its_log_determinant(share):
     """Far nearer than the sums over the variances given nothing and given all others."""
     mean, rows, cols, _, held = problem(5, 40, 60, share)
@@ -238,6 +239,7 @@ def test_one_that_has_not_converged_says_so():
     assert found.iterations == 3 and not found.converged and found.residual > 1e-12
 
 
+@pytest.mark.slow
 def test_the_energy_is_of_second_order_in_the_residual():
     """From any start, and from below."""
     mean, rows, cols, _, held = problem(2, 48, 48, 0.52)

@@ -9,6 +9,7 @@ import torch.distributions as td
 
 import pyro_bmr as bmr
 from tests.formulas.test_precision_gaussian import close
+from tests.parameters import others_slow
 from tests.reference import exponential
 
 LAW = np.load(exponential.FILE)
@@ -24,7 +25,7 @@ ATTRIBUTES = {
 
 
 @pytest.mark.parametrize("name", exponential.FAMILIES)
-@pytest.mark.parametrize("dtype", exponential.DTYPES)
+@pytest.mark.parametrize("dtype", others_slow([*exponential.DTYPES], "float64"))
 def test_exponential_families(name, dtype):
     """ΔF within 1e-9 nats and 1e-10 of itself, since scales are squared, of concentrations to 1e9.
 

@@ -19,6 +19,7 @@ from pyro_bmr.formulas.gaussian import point_spike_delta_f
 from pyro_bmr.formulas.matrix_blocks import reduced_mean, reduced_var
 from pyro_bmr.formulas.message import Message, log_evidence_ratio
 from pyro_bmr.formulas.relevance import best_var
+from tests.parameters import others_slow
 from tests.reference import gaussian
 from tests.reference import gaussian_grid as grid
 
@@ -190,6 +191,7 @@ def covariance(g):
 CONDITION = {"dense": 1e-7, "low_rank": 1e-8, "matrix_normal": 1e-8}
 
 
+@pytest.mark.parametrize("dtype", others_slow([*grid.DTYPES], "float64"), indirect=True)
 @pytest.mark.parametrize(
     "every", [EVERY, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"]
 )
@@ -228,6 +230,7 @@ def test_correlated_weights(dtype, kind, every):
             bmr.delta_f(*problem[:3])
 
 
+@pytest.mark.parametrize("dtype", others_slow([*grid.DTYPES], "float64"), indirect=True)
 @pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("kind", CONDITION)
 def test_reduced_moments_of_correlated_weights(dtype, kind, every):
@@ -278,6 +281,7 @@ def compared(dtype, want, mean, cov):
     return len(want)
 
 
+@pytest.mark.parametrize("dtype", others_slow([*grid.DTYPES], "float32"), indirect=True)
 @pytest.mark.parametrize("some", [22, pytest.param(gaussian.SEARCHED, marks=pytest.mark.slow)])
 def test_all_models_of_a_search(dtype, some):
     """The searches answer in float64 whatever the dtype of the posterior: to 1e-5 nats, or 1e-6 of

@@ -168,8 +168,11 @@ def test_a_grid_that_ends_before_a_weight_says_so():
 
 @pytest.mark.parametrize(
     "prior",
-    [bmr.Horseshoe(0.3, slab_scale=None), bmr.StudentT(4.0, 0.3), bmr.Laplace(0.3)],
-    ids=["horseshoe", "student", "laplace"],
+    [
+        pytest.param(bmr.Horseshoe(0.3, slab_scale=None), id="horseshoe", marks=pytest.mark.slow),
+        pytest.param(bmr.StudentT(4.0, 0.3), id="student"),
+        pytest.param(bmr.Laplace(0.3), id="laplace", marks=pytest.mark.slow),
+    ],
 )
 def test_many_weights_of_one_scale_need_close_nodes(prior):
     """Six hundred weights of a group: ΔF by Simpson's rule over the logarithm of their scale, far

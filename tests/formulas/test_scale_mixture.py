@@ -17,6 +17,7 @@ import pyro_bmr as bmr
 from pyro_bmr.formulas.diagonal import Diagonal
 from pyro_bmr.formulas.message import Message, message
 from pyro_bmr.formulas.scale_mixture import best_scale, grouped_reduction, scale_mixture_reduction
+from tests.parameters import others_slow
 from tests.reference import mixtures
 
 PRIOR_VAR = 1.5
@@ -59,7 +60,7 @@ def brute_force(mean, var, tau, slab):
     )
 
 
-@pytest.mark.parametrize("slab", [None, 0.8])
+@pytest.mark.parametrize("slab", others_slow([None, 0.8], 0.8))
 @pytest.mark.parametrize(
     "mean, var, tau",
     [
@@ -123,6 +124,7 @@ def test_a_weight_without_information_keeps_the_prior():
     assert got.kappa.item() == pytest.approx(1, abs=1e-12) and got.mean.item() == 0.0
 
 
+@pytest.mark.slow
 def test_tau_of_a_large_layer_is_that_of_its_sample():
     generator = torch.Generator().manual_seed(0)
     n = 40_000
@@ -391,8 +393,13 @@ def test_no_weight_is_nan(dtype, cases, prior_var, tau, slab):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("slab", [None, 0.8])
+@pytest.mark.parametrize(
+    ("slab", "dtype"),
+    others_slow(
+        [(slab, dtype) for slab in (None, 0.8) for dtype in (torch.float32, torch.float64)],
+        (0.8, torch.float32),
+    ),
+)
 def test_signals_of_any_strength(dtype, slab):
     """The exponents of all wide nodes agree in sixteen digits or more; which of them a weight comes
     from is in the others.

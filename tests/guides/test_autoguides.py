@@ -24,6 +24,7 @@ from pyro.infer.autoguide import (
 
 import pyro_bmr as bmr
 from tests.exact import linear_gaussian
+from tests.parameters import others_slow
 
 NOISE = 0.7
 MODEL = linear_gaussian(seed=4, n=30, d=3, noise=NOISE)
@@ -66,7 +67,7 @@ def conjugate(x, y=None):
         return pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", others_slow(GUIDES, "diagonal", "low rank", "gaussian"))
 def test_the_moments_are_those_of_the_guides_draws(name):
     guide = GUIDES[name](hierarchical)
     # they know the default dtype alone

@@ -59,12 +59,10 @@ def fit(guide, model, epochs=1500, **kwargs):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "guide",
-    [
-        pytest.param(bmr.MeanField, id="MeanField"),
-        pytest.param(AutoNormal, id="AutoNormal", marks=pytest.mark.slow),
-    ],
+    [pytest.param(bmr.MeanField, id="MeanField"), pytest.param(AutoNormal, id="AutoNormal")],
 )
 def test_a_factorised_posterior_is_recovered_with_its_evidence(guide):
     model = orthogonal_problem()
@@ -107,6 +105,7 @@ def test_mean_field_on_correlated_regressors_finds_its_known_optimum():
     np.testing.assert_allclose(site.var, 1 / np.diag(np.linalg.inv(cov)), rtol=0.12)
 
 
+@pytest.mark.slow
 def test_point_finds_the_mode_and_has_no_variance():
     model = linear_gaussian(seed=4, n=40, d=3, noise=NOISE)
     site = fit(bmr.Point, model, epochs=400).posterior["w"]
@@ -114,6 +113,7 @@ def test_point_finds_the_mode_and_has_no_variance():
     assert (site.var == 0).all()
 
 
+@pytest.mark.slow
 def test_mini_batches_and_the_plate_scale_the_likelihood_to_all_rows():
     """A twentieth of the rows at a time, the same posterior: N comes from the data, never from the
     caller.
@@ -139,6 +139,7 @@ def test_temperature_counts_the_data_n_over_t_times():
     np.testing.assert_allclose(site.var.sqrt(), np.sqrt(np.diag(cov)), rtol=0.06)
 
 
+@pytest.mark.slow
 def test_positive_sites_are_log_normal_in_value():
     """A Gamma-Poisson rate: the log-normal guide's mean is near the conjugate one."""
 

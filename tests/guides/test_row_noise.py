@@ -111,8 +111,11 @@ def network(prior):
     return bmr.BayesianNetwork(net, prior, bmr.Normal())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "prior", [bmr.Gaussian("layer"), bmr.SpikeAndSlab()], ids=["layer", "mixture"]
+    "prior",
+    [bmr.Gaussian("layer"), bmr.SpikeAndSlab()],
+    ids=["layer", "mixture"],
 )
 def test_scaled_sites_and_sampled_kls_go_through(prior):
     program, y = network(prior), torch.randn(ROWS, dtype=torch.float64)
@@ -128,6 +131,7 @@ def test_scaled_sites_and_sampled_kls_go_through(prior):
     assert ((totals[0].mean(0) - totals[1].mean(0)).abs() < 4.5 * error).all()
 
 
+@pytest.mark.slow
 def test_the_bound_and_its_gradient_are_the_same_in_expectation_and_masks_hold():
     program, y = network(bmr.Gaussian(0.6)), torch.randn(ROWS, dtype=torch.float64)
     guides = {
@@ -167,6 +171,7 @@ def tied(x, y=None):
         pyro.sample("y", dist.Normal((torch.tanh(x @ w) @ w).sum(1), 0.5), obs=y)
 
 
+@pytest.mark.slow
 def test_a_weight_used_twice_is_one_per_row_under_flipout_and_refused_by_the_local_estimator():
     y = torch.randn(ROWS, dtype=torch.float64)
     with pytest.raises(bmr.errors.ModelError, match='used more than once.*estimator="flipout"'):

@@ -19,6 +19,7 @@ from pyro_bmr.guides.latent_sites import latent_sites
 from pyro_bmr.guides.site_normal import entropy, gaussian_kl, log_density
 from pyro_bmr.pruning import Masked
 from tests.exact import LinearGaussian, linear_gaussian
+from tests.parameters import others_slow
 
 ROWS, COLUMNS, NOISE = 2, 2, 0.7
 SIZE = ROWS * COLUMNS
@@ -75,7 +76,10 @@ def optimum(name, precision):
 
 @pytest.mark.parametrize(
     "name, masked",
-    [*((name, False) for name in GUIDES), ("FullRank", True), ("MatrixVariate", True)],
+    others_slow(
+        [*((name, False) for name in GUIDES), ("FullRank", True), ("MatrixVariate", True)],
+        *(("MeanField", False), ("FullRank", True), ("MatrixVariate", True)),
+    ),
 )
 def test_conjugate_model(name, masked):
     """Mean, covariance and bound at the optimum: exact posterior and log evidence where the
@@ -207,6 +211,7 @@ def scales_and_weights(x, y=None):
         return pyro.sample("y", dist.Normal(x @ w * rate.sum(), 1.0), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FullRank", "LowRankPlusDiagonal"])
 def test_pyros_own_elbo_has_the_same_value_at_the_same_draws(name):
     """Positive sites, plates and masks under SVI's Trace_ELBO, against `elbo_terms`; 4 standard
@@ -368,6 +373,7 @@ def test_a_site_that_is_too_large_names_its_memory_and_the_alternative():
     assert bmr.MatrixVariate(wide, X, Y).table()["parameters"].item() == 6000 + 30 * 31 + 200 * 201
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FullRank", "LowRankPlusDiagonal", "MatrixVariate"])
 def test_a_posterior_draws_saves_and_loads_its_covariance(name, tmp_path):
     posterior = bmr.Posterior.from_guide(random_guide(name), program, X, Y)

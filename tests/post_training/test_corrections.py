@@ -146,6 +146,7 @@ def test_a_network_that_is_the_dense_one_is_not_moved():
     )
 
 
+@pytest.mark.slow
 def test_the_noise_of_drawn_targets_is_not_fitted():
     """Of counts the divergence is that of drawn ones; by hand it is that of their means."""
     measure, net, layers, x = two_networks()

@@ -11,7 +11,8 @@ from pyro_bmr.errors import ModelError
 from tests.post_training.test_layer import dense_of, one_layer
 
 
-@pytest.mark.parametrize("turned", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("turned", [False, True])
 def test_draws_have_the_mean_and_covariance_given_the_zeros(turned):
     """4,000 draws; the bias takes part."""
     _, _, layer = one_layer(turned)

@@ -140,6 +140,7 @@ def test_an_empirical_scale_is_that_of_the_most_evidence_of_each_layer(trained):
         assert pruned.reduction.sites[name].site.declared.scale == layer.scale
 
 
+@pytest.mark.slow
 def test_corrections_bring_the_outputs_nearer_to_the_dense_network(trained):
     net, x, y, _ = trained
     divergence = [
@@ -182,6 +183,7 @@ def test_units_are_pruned_whole_and_shrink(trained):
     )
 
 
+@pytest.mark.slow
 def test_patterns_are_kept(trained):
     net, x, _, _ = trained
     pruned = bmr.prune(net, x, bmr.Categorical(), NofM(2, 4), corrections=0, **QUIET)
@@ -190,6 +192,7 @@ def test_patterns_are_kept(trained):
     assert pruned.kept == 0.5
 
 
+@pytest.mark.slow
 def test_it_stops_where_the_loss_rises_too_much(trained):
     net, x, _, data = trained
     held_out = (data.x_test.flatten(1), data.y_test)
@@ -249,6 +252,7 @@ def test_a_stopped_call_continues_to_the_same_network(trained, tmp_path, monkeyp
         bmr.prune(net, x, bmr.Categorical(), 0.2, checkpoint=tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_draws_of_the_posterior_have_the_zeros(trained):
     net, x, _, _ = trained
     pruned = bmr.prune(net, x, bmr.Categorical(), 0.3, path=[0.6], **FEW)

@@ -67,6 +67,7 @@ def test_mean_field_and_autonormal_give_their_own_moments():
     torch.testing.assert_close(posterior["w"].var, auto.scales.w.detach().square())
 
 
+@pytest.mark.slow
 def test_a_param_store_written_by_a_plain_script_and_a_second_fit_in_the_same_process():
     guide = AutoNormal(program)
     svi = SVI(program, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())

@@ -29,6 +29,7 @@ def layer(mask=None):
     return bmr.Posterior({"w": w, "w_precision": positive(0.8, 0.25), "b": Site(MEAN[0], VAR[0])})
 
 
+@pytest.mark.slow
 def test_the_moments_of_a_weight_are_those_of_a_product():
     """w = s w̄/√3 with s = e^{−u/2} log-normal: E[s] = e^{−m/2 + v/8}, E[s²] = e^{−m + v/2}."""
     first, second = math.exp(-0.4 + 0.25 / 8), math.exp(-0.8 + 0.25 / 2)

@@ -68,6 +68,7 @@ def test_the_temperature_of_averaged_probabilities():
         bmr.prediction.temperature_scaled(real, 2.0)
 
 
+@pytest.mark.slow
 def test_the_widening_is_the_best_of_a_grid_by_the_exact_predictive():
     """The predictive of a line is Normal(xμ, c Σ x²σ² + noise²): held-out rows whose weights vary 7
     times as much as the posterior says.
@@ -155,6 +156,7 @@ def test_a_site_whose_draws_follow_its_scales_is_refused():
         posterior.widened(2.0)
 
 
+@pytest.mark.slow
 def test_options_of_a_study():
     data, build = bmr.load("digits"), load_model("mlp:12")
     options = {"epochs": 6, "optimizer": "adam", "learning_rate": 2e-2, "temperature": 0.02}

@@ -237,6 +237,7 @@ def test_groups_come_back_from_disk(tmp_path):
     torch.testing.assert_close(loaded["a"].prior.mean, priors["a"].mean.expand(2, 3))
 
 
+@pytest.mark.slow
 def test_large_sites_start_near_the_median_without_the_memory_of_a_thousand_draws():
     prior = bmr.Gaussian("layer", per="weight")
 
@@ -253,6 +254,7 @@ def test_large_sites_start_near_the_median_without_the_memory_of_a_thousand_draw
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mean, std",
     [(0.3, 1.7), *(pytest.param(*q, marks=pytest.mark.slow) for q in ((-3.2, 0.4), (4.1, 0.9)))],

@@ -114,6 +114,7 @@ def test_names_of_ones_own():
         bmr.reduce(post, to=bmr.Gaussian(0), per=names)
 
 
+@pytest.mark.slow
 def test_prune_takes_the_number_of_heads_from_the_network():
     torch.manual_seed(0)
 

@@ -221,6 +221,7 @@ def test_a_damaged_file_is_refused(tmp_path):
         bmr.Posterior.load(tmp_path / "p.safetensors")
 
 
+@pytest.mark.slow
 def test_draws_of_a_posterior_have_the_conditional_covariance():
     before = posterior()
     after = bmr.reduce(before, to=SPIKE, kept=0.5)

@@ -14,6 +14,7 @@ from pyro_bmr.reduction.label_sums import at_labels, label_counts, label_sums, l
 
 SHAPES = {"conv.weight": (3, 2, 2, 2), "conv.bias": (3,), "fc.weight": (4, 6), "fc.bias": (4,)}
 PERS = ("unit", "input", "layer", Block(2, 3))
+TARGETS = (bmr.Gaussian(scale=0), bmr.SpikeAndSlab(), bmr.Horseshoe())
 
 
 def drawn(shape, seed):
@@ -66,8 +67,14 @@ def test_the_number_of_its_group_at_each_entry(per, name):
         assert value == (float(values[number]) if number >= 0 else -math.inf)
 
 
-@pytest.mark.parametrize("to", [bmr.Gaussian(scale=0), bmr.SpikeAndSlab(), bmr.Horseshoe()])
-@pytest.mark.parametrize("per", PERS[:3])
+@pytest.mark.parametrize(
+    ("per", "to"),
+    [
+        pytest.param(per, to, marks=[pytest.mark.slow] * (to == TARGETS[2] and per != PERS[1]))
+        for per in PERS[:3]
+        for to in TARGETS
+    ],
+)
 def test_written_out_labels_give_the_same_reduction(to, per):
     prior = bmr.formulas.Diagonal(*torch.tensor([0.0, 1.7], dtype=torch.float64))
     sites = {}

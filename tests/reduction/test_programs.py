@@ -63,6 +63,7 @@ def test_the_factor_is_the_gaussian_reduction_at_the_scales():
     assert trace.log_prob_sum().item() == pytest.approx(total.item() + direct.delta_f, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_flow_starts_as_log_normals_and_has_their_median():
     guide = ScaleFlow(reduction_program(layer(2, 3), "w", bmr.Horseshoe()))
     median = guide.median()

@@ -234,6 +234,7 @@ def test_an_empirical_slab_has_the_best_evidence_and_tells_the_needed_from_the_r
     assert (needed & (found.drop_log_odds <= 0)).sum() > 0.9 * (found.drop_log_odds <= 0).sum()
 
 
+@pytest.mark.slow
 def test_a_slab_that_noise_would_widen_is_bounded_and_told():
     """A layer as of a short fit: of most weights the data say next to nothing, and their m = h/L is
     noise over nearly nothing, hundreds of prior scales out.
@@ -343,6 +344,7 @@ def test_an_empirical_scale_for_each_group():
     assert got.delta_f == pytest.approx(sum(by_row) + zero, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_horseshoe_on_units_drops_whole_units():
     small = torch.stack([MEAN[1], -0.8 * MEAN[1].flip(0), 0.01 * MEAN[2], 0.01 * MEAN[3]])
     q = bmr.Posterior({"w": Site(small, VAR, PRIOR)})
@@ -414,6 +416,7 @@ TARGETS += [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(TARGETS),

@@ -192,6 +192,7 @@ def gains_by_model(search):
     return dict(zip(map(tuple, search.kept.tolist()), search.delta_f.tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_letting_go_by_rank_one_finds_what_a_fresh_start_finds(monkeypatch):
     differences = []
     for seed in range(12):
@@ -271,6 +272,7 @@ def test_threshold_and_target():
     )
 
 
+@pytest.mark.slow
 def test_a_batch_never_lowers_the_evidence():
     thin, _, prior = low_rank(d=60, k=4)
     one, many = (bmr.reduction.greedy_search(thin, prior, batch=batch) for batch in (1, 25))

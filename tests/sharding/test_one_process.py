@@ -28,8 +28,15 @@ def quick(prior, make, **arguments):
 
 
 @pytest.mark.filterwarnings("ignore:the fit has not converged")
-@pytest.mark.parametrize("optimizer", [bmr.adam(1e-2), bmr.natural_gradient()])
-@pytest.mark.parametrize("prior", [bmr.Gaussian(0.7, mean=0.1), bmr.Gaussian()])
+@pytest.mark.parametrize(
+    ("prior", "optimizer"),
+    [
+        (bmr.Gaussian(0.7, mean=0.1), bmr.adam(1e-2)),
+        (bmr.Gaussian(), bmr.natural_gradient()),
+        pytest.param(bmr.Gaussian(), bmr.adam(1e-2), marks=pytest.mark.slow),
+        pytest.param(bmr.Gaussian(0.7, mean=0.1), bmr.natural_gradient(), marks=pytest.mark.slow),
+    ],
+)
 def test_in_one_process_it_is_fit(alone, prior, optimizer):
     """The same numbers but for rounding, with masks and empirical scales."""
     schedule = bmr.Every(2, start=0, kept=0.4)
@@ -107,6 +114,7 @@ def test_without_a_group_it_says_so():
         sharded_fit(group.program(), (group.X, group.Y))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit has not converged")
 def test_a_damaged_part_is_not_read(alone, tmp_path):
     whole = group.tensors(group.saved(tmp_path / "run").posterior.gathered())

@@ -80,6 +80,7 @@ def test_only_a_norm_that_alone_reads_its_layer_is_folded():
     torch.testing.assert_close(folded.acts(h), h.relu(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_pruned_filter_is_removed_before_a_padded_convolution():
     torch.manual_seed(0)
     net = settled(

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 import pyro_bmr as bmr
 from pyro_bmr.shrinking import masked
+from tests.parameters import others_slow
 
 
 def settled(net):
@@ -85,7 +86,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", others_slow(NETWORKS, "grouped", "three dimensions"))
 def test_the_smaller_network_has_the_function_of_the_masked_one(name):
     build, shape, layer = NETWORKS[name]
     torch.manual_seed(3)
@@ -130,6 +131,7 @@ class OverTime(nn.Module):
         return self.b(self.norm(self.a(x.transpose(1, 2)))).mean(2)
 
 
+@pytest.mark.slow
 def test_a_length_that_is_open_stays_open():
     torch.manual_seed(3)
     net, x = settled(OverTime()), torch.randn(2, 9, 2).double()

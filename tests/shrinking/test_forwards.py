@@ -8,6 +8,7 @@ from torch.nn.utils import prune
 import pyro_bmr as bmr
 from pyro_bmr.exporting.written_files import loaded_module
 from pyro_bmr.shrinking import masked
+from tests.parameters import others_slow
 from tests.shrinking.networks import Three, check, every_other, made
 
 # name → (forward of three layers 6 → 16 → 16 → 3, parameters that are left of 435 when every other
@@ -86,7 +87,14 @@ def rows_and_the_rest(net, h, x):
     ).mean(1)
 
 
-@pytest.mark.parametrize("name", FORWARDS)
+@pytest.mark.parametrize(
+    "name",
+    others_slow(
+        FORWARDS,
+        *("over_its_width", "over_all_its_entries", "the_shape_taken_apart", "a_gain_used_twice"),
+        *("a_mean_written_out", "groups_of_a_width"),
+    ),
+)
 def test_sizes_in_a_forward(name):
     function, left = FORWARDS[name]
     net = made(lambda: Three(function), 1)
@@ -311,6 +319,7 @@ class Experts(nn.Module):
         return x[:, :3] + torch.einsum("beo,eop,be->bp", h, self.b, share)
 
 
+@pytest.mark.slow
 def test_a_product_of_three_tensors_leaves_the_number_of_rows_open(tmp_path):
     net = made(Experts, 0)
     masks = {"a": torch.zeros(4, 6, 10, dtype=torch.bool)}  # the product is constant

@@ -12,6 +12,7 @@ import pyro_bmr as bmr
 from pyro_bmr.data.inputs import called, of_each
 from pyro_bmr.shrinking.home import Home
 from pyro_bmr.shrinking.plan import shrink_plan
+from tests.parameters import others_slow
 from tests.shrinking.kinds import KINDS
 from tests.shrinking.networks import ViT, random_masks
 
@@ -78,7 +79,12 @@ def test_tensors_of_the_forward_are_made_where_the_network_was(kind, from_meta):
         assert made_on == [torch.device("meta")]
 
 
-@pytest.mark.parametrize("name", ["written_attention", "recurrent", "tied_weights", "patches"])
+@pytest.mark.parametrize(
+    "name",
+    others_slow(
+        ["written_attention", "recurrent", "tied_weights", "patches"], "tied_weights", "patches"
+    ),
+)
 def test_results_go_where_the_network_was(name, from_meta):
     net, example = KINDS[name]()
     masks = random_masks(net, 0.5, "rows", 0)
@@ -88,7 +94,8 @@ def test_results_go_where_the_network_was(name, from_meta):
     called(small, of_each(lambda t: t.to("meta"), example))
 
 
-@pytest.mark.parametrize("kind", ["written_attention", pytest.param("vit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["written_attention", "vit", "patches"])
 def test_a_default_device_changes_nothing(kind):
     torch.manual_seed(0)
     net, x = (ViT(), torch.randn(2, 1, 8, 8)) if kind == "vit" else KINDS[kind]()

@@ -62,6 +62,7 @@ def net():
     return made(2)
 
 
+@pytest.mark.slow
 def test_the_entries_of_the_smaller_model(net):
     x = torch.randn(3, 5, 6)
     plan = bmr.shrinking.shrink_plan(net, masks_of(net, (10, 10), [0, 2, 3]), x)
@@ -75,6 +76,7 @@ def test_the_entries_of_the_smaller_model(net):
     torch.testing.assert_close(again(x), small(x))
 
 
+@pytest.mark.slow
 def test_blocks_of_different_sizes_have_no_configuration(net):
     x = torch.randn(3, 5, 6)
     plan = bmr.shrinking.shrink_plan(net, masks_of(net, (10, 9), [0, 1, 2, 3]), x)
@@ -85,6 +87,7 @@ def test_blocks_of_different_sizes_have_no_configuration(net):
         bmr.shrink(net, masks_of(net, (10, 9), [0, 1, 2, 3]), x)
 
 
+@pytest.mark.slow
 def test_nothing_to_change():
     x = torch.randn(3, 5, 6)
     assert bmr.shrinking.shrink_plan(made(1), {}, x).config == {}

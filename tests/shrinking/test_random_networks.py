@@ -9,10 +9,14 @@ from torch import nn
 import pyro_bmr as bmr
 from pyro_bmr.shrinking import masked
 from pyro_bmr.shrinking.plan import shrink_each
+from tests.parameters import others_slow
 from tests.shrinking.networks import NETS, largest_difference, made, random_masks
 
 # two to ten seconds each; "lenet" goes the same way, and test_recurrent.py has recurrent layers
-SLOW = ("vit", "vit, norm after", "branches", "lstm", "gru", "mixer", "residual with batch norm")
+SLOW = (
+    *("vit", "vit, norm after", "branches", "lenet", "lstm", "gru", "mixer"),
+    "residual with batch norm",
+)
 # the fraction that is pruned, and of what
 PRUNED = [(0.4, "rows"), (0.5, "columns"), (0.9, "weights"), (0.99, "weights"), (1.0, "weights")]
 
@@ -45,7 +49,7 @@ def test_the_function_is_that_of_the_masked_network(name, digits):
     assert removed[0] > (0.03 if name in ("lstm", "gru") else 0.1) and removed[-1] > 0.9
 
 
-@pytest.mark.parametrize("seed", [2, 4])
+@pytest.mark.parametrize("seed", others_slow([2, 4], 4))
 def test_random_architectures(seed):
     check_random_architecture(seed, 1)
 

@@ -106,6 +106,7 @@ def test_of_shared_and_of_parametrised_weights():
     assert groups_of(reader_labels(net, torch.randn(2, 3))) == [[0, 1, 2, 3]]
 
 
+@pytest.mark.slow
 def test_of_a_transformer_the_hidden_units_are_read():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 6, 0.0, batch_first=True, norm_first=True)
@@ -196,6 +197,7 @@ def test_the_fraction_is_met_and_nothing_in_no_group_is_pruned():
     assert layers.kept < 1  # a layer that is one group is not kept by the floor
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_labels_is_refused(tmp_path):
     net, x = three_layers(1200)
     labels = reader_labels(net, x)

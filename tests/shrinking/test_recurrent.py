@@ -6,6 +6,7 @@ from torch import nn
 
 import pyro_bmr as bmr
 from pyro_bmr.shrinking import masked
+from tests.parameters import others_slow
 from tests.shrinking.kinds import Forward
 
 CELLS = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
@@ -72,12 +73,13 @@ def test_units_without_rows_are_removed(kind, reader):
     checked(network(kind, reader), masks_of_units(network(kind), kind, {"0": [1, 4]}), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reader", "kept"),
     [
         ("the last layer", 3),
-        pytest.param("outputs", 3, marks=pytest.mark.slow),
-        pytest.param("all layers", 5, marks=pytest.mark.slow),
+        ("outputs", 3),
+        ("all layers", 5),
     ],
 )
 def test_layers_and_directions_keep_as_many_units(reader, kept):
@@ -149,6 +151,7 @@ def test_a_graph_calls_the_smaller_layer():
     assert not plan.own_class and plan.apply().cell.hidden_size == 2
 
 
+@pytest.mark.slow
 def test_a_layer_with_projected_outputs_is_kept():
     net = nn.Sequential(
         nn.LSTM(3, 4, proj_size=2), Forward(lambda net, y: net.h(y[0]), h=nn.Linear(2, 3))
@@ -210,8 +213,8 @@ class OfSteps(nn.Module):
         return self.out(torch.tanh(self.step(self.cell(x)[0], lengths)))
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", others_slow([nn.LSTM, nn.GRU], nn.LSTM))
+@pytest.mark.parametrize("step", others_slow(STEPS, "selected steps", "units by number"))
 def test_steps_that_are_picked_by_number_leave_the_units_alone(kind, step):
     torch.manual_seed(2)
     net = OfSteps(kind, step).double()

@@ -15,8 +15,9 @@ from pyro_bmr.shrinking.exported_graph import exported, two_rows
 from pyro_bmr.shrinking.states import State
 from pyro_bmr.shrinking.untied import untied
 from pyro_bmr.shrinking.verification import inputs_like
+from tests.parameters import others_slow
 from tests.shrinking.kinds import KINDS, Forward
-from tests.shrinking.test_kinds import built, some_slow, unit_masks
+from tests.shrinking.test_kinds import built, unit_masks
 
 PAGE = Path(__file__).parents[2] / "docs" / "smaller_networks.md"
 
@@ -38,7 +39,9 @@ def values_at(graph, net, x):
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-@pytest.mark.parametrize("name", some_slow(list(KINDS)[1:]))
+@pytest.mark.parametrize(
+    "name", others_slow(list(KINDS)[1:], "bags_of_embeddings", "squeeze_and_excitation")
+)
 def test_what_is_known_of_a_tensor_does_not_depend_on_the_input(name):
     net, example = built(name, 5, True)
     # the biases are kept: constants other than 0
@@ -72,7 +75,7 @@ OVER_TIME = {  # and whether a constant gives the same number at any length
 
 
 @pytest.mark.parametrize("name", OVER_TIME)
-@pytest.mark.parametrize("constant", [0.0, 0.7])
+@pytest.mark.parametrize("constant", others_slow([0.0, 0.7], 0.7))
 def test_constants_over_an_open_length_are_those_of_any_length(name, constant):
     over_time, same = OVER_TIME[name]
     torch.manual_seed(2)
@@ -130,7 +133,7 @@ def by_hand(kept, groups):
     return left.flatten()
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transposed", others_slow([False, True], True))
 @pytest.mark.parametrize(
     "kept",
     ["10 01 10 01", "10 01 00 11", "101 010 011 000", "00 00 00 01"],
@@ -182,7 +185,7 @@ PICKED = {
 }
 
 
-@pytest.mark.parametrize("constant", [0.0, 0.5])
+@pytest.mark.parametrize("constant", others_slow([0.0, 0.5], 0.5))
 @pytest.mark.parametrize("case", PICKED)
 def test_entries_that_are_picked_by_number_keep_the_channels_of_other_axes(case, constant):
     """A channel that is constant in all places stays so; one that differs between them does not."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import pyro_bmr as bmr
 from pyro_bmr.models import mlp
 from pyro_bmr.shrinking import masked
+from tests.parameters import others_slow
 from tests.shrinking.networks import (
     NETS,
     Branches,
@@ -119,6 +120,7 @@ def test_a_constant_channel_before_a_padded_convolution(mode, bias, channels):
     assert ("constant input channels [1] through zero padding" in str(plan)) == (channels == 3)
 
 
+@pytest.mark.slow
 def test_heads_are_pruned_as_a_whole():
     net = made(Branches, 3)
     masks = {"attention.in_proj_weight": torch.ones(36, 12, dtype=torch.bool)}
@@ -146,6 +148,7 @@ class Lookup(nn.Module):
         return self.out(F.scaled_dot_product_attention(self.q(x), self.k(x), values)).mean(1)
 
 
+@pytest.mark.slow
 def test_attention_over_constants_depends_on_the_input():
     net = made(Lookup, 0)
     x = torch.randn(30, 20).double()
@@ -174,7 +177,10 @@ def test_residual_sums_tie_their_channels():
     assert table["down"] == "12×7×1×1"
 
 
-@pytest.mark.parametrize("name", ["mlp", "vit", "residual with batch norm"])
+@pytest.mark.parametrize(
+    "name",
+    others_slow(["mlp", "vit", "residual with batch norm"], "mlp", "residual with batch norm"),
+)
 def test_the_result_is_a_plain_module(name, digits):
     net = made(NETS[name], 2)
     small = bmr.shrink(net, random_masks(net, 0.4, "rows", 2), digits[:1])
