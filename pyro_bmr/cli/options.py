@@ -91,8 +91,8 @@ def compare_options() -> Options:
         **_reductions(
             "target fraction of weights for the reduced route and fitted shrinkage priors; by"
             " default the evidence decides",
-            "interval of reductions during the fit; by default about 1,000 steps where the evidence"
-            " decides, else a tenth of the fit",
+            "interval of reductions during the fit; by default a tenth of it, or about 1,000 steps"
+            " where the evidence decides on classes",
         ),
         "--widen": number(
             USUAL.widen, "FACTOR", "of the posterior variances in predictions; 1 is as fitted"
@@ -143,8 +143,8 @@ def fit_options() -> Options:
         **PER,
         **_reductions(
             "target fraction of weights for these reductions; by default the evidence decides",
-            "interval of these reductions; by default about 1,000 steps where the evidence decides,"
-            " else a tenth of the fit",
+            "interval of these reductions; by default a tenth of the fit, or about 1,000 steps"
+            " where the evidence decides on classes",
         ),
         **DRAWS,
         **DEVICE,

@@ -189,9 +189,8 @@ def _recurrent_cells(shapes: Shapes) -> dict[str, tuple[str, int]]:
         across = f"{path}{dot}{_RECURRENT.sub('weight_hh', leaf)}"
         if _RECURRENT.match(leaf) and len(shapes.get(across, ())) == 2:
             rows, outputs = shapes[across]
-            projection = shapes.get(f"{path}{dot}{_RECURRENT.sub('weight_hr', leaf)}")
-            is_projected = projection is not None and len(projection) == 2
-            units = projection[1] if is_projected else outputs
+            projection = shapes.get(f"{path}{dot}{_RECURRENT.sub('weight_hr', leaf)}", ())
+            units = projection[1] if len(projection) == 2 else outputs
             if rows == shape[0] and rows in (units, 3 * units, 4 * units):
                 found[name] = across, units
     return found
