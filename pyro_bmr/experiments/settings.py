@@ -63,11 +63,11 @@ class Settings:
     by the route map, for other targets, and for programs written by hand. `kept`: target fraction
     for the reduced route and for fitted shrinkage priors (1: as fitted), None for the evidence to
     decide. `reduce_every`: epochs between reductions, None for `epochs_between_reductions`;
-    `start`, `stop`: as in `Every`.
-    `draws`: of the predictive. `guide`: one of `GUIDES`, of which ``"mean-field"`` alone is for
-    natural-gradient; `estimator`: as in `MeanField`, and for it. `widen`: the predictive draws from
-    `posterior.widened(widen)`; `calibrate` finds that factor on a sixth of the training rows, or
-    the validation rows that the data came with, which the fit does without.
+    `start`, `stop`: as in `Every`. `draws`: of the predictive. `guide`: one of `GUIDES`, of which
+    ``"mean-field"`` alone is for natural-gradient; `estimator`: as in `MeanField`, and for it.
+    `widen`: the predictive draws from `posterior.widened(widen)`; `calibrate` finds that factor on
+    a sixth of the training rows, or the validation rows that the data came with, which the fit does
+    without.
     """
 
     epochs: int | None = None

@@ -29,7 +29,6 @@ def together(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.slow
 def test_both_end_with_the_same_to_the_bit(together):
     for case in ("natural", "point", "loaded"):
         first, second = together[0][case], together[1][case]
@@ -41,7 +40,6 @@ def test_both_end_with_the_same_to_the_bit(together):
     assert kept[-1] < 0.8 < kept[0] == 1
 
 
-@pytest.mark.slow
 def test_without_noise_two_processes_find_what_one_finds(together):
     fit = two_processes.point()
     alone = two_processes.tensors(fit)
@@ -51,7 +49,6 @@ def test_without_noise_two_processes_find_what_one_finds(together):
     assert ours == pytest.approx(one, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_each_takes_its_part_of_the_batches_of_a_loader(together):
     alone = two_processes.tensors(two_processes.loaded())
     for name, value in together[0]["loaded"].items():
@@ -60,7 +57,6 @@ def test_each_takes_its_part_of_the_batches_of_a_loader(together):
         assert "process 1 reads other rows than process 0" in both["other rows"]
 
 
-@pytest.mark.slow
 def test_the_curvature_is_that_of_all_rows(together):
     alone = two_processes.curved()
     assert len(alone) == 2 * 2 + 2
@@ -77,7 +73,6 @@ def test_the_curvature_is_that_of_all_rows(together):
     assert all("process 1 reads other rows" in both["grown"] for both in together)
 
 
-@pytest.mark.slow
 def test_a_network_is_pruned_as_in_one_process(together):
     alone, ragged = two_processes.pruned(), two_processes.pruned(rows=76)
     assert sum(int(m.sum()) for n, m in alone.items() if n.startswith("mask")) == 29  # of 98
@@ -97,17 +92,14 @@ def test_a_network_is_pruned_as_in_one_process(together):
         assert "prune: process 1 reads other rows than process 0" in rows
 
 
-@pytest.mark.slow
 def test_checkpoints_of_the_first_are_no_difference(together):
     assert [both["saved"] for both in together] == ["no error", "no error"]
 
 
-@pytest.mark.slow
 def test_each_process_draws_its_own_noise(together):
     assert together[0]["seed"] == 7 != together[1]["seed"]
 
 
-@pytest.mark.slow
 def test_faults_are_said_in_both(together):
     for rank in range(2):
         nan, start, small, seed = together[rank]["errors"]
